@@ -1,0 +1,65 @@
+"""Synchronized batch normalization over MPI communicators.
+
+Importing this package imports neither torch nor CuPy and does not initialize MPI.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+from . import errors
+from .errors import CollectiveMismatchError, CollectiveTimeoutError, MPISyncBNError, TransportError
+
+if TYPE_CHECKING:
+    from . import functional
+    from .autograd import sync_batch_norm
+    from .batchnorm import SyncBatchNorm
+    from .communicator import Communicator, new_group, new_subgroups
+    from .convert import revert_sync_batchnorm
+
+    convert_sync_batchnorm = SyncBatchNorm.convert_sync_batchnorm
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "CollectiveMismatchError",
+    "CollectiveTimeoutError",
+    "Communicator",
+    "MPISyncBNError",
+    "SyncBatchNorm",
+    "TransportError",
+    "convert_sync_batchnorm",
+    "functional",
+    "new_group",
+    "new_subgroups",
+    "revert_sync_batchnorm",
+    "sync_batch_norm",
+]
+
+# Where each name is, imported when it is first used.
+_HOME = {
+    "Communicator": "communicator",
+    "SyncBatchNorm": "batchnorm",
+    "convert_sync_batchnorm": "batchnorm.SyncBatchNorm",
+    "functional": "",
+    "new_group": "communicator",
+    "new_subgroups": "communicator",
+    "revert_sync_batchnorm": "convert",
+    "sync_batch_norm": "autograd",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOME:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    module, _, owner = _HOME[name].partition(".")
+    value: Any = import_module(f".{module or name}", __name__)
+    if module:
+        value = getattr(getattr(value, owner) if owner else value, name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

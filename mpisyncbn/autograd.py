@@ -1,0 +1,243 @@
+"""Synchronized batch norm as a torch operation: any number of derivatives, in both modes.
+
+Two paths through the same algorithm (functional.py):
+
+- fused: kernels for the place where the data lives, one ``autograd.Function``. First derivatives
+  in reverse mode, which is what training needs.
+- composite: generic kernels, made of differentiable torch operations, and the two exchanges as
+  differentiable operations. Everything else: second derivatives, forward mode, torch.func.
+
+Both send the same messages in the same order, so ranks agree whichever path they take.
+"""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from . import exchange, functional
+from .communicator import Communicator, resolve
+from .diagnostics import Call
+from .functional import BatchStats
+from .kernels import generic, kernels_for
+
+__all__ = ["batch_norm", "sync_batch_norm"]
+
+
+def sync_batch_norm(
+    input: Tensor,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    training: bool = True,
+    momentum: float = 0.1,
+    eps: float = 1e-5,
+    process_group: Any = None,
+) -> Tensor:
+    """Batch normalization over the batch of all ranks of a group: ``torch.nn.functional.batch_norm``, synchronized.
+
+    Args:
+        input: ``(N, C, *)``, at least 2-D; float32, float64, bfloat16 or float16. N may differ between
+            ranks, and be 0.
+        running_mean, running_var: of length C, updated in place while training; or None.
+        weight, bias: of length C, or None. With half-precision input they may be float32.
+        training: if False, normalize with the running statistics, without communication.
+        momentum: weight of this batch in the running statistics, from 0 to 1.
+        eps: added to the variance, at least 0.
+        process_group: the ranks to normalize over: an mpi4py communicator, a Communicator, or None
+            for the world.
+
+    Returns:
+        ``y``, of the input's shape, dtype and memory format.
+
+    Raises:
+        ValueError, TypeError: an argument is of the wrong shape, dtype, device or range.
+        ValueError: on every rank, where the group has a single value per channel.
+        CollectiveMismatchError: on every rank, if the ranks were in different layers or calls.
+
+    Collective while training, forward and backward: every rank of the group must call.
+    """
+    if not training:
+        functional.check_arguments(input, weight, bias, running_mean, running_var, momentum=momentum, eps=eps)
+        return F.batch_norm(input, running_mean, running_var, weight, bias, False, momentum, eps)
+    y, stats = batch_norm(input, running_mean, running_var, weight, bias, momentum, eps, process_group, "a function call")
+    if running_mean is not None and running_var is not None:
+        functional.update_running_stats(running_mean, running_var, stats, momentum)
+    return y
+
+
+def batch_norm(
+    x: Tensor,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    momentum: float | None,
+    eps: float,
+    process_group: Any,
+    layer: Any,
+) -> tuple[Tensor, BatchStats]:
+    """``y`` and the statistics, while training; the running statistics are not touched.
+
+    ``layer`` is a name, or the module to be named by the order of first exchanges.
+    """
+    functional.check_arguments(x, weight, bias, running_mean, running_var, momentum=momentum, eps=eps)
+    group = resolve(process_group)
+    dtype = functional.layer_dtype(x, weight, bias, running_mean)
+    step = _Step(group, group.name_of(layer), x.shape[1], dtype, eps)
+    y = _SyncBatchNorm.apply(x, weight, bias, step)
+    functional.check_count(step.stats.count, x)
+    return y, step.stats
+
+
+class _Step:
+    """What one call of a layer shares between its forward and its backward, beside tensors."""
+
+    __slots__ = ("channels", "dtype", "eps", "group", "layer", "stats")
+
+    def __init__(self, group: Communicator, layer: str, channels: int, dtype: str, eps: float) -> None:
+        self.group, self.layer, self.channels, self.dtype, self.eps = group, layer, channels, dtype, eps
+        self.stats: BatchStats
+
+    def call(self, direction: str) -> Call:
+        return Call(self.layer, direction, self.channels, self.dtype)
+
+    def exchange(self, verb: Any, direction: str) -> Any:
+        return partial(verb, self.group, self.call(direction))
+
+
+class _SyncBatchNorm(torch.autograd.Function):
+    """The fused path."""
+
+    @staticmethod
+    def forward(x: Tensor, weight: Tensor | None, bias: Tensor | None, step: _Step) -> Tensor:
+        with np.errstate(all="ignore"):  # values that are not finite are data
+            y, step.stats = functional.forward(
+                x, weight, bias, step.eps, kernels_for(x), step.exchange(exchange.merge_moments, "forward")
+            )
+        return y
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        x, weight, bias, ctx.step = inputs
+        ctx.bias_dtype = None if bias is None else bias.dtype
+        ctx.save_for_backward(x, weight)
+        ctx.save_for_forward(x, weight)
+
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor) -> tuple[Any, ...]:
+        x, weight = ctx.saved_tensors
+        step = ctx.step
+        need_dx, need_dweight, need_dbias, _ = ctx.needs_input_grad
+        if torch.is_grad_enabled():  # create_graph: the result will be differentiated again
+            dx, dweight, dbias = functional.backward(
+                dy, x, _known_stats(x, step), weight, generic, _differentiable_sums(step, "backward"), need_dx
+            )
+        else:
+            with np.errstate(all="ignore"):
+                dx, dweight, dbias = functional.backward(
+                    dy, x, step.stats, weight, kernels_for(x), step.exchange(exchange.reduce_sums, "backward"), need_dx
+                )
+        return (
+            dx,
+            _as(dweight, weight.dtype) if need_dweight else None,
+            _as(dbias, ctx.bias_dtype) if need_dbias else None,
+            None,
+        )
+
+    @staticmethod
+    def jvp(ctx: Any, dx: Tensor | None, dweight: Tensor | None, dbias: Tensor | None, _: None) -> Tensor:
+        # With unit weight the Jacobian with respect to x is symmetric, so forward mode is the
+        # backward formula applied to the tangent.
+        x, weight = ctx.saved_tensors
+        step = ctx.step
+        stats = _known_stats(x, step)
+        dy = torch.zeros_like(x)
+        if dx is not None:
+            reduce_sums = _differentiable_sums(step, "tangent")
+            dy = dy + functional.backward(dx, x, stats, weight, generic, reduce_sums)[0]
+        if dweight is not None:
+            dy = dy + generic.normalize(x, stats.mean, stats.invstd, dweight, None)
+        if dbias is not None:
+            dy = dy + generic._channels(dbias, x).to(dy.dtype)
+        return dy
+
+
+class _MergeMoments(torch.autograd.Function):
+    """Group mean and variance as functions of this rank's; the values are known, so forward is silent."""
+
+    @staticmethod
+    def forward(mean: Tensor, m2: Tensor, count: int, step: _Step) -> tuple[Tensor, Tensor]:
+        return tuple(torch.as_tensor(v, device=mean.device).clone() for v in step.stats[:2])  # type: ignore[return-value]
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+        mean, _, ctx.count, ctx.step = inputs
+        ctx.total = max(ctx.step.stats.count, 1)
+        ctx.save_for_backward(mean, output[0])
+        ctx.save_for_forward(mean, output[0])
+
+    @staticmethod
+    def backward(ctx: Any, dmean: Tensor, dvar: Tensor) -> tuple[Any, ...]:
+        mean, merged = ctx.saved_tensors
+        dmean, dvar = _differentiable_sums(ctx.step, "gradient of the moments")(dmean, dvar)
+        # var = (sum m2 + sum count * (mean - merged)**2) / total; merged is where its slope is zero
+        return (dmean + 2 * (mean - merged) * dvar) * (ctx.count / ctx.total), dvar / ctx.total, None, None
+
+    @staticmethod
+    def jvp(ctx: Any, dmean: Tensor | None, dm2: Tensor | None, *_: None) -> tuple[Tensor, Tensor]:
+        mean, merged = ctx.saved_tensors
+        dmean = torch.zeros_like(mean) if dmean is None else dmean * (ctx.count / ctx.total)
+        dvar = 2 * (mean - merged) * dmean
+        if dm2 is not None:
+            dvar = dvar + dm2 / ctx.total
+        return _differentiable_sums(ctx.step, "tangent of the moments")(dmean, dvar)
+
+
+class _AllReduce(torch.autograd.Function):
+    """The sum over the group, of float64 values of any shape. It is its own adjoint."""
+
+    @staticmethod
+    def forward(values: Tensor, step: _Step, direction: str) -> Tensor:
+        (total,) = exchange.reduce_sums(step.group, step.call(direction), values.reshape(-1))
+        return total.reshape(values.shape)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        _, ctx.step, ctx.direction = inputs
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
+        return _AllReduce.apply(grad, ctx.step, f"adjoint of the {ctx.direction}"), None, None
+
+    @staticmethod
+    def jvp(ctx: Any, tangent: Tensor, *_: None) -> Tensor:
+        return _AllReduce.apply(tangent, ctx.step, f"tangent of the {ctx.direction}")
+
+    @staticmethod
+    def vmap(info: Any, in_dims: tuple[Any, ...], values: Tensor, step: _Step, direction: str) -> tuple[Tensor, int]:
+        return _AllReduce.apply(values.movedim(in_dims[0], 0), step, direction), 0
+
+
+def _known_stats(x: Tensor, step: _Step) -> BatchStats:
+    """The statistics of the forward pass again, as differentiable functions of ``x``."""
+    count, mean, m2 = generic.local_moments(x)
+    mean, var = _MergeMoments.apply(mean, m2, count, step)
+    return BatchStats(mean, var, functional.invstd_of(var, step.eps), step.stats.count)
+
+
+def _differentiable_sums(step: _Step, direction: str) -> Any:
+    def reduce_sums(*sums: Tensor) -> tuple[Tensor, ...]:
+        return _AllReduce.apply(torch.stack(sums), step, direction).unbind()
+
+    return reduce_sums
+
+
+def _as(vector: Any, dtype: torch.dtype) -> Tensor:
+    return (torch.from_numpy(vector) if isinstance(vector, np.ndarray) else vector).to(dtype)

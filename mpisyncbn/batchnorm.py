@@ -1,0 +1,97 @@
+"""SyncBatchNorm, the module."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from . import autograd, convert, functional
+from .communicator import resolve
+
+__all__ = ["SyncBatchNorm"]
+
+
+class SyncBatchNorm(convert.Synchronized):
+    r"""Batch normalization over the batch of all ranks of an MPI communicator.
+
+    A drop-in for :class:`torch.nn.SyncBatchNorm`, with the same arguments, attributes and
+    state_dict, for tensors on any device. See docs/sharp_bits.md for where it differs on purpose.
+
+    Args:
+        num_features: the number of channels C of an input of shape ``(N, C, *)``.
+        eps: added to the variance, at least 0.
+        momentum: weight of a batch in the running statistics, from 0 to 1; None: cumulative average.
+        affine: if True, the layer has learnable per-channel weight and bias.
+        track_running_stats: if True, keeps running statistics for evaluation; if False, batch
+            statistics are used in evaluation too, then of this rank alone.
+        process_group: the ranks to normalize over: an mpi4py communicator, a Communicator, or None
+            for the world.
+        device, dtype: of parameters and buffers.
+        bias: if False, there is no bias even if ``affine``.
+
+    Shape:
+        Input ``(N, C, *)`` with at least 2 dimensions; N may differ between ranks, and be 0.
+        Output: the same, in the same memory format.
+
+    Building, copying, loading and evaluating a layer is not collective. Forward and backward
+    while training are: every rank of the group must call them, in the same order of layers.
+    """
+
+    def __init__(
+        self,
+        num_features: int,
+        eps: float = 1e-5,
+        momentum: float | None = 0.1,
+        affine: bool = True,
+        track_running_stats: bool = True,
+        process_group: Any = None,
+        device: Any = None,
+        dtype: Any = None,
+        *,
+        bias: bool = True,
+    ) -> None:
+        super().__init__(num_features, eps, momentum, affine, track_running_stats, device, dtype, bias=bias)
+        self.process_group = None if process_group is None else resolve(process_group)
+
+    def forward(self, input: Tensor) -> Tensor:
+        tracked = self.track_running_stats
+        running_mean, running_var = (self.running_mean, self.running_var) if tracked else (None, None)
+        if not self.training:
+            functional.check_arguments(
+                input, self.weight, self.bias, self.running_mean, self.running_var, momentum=self.momentum, eps=self.eps
+            )
+            return super().forward(input)  # local: batch norm in evaluation needs nobody else
+        y, stats = autograd.batch_norm(
+            input,
+            running_mean,
+            running_var,
+            self.weight,
+            self.bias,
+            self.momentum,
+            self.eps,
+            self.process_group,
+            self.layer_name or self,
+        )
+        if running_mean is not None and not _recomputing():
+            momentum = self.momentum
+            if momentum is None:  # cumulative; as a tensor, so that no device is waited for
+                momentum = (self.num_batches_tracked + 1).double().reciprocal()
+            if functional.update_running_stats(running_mean, running_var, stats, momentum):
+                self.num_batches_tracked.add_(1)
+        return y
+
+    def extra_repr(self) -> str:
+        group = self.process_group
+        return super().extra_repr() + ("" if group is None else f", process_group={group!r}")
+
+    @classmethod
+    def convert_sync_batchnorm(cls, module: nn.Module, process_group: Any = None) -> nn.Module:
+        return convert.convert_sync_batchnorm(module, process_group, to=cls)
+
+
+def _recomputing() -> bool:
+    """Whether this forward runs inside a backward pass: activation checkpointing does it again there,
+    and the batch must not enter the running statistics twice (pytorch#96136)."""
+    return torch._C._current_graph_task_id() != -1

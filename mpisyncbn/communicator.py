@@ -1,0 +1,264 @@
+"""Communicator: an MPI communicator of our own; groups of ranks by splitting one."""
+
+from __future__ import annotations
+
+import threading
+import weakref
+from collections.abc import Iterable
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from . import config, transport
+from .errors import MPISyncBNError, on_rank
+
+if TYPE_CHECKING:
+    from mpi4py import MPI
+
+__all__ = ["Communicator", "mpi", "new_group", "new_subgroups", "resolve"]
+
+
+def mpi() -> Any:
+    """The module ``mpi4py.MPI``, ready for use.
+
+    Importing it initializes MPI, so it is imported at first use and never before: a worker process
+    that only re-imports the program must stay out of MPI.
+    """
+    from mpi4py import MPI
+
+    if MPI.Is_finalized():
+        raise MPISyncBNError(
+            "MPI is already finalized: synchronized batch norm needs it running; call MPI.Finalize() later, "
+            "or leave it to mpi4py at exit"
+        )
+    if not MPI.Is_initialized():
+        raise MPISyncBNError(
+            "MPI is not initialized (mpi4py.rc.initialize is off): call MPI.Init_thread(MPI.THREAD_MULTIPLE) "
+            "before the first training step"
+        )
+    if MPI.Query_thread() < MPI.THREAD_SERIALIZED:
+        raise MPISyncBNError(
+            f"MPI provides thread level {MPI.Query_thread()}, expected at least MPI.THREAD_SERIALIZED "
+            f"({MPI.THREAD_SERIALIZED}), because autograd may run backward on another thread{on_rank()}: ask for it "
+            "with mpi4py.rc.thread_level or MPI.Init_thread"
+        )
+    return MPI
+
+
+class Communicator:
+    """Ranks that normalize together: a private duplicate of an mpi4py intra-communicator.
+
+    Messages on the duplicate never meet the user's own, and its error handler is ours. It is made
+    at the first exchange, when every rank of the group is there anyway, so building one (and
+    building, copying or loading a layer) is not collective and ranks may do it alone.
+
+    Args:
+        comm: an intra-communicator of mpi4py, or another Communicator; None: ``MPI.COMM_WORLD``.
+
+    Raises:
+        TypeError: ``comm`` is neither.
+        ValueError: it is an inter-communicator, or ``MPI.COMM_NULL``: freed, or a group without this rank.
+        MPISyncBNError: MPI is not initialized, already finalized, or without support for threads.
+    """
+
+    comm: Any  # the duplicate, an MPI.Intracomm; None until the first exchange, and after free()
+
+    def __init__(self, comm: Any = None) -> None:
+        MPI = mpi()
+        if isinstance(comm, Communicator):
+            comm = comm._source
+        elif comm is None:
+            comm = MPI.COMM_WORLD
+        _check(comm)
+        self._source = comm
+        self._is_world = comm == MPI.COMM_WORLD
+        # What every exchange needs of mpi4py, looked up once.
+        self._is_finalized = MPI.Is_finalized
+        self.in_place, self.mpi_error, self.truncated = MPI.IN_PLACE, MPI.Exception, MPI.ERR_TRUNCATE
+        self._freed = False
+        self.rank: int = comm.Get_rank()
+        self.size: int = comm.Get_size()
+        self.comm = None
+        self.exchanges = 0
+        self.debug = False
+        self.lock = threading.RLock()
+        self._messages: dict[int, np.ndarray] = {}
+        self._order: weakref.WeakKeyDictionary[Any, str] = weakref.WeakKeyDictionary()
+
+    def ready(self) -> Communicator:
+        """This communicator with its duplicate made. Collective at the first call."""
+        if self.comm is None:
+            mpi()
+            if self._freed:
+                raise MPISyncBNError(f"this Communicator was freed{on_rank()}: make a new one")
+            _check(self._source)
+            transport.chosen()  # raises before anything is sent, if what is forced cannot be had
+            self._adopt(self._source.Dup())
+        elif self._is_finalized():
+            mpi()  # says so
+        return self
+
+    def _adopt(self, comm: MPI.Intracomm) -> Communicator:
+        """Take over a communicator that nobody else knows."""
+        self.debug = config.debug()
+        comm.Set_errhandler(mpi().ERRORS_RETURN)
+        self.comm = comm
+        return self
+
+    def message(self, length: int) -> np.ndarray:
+        """The float64 buffer for messages of ``length`` values. Reused: copy what must stay."""
+        buffer = self._messages.get(length)
+        if buffer is None:
+            buffer = self._messages[length] = np.zeros(length)
+        return buffer
+
+    def name_of(self, layer: Any) -> str:
+        """A name for ``layer`` that is equal on all ranks: by the order of first exchanges.
+
+        Not by the order of construction: a rank may build layers of its own.
+        """
+        if isinstance(layer, str):
+            return layer
+        name = self._order.get(layer)
+        if name is None:
+            name = self._order[layer] = f"layer #{len(self._order) + 1} in order of first use"
+        return name
+
+    def free(self) -> None:
+        """Give the duplicate back to MPI. Collective: every rank of the group must call."""
+        self._freed = True
+        if self.comm is not None:
+            mpi()
+            self.comm.Free()
+            self.comm = None
+
+    def __repr__(self) -> str:
+        return f"Communicator(rank={self.rank}, size={self.size}{', freed' if self._freed else ''})"
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Communicator:
+        return self  # a copied layer talks to the same ranks
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        if self._is_world:
+            return resolve, (None,)
+        raise TypeError(
+            f"cannot pickle {self!r}: a private group exists only in this run. Save the state_dict instead of the "
+            "module, or set process_group to None (the world) before pickling and hand the group back after loading"
+        )
+
+
+_world: Communicator | None = None
+_keyval: int | None = None
+
+
+def resolve(process_group: Any) -> Communicator:
+    """The Communicator that stands for ``process_group``; always the same one for the same group.
+
+    Args:
+        process_group: None (the world), a Communicator, or an intra-communicator of mpi4py.
+    """
+    global _world
+    if process_group is None:
+        if _world is None:
+            _world = Communicator()
+        return _world
+    if isinstance(process_group, Communicator):
+        return process_group
+    MPI = mpi()
+    if not isinstance(process_group, MPI.Comm):
+        raise TypeError(
+            "process_group must be an mpi4py communicator, an mpisyncbn.Communicator or None (the world), got "
+            f"{type(process_group).__module__}.{type(process_group).__qualname__}{on_rank()}"
+        )
+    _check(process_group)
+    if process_group == MPI.COMM_WORLD:
+        return resolve(None)
+    # Kept as an attribute of the user's communicator: MPI drops it with the communicator,
+    # while a dictionary by handle would hand it on to the next one that gets the same handle.
+    global _keyval
+    if _keyval is None:
+        _keyval = MPI.Comm.Create_keyval()
+    communicator = process_group.Get_attr(_keyval)
+    if communicator is None:
+        communicator = Communicator(process_group)
+        process_group.Set_attr(_keyval, communicator)
+    return communicator
+
+
+def _check(comm: Any) -> None:
+    MPI = mpi()
+    if not isinstance(comm, MPI.Comm):
+        raise TypeError(
+            f"expected an mpi4py communicator, got {type(comm).__module__}.{type(comm).__qualname__}{on_rank()}"
+        )
+    if comm == MPI.COMM_NULL:
+        raise ValueError(
+            f"expected a communicator that contains this rank, got MPI.COMM_NULL{on_rank()}: it was freed, or this "
+            "rank is not in the group; build the layer only on the group's own ranks"
+        )
+    if comm.Is_inter():
+        raise ValueError(
+            f"expected an intra-communicator, got an inter-communicator{on_rank()}: merge it first, comm.Merge()"
+        )
+
+
+def new_group(ranks: Iterable[int], comm: Any = None) -> Communicator | None:
+    """A group of some of the ranks of ``comm``.
+
+    Collective: every rank of ``comm`` must call, with the same ranks, also those outside the group.
+
+    Args:
+        ranks: ranks in ``comm``, each once. In the group they are in ascending order.
+        comm: the communicator to choose from; None: the world.
+
+    Returns:
+        The group's Communicator; None on a rank outside it. None as a process_group means the
+        world, so build layers of this group on its own ranks only.
+
+    Raises:
+        ValueError: on every rank, where ``ranks`` is empty, names a rank twice or one that does not
+            exist, or differs between ranks.
+    """
+    parent = resolve(comm)
+    chosen = sorted(int(rank) for rank in ranks)
+    valid = bool(chosen) and len(set(chosen)) == len(chosen) and 0 <= chosen[0] and chosen[-1] < parent.size
+    _agree(parent, "ranks", chosen, None if valid else f"distinct ranks from 0 to {parent.size - 1}, at least one")
+    group = parent.comm.Split(0 if parent.rank in chosen else mpi().UNDEFINED, key=parent.rank)
+    return None if group == mpi().COMM_NULL else Communicator(group)._adopt(group)
+
+
+def new_subgroups(group_size: int | None = None, comm: Any = None) -> Communicator:
+    """Split ``comm`` into groups of consecutive ranks, and return the one this rank is in.
+
+    Collective: every rank of ``comm`` must call, with the same ``group_size``.
+
+    Args:
+        group_size: ranks per group, a divisor of the size of ``comm``; None: one group per node
+            (ranks that share memory).
+        comm: the communicator to split; None: the world.
+
+    Raises:
+        ValueError: on every rank, where ``group_size`` does not divide the number of ranks, or
+            differs between ranks.
+    """
+    parent = resolve(comm)
+    valid = group_size is None or (group_size >= 1 and parent.size % group_size == 0)
+    _agree(parent, "group_size", group_size, None if valid else f"a divisor of the {parent.size} ranks, or None")
+    if group_size is None:
+        comm = parent.comm.Split_type(mpi().COMM_TYPE_SHARED, key=parent.rank)
+    else:
+        comm = parent.comm.Split(parent.rank // group_size, key=parent.rank)
+    return Communicator(comm)._adopt(comm)
+
+
+def _agree(parent: Communicator, name: str, value: Any, expected: str | None) -> None:
+    """Raise on every rank if ``value`` is bad or different on any: nobody is left waiting alone."""
+    for rank, (theirs, problem) in enumerate(parent.ready().comm.allgather((value, expected))):
+        if problem is not None:
+            raise ValueError(f"{name}: expected {problem}, got {theirs} on rank {rank}")
+        if theirs != value:
+            raise ValueError(
+                f"{name}: expected the same on every rank, got {theirs} on rank {rank} "
+                f"and {value} on rank {parent.rank}"
+            )
+

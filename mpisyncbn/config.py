@@ -1,0 +1,24 @@
+"""The one place that reads the environment."""
+
+from __future__ import annotations
+
+import os
+
+__all__ = ["debug", "transport"]
+
+
+def _choice(name: str, default: str, choices: tuple[str, ...]) -> str:
+    value = os.environ.get(name, "").strip().lower() or default
+    if value not in choices:
+        raise ValueError(f"{name} must be one of {', '.join(choices)}, got {value!r}: correct or unset it")
+    return value
+
+
+def transport() -> str:
+    """``MPISYNCBN_TRANSPORT``: where the message lives; ``auto`` (default), ``host`` or ``device``."""
+    return _choice("MPISYNCBN_TRANSPORT", "auto", ("auto", "host", "device"))
+
+
+def debug() -> bool:
+    """``MPISYNCBN_DEBUG=1``: the ranks agree on what they are about to do before every collective."""
+    return _choice("MPISYNCBN_DEBUG", "0", ("0", "1")) == "1"

@@ -1,0 +1,34 @@
+"""The exceptions this package raises beside ``ValueError`` and ``TypeError``."""
+
+from __future__ import annotations
+
+import sys
+
+__all__ = ["CollectiveMismatchError", "CollectiveTimeoutError", "MPISyncBNError", "TransportError", "on_rank"]
+
+
+class MPISyncBNError(RuntimeError):
+    """Base of every error that is not about the value or type of an argument."""
+
+
+class CollectiveMismatchError(MPISyncBNError):
+    """The ranks of a group met in one collective while running different layers or calls."""
+
+
+class CollectiveTimeoutError(MPISyncBNError):
+    """A rank waited longer for the others than the deadline allows."""
+
+
+class TransportError(MPISyncBNError):
+    """The transport that was asked for is not available."""
+
+
+def on_rank() -> str:
+    """Where an error happened: `` (on rank 2 of 4)``, or nothing while MPI is not running.
+
+    Never imports mpi4py: a wrong argument must not be what initializes MPI.
+    """
+    MPI = sys.modules.get("mpi4py.MPI")
+    if MPI is None or not MPI.Is_initialized() or MPI.Is_finalized():
+        return ""
+    return f" (on rank {MPI.COMM_WORLD.rank} of {MPI.COMM_WORLD.size})"

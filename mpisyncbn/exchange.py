@@ -1,0 +1,142 @@
+"""What goes on the wire: pack, one collective, unpack, merge.
+
+Every message is a float64 buffer that begins with two words of fingerprint, ``h`` and ``h * h``
+(diagnostics.py). Its length is fixed by the number of channels, so a rank with an empty batch
+sends zeros of the same size.
+
+=========  ==========  ===========================================  ===================
+direction  collective  after the fingerprint                        float64 values sent
+=========  ==========  ===========================================  ===================
+forward    Allreduce   count, count * mean, M2 + count * mean**2    2C + 3
+forward,   Allgather   count, mean, M2                              2C + 3
+float64
+backward   Allreduce   sum_dy, sum_dy_xmu                           2C + 2
+=========  ==========  ===========================================  ===================
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+
+from . import diagnostics, transport
+from .communicator import Communicator
+from .diagnostics import Call
+from .errors import CollectiveMismatchError, MPISyncBNError
+
+__all__ = ["merge_moments", "reduce_sums"]
+
+
+def merge_moments(group: Communicator, call: Call, count: int, mean: Any, m2: Any) -> tuple[int, Any, Any]:
+    """Count, mean and biased variance of the whole group from the moments of its ranks.
+
+    float32 layers: sums of ``count * mean`` and ``M2 + count * mean**2`` in float64, whose error of
+    2e-16 * (mean / std)**2 is no more than rounding the float32 input did already, in a message
+    whose size does not grow with the number of ranks. float64 layers: all moments to all ranks,
+    merged in rank order (Chan, Golub and LeVeque 1979, eq. 2.1), which does not cancel.
+
+    Args:
+        count: values per channel on this rank; 0 for an empty batch.
+        mean, m2: of length C, any array; the results are arrays of the same kind.
+
+    Returns:
+        ``count, mean, var``, the same bits on every rank. An empty group batch gives zeros.
+
+    Raises:
+        CollectiveMismatchError: on every rank, if the ranks were not all in the same call.
+
+    Collective: every rank of the group must call.
+    """
+    merge = _gather_moments if call.dtype == "float64" else _sum_moments
+    total, merged_mean, var = merge(group, call, count, transport.to_host(mean), transport.to_host(m2))
+    return total, transport.from_host(merged_mean, mean), transport.from_host(var, m2)
+
+
+def reduce_sums(group: Communicator, call: Call, *sums: Any) -> tuple[Any, ...]:
+    """Vectors of length C summed over the group, as arrays of the same kind.
+
+    Collective: every rank of the group must call.
+    """
+    vectors = [transport.to_host(vector) for vector in sums]
+    with group.lock:
+        message = group.message(2 + sum(map(len, vectors)))
+        np.concatenate(vectors, out=message[2:])
+        _allreduce(group, call, message)
+        totals = np.split(message[2:].copy(), len(vectors))
+    return tuple(transport.from_host(total, like) for total, like in zip(totals, sums, strict=True))
+
+
+def _sum_moments(
+    group: Communicator, call: Call, count: int, mean: np.ndarray, m2: np.ndarray
+) -> tuple[int, np.ndarray, np.ndarray]:
+    channels = len(mean)
+    with group.lock:
+        message = group.message(3 + 2 * channels)
+        message[2] = count
+        first, second = message[3 : 3 + channels], message[3 + channels :]
+        np.multiply(mean, count, out=first)
+        np.multiply(mean, first, out=second)
+        second += m2
+        _allreduce(group, call, message)
+        total = int(message[2])
+        merged = first / max(total, 1)
+        var = second / max(total, 1)
+    var -= merged * merged
+    return total, merged, np.maximum(var, 0.0, out=var)
+
+
+def _gather_moments(
+    group: Communicator, call: Call, count: int, mean: np.ndarray, m2: np.ndarray
+) -> tuple[int, np.ndarray, np.ndarray]:
+    channels = len(mean)
+    with group.lock:
+        message = group.message(3 + 2 * channels)
+        message[2], message[3 : 3 + channels], message[3 + channels :] = count, mean, m2
+        gathered = _allgather(group, call, message)
+        counts, means, m2s = gathered[:, 2:3], gathered[:, 3 : 3 + channels], gathered[:, 3 + channels :]
+        total = int(counts.sum())
+        merged = (counts * means).sum(axis=0) / max(total, 1)
+        # An empty rank's row is zeros, and its weight of 0 keeps it out of both sums.
+        var = (m2s + counts * (means - merged) ** 2).sum(axis=0) / max(total, 1)
+    return total, merged, var
+
+
+def _allreduce(group: Communicator, call: Call, message: np.ndarray) -> None:
+    _sign(group, call, message)
+    try:
+        group.comm.Allreduce(group.in_place, message)
+    except group.mpi_error as error:
+        raise _failed(group, call, error) from error
+    diagnostics.check(group, message[0], message[1], call)
+
+
+def _allgather(group: Communicator, call: Call, message: np.ndarray) -> np.ndarray:
+    _sign(group, call, message)
+    gathered = np.empty((group.size, len(message)))
+    try:
+        group.comm.Allgather(message, gathered)
+    except group.mpi_error as error:
+        raise _failed(group, call, error) from error
+    diagnostics.check(group, gathered[:, 0].sum(), gathered[:, 1].sum(), call)
+    return gathered
+
+
+def _sign(group: Communicator, call: Call, message: np.ndarray) -> None:
+    group.ready()
+    if group.debug:
+        diagnostics.agree(group, call)
+    group.exchanges += 1
+    h = diagnostics.fingerprint(call, group.exchanges)
+    # First in the message, so that they arrive even where another rank sent a shorter one.
+    message[0], message[1] = h, h * h
+
+
+def _failed(group: Communicator, call: Call, error: Exception) -> MPISyncBNError:
+    where = f"rank {group.rank} of {group.size}, exchange number {group.exchanges} of this communicator, {call}"
+    if error.Get_error_class() == group.truncated:  # type: ignore[attr-defined]
+        return CollectiveMismatchError(
+            f"expected a message as long as this rank's, another rank sent a longer one: {where}. The ranks run "
+            "different layers; MPISYNCBN_DEBUG=1 lists which rank runs which"
+        )
+    return MPISyncBNError(f"MPI failed in {where}: {error}")

@@ -1,0 +1,267 @@
+"""Synchronized batch normalization, the whole algorithm, for any array. Read this first.
+
+One training step of one layer: the moments of this rank, one exchange, normalize; then, backward,
+the sums of this rank, one exchange, dx. ``kernels`` does the work where the data lives (kernels/),
+``exchange`` is the one message each way (exchange.py). Formulas: docs/algorithm.md.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import lru_cache, partial
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from . import exchange, transport
+from .communicator import resolve
+from .diagnostics import Call
+from .errors import on_rank
+from .kernels import kernels_for
+
+__all__ = ["BatchStats", "batch_norm_backward", "batch_norm_forward", "update_running_stats"]
+
+
+class BatchStats(NamedTuple):
+    """Statistics of the whole group's batch, the same on every rank. Vectors are float64, of length C."""
+
+    mean: Any
+    var: Any  # biased: divided by count
+    invstd: Any  # (var + eps) ** -0.5
+    count: Any  # values per channel
+
+
+def forward(x: Any, weight: Any, bias: Any, eps: float, kernels: Any, merge_moments: Any) -> tuple[Any, BatchStats]:
+    count, mean, m2 = kernels.local_moments(x)
+    count, mean, var = merge_moments(count, mean, m2)
+    stats = BatchStats(mean, var, invstd_of(var, eps), count)
+    return kernels.normalize(x, stats.mean, stats.invstd, weight, bias), stats
+
+
+def backward(
+    dy: Any, x: Any, stats: BatchStats, weight: Any, kernels: Any, reduce_sums: Any, need_dx: bool = True
+) -> tuple[Any, Any, Any]:
+    mean, _, invstd, count = stats
+    sum_dy, sum_dy_xmu = kernels.backward_reduce(dy, x, mean, invstd)
+    dx = None
+    if need_dx:
+        total_dy, total_dy_xmu = reduce_sums(sum_dy, sum_dy_xmu)
+        count = count + (count == 0)  # nobody has a value: nothing is divided, nothing returned
+        dx = kernels.backward_elementwise(dy, x, mean, invstd, weight, total_dy / count, total_dy_xmu / count)
+    return dx, sum_dy_xmu * invstd, sum_dy
+
+
+def batch_norm_forward(
+    x: Any, weight: Any = None, bias: Any = None, *, eps: float = 1e-5, process_group: Any = None
+) -> tuple[Any, BatchStats]:
+    """Normalize ``x`` with the mean and variance of the whole group's batch (Ioffe and Szegedy 2015).
+
+    Args:
+        x: ``(N, C, *)``, floating point: NumPy, CuPy or torch. N may differ between ranks, and be 0.
+        weight, bias: of length C, of the dtype of ``x``, or float32 for a half-precision ``x``; or None.
+        eps: added to the variance, at least 0.
+        process_group: the ranks to normalize over: an mpi4py communicator, a Communicator, or None
+            for the world.
+
+    Returns:
+        ``y``, like ``x``, and the BatchStats that ``batch_norm_backward`` needs, as arrays of the
+        same kind. autograd does not record this: that is what ``sync_batch_norm`` is for.
+
+    Raises:
+        ValueError, TypeError: an argument is of the wrong shape, dtype or device.
+        ValueError: on every rank, where the group has a single value per channel.
+        CollectiveMismatchError: on every rank, if the ranks were in different calls.
+
+    Collective: every rank of the group must call.
+    """
+    check_arguments(x, weight, bias, eps=eps)
+    group, call = resolve(process_group), _call(x, weight, bias, "forward")
+    with _quietly(x):
+        y, stats = forward(x, weight, bias, eps, kernels_for(x), partial(exchange.merge_moments, group, call))
+    check_count(stats.count, x)
+    return y, BatchStats(*(transport.from_host(v, x) for v in stats[:3]), stats.count)
+
+
+def batch_norm_backward(
+    dy: Any, x: Any, stats: BatchStats, weight: Any = None, *, process_group: Any = None
+) -> tuple[Any, Any, Any]:
+    """The gradients of ``batch_norm_forward``.
+
+    Args:
+        dy: gradient of the loss with respect to ``y``, of the shape of ``x``.
+        x, weight, process_group: as given to ``batch_norm_forward``.
+        stats: what it returned.
+
+    Returns:
+        ``dx``, like ``x``; ``dweight`` and ``dbias``, of length C: the sums of this rank alone,
+        which data-parallel training averages with all other gradients.
+
+    Collective: every rank of the group must call.
+    """
+    check_arguments(x, weight, None)
+    if dy.shape != x.shape or dy.dtype != x.dtype:
+        raise ValueError(
+            f"expected dy like x, {tuple(x.shape)} {x.dtype}, got {tuple(dy.shape)} {dy.dtype}{on_rank()}"
+        )
+    group, call = resolve(process_group), _call(x, weight, None, "backward")
+    with _quietly(x):
+        stats = BatchStats(*(transport.near(v, x) for v in stats[:3]), stats.count)
+        dx, dweight, dbias = backward(
+            dy, x, stats, weight, kernels_for(x), partial(exchange.reduce_sums, group, call)
+        )
+    return dx, transport.from_host(dweight, x), transport.from_host(dbias, x)
+
+
+def update_running_stats(running_mean: Any, running_var: Any, stats: BatchStats, momentum: Any) -> bool:
+    """Move the running statistics towards those of the batch, in place.
+
+    ``running = (1 - momentum) * running + momentum * batch``, with the unbiased variance of the
+    global batch. All of it or, for an empty batch and for one with a statistic that is not finite
+    (in the dtype of the running statistics), nothing. ``stats`` decides, so all ranks do alike.
+
+    Args:
+        running_mean, running_var: of length C, floating point, any array.
+        momentum: weight of this batch, from 0 to 1; a number, or a 0-d tensor on their device.
+
+    Returns:
+        Whether they were updated. Not collective.
+    """
+    count = stats.count
+    if count == 0:
+        return False
+    mean, var = transport.to_host(stats.mean), transport.to_host(stats.var)
+    unbiased = var * (count / max(count - 1, 1))
+    limit = _largest(running_var.dtype)
+    # one comparison for NaN, infinity and what would overflow when stored
+    if not (np.abs(mean).max() <= limit and unbiased.max() <= limit):
+        _warn_not_finite(on_rank())
+        return False
+    transport.blend(running_mean, mean, momentum)
+    transport.blend(running_var, unbiased, momentum)
+    return True
+
+
+def check_arguments(
+    x: Any,
+    weight: Any,
+    bias: Any,
+    running_mean: Any = None,
+    running_var: Any = None,
+    *,
+    momentum: Any = 0.1,
+    eps: float = 1e-5,
+) -> None:
+    """Raise ValueError or TypeError before anything is computed or sent."""
+    if x.ndim < 2:
+        raise ValueError(f"expected at least 2D input, (N, C, *), got {x.ndim}D input{on_rank()}")
+    if x.shape[1] == 0:
+        raise ValueError(f"expected a non-zero number of input channels, got shape {tuple(x.shape)}{on_rank()}")
+    name = dtype_name(x.dtype)
+    if name not in _FLOATING:
+        raise TypeError(f"expected input of dtype {', '.join(_FLOATING)}, got {name}{on_rank()}: convert it first")
+    if not 0.0 <= eps < float("inf"):
+        raise ValueError(f"expected eps to be finite and at least 0, got {eps}{on_rank()}")
+    if isinstance(momentum, (int, float)) and not 0.0 <= momentum <= 1.0:
+        raise ValueError(f"expected momentum from 0 to 1, or None, got {momentum}{on_rank()}")
+    if (running_mean is None) != (running_var is None):
+        raise ValueError(f"expected running_mean and running_var both or neither{on_rank()}")
+    first = None
+    for label, vector in (
+        ("weight", weight),
+        ("bias", bias),
+        ("running_mean", running_mean),
+        ("running_var", running_var),
+    ):
+        if vector is None:
+            continue
+        if tuple(vector.shape) != (x.shape[1],):
+            raise ValueError(
+                f"expected {label} of shape ({x.shape[1]},), one value per channel of the input "
+                f"{tuple(x.shape)}, got {tuple(vector.shape)}{on_rank()}"
+            )
+        if getattr(vector, "device", None) != getattr(x, "device", None):
+            raise ValueError(
+                f"expected {label} on the input's device, {x.device}, got {vector.device}{on_rank()}: "
+                "move the module or the input with .to(device)"
+            )
+        first = vector.dtype if first is None else first
+        if vector.dtype != first or (first != x.dtype and not _is_mixed(name, first)):
+            raise TypeError(
+                f"expected {label} of dtype {name}{_ALTERNATIVE.get(name, '')}, the same for all, "
+                f"got {dtype_name(vector.dtype)}{on_rank()}: convert the module with .to(dtype)"
+            )
+
+
+def check_count(count: int, x: Any) -> None:
+    """Raise on every rank where one value is all that the group has: its variance says nothing."""
+    if count == 1:
+        raise ValueError(
+            f"expected more than 1 value per channel over the whole group when training, "
+            f"got input of shape {tuple(x.shape)}{on_rank()}: use a larger batch or eval mode"
+        )
+
+
+@lru_cache(maxsize=None)
+def dtype_name(dtype: Any) -> str:
+    """``float32`` for ``torch.float32`` and ``numpy.dtype("float32")`` alike."""
+    return str(dtype).rpartition(".")[2]
+
+
+_FLOATING = ("float16", "bfloat16", "float32", "float64")
+_ALTERNATIVE = {"float16": " or float32", "bfloat16": " or float32"}
+
+
+def _is_mixed(name: str, parameters: Any) -> bool:
+    return name in _ALTERNATIVE and dtype_name(parameters) == "float32"
+
+
+def invstd_of(var: Any, eps: float) -> Any:
+    if eps == 0:
+        # As torch has it: a constant channel gives 0, so that y is its bias and not NaN.
+        constant = var == 0
+        return (var + constant) ** -0.5 * ~constant
+    return (var + eps) ** -0.5
+
+
+def layer_dtype(x: Any, *parameters: Any) -> str:
+    """What decides the message: fixed by the layer, so by ``x`` only where nothing else is given."""
+    decides = next((p for p in parameters if p is not None), x)
+    return "float64" if dtype_name(decides.dtype) == "float64" else "float32"
+
+
+def _call(x: Any, weight: Any, bias: Any, direction: str) -> Call:
+    return Call("functional.batch_norm", direction, x.shape[1], layer_dtype(x, weight, bias))
+
+
+@lru_cache(maxsize=None)
+def _largest(dtype: Any) -> float:
+    if str(dtype).startswith("torch."):
+        import torch
+
+        return torch.finfo(dtype).max
+    return float(np.finfo(dtype).max)
+
+
+@lru_cache(maxsize=1)
+def _warn_not_finite(rank: str) -> None:
+    warnings.warn(
+        f"a batch whose mean or variance is not finite (or overflows the running statistics' dtype) was kept out of "
+        f"the running statistics{rank}; further ones will be, silently",
+        RuntimeWarning,
+        stacklevel=4,
+    )
+
+
+@contextmanager
+def _quietly(x: Any) -> Iterator[None]:
+    """No autograd recording, and no NumPy warnings about values that are not finite: they are data."""
+    if hasattr(x, "detach"):
+        import torch
+
+        with torch.no_grad(), np.errstate(all="ignore"):
+            yield
+    else:
+        with np.errstate(all="ignore"):
+            yield

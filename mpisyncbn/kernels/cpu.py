@@ -1,0 +1,184 @@
+"""The four verbs for torch tensors in host memory, composed of the fastest fitting ATen operations.
+
+Statistics are NumPy float64 vectors: on a few hundred values NumPy's calls cost a third of
+torch's. ATen's own batch-norm moments serve small input only: contiguous they are scalar code,
+in channels_last they are plain float32 sums that lose half of the digits.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from functools import lru_cache
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+__all__ = ["backward_elementwise", "backward_reduce", "local_moments", "normalize"]
+
+# Up to this many values ATen's scalar moments beat the calls that vectorized ones take.
+_SMALL = 1 << 14
+# Values per chunk: enough to hide the cost of a call, few enough to stay in a core's L2 cache.
+_CHUNK = 1 << 17
+# Longest run of float32 values that one vectorized sum of squares may add up.
+_BLOCK = 4096
+# Beyond this |mean| / std, x * scale + shift in float32 loses digits that (x - mean) * scale keeps.
+_LARGE_RATIO = 32.0
+
+
+def local_moments(x: Tensor) -> tuple[int, np.ndarray, np.ndarray]:
+    channels = x.shape[1]
+    count = x.numel() // channels
+    if count == 0:
+        return 0, np.zeros(channels), np.zeros(channels)
+    if x.numel() <= _SMALL:
+        return count, *_small_moments(x, count)
+    blocks = list(_blocks(x))
+    shift = blocks[0].mean((0, 2), dtype=_working_dtype(x))
+    mean, m2 = _moments_about(shift, blocks, count)
+    if np.any((mean - _numpy(shift)) ** 2 * count > 4 * m2):
+        # The first block was not typical of the others: squares about its mean have lost digits.
+        mean, m2 = _moments_about(_vector(mean, x), blocks, count)
+    return count, mean, np.maximum(m2, 0.0)
+
+
+def normalize(x: Tensor, mean: Any, invstd: Any, weight: Tensor | None, bias: Tensor | None) -> Tensor:
+    scale = invstd if weight is None else invstd * _numpy(weight)
+    shift = np.zeros_like(scale) if bias is None else _numpy(bias)
+    return _affine(_dense(x)[0], mean, invstd, scale, shift).to(x.dtype)
+
+
+def backward_reduce(dy: Tensor, x: Tensor, mean: Any, invstd: Any) -> tuple[np.ndarray, np.ndarray]:
+    if x.numel() == 0:
+        return np.zeros(x.shape[1]), np.zeros(x.shape[1])
+    x, _ = _dense(x)
+    high = _vector(mean, x)
+    # With a given mean and variance 1, ATen's gradients of weight and bias are these two sums.
+    _, dot, total = torch.ops.aten.native_batch_norm_backward(
+        _aten(_like(dy, x)), _aten(x), None, high, _ones(high), None, None, False, 0.0, [False, True, True]
+    )
+    sum_dy = _numpy(total).astype(np.float64)
+    return sum_dy, _numpy(dot) - (mean - _numpy(high)) * sum_dy
+
+
+def backward_elementwise(
+    dy: Tensor, x: Tensor, mean: Any, invstd: Any, weight: Tensor | None, mean_dy: Any, mean_dy_xmu: Any
+) -> Tensor:
+    scale = invstd if weight is None else invstd * _numpy(weight)
+    # bfloat16 and float16 are rounded once, at the end.
+    wide = _dense(x)[0].to(_working_dtype(x))
+    dx = _affine(wide, mean, invstd, -scale * invstd * invstd * mean_dy_xmu, -scale * mean_dy)
+    return dx.addcmul_(dy.to(dx.dtype), _channels(_vector(scale, x), x)).to(x.dtype)
+
+
+def _small_moments(x: Tensor, count: int) -> tuple[np.ndarray, np.ndarray]:
+    x = x.to(_working_dtype(x)).contiguous()
+    mean, var = (_numpy(v).astype(np.float64) for v in torch.batch_norm_update_stats(x, None, None, 0.0))
+    if np.any(mean * mean > _LARGE_RATIO**2 * var):
+        # The mean was rounded to the dtype of x: take what is left of it.
+        rest, var = torch.batch_norm_update_stats(x - _channels(_vector(mean, x), x), None, None, 0.0)
+        mean, var = _numpy(_vector(mean, x)) + _numpy(rest).astype(np.float64), _numpy(var).astype(np.float64)
+    return mean, var * count
+
+
+def _moments_about(shift: Tensor, blocks: list[Tensor], count: int) -> tuple[np.ndarray, np.ndarray]:
+    """Mean and M2 from sums of ``x - shift`` and of its square: float32 in a block, float64 over blocks."""
+    column = shift[:, None]
+    sums, norms = [], []
+    for block in blocks:
+        xms = block - column
+        if xms.shape[2] > 1:
+            sums.append(xms.sum(2))
+            norms.append(torch.linalg.vector_norm(xms, dim=2).double().square_())
+        else:
+            sums.append(xms.sum(0).T)
+            norms.append(xms.square_().sum(0).T)
+    first = _numpy(torch.cat(sums)).sum(0, dtype=np.float64)
+    second = _numpy(torch.cat(norms)).sum(0, dtype=np.float64)
+    rest = first / count
+    return _numpy(shift) + rest, second - first * rest
+
+
+def _blocks(x: Tensor) -> Iterator[Tensor]:
+    """Pieces of ``x`` as ``(n, C, s)`` views that fit the cache, along the way it lies in memory."""
+    channels = x.shape[1]
+    dense, rows = _dense(x)
+    if rows:
+        matrix = dense.movedim(1, -1).reshape(-1, channels, 1)
+        yield from matrix.split(max(1, _CHUNK // channels))
+    else:
+        planes = dense.reshape(x.shape[0], channels, -1)
+        length = min(planes.shape[2], _BLOCK)
+        for samples in planes.split(max(1, _CHUNK // (channels * length))):
+            yield from samples.split(length, dim=2)
+
+
+def _affine(x: Tensor, mean: Any, invstd: Any, scale: Any, shift: Any) -> Tensor:
+    """``(x - mean) * scale + shift``, in the dtype of ``x`` or, where that needs it, float32."""
+    if x.numel() == 0:
+        return torch.empty_like(x)
+    if np.any(np.abs(mean * invstd) > _LARGE_RATIO):
+        high = _vector(mean, x)
+        x = x - _channels(high, x)
+        mean = mean - _numpy(high)
+    view, mean = _aten(x), _vector(mean, x)
+    y = torch.native_batch_norm(
+        view, _vector(scale, x), _vector(shift, x), mean, _ones(mean), False, 0.0, 0.0
+    )[0]
+    return y if view is x else y.as_strided(x.shape, x.stride())
+
+
+def _dense(x: Tensor) -> tuple[Tensor, bool]:
+    """``x`` without gaps, and whether the channels of one position lie side by side (channels_last)."""
+    if x.is_contiguous():
+        return x, x.shape[2:].numel() == 1
+    if not x.movedim(1, -1).is_contiguous():
+        x = x.clone(memory_format=torch.preserve_format)
+        if not x.movedim(1, -1).is_contiguous():
+            return x.contiguous(), False
+    return x, True
+
+
+def _like(dy: Tensor, x: Tensor) -> Tensor:
+    """``dy`` in the memory format of ``x``: ATen takes its fast path only if both agree."""
+    return dy if dy.stride() == x.stride() else torch.empty_like(x).copy_(dy)
+
+
+def _aten(x: Tensor) -> Tensor:
+    """``x``, dense, as a view in a layout that ATen's batch norm has vectorized code for."""
+    if (
+        x.is_contiguous()
+        or (x.ndim == 4 and x.is_contiguous(memory_format=torch.channels_last))
+        or (x.ndim == 5 and x.is_contiguous(memory_format=torch.channels_last_3d))
+    ):
+        return x
+    return x.movedim(1, -1).reshape(1, -1, 1, x.shape[1]).permute(0, 3, 1, 2)
+
+
+def _channels(vector: Tensor, x: Tensor) -> Tensor:
+    return vector.view((-1,) + (1,) * (x.ndim - 2))
+
+
+def _working_dtype(x: Tensor) -> torch.dtype:
+    return torch.float64 if x.dtype == torch.float64 else torch.float32
+
+
+def _vector(values: np.ndarray, x: Tensor) -> Tensor:
+    """A vector of length C in the working dtype of ``x``."""
+    return torch.from_numpy(values.astype(np.float64 if x.dtype == torch.float64 else np.float32))
+
+
+def _numpy(vector: Tensor) -> np.ndarray:
+    vector = vector.detach()
+    return (vector if vector.dtype in (torch.float32, torch.float64) else vector.float()).numpy()
+
+
+@lru_cache(maxsize=64)
+def _numpy_ones(length: int, dtype: str) -> np.ndarray:
+    return np.ones(length, dtype)
+
+
+def _ones(like: Tensor) -> Tensor:
+    # from NumPy: torch.ones would follow a user's default device
+    return torch.from_numpy(_numpy_ones(len(like), str(like.dtype).partition(".")[2]))

@@ -1,0 +1,89 @@
+"""The four verbs for any array: NumPy, CuPy, or torch on any device. The reference.
+
+Written with operators and methods that all three share, so one source serves them all, and
+torch can differentiate through it any number of times, forward and backward. Sums are taken in
+float64; element-wise work stays in float32 (float64 for float64 input).
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+__all__ = ["backward_elementwise", "backward_reduce", "local_moments", "normalize"]
+
+
+def local_moments(x: Any) -> tuple[int, Any, Any]:
+    count = _values_per_channel(x)
+    # A sum over nothing is 0, so an empty batch needs no branch: only the division must be kept whole.
+    mean = _sum(x) / max(count, 1)
+    xmu = _center(x, mean)
+    return count, mean, _sum(xmu * xmu)
+
+
+def normalize(x: Any, mean: Any, invstd: Any, weight: Any, bias: Any) -> Any:
+    scale = invstd if weight is None else invstd * _cast(weight, "float64")
+    y = _center(x, mean) * _channels(scale, x)
+    if bias is not None:
+        y = y + _channels(bias, x)
+    return _cast(y, x.dtype)
+
+
+def backward_reduce(dy: Any, x: Any, mean: Any, invstd: Any) -> tuple[Any, Any]:
+    return _sum(dy), _sum(_cast(dy, _working_dtype(x)) * _center(x, mean))
+
+
+def backward_elementwise(
+    dy: Any, x: Any, mean: Any, invstd: Any, weight: Any, mean_dy: Any, mean_dy_xmu: Any
+) -> Any:
+    scale = invstd if weight is None else invstd * _cast(weight, "float64")
+    slope = invstd * invstd * mean_dy_xmu
+    dx = _center(dy, mean_dy) - _center(x, mean) * _channels(slope, x)
+    return _cast(dx * _channels(scale, x), x.dtype)
+
+
+def _values_per_channel(x: Any) -> int:
+    count = x.shape[0]
+    for length in x.shape[2:]:
+        count = count * length
+    return count
+
+
+def _center(x: Any, mean: Any) -> Any:
+    """``x - mean`` in the working dtype, as exact as if ``mean`` had been subtracted in float64.
+
+    A float32 mean of 1e3 is already 3e-5 wrong; its float64 rest is subtracted after it.
+    """
+    dtype = _working_dtype(x)
+    high = _cast(mean, dtype)
+    low = _cast(mean - _cast(high, "float64"), dtype)
+    return (_cast(x, dtype) - _channels(high, x)) - _channels(low, x)
+
+
+def _sum(x: Any) -> Any:
+    """Per channel, in float64."""
+    axes = (0, *range(2, x.ndim))
+    return x.sum(axes, dtype=_named_dtype(x, "float64"))
+
+
+def _channels(vector: Any, x: Any) -> Any:
+    """``vector`` of length C in the working dtype of ``x``, shaped to broadcast against it."""
+    return _cast(vector, _working_dtype(x)).reshape((1, -1) + (1,) * (x.ndim - 2))
+
+
+def _working_dtype(x: Any) -> Any:
+    return _named_dtype(x, "float64" if str(x.dtype).endswith("float64") else "float32")
+
+
+def _cast(x: Any, dtype: Any) -> Any:
+    dtype = _named_dtype(x, dtype) if isinstance(dtype, str) else dtype
+    if x.dtype == dtype:
+        return x
+    return x.to(dtype) if hasattr(x, "to") else x.astype(dtype)
+
+
+def _named_dtype(x: Any, name: str) -> Any:
+    if not hasattr(x, "to"):  # NumPy and CuPy go by the name itself
+        return name
+    import torch
+
+    return getattr(torch, name)

