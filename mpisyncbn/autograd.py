@@ -180,6 +180,8 @@ class _MergeMoments(torch.autograd.Function):
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
         mean, _, ctx.count, ctx.step = inputs
         ctx.total = max(ctx.step.stats.count, 1)
+        ctx.rows = mean.ndim == 2  # float64: in two parts, and only their sum matters here
+        mean = mean.sum(0) if ctx.rows else mean
         ctx.save_for_backward(mean, output[0])
         ctx.save_for_forward(mean, output[0])
 
@@ -188,16 +190,24 @@ class _MergeMoments(torch.autograd.Function):
         mean, merged = ctx.saved_tensors
         dmean, dvar = _differentiable_sums(ctx.step, "gradient of the moments")(dmean, dvar)
         # var = (sum m2 + sum count * (mean - merged)**2) / total; merged is where its slope is zero
-        return (dmean + 2 * (mean - merged) * dvar) * (ctx.count / ctx.total), dvar / ctx.total, None, None
+        dmean = (dmean + 2 * (mean - merged) * dvar) * (ctx.count / ctx.total)
+        return dmean.expand(2, -1) if ctx.rows else dmean, dvar / ctx.total, None, None
 
     @staticmethod
     def jvp(ctx: Any, dmean: Tensor | None, dm2: Tensor | None, *_: None) -> tuple[Tensor, Tensor]:
         mean, merged = ctx.saved_tensors
-        dmean = torch.zeros_like(mean) if dmean is None else dmean * (ctx.count / ctx.total)
+        dmean = torch.zeros_like(mean) if dmean is None else (dmean.sum(0) if ctx.rows else dmean) * (ctx.count / ctx.total)
         dvar = 2 * (mean - merged) * dmean
         if dm2 is not None:
             dvar = dvar + dm2 / ctx.total
         return _differentiable_sums(ctx.step, "tangent of the moments")(dmean, dvar)
+
+    @staticmethod
+    def vmap(info: Any, in_dims: tuple[Any, ...], mean: Tensor, m2: Tensor, count: int, step: _Step) -> Any:
+        # torch.func.jacrev gets here: it batches what flows back, not the input.
+        if in_dims[:2] != (None, None):
+            raise NotImplementedError("vmap over the input of a synchronized batch norm is not supported")
+        return _MergeMoments.apply(mean, m2, count, step), (None, None)
 
 
 class _AllReduce(torch.autograd.Function):

@@ -6,8 +6,8 @@ attributes, parametrizations and every reference to the layer survive, because i
 
 from __future__ import annotations
 
-from functools import lru_cache
-from typing import Any
+from functools import cache
+from typing import Any, cast
 
 import torch
 from torch import nn
@@ -19,9 +19,6 @@ from .communicator import resolve
 from .errors import on_rank
 
 __all__ = ["BatchNorm", "Synchronized", "convert_sync_batchnorm", "revert_sync_batchnorm"]
-
-# Their behaviour is all in forward, so nothing is lost with their class.
-_KNOWN = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
 
 
 class BatchNorm(_BatchNorm):
@@ -41,21 +38,28 @@ class Synchronized(BatchNorm):
     _converted_from: tuple[type, dict[str, Any]] | None = None  # class, and attributes that were replaced
 
 
-def convert_sync_batchnorm(module: nn.Module, process_group: Any = None, *, to: type[Synchronized]) -> nn.Module:
+_WRITTEN = ("process_group", "layer_name", "_converted_from")
+# Their behaviour is all in forward, so nothing is lost with their class.
+_KNOWN = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm, BatchNorm)
+
+
+def convert_sync_batchnorm(
+    module: nn.Module, process_group: Any = None, *, to: type[Synchronized]
+) -> nn.Module:
     """Turn every ``BatchNorm*d`` (also lazy ones, and ``torch.nn.SyncBatchNorm``) of a model into ``to``.
 
     Args:
         module: a model, or a single layer.
         process_group: the ranks to normalize over: an mpi4py communicator, a Communicator, or None
             for the world. Layers that are synchronized already get it too.
-        to: the class of the new layers.
+        to: the class of the new layers. A layer of a subclass of a BatchNorm gets a class that is both.
 
     Returns:
         ``module`` itself, its layers changed in place.
 
     Raises:
         TypeError: some layer, named in the message, has a ``forward`` of its own, which would be
-            lost. No layer is changed then.
+            lost, or is compiled by torch.jit. No layer is changed then.
 
     Not collective.
     """
@@ -64,10 +68,13 @@ def convert_sync_batchnorm(module: nn.Module, process_group: Any = None, *, to: 
     _refuse_own_forward(layers)
     _refuse_scripted(module)
     for name, layer in layers:
+        if isinstance(layer, Synchronized) and layer._converted_from and not isinstance(layer, to):
+            _revert(layer)  # converted to another class before
         if not isinstance(layer, Synchronized):
-            original = type(layer)
-            replaced = {"process_group": vars(layer)["process_group"]} if "process_group" in vars(layer) else {}
-            layer.__class__ = to if original in _KNOWN or original is BatchNorm else _mixed(to, original)
+            original = parametrize.type_before_parametrizations(layer)
+            replaced = {key: vars(layer)[key] for key in _WRITTEN if key in vars(layer)}
+            _change_class(layer, _synchronized(to, original))
+            layer = cast(Synchronized, layer)
             layer._converted_from = (original, replaced)
         layer.process_group = group
         layer.layer_name = name or None
@@ -87,40 +94,40 @@ def revert_sync_batchnorm(module: nn.Module) -> nn.Module:
     """
     for layer in module.modules():
         if isinstance(layer, Synchronized):
-            original, replaced = layer._converted_from or (BatchNorm, {})
-            layer.__class__ = _class_before(layer, original)
-            for name in ("process_group", "layer_name", "_converted_from"):
-                vars(layer).pop(name, None)
-            vars(layer).update(replaced)
+            _revert(layer)
     return module
 
 
-def _refuse_own_forward(layers: list[tuple[str, Any]]) -> None:
-    known = {_BatchNorm.forward, nn.SyncBatchNorm.forward}
-    lost = [
-        f"{name or 'the module itself'} ({type(layer).__module__}.{type(layer).__qualname__})"
-        for name, layer in layers
-        if not isinstance(layer, Synchronized) and (type(layer).forward not in known or "forward" in vars(layer))
-    ]
-    if lost:
-        raise TypeError(
-            f"cannot convert layers whose own forward() would be lost: {', '.join(lost)}{on_rank()}. Rewrite such a "
-            "layer to call a BatchNorm layer that it holds, or replace it before converting; no layer was changed"
-        )
+def _revert(layer: Synchronized) -> None:
+    original: Any
+    original, replaced = layer._converted_from or (BatchNorm, {})
+    if issubclass(original, LazyModuleMixin) and not isinstance(layer, LazyModuleMixin):
+        original = original.cls_to_become  # has seen its first input in the meantime
+    _change_class(layer, original)
+    for key in _WRITTEN:
+        vars(layer).pop(key, None)
+    vars(layer).update(replaced)
 
 
-def _refuse_scripted(module: nn.Module) -> None:
-    for name, layer in module.named_modules():
-        if isinstance(layer, torch.jit.ScriptModule) and "BatchNorm" in layer.original_name:
-            raise TypeError(f"cannot convert {name or 'the module'}: it is compiled by torch.jit; convert before that")
+def _change_class(layer: nn.Module, cls: type) -> None:
+    if parametrize.is_parametrized(layer):
+        # torch keeps parametrized tensors as properties of a class made for this layer, takes them
+        # from there when they are removed, and then falls back to the class below: so it stays on top.
+        cls = type(f"Parametrized{cls.__name__}", (cls,), dict(vars(type(layer))))
+    layer.__class__ = cls
 
 
-@lru_cache(maxsize=None)
-def _mixed(to: type, original: type) -> type:
+def _synchronized(to: type, original: type) -> type:
+    return to if original in _KNOWN else _mixed(to, original)
+
+
+@cache
+def _mixed(to: type, original: Any) -> type:
     """A class that behaves like ``original``, a subclass of some BatchNorm, but has the forward of ``to``."""
-    members: dict[str, Any] = {"__reduce_ex__": _reduce_mixed, "__module__": original.__module__, "_mixed": (to, original)}
+    members = {"__module__": original.__module__, "__reduce_ex__": _reduce_mixed, "_mixed": (to, original)}
     if issubclass(original, LazyModuleMixin):
-        members["cls_to_become"] = to
+        become: Any = original.cls_to_become
+        members["cls_to_become"] = become and _synchronized(to, become)
     return type(f"{to.__name__}{original.__name__}", (to, original), members)
 
 
@@ -131,15 +138,34 @@ def _reduce_mixed(layer: Any, protocol: Any) -> tuple[Any, ...]:
 
 
 def _rebuild(to: type, original: type) -> Any:
-    return _mixed(to, original).__new__(_mixed(to, original))
+    cls: Any = _mixed(to, original)
+    return cls.__new__(cls)
 
 
-def _class_before(layer: Any, original: type) -> type:
-    current = type(layer)
-    if issubclass(original, LazyModuleMixin) and not isinstance(layer, LazyModuleMixin):
-        original = original.cls_to_become  # has seen its first input in the meantime
-    if parametrize.is_parametrized(layer) and getattr(current, "_mixed", None) is None:
-        # parametrized after it was converted: the properties move to the original class
-        members = {k: v for k, v in vars(current).items() if k not in ("__dict__", "__weakref__", "__doc__")}
-        return type(f"Parametrized{original.__name__}", (original,), members)
-    return original
+def _refuse_own_forward(layers: list[tuple[str, Any]]) -> None:
+    lost = [
+        f"{name or 'the module itself'} ({type(layer).__module__}.{type(layer).__qualname__})"
+        for name, layer in layers
+        if not isinstance(layer, Synchronized) and _has_own_forward(layer)
+    ]
+    if lost:
+        raise TypeError(
+            f"cannot convert layers whose own forward() would be lost: {', '.join(lost)}{on_rank()}. Rewrite "
+            "such a layer to call a BatchNorm layer that it holds, or replace it before converting; no layer "
+            "was changed"
+        )
+
+
+def _has_own_forward(layer: Any) -> bool:
+    classes = [type(layer), getattr(layer, "cls_to_become", None)]  # a lazy layer becomes another
+    known = (None, _BatchNorm.forward, nn.SyncBatchNorm.forward)
+    return "forward" in vars(layer) or any(getattr(cls, "forward", None) not in known for cls in classes)
+
+
+def _refuse_scripted(module: nn.Module) -> None:
+    for name, layer in module.named_modules():
+        if isinstance(layer, torch.jit.ScriptModule) and "BatchNorm" in layer.original_name:
+            raise TypeError(
+                f"cannot convert {name or 'the module itself'}: it is compiled by torch.jit{on_rank()}. "
+                "Convert the model before compiling it; no layer was changed"
+            )

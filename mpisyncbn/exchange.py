@@ -8,8 +8,8 @@ sends zeros of the same size.
 direction  collective  after the fingerprint                        float64 values sent
 =========  ==========  ===========================================  ===================
 forward    Allreduce   count, count * mean, M2 + count * mean**2    2C + 3
-forward,   Allgather   count, mean, M2                              2C + 3
-float64
+forward,   Allgather   count, mean, M2                              3C + 3
+float64               (the mean in two rows: see kernels/)
 backward   Allreduce   sum_dy, sum_dy_xmu                           2C + 2
 =========  ==========  ===========================================  ===================
 """
@@ -38,10 +38,11 @@ def merge_moments(group: Communicator, call: Call, count: int, mean: Any, m2: An
 
     Args:
         count: values per channel on this rank; 0 for an empty batch.
-        mean, m2: of length C, any array; the results are arrays of the same kind.
+        mean, m2: of length C, any array; for float64 layers the mean is in two rows (kernels/).
 
     Returns:
-        ``count, mean, var``, the same bits on every rank. An empty group batch gives zeros.
+        ``count, mean, var``, arrays of the same kind, the same bits on every rank. An empty group
+        batch gives zeros.
 
     Raises:
         CollectiveMismatchError: on every rank, if the ranks were not all in the same call.
@@ -89,17 +90,21 @@ def _sum_moments(
 def _gather_moments(
     group: Communicator, call: Call, count: int, mean: np.ndarray, m2: np.ndarray
 ) -> tuple[int, np.ndarray, np.ndarray]:
-    channels = len(mean)
+    channels = len(m2)
     with group.lock:
-        message = group.message(3 + 2 * channels)
-        message[2], message[3 : 3 + channels], message[3 + channels :] = count, mean, m2
+        message = group.message(3 + 3 * channels)
+        message[2], message[3:] = count, np.concatenate((mean[0], mean[1], m2))
         gathered = _allgather(group, call, message)
-        counts, means, m2s = gathered[:, 2:3], gathered[:, 3 : 3 + channels], gathered[:, 3 + channels :]
-        total = int(counts.sum())
-        merged = (counts * means).sum(axis=0) / max(total, 1)
-        # An empty rank's row is zeros, and its weight of 0 keeps it out of both sums.
-        var = (m2s + counts * (means - merged) ** 2).sum(axis=0) / max(total, 1)
-    return total, merged, var
+    counts = gathered[:, 2:3]
+    near, rest, m2s = np.split(gathered[:, 3:], 3, axis=1)
+    total = int(counts.sum())
+    # Means as distances from that of the first rank with data: small numbers, which keep their digits.
+    # An empty rank's row is zeros, and its weight of 0 keeps it out of all sums.
+    origin = near[np.argmax(counts > 0)]
+    distances = (near - origin) + rest
+    merged = (counts * distances).sum(axis=0) / max(total, 1)
+    var = (m2s + counts * (distances - merged) ** 2).sum(axis=0) / max(total, 1)
+    return total, origin + merged, var
 
 
 def _allreduce(group: Communicator, call: Call, message: np.ndarray) -> None:

@@ -34,14 +34,14 @@ try:
     torch = "torch " + metadata.version("torch")
 except metadata.PackageNotFoundError:
     torch = "no torch"
-print(sys.executable, sys.version.split()[0], torch, sep="\t")
+print("\t".join([sys.executable, sys.version.split()[0], torch]))
 END
 }
 
 # What .venv depends on: while this stays the same, a second run has nothing to do.
 state() {
     {
-        echo "$base" "$system_mpiexec"
+        echo "$base" "$system_mpiexec" "${LD_LIBRARY_PATH-}" "${MPI4PY_LIBMPI-}"
         cat "$root/setup.cfg" "$root/pyproject.toml"
         for file in "$system_mpiexec" "$(type -P mpiexec)"; do
             [[ -z $file ]] || stat --dereference --format "%n %s %Y" "$file"
@@ -84,7 +84,8 @@ from pip._vendor.packaging.requirements import Requirement
 config = configparser.ConfigParser()
 config.read(sys.argv[1])
 wanted = Requirement(config["options.extras_require"]["torch"])
-if not any(wanted.specifier.contains(d.version, prereleases=True) for d in metadata.distributions(name="torch")):
+found = next((there.version for there in metadata.distributions(name="torch")), None)
+if found is None or not wanted.specifier.contains(found, prereleases=True):
     print(config["tool:mpisyncbn"]["torch"])
 END
 }

@@ -4,7 +4,9 @@ Every kernel module has exactly these names, for ``x`` of shape ``(N, C, *)``:
 
 ``local_moments(x) -> count, mean, m2``
     Number of values per channel (an int), their mean and the sum of their squared deviations
-    from it, of this rank alone. An empty ``x`` gives zeros.
+    from it, of this rank alone. An empty ``x`` gives zeros. For float64 input ``mean`` has two
+    rows, a value near the mean and what is missing to it: their sum in one float64 would be
+    too coarse to merge the ranks' variances where the mean is large.
 ``normalize(x, mean, invstd, weight, bias) -> y``
     ``(x - mean) * invstd * weight + bias``; ``weight`` and ``bias`` may be None.
 ``backward_reduce(dy, x, mean, invstd) -> sum_dy, sum_dy_xmu``

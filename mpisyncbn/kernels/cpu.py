@@ -21,7 +21,7 @@ __all__ = ["backward_elementwise", "backward_reduce", "local_moments", "normaliz
 _SMALL = 1 << 14
 # Values per chunk: enough to hide the cost of a call, few enough to stay in a core's L2 cache.
 _CHUNK = 1 << 17
-# Longest run of float32 values that one vectorized sum of squares may add up.
+# Longest run of float32 values that one sum may add up.
 _BLOCK = 4096
 # Beyond this |mean| / std, x * scale + shift in float32 loses digits that (x - mean) * scale keeps.
 _LARGE_RATIO = 32.0
@@ -31,16 +31,12 @@ def local_moments(x: Tensor) -> tuple[int, np.ndarray, np.ndarray]:
     channels = x.shape[1]
     count = x.numel() // channels
     if count == 0:
-        return 0, np.zeros(channels), np.zeros(channels)
-    if x.numel() <= _SMALL:
-        return count, *_small_moments(x, count)
-    blocks = list(_blocks(x))
-    shift = blocks[0].mean((0, 2), dtype=_working_dtype(x))
-    mean, m2 = _moments_about(shift, blocks, count)
-    if np.any((mean - _numpy(shift)) ** 2 * count > 4 * m2):
-        # The first block was not typical of the others: squares about its mean have lost digits.
-        mean, m2 = _moments_about(_vector(mean, x), blocks, count)
-    return count, mean, np.maximum(m2, 0.0)
+        mean, m2 = np.zeros((2, channels)), np.zeros(channels)
+    elif x.numel() <= _SMALL:
+        mean, m2 = _small_moments(x, count)
+    else:
+        mean, m2 = _large_moments(x, count)
+    return count, mean if x.dtype == torch.float64 else mean[0] + mean[1], m2
 
 
 def normalize(x: Tensor, mean: Any, invstd: Any, weight: Tensor | None, bias: Tensor | None) -> Tensor:
@@ -74,30 +70,43 @@ def backward_elementwise(
 
 def _small_moments(x: Tensor, count: int) -> tuple[np.ndarray, np.ndarray]:
     x = x.to(_working_dtype(x)).contiguous()
-    mean, var = (_numpy(v).astype(np.float64) for v in torch.batch_norm_update_stats(x, None, None, 0.0))
-    if np.any(mean * mean > _LARGE_RATIO**2 * var):
-        # The mean was rounded to the dtype of x: take what is left of it.
-        rest, var = torch.batch_norm_update_stats(x - _channels(_vector(mean, x), x), None, None, 0.0)
-        mean, var = _numpy(_vector(mean, x)) + _numpy(rest).astype(np.float64), _numpy(var).astype(np.float64)
-    return mean, var * count
+    shift, var = torch.batch_norm_update_stats(x, None, None, 0.0)
+    mean = np.stack((_numpy(shift), _numpy(shift) * 0)).astype(np.float64)
+    if np.any(mean[0] ** 2 > _LARGE_RATIO**2 * _numpy(var)):
+        # The mean was rounded to the dtype of x: find what is missing.
+        rest, var = torch.batch_norm_update_stats(x - _channels(shift, x), None, None, 0.0)
+        mean[1] = _numpy(rest)
+    return mean, _numpy(var).astype(np.float64) * count
+
+
+def _large_moments(x: Tensor, count: int) -> tuple[np.ndarray, np.ndarray]:
+    blocks = list(_blocks(x))
+    shift = blocks[0].mean((0, 2), dtype=_working_dtype(x))
+    mean, m2 = _moments_about(shift, blocks, count)
+    if np.any(mean[1] ** 2 * count > 4 * m2):
+        # The first block was not typical of the others: squares about its mean have lost digits.
+        mean, m2 = _moments_about(_vector(mean[0] + mean[1], x), blocks, count)
+    return mean, np.maximum(m2, 0.0)
 
 
 def _moments_about(shift: Tensor, blocks: list[Tensor], count: int) -> tuple[np.ndarray, np.ndarray]:
-    """Mean and M2 from sums of ``x - shift`` and of its square: float32 in a block, float64 over blocks."""
+    """Mean in two parts and M2, from sums of ``x - shift`` and of its square: float32 in a block, float64 over blocks."""
     column = shift[:, None]
-    sums, norms = [], []
+    scratch = shift.new_empty(max(block.numel() for block in blocks))
+    sums, squares = [], []
     for block in blocks:
-        xms = block - column
-        if xms.shape[2] > 1:
-            sums.append(xms.sum(2))
-            norms.append(torch.linalg.vector_norm(xms, dim=2).double().square_())
-        else:
-            sums.append(xms.sum(0).T)
-            norms.append(xms.square_().sum(0).T)
+        xms = torch.sub(block, column, out=scratch[: block.numel()].view(block.shape))
+        sums.append(_total(xms))
+        squares.append(_total(xms.square_()))
     first = _numpy(torch.cat(sums)).sum(0, dtype=np.float64)
-    second = _numpy(torch.cat(norms)).sum(0, dtype=np.float64)
+    second = _numpy(torch.cat(squares)).sum(0, dtype=np.float64)
     rest = first / count
-    return _numpy(shift) + rest, second - first * rest
+    return np.stack((_numpy(shift), rest)), second - first * rest
+
+
+def _total(block: Tensor) -> Tensor:
+    """Sums of shape ``(*, C)`` over the longer way through a block: ATen's pairwise sums keep the digits."""
+    return block.sum(2) if block.shape[2] > 1 else block.sum(0).T
 
 
 def _blocks(x: Tensor) -> Iterator[Tensor]:

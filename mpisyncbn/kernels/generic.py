@@ -9,6 +9,8 @@ from __future__ import annotations
 
 from typing import Any
 
+import numpy as np
+
 __all__ = ["backward_elementwise", "backward_reduce", "local_moments", "normalize"]
 
 
@@ -17,7 +19,10 @@ def local_moments(x: Any) -> tuple[int, Any, Any]:
     # A sum over nothing is 0, so an empty batch needs no branch: only the division must be kept whole.
     mean = _sum(x) / max(count, 1)
     xmu = _center(x, mean)
-    return count, mean, _sum(xmu * xmu)
+    m2 = _sum(xmu * xmu)
+    if str(x.dtype).endswith("float64"):
+        mean = _stack(mean, _sum(xmu) / max(count, 1))
+    return count, mean, m2
 
 
 def normalize(x: Any, mean: Any, invstd: Any, weight: Any, bias: Any) -> Any:
@@ -57,6 +62,14 @@ def _center(x: Any, mean: Any) -> Any:
     high = _cast(mean, dtype)
     low = _cast(mean - _cast(high, "float64"), dtype)
     return (_cast(x, dtype) - _channels(high, x)) - _channels(low, x)
+
+
+def _stack(first: Any, second: Any) -> Any:
+    if hasattr(first, "to"):
+        import torch
+
+        return torch.stack((first, second))
+    return np.stack((first, second))
 
 
 def _sum(x: Any) -> Any:

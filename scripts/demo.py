@@ -1,0 +1,200 @@
+"""Train on sharded digits three ways: in one process, with local and with synchronized batch norm.
+
+    mpiexec -n 4 python scripts/demo.py
+
+The data are the handwritten digits of scikit-learn (1797 images of 8 x 8), lying as they might on a
+cluster's disks: rank r holds the digits d with d % size == r. All three runs start from the same
+network and see the same samples at each step: the global batch is the ranks' batches in a row.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Iterable, Sequence
+from copy import deepcopy
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from mpi4py import MPI
+from torch import nn
+from torch.nn.utils import parameters_to_vector, vector_to_parameters
+from torch.utils.data import TensorDataset
+from tqdm import tqdm
+
+import mpisyncbn
+
+ONE_PROCESS, LOCAL, SYNCHRONIZED = "one process", "local BatchNorm", "SyncBatchNorm"
+LAST = 20  # steps that the final loss is averaged over: a single step's is noisy
+
+
+class Run(NamedTuple):
+    """A trained model, and the loss of the global batch at each step."""
+
+    model: nn.Module
+    losses: np.ndarray
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Collective: every rank must call. Rank 0 prints, and writes the files."""
+    args = parse(argv)
+    comm = MPI.COMM_WORLD
+    torch.set_num_threads(1)  # the ranks share the cores already
+    train_set, test_set = load(getattr(torch, args.dtype), args.seed)
+    runs = compare(train_set, comm, args.steps, args.batch, args.lr, args.seed, progress=True)
+    if comm.rank > 0:
+        return
+    rows = {name: summary(run, runs[ONE_PROCESS], test_set) for name, run in runs.items()}
+    print(table(rows, comm.size))
+    if args.json:
+        losses = {name: run.losses.tolist() for name, run in runs.items()}
+        with open(args.json, "w") as file:
+            json.dump({"ranks": comm.size, "options": vars(args), "summary": rows, "losses": losses}, file)
+    if args.plot:
+        plot({name: run.losses for name, run in runs.items()}, comm.size, args.plot)
+        print(f"loss curves: {args.plot}")
+
+
+def compare(
+    data: TensorDataset,
+    comm: MPI.Intracomm,
+    steps: int,
+    batch: int,
+    lr: float,
+    seed: int,
+    progress: bool = False,
+) -> dict[str, Run]:
+    """Train the same network on the same samples three ways.
+
+    Args:
+        data: images and labels, the same on every rank.
+        batch: samples per rank and step.
+        progress: whether rank 0 shows a bar.
+
+    Returns:
+        A run by name. The losses are those of the global batches, the same on every rank; the
+        models are this rank's, which differ in the running statistics of local batch norm.
+
+    Collective: every rank of ``comm`` must call.
+    """
+    torch.manual_seed(seed)
+    network = make_network().to(data.tensors[0].dtype)
+    samples = draw(data.tensors[1].numpy(), comm.size, steps, batch, seed)
+    mine, everyone = samples[:, comm.rank], samples.reshape(steps, -1)
+    ways = {
+        # Every rank does this one, alone: the others would only wait.
+        ONE_PROCESS: (network, everyone, MPI.COMM_SELF),
+        LOCAL: (deepcopy(network), mine, comm),
+        SYNCHRONIZED: (mpisyncbn.convert_sync_batchnorm(deepcopy(network), comm), mine, comm),
+    }
+    runs = {}
+    for name, (model, batches, group) in ways.items():
+        bar = tqdm(batches, f"{name:{len(LOCAL)}}", unit="step", disable=not progress or comm.rank > 0)
+        runs[name] = Run(model, comm.bcast(train(model, data, bar, group, lr)))
+    return runs
+
+
+def train(
+    model: nn.Module, data: TensorDataset, batches: Iterable[np.ndarray], comm: MPI.Intracomm, lr: float
+) -> np.ndarray:
+    """Train on ``batches``, indices into ``data``, and return the loss of the global batch at each step.
+
+    Collective: every rank of ``comm`` must call, with batches of one size.
+    """
+    optimizer = torch.optim.SGD(model.parameters(), lr, momentum=0.9)
+    losses = []
+    model.train()
+    for index in batches:
+        images, labels = data[index]
+        loss = F.cross_entropy(model(images), labels)
+        optimizer.zero_grad()
+        loss.backward()
+        average_gradients(model, comm)
+        optimizer.step()
+        losses.append(loss.item())
+    return average(np.array(losses), comm)
+
+
+def average_gradients(model: nn.Module, comm: MPI.Intracomm) -> None:
+    """Data-parallel training in plain MPI: with batches of one size, the mean gradient is the global batch's."""
+    gradients = [parameter.grad for parameter in model.parameters()]
+    flat = parameters_to_vector(gradients)
+    average(flat.numpy(), comm)  # the array is a view of flat
+    vector_to_parameters(flat, gradients)
+
+
+def average(values: np.ndarray, comm: MPI.Intracomm) -> np.ndarray:
+    """The mean over ranks, in place."""
+    comm.Allreduce(MPI.IN_PLACE, values)
+    values /= comm.size
+    return values
+
+
+def make_network() -> nn.Module:
+    def block(channels: int, out: int, stride: int) -> list[nn.Module]:
+        convolution = nn.Conv2d(channels, out, 3, stride, padding=1, bias=False)
+        return [convolution, nn.BatchNorm2d(out), nn.SiLU()]
+
+    features = [*block(1, 16, 1), *block(16, 32, 2), *block(32, 64, 2)]
+    return nn.Sequential(*features, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(64, 10))
+
+
+def load(dtype: torch.dtype, seed: int) -> tuple[TensorDataset, TensorDataset]:
+    """The digits, four fifths for training and one for the test; images ``(N, 1, 8, 8)`` from 0 to 1."""
+    from sklearn.datasets import load_digits
+    from sklearn.model_selection import train_test_split
+
+    digits = load_digits()
+    split = train_test_split(digits.images, digits.target, test_size=0.2, stratify=digits.target, random_state=seed)
+    images = [torch.as_tensor(part, dtype=dtype).unsqueeze(1) / 16 for part in split[:2]]
+    labels = [torch.as_tensor(part) for part in split[2:]]
+    return TensorDataset(images[0], labels[0]), TensorDataset(images[1], labels[1])
+
+
+def draw(labels: np.ndarray, size: int, steps: int, batch: int, seed: int) -> np.ndarray:
+    """What each rank draws from its shard at each step: indices, ``(steps, size, batch)``."""
+    columns = []
+    for rank in range(size):
+        shard = np.flatnonzero(labels % size == rank)
+        generator = np.random.default_rng((seed, rank))
+        epochs = -(-steps * batch // len(shard))
+        order = np.concatenate([generator.permutation(shard) for _ in range(epochs)])
+        columns.append(order[: steps * batch].reshape(steps, batch))
+    return np.stack(columns, axis=1)
+
+
+def summary(run: Run, one_process: Run, test_set: TensorDataset) -> dict[str, float]:
+    images, labels = test_set.tensors
+    run.model.eval()
+    with torch.no_grad():
+        correct = run.model(images).argmax(1) == labels
+    return {
+        "test accuracy": correct.double().mean().item(),
+        "final loss": run.losses[-LAST:].mean(),
+        "largest distance": distance(run.losses, one_process.losses),
+    }
+
+
+def distance(losses: np.ndarray, others: np.ndarray) -> float:
+    """The largest over all steps."""
+    return float(np.abs(losses - others).max())
+
+
+def parse(argv: Sequence[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description="Train on sharded digits three ways.")
+    parser.add_argument("--steps", type=int, default=400, help="default: %(default)s")
+    parser.add_argument("--batch", type=int, default=4, help="samples per rank and step; default: %(default)s")
+    parser.add_argument("--lr", type=float, default=0.02, help="learning rate; default: %(default)s")
+    parser.add_argument("--dtype", choices=("float32", "float64"), default="float32", help="default: %(default)s")
+    parser.add_argument("--seed", type=int, default=0, help="default: %(default)s")
+    parser.add_argument("--plot", metavar="PATH", default="demo.png", help="empty: none; default: %(default)s")
+    parser.add_argument("--json", metavar="PATH", default="", help="also write everything there")
+    return parser.parse_args(argv)
+
+
+def table(rows, size): return "\n".join(f"{n:16} {r['test accuracy']:.3f} {r['final loss']:.5f} {r['largest distance']:.1e}" for n, r in rows.items())
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,49 @@
+"""One suite for any number of ranks: ``pytest``, or ``mpiexec -n 4 python -m pytest``.
+
+A test that fails on one rank fails on all of them, and rank 0 alone reports it.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import HealthCheck, settings
+from parallel import WORLD, together
+
+# The same examples on every rank, none of them remembered between runs, and no limit on their
+# time: an oversubscribed rank waits for the others.
+settings.register_profile(
+    "mpi",
+    derandomize=True,
+    database=None,
+    deadline=None,
+    suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large],
+    max_examples=int(os.environ.get("MPISYNCBN_TEST_EXAMPLES", "40")),
+)
+settings.load_profile("mpi")
+torch.set_num_threads(1)
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_configure(config: Any) -> None:
+    if WORLD.rank > 0:
+        config.option.xmlpath = None
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_sessionstart(session: Any) -> None:
+    reporter = session.config.pluginmanager.getplugin("terminalreporter")
+    if WORLD.rank > 0:
+        reporter._tw._file = open(os.devnull, "w")  # noqa: SIM115 (open until the process ends)
+    else:
+        reporter.write_line(f"{WORLD.size} rank{'s' if WORLD.size > 1 else ''}")
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_pyfunc_call(pyfuncitem: Any) -> Iterator[None]:
+    with together():
+        return (yield)

@@ -1,0 +1,161 @@
+"""functional.py on NumPy arrays and torch tensors, against the whole batch in float64."""
+
+from __future__ import annotations
+
+import warnings
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from parallel import WORLD, bits_equal_on_all_ranks, distance, oracle, shard, together
+
+from mpisyncbn import functional
+from mpisyncbn.functional import BatchStats
+
+KINDS = {"numpy": lambda t: t.numpy(), "torch": lambda t: t}
+
+
+def run(kind, x, dy, weight, bias, process_group=None):
+    """Forward and backward; the results as torch tensors."""
+    x, dy = KINDS[kind](x), KINDS[kind](dy)
+    weight, bias = (None if v is None else KINDS[kind](v) for v in (weight, bias))
+    y, stats = functional.batch_norm_forward(x, weight, bias, process_group=process_group)
+    gradients = functional.batch_norm_backward(dy, x, stats, weight, process_group=process_group)
+    for result in (y, *stats[:3], *gradients):
+        assert type(result) is type(x)
+    as_tensor = [torch.as_tensor(r) for r in (y, *stats[:3], *gradients)]
+    return *as_tensor, stats.count
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("affine", [True, False])
+@pytest.mark.parametrize("shape", [(3,), (4, 7), (5, 8, 8), (2, 3, 4, 5)], ids=str)
+def test_uneven_batches(kind, affine, shape):
+    x, dy = shard((2 + WORLD.rank, *shape), 1, 2.0), shard((2 + WORLD.rank, *shape), 2)
+    weight, bias = (torch.arange(1.0, shape[0] + 1), torch.ones(shape[0])) if affine else (None, None)
+    y, mean, var, invstd, dx, dweight, dbias, count = run(kind, x, dy, weight, bias)
+    expected = oracle(x, dy, weight, bias)
+    sums = WORLD.allreduce(torch.stack([dweight, dbias]).double())
+    same = [bits_equal_on_all_ranks(v) for v in (mean, var, invstd)]
+    assert count == expected.count
+    assert all(same)
+    assert distance(var, expected.var) < 1e-6
+    assert distance(mean, expected.mean, expected.var.sqrt()) < 1e-7
+    assert distance(y, expected.y) < 1e-6
+    assert distance(dx, expected.dx, dy / expected.var.sqrt().min()) < 1e-5
+    assert distance(sums[0], expected.dweight, dy.abs().sum()) < 1e-6
+    assert distance(sums[1], expected.dbias, dy.abs().sum()) < 1e-6
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_float64_at_mean_over_std_of_a_million(kind):
+    x, dy = (shard((40 + WORLD.rank, 4, 5), seed, mean, torch.float64) for seed, mean in ((1, 1e6), (2, 0.0)))
+    y, mean, var, *_ = run(kind, x, dy, None, None)
+    # the reference, in more digits than float64 has
+    whole = np.concatenate(WORLD.allgather(x.numpy())).astype(np.longdouble)
+    exact = whole.var(axis=(0, 2))
+    assert np.abs((var.numpy() - exact) / exact).max() < 1e-12
+    assert np.abs((mean.numpy() - whole.mean(axis=(0, 2))) / np.sqrt(exact)).max() < 1e-9
+    assert distance(y, oracle(x, dy).y) < 1e-9
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_empty_batches(kind, dtype):
+    """Rank 0 has data; with four ranks so has rank 2."""
+    n = 5 if WORLD.rank % 2 == 0 else 0
+    x, dy = shard((n, 3, 4), 1, dtype=dtype), shard((n, 3, 4), 2, dtype=dtype)
+    y, _, var, _, dx, dweight, dbias, count = run(kind, x, dy, None, None)
+    expected = oracle(x, dy)
+    assert count == expected.count == 20 * ((WORLD.size + 1) // 2)
+    assert distance(var, expected.var) < 1e-6
+    assert distance(y, expected.y) < 1e-6
+    assert distance(dx, expected.dx) < 1e-5
+    assert n or (dweight == 0).all() and (dbias == 0).all()
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_nobody_has_data(kind, dtype):
+    x = torch.zeros(0, 3, 4, dtype=dtype)
+    y, mean, var, _, dx, _, _, count = run(kind, x, x, None, None)
+    running = torch.ones(3), torch.ones(3)
+    updated = functional.update_running_stats(*running, BatchStats(mean, var, None, count), 0.5)
+    assert not updated
+    assert count == 0
+    assert y.shape == dx.shape == x.shape
+    assert torch.equal(torch.cat(running), torch.ones(6))
+
+
+@pytest.mark.parametrize("layer", ["float32", "float64"])
+def test_the_message_does_not_depend_on_the_input(layer, monkeypatch):
+    """A rank with an empty batch sends as much as the others, and counts never travel in float16."""
+    from mpisyncbn.communicator import resolve
+
+    group, lengths = resolve(None), []
+    make = type(group).message
+    monkeypatch.setattr(type(group), "message", lambda self, n: (lengths.append(n), make(self, n))[1])
+    n = 70000 if WORLD.rank == 0 else 0  # beyond float16
+    dtype = torch.float64 if layer == "float64" else torch.float16
+    x = torch.ones(n, 2, dtype=dtype)
+    _, stats = functional.batch_norm_forward(x)
+    functional.batch_norm_backward(x, x, stats)
+    assert stats.count == 70000
+    assert lengths == [(3 if layer == "float64" else 2) * 2 + 3, 2 * 2 + 2]
+
+
+def test_eps_zero_and_a_constant_channel():
+    """As in torch: the output is the bias, not NaN."""
+    x = torch.full((3, 2), 5.0)
+    y, stats = functional.batch_norm_forward(x, eps=0.0)
+    assert torch.equal(y, torch.zeros(3, 2))
+    assert torch.equal(stats.invstd, torch.zeros(2, dtype=torch.float64))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("momentum", [0.0, 0.1, 1.0])
+def test_running_statistics_follow_torchs_formula(kind, momentum):
+    make = KINDS[kind]
+    mean, var = torch.tensor([1.0, -2.0]).double(), torch.tensor([4.0, 9.0]).double()
+    running_mean, running_var = make(torch.zeros(2)), make(torch.ones(2))
+    stats = BatchStats(make(mean), make(var), None, 5)
+    assert functional.update_running_stats(running_mean, running_var, stats, momentum)
+    assert np.allclose(running_mean, momentum * mean)
+    assert np.allclose(running_var, (1 - momentum) + momentum * var * 5 / 4)
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), 1e39])
+@pytest.mark.parametrize("where", ["mean", "var"])
+def test_what_is_not_finite_never_enters_the_running_statistics(bad, where):
+    good, spoilt = np.ones(2), np.array([1.0, bad])
+    stats = BatchStats(spoilt if where == "mean" else good, spoilt if where == "var" else good, None, 5)
+    running = torch.zeros(2), torch.ones(2)
+    functional._warn_not_finite.cache_clear()
+    with pytest.warns(RuntimeWarning, match="kept out of the running statistics"):
+        assert not functional.update_running_stats(*running, stats, 0.1)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")  # only one warning
+        assert not functional.update_running_stats(*running, stats, 0.1)
+    assert torch.equal(torch.stack(running), torch.tensor([[0.0, 0.0], [1.0, 1.0]]))
+
+
+@given(
+    sizes=st.lists(st.integers(0, 4), min_size=4, max_size=4).filter(lambda s: s[0] > 1),
+    inner=st.lists(st.integers(1, 5), min_size=1, max_size=4),
+    dtype=st.sampled_from([torch.float32, torch.float64]),
+    kind=st.sampled_from(list(KINDS)),
+    mean=st.sampled_from([0.0, 1.0, 1000.0]),
+)
+def test_any_split(sizes, inner, dtype, kind, mean):
+    shape = (sizes[WORLD.rank % 4], *inner)
+    x, dy = shard(shape, 3, mean, dtype), shard(shape, 4, 0.0, dtype)
+    y, _, var, _, dx, *_ = run(kind, x, dy, None, None)
+    expected = oracle(x, dy)
+    # with two values a channel, rounding the input already costs this much
+    scale = max(1.0, (dy.abs().max() / (expected.var + 1e-5).sqrt().min()).item() if dy.numel() else 1.0)
+    with together():
+        assert ((var - expected.var).abs() <= 1e-6 * expected.var + 1e-13 * mean * mean).all()
+        assert distance(y, expected.y, torch.tensor(1.0)) < 1e-3 if mean > 1 else 1e-5
+        assert distance(dx, expected.dx, torch.tensor(scale)) < 1e-3 if mean > 1 else 1e-5
