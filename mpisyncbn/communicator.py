@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import threading
 import weakref
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
+from operator import index
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from . import config, transport
-from .errors import MPISyncBNError, on_rank
+from .errors import MPISyncBNError, TransportError, on_rank
 
 if TYPE_CHECKING:
     from mpi4py import MPI
@@ -39,8 +40,8 @@ def mpi() -> Any:
     if MPI.Query_thread() < MPI.THREAD_SERIALIZED:
         raise MPISyncBNError(
             f"MPI provides thread level {MPI.Query_thread()}, expected at least MPI.THREAD_SERIALIZED "
-            f"({MPI.THREAD_SERIALIZED}), because autograd may run backward on another thread{on_rank()}: ask for it "
-            "with mpi4py.rc.thread_level or MPI.Init_thread"
+            f"({MPI.THREAD_SERIALIZED}), because autograd may run backward on another thread{on_rank()}: "
+            "ask for it with mpi4py.rc.thread_level or MPI.Init_thread"
         )
     return MPI
 
@@ -83,7 +84,7 @@ class Communicator:
         self.debug = False
         self.lock = threading.RLock()
         self._messages: dict[int, np.ndarray] = {}
-        self._order: weakref.WeakKeyDictionary[Any, str] = weakref.WeakKeyDictionary()
+        self._names: weakref.WeakKeyDictionary[Any, str] = weakref.WeakKeyDictionary()
 
     def ready(self) -> Communicator:
         """This communicator with its duplicate made. Collective at the first call."""
@@ -92,16 +93,28 @@ class Communicator:
             if self._freed:
                 raise MPISyncBNError(f"this Communicator was freed{on_rank()}: make a new one")
             _check(self._source)
-            transport.chosen()  # raises before anything is sent, if what is forced cannot be had
-            self._adopt(self._source.Dup())
+            try:
+                duplicate = self._source.Dup()
+            except self.mpi_error as error:
+                raise MPISyncBNError(
+                    f"MPI failed to duplicate the communicator{on_rank()}: {error}"
+                ) from error
+            self._adopt(duplicate)
         elif self._is_finalized():
             mpi()  # says so
         return self
 
     def _adopt(self, comm: MPI.Intracomm) -> Communicator:
-        """Take over a communicator that nobody else knows."""
-        self.debug = config.debug()
+        """Take over a communicator that nobody else knows. Collective."""
         comm.Set_errhandler(mpi().ERRORS_RETURN)
+        # Some launchers hand the environment to the ranks of the first host only. A rank that agrees
+        # with the others before each exchange, or refuses to start, must not be alone in it.
+        settings = comm.allgather(_settings())
+        for _, error in settings:
+            if error is not None:
+                comm.Free()
+                raise error
+        self.debug = any(debug for debug, _ in settings)
         self.comm = comm
         return self
 
@@ -113,16 +126,21 @@ class Communicator:
         return buffer
 
     def name_of(self, layer: Any) -> str:
-        """A name for ``layer`` that is equal on all ranks: by the order of first exchanges.
+        """A name for ``layer`` that is equal on all ranks: by the exchange it was first used in.
 
-        Not by the order of construction: a rank may build layers of its own.
+        Not by the order of construction, since a rank may build layers of its own, and not by how
+        many layers have a name, since ranks may collect garbage at different times.
         """
         if isinstance(layer, str):
             return layer
-        name = self._order.get(layer)
+        name = self._names.get(layer)
         if name is None:
-            name = self._order[layer] = f"layer #{len(self._order) + 1} in order of first use"
+            name = self._names[layer] = f"the layer first used in exchange number {self.exchanges + 1}"
         return name
+
+    def forget_names(self) -> None:
+        """After a mismatch, where the ranks may have named different layers alike. On every rank."""
+        self._names.clear()
 
     def free(self) -> None:
         """Give the duplicate back to MPI. Collective: every rank of the group must call."""
@@ -135,6 +153,9 @@ class Communicator:
     def __repr__(self) -> str:
         return f"Communicator(rank={self.rank}, size={self.size}{', freed' if self._freed else ''})"
 
+    def __copy__(self) -> Communicator:
+        return self
+
     def __deepcopy__(self, memo: dict[int, Any]) -> Communicator:
         return self  # a copied layer talks to the same ranks
 
@@ -142,8 +163,9 @@ class Communicator:
         if self._is_world:
             return resolve, (None,)
         raise TypeError(
-            f"cannot pickle {self!r}: a private group exists only in this run. Save the state_dict instead of the "
-            "module, or set process_group to None (the world) before pickling and hand the group back after loading"
+            f"cannot pickle {self!r}: a private group exists only in this run. Save the state_dict instead "
+            "of the module, or set process_group to None (the world) before pickling and hand the group back "
+            "after loading"
         )
 
 
@@ -159,7 +181,7 @@ def resolve(process_group: Any) -> Communicator:
     """
     global _world
     if process_group is None:
-        if _world is None:
+        if _world is None or _world._freed:
             _world = Communicator()
         return _world
     if isinstance(process_group, Communicator):
@@ -167,8 +189,8 @@ def resolve(process_group: Any) -> Communicator:
     MPI = mpi()
     if not isinstance(process_group, MPI.Comm):
         raise TypeError(
-            "process_group must be an mpi4py communicator, an mpisyncbn.Communicator or None (the world), got "
-            f"{type(process_group).__module__}.{type(process_group).__qualname__}{on_rank()}"
+            "expected process_group to be an mpi4py communicator, an mpisyncbn.Communicator or None "
+            f"(the world), got {_type_name(process_group)}{on_rank()}"
         )
     _check(process_group)
     if process_group == MPI.COMM_WORLD:
@@ -179,27 +201,39 @@ def resolve(process_group: Any) -> Communicator:
     if _keyval is None:
         _keyval = MPI.Comm.Create_keyval()
     communicator = process_group.Get_attr(_keyval)
-    if communicator is None:
+    if communicator is None or communicator._freed:
         communicator = Communicator(process_group)
         process_group.Set_attr(_keyval, communicator)
     return communicator
 
 
+def _settings() -> tuple[bool, Exception | None]:
+    """What the environment of this rank says: debug mode, and what is wrong with it."""
+    try:
+        transport.chosen()
+        return config.debug(), None
+    except (ValueError, TransportError) as error:
+        return False, error
+
+
 def _check(comm: Any) -> None:
     MPI = mpi()
     if not isinstance(comm, MPI.Comm):
-        raise TypeError(
-            f"expected an mpi4py communicator, got {type(comm).__module__}.{type(comm).__qualname__}{on_rank()}"
-        )
+        raise TypeError(f"expected an mpi4py communicator, got {_type_name(comm)}{on_rank()}")
     if comm == MPI.COMM_NULL:
         raise ValueError(
-            f"expected a communicator that contains this rank, got MPI.COMM_NULL{on_rank()}: it was freed, or this "
-            "rank is not in the group; build the layer only on the group's own ranks"
+            f"expected a communicator that contains this rank, got MPI.COMM_NULL{on_rank()}: it was freed, "
+            "or this rank is not in the group; build the layer only on the group's own ranks"
         )
     if comm.Is_inter():
         raise ValueError(
-            f"expected an intra-communicator, got an inter-communicator{on_rank()}: merge it first, comm.Merge()"
+            f"expected an intra-communicator, got an inter-communicator{on_rank()}: "
+            "merge it first, comm.Merge()"
         )
+
+
+def _type_name(value: Any) -> str:
+    return f"{type(value).__module__}.{type(value).__qualname__}"
 
 
 def new_group(ranks: Iterable[int], comm: Any = None) -> Communicator | None:
@@ -220,9 +254,14 @@ def new_group(ranks: Iterable[int], comm: Any = None) -> Communicator | None:
             exist, or differs between ranks.
     """
     parent = resolve(comm)
-    chosen = sorted(int(rank) for rank in ranks)
-    valid = bool(chosen) and len(set(chosen)) == len(chosen) and 0 <= chosen[0] and chosen[-1] < parent.size
-    _agree(parent, "ranks", chosen, None if valid else f"distinct ranks from 0 to {parent.size - 1}, at least one")
+
+    def read() -> list[int]:
+        chosen = sorted(int(index(rank)) for rank in ranks)
+        if not chosen or len(set(chosen)) < len(chosen) or chosen[0] < 0 or chosen[-1] >= parent.size:
+            raise ValueError
+        return chosen
+
+    chosen = _agree(parent, "ranks", ranks, read, f"distinct ranks from 0 to {parent.size - 1}, at least one")
     group = parent.comm.Split(0 if parent.rank in chosen else mpi().UNDEFINED, key=parent.rank)
     return None if group == mpi().COMM_NULL else Communicator(group)._adopt(group)
 
@@ -242,23 +281,36 @@ def new_subgroups(group_size: int | None = None, comm: Any = None) -> Communicat
             differs between ranks.
     """
     parent = resolve(comm)
-    valid = group_size is None or (group_size >= 1 and parent.size % group_size == 0)
-    _agree(parent, "group_size", group_size, None if valid else f"a divisor of the {parent.size} ranks, or None")
-    if group_size is None:
+
+    def read() -> int | None:
+        size = None if group_size is None else int(index(group_size))
+        if size is not None and (size < 1 or parent.size % size):
+            raise ValueError
+        return size
+
+    size = _agree(parent, "group_size", group_size, read, f"a divisor of the {parent.size} ranks, or None")
+    if size is None:
         comm = parent.comm.Split_type(mpi().COMM_TYPE_SHARED, key=parent.rank)
     else:
-        comm = parent.comm.Split(parent.rank // group_size, key=parent.rank)
+        comm = parent.comm.Split(parent.rank // size, key=parent.rank)
     return Communicator(comm)._adopt(comm)
 
 
-def _agree(parent: Communicator, name: str, value: Any, expected: str | None) -> None:
-    """Raise on every rank if ``value`` is bad or different on any: nobody is left waiting alone."""
-    for rank, (theirs, problem) in enumerate(parent.ready().comm.allgather((value, expected))):
-        if problem is not None:
-            raise ValueError(f"{name}: expected {problem}, got {theirs} on rank {rank}")
+def _agree(parent: Communicator, name: str, given: Any, read: Callable[[], Any], expected: str) -> Any:
+    """What ``read`` makes of ``given``.
+
+    Raises on every rank if it cannot on any, or the ranks differ: nobody is left waiting alone.
+    """
+    try:
+        value, problem = read(), None
+    except (TypeError, ValueError):
+        value, problem = None, f"expected {expected}, got {given!r}"
+    for rank, (theirs, what) in enumerate(parent.ready().comm.allgather((value, problem))):
+        if what is not None:
+            raise ValueError(f"{name}: {what} on rank {rank}")
         if theirs != value:
             raise ValueError(
                 f"{name}: expected the same on every rank, got {theirs} on rank {rank} "
                 f"and {value} on rank {parent.rank}"
             )
-
+    return value

@@ -4,13 +4,17 @@ from __future__ import annotations
 
 import os
 
+from .errors import on_rank
+
 __all__ = ["debug", "transport"]
 
 
 def _choice(name: str, default: str, choices: tuple[str, ...]) -> str:
     value = os.environ.get(name, "").strip().lower() or default
     if value not in choices:
-        raise ValueError(f"{name} must be one of {', '.join(choices)}, got {value!r}: correct or unset it")
+        raise ValueError(
+            f"{name} must be one of {', '.join(choices)}, got {value!r}{on_rank()}: correct or unset it"
+        )
     return value
 
 

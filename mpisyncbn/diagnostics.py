@@ -3,17 +3,25 @@
 from __future__ import annotations
 
 import socket
+import time
 import zlib
 from functools import lru_cache
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, NoReturn
 
-from .errors import CollectiveMismatchError
+import numpy as np
 
-__all__ = ["Call", "agree", "check", "fingerprint"]
+from .errors import CollectiveMismatchError, MPISyncBNError
+
+__all__ = ["Call", "agree", "check", "fingerprint", "mismatch"]
 
 # P ranks stay exact while P * 2**36, the sum of the squares, is below 2**53: up to 131,072 ranks.
 _BITS = 18
 _MASK = (1 << _BITS) - 1
+
+_PATIENCE = (
+    10.0  # seconds that a rank which knows of a mismatch waits for the others to say what they were doing
+)
+_abandoned: list[Any] = []
 
 
 class Call(NamedTuple):
@@ -48,9 +56,12 @@ def check(group: Any, sum_h: float, sum_hh: float, call: Call) -> None:
     By Cauchy-Schwarz ``P * sum(h * h) >= sum(h)**2``, with equality only if all ``h`` are equal.
     All terms are whole numbers, so the comparison is exact, and the same on every rank.
     """
-    if group.size * int(sum_hh) != int(sum_h) ** 2:
-        # All ranks see these same two sums, so all of them are here and can tell each other why.
-        _raise_mismatch(group, group.comm.allgather((socket.gethostname(), str(call))), group.exchanges)
+    try:
+        same = group.size * int(sum_hh) == int(sum_h) ** 2
+    except (OverflowError, ValueError):  # not finite: MPI mixed up messages of different lengths
+        same = False
+    if not same:
+        mismatch(group, call)
 
 
 def agree(group: Any, call: Call) -> None:
@@ -59,16 +70,45 @@ def agree(group: Any, call: Call) -> None:
     Without it, ranks with different numbers of channels end in an error of MPI itself, or hang in it.
     Collective: every rank of the group must call.
     """
-    calls = group.comm.allgather((socket.gethostname(), str(call)))
+    try:
+        calls = group.comm.allgather(_here(call))
+    except group.mpi_error as error:
+        raise MPISyncBNError(f"MPI failed before the {call} on rank {group.rank}: {error}") from error
     if len({what for _, what in calls}) > 1:
-        _raise_mismatch(group, calls, group.exchanges + 1)
+        _raise_mismatch(group, [f"on {host}: {what}" for host, what in calls], group.exchanges + 1)
 
 
-def _raise_mismatch(group: Any, calls: list[tuple[str, str]], number: int) -> None:
-    listing = "\n".join(f"  rank {rank} on {host}: {what}" for rank, (host, what) in enumerate(calls))
+def mismatch(group: Any, call: Call) -> NoReturn:
+    """Raise CollectiveMismatchError, which says what each rank was doing.
+
+    Collective among the ranks that noticed, which are all where all sent messages of one length.
+    Where not, some may be waiting in MPI for ever: they are not waited for.
+    """
+    record = np.array(["on {}: {}".format(*_here(call)).encode()], "S512")
+    records = np.zeros(group.size, "S512")
+    records[group.rank] = record[0]
+    request = group.comm.Iallgather(record.view(np.uint8), records.view(np.uint8))
+    deadline = time.monotonic() + _PATIENCE
+    while not request.Test():
+        if time.monotonic() > deadline:
+            _abandoned.append((request, record, records))  # MPI may still write there
+            break
+        time.sleep(0.001)
+    silent = f"no answer in {_PATIENCE:.0f} s; it may wait in MPI for a message as long as its own"
+    calls = [text.decode(errors="replace") or silent for text in records.tolist()]
+    _raise_mismatch(group, calls, group.exchanges)
+
+
+def _here(call: Call) -> tuple[str, str]:
+    return socket.gethostname(), str(call)
+
+
+def _raise_mismatch(group: Any, calls: list[str], number: int) -> NoReturn:
+    group.forget_names()
+    listing = "\n".join(f"  rank {rank} {what}" for rank, what in enumerate(calls))
     raise CollectiveMismatchError(
-        f"expected all {group.size} ranks of the group to make the same call, but in exchange number {number} "
-        f"of this communicator they made different ones:\n{listing}\n"
+        f"expected all {group.size} ranks of the group to make the same call, but in exchange number "
+        f"{number} of this communicator they made different ones:\n{listing}\n"
         f"This is rank {group.rank}. Every rank must run the same layers in the same order; "
         "look for a layer that only some ranks run, or a branch that depends on the rank or its data."
     )

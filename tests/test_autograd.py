@@ -1,0 +1,240 @@
+"""Derivatives across ranks: every order and both modes, eager, under torch.func and when checkpointed."""
+
+from __future__ import annotations
+
+import torch
+import torch.autograd.forward_ad as forward_ad
+from parallel import WORLD, distance, local_batch, oracle, shard
+from torch import Tensor
+
+import mpisyncbn
+from mpisyncbn.functional import BatchStats
+
+
+class Spread(torch.autograd.Function):
+    """A tensor that is the same on all ranks, used by each in its own way: gradients are summed."""
+
+    @staticmethod
+    def forward(ctx, x):
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx, grad):
+        return Total.apply(grad)
+
+
+class Total(torch.autograd.Function):
+    """The sum over ranks, the same on all: gradients are passed on as they are."""
+
+    @staticmethod
+    def forward(ctx, x):
+        return torch.from_numpy(WORLD.allreduce(x.detach().numpy()))
+
+    @staticmethod
+    def backward(ctx, grad):
+        return Spread.apply(grad)
+
+
+def whole_batch_function(sizes: list[int]):
+    """Synchronized batch norm as one function of the whole batch, which every rank evaluates alike.
+
+    So gradcheck, which perturbs one value at a time, keeps the ranks in step.
+    """
+    start = sum(sizes[: WORLD.rank])
+    mine = slice(start, start + sizes[WORLD.rank])
+
+    def function(x: Tensor, weight: Tensor | None = None, bias: Tensor | None = None) -> Tensor:
+        part = Spread.apply(x)[mine]
+        weight, bias = (None if v is None else Spread.apply(v) for v in (weight, bias))
+        y = mpisyncbn.sync_batch_norm(part, None, None, weight, bias)
+        whole = torch.zeros_like(x)
+        whole[mine] = y
+        return Total.apply(whole)
+
+    return function
+
+
+def inputs(sizes: list[int], *shape: int) -> tuple[Tensor, Tensor, Tensor]:
+    """The same on all ranks."""
+    generator = torch.Generator().manual_seed(7)
+    shapes = ((sum(sizes[: WORLD.size]), *shape), shape[:1], shape[:1])
+    return tuple(torch.randn(s, generator=generator, dtype=torch.float64, requires_grad=True) for s in shapes)
+
+
+UNEVEN = [2, 3, 1, 2]
+ONE_EMPTY = [3, 0, 2, 0]
+
+
+def test_gradcheck_and_gradgradcheck_over_ranks():
+    for sizes in (UNEVEN, ONE_EMPTY):
+        function, arguments = whole_batch_function(sizes), inputs(sizes, 2, 2)
+        assert torch.autograd.gradcheck(function, arguments, check_forward_ad=False)
+        assert torch.autograd.gradgradcheck(function, arguments)
+        assert torch.autograd.gradgradcheck(function, arguments[:1])
+
+
+def test_second_derivatives_in_float32_of_half_input():
+    """The composite path takes the same dtypes as the fused one."""
+    for dtype in (torch.float32, torch.bfloat16, torch.float16):
+        x = shard((local_batch(), 3, 4, 4), 1, dtype=dtype).requires_grad_()
+        weight = torch.ones(3, requires_grad=True)
+        y = mpisyncbn.sync_batch_norm(x, None, None, weight, None)
+        (dx,) = torch.autograd.grad(y.float().pow(3).sum(), x, create_graph=True)
+        (ddx, ddweight) = torch.autograd.grad(dx.float().square().sum(), (x, weight))
+        assert dx.dtype == ddx.dtype == dtype
+        assert ddweight.dtype == torch.float32
+        assert ddx.isfinite().all()
+
+
+def test_both_paths_give_the_same_gradients():
+    for memory_format in (torch.contiguous_format, torch.channels_last):
+        x = shard((local_batch(), 5, 6, 6), 2, 1.0).contiguous(memory_format=memory_format).requires_grad_()
+        weight, bias = (shard((5,), seed).requires_grad_() for seed in (3, 4))
+        dy = shard(tuple(x.shape), 5)
+        y = mpisyncbn.sync_batch_norm(x, None, None, weight, bias)
+        fused = torch.autograd.grad(y, (x, weight, bias), dy, retain_graph=True)
+        composite = torch.autograd.grad(y, (x, weight, bias), dy, create_graph=True)
+        for a, b in zip(fused, composite, strict=True):
+            assert a.dtype == b.dtype
+            assert distance(a, b.detach()) < 1e-5
+
+
+def test_requires_grad_on_some_inputs_only():
+    x, dy = shard((local_batch(), 3, 4), 6), shard((local_batch(), 3, 4), 7)
+    expected = oracle(x, dy)
+    for wanted in ([0], [1], [2], [1, 2], [0, 2], [0, 1, 2]):
+        leaves = [x.clone(), torch.ones(3), torch.zeros(3)]
+        for i in wanted:
+            leaves[i].requires_grad_()
+        for create_graph in (False, True):
+            y = mpisyncbn.sync_batch_norm(leaves[0], None, None, leaves[1], leaves[2])
+            grads = torch.autograd.grad(y, [leaves[i] for i in wanted], dy, create_graph=create_graph)
+            for i, grad in zip(wanted, grads, strict=True):
+                total = grad.detach() if i == 0 else torch.from_numpy(WORLD.allreduce(grad.detach().numpy()))
+                assert distance(total, (expected.dx, expected.dweight, expected.dbias)[i]) < 1e-5
+
+
+def test_no_grad_records_nothing():
+    x = shard((local_batch(), 3), 8).requires_grad_()
+    with torch.no_grad():
+        assert not mpisyncbn.sync_batch_norm(x, None, None).requires_grad
+    with torch.inference_mode():
+        assert mpisyncbn.sync_batch_norm(x, None, None).is_inference()
+    assert not mpisyncbn.sync_batch_norm(x.detach(), None, None).requires_grad
+
+
+def test_backward_twice_with_retain_graph():
+    x = shard((local_batch(), 3, 4), 9).requires_grad_()
+    y = mpisyncbn.sync_batch_norm(x, None, None).square()
+    dy = shard(tuple(x.shape), 10)
+    first = torch.autograd.grad(y, x, dy, retain_graph=True)[0]
+    assert torch.equal(first, torch.autograd.grad(y, x, dy)[0])
+
+
+def test_adjoint_identity():
+    """<J v, u> = <v, J* u> over all ranks: forward mode against reverse mode."""
+    x = shard((local_batch(), 3, 4), 11, dtype=torch.float64).requires_grad_()
+    weight, bias = (torch.full((3,), float(v), dtype=torch.float64, requires_grad=True) for v in (2, 3))
+    v, u = (shard(tuple(x.shape), seed, dtype=torch.float64) for seed in (12, 13))
+    dweight, dbias = torch.tensor([1.0, -1.0, 2.0]).double(), torch.tensor([0.5, 0.0, 3.0]).double()
+    with forward_ad.dual_level():
+        duals = [forward_ad.make_dual(p, t) for p, t in ((x, v), (weight, dweight), (bias, dbias))]
+        tangent = forward_ad.unpack_dual(mpisyncbn.sync_batch_norm(duals[0], None, None, *duals[1:])).tangent
+    y = mpisyncbn.sync_batch_norm(x, None, None, weight, bias)
+    gx, gw, gb = torch.autograd.grad(y, (x, weight, bias), u)
+    left = WORLD.allreduce((tangent * u).sum().item())
+    right = WORLD.allreduce((v * gx).sum().item() + (dweight * gw).sum().item() + (dbias * gb).sum().item())
+    assert abs(left - right) < 1e-10 * max(1.0, abs(left))
+
+
+def test_torch_func():
+    x = shard((local_batch(), 3, 4), 14, dtype=torch.float64)
+    t = shard(tuple(x.shape), 15, dtype=torch.float64)
+
+    def loss(x: Tensor) -> Tensor:
+        return mpisyncbn.sync_batch_norm(x, None, None).pow(3).sum()
+
+    leaf = x.clone().requires_grad_()
+    (expected,) = torch.autograd.grad(loss(leaf), leaf, create_graph=True)
+    (expected_hvp,) = torch.autograd.grad(expected, leaf, t)
+    gradient = torch.func.grad(loss)(x)
+    value, pullback = torch.func.vjp(loss, x)
+    (pulled,) = pullback(torch.ones_like(value))
+    _, hvp = torch.func.jvp(torch.func.grad(loss), (x,), (t,))
+    twice = torch.func.grad(lambda x: (torch.func.grad(loss)(x) * t).sum())(x)
+    # y is unchanged where x is scaled, so the loss is too
+    _, along = torch.func.jvp(lambda x: mpisyncbn.sync_batch_norm(x, None, None, eps=0.0), (x,), (x,))
+    jacobian = torch.func.jacrev(lambda x: mpisyncbn.sync_batch_norm(x, None, None).pow(3).sum((0, 2)))(x)
+    assert distance(gradient, expected.detach()) < 1e-12
+    assert distance(pulled, expected.detach()) < 1e-12
+    # a Hessian is symmetric, so forward over reverse is reverse over reverse
+    assert distance(hvp, expected_hvp) < 1e-10
+    assert distance(twice, expected_hvp) < 1e-10
+    assert along.abs().max() < 1e-9
+    assert distance(jacobian.sum(0), expected.detach()) < 1e-12
+
+
+def test_vmap_over_the_input_is_refused():
+    x = shard((2, local_batch(), 3), 16)
+    try:
+        torch.func.vmap(lambda x: mpisyncbn.sync_batch_norm(x, None, None))(x)
+    except RuntimeError as error:
+        assert "vmap" in str(error)
+    else:
+        raise AssertionError("vmap over a collective must not work silently")
+
+
+def test_checkpointing_updates_the_statistics_once():
+    for use_reentrant in (True, False):
+        for momentum in (0.1, None):
+            torch.manual_seed(0)
+            make = lambda: torch.nn.Sequential(  # noqa: E731
+                torch.nn.Linear(3, 4), mpisyncbn.SyncBatchNorm(4, momentum=momentum), torch.nn.Tanh()
+            )
+            plain, checkpointed = make(), make()
+            checkpointed.load_state_dict(plain.state_dict())
+            for step in range(2):
+                x = shard((local_batch(), 3), 20 + step).requires_grad_()
+                plain(x).sum().square().backward()
+                expected, x.grad = x.grad, None
+                y = torch.utils.checkpoint.checkpoint(checkpointed, x, use_reentrant=use_reentrant)
+                y.sum().square().backward()
+                assert torch.equal(x.grad, expected)
+            for name, value in plain.state_dict().items():
+                assert torch.equal(value, checkpointed.state_dict()[name]), name
+            assert checkpointed[1].num_batches_tracked == 2
+
+
+def test_two_graphs_backward_in_another_order():
+    """Statistics belong to a call, not to the layer: the second forward does not disturb the first."""
+    layer = mpisyncbn.SyncBatchNorm(3)
+    xs = [shard((local_batch(), 3, 4), seed, 5.0 * seed).requires_grad_() for seed in (1, 2)]
+    dy = shard(tuple(xs[0].shape), 3)
+    ys = [layer(x) for x in xs]
+    for y in ys:
+        y.backward(dy)
+    for x in xs:
+        assert distance(x.grad, oracle(x, dy).dx) < 1e-5
+
+
+def test_expanded_and_transposed_gradients():
+    x = shard((local_batch(), 3, 4, 5), 17).requires_grad_()
+    expected = oracle(x, torch.ones_like(x)).dx
+    mpisyncbn.sync_batch_norm(x, None, None).sum().backward()  # dy is one number, expanded
+    assert distance(x.grad, expected, torch.ones(1)) < 1e-5
+    dy = shard((5, 4, 3, local_batch()), 18).permute(3, 2, 1, 0)
+    x.grad = None
+    mpisyncbn.sync_batch_norm(x, None, None).backward(dy)
+    assert distance(x.grad, oracle(x, dy).dx) < 1e-5
+
+
+def test_functional_agrees_with_autograd():
+    x, dy = shard((local_batch(), 3, 4), 19), shard((local_batch(), 3, 4), 20)
+    leaf = x.clone().requires_grad_()
+    y = mpisyncbn.sync_batch_norm(leaf, None, None)
+    y.backward(dy)
+    same, stats = mpisyncbn.functional.batch_norm_forward(x)
+    dx, _, _ = mpisyncbn.functional.batch_norm_backward(dy, x, stats)
+    assert isinstance(stats, BatchStats)
+    assert torch.equal(same, y.detach())
+    assert torch.equal(dx, leaf.grad)
