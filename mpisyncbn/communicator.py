@@ -71,7 +71,7 @@ class Communicator:
         elif comm is None:
             comm = MPI.COMM_WORLD
         _check(comm)
-        self._source = comm
+        self._source: Any = comm
         self._is_world = comm == MPI.COMM_WORLD
         # What every exchange needs of mpi4py, looked up once.
         self._is_finalized = MPI.Is_finalized

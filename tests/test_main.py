@@ -1,0 +1,56 @@
+"""python -m mpisyncbn."""
+
+from __future__ import annotations
+
+import json
+
+from parallel import WORLD
+
+from mpisyncbn import __main__ as report
+
+
+def test_report_says_what_would_be_used_and_why():
+    facts = report.report()
+    assert facts["ranks"]["world size"] == WORLD.size
+    assert sum(map(int, facts["ranks"]["ranks per node"].split(", "))) == WORLD.size
+    assert facts["transport"]["in use"] == "host"
+    assert facts["transport"]["because"]
+    assert facts["mpi"]["thread level"].startswith("THREAD_")
+    assert facts["versions"]["torch"][0].isdigit()
+    assert facts["kernels"]["torch, cpu"].startswith("cpu")
+    assert 0 < facts["exchange"]["minimum, us"] <= facts["exchange"]["median, us"]
+    assert json.loads(json.dumps(facts)) == facts
+
+
+def test_text_is_aligned():
+    lines = report.as_text(report.report()).splitlines()
+    entries = [line for line in lines if line.startswith("  ")]
+    width = max(len(line[2:].split("  ")[0]) for line in entries)
+    assert all(line[2 + width : 4 + width] == "  " and line[4 + width] != " " for line in entries)
+
+
+def test_only_rank_zero_prints(capsys, monkeypatch):
+    monkeypatch.setattr("sys.argv", ["mpisyncbn", "--json"])
+    report.main()
+    out = capsys.readouterr().out
+    if WORLD.rank == 0:
+        assert json.loads(out)["ranks"]["world size"] == WORLD.size
+    else:
+        assert out == ""
+
+
+def test_a_transport_that_cannot_be_had_is_reported(monkeypatch):
+    monkeypatch.setenv("MPISYNCBN_TRANSPORT", "device")
+    facts = report.report()
+    assert facts["transport"]["in use"] == "none"
+    assert "CUDA-aware" in facts["exchange"]["error"]
+
+
+def test_a_variable_that_nothing_understands(monkeypatch, capsys):
+    monkeypatch.setenv("MPISYNCBN_TRANSPORT", "pigeon")
+    monkeypatch.setattr("sys.argv", ["mpisyncbn"])
+    try:
+        report.main()
+    except SystemExit as end:
+        assert end.code == 2
+    assert "MPISYNCBN_TRANSPORT must be one of auto, host, device, got 'pigeon'" in capsys.readouterr().err
