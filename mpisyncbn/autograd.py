@@ -5,7 +5,8 @@ Two paths through the same algorithm (functional.py):
 - fused: kernels for the place where the data lives, one ``autograd.Function``. First derivatives
   in reverse mode, which is what training needs.
 - composite: generic kernels, made of differentiable torch operations, and the two exchanges as
-  differentiable operations. Everything else: second derivatives, forward mode, torch.func.
+  differentiable operations. Everything else: second derivatives, forward mode, torch.func, and
+  torch.compile, which fuses it with its neighbours around the opaque exchange.
 
 Both send the same messages in the same order, so ranks agree whichever path they take.
 """
@@ -19,9 +20,10 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
 
 from . import exchange, functional
-from .communicator import Communicator, resolve
+from .communicator import Communicator, by_handle, resolve
 from .diagnostics import Call
 from .functional import BatchStats
 from .kernels import generic, kernels_for
@@ -83,17 +85,30 @@ def batch_norm(
     process_group: Any,
     layer: Any,
 ) -> tuple[Tensor, BatchStats]:
-    """``y`` and the statistics, while training; the running statistics are not touched.
+    """``y`` and, for the running statistics, those of the batch, while training.
 
-    ``layer`` is a name, or the module to be named by the order of first exchanges.
+    ``layer`` is a name, or the module to be named by the order of first exchanges. Where the call
+    repeats an earlier one the statistics have a count of 0, so that they are not entered twice.
     """
     functional.check_arguments(x, weight, bias, running_mean, running_var, momentum=momentum, eps=eps)
-    group = resolve(process_group)
     dtype = functional.layer_dtype(x, weight, bias, running_mean)
+    if torch.compiler.is_compiling() or x.is_meta or isinstance(x, FakeTensor):
+        # what is traced knows a group by its handle and a layer by its name
+        handle = "" if process_group is None else process_group.handle
+        name = layer if isinstance(layer, str) else "a layer without a name"
+        y, mean, var, invstd, count, first_time = _Traced.apply(x, weight, bias, eps, handle, name, dtype)
+        return y, BatchStats(mean, var, invstd, count * first_time)
+    group = resolve(process_group)
     step = _Step(group, group.name_of(layer), x.shape[1], dtype, eps)
     y = _SyncBatchNorm.apply(x, weight, bias, step)
     functional.check_count(step.stats.count, x)
-    return y, step.stats
+    return y, step.stats._replace(count=0) if _recomputing() else step.stats
+
+
+def _recomputing() -> bool:
+    """Whether this forward runs inside a backward pass: activation checkpointing does it again there,
+    and the batch must not enter the running statistics twice (pytorch#96136)."""
+    return torch._C._current_graph_task_id() != -1
 
 
 class _Step:
@@ -251,3 +266,88 @@ def _differentiable_sums(step: _Step, direction: str) -> Any:
 
 def _as(vector: Any, dtype: torch.dtype) -> Tensor:
     return (torch.from_numpy(vector) if isinstance(vector, np.ndarray) else vector).to(dtype)
+
+
+# torch.compile: the exchanges as operations that it does not look into. It would drop one whose
+# result is unused, or run two equal ones once, and then ranks wait for each other for ever;
+# changing a tensor that outlives the graph keeps every one of them, and in order.
+_TOKEN = torch.zeros(())
+
+
+def _token(x: Tensor) -> Tensor:
+    return _TOKEN if torch.compiler.is_compiling() else x.new_zeros(())  # meta and fake: of their own kind
+
+
+_LIBRARY = torch.library.Library("mpisyncbn", "DEF")
+_LIBRARY.define(
+    "merge_moments(Tensor mean, Tensor m2, SymInt count, Tensor(a!) token, str group, str layer, str dtype)"
+    " -> (Tensor, Tensor, Tensor, Tensor)"
+)
+_LIBRARY.define(
+    "reduce_sums(Tensor sums, Tensor(a!) token, str group, str layer, str direction, str dtype) -> Tensor"
+)
+
+
+def _merge_moments_op(mean: Tensor, m2: Tensor, count: int, token: Tensor, group: str, layer: str, dtype: str) -> Any:
+    with np.errstate(all="ignore"):
+        call = Call(layer, "forward", m2.shape[-1], dtype)
+        total, merged, var = exchange.merge_moments(by_handle(group), call, count, mean, m2)
+    functional.check_count(total, m2)
+    count = torch.tensor(total, dtype=torch.float64, device=m2.device)
+    return count, merged, var, torch.tensor(not _recomputing(), device=m2.device)
+
+
+def _reduce_sums_op(sums: Tensor, token: Tensor, group: str, layer: str, direction: str, dtype: str) -> Tensor:
+    call = Call(layer, direction, sums.shape[-1], dtype)
+    return exchange.reduce_sums(by_handle(group), call, sums.reshape(-1))[0].reshape(sums.shape)
+
+
+_LIBRARY.impl("merge_moments", _merge_moments_op, "CompositeExplicitAutograd")
+_LIBRARY.impl("reduce_sums", _reduce_sums_op, "CompositeExplicitAutograd")
+torch.library.register_fake(
+    "mpisyncbn::merge_moments",
+    lambda mean, m2, *_: (
+        m2.new_empty(()), torch.empty_like(m2), torch.empty_like(m2), m2.new_empty((), dtype=torch.bool)
+    ),
+)
+torch.library.register_fake("mpisyncbn::reduce_sums", lambda sums, *_: torch.empty_like(sums))
+
+
+class _Traced(torch.autograd.Function):
+    """The composite path as torch.compile sees it."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float, group: str, layer: str, dtype: str
+    ) -> tuple[Tensor, ...]:
+        first_time = []
+
+        def merge_moments(count: int, mean: Tensor, m2: Tensor) -> tuple[Tensor, ...]:
+            *merged, first = torch.ops.mpisyncbn.merge_moments(mean, m2, count, _token(x), group, layer, dtype)
+            first_time.append(first)
+            return tuple(merged)
+
+        y, stats = functional.forward(x, weight, bias, eps, generic, merge_moments)
+        ctx.save_for_backward(x, weight, *stats)
+        ctx.exchange = group, layer, dtype
+        ctx.bias_dtype = None if bias is None else bias.dtype
+        ctx.mark_non_differentiable(*stats, *first_time)
+        return y, *stats, *first_time
+
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor, *_: Any) -> tuple[Any, ...]:
+        x, weight, *stats = ctx.saved_tensors
+        group, layer, dtype = ctx.exchange
+
+        def reduce_sums(*sums: Tensor) -> tuple[Tensor, ...]:
+            total = torch.ops.mpisyncbn.reduce_sums(torch.stack(sums), _token(x), group, layer, "backward", dtype)
+            return total.unbind()
+
+        need_dx, need_dweight, need_dbias, *_ = ctx.needs_input_grad
+        dx, dweight, dbias = functional.backward(dy, x, BatchStats(*stats), weight, generic, reduce_sums, need_dx)
+        return (
+            dx,
+            dweight.to(weight.dtype) if need_dweight else None,
+            dbias.to(ctx.bias_dtype) if need_dbias else None,
+            *(None,) * 4,
+        )

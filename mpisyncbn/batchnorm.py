@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from . import autograd, convert, functional
@@ -74,12 +73,13 @@ class SyncBatchNorm(convert.Synchronized):
             self.process_group,
             self.layer_name or self,
         )
-        if running_mean is not None and not _recomputing():
-            momentum = self.momentum
+        if running_mean is not None:
+            momentum, batches = self.momentum, self.num_batches_tracked
             if momentum is None:  # cumulative; as a tensor, so that no device is waited for
-                momentum = (self.num_batches_tracked + 1).double().reciprocal()
-            if functional.update_running_stats(running_mean, running_var, stats, momentum):
-                self.num_batches_tracked.add_(1)
+                momentum = 0.0 if batches is None else (batches + 1).double().reciprocal()
+            updated = functional.update_running_stats(running_mean, running_var, stats, momentum)
+            if batches is not None:
+                batches.add_(updated)
         return y
 
     def extra_repr(self) -> str:
@@ -90,8 +90,3 @@ class SyncBatchNorm(convert.Synchronized):
     def convert_sync_batchnorm(cls, module: nn.Module, process_group: Any = None) -> nn.Module:
         return convert.convert_sync_batchnorm(module, process_group, to=cls)
 
-
-def _recomputing() -> bool:
-    """Whether this forward runs inside a backward pass: activation checkpointing does it again there,
-    and the batch must not enter the running statistics twice (pytorch#96136)."""
-    return torch._C._current_graph_task_id() != -1

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import threading
 import weakref
 from collections.abc import Callable, Iterable
@@ -16,7 +17,7 @@ from .errors import MPISyncBNError, TransportError, on_rank
 if TYPE_CHECKING:
     from mpi4py import MPI
 
-__all__ = ["Communicator", "mpi", "new_group", "new_subgroups", "resolve"]
+__all__ = ["Communicator", "by_handle", "mpi", "new_group", "new_subgroups", "resolve"]
 
 
 def mpi() -> Any:
@@ -83,6 +84,9 @@ class Communicator:
         self.exchanges = 0
         self.debug = False
         self.lock = threading.RLock()
+        # A name for this process alone, for compiled graphs, which can hold a string but no object.
+        self.handle = f"group {next(_numbers)}"
+        _by_handle[self.handle] = self
         self._messages: dict[int, np.ndarray] = {}
         self._names: weakref.WeakKeyDictionary[Any, str] = weakref.WeakKeyDictionary()
 
@@ -169,6 +173,8 @@ class Communicator:
         )
 
 
+_numbers = itertools.count()
+_by_handle: weakref.WeakValueDictionary[str, Communicator] = weakref.WeakValueDictionary()
 _world: Communicator | None = None
 _keyval: int | None = None
 
@@ -214,6 +220,17 @@ def _settings() -> tuple[bool, Exception | None]:
         return config.debug(), None
     except (ValueError, TransportError) as error:
         return False, error
+
+
+def by_handle(handle: str) -> Communicator:
+    """The Communicator with this ``handle``; the world for an empty one."""
+    if not handle:
+        return resolve(None)
+    if handle not in _by_handle:
+        raise MPISyncBNError(
+            f"the Communicator of a compiled graph is gone{on_rank()}: keep it as long as the graph"
+        )
+    return _by_handle[handle]
 
 
 def _check(comm: Any) -> None:
@@ -305,9 +322,11 @@ def _agree(parent: Communicator, name: str, given: Any, read: Callable[[], Any],
         value, problem = read(), None
     except (TypeError, ValueError):
         value, problem = None, f"expected {expected}, got {given!r}"
-    for rank, (theirs, what) in enumerate(parent.ready().comm.allgather((value, problem))):
-        if what is not None:
-            raise ValueError(f"{name}: {what} on rank {rank}")
+    everyone = parent.ready().comm.allgather((value, problem))
+    for rank, (_, theirs) in enumerate(everyone):
+        if theirs is not None:
+            raise ValueError(f"{name}: {theirs} on rank {rank}")
+    for rank, (theirs, _) in enumerate(everyone):
         if theirs != value:
             raise ValueError(
                 f"{name}: expected the same on every rank, got {theirs} on rank {rank} "

@@ -126,9 +126,11 @@ def update_running_stats(running_mean: Any, running_var: Any, stats: BatchStats,
         momentum: weight of this batch, from 0 to 1; a number, or a 0-d tensor on their device.
 
     Returns:
-        Whether they were updated. Not collective.
+        Whether they were updated; in a graph of torch.compile, as a tensor. Not collective.
     """
     count = stats.count
+    if not isinstance(count, int):  # a tensor, in a compiled graph: decided there
+        return _update_in_graph(running_mean, running_var, stats, momentum)
     if count == 0:
         return False
     mean, var = transport.to_host(stats.mean), transport.to_host(stats.var)
@@ -141,6 +143,17 @@ def update_running_stats(running_mean: Any, running_var: Any, stats: BatchStats,
     transport.blend(running_mean, mean, momentum)
     transport.blend(running_var, unbiased, momentum)
     return True
+
+
+def _update_in_graph(running_mean: Any, running_var: Any, stats: BatchStats, momentum: Any) -> Any:
+    count, mean = stats.count, stats.mean
+    unbiased = stats.var * (count / (count - 1).clamp(min=1))
+    limit = _largest(running_var.dtype)
+    updated = (count > 0) & (mean.abs().max() <= limit) & (unbiased.max() <= limit)
+    for running, new in ((running_mean, mean), (running_var, unbiased)):
+        old = running.double()
+        running.copy_((old + momentum * (new - old)).where(updated, old))
+    return updated
 
 
 def check_arguments(
@@ -203,7 +216,6 @@ def check_count(count: int, x: Any) -> None:
         )
 
 
-@lru_cache(maxsize=None)
 def dtype_name(dtype: Any) -> str:
     """``float32`` for ``torch.float32`` and ``numpy.dtype("float32")`` alike."""
     return str(dtype).rpartition(".")[2]
@@ -235,7 +247,6 @@ def _call(x: Any, weight: Any, bias: Any, direction: str) -> Call:
     return Call("functional.batch_norm", direction, x.shape[1], layer_dtype(x, weight, bias))
 
 
-@lru_cache(maxsize=None)
 def _largest(dtype: Any) -> float:
     if str(dtype).startswith("torch."):
         import torch

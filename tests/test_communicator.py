@@ -98,11 +98,9 @@ def test_new_group_has_its_ranks_in_ascending_order(kind: Any) -> None:
 
 @pytest.mark.parametrize("ranks", [[], [0, 0], [SIZE], [-1], [0.0], ["a"], None], ids=repr)
 def test_new_group_with_a_wrong_list_on_one_rank_raises_on_every_rank(ranks: Any) -> None:
-    with pytest.raises(
-        ValueError, match=rf"ranks: expected distinct ranks from 0 to {SIZE - 1}.* on rank {SIZE - 1}"
-    ):
+    match = rf"ranks: expected distinct ranks from 0 to {SIZE - 1}, at least one, got .* on rank {SIZE - 1}"
+    with pytest.raises(ValueError, match=match):
         new_group(ranks if RANK == SIZE - 1 else [0])
-    assert exchange(None).shape == (3,)
 
 
 @pytest.mark.skipif(SIZE < 2, reason="one rank cannot disagree with itself")
@@ -110,7 +108,7 @@ def test_groups_that_differ_between_ranks_raise_on_every_rank() -> None:
     last = RANK == SIZE - 1
     with pytest.raises(ValueError, match=r"ranks: expected the same on every rank, got \[.* on rank"):
         new_group([0] if last else [0, 1])
-    with pytest.raises(ValueError, match="group_size: expected the same on every rank, got .* on rank"):
+    with pytest.raises(ValueError, match=r"group_size: expected the same on every rank, got .* on rank"):
         new_subgroups(1 if last else None)
 
 
@@ -161,12 +159,10 @@ def test_messages_of_the_user_never_meet_ours() -> None:
     received, total = np.zeros(length), np.ones(length)
     pending = [comm.Irecv(received, MPI.ANY_SOURCE, MPI.ANY_TAG), comm.Iallreduce(MPI.IN_PLACE, total)]
     y, stats = functional.batch_norm_forward(x.numpy(), process_group=comm)
-    early = pending[0].Test()
     comm.Isend(np.full(length, float(RANK)), (RANK + 1) % SIZE, tag=7).Wait()
     functional.batch_norm_backward(dy.numpy(), x.numpy(), stats, process_group=comm)
     MPI.Request.Waitall(pending)
     expected = oracle(x, dy)
-    assert not early
     assert (received == (RANK - 1) % SIZE).all()
     assert (total == SIZE).all()
     assert distance(torch.from_numpy(y), expected.y) < 1e-5

@@ -1,0 +1,171 @@
+"""torch.compile in one graph: the same numbers, and every exchange, whatever the compiler thinks of it."""
+
+from __future__ import annotations
+
+import copy
+import shutil
+
+import pytest
+import torch
+from parallel import WORLD, distance, shard
+from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils.checkpoint import checkpoint
+
+import mpisyncbn
+from mpisyncbn.communicator import resolve
+
+# Tracing is what is tested; "aot_eager" splits and functionalizes the graph as Inductor does, in a
+# tenth of the time. One test goes all the way.
+BACKEND = "aot_eager"
+# torch's compiler warns about itself
+pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::UserWarning:torch")
+
+
+@pytest.fixture(autouse=True)
+def fresh_compiler():
+    torch._dynamo.reset()
+    yield
+    torch._dynamo.reset()
+
+
+def model() -> nn.Module:
+    torch.manual_seed(0)
+    net = nn.Sequential(
+        nn.Conv2d(2, 3, 3), nn.BatchNorm2d(3), nn.ReLU(), nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4, momentum=None)
+    )
+    return mpisyncbn.convert_sync_batchnorm(net)
+
+
+def train(net, forward, steps: int, dtype: torch.dtype = torch.float32):
+    """The outputs, and what the model was left with."""
+    outputs = []
+    for step in range(steps):
+        y = forward(shard((2 + WORLD.rank + step, 2, 6, 6), step, dtype=dtype))
+        y.float().square().mean().backward()
+        outputs.append(y.detach())
+    return outputs, [p.grad for p in net.parameters()], list(net.buffers())
+
+
+def test_fullgraph_training_is_the_same():
+    """Uneven batches that change from step to step: static shapes first, then dynamic ones."""
+    eager, net = model(), model()
+    expected = train(eager, eager, 3)
+    got = train(net, torch.compile(net, fullgraph=True, backend=BACKEND), 3)
+    for a, b in zip(sum(map(list, got), []), sum(map(list, expected), []), strict=True):
+        assert distance(a, b, b.abs().max().double().clamp_min(1.0)) < 1e-5
+
+
+@pytest.mark.skipif(shutil.which("g++") is None, reason="Inductor compiles C++, and there is no g++")
+def test_all_the_way_to_machine_code():
+    layer, x = mpisyncbn.SyncBatchNorm(2), shard((2 + WORLD.rank, 2, 3), 1).requires_grad_()
+    y = torch.compile(layer, fullgraph=True)(x).relu()
+    y.square().sum().backward()
+    compiled, x.grad = x.grad, None
+    expected = copy.deepcopy(layer)(x).relu()
+    expected.square().sum().backward()
+    assert distance(y.detach(), expected.detach()) < 1e-6
+    assert distance(compiled, x.grad) < 1e-5
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+def test_other_dtypes(dtype):
+    layer = mpisyncbn.SyncBatchNorm(2, dtype=torch.float64 if dtype == torch.float64 else None)
+    eager = copy.deepcopy(layer)
+    results = []
+    for net, forward in ((layer, torch.compile(layer, fullgraph=True, backend=BACKEND)), (eager, eager)):
+        x = shard((3 + WORLD.rank, 2, 3), 1, 2.0, dtype).requires_grad_()
+        y = forward(x)
+        y.float().pow(3).sum().backward()
+        results.append((y.detach(), x.grad, net.running_var))
+    for a, b in zip(*results, strict=True):
+        assert a.dtype == b.dtype
+        assert distance(a, b) < (1e-12 if dtype == torch.float64 else 2e-2)
+
+
+def test_no_exchange_is_dropped_or_merged():
+    """An unused result, and the same layer twice on the same input."""
+    layer = mpisyncbn.SyncBatchNorm(3)
+
+    def function(x):
+        layer(x)
+        return layer(x) + layer(x)
+
+    x = shard((2 + WORLD.rank, 3), 1).requires_grad_()
+    before = resolve(None).exchanges
+    torch.compile(function, fullgraph=True, backend=BACKEND)(x).square().sum().backward()
+    counts = [resolve(None).exchanges - before]
+    x.grad = None
+    function(x).square().sum().backward()
+    counts.append(resolve(None).exchanges - before - counts[0])
+    assert counts == [5, 5]
+    assert layer.num_batches_tracked == 6
+
+
+def test_groups():
+    group = mpisyncbn.new_subgroups(1)
+    layer = mpisyncbn.SyncBatchNorm(3, momentum=1.0, process_group=group)
+    x = shard((4, 3), 1)
+    torch.compile(layer, fullgraph=True, backend=BACKEND)(x)
+    assert distance(layer.running_mean, x.mean(0)) < 1e-6
+
+
+def test_empty_and_not_finite_batches_stay_out_of_the_running_statistics():
+    layer = mpisyncbn.SyncBatchNorm(3)
+    compiled = torch.compile(layer, fullgraph=True, backend=BACKEND)
+    for x in (torch.zeros(0, 3), torch.full((2, 3), float("inf"))):
+        torch._dynamo.reset()
+        compiled(x)
+        assert torch.equal(layer.running_mean, torch.zeros(3))
+        assert layer.num_batches_tracked == 0
+
+
+def test_one_value_per_channel_is_refused():
+    layer = mpisyncbn.SyncBatchNorm(3)
+    with pytest.raises(ValueError, match="more than 1 value per channel"):
+        torch.compile(layer, backend=BACKEND)(shard((1 if WORLD.rank == 0 else 0, 3), 1))
+    assert layer.num_batches_tracked == 0
+
+
+def test_checkpointing():
+    """Inside the graph and around it: the statistics are updated once."""
+    for inside in (True, False):
+        torch._dynamo.reset()
+        net, eager = model(), model()
+        x = shard((2 + WORLD.rank, 2, 6, 6), 1)
+        if inside:
+            forward = torch.compile(lambda x: checkpoint(net, x, use_reentrant=False), fullgraph=True, backend=BACKEND)
+        else:
+            compiled = torch.compile(net, fullgraph=True, backend=BACKEND)
+            forward = lambda x: checkpoint(compiled, x, use_reentrant=False)  # noqa: E731
+        forward(x).square().mean().backward()
+        eager(x).square().mean().backward()
+        for a, b in zip(net.buffers(), eager.buffers(), strict=True):
+            assert distance(a, b, torch.ones(1)) < 1e-5
+        for a, b in zip(net.parameters(), eager.parameters(), strict=True):
+            assert distance(a.grad, b.grad, torch.ones(1)) < 1e-5
+
+
+def test_the_operations_are_well_described():
+    """torch's own checks of schema, fake results and what is changed in place."""
+    mean, m2, token = torch.ones(3).double(), torch.ones(3).double(), torch.zeros(())
+    torch.library.opcheck(
+        torch.ops.mpisyncbn.merge_moments.default, (mean, m2, 4, token, "", "a layer", "float32"),
+        test_utils=("test_schema", "test_faketensor"),
+    )  # fmt: skip
+    torch.library.opcheck(
+        torch.ops.mpisyncbn.reduce_sums.default, (torch.ones(2, 3).double(), token, "", "a layer", "backward", "float32"),
+        test_utils=("test_schema", "test_faketensor"),
+    )  # fmt: skip
+
+
+def test_shapes_without_data():
+    """Meta and fake tensors: shapes and dtypes come out, nothing is sent."""
+    before = resolve(None).exchanges
+    meta = mpisyncbn.SyncBatchNorm(3, device="meta")
+    y = meta(torch.zeros(2, 3, 4, device="meta"))
+    with FakeTensorMode():
+        fake = mpisyncbn.SyncBatchNorm(3)(torch.zeros(2, 3, 4))
+    assert y.is_meta
+    assert y.shape == fake.shape == (2, 3, 4)
+    assert resolve(None).exchanges == before
