@@ -13,6 +13,7 @@ Both send the same messages in the same order, so ranks agree whichever path the
 
 from __future__ import annotations
 
+import inspect
 from functools import partial
 from typing import Any
 
@@ -182,6 +183,10 @@ class _SyncBatchNorm(torch.autograd.Function):
         if dbias is not None:
             dy = dy + generic._channels(dbias, x).to(dy.dtype)
         return dy
+
+
+# torch binds the arguments of every call to this; looking it up each time would take 15 us.
+_SyncBatchNorm.forward.__signature__ = inspect.signature(_SyncBatchNorm.forward)  # type: ignore[attr-defined]
 
 
 class _MergeMoments(torch.autograd.Function):

@@ -4,11 +4,10 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from . import autograd, convert, functional
-from .communicator import resolve
-
 __all__ = ["SyncBatchNorm"]
 
 
@@ -52,16 +51,17 @@ class SyncBatchNorm(convert.Synchronized):
         bias: bool = True,
     ) -> None:
         super().__init__(num_features, eps, momentum, affine, track_running_stats, device, dtype, bias=bias)
-        self.process_group = None if process_group is None else resolve(process_group)
+        self.process_group = process_group
 
     def forward(self, input: Tensor) -> Tensor:
+        if not self.training:
+            if not torch.jit.is_tracing():
+                functional.check_arguments(
+                    input, self.weight, self.bias, self.running_mean, self.running_var, eps=self.eps
+                )
+            return super().forward(input)  # local: batch norm in evaluation needs nobody else
         tracked = self.track_running_stats
         running_mean, running_var = (self.running_mean, self.running_var) if tracked else (None, None)
-        if not self.training:
-            functional.check_arguments(
-                input, self.weight, self.bias, self.running_mean, self.running_var, momentum=self.momentum, eps=self.eps
-            )
-            return super().forward(input)  # local: batch norm in evaluation needs nobody else
         y, stats = autograd.batch_norm(
             input,
             running_mean,

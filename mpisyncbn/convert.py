@@ -37,6 +37,12 @@ class Synchronized(BatchNorm):
     layer_name: str | None = None  # its qualified name in the converted model
     _converted_from: tuple[type, dict[str, Any]] | None = None  # class, and attributes that were replaced
 
+    def __setattr__(self, name: str, value: Any) -> None:
+        # A Communicator at once: copying and pickling a layer needs one, mpi4py's own objects know neither.
+        if name == "process_group" and value is not None:
+            value = resolve(value)
+        super().__setattr__(name, value)
+
 
 _WRITTEN = ("process_group", "layer_name", "_converted_from")
 # Their behaviour is all in forward, so nothing is lost with their class.
@@ -63,7 +69,6 @@ def convert_sync_batchnorm(
 
     Not collective.
     """
-    group = None if process_group is None else resolve(process_group)
     layers = [(name, layer) for name, layer in module.named_modules() if isinstance(layer, _BatchNorm)]
     _refuse_own_forward(layers)
     _refuse_scripted(module)
@@ -76,7 +81,7 @@ def convert_sync_batchnorm(
             _change_class(layer, _synchronized(to, original))
             layer = cast(Synchronized, layer)
             layer._converted_from = (original, replaced)
-        layer.process_group = group
+        layer.process_group = process_group
         layer.layer_name = name or None
     return module
 

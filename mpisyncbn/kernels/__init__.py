@@ -21,7 +21,6 @@ the data is in host memory, arrays on the data's device elsewhere.
 
 from __future__ import annotations
 
-import sys
 from types import ModuleType
 from typing import Any
 
@@ -32,8 +31,7 @@ __all__ = ["kernels_for"]
 
 def kernels_for(x: Any) -> ModuleType:
     """The kernel module for the place where ``x`` lives."""
-    torch = sys.modules.get("torch")
-    if torch is not None and isinstance(x, torch.Tensor) and x.device.type == "cpu":
+    if getattr(x, "is_cpu", False):  # torch
         from . import cpu
 
         return cpu

@@ -72,7 +72,9 @@ def _small_moments(x: Tensor, count: int) -> tuple[np.ndarray, np.ndarray]:
     x = x.to(_working_dtype(x)).contiguous()
     shift, var = torch.batch_norm_update_stats(x, None, None, 0.0)
     mean = np.stack((_numpy(shift), _numpy(shift) * 0)).astype(np.float64)
-    if np.any(mean[0] ** 2 > _LARGE_RATIO**2 * _numpy(var)):
+    with np.errstate(all="ignore"):  # a constant channel
+        ratio = mean[0] / np.sqrt(_numpy(var))
+    if _any_above(ratio, _LARGE_RATIO):
         # The mean was rounded to the dtype of x: find what is missing.
         rest, var = torch.batch_norm_update_stats(x - _channels(shift, x), None, None, 0.0)
         mean[1] = _numpy(rest)
@@ -127,14 +129,14 @@ def _affine(x: Tensor, mean: Any, invstd: Any, scale: Any, shift: Any) -> Tensor
     """``(x - mean) * scale + shift``, in the dtype of ``x`` or, where that needs it, float32."""
     if x.numel() == 0:
         return torch.empty_like(x)
-    if np.any(np.abs(mean * invstd) > _LARGE_RATIO):
+    if _any_above(mean * invstd, _LARGE_RATIO):
         high = _vector(mean, x)
         x = x - _channels(high, x)
         mean = mean - _numpy(high)
-    view, mean = _aten(x), _vector(mean, x)
-    y = torch.native_batch_norm(
-        view, _vector(scale, x), _vector(shift, x), mean, _ones(mean), False, 0.0, 0.0
-    )[0]
+    view = _aten(x)
+    vectors = np.stack((scale, shift, mean)).astype(_numpy_dtype(x))
+    weight, bias, center = torch.from_numpy(vectors).unbind()
+    y = torch.native_batch_norm(view, weight, bias, center, _ones(center), False, 0.0, 0.0)[0]
     return y if view is x else y.as_strided(x.shape, x.stride())
 
 
@@ -175,7 +177,16 @@ def _working_dtype(x: Tensor) -> torch.dtype:
 
 def _vector(values: np.ndarray, x: Tensor) -> Tensor:
     """A vector of length C in the working dtype of ``x``."""
-    return torch.from_numpy(values.astype(np.float64 if x.dtype == torch.float64 else np.float32))
+    return torch.from_numpy(values.astype(_numpy_dtype(x)))
+
+
+def _numpy_dtype(x: Tensor) -> Any:
+    return np.float64 if x.dtype == torch.float64 else np.float32
+
+
+def _any_above(values: np.ndarray, limit: float) -> bool:
+    # the norm is an upper bound of the maximum, and far cheaper
+    return not values @ values <= limit * limit and bool(np.any(np.abs(values) > limit))
 
 
 def _numpy(vector: Tensor) -> np.ndarray:

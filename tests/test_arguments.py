@@ -1,0 +1,312 @@
+"""Every bad argument: what is said, on which rank, before anything is sent, and nothing is changed."""
+
+from __future__ import annotations
+
+import re
+
+import numpy as np
+import pytest
+import torch
+from mpi4py import MPI
+from parallel import WORLD
+from singleton import run_alone
+from torch import nn
+
+import mpisyncbn
+from mpisyncbn import Communicator, SyncBatchNorm, TransportError, functional
+
+RANK, SIZE = WORLD.rank, WORLD.size
+HERE = f" (on rank {RANK} of {SIZE})"
+FLOAT32 = "of dtype float32, the same for all"
+X = torch.zeros(4, 3, 2)
+C, C4, WIDE, META = (
+    torch.ones(3),
+    torch.ones(4),
+    torch.ones(3, dtype=torch.float64),
+    torch.ones(3, device="meta"),
+)
+
+
+def layer(group, *, training=True, **options):
+    """A SyncBatchNorm that has these values, however they were put there."""
+    module = SyncBatchNorm(
+        3, eps=options.pop("eps", 1e-5), momentum=options.pop("momentum", 0.1), process_group=group
+    )
+    for name, value in options.items():
+        setattr(module, name, value if value is None or "running" in name else nn.Parameter(value))
+    return module.train(training)
+
+
+def by_module(x, group, training=True, **options):
+    module = layer(group, training=training, **options)
+    before = {key: value.clone() for key, value in module.state_dict().items() if not value.is_meta}
+    try:
+        module(x)
+    finally:
+        after = module.state_dict()
+        assert all(torch.equal(value, after[key]) for key, value in before.items())
+
+
+def by_function(x, group, training=True, running_mean=C, running_var=C, **options):
+    mpisyncbn.sync_batch_norm(x, running_mean, running_var, training=training, process_group=group, **options)
+
+
+def by_array(x, group, **options):
+    functional.batch_norm_forward(x, process_group=group, **options)
+
+
+def numpy_too(x, group, **options):
+    by_array(
+        x.numpy(), group, **{k: v.numpy() if isinstance(v, torch.Tensor) else v for k, v in options.items()}
+    )
+
+
+EVERYWHERE = (by_module, by_function, by_array, numpy_too)
+TORCH = (by_module, by_function, by_array)
+RUNNING = (by_module, by_function)
+
+
+def bad(calls, words, error=ValueError, x=X, **options):
+    """Who complains about an input and options, with which error and words."""
+    return calls, words, error, x, options
+
+
+BAD = {
+    "1D": bad(EVERYWHERE, "expected at least 2D input, (N, C, *), got 1D input", x=X[0, :, 0]),
+    "0D": bad(EVERYWHERE, "expected at least 2D input, (N, C, *), got 0D input", x=X[0, 0, 0]),
+    "no channels": bad(
+        EVERYWHERE, "expected a non-zero number of input channels, got shape (4, 0, 2)", x=X[:, :0]
+    ),
+    "5 channels": bad(
+        RUNNING, "of shape (5,), one value per channel of the input (4, 5)", x=torch.zeros(4, 5)
+    ),
+    "wide weight": bad(EVERYWHERE, f"weight {FLOAT32}, got float64", TypeError, weight=WIDE),
+    "wide bias": bad(EVERYWHERE, f"bias {FLOAT32}, got float64", TypeError, weight=C, bias=WIDE),
+    "wide running_var": bad(RUNNING, f"running_var {FLOAT32}, got float64", TypeError, running_var=WIDE),
+    "half weight": bad(TORCH, f"weight {FLOAT32}, got float16", TypeError, weight=C.half()),
+    "wide for half": bad(TORCH, "of dtype bfloat16 or float32,", TypeError, X.bfloat16(), weight=WIDE),
+    "no running_var": bad(RUNNING, "expected running_mean and running_var both or neither", running_var=None),
+    "no running_mean": bad(
+        RUNNING, "expected running_mean and running_var both or neither", running_mean=None
+    ),
+}
+for dtype in (torch.int64, torch.uint8, torch.bool, torch.complex64):
+    words = f"expected input of dtype float16, bfloat16, float32, float64, got {str(dtype)[6:]}"
+    BAD[str(dtype)] = bad(EVERYWHERE, words, TypeError, X.to(dtype))
+for name in ("weight", "bias", "running_mean", "running_var"):
+    calls = RUNNING if "running" in name else TORCH
+    words = f"expected {name} of shape (3,), one value per channel of the input (4, 3, 2), got (4,)"
+    BAD[f"{name} of another length"] = bad(calls, words, **{name: C4})
+    words = f"expected {name} on the input's device, cpu, got meta"
+    BAD[f"{name} on another device"] = bad(calls, words, **{name: META})
+for eps in (-1e-5, float("nan"), float("inf")):
+    BAD[f"eps {eps}"] = bad(EVERYWHERE, f"expected eps to be finite and at least 0, got {eps}", eps=eps)
+for momentum in (-0.1, 1.1, 2, float("nan")):
+    words = f"expected momentum from 0 to 1, or None, got {momentum}"
+    BAD[f"momentum {momentum}"] = bad(RUNNING, words, momentum=momentum)
+
+
+@pytest.mark.parametrize(("name", "call"), [(name, call) for name, row in BAD.items() for call in row[0]])
+def test_a_bad_argument(name, call):
+    _, words, error, x, options = BAD[name]
+    group = Communicator()
+    modes = [True, False] if call in RUNNING and not {"eps", "momentum"} & set(options) else [True]
+    for training in modes:
+        mode = {} if training else {"training": False}
+        with pytest.raises(error, match=re.escape(words) + ".*" + re.escape(HERE)):
+            call(x, group, **mode, **options)
+    assert group.comm is None, "nothing was sent"
+
+
+def test_the_backward_of_something_else():
+    x = np.ones((4, 3))
+    _, stats = functional.batch_norm_forward(x)
+    for dy, got in ((x[:2], "(2, 3) float64"), (x.astype("f"), "(4, 3) float32")):
+        with pytest.raises(
+            ValueError, match=re.escape(f"expected dy like x, (4, 3) float64, got {got}{HERE}")
+        ):
+            functional.batch_norm_backward(dy, x, stats)
+
+
+ONE = "expected more than 1 value per channel over the whole group when training"
+
+
+@pytest.mark.parametrize("call", EVERYWHERE)
+def test_one_value_per_channel_in_the_whole_group(call):
+    x = torch.ones(1 if RANK == SIZE - 1 else 0, 3)
+    with pytest.raises(
+        ValueError, match=rf"{ONE}, got input of shape {re.escape(str(tuple(x.shape)) + HERE)}"
+    ):
+        call(x, None)
+
+
+def test_one_value_per_channel_in_a_batch_of_a_function_changes_nothing():
+    running = torch.ones(3), torch.ones(3)
+    with pytest.raises(ValueError, match=ONE):
+        by_function(
+            torch.zeros(1 if RANK == 0 else 0, 3), None, running_mean=running[0], running_var=running[1]
+        )
+    assert torch.equal(torch.stack(running), torch.ones(2, 3))
+
+
+@pytest.mark.skipif(SIZE < 2, reason="needs two values on two ranks")
+@pytest.mark.parametrize("call", [by_function, by_array, numpy_too, lambda x, _: SyncBatchNorm(3)(x)])
+def test_one_value_per_channel_and_rank_is_enough(call):
+    call(torch.full((1, 3), float(RANK)), None)
+
+
+def freed():
+    comm = WORLD.Dup()
+    comm.Free()
+    return comm
+
+
+NULL = "expected a communicator that contains this rank, got MPI.COMM_NULL"
+GROUPS = {
+    "COMM_NULL": (lambda: MPI.COMM_NULL, ValueError, NULL),
+    "freed": (freed, ValueError, NULL),
+    "without this rank": (lambda: WORLD.Split(MPI.UNDEFINED), ValueError, NULL),
+    "object": (object, TypeError, "expected process_group to be an mpi4py communicator"),
+    "a torch object": (lambda: torch.ones(2), TypeError, "or None (the world), got torch.Tensor"),
+    "ranks": (lambda: [0, 1], TypeError, "or None (the world), got builtins.list"),
+    "MPI.Group": (lambda: WORLD.group, TypeError, "or None (the world), got mpi4py.MPI.Group"),
+}
+USERS = {
+    "SyncBatchNorm": lambda group: SyncBatchNorm(3, process_group=group),
+    "convert": lambda group: mpisyncbn.convert_sync_batchnorm(nn.Sequential(nn.BatchNorm1d(3)), group),
+    "sync_batch_norm": lambda group: by_function(X, group),
+    "functional": lambda group: numpy_too(X, group),
+}
+
+
+@pytest.mark.parametrize("user", USERS)
+@pytest.mark.parametrize("name", GROUPS)
+def test_a_bad_process_group(name, user):
+    make, error, words = GROUPS[name]
+    group = make()
+    with pytest.raises(error, match=re.escape(words) + ".*" + re.escape(HERE)):
+        USERS[user](group)
+
+
+@pytest.mark.parametrize("name", ["COMM_NULL", "freed", "object"])
+def test_a_communicator_of_a_bad_communicator(name):
+    make, error, _ = GROUPS[name]
+    words = NULL if error is ValueError else "expected an mpi4py communicator, got builtins.object"
+    with pytest.raises(error, match=re.escape(words + HERE)):
+        Communicator(make())
+
+
+@pytest.mark.skipif(SIZE < 2, reason="an inter-communicator is between ranks")
+@pytest.mark.parametrize("user", USERS)
+def test_an_inter_communicator(user):
+    side = RANK % 2
+    inter = WORLD.Split(side).Create_intercomm(0, WORLD, 1 - side)
+    words = f"expected an intra-communicator, got an inter-communicator{HERE}: merge it first"
+    with pytest.raises(ValueError, match=re.escape(words)):
+        USERS[user](inter)
+
+
+def test_no_layer_is_converted_to_a_bad_group():
+    model = nn.Sequential(nn.BatchNorm1d(3))
+    with pytest.raises(TypeError, match="expected process_group"):
+        mpisyncbn.convert_sync_batchnorm(model, "world")
+    assert type(model[0]) is nn.BatchNorm1d
+
+
+@pytest.mark.parametrize("everywhere", [True, False], ids=["on every rank", "on one rank"])
+@pytest.mark.parametrize(
+    ("variable", "value", "error", "words"),
+    [
+        (
+            "TRANSPORT",
+            "device",
+            TransportError,
+            "MPISYNCBN_TRANSPORT=device asks for .*: unset it, or set it to host",
+        ),
+        (
+            "TRANSPORT",
+            "gpu",
+            ValueError,
+            "MPISYNCBN_TRANSPORT must be one of auto, host, device, got 'gpu' .*: correct",
+        ),
+        (
+            "DEBUG",
+            "yes",
+            ValueError,
+            "MPISYNCBN_DEBUG must be one of 0, 1, got 'yes' .*: correct or unset it",
+        ),
+    ],
+)
+def test_a_bad_variable_is_an_error_on_every_rank(variable, value, error, words, everywhere, monkeypatch):
+    if everywhere or RANK == SIZE - 1:
+        monkeypatch.setenv(f"MPISYNCBN_{variable}", value)
+    group = Communicator()
+    module = SyncBatchNorm(3, process_group=group)
+    caught = []
+    for _ in range(2):
+        try:
+            module(X)
+        except error as problem:
+            caught.append(str(problem))
+    monkeypatch.undo()
+    y = module(X)
+    assert len(caught) == 2
+    for message in caught:
+        assert re.match(words, message)
+        assert f"on rank {0 if everywhere else SIZE - 1} of {SIZE}" in message
+    assert y.shape == X.shape
+
+
+@pytest.mark.parametrize(
+    ("variable", "value"), [("TRANSPORT", "HOST"), ("TRANSPORT", " auto "), ("DEBUG", "")]
+)
+def test_a_variable_is_read_kindly(variable, value, monkeypatch):
+    monkeypatch.setenv(f"MPISYNCBN_{variable}", value)
+    numpy_too(X, Communicator())
+
+
+TRY = """
+import numpy, mpi4py, mpisyncbn
+{before}
+for call in (
+    lambda: mpisyncbn.functional.batch_norm_forward(numpy.ones((2, 3))),
+    lambda: mpisyncbn.Communicator(),
+    lambda: mpisyncbn.new_subgroups(),
+):
+    try:
+        call()
+    except mpisyncbn.MPISyncBNError as error:
+        print(error)
+    else:
+        print("no error")
+{after}
+"""
+FINALIZED = "MPI is already finalized: synchronized batch norm needs it running; call MPI.Finalize() later"
+
+
+@pytest.mark.parametrize(
+    ("before", "after", "words"),
+    [
+        (
+            "mpi4py.rc.initialize = False",
+            "from mpi4py import MPI; MPI.Init_thread(MPI.THREAD_MULTIPLE); call(); MPI.Finalize()",
+            "MPI is not initialized (mpi4py.rc.initialize is off): call MPI.Init_thread(MPI.THREAD_MULTIPLE)",
+        ),
+        ("from mpi4py import MPI; MPI.Finalize()", "", FINALIZED),
+        ("mpisyncbn.new_subgroups(); from mpi4py import MPI; MPI.Finalize()", "", FINALIZED),
+        (
+            "mpi4py.rc.thread_level = 'funneled'",
+            "",
+            f"MPI provides thread level {MPI.THREAD_FUNNELED}, expected at least MPI.THREAD_SERIALIZED "
+            f"({MPI.THREAD_SERIALIZED}), because autograd may run backward on another thread "
+            "(on rank 0 of 1): ask for it with mpi4py.rc.thread_level",
+        ),
+    ],
+    ids=["not initialized", "finalized", "finalized after use", "threads"],
+)
+def test_mpi_that_is_not_ready(before, after, words):
+    output = run_alone(TRY.format(before=before, after=after))
+    lines = output.strip().splitlines()
+    assert len(lines) == 3, output
+    for line in lines:
+        assert line.startswith(words)
