@@ -8,7 +8,6 @@ from __future__ import annotations
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
-from . import errors
 from .errors import CollectiveMismatchError, CollectiveTimeoutError, MPISyncBNError, TransportError
 
 if TYPE_CHECKING:

@@ -18,7 +18,7 @@ from typing import Any
 
 import numpy as np
 
-from . import __version__, config, diagnostics, exchange, transport
+from . import config, diagnostics, exchange, transport
 from .communicator import Communicator, mpi
 from .errors import TransportError
 from .kernels import kernels_for
@@ -44,7 +44,11 @@ def report() -> dict[str, Any]:
     MPI = mpi()
     group = Communicator()
     facts = {
-        "versions": {"mpisyncbn": __version__, "python": platform.python_version(), **_versions()},
+        "versions": {
+            "mpisyncbn": sys.modules["mpisyncbn"].__version__,
+            "python": platform.python_version(),
+            **_versions(),
+        },
         "mpi": {
             "library": MPI.Get_library_version().strip("\0\n ").splitlines()[0],
             "vendor": "{} {}".format(MPI.get_vendor()[0], ".".join(map(str, MPI.get_vendor()[1]))),
@@ -81,7 +85,7 @@ def _versions() -> dict[str, str]:
             found[name] = importlib.metadata.version(name)
         except importlib.metadata.PackageNotFoundError:
             # CuPy's packages are named after the CUDA they are for
-            variants = [d for d in importlib.metadata.packages_distributions().get(name, ())]
+            variants = importlib.metadata.packages_distributions().get(name)
             found[name] = importlib.metadata.version(variants[0]) if variants else "not installed"
     return found
 
@@ -103,7 +107,9 @@ def _ranks() -> dict[str, Any]:
         "nodes": len(per_node),
         "ranks per node": ", ".join(map(str, per_node)),
         "hosts": ", ".join(dict.fromkeys(hosts)),
-        "cores of rank 0": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
+        "cores of rank 0": len(os.sched_getaffinity(0))
+        if hasattr(os, "sched_getaffinity")
+        else os.cpu_count(),
     }
 
 
@@ -126,7 +132,9 @@ def _kernels() -> dict[str, str]:
     if accelerator is None:
         used["torch, accelerator"] = "torch finds no accelerator"
     else:
-        used[f"torch, {accelerator.type}"] = "generic: composed of torch operations, staged through host memory"
+        used[f"torch, {accelerator.type}"] = (
+            "generic: composed of torch operations, staged through host memory"
+        )
     used["CuPy"] = "generic" if "not installed" not in _versions()["cupy"] else "CuPy is not installed"
     return used
 
@@ -154,4 +162,4 @@ def _latency(group: Communicator, repeats: int = 200) -> dict[str, Any]:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main()

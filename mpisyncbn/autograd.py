@@ -43,7 +43,7 @@ def sync_batch_norm(
     eps: float = 1e-5,
     process_group: Any = None,
 ) -> Tensor:
-    """Batch normalization over the batch of all ranks of a group: ``torch.nn.functional.batch_norm``, synchronized.
+    """``torch.nn.functional.batch_norm`` over the batch of all ranks of a group.
 
     Args:
         input: ``(N, C, *)``, at least 2-D; float32, float64, bfloat16 or float16. N may differ between
@@ -69,7 +69,13 @@ def sync_batch_norm(
     if not training:
         functional.check_arguments(input, weight, bias, running_mean, running_var, momentum=momentum, eps=eps)
         return F.batch_norm(input, running_mean, running_var, weight, bias, False, momentum, eps)
-    y, stats = batch_norm(input, running_mean, running_var, weight, bias, momentum, eps, process_group, "a function call")
+    if momentum is None:
+        raise TypeError(
+            "expected momentum to be a number: only a layer counts the batches for a cumulative average"
+        )
+    y, stats = batch_norm(
+        input, running_mean, running_var, weight, bias, momentum, eps, process_group, "a function call"
+    )
     if running_mean is not None and running_var is not None:
         functional.update_running_stats(running_mean, running_var, stats, momentum)
     return y
@@ -91,7 +97,9 @@ def batch_norm(
     ``layer`` is a name, or the module to be named by the order of first exchanges. Where the call
     repeats an earlier one the statistics have a count of 0, so that they are not entered twice.
     """
-    functional.check_arguments(x, weight, bias, running_mean, running_var, momentum=momentum, eps=eps)
+    functional.check_arguments(
+        x, weight, bias, running_mean, running_var, momentum=0.0 if momentum is None else momentum, eps=eps
+    )
     dtype = functional.layer_dtype(x, weight, bias, running_mean)
     if torch.compiler.is_compiling() or x.is_meta or isinstance(x, FakeTensor):
         # what is traced knows a group by its handle and a layer by its name
@@ -158,7 +166,13 @@ class _SyncBatchNorm(torch.autograd.Function):
         else:
             with np.errstate(all="ignore"):
                 dx, dweight, dbias = functional.backward(
-                    dy, x, step.stats, weight, kernels_for(x), step.exchange(exchange.reduce_sums, "backward"), need_dx
+                    dy,
+                    x,
+                    step.stats,
+                    weight,
+                    kernels_for(x),
+                    step.exchange(exchange.reduce_sums, "backward"),
+                    need_dx,
                 )
         return (
             dx,
@@ -216,7 +230,11 @@ class _MergeMoments(torch.autograd.Function):
     @staticmethod
     def jvp(ctx: Any, dmean: Tensor | None, dm2: Tensor | None, *_: None) -> tuple[Tensor, Tensor]:
         mean, merged = ctx.saved_tensors
-        dmean = torch.zeros_like(mean) if dmean is None else (dmean.sum(0) if ctx.rows else dmean) * (ctx.count / ctx.total)
+        dmean = (
+            torch.zeros_like(mean)
+            if dmean is None
+            else (dmean.sum(0) if ctx.rows else dmean) * (ctx.count / ctx.total)
+        )
         dvar = 2 * (mean - merged) * dmean
         if dm2 is not None:
             dvar = dvar + dm2 / ctx.total
@@ -251,7 +269,9 @@ class _AllReduce(torch.autograd.Function):
         return _AllReduce.apply(tangent, ctx.step, f"tangent of the {ctx.direction}")
 
     @staticmethod
-    def vmap(info: Any, in_dims: tuple[Any, ...], values: Tensor, step: _Step, direction: str) -> tuple[Tensor, int]:
+    def vmap(
+        info: Any, in_dims: tuple[Any, ...], values: Tensor, step: _Step, direction: str
+    ) -> tuple[Tensor, int]:
         return _AllReduce.apply(values.movedim(in_dims[0], 0), step, direction), 0
 
 
@@ -293,16 +313,20 @@ _LIBRARY.define(
 )
 
 
-def _merge_moments_op(mean: Tensor, m2: Tensor, count: int, token: Tensor, group: str, layer: str, dtype: str) -> Any:
+def _merge_moments_op(
+    mean: Tensor, m2: Tensor, count: int, token: Tensor, group: str, layer: str, dtype: str
+) -> Any:
     with np.errstate(all="ignore"):
         call = Call(layer, "forward", m2.shape[-1], dtype)
         total, merged, var = exchange.merge_moments(by_handle(group), call, count, mean, m2)
     functional.check_count(total, m2)
-    count = torch.tensor(total, dtype=torch.float64, device=m2.device)
-    return count, merged, var, torch.tensor(not _recomputing(), device=m2.device)
+    first_time = torch.tensor(not _recomputing(), device=m2.device)
+    return torch.tensor(total, dtype=torch.float64, device=m2.device), merged, var, first_time
 
 
-def _reduce_sums_op(sums: Tensor, token: Tensor, group: str, layer: str, direction: str, dtype: str) -> Tensor:
+def _reduce_sums_op(
+    sums: Tensor, token: Tensor, group: str, layer: str, direction: str, dtype: str
+) -> Tensor:
     call = Call(layer, direction, sums.shape[-1], dtype)
     return exchange.reduce_sums(by_handle(group), call, sums.reshape(-1))[0].reshape(sums.shape)
 
@@ -312,7 +336,10 @@ _LIBRARY.impl("reduce_sums", _reduce_sums_op, "CompositeExplicitAutograd")
 torch.library.register_fake(
     "mpisyncbn::merge_moments",
     lambda mean, m2, *_: (
-        m2.new_empty(()), torch.empty_like(m2), torch.empty_like(m2), m2.new_empty((), dtype=torch.bool)
+        m2.new_empty(()),
+        torch.empty_like(m2),
+        torch.empty_like(m2),
+        m2.new_empty((), dtype=torch.bool),
     ),
 )
 torch.library.register_fake("mpisyncbn::reduce_sums", lambda sums, *_: torch.empty_like(sums))
@@ -323,12 +350,21 @@ class _Traced(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float, group: str, layer: str, dtype: str
+        ctx: Any,
+        x: Tensor,
+        weight: Tensor | None,
+        bias: Tensor | None,
+        eps: float,
+        group: str,
+        layer: str,
+        dtype: str,
     ) -> tuple[Tensor, ...]:
         first_time = []
 
         def merge_moments(count: int, mean: Tensor, m2: Tensor) -> tuple[Tensor, ...]:
-            *merged, first = torch.ops.mpisyncbn.merge_moments(mean, m2, count, _token(x), group, layer, dtype)
+            *merged, first = torch.ops.mpisyncbn.merge_moments(
+                mean, m2, count, _token(x), group, layer, dtype
+            )
             first_time.append(first)
             return tuple(merged)
 
@@ -345,11 +381,15 @@ class _Traced(torch.autograd.Function):
         group, layer, dtype = ctx.exchange
 
         def reduce_sums(*sums: Tensor) -> tuple[Tensor, ...]:
-            total = torch.ops.mpisyncbn.reduce_sums(torch.stack(sums), _token(x), group, layer, "backward", dtype)
+            total = torch.ops.mpisyncbn.reduce_sums(
+                torch.stack(sums), _token(x), group, layer, "backward", dtype
+            )
             return total.unbind()
 
         need_dx, need_dweight, need_dbias, *_ = ctx.needs_input_grad
-        dx, dweight, dbias = functional.backward(dy, x, BatchStats(*stats), weight, generic, reduce_sums, need_dx)
+        dx, dweight, dbias = functional.backward(
+            dy, x, BatchStats(*stats), weight, generic, reduce_sums, need_dx
+        )
         return (
             dx,
             dweight.to(weight.dtype) if need_dweight else None,

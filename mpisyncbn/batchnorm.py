@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from . import autograd, convert, functional
+
 __all__ = ["SyncBatchNorm"]
 
 
@@ -74,7 +75,8 @@ class SyncBatchNorm(convert.Synchronized):
             self.layer_name or self,
         )
         if running_mean is not None:
-            momentum, batches = self.momentum, self.num_batches_tracked
+            momentum: Any = self.momentum
+            batches = self.num_batches_tracked
             if momentum is None:  # cumulative; as a tensor, so that no device is waited for
                 momentum = 0.0 if batches is None else (batches + 1).double().reciprocal()
             updated = functional.update_running_stats(running_mean, running_var, stats, momentum)
@@ -88,5 +90,21 @@ class SyncBatchNorm(convert.Synchronized):
 
     @classmethod
     def convert_sync_batchnorm(cls, module: nn.Module, process_group: Any = None) -> nn.Module:
-        return convert.convert_sync_batchnorm(module, process_group, to=cls)
+        """Turn every ``BatchNorm*d`` of a model into this class, in place, as torch spells it.
 
+        Lazy layers and ``torch.nn.SyncBatchNorm`` too. Hooks, parameters, attributes and references to
+        the layers stay as they are. Not collective.
+
+        Args:
+            module: a model, or a single layer.
+            process_group: the ranks to normalize over: an mpi4py communicator, a Communicator, or None
+                for the world.
+
+        Returns:
+            ``module`` itself.
+
+        Raises:
+            TypeError: some layer, named in the message, has a ``forward`` of its own, which would be
+                lost, or is compiled by torch.jit. No layer is changed then.
+        """
+        return convert.convert_sync_batchnorm(module, process_group, to=cls)

@@ -69,6 +69,7 @@ def convert_sync_batchnorm(
 
     Not collective.
     """
+    group = None if process_group is None else resolve(process_group)
     layers = [(name, layer) for name, layer in module.named_modules() if isinstance(layer, _BatchNorm)]
     _refuse_own_forward(layers)
     _refuse_scripted(module)
@@ -81,7 +82,7 @@ def convert_sync_batchnorm(
             _change_class(layer, _synchronized(to, original))
             layer = cast(Synchronized, layer)
             layer._converted_from = (original, replaced)
-        layer.process_group = process_group
+        layer.process_group = group
         layer.layer_name = name or None
     return module
 

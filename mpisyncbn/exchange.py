@@ -1,8 +1,8 @@
 """What goes on the wire: pack, one collective, unpack, merge.
 
 Every message is a float64 buffer that begins with two words of fingerprint, ``h`` and ``h * h``
-(diagnostics.py). Its length is fixed by the number of channels, so a rank with an empty batch
-sends zeros of the same size.
+(diagnostics.py). Its length is fixed by the number of channels: a rank with an empty batch sends
+zeros of the same size, and a forward that meets a backward is found out rather than truncated.
 
 =========  ==========  ===========================================  ===================
 direction  collective  after the fingerprint                        float64 values sent
@@ -10,13 +10,13 @@ direction  collective  after the fingerprint                        float64 valu
 forward    Allreduce   count, count * mean, M2 + count * mean**2    2C + 3
 forward,   Allgather   count, mean, M2                              3C + 3
 float64               (the mean in two rows: see kernels/)
-backward   Allreduce   sum_dy, sum_dy_xmu                           2C + 2
+backward   Allreduce   0, sum_dy, sum_dy_xmu                        2C + 3
 =========  ==========  ===========================================  ===================
 """
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NoReturn
 
 import numpy as np
 
@@ -61,10 +61,11 @@ def reduce_sums(group: Communicator, call: Call, *sums: Any) -> tuple[Any, ...]:
     """
     vectors = [transport.to_host(vector) for vector in sums]
     with group.lock:
-        message = group.message(2 + sum(map(len, vectors)))
-        np.concatenate(vectors, out=message[2:])
+        message = group.message(3 + sum(map(len, vectors)))
+        message[2] = 0
+        np.concatenate(vectors, out=message[3:])
         _allreduce(group, call, message)
-        totals = message[2:].copy().reshape(len(vectors), -1)
+        totals = message[3:].copy().reshape(len(vectors), -1)
     return tuple(transport.from_host(total, like) for total, like in zip(totals, sums, strict=True))
 
 
@@ -112,7 +113,7 @@ def _allreduce(group: Communicator, call: Call, message: np.ndarray) -> None:
     try:
         group.comm.Allreduce(group.in_place, message)
     except group.mpi_error as error:
-        raise _failed(group, call, error) from error
+        _raise_failed(group, call, error)
     diagnostics.check(group, message[0], message[1], call)
 
 
@@ -122,7 +123,7 @@ def _allgather(group: Communicator, call: Call, message: np.ndarray) -> np.ndarr
     try:
         group.comm.Allgather(message, gathered)
     except group.mpi_error as error:
-        raise _failed(group, call, error) from error
+        _raise_failed(group, call, error)
     diagnostics.check(group, gathered[:, 0].sum(), gathered[:, 1].sum(), call)
     return gathered
 
@@ -137,11 +138,13 @@ def _sign(group: Communicator, call: Call, message: np.ndarray) -> None:
     message[0], message[1] = h, h * h
 
 
-def _failed(group: Communicator, call: Call, error: Exception) -> MPISyncBNError:
-    where = f"rank {group.rank} of {group.size}, exchange number {group.exchanges} of this communicator, {call}"
+def _raise_failed(group: Communicator, call: Call, error: Exception) -> NoReturn:
     if error.Get_error_class() == group.truncated:  # type: ignore[attr-defined]
-        return CollectiveMismatchError(
-            f"expected a message as long as this rank's, another rank sent a longer one: {where}. The ranks run "
-            "different layers; MPISYNCBN_DEBUG=1 lists which rank runs which"
-        )
-    return MPISyncBNError(f"MPI failed in {where}: {error}")
+        try:
+            diagnostics.mismatch(group, call)  # some rank sent a longer message
+        except CollectiveMismatchError as mismatch:
+            raise mismatch from error
+    raise MPISyncBNError(
+        f"MPI failed in rank {group.rank} of {group.size}, exchange number {group.exchanges} of this "
+        f"communicator, {call}: {error}"
+    ) from error

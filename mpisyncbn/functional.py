@@ -7,6 +7,7 @@ the sums of this rank, one exchange, dx. ``kernels`` does the work where the dat
 
 from __future__ import annotations
 
+import math
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -33,7 +34,9 @@ class BatchStats(NamedTuple):
     count: Any  # values per channel
 
 
-def forward(x: Any, weight: Any, bias: Any, eps: float, kernels: Any, merge_moments: Any) -> tuple[Any, BatchStats]:
+def forward(
+    x: Any, weight: Any, bias: Any, eps: float, kernels: Any, merge_moments: Any
+) -> tuple[Any, BatchStats]:
     count, mean, m2 = kernels.local_moments(x)
     count, mean, var = merge_moments(count, mean, m2)
     stats = BatchStats(mean, var, invstd_of(var, eps), count)
@@ -81,7 +84,7 @@ def batch_norm_forward(
     with _quietly(x):
         y, stats = forward(x, weight, bias, eps, kernels_for(x), partial(exchange.merge_moments, group, call))
     check_count(stats.count, x)
-    return y, BatchStats(*(transport.from_host(v, x) for v in stats[:3]), stats.count)
+    return y, _moved(stats, transport.from_host, x)
 
 
 def batch_norm_backward(
@@ -105,9 +108,11 @@ def batch_norm_backward(
         raise ValueError(
             f"expected dy like x, {tuple(x.shape)} {x.dtype}, got {tuple(dy.shape)} {dy.dtype}{on_rank()}"
         )
+    if tuple(stats.mean.shape) != (x.shape[1],):
+        raise ValueError(f"expected stats of {x.shape[1]} channels, got {tuple(stats.mean.shape)}{on_rank()}")
     group, call = resolve(process_group), _call(x, weight, None, "backward")
     with _quietly(x):
-        stats = BatchStats(*(transport.near(v, x) for v in stats[:3]), stats.count)
+        stats = _moved(stats, transport.near, x)
         dx, dweight, dbias = backward(
             dy, x, stats, weight, kernels_for(x), partial(exchange.reduce_sums, group, call)
         )
@@ -129,6 +134,8 @@ def update_running_stats(running_mean: Any, running_var: Any, stats: BatchStats,
         Whether they were updated; in a graph of torch.compile, as a tensor. Not collective.
     """
     count = stats.count
+    if not hasattr(momentum, "ndim"):
+        _check_number("momentum", momentum, "from 0 to 1, or a 0-d tensor", 1.0)
     if not isinstance(count, int):  # a tensor, in a compiled graph: decided there
         return _update_in_graph(running_mean, running_var, stats, momentum)
     if count == 0:
@@ -169,17 +176,22 @@ def check_arguments(
     eps: float = 1e-5,
 ) -> None:
     """Raise ValueError or TypeError before anything is computed or sent."""
+    if not hasattr(x, "ndim") or not hasattr(x, "dtype"):
+        raise TypeError(f"expected input to be an array, got {type(x).__name__}{on_rank()}")
     if x.ndim < 2:
         raise ValueError(f"expected at least 2D input, (N, C, *), got {x.ndim}D input{on_rank()}")
-    if x.shape[1] == 0:
-        raise ValueError(f"expected a non-zero number of input channels, got shape {tuple(x.shape)}{on_rank()}")
+    channels = x.shape[1]
+    if channels == 0:
+        raise ValueError(
+            f"expected a non-zero number of input channels, got shape {tuple(x.shape)}{on_rank()}"
+        )
     name = dtype_name(x.dtype)
     if name not in _FLOATING:
-        raise TypeError(f"expected input of dtype {', '.join(_FLOATING)}, got {name}{on_rank()}: convert it first")
-    if not 0.0 <= eps < float("inf"):
-        raise ValueError(f"expected eps to be finite and at least 0, got {eps}{on_rank()}")
-    if isinstance(momentum, (int, float)) and not 0.0 <= momentum <= 1.0:
-        raise ValueError(f"expected momentum from 0 to 1, or None, got {momentum}{on_rank()}")
+        raise TypeError(
+            f"expected input of dtype {', '.join(_FLOATING)}, got {name}{on_rank()}: convert it first"
+        )
+    _check_number("eps", eps, "to be finite and at least 0", math.inf)
+    _check_number("momentum", momentum, "from 0 to 1, or None", 1.0)
     if (running_mean is None) != (running_var is None):
         raise ValueError(f"expected running_mean and running_var both or neither{on_rank()}")
     first = None
@@ -191,9 +203,14 @@ def check_arguments(
     ):
         if vector is None:
             continue
-        if tuple(vector.shape) != (x.shape[1],):
+        if hasattr(vector, "is_cpu") != hasattr(x, "is_cpu"):  # torch and not torch
+            raise TypeError(
+                f"expected {label} to be {type(x).__name__} like the input, "
+                f"got {type(vector).__name__}{on_rank()}"
+            )
+        if vector.ndim != 1 or vector.shape[0] != channels:
             raise ValueError(
-                f"expected {label} of shape ({x.shape[1]},), one value per channel of the input "
+                f"expected {label} of shape ({channels},), one value per channel of the input "
                 f"{tuple(x.shape)}, got {tuple(vector.shape)}{on_rank()}"
             )
         if getattr(vector, "device", None) != getattr(x, "device", None):
@@ -207,6 +224,13 @@ def check_arguments(
                 f"expected {label} of dtype {name}{_ALTERNATIVE.get(name, '')}, the same for all, "
                 f"got {dtype_name(vector.dtype)}{on_rank()}: convert the module with .to(dtype)"
             )
+
+
+def _check_number(label: str, value: Any, expected: str, limit: float) -> None:
+    if not isinstance(value, (int, float, np.number)):
+        raise TypeError(f"expected {label} {expected}, got {type(value).__name__}{on_rank()}")
+    if not 0.0 <= value <= limit or value == math.inf:
+        raise ValueError(f"expected {label} {expected}, got {value}{on_rank()}")
 
 
 def check_count(count: int, x: Any) -> None:
@@ -245,6 +269,10 @@ def layer_dtype(x: Any, *parameters: Any) -> str:
     return "float64" if dtype_name(decides.dtype) == "float64" else "float32"
 
 
+def _moved(stats: BatchStats, move: Any, x: Any) -> BatchStats:
+    return BatchStats(move(stats.mean, x), move(stats.var, x), move(stats.invstd, x), stats.count)
+
+
 def _call(x: Any, weight: Any, bias: Any, direction: str) -> Call:
     return Call("functional.batch_norm", direction, x.shape[1], layer_dtype(x, weight, bias))
 
@@ -260,8 +288,8 @@ def _largest(dtype: Any) -> float:
 @lru_cache(maxsize=1)
 def _warn_not_finite(rank: str) -> None:
     warnings.warn(
-        f"a batch whose mean or variance is not finite (or overflows the running statistics' dtype) was kept out of "
-        f"the running statistics{rank}; further ones will be, silently",
+        "a batch whose mean or variance is not finite, or overflows the dtype of the running statistics, was "
+        f"kept out of the running statistics{rank}; further ones will be, silently",
         RuntimeWarning,
         stacklevel=4,
     )

@@ -24,8 +24,8 @@ def chosen() -> tuple[str, str]:
     """
     if config.transport() == "device":
         raise TransportError(
-            "MPISYNCBN_TRANSPORT=device asks for messages in device memory through a CUDA-aware MPI, which this "
-            f"version does not have{on_rank()}: unset it, or set it to host or auto"
+            "MPISYNCBN_TRANSPORT=device asks for messages in device memory through a CUDA-aware MPI, which "
+            f"this version does not have{on_rank()}: unset it, or set it to host or auto"
         )
     forced = config.transport() == "host"
     return "host", "MPISYNCBN_TRANSPORT=host" if forced else "the only transport of this version"

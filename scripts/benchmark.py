@@ -41,7 +41,9 @@ def step(layer: torch.nn.Module, x: torch.Tensor, dy: torch.Tensor) -> float:
 def measure(shape: tuple[int, ...], memory_format: torch.memory_format, repeats: int) -> dict[str, Any]:
     """Collective: every rank must call."""
     generator = torch.Generator().manual_seed(WORLD.rank)
-    x, dy = (torch.randn(shape, generator=generator).contiguous(memory_format=memory_format) for _ in range(2))
+    x, dy = (
+        torch.randn(shape, generator=generator).contiguous(memory_format=memory_format) for _ in range(2)
+    )
     x.requires_grad_()
     layers = {"local": torch.nn.BatchNorm2d(shape[1]), "sync": mpisyncbn.SyncBatchNorm(shape[1])}
     seconds: dict[str, list[float]] = {name: [] for name in layers}
@@ -70,7 +72,11 @@ def main() -> None:
             if WORLD.rank == 0:
                 print("  ".join(f"{key} {value}" for key, value in rows[-1].items()), flush=True)
     if options.json and WORLD.rank == 0:
-        versions = {"torch": torch.__version__, "mpi": MPI.Get_library_version().split(",")[0], "ranks": WORLD.size}
+        versions = {
+            "torch": torch.__version__,
+            "mpi": MPI.Get_library_version().split(",")[0],
+            "ranks": WORLD.size,
+        }
         with open(options.json, "w") as file:
             json.dump({**versions, "layers, float32, one thread a rank": rows}, file, indent=1)
 

@@ -6,7 +6,9 @@ A test that fails on one rank fails on all of them, and rank 0 alone reports it.
 from __future__ import annotations
 
 import os
+import tempfile
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -32,6 +34,10 @@ torch.set_num_threads(1)
 def pytest_configure(config: Any) -> None:
     if WORLD.rank > 0:
         config.option.xmlpath = None
+    # pytest's own choice is one folder that all ranks would clean up at once.
+    folder = tempfile.TemporaryDirectory(prefix="mpisyncbn-")
+    config.add_cleanup(folder.cleanup)
+    config.option.basetemp = Path(folder.name) / "tests"
 
 
 @pytest.hookimpl(trylast=True)

@@ -30,7 +30,9 @@ def together(comm: Any = WORLD) -> Iterator[None]:
     reports = comm.allgather(problem and "".join(traceback.format_exception(problem)))
     failed = [f"on rank {rank}:\n{report}" for rank, report in enumerate(reports) if report]
     if problem is not None:
-        problem.add_note("also " + "\n".join(failed)) if len(failed) > 1 and hasattr(problem, "add_note") else None
+        problem.add_note("also " + "\n".join(failed)) if len(failed) > 1 and hasattr(
+            problem, "add_note"
+        ) else None
         raise problem
     if failed:
         pytest.fail("\n".join(failed), pytrace=False)
@@ -41,7 +43,9 @@ def local_batch(base: int = 2, comm: Any = WORLD) -> int:
     return base + comm.rank
 
 
-def shard(shape: tuple[int, ...], seed: int = 0, mean: float = 0.0, dtype: torch.dtype = torch.float32) -> Tensor:
+def shard(
+    shape: tuple[int, ...], seed: int = 0, mean: float = 0.0, dtype: torch.dtype = torch.float32
+) -> Tensor:
     """This rank's random data; different on every rank."""
     generator = torch.Generator().manual_seed(1000 * seed + WORLD.rank)
     return (torch.randn(shape, generator=generator, dtype=torch.float64) + mean).to(dtype)
@@ -60,7 +64,12 @@ class Oracle(NamedTuple):
 
 
 def oracle(
-    x: Tensor, dy: Tensor, weight: Tensor | None = None, bias: Tensor | None = None, eps: float = 1e-5, comm: Any = WORLD
+    x: Tensor,
+    dy: Tensor,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    eps: float = 1e-5,
+    comm: Any = WORLD,
 ) -> Oracle:
     """Collective: every rank of ``comm`` must call."""
     shards, gradients = comm.allgather(x.detach().double()), comm.allgather(dy.detach().double())

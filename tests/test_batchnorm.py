@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import io
+import itertools
 import pickle
 
 import pytest
@@ -23,7 +24,15 @@ def whole_batch(x: torch.Tensor) -> torch.Tensor:
 @pytest.mark.parametrize("inner", [(3,), (4, 7), (5, 6, 6), (3, 4, 2, 5), (2, 2, 3, 2, 3)], ids=str)
 @pytest.mark.parametrize(
     "options",
-    [{}, {"momentum": None}, {"momentum": 1.0}, {"affine": False}, {"bias": False}, {"track_running_stats": False}, {"eps": 0.1}],
+    [
+        {},
+        {"momentum": None},
+        {"momentum": 1.0},
+        {"affine": False},
+        {"bias": False},
+        {"track_running_stats": False},
+        {"eps": 0.1},
+    ],
     ids=str,
 )
 def test_like_torch_on_the_whole_batch(inner, options):
@@ -54,7 +63,9 @@ def test_like_torch_on_the_whole_batch(inner, options):
     if ours.track_running_stats:
         assert distance(ours(x).detach(), theirs(x.detach().double())) < 1e-5
     else:  # then this rank's own batch decides, as in torch
-        assert distance(ours(x).detach(), nn.functional.batch_norm(x.detach(), None, None, training=True)) < 1e-5
+        assert (
+            distance(ours(x).detach(), nn.functional.batch_norm(x.detach(), None, None, training=True)) < 1e-5
+        )
     assert exchanges_done() == exchanges
 
 
@@ -74,7 +85,7 @@ def test_one_exchange_each_way():
         y.sum().backward()
         counts.append(exchanges_done())
         layer(x.detach())  # nothing but parameters wants a gradient, and those are this rank's own sums
-        assert [b - a for a, b in zip(counts, counts[1:], strict=False)] == [1, 1]
+        assert [b - a for a, b in itertools.pairwise(counts)] == [1, 1]
 
 
 def test_running_statistics_are_the_same_bits_everywhere_after_100_uneven_steps():
@@ -111,7 +122,10 @@ def test_accuracy_in_float32(ratio, memory_format):
 def test_half_precision(dtype, parameters):
     layer = mpisyncbn.SyncBatchNorm(5, affine=parameters != "none", track_running_stats=parameters != "none")
     layer = layer.to(dtype) if parameters == "half" else layer
-    x, dy = shard((local_batch(), 5, 6, 6), 1, 3.0, dtype).requires_grad_(), shard((local_batch(), 5, 6, 6), 2, dtype=dtype)
+    x, dy = (
+        shard((local_batch(), 5, 6, 6), 1, 3.0, dtype).requires_grad_(),
+        shard((local_batch(), 5, 6, 6), 2, dtype=dtype),
+    )
     y = layer(x)
     y.backward(dy)
     layer.eval()
@@ -122,7 +136,10 @@ def test_half_precision(dtype, parameters):
     assert distance(y.detach(), expected.y) < tolerance
     assert distance(x.grad, expected.dx) < tolerance
     if parameters == "float32":
-        assert distance(layer.running_var, 0.9 + 0.1 * expected.var * expected.count / (expected.count - 1)) < 1e-6
+        assert (
+            distance(layer.running_var, 0.9 + 0.1 * expected.var * expected.count / (expected.count - 1))
+            < 1e-6
+        )
         assert layer.weight.grad.dtype == torch.float32
 
 
@@ -176,7 +193,9 @@ def test_a_batch_that_is_not_finite_is_kept_out_everywhere():
     assert layer.num_batches_tracked == 2
 
 
-@pytest.mark.parametrize("options", [{}, {"affine": False}, {"bias": False}, {"track_running_stats": False}], ids=str)
+@pytest.mark.parametrize(
+    "options", [{}, {"affine": False}, {"bias": False}, {"track_running_stats": False}], ids=str
+)
 def test_state_dict_both_ways(options):
     ours, theirs = mpisyncbn.SyncBatchNorm(4, **options), nn.BatchNorm2d(4, **options)
     ours(shard((local_batch(), 4, 2, 2), 1))
@@ -194,7 +213,9 @@ def test_the_constructor_is_torchs():
 
     ours = inspect.signature(mpisyncbn.SyncBatchNorm).parameters
     theirs = inspect.signature(nn.SyncBatchNorm).parameters
-    assert [(p.name, p.default, p.kind) for p in ours.values()] == [(p.name, p.default, p.kind) for p in theirs.values()]
+    assert [(p.name, p.default, p.kind) for p in ours.values()] == [
+        (p.name, p.default, p.kind) for p in theirs.values()
+    ]
     layer = mpisyncbn.SyncBatchNorm(3, device="meta", dtype=torch.float64)
     assert layer.weight.device.type == "meta"
     assert layer.running_var.dtype == torch.float64
@@ -206,7 +227,7 @@ def test_copies_share_the_communicator_and_pickles_keep_the_world():
     group = mpisyncbn.new_subgroups(1)
     layer = mpisyncbn.SyncBatchNorm(3, process_group=group)
     assert copy.deepcopy(layer).process_group is group
-    with pytest.raises(TypeError, match="cannot pickle .* a private group exists only in this run"):
+    with pytest.raises(TypeError, match=r"cannot pickle .* a private group exists only in this run"):
         pickle.dumps(layer)
     for world in (mpisyncbn.SyncBatchNorm(3), mpisyncbn.SyncBatchNorm(3, process_group=WORLD)):
         world(shard((local_batch(), 3), 1))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import itertools
 import shutil
 
 import pytest
@@ -52,7 +53,7 @@ def test_fullgraph_training_is_the_same():
     eager, net = model(), model()
     expected = train(eager, eager, 3)
     got = train(net, torch.compile(net, fullgraph=True, backend=BACKEND), 3)
-    for a, b in zip(sum(map(list, got), []), sum(map(list, expected), []), strict=True):
+    for a, b in zip(itertools.chain(*got), itertools.chain(*expected), strict=True):
         assert distance(a, b, b.abs().max().double().clamp_min(1.0)) < 1e-5
 
 
@@ -127,36 +128,32 @@ def test_one_value_per_channel_is_refused():
     assert layer.num_batches_tracked == 0
 
 
-def test_checkpointing():
+@pytest.mark.parametrize("inside", [True, False])
+def test_checkpointing(inside):
     """Inside the graph and around it: the statistics are updated once."""
-    for inside in (True, False):
-        torch._dynamo.reset()
-        net, eager = model(), model()
-        x = shard((2 + WORLD.rank, 2, 6, 6), 1)
-        if inside:
-            forward = torch.compile(lambda x: checkpoint(net, x, use_reentrant=False), fullgraph=True, backend=BACKEND)
-        else:
-            compiled = torch.compile(net, fullgraph=True, backend=BACKEND)
-            forward = lambda x: checkpoint(compiled, x, use_reentrant=False)  # noqa: E731
-        forward(x).square().mean().backward()
-        eager(x).square().mean().backward()
-        for a, b in zip(net.buffers(), eager.buffers(), strict=True):
-            assert distance(a, b, torch.ones(1)) < 1e-5
-        for a, b in zip(net.parameters(), eager.parameters(), strict=True):
-            assert distance(a.grad, b.grad, torch.ones(1)) < 1e-5
+    net, eager = model(), model()
+    x = shard((2 + WORLD.rank, 2, 6, 6), 1)
+    compiling = {"fullgraph": True, "backend": BACKEND}
+    if inside:
+        forward = torch.compile(lambda x: checkpoint(net, x, use_reentrant=False), **compiling)
+        y = forward(x)
+    else:
+        y = checkpoint(torch.compile(net, **compiling), x, use_reentrant=False)
+    y.square().mean().backward()
+    eager(x).square().mean().backward()
+    for a, b in zip(net.buffers(), eager.buffers(), strict=True):
+        assert distance(a, b, torch.ones(1)) < 1e-5
+    for a, b in zip(net.parameters(), eager.parameters(), strict=True):
+        assert distance(a.grad, b.grad, torch.ones(1)) < 1e-5
 
 
 def test_the_operations_are_well_described():
     """torch's own checks of schema, fake results and what is changed in place."""
-    mean, m2, token = torch.ones(3).double(), torch.ones(3).double(), torch.zeros(())
-    torch.library.opcheck(
-        torch.ops.mpisyncbn.merge_moments.default, (mean, m2, 4, token, "", "a layer", "float32"),
-        test_utils=("test_schema", "test_faketensor"),
-    )  # fmt: skip
-    torch.library.opcheck(
-        torch.ops.mpisyncbn.reduce_sums.default, (torch.ones(2, 3).double(), token, "", "a layer", "backward", "float32"),
-        test_utils=("test_schema", "test_faketensor"),
-    )  # fmt: skip
+    ones, token, call = torch.ones(3).double(), torch.zeros(()), ("", "a layer")
+    checks = ("test_schema", "test_faketensor")
+    merge, reduce = torch.ops.mpisyncbn.merge_moments.default, torch.ops.mpisyncbn.reduce_sums.default
+    torch.library.opcheck(merge, (ones, ones, 4, token, *call, "float32"), test_utils=checks)
+    torch.library.opcheck(reduce, (ones, token, *call, "backward", "float32"), test_utils=checks)
 
 
 def test_shapes_without_data():

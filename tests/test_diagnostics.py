@@ -158,7 +158,7 @@ CASES = {
         *("forward of the layer first used in exchange number 1 (3 channels, float32)", "01"),
     ),
     "calls the function": ("function", "a", "forward of a function call (3 channels, float32)", A, "01"),
-    "is in backward": ("backward", "a", "backward of a (3 channels, float32)", A, "1"),
+    "is in backward": ("backward", "a", "backward of a (3 channels, float32)", A, "01"),
     "has other channels": ("wide", "a", "forward of wide (4 channels, float32)", A, "1"),
     "has another dtype": ("float64", "a", "(3 channels, float64)", A, "1"),
 }

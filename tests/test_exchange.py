@@ -50,8 +50,10 @@ def test_the_messages(recorded):
     exchange.merge_moments(group, CALL, 7, mean, m2)
     exchange.merge_moments(group, WIDE, 7, np.stack((mean, mean * 0)), m2)
     exchange.reduce_sums(group, CALL._replace(direction="backward"), mean, m2)
-    signatures = [(fingerprint(call, i + 1)) for i, call in enumerate((CALL, WIDE, CALL._replace(direction="backward")))]
-    bodies = [[7, *(7 * mean), *(m2 + 7 * mean**2)], [7, *mean, 0, 0, 0, *m2], [*mean, *m2]]
+    signatures = [
+        (fingerprint(call, i + 1)) for i, call in enumerate((CALL, WIDE, CALL._replace(direction="backward")))
+    ]
+    bodies = [[7, *(7 * mean), *(m2 + 7 * mean**2)], [7, *mean, 0, 0, 0, *m2], [0, *mean, *m2]]
     assert [name for name, _ in messages] == ["Allreduce", "Allgather", "Allreduce"]
     for (_, message), h, body in zip(messages, signatures, bodies, strict=True):
         assert message.dtype == np.float64

@@ -73,7 +73,7 @@ def test_empty_batches(kind, dtype):
     assert distance(var, expected.var) < 1e-6
     assert distance(y, expected.y) < 1e-6
     assert distance(dx, expected.dx) < 1e-5
-    assert n or (dweight == 0).all() and (dbias == 0).all()
+    assert n or ((dweight == 0).all() and (dbias == 0).all())
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -103,7 +103,7 @@ def test_the_message_does_not_depend_on_the_input(layer, monkeypatch):
     _, stats = functional.batch_norm_forward(x)
     functional.batch_norm_backward(x, x, stats)
     assert stats.count == 70000
-    assert lengths == [(3 if layer == "float64" else 2) * 2 + 3, 2 * 2 + 2]
+    assert lengths == [(3 if layer == "float64" else 2) * 2 + 3, 2 * 2 + 3]
 
 
 def test_eps_zero_and_a_constant_channel():

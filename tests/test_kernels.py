@@ -71,7 +71,9 @@ def check(kernels, x, dy, weight, bias) -> None:
     assert got_count == count
     # relative to std: a mean that is right to float32 only is not right enough
     assert ((tensor(got_mean) - mean).abs() / (std + 1e-300)).max() < max(tolerance, 1e-7) * 4
-    assert ((tensor(got_m2) - m2).abs() / (m2 + 1e-300)).max() < (1e-11 if tx.dtype == torch.float64 else 1e-6)
+    assert ((tensor(got_m2) - m2).abs() / (m2 + 1e-300)).max() < (
+        1e-11 if tx.dtype == torch.float64 else 1e-6
+    )
 
     got = kernels.normalize(x, near(mean), near(invstd), weight, bias)
     assert type(got) is type(x)
@@ -90,7 +92,16 @@ def check(kernels, x, dy, weight, bias) -> None:
     assert distance(tensor(got), dx, dx_scale) < tolerance * 8
 
 
-SHAPES = [(5, 3), (64, 300), (4, 3, 7), (6, 5, 4, 9), (1, 16, 70, 70), (3, 2, 3, 4, 5), (2, 3, 2, 3, 2, 2), (9, 33, 1, 1)]
+SHAPES = [
+    (5, 3),
+    (64, 300),
+    (4, 3, 7),
+    (6, 5, 4, 9),
+    (1, 16, 70, 70),
+    (3, 2, 3, 4, 5),
+    (2, 3, 2, 3, 2, 2),
+    (9, 33, 1, 1),
+]
 
 
 @pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
@@ -116,7 +127,9 @@ def test_numpy_arrays(dtype):
         check(generic, a.copy(order="K"), b, weight, bias)
 
 
-@pytest.mark.parametrize("shape", [(8, 16, 20, 20), (4, 8, 2, 30, 20), (40, 2000, 4), (1, 2, 200000), (20000, 3)], ids=str)
+@pytest.mark.parametrize(
+    "shape", [(8, 16, 20, 20), (4, 8, 2, 30, 20), (40, 2000, 4), (1, 2, 200000), (20000, 3)], ids=str
+)
 @pytest.mark.parametrize("ratio", [0.0, 30.0, 1e3])
 def test_large_mean(shape, ratio):
     """float32 keeps its digits where mean / std is large, in every layout."""
@@ -175,14 +188,20 @@ def test_empty(kernels, shape, dtype):
     st.integers(0, 3),
 )
 def test_any_shape(shape, dtype, last, seed):
-    x, dy = shard((shape[0] + 1, *shape[1:]), seed, 1.0, dtype), shard((shape[0] + 1, *shape[1:]), seed + 9, 0, dtype)
+    x, dy = (
+        shard((shape[0] + 1, *shape[1:]), seed, 1.0, dtype),
+        shard((shape[0] + 1, *shape[1:]), seed + 9, 0, dtype),
+    )
     with together():
         x = layouts(x)["channels last"] if last else x
         check(cpu, x, dy, None, None)
 
 
 def test_memory_format_is_kept():
-    for shape, memory_format in (((2, 3, 4, 5), torch.channels_last), ((2, 3, 4, 5, 6), torch.channels_last_3d)):
+    for shape, memory_format in (
+        ((2, 3, 4, 5), torch.channels_last),
+        ((2, 3, 4, 5, 6), torch.channels_last_3d),
+    ):
         x = torch.randn(shape).contiguous(memory_format=memory_format)
         ones = np.ones(3)
         for dtype in TOLERANCE:

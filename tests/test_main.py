@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 
+import pytest
 from parallel import WORLD
 
 from mpisyncbn import __main__ as report
@@ -49,8 +50,6 @@ def test_a_transport_that_cannot_be_had_is_reported(monkeypatch):
 def test_a_variable_that_nothing_understands(monkeypatch, capsys):
     monkeypatch.setenv("MPISYNCBN_TRANSPORT", "pigeon")
     monkeypatch.setattr("sys.argv", ["mpisyncbn"])
-    try:
+    with pytest.raises(SystemExit, match="2"):
         report.main()
-    except SystemExit as end:
-        assert end.code == 2
     assert "MPISYNCBN_TRANSPORT must be one of auto, host, device, got 'pigeon'" in capsys.readouterr().err

@@ -92,7 +92,10 @@ def _large_moments(x: Tensor, count: int) -> tuple[np.ndarray, np.ndarray]:
 
 
 def _moments_about(shift: Tensor, blocks: list[Tensor], count: int) -> tuple[np.ndarray, np.ndarray]:
-    """Mean in two parts and M2, from sums of ``x - shift`` and of its square: float32 in a block, float64 over blocks."""
+    """Mean in two parts and M2, from sums of ``x - shift`` and its square.
+
+    Sums within a block are in the working dtype, sums over blocks in float64.
+    """
     column = shift[:, None]
     scratch = shift.new_empty(max(block.numel() for block in blocks))
     sums, squares = [], []
