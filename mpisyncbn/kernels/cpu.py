@@ -20,7 +20,7 @@ __all__ = ["backward_elementwise", "backward_reduce", "local_moments", "normaliz
 # Up to this many values ATen's scalar moments beat the calls that vectorized ones take.
 _SMALL = 1 << 14
 # Values per chunk: enough to hide the cost of a call, few enough to stay in a core's L2 cache.
-_CHUNK = 1 << 17
+_CHUNK = 1 << 18
 # Longest run of float32 values that one sum may add up.
 _BLOCK = 4096
 # Beyond this |mean| / std, x * scale + shift in float32 loses digits that (x - mean) * scale keeps.
@@ -31,12 +31,12 @@ def local_moments(x: Tensor) -> tuple[int, np.ndarray, np.ndarray]:
     channels = x.shape[1]
     count = x.numel() // channels
     if count == 0:
-        mean, m2 = np.zeros((2, channels)), np.zeros(channels)
+        near, rest, m2 = np.zeros((3, channels))
     elif x.numel() <= _SMALL:
-        mean, m2 = _small_moments(x, count)
+        near, rest, m2 = _small_moments(x, count)
     else:
-        mean, m2 = _large_moments(x, count)
-    return count, mean if x.dtype == torch.float64 else mean[0] + mean[1], m2
+        near, rest, m2 = _large_moments(x, count)
+    return count, np.stack((near, rest)) if x.dtype == torch.float64 else near + rest, m2
 
 
 def normalize(x: Tensor, mean: Any, invstd: Any, weight: Tensor | None, bias: Tensor | None) -> Tensor:
@@ -68,30 +68,32 @@ def backward_elementwise(
     return dx.addcmul_(dy.to(dx.dtype), _channels(_vector(scale, x), x)).to(x.dtype)
 
 
-def _small_moments(x: Tensor, count: int) -> tuple[np.ndarray, np.ndarray]:
+def _small_moments(x: Tensor, count: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     x = x.to(_working_dtype(x)).contiguous()
-    shift, var = torch.batch_norm_update_stats(x, None, None, 0.0)
-    mean = np.stack((_numpy(shift), _numpy(shift) * 0)).astype(np.float64)
-    with np.errstate(all="ignore"):  # a constant channel
-        ratio = mean[0] / np.sqrt(_numpy(var))
-    if _any_above(ratio, _LARGE_RATIO):
+    mean, var = torch.batch_norm_update_stats(x, None, None, 0.0)
+    near, m2 = _numpy(mean).astype(np.float64), _numpy(var).astype(np.float64)
+    rest = np.zeros_like(near)
+    if _any_above(near * (m2 + 1e-300) ** -0.5, _LARGE_RATIO):
         # The mean was rounded to the dtype of x: find what is missing.
-        rest, var = torch.batch_norm_update_stats(x - _channels(shift, x), None, None, 0.0)
-        mean[1] = _numpy(rest)
-    return mean, _numpy(var).astype(np.float64) * count
+        missing, var = torch.batch_norm_update_stats(x - _channels(mean, x), None, None, 0.0)
+        rest, m2 = _numpy(missing).astype(np.float64), _numpy(var).astype(np.float64)
+    m2 *= count
+    return near, rest, m2
 
 
-def _large_moments(x: Tensor, count: int) -> tuple[np.ndarray, np.ndarray]:
+def _large_moments(x: Tensor, count: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     blocks = list(_blocks(x))
     shift = blocks[0].mean((0, 2), dtype=_working_dtype(x))
-    mean, m2 = _moments_about(shift, blocks, count)
-    if np.any(mean[1] ** 2 * count > 4 * m2):
+    near, rest, m2 = _moments_about(shift, blocks, count)
+    if np.any(rest * rest * count > 4 * m2):
         # The first block was not typical of the others: squares about its mean have lost digits.
-        mean, m2 = _moments_about(_vector(mean[0] + mean[1], x), blocks, count)
-    return mean, np.maximum(m2, 0.0)
+        near, rest, m2 = _moments_about(_vector(near + rest, x), blocks, count)
+    return near, rest, np.maximum(m2, 0.0)
 
 
-def _moments_about(shift: Tensor, blocks: list[Tensor], count: int) -> tuple[np.ndarray, np.ndarray]:
+def _moments_about(
+    shift: Tensor, blocks: list[Tensor], count: int
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Mean in two parts and M2, from sums of ``x - shift`` and its square.
 
     Sums within a block are in the working dtype, sums over blocks in float64.
@@ -106,7 +108,7 @@ def _moments_about(shift: Tensor, blocks: list[Tensor], count: int) -> tuple[np.
     first = _numpy(torch.cat(sums)).sum(0, dtype=np.float64)
     second = _numpy(torch.cat(squares)).sum(0, dtype=np.float64)
     rest = first / count
-    return np.stack((_numpy(shift), rest)), second - first * rest
+    return _numpy(shift).astype(np.float64), rest, second - first * rest
 
 
 def _total(block: Tensor) -> Tensor:
@@ -137,9 +139,10 @@ def _affine(x: Tensor, mean: Any, invstd: Any, scale: Any, shift: Any) -> Tensor
         x = x - _channels(high, x)
         mean = mean - _numpy(high)
     view = _aten(x)
-    vectors = np.stack((scale, shift, mean)).astype(_numpy_dtype(x))
-    weight, bias, center = torch.from_numpy(vectors).unbind()
-    y = torch.native_batch_norm(view, weight, bias, center, _ones(center), False, 0.0, 0.0)[0]
+    center = _vector(mean, x)
+    y = torch.native_batch_norm(
+        view, _vector(scale, x), _vector(shift, x), center, _ones(center), False, 0.0, 0.0
+    )[0]
     return y if view is x else y.as_strided(x.shape, x.stride())
 
 
@@ -198,10 +201,10 @@ def _numpy(vector: Tensor) -> np.ndarray:
 
 
 @lru_cache(maxsize=64)
-def _numpy_ones(length: int, dtype: str) -> np.ndarray:
+def _numpy_ones(length: int, dtype: Any) -> np.ndarray:
     return np.ones(length, dtype)
 
 
 def _ones(like: Tensor) -> Tensor:
     # from NumPy: torch.ones would follow a user's default device
-    return torch.from_numpy(_numpy_ones(len(like), str(like.dtype).partition(".")[2]))
+    return torch.from_numpy(_numpy_ones(len(like), _numpy_dtype(like)))
