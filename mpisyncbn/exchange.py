@@ -60,13 +60,16 @@ def reduce_sums(group: Communicator, call: Call, *sums: Any) -> tuple[Any, ...]:
     Collective: every rank of the group must call.
     """
     vectors = [transport.to_host(vector) for vector in sums]
+    length = len(vectors[0])
     with group.lock:
-        message = group.message(3 + sum(map(len, vectors)))
+        message = group.message(3 + len(vectors) * length)
         message[2] = 0
-        np.concatenate(vectors, out=message[3:])
+        body = message[3:].reshape(len(vectors), length)
+        for row, vector in zip(body, vectors, strict=True):
+            row[:] = vector
         _allreduce(group, call, message)
-        totals = message[3:].copy().reshape(len(vectors), -1)
-    return tuple(transport.from_host(total, like) for total, like in zip(totals, sums, strict=True))
+        totals = body.copy()
+    return tuple([transport.from_host(total, like) for total, like in zip(totals, sums, strict=True)])
 
 
 def _sum_moments(

@@ -150,7 +150,8 @@ def update_running_stats(running_mean: Any, running_var: Any, stats: BatchStats,
     ):
         _warn_not_finite(on_rank())
         return False
-    transport.blend((running_mean, running_var), (mean, unbiased), momentum)
+    transport.blend(running_mean, mean, momentum)
+    transport.blend(running_var, unbiased, momentum)
     return True
 
 

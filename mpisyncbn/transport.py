@@ -6,7 +6,7 @@ on a device are copied there and back. The copy to the host waits for the device
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import sys
 from typing import Any
 
 import numpy as np
@@ -45,12 +45,14 @@ def from_host(values: np.ndarray, like: Any) -> Any:
     if isinstance(like, np.ndarray):
         return values
     if hasattr(like, "detach"):
-        import torch
-
-        return torch.from_numpy(values).to(like.device)
+        return _torch().from_numpy(values).to(like.device)
     import cupy
 
     return cupy.asarray(values)
+
+
+def _torch() -> Any:
+    return sys.modules["torch"]  # whoever has a tensor has imported it
 
 
 def near(vector: Any, x: Any) -> Any:
@@ -59,25 +61,15 @@ def near(vector: Any, x: Any) -> Any:
     return to_host(vector) if host_memory else vector
 
 
-def blend(running: Sequence[Any], batch: Sequence[np.ndarray], momentum: Any) -> None:
-    """``running = (1 - momentum) * running + momentum * batch`` in place, for each."""
-    for old, new in zip(running, batch, strict=True):
-        if isinstance(old, np.ndarray):
-            old += momentum * (new - old)
-        elif not hasattr(old, "copy_"):  # CuPy
-            old[...] = old + momentum * (from_host(new, old) - old)
-        elif old.is_cpu and old.dtype.itemsize >= 4:
-            shared = old.detach().numpy()
-            shared += float(momentum) * (new - shared)
-        else:
-            wide = old.detach().double()
-            old.detach().copy_(wide + momentum * (from_host(new, old) - wide))
-    _count_as_modified(running)
-
-
-def _count_as_modified(arrays: Sequence[Any]) -> None:
-    """Let autograd notice if a backward pass still needed the old values."""
-    if hasattr(arrays[0], "copy_"):
-        from torch.autograd.graph import increment_version
-
-        increment_version(arrays)
+def blend(running: Any, batch: np.ndarray, momentum: Any) -> None:
+    """``running = (1 - momentum) * running + momentum * batch`` in place."""
+    if not hasattr(running, "lerp_"):  # NumPy, CuPy
+        running += momentum * (from_host(batch, running) - running)
+        return
+    # half precision is rounded once, after the sum
+    wide = running if running.dtype.itemsize >= 4 else running.double()
+    new = _torch().from_numpy(batch.astype(np.float32) if wide.dtype.itemsize == 4 else batch)
+    new = new if wide.is_cpu else new.to(wide.device)
+    wide.lerp_(new, momentum.to(wide.dtype) if hasattr(momentum, "ndim") else momentum)
+    if wide is not running:
+        running.copy_(wide)

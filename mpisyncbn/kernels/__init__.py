@@ -28,11 +28,16 @@ from . import generic
 
 __all__ = ["kernels_for"]
 
+_cpu: ModuleType | None = None  # imported when the first torch tensor comes along
+
 
 def kernels_for(x: Any) -> ModuleType:
     """The kernel module for the place where ``x`` lives."""
-    if getattr(x, "is_cpu", False):  # torch
+    global _cpu
+    if not getattr(x, "is_cpu", False):  # of torch tensors in host memory alone
+        return generic
+    if _cpu is None:
         from . import cpu
 
-        return cpu
-    return generic
+        _cpu = cpu
+    return _cpu

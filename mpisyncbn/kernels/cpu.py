@@ -42,20 +42,20 @@ def local_moments(x: Tensor) -> tuple[int, np.ndarray, np.ndarray]:
 def normalize(x: Tensor, mean: Any, invstd: Any, weight: Tensor | None, bias: Tensor | None) -> Tensor:
     scale = invstd if weight is None else invstd * _numpy(weight)
     shift = np.zeros_like(scale) if bias is None else _numpy(bias)
-    return _affine(_dense(x)[0], mean, invstd, scale, shift).to(x.dtype)
+    return _affine(x, mean, invstd, scale, shift).to(x.dtype)
 
 
 def backward_reduce(dy: Tensor, x: Tensor, mean: Any, invstd: Any) -> tuple[np.ndarray, np.ndarray]:
     if x.numel() == 0:
         return np.zeros(x.shape[1]), np.zeros(x.shape[1])
-    x, _ = _dense(x)
+    x = _dense(x)
     high = _vector(mean, x)
     # With a given mean and variance 1, ATen's gradients of weight and bias are these two sums.
     _, dot, total = torch.ops.aten.native_batch_norm_backward(
         _aten(_like(dy, x)), _aten(x), None, high, _ones(high), None, None, False, 0.0, [False, True, True]
     )
-    sum_dy = _numpy(total).astype(np.float64)
-    return sum_dy, _numpy(dot) - (mean - _numpy(high)) * sum_dy
+    sum_dy = total.numpy().astype(np.float64)
+    return sum_dy, dot.numpy() - (mean - high.numpy()) * sum_dy
 
 
 def backward_elementwise(
@@ -63,20 +63,22 @@ def backward_elementwise(
 ) -> Tensor:
     scale = invstd if weight is None else invstd * _numpy(weight)
     # bfloat16 and float16 are rounded once, at the end.
-    wide = _dense(x)[0].to(_working_dtype(x))
-    dx = _affine(wide, mean, invstd, -scale * invstd * invstd * mean_dy_xmu, -scale * mean_dy)
+    wide = x.to(_working_dtype(x))
+    slope = invstd * invstd * mean_dy_xmu
+    dx = _affine(wide, mean, invstd, scale * -slope, scale * -mean_dy)
     return dx.addcmul_(dy.to(dx.dtype), _channels(_vector(scale, x), x)).to(x.dtype)
 
 
-def _small_moments(x: Tensor, count: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+def _small_moments(x: Tensor, count: int) -> tuple[Any, Any, np.ndarray]:
     x = x.to(_working_dtype(x)).contiguous()
     mean, var = torch.batch_norm_update_stats(x, None, None, 0.0)
-    near, m2 = _numpy(mean).astype(np.float64), _numpy(var).astype(np.float64)
-    rest = np.zeros_like(near)
-    if _any_above(near * (m2 + 1e-300) ** -0.5, _LARGE_RATIO):
+    near, m2 = mean.numpy().astype(np.float64), var.numpy().astype(np.float64)
+    rest: Any = 0.0 * near
+    # The sum over channels is an upper bound of what each must not exceed.
+    if not (near / (m2 + 1e-300)) @ near <= _LARGE_RATIO**2:
         # The mean was rounded to the dtype of x: find what is missing.
         missing, var = torch.batch_norm_update_stats(x - _channels(mean, x), None, None, 0.0)
-        rest, m2 = _numpy(missing).astype(np.float64), _numpy(var).astype(np.float64)
+        rest, m2 = missing.numpy().astype(np.float64), var.numpy().astype(np.float64)
     m2 *= count
     return near, rest, m2
 
@@ -119,8 +121,8 @@ def _total(block: Tensor) -> Tensor:
 def _blocks(x: Tensor) -> Iterator[Tensor]:
     """Pieces of ``x`` as ``(n, C, s)`` views that fit the cache, along the way it lies in memory."""
     channels = x.shape[1]
-    dense, rows = _dense(x)
-    if rows:
+    dense = _dense(x)
+    if _channels_side_by_side(dense):
         matrix = dense.movedim(1, -1).reshape(-1, channels, 1)
         yield from matrix.split(max(1, _CHUNK // channels))
     else:
@@ -134,27 +136,30 @@ def _affine(x: Tensor, mean: Any, invstd: Any, scale: Any, shift: Any) -> Tensor
     """``(x - mean) * scale + shift``, in the dtype of ``x`` or, where that needs it, float32."""
     if x.numel() == 0:
         return torch.empty_like(x)
-    if _any_above(mean * invstd, _LARGE_RATIO):
+    x = _dense(x)
+    ratio = mean * invstd
+    # the norm is an upper bound of the maximum, and far cheaper
+    if not ratio @ ratio <= _LARGE_RATIO**2 and np.abs(ratio).max() > _LARGE_RATIO:
         high = _vector(mean, x)
         x = x - _channels(high, x)
-        mean = mean - _numpy(high)
-    view = _aten(x)
-    center = _vector(mean, x)
+        mean = mean - high.numpy()
+    view, center = _aten(x), _vector(mean, x)
     y = torch.native_batch_norm(
         view, _vector(scale, x), _vector(shift, x), center, _ones(center), False, 0.0, 0.0
     )[0]
     return y if view is x else y.as_strided(x.shape, x.stride())
 
 
-def _dense(x: Tensor) -> tuple[Tensor, bool]:
-    """``x`` without gaps, and whether the channels of one position lie side by side (channels_last)."""
-    if x.is_contiguous():
-        return x, x.shape[2:].numel() == 1
-    if not x.movedim(1, -1).is_contiguous():
-        x = x.clone(memory_format=torch.preserve_format)
-        if not x.movedim(1, -1).is_contiguous():
-            return x.contiguous(), False
-    return x, True
+def _dense(x: Tensor) -> Tensor:
+    """``x`` without gaps, and with the channels either outermost or innermost in each sample."""
+    if _is_vectorized(x) or x.movedim(1, -1).is_contiguous():
+        return x
+    x = x.clone(memory_format=torch.preserve_format)
+    return x if x.movedim(1, -1).is_contiguous() else x.contiguous()
+
+
+def _channels_side_by_side(dense: Tensor) -> bool:
+    return not dense.is_contiguous() or dense.shape[2:].numel() == 1
 
 
 def _like(dy: Tensor, x: Tensor) -> Tensor:
@@ -162,13 +167,17 @@ def _like(dy: Tensor, x: Tensor) -> Tensor:
     return dy if dy.stride() == x.stride() else torch.empty_like(x).copy_(dy)
 
 
-def _aten(x: Tensor) -> Tensor:
-    """``x``, dense, as a view in a layout that ATen's batch norm has vectorized code for."""
-    if (
+def _is_vectorized(x: Tensor) -> bool:
+    return (
         x.is_contiguous()
         or (x.ndim == 4 and x.is_contiguous(memory_format=torch.channels_last))
         or (x.ndim == 5 and x.is_contiguous(memory_format=torch.channels_last_3d))
-    ):
+    )
+
+
+def _aten(x: Tensor) -> Tensor:
+    """``x``, dense, as a view in a layout that ATen's batch norm has vectorized code for."""
+    if _is_vectorized(x):
         return x
     return x.movedim(1, -1).reshape(1, -1, 1, x.shape[1]).permute(0, 3, 1, 2)
 
@@ -188,11 +197,6 @@ def _vector(values: np.ndarray, x: Tensor) -> Tensor:
 
 def _numpy_dtype(x: Tensor) -> Any:
     return np.float64 if x.dtype == torch.float64 else np.float32
-
-
-def _any_above(values: np.ndarray, limit: float) -> bool:
-    # the norm is an upper bound of the maximum, and far cheaper
-    return not values @ values <= limit * limit and bool(np.any(np.abs(values) > limit))
 
 
 def _numpy(vector: Tensor) -> np.ndarray:
