@@ -141,15 +141,15 @@ def update_running_stats(running_mean: Any, running_var: Any, stats: BatchStats,
     if count == 0:
         return False
     mean, var = transport.to_host(stats.mean), transport.to_host(stats.var)
-    unbiased = var * (count / max(count - 1, 1))
-    limit = _largest(running_var.dtype)
-    # One comparison for NaN, infinity and what would overflow when stored. The norms are an upper
-    # bound that costs a fifth of the maxima.
-    if not (mean @ mean + unbiased @ unbiased <= limit * limit) and not (
-        np.abs(mean).max() <= limit and unbiased.max() <= limit
-    ):
-        _warn_not_finite(on_rank())
-        return False
+    with np.errstate(all="ignore"):
+        unbiased = var * (count / max(count - 1, 1))
+        # Below the limit for NaN, infinity and what would overflow when stored. The norms are an
+        # upper bound of the maxima, for a fifth of their cost.
+        limit = _largest(running_var.dtype)
+        fits = mean.dot(mean) + unbiased.dot(unbiased) <= limit * limit
+        if not fits and not (np.abs(mean).max() <= limit and unbiased.max() <= limit):
+            _warn_not_finite(on_rank())
+            return False
     transport.blend(running_mean, mean, momentum)
     transport.blend(running_var, unbiased, momentum)
     return True

@@ -99,7 +99,8 @@ def distance(actual: Tensor, expected: Tensor, scale: Tensor | None = None) -> f
         return 0.0
     assert actual.shape == expected.shape
     scale = expected if scale is None else scale
-    return ((actual.double() - expected.double()).abs().max() / scale.abs().max().clamp_min(1e-300)).item()
+    largest = scale.double().abs().max().clamp_min(1e-300)
+    return ((actual.double() - expected.double()).abs().max() / largest).item()
 
 
 def bits_equal_on_all_ranks(tensor: Tensor, comm: Any = WORLD) -> bool:

@@ -75,7 +75,7 @@ def _small_moments(x: Tensor, count: int) -> tuple[Any, Any, np.ndarray]:
     near, m2 = mean.numpy().astype(np.float64), var.numpy().astype(np.float64)
     rest: Any = 0.0 * near
     # The sum over channels is an upper bound of what each must not exceed.
-    if not (near / (m2 + 1e-300)) @ near <= _LARGE_RATIO**2:
+    if not near.dot(near / (m2 + 1e-200)) <= _LARGE_RATIO**2:
         # The mean was rounded to the dtype of x: find what is missing.
         missing, var = torch.batch_norm_update_stats(x - _channels(mean, x), None, None, 0.0)
         rest, m2 = missing.numpy().astype(np.float64), var.numpy().astype(np.float64)
@@ -139,7 +139,7 @@ def _affine(x: Tensor, mean: Any, invstd: Any, scale: Any, shift: Any) -> Tensor
     x = _dense(x)
     ratio = mean * invstd
     # the norm is an upper bound of the maximum, and far cheaper
-    if not ratio @ ratio <= _LARGE_RATIO**2 and np.abs(ratio).max() > _LARGE_RATIO:
+    if not ratio.dot(ratio) <= _LARGE_RATIO**2 and np.abs(ratio).max() > _LARGE_RATIO:
         high = _vector(mean, x)
         x = x - _channels(high, x)
         mean = mean - high.numpy()
