@@ -53,7 +53,12 @@ def __getattr__(name: str) -> Any:
     if name not in _HOME:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     module, _, owner = _HOME[name].partition(".")
-    value: Any = import_module(f".{module or name}", __name__)
+    try:
+        value: Any = import_module(f".{module or name}", __name__)
+    except ModuleNotFoundError as error:
+        if error.name != "torch":
+            raise
+        raise ImportError(f"mpisyncbn.{name} needs torch: pip install 'mpisyncbn[torch]'") from error
     if module:
         value = getattr(getattr(value, owner) if owner else value, name)
     globals()[name] = value

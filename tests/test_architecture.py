@@ -127,7 +127,7 @@ print(abs(y.mean()) < 1e-6, abs(y.std() - 1) < 1e-4, abs(dx).max() < 1e-3)
 try:
     mpisyncbn.SyncBatchNorm
 except ImportError as error:
-    print("torch" in str(error))
+    print("mpisyncbn.SyncBatchNorm needs torch: pip install" in str(error))
 """
     )
     assert out.split() == ["True"] * 4

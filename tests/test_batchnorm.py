@@ -9,7 +9,9 @@ import pickle
 
 import pytest
 import torch
-from parallel import WORLD, bits_equal_on_all_ranks, distance, local_batch, oracle, shard
+from hypothesis import given
+from hypothesis import strategies as st
+from parallel import WORLD, bits_equal_on_all_ranks, distance, local_batch, oracle, shard, together
 from torch import nn
 
 import mpisyncbn
@@ -299,3 +301,39 @@ def test_the_way_of_other_devices(options, monkeypatch):
         reference(shard((local_batch(), 3, 4, 4), 1 + step, 5.0, dtype))
     for name, value in reference.state_dict().items():
         assert distance(layer.state_dict()[name], value) < 1e-6, name
+
+
+def laid_out(x: torch.Tensor, layout: str) -> torch.Tensor:
+    if layout == "channels last":
+        return x.movedim(1, -1).contiguous().movedim(-1, 1)
+    if layout == "strided":
+        return x.repeat_interleave(2, -1)[..., ::2]
+    return x
+
+
+@given(
+    sizes=st.lists(st.integers(0, 4), min_size=4, max_size=4).filter(lambda s: s[0] > 1),
+    inner=st.lists(st.integers(1, 5), min_size=1, max_size=4),
+    dtype=st.sampled_from([torch.float32, torch.float64, torch.bfloat16, torch.float16]),
+    layout=st.sampled_from(["contiguous", "channels last", "strided"]),
+    affine=st.booleans(),
+)
+def test_any_split_shape_dtype_and_layout(sizes, inner, dtype, layout, affine):
+    wide = torch.float64 if dtype == torch.float64 else torch.float32
+    layer = mpisyncbn.SyncBatchNorm(inner[0], momentum=1.0, affine=affine, dtype=wide)
+    shape = (sizes[WORLD.rank % 4], *inner)
+    x, dy = shard(shape, 3, 1.0, dtype), shard(shape, 4, 0.0, dtype)
+    x = laid_out(x, layout).requires_grad_()
+    y = layer(x)
+    y.backward(dy)
+    expected = oracle(x, dy)
+    unbiased = expected.var * expected.count / (expected.count - 1)
+    # With few values the variance may be next to nothing, and dx as large as that makes it.
+    scale = (1 / (expected.var.min() + 1e-5).sqrt()) * 10
+    tolerance = {torch.float64: 1e-9, torch.float32: 1e-5, torch.bfloat16: 1e-2, torch.float16: 2e-3}[dtype]
+    with together():
+        assert y.shape == x.shape
+        assert y.dtype == x.grad.dtype == dtype
+        assert distance(layer.running_var, unbiased, unbiased + 1e-3) < 1e-5
+        assert distance(y.detach(), expected.y, torch.tensor(3.0)) < tolerance
+        assert distance(x.grad, expected.dx, scale) < tolerance
