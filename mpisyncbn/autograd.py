@@ -22,10 +22,12 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch._functorch.utils import unwrap_dead_wrappers
 from torch._subclasses.fake_tensor import FakeTensor
+from torch.utils._python_dispatch import _disable_current_modes
 
 from . import exchange, functional
 from .communicator import Communicator, by_handle, resolve
 from .diagnostics import Call
+from .errors import on_rank
 from .functional import BatchStats
 from .kernels import generic, kernels_for
 
@@ -71,7 +73,8 @@ def sync_batch_norm(
         return F.batch_norm(input, running_mean, running_var, weight, bias, False, momentum, eps)
     if momentum is None:
         raise TypeError(
-            "expected momentum to be a number: only a layer counts the batches for a cumulative average"
+            f"expected momentum to be a number, got None{on_rank()}: only a layer counts the batches that a "
+            "cumulative average needs"
         )
     y, stats = batch_norm(
         input, running_mean, running_var, weight, bias, momentum, eps, process_group, "a function call"
@@ -90,11 +93,11 @@ def batch_norm(
     momentum: float | None,
     eps: float,
     process_group: Any,
-    layer: Any,
+    layer: str,
 ) -> tuple[Tensor, BatchStats]:
     """``y`` and, for the running statistics, those of the batch, while training.
 
-    ``layer`` is a name, or the module to be named by the order of first exchanges. Where the call
+    ``layer`` is a name, or a key as ``Communicator.name_of`` takes it. Where the call
     repeats an earlier one the statistics have a count of 0, so that they are not entered twice.
     """
     functional.check_arguments(
@@ -102,16 +105,26 @@ def batch_norm(
     )
     dtype = functional.layer_dtype(x, weight, bias, running_mean)
     if torch.compiler.is_compiling() or x.is_meta or isinstance(x, FakeTensor):
-        # what is traced knows a group by its handle and a layer by its name
-        handle = "" if process_group is None else process_group.handle
-        name = layer if isinstance(layer, str) else "a layer without a name"
-        y, mean, var, invstd, count, first_time = _Traced.apply(x, weight, bias, eps, handle, name, dtype)
+        # What is traced knows a group by its handle, because a graph can hold no object.
+        handle = _handle(process_group)
+        y, mean, var, invstd, count, first_time = _Traced.apply(x, weight, bias, eps, handle, layer, dtype)
         return y, BatchStats(mean, var, invstd, count * first_time)
     group = resolve(process_group)
     step = _Step(group, group.name_of(layer), x.shape[1], dtype, eps)
     y = _apply(x, weight, bias, step)
     functional.check_count(step.stats.count, x)
     return y, step.stats._replace(count=0) if _recomputing() else step.stats
+
+
+def _handle(process_group: Any) -> str:
+    if process_group is None:
+        return ""
+    if not isinstance(process_group, Communicator) and torch.compiler.is_compiling():
+        raise TypeError(
+            "expected process_group to be an mpisyncbn.Communicator in a compiled function, got an mpi4py "
+            "communicator: make it one outside, mpisyncbn.Communicator(comm)"
+        )
+    return resolve(process_group).handle
 
 
 def _recomputing() -> bool:
@@ -159,7 +172,8 @@ class _SyncBatchNorm(torch.autograd.Function):
         x, weight = ctx.saved_tensors
         step = ctx.step
         need_dx, need_dweight, need_dbias, _ = ctx.needs_input_grad
-        if torch.is_grad_enabled():  # create_graph: the result will be differentiated again
+        # create_graph, where the result will be differentiated again, and batched gradients
+        if torch.is_grad_enabled() or torch._C._functorch.is_batchedtensor(dy):
             dx, dweight, dbias = functional.backward(
                 dy, x, _known_stats(x, step), weight, generic, _differentiable_sums(step, "backward"), need_dx
             )
@@ -197,6 +211,11 @@ class _SyncBatchNorm(torch.autograd.Function):
         if dbias is not None:
             dy = dy + generic._channels(dbias, x).to(dy.dtype)
         return dy
+
+    @staticmethod
+    def vmap(info: Any, in_dims: tuple[Any, ...], *arguments: Any) -> tuple[Tensor, None]:
+        _refuse_batched(in_dims)
+        return _SyncBatchNorm.apply(*arguments), None
 
 
 _plain_apply = super(torch.autograd.Function, _SyncBatchNorm).apply
@@ -248,9 +267,7 @@ class _MergeMoments(torch.autograd.Function):
 
     @staticmethod
     def vmap(info: Any, in_dims: tuple[Any, ...], mean: Tensor, m2: Tensor, count: int, step: _Step) -> Any:
-        # torch.func.jacrev gets here: it batches what flows back, not the input.
-        if in_dims[:2] != (None, None):
-            raise NotImplementedError("vmap over the input of a synchronized batch norm is not supported")
+        _refuse_batched(in_dims)
         return _MergeMoments.apply(mean, m2, count, step), (None, None)
 
 
@@ -281,6 +298,15 @@ class _AllReduce(torch.autograd.Function):
         return _AllReduce.apply(values.movedim(in_dims[0], 0), step, direction), 0
 
 
+def _refuse_batched(in_dims: tuple[Any, ...]) -> None:
+    """torch.func.jacrev and jacfwd batch what flows back and along, not the input."""
+    if any(dim is not None for dim in in_dims):
+        raise NotImplementedError(
+            "vmap over the input or the parameters of a synchronized batch norm is not supported: it would "
+            f"be one collective per sample{on_rank()}; call it on the whole batch"
+        )
+
+
 def _known_stats(x: Tensor, step: _Step) -> BatchStats:
     """The statistics of the forward pass again, as differentiable functions of ``x``."""
     count, mean, m2 = generic.local_moments(x)
@@ -306,7 +332,8 @@ def _as(vector: Any, dtype: torch.dtype) -> Tensor:
 # torch.compile: the exchanges as operations that it does not look into. It would drop one whose
 # result is unused, or run two equal ones once, and then ranks wait for each other for ever;
 # changing a tensor that outlives the graph keeps every one of them, and in order.
-_TOKEN = torch.zeros(())
+with torch.inference_mode(False), _disable_current_modes():  # whatever mode the first import happens in
+    _TOKEN = torch.from_numpy(np.zeros(()))
 
 
 def _token(x: Tensor) -> Tensor:
@@ -327,8 +354,9 @@ def _merge_moments_op(
     mean: Tensor, m2: Tensor, count: int, token: Tensor, group: str, layer: str, dtype: str
 ) -> Any:
     with np.errstate(all="ignore"):
-        call = Call(layer, "forward", m2.shape[-1], dtype)
-        total, merged, var = exchange.merge_moments(by_handle(group), call, count, mean, m2)
+        communicator = by_handle(group)
+        call = Call(communicator.name_of(layer), "forward", m2.shape[-1], dtype)
+        total, merged, var = exchange.merge_moments(communicator, call, count, mean, m2)
     functional.check_count(total, m2)
     first_time = torch.tensor(not _recomputing(), device=m2.device)
     return torch.tensor(total, dtype=torch.float64, device=m2.device), merged, var, first_time
@@ -337,8 +365,9 @@ def _merge_moments_op(
 def _reduce_sums_op(
     sums: Tensor, token: Tensor, group: str, layer: str, direction: str, dtype: str
 ) -> Tensor:
-    call = Call(layer, direction, sums.shape[-1], dtype)
-    return exchange.reduce_sums(by_handle(group), call, sums.reshape(-1))[0].reshape(sums.shape)
+    communicator = by_handle(group)
+    call = Call(communicator.name_of(layer), direction, sums.shape[-1], dtype)
+    return exchange.reduce_sums(communicator, call, sums.reshape(-1))[0].reshape(sums.shape)
 
 
 _LIBRARY.impl("merge_moments", _merge_moments_op, "CompositeExplicitAutograd")

@@ -53,8 +53,10 @@ class SyncBatchNorm(convert.Synchronized):
     ) -> None:
         super().__init__(num_features, eps, momentum, affine, track_running_stats, device, dtype, bias=bias)
         self.process_group = process_group
+        self._key = convert.new_key()
 
     def forward(self, input: Tensor) -> Tensor:
+        self._check_input_dim(input)
         if not self.training:
             if not torch.jit.is_tracing():
                 functional.check_arguments(
@@ -72,7 +74,7 @@ class SyncBatchNorm(convert.Synchronized):
             self.momentum,
             self.eps,
             self.process_group,
-            self.layer_name or self,
+            self.layer_name or self._key,
         )
         if running_mean is not None:
             momentum: Any = self.momentum

@@ -83,12 +83,13 @@ class Communicator:
         self.comm = None
         self.exchanges = 0
         self.debug = False
-        self.lock = threading.RLock()
+        # Below THREAD_MULTIPLE MPI may be in one call at a time, whatever the communicator.
+        self.lock = threading.RLock() if MPI.Query_thread() == MPI.THREAD_MULTIPLE else _one_at_a_time
         # A name for this process alone, for compiled graphs, which can hold a string but no object.
         self.handle = f"group {next(_numbers)}"
         _by_handle[self.handle] = self
         self._messages: dict[int, np.ndarray] = {}
-        self._names: weakref.WeakKeyDictionary[Any, str] = weakref.WeakKeyDictionary()
+        self._names: dict[str, str] = {}
 
     def ready(self) -> Communicator:
         """This communicator with its duplicate made. Collective at the first call."""
@@ -129,13 +130,14 @@ class Communicator:
             buffer = self._messages[length] = np.zeros(length)
         return buffer
 
-    def name_of(self, layer: Any) -> str:
-        """A name for ``layer`` that is equal on all ranks: by the exchange it was first used in.
+    def name_of(self, layer: str) -> str:
+        """The name of a layer on all ranks, by its key on this one.
 
-        Not by the order of construction, since a rank may build layers of its own, and not by how
-        many layers have a name, since ranks may collect garbage at different times.
+        A key that begins with ``#`` is this rank's own, and stands for the exchange the layer was
+        first used in: not for the order of construction, since a rank may build layers of its own.
+        Every other key is a name already.
         """
-        if isinstance(layer, str):
+        if not layer.startswith("#"):
             return layer
         name = self._names.get(layer)
         if name is None:
@@ -173,6 +175,7 @@ class Communicator:
         )
 
 
+_one_at_a_time = threading.RLock()
 _numbers = itertools.count()
 _by_handle: weakref.WeakValueDictionary[str, Communicator] = weakref.WeakValueDictionary()
 _world: Communicator | None = None

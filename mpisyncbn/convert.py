@@ -6,6 +6,7 @@ attributes, parametrizations and every reference to the layer survive, because i
 
 from __future__ import annotations
 
+import itertools
 from functools import cache
 from typing import Any, cast
 
@@ -35,6 +36,7 @@ class Synchronized(BatchNorm):
 
     process_group: Any = None
     layer_name: str | None = None  # its qualified name in the converted model
+    _key: str = "#"  # known by while it has no name, to this process only
     _converted_from: tuple[type, dict[str, Any]] | None = None  # class, and attributes that were replaced
 
     def __setattr__(self, name: str, value: Any) -> None:
@@ -43,8 +45,13 @@ class Synchronized(BatchNorm):
             value = resolve(value)
         super().__setattr__(name, value)
 
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        self._key = new_key()  # copied or loaded, it is another layer
 
-_WRITTEN = ("process_group", "layer_name", "_converted_from")
+
+_WRITTEN = ("process_group", "layer_name", "_key", "_converted_from")
+_keys = itertools.count()
 # Their behaviour is all in forward, so nothing is lost with their class.
 _KNOWN = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm, BatchNorm)
 
@@ -84,6 +91,7 @@ def convert_sync_batchnorm(
             layer._converted_from = (original, replaced)
         layer.process_group = group
         layer.layer_name = name or None
+        layer._key = new_key()
     return module
 
 
@@ -102,6 +110,10 @@ def revert_sync_batchnorm(module: nn.Module) -> nn.Module:
         if isinstance(layer, Synchronized):
             _revert(layer)
     return module
+
+
+def new_key() -> str:
+    return f"#{next(_keys)}"
 
 
 def _revert(layer: Synchronized) -> None:
@@ -134,6 +146,8 @@ def _mixed(to: type, original: Any) -> type:
     if issubclass(original, LazyModuleMixin):
         become: Any = original.cls_to_become
         members["cls_to_become"] = become and _synchronized(to, become)
+    if original._check_input_dim.__module__ != _BatchNorm.__module__:
+        members["_check_input_dim"] = original._check_input_dim  # not torch's: the class means it
     return type(f"{to.__name__}{original.__name__}", (to, original), members)
 
 

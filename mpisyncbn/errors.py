@@ -28,6 +28,9 @@ def on_rank() -> str:
 
     Never imports mpi4py: a wrong argument must not be what initializes MPI.
     """
+    torch = sys.modules.get("torch")
+    if torch is not None and torch.compiler.is_compiling():
+        return ""  # torch cannot trace into MPI
     MPI = sys.modules.get("mpi4py.MPI")
     if MPI is None or not MPI.Is_initialized() or MPI.Is_finalized():
         return ""

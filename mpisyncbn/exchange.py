@@ -87,8 +87,11 @@ def _sum_moments(
         total = int(message[2])
         merged = first / max(total, 1)
         var = second / max(total, 1)
-    var -= merged * merged
-    return total, merged, np.maximum(var, 0.0, out=var)
+    square = merged * merged
+    var -= square
+    # What is left of a constant channel is rounding, of either sign; it has no variance. (NaN stays NaN.)
+    var *= var > 1e-15 * square
+    return total, merged, var
 
 
 def _gather_moments(

@@ -8,6 +8,7 @@ the sums of this rank, one exchange, dx. ``kernels`` does the work where the dat
 from __future__ import annotations
 
 import math
+import sys
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -134,8 +135,15 @@ def update_running_stats(running_mean: Any, running_var: Any, stats: BatchStats,
         Whether they were updated; in a graph of torch.compile, as a tensor. Not collective.
     """
     count = stats.count
-    if not hasattr(momentum, "ndim"):
+    for label, running in (("running_mean", running_mean), ("running_var", running_var)):
+        if running.shape != stats.mean.shape or dtype_name(running.dtype) not in _FLOATING:
+            raise ValueError(
+                f"expected {label} to be floating point, of shape {tuple(stats.mean.shape)} like stats, got "
+                f"{dtype_name(running.dtype)} of shape {tuple(running.shape)}{on_rank()}"
+            )
+    if isinstance(momentum, _NUMBER) or not hasattr(momentum, "ndim"):
         _check_number("momentum", momentum, "from 0 to 1, or a 0-d tensor", 1.0)
+        momentum = float(momentum) if isinstance(momentum, np.generic) else momentum
     if not isinstance(count, int):  # a tensor, in a compiled graph: decided there
         return _update_in_graph(running_mean, running_var, stats, momentum)
     if count == 0:
@@ -146,7 +154,7 @@ def update_running_stats(running_mean: Any, running_var: Any, stats: BatchStats,
         # Below the limit for NaN, infinity and what would overflow when stored. The norms are an
         # upper bound of the maxima, for a fifth of their cost.
         limit = _largest(running_var.dtype)
-        fits = mean.dot(mean) + unbiased.dot(unbiased) <= limit * limit
+        fits = mean.dot(mean) + unbiased.dot(unbiased) <= min(limit * limit, sys.float_info.max)
         if not fits and not (np.abs(mean).max() <= limit and unbiased.max() <= limit):
             _warn_not_finite(on_rank())
             return False
@@ -194,7 +202,10 @@ def check_arguments(
     _check_number("eps", eps, "to be finite and at least 0", math.inf)
     _check_number("momentum", momentum, "from 0 to 1, or None", 1.0)
     if (running_mean is None) != (running_var is None):
-        raise ValueError(f"expected running_mean and running_var both or neither{on_rank()}")
+        missing = "running_mean" if running_mean is None else "running_var"
+        raise ValueError(
+            f"expected running_mean and running_var both or neither, got no {missing}{on_rank()}"
+        )
     first = None
     for label, vector in (
         ("weight", weight),
@@ -228,7 +239,7 @@ def check_arguments(
 
 
 def _check_number(label: str, value: Any, expected: str, limit: float) -> None:
-    if not isinstance(value, (int, float, np.number)):
+    if not isinstance(value, _NUMBER):
         raise TypeError(f"expected {label} {expected}, got {type(value).__name__}{on_rank()}")
     if not 0.0 <= value <= limit or value == math.inf:
         raise ValueError(f"expected {label} {expected}, got {value}{on_rank()}")
@@ -248,6 +259,7 @@ def dtype_name(dtype: Any) -> str:
     return str(dtype).rpartition(".")[2]
 
 
+_NUMBER = (int, float, np.integer, np.floating)
 _FLOATING = ("float16", "bfloat16", "float32", "float64")
 _ALTERNATIVE = {"float16": " or float32", "bfloat16": " or float32"}
 
@@ -258,7 +270,7 @@ def _is_mixed(name: str, parameters: Any) -> bool:
 
 def invstd_of(var: Any, eps: float) -> Any:
     if eps == 0:
-        # As torch has it: a constant channel gives 0, so that y is its bias and not NaN.
+        # A constant channel gives 0, so that y is its bias and dx is 0, not NaN.
         constant = var == 0
         return (var + constant) ** -0.5 * ~constant
     return (var + eps) ** -0.5

@@ -177,6 +177,63 @@ def test_torch_func():
     assert distance(jacobian.sum(0), expected.detach()) < 1e-12
 
 
+def test_batched_derivatives():
+    """jacfwd, hessian and batched gradients batch what flows, never the input."""
+    x, weight = shard((local_batch(5), 2), 21, dtype=torch.float64), torch.ones(2, dtype=torch.float64)
+
+    def loss(x: Tensor, weight: Tensor = weight) -> Tensor:
+        return mpisyncbn.sync_batch_norm(x, None, None, weight).pow(3).sum(0)
+
+    # every rank batches as many directions, so take the Jacobian with respect to the weight
+    forward = torch.func.jacfwd(loss, argnums=1)(x, weight)
+    reverse = torch.func.jacrev(loss, argnums=1)(x, weight)
+    hessian = torch.func.hessian(lambda w: loss(x, w).sum())(weight)
+    leaf = x.clone().requires_grad_()
+    dys = torch.eye(2, dtype=torch.float64)
+    y = loss(leaf)
+    batched = torch.func.vmap(lambda dy: torch.autograd.grad(y, leaf, dy, retain_graph=True)[0])(dys)
+    single = [torch.autograd.grad(loss(leaf), leaf, dy)[0] for dy in dys]
+    assert distance(forward, reverse) < 1e-12
+    assert distance(hessian, torch.diag(6 * loss(x).detach())) < 1e-12
+    assert distance(batched, torch.stack(single)) < 1e-12
+
+
+@pytest.mark.parametrize("shape", [(3, 4), (3, 4, 5), (3, 4, 5, 6), (3, 4, 2, 3, 2)], ids=str)
+def test_the_output_may_be_changed_in_place(shape):
+    """As ReLU(inplace=True) does; in every layout."""
+    x, dy = shard(shape, 22), shard(shape, 23)
+    for laid in (x, x.movedim(1, -1).contiguous().movedim(-1, 1), x.repeat_interleave(2, -1)[..., ::2]):
+        results = []
+        for change in (torch.relu_, torch.relu):
+            leaf = laid.clone().requires_grad_()
+            y = change(mpisyncbn.sync_batch_norm(leaf, None, None))
+            y.backward(dy)
+            results.append((y.detach(), leaf.grad))
+        assert torch.equal(results[0][0], results[1][0])
+        assert torch.equal(results[0][1], results[1][1])
+
+
+def test_what_backward_needs_must_not_change():
+    for changed in ("x", "weight"):
+        leaves = {
+            "x": shard((local_batch(), 3), 24).requires_grad_(),
+            "weight": torch.ones(3, requires_grad=True),
+        }
+        y = mpisyncbn.sync_batch_norm(leaves["x"], None, None, leaves["weight"])
+        with torch.no_grad():
+            leaves[changed].add_(1)
+        with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+            y.sum().backward()
+
+
+def test_nothing_but_the_input_is_saved():
+    sizes = []
+    x, weight = shard((local_batch(), 3, 8, 8), 25).requires_grad_(), torch.ones(3, requires_grad=True)
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: (sizes.append(t.data_ptr()), t)[1], lambda t: t):
+        mpisyncbn.sync_batch_norm(x, None, None, weight, weight)
+    assert sizes == [x.data_ptr(), weight.data_ptr()]
+
+
 def test_vmap_over_the_input_is_refused():
     x = shard((2, local_batch(), 3), 16)
     with pytest.raises(RuntimeError, match="vmap"):

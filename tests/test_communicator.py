@@ -286,3 +286,12 @@ def test_importing_imports_neither_torch_nor_cupy_and_leaves_mpi_alone() -> None
         "loaded = {'torch', 'cupy'} & set(sys.modules)\n"
         "assert not loaded, loaded\n"
     )
+
+
+def test_one_call_at_a_time_where_mpi_wants_it(monkeypatch):
+    """Below THREAD_MULTIPLE all groups share one lock; else each has its own."""
+    free = Communicator(), Communicator()
+    monkeypatch.setattr(MPI, "Query_thread", lambda: MPI.THREAD_SERIALIZED)
+    serialized = Communicator(), Communicator()
+    assert free[0].lock is not free[1].lock
+    assert serialized[0].lock is serialized[1].lock

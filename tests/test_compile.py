@@ -9,6 +9,7 @@ import shutil
 import pytest
 import torch
 from parallel import WORLD, distance, shard
+from singleton import run_alone
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.checkpoint import checkpoint
@@ -101,6 +102,42 @@ def test_no_exchange_is_dropped_or_merged():
     counts.append(resolve(None).exchanges - before - counts[0])
     assert counts == [5, 5]
     assert layer.num_batches_tracked == 6
+
+
+def test_one_rank_may_be_compiled_and_another_not():
+    """So it is where the compiler gives up on one rank: the layer has one name either way."""
+    layer = mpisyncbn.SyncBatchNorm(3)
+    forward = torch.compile(layer, backend=BACKEND) if WORLD.rank == 0 else layer
+    for step in range(2):
+        x = shard((2 + WORLD.rank, 3), step).requires_grad_()
+        forward(x).square().sum().backward()
+    assert layer.num_batches_tracked == 2
+
+
+def test_errors_under_compilation():
+    layer = mpisyncbn.SyncBatchNorm(3)
+    compiled = torch.compile(layer, fullgraph=True, backend=BACKEND)
+    with pytest.raises(Exception, match=r"expected weight of shape \(4,\)"):
+        compiled(torch.zeros(2, 4))
+    function = torch.compile(
+        lambda x: mpisyncbn.sync_batch_norm(x, None, None, process_group=WORLD),
+        fullgraph=True,
+        backend=BACKEND,
+    )
+    with pytest.raises(Exception, match="in a compiled function, got an mpi4py"):
+        function(torch.zeros(2, 4))
+
+
+def test_the_first_import_may_happen_in_any_mode():
+    """The token is made then, and must be an ordinary tensor all the same."""
+    out = run_alone("""
+import torch, warnings
+from torch._subclasses.fake_tensor import FakeTensorMode
+with torch.device("meta"), torch.inference_mode(), FakeTensorMode():
+    from mpisyncbn.autograd import _TOKEN
+print(type(_TOKEN) is torch.Tensor, _TOKEN.device, _TOKEN.is_inference())
+""")
+    assert out.split() == ["True", "cpu", "False"]
 
 
 def test_groups():

@@ -142,7 +142,12 @@ def test_only_the_class_changes(kind, options):
     assert convert_sync_batchnorm(layer) is layer
     assert type(layer) is SyncBatchNorm
     assert contents(layer)[1] == before[1]
-    assert vars(layer).keys() - before[0][0].keys() <= {"process_group", "layer_name", "_converted_from"}
+    assert vars(layer).keys() - before[0][0].keys() <= {
+        "process_group",
+        "layer_name",
+        "_key",
+        "_converted_from",
+    }
     assert torch.equal(layer(x), plain(x))
     assert revert_sync_batchnorm(layer) is layer
     assert type(layer) is kind
@@ -484,3 +489,17 @@ def test_any_model_there_and_back(tree, twice, to):
             assert isinstance(module, to) if batch_norm else type(module) is kind
         revert_sync_batchnorm(net)
         assert (places(net), kinds(net), contents(net)) == before
+
+
+class Strict(nn.BatchNorm2d):
+    def _check_input_dim(self, input):
+        if input.shape[-1] != 4:
+            raise ValueError("expected 4 columns")
+
+
+def test_a_check_of_the_users_own_is_kept():
+    layer = mpisyncbn.convert_sync_batchnorm(Strict(3))
+    for training in (True, False):
+        layer.train(training)(torch.randn(2, 3, 4, 4))
+        with pytest.raises(ValueError, match="expected 4 columns"):
+            layer(torch.randn(2, 3, 4, 5))

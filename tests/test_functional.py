@@ -106,12 +106,17 @@ def test_the_message_does_not_depend_on_the_input(layer, monkeypatch):
     assert lengths == [(3 if layer == "float64" else 2) * 2 + 3, 2 * 2 + 3]
 
 
-def test_eps_zero_and_a_constant_channel():
-    """As in torch: the output is the bias, not NaN."""
-    x = torch.full((3, 2), 5.0)
-    y, stats = functional.batch_norm_forward(x, eps=0.0)
-    assert torch.equal(y, torch.zeros(3, 2))
-    assert torch.equal(stats.invstd, torch.zeros(2, dtype=torch.float64))
+@pytest.mark.parametrize("value", [5.0, 0.1, -1e-3, 3e7, 0.0])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_eps_zero_and_a_constant_channel(value, dtype):
+    """The output is the bias and no gradient flows, for every way that rounding can go."""
+    for samples in (3, 37 + 2 * WORLD.rank):
+        x = torch.full((samples, 2, 31), value, dtype=dtype)
+        y, stats = functional.batch_norm_forward(x, eps=0.0)
+        dx, _, _ = functional.batch_norm_backward(shard(tuple(x.shape), 1, dtype=dtype), x, stats)
+        assert torch.equal(y, torch.zeros_like(x))
+        assert torch.equal(dx, torch.zeros_like(x))
+        assert torch.equal(stats.invstd, torch.zeros(2, dtype=torch.float64))
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -139,6 +144,35 @@ def test_what_is_not_finite_never_enters_the_running_statistics(bad, where):
         warnings.simplefilter("error")  # only one warning
         assert not functional.update_running_stats(*running, stats, 0.1)
     assert torch.equal(torch.stack(running), torch.tensor([[0.0, 0.0], [1.0, 1.0]]))
+
+
+def test_an_infinite_variance_of_float64_stays_out_too():
+    running = torch.zeros(2).double(), torch.ones(2).double()
+    for stats in (BatchStats(np.ones(2), np.array([1.0, np.inf]), None, 5),):
+        functional._warn_not_finite.cache_clear()
+        with pytest.warns(RuntimeWarning, match="not finite"):
+            assert not functional.update_running_stats(*running, stats, 0.1)
+    large = BatchStats(np.ones(2), np.full(2, 1e200), None, 5)  # whose square overflows, but which fits
+    assert functional.update_running_stats(*running, large, 1.0)
+    assert np.allclose(running[1], 1.25e200)
+
+
+@pytest.mark.parametrize("momentum", [np.float64(0.25), np.float32(0.25), torch.tensor(0.25).double(), 0.25])
+def test_momentum_of_any_kind(momentum):
+    for running in ((torch.zeros(2), torch.ones(2)), (torch.zeros(2).bfloat16(), torch.ones(2).bfloat16())):
+        stats = BatchStats(np.array([1.0, 2.0]), np.array([4.0, 8.0]), None, 5)
+        assert functional.update_running_stats(*running, stats, momentum)
+        assert running[0].tolist() == [0.25, 0.5]
+        assert running[1].tolist() == [2.0, 3.25]
+
+
+@pytest.mark.parametrize("running", [torch.zeros(2), torch.zeros(1), torch.zeros(2, 3), torch.zeros(3).int()])
+def test_running_statistics_of_another_shape_or_dtype(running):
+    stats = BatchStats(np.zeros(3), np.ones(3), None, 5)
+    with pytest.raises(
+        ValueError, match=r"expected running_mean to be floating point, of shape \(3,\) like stats"
+    ):
+        functional.update_running_stats(running, torch.ones(3), stats, 0.1)
 
 
 @given(

@@ -221,3 +221,35 @@ def test_the_right_module_for_each_array():
 def test_both_modules_have_the_four_verbs():
     verbs = {"backward_elementwise", "backward_reduce", "local_moments", "normalize"}
     assert set(cpu.__all__) == set(generic.__all__) == verbs
+
+
+@pytest.mark.parametrize("shape", [(2**24 + 5000, 1), (1, 2, 2**23 + 5000)], ids=str)
+def test_sums_of_more_values_than_float32_can_count(shape):
+    ones = torch.ones(shape)
+    for x in (ones, ones.movedim(1, -1).contiguous().movedim(-1, 1)):
+        near = np.zeros(shape[1])
+        sum_dy, sum_dy_xmu = cpu.backward_reduce(x, x, near, near + 1)
+        assert sum_dy.tolist() == sum_dy_xmu.tolist() == [x.numel() / shape[1]] * shape[1]
+
+
+def test_gradients_with_a_large_mean():
+    """What is subtracted from dy must be as exact as dy is large."""
+    for name, x in layouts(shard((4, 4, 256, 256), 8)).items():
+        dy = layouts(shard((4, 4, 256, 256), 9, 30.0))[name]
+        expected = reference(x, dy, None, None)
+        count, mean, invstd, dx = (expected[i] for i in (0, 1, 3, 7))
+        near = mean.numpy(), invstd.numpy()
+        sums = cpu.backward_reduce(dy, x, *near)
+        got = cpu.backward_elementwise(dy, x, *near, None, *(total / count for total in sums))
+        assert distance(got, dx) < 1e-5, name
+
+
+def test_a_channel_that_is_not_finite_leaves_the_others_alone():
+    x = shard((8, 3, 16, 16), 10, 1000.0)
+    expected = reference(x, x, None, None)
+    mean, invstd, y = (expected[i].numpy().copy() for i in (1, 3, 4))
+    mean[0] = invstd[0] = np.nan
+    with np.errstate(all="ignore"):
+        got = cpu.normalize(x, mean, invstd, None, None)
+    assert got[:, 0].isnan().all()
+    assert distance(got[:, 1:], torch.from_numpy(y[:, 1:])) < 1e-6

@@ -21,7 +21,7 @@ __all__ = ["backward_elementwise", "backward_reduce", "local_moments", "normaliz
 _SMALL = 1 << 14
 # Values per chunk: enough to hide the cost of a call, few enough to stay in a core's L2 cache.
 _CHUNK = 1 << 18
-# Longest run of float32 values that one sum may add up.
+# Longest run of float32 values that one sum may add up where ATen's sums are plain.
 _BLOCK = 4096
 # Beyond this |mean| / std, x * scale + shift in float32 loses digits that (x - mean) * scale keeps.
 _LARGE_RATIO = 32.0
@@ -46,16 +46,20 @@ def normalize(x: Tensor, mean: Any, invstd: Any, weight: Tensor | None, bias: Te
 
 
 def backward_reduce(dy: Tensor, x: Tensor, mean: Any, invstd: Any) -> tuple[np.ndarray, np.ndarray]:
+    channels = x.shape[1]
     if x.numel() == 0:
-        return np.zeros(x.shape[1]), np.zeros(x.shape[1])
+        return np.zeros(channels), np.zeros(channels)
     x = _dense(x)
+    dy = _like(dy, x)
     high = _vector(mean, x)
-    # With a given mean and variance 1, ATen's gradients of weight and bias are these two sums.
-    _, dot, total = torch.ops.aten.native_batch_norm_backward(
-        _aten(_like(dy, x)), _aten(x), None, high, _ones(high), None, None, False, 0.0, [False, True, True]
-    )
-    sum_dy = total.numpy().astype(np.float64)
-    return sum_dy, dot.numpy() - (mean - high.numpy()) * sum_dy
+    if _channels_side_by_side(x) and x.numel() > _BLOCK * channels:
+        # There ATen's sums are plain float32 ones: keep them short, and add them up in float64.
+        blocks = zip(_rows(dy).split(_BLOCK), _rows(x).split(_BLOCK), strict=True)
+        sums = np.stack([_given_mean_sums(*block, high) for block in blocks]).sum(0, dtype=np.float64)
+    else:
+        sums = _given_mean_sums(_aten(dy), _aten(x), high).astype(np.float64)
+    sum_dy, sum_dy_xmu = sums
+    return sum_dy, sum_dy_xmu - (mean - high.numpy()) * sum_dy
 
 
 def backward_elementwise(
@@ -118,16 +122,24 @@ def _total(block: Tensor) -> Tensor:
     return block.sum(2) if block.shape[2] > 1 else block.sum(0).T
 
 
+def _given_mean_sums(dy: Tensor, x: Tensor, mean: Tensor) -> np.ndarray:
+    """Sums of ``dy`` and ``dy * (x - mean)``, in two rows: with a given mean and variance 1, they are
+    what ATen has for the gradients of bias and weight."""
+    _, dot, total = torch.ops.aten.native_batch_norm_backward(
+        dy, x, None, mean, _ones(mean), None, None, False, 0.0, [False, True, True]
+    )
+    return np.stack((total.numpy(), dot.numpy()))
+
+
 def _blocks(x: Tensor) -> Iterator[Tensor]:
     """Pieces of ``x`` as ``(n, C, s)`` views that fit the cache, along the way it lies in memory."""
     channels = x.shape[1]
     dense = _dense(x)
     if _channels_side_by_side(dense):
-        matrix = dense.movedim(1, -1).reshape(-1, channels, 1)
-        yield from matrix.split(max(1, _CHUNK // channels))
+        yield from _rows(dense).unsqueeze(2).split(max(1, _CHUNK // channels))
     else:
         planes = dense.reshape(x.shape[0], channels, -1)
-        length = min(planes.shape[2], _BLOCK)
+        length = min(planes.shape[2], max(_BLOCK, _CHUNK // channels))
         for samples in planes.split(max(1, _CHUNK // (channels * length))):
             yield from samples.split(length, dim=2)
 
@@ -139,15 +151,18 @@ def _affine(x: Tensor, mean: Any, invstd: Any, scale: Any, shift: Any) -> Tensor
     x = _dense(x)
     ratio = mean * invstd
     # the norm is an upper bound of the maximum, and far cheaper
-    if not ratio.dot(ratio) <= _LARGE_RATIO**2 and np.abs(ratio).max() > _LARGE_RATIO:
+    if not ratio.dot(ratio) <= _LARGE_RATIO**2 and not np.abs(ratio).max() <= _LARGE_RATIO:
         high = _vector(mean, x)
         x = x - _channels(high, x)
         mean = mean - high.numpy()
-    view, center = _aten(x), _vector(mean, x)
-    y = torch.native_batch_norm(
-        view, _vector(scale, x), _vector(shift, x), center, _ones(center), False, 0.0, 0.0
-    )[0]
-    return y if view is x else y.as_strided(x.shape, x.stride())
+    center = _vector(mean, x)
+    arguments = _vector(scale, x), _vector(shift, x), center, _ones(center), False, 0.0, 0.0
+    if _is_vectorized(x):
+        return torch.native_batch_norm(x, *arguments)[0]
+    y = torch.empty_like(x)  # written through a view of it: what autograd gets must not be one
+    none = center.new_empty(0)
+    torch.ops.aten.native_batch_norm.out(_rows(x), *arguments, out=_rows(y), save_mean=none, save_invstd=none)
+    return y
 
 
 def _dense(x: Tensor) -> Tensor:
@@ -176,10 +191,13 @@ def _is_vectorized(x: Tensor) -> bool:
 
 
 def _aten(x: Tensor) -> Tensor:
-    """``x``, dense, as a view in a layout that ATen's batch norm has vectorized code for."""
-    if _is_vectorized(x):
-        return x
-    return x.movedim(1, -1).reshape(1, -1, 1, x.shape[1]).permute(0, 3, 1, 2)
+    """``x``, dense, in a layout that ATen's batch norm has vectorized code for."""
+    return x if _is_vectorized(x) else _rows(x)
+
+
+def _rows(x: Tensor) -> Tensor:
+    """A view of shape ``(*, C)`` of a tensor whose channels lie side by side."""
+    return x.movedim(1, -1).reshape(-1, x.shape[1])
 
 
 def _channels(vector: Tensor, x: Tensor) -> Tensor:
