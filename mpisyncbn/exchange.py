@@ -65,8 +65,8 @@ def reduce_sums(group: Communicator, call: Call, *sums: Any) -> tuple[Any, ...]:
         message = group.message(3 + len(vectors) * length)
         message[2] = 0
         body = message[3:].reshape(len(vectors), length)
-        for row, vector in zip(body, vectors, strict=True):
-            row[:] = vector
+        for row, vector in enumerate(vectors):
+            body[row] = vector
         _allreduce(group, call, message)
         totals = body.copy()
     return tuple([transport.from_host(total, like) for total, like in zip(totals, sums, strict=True)])

@@ -135,12 +135,18 @@ def update_running_stats(running_mean: Any, running_var: Any, stats: BatchStats,
         Whether they were updated; in a graph of torch.compile, as a tensor. Not collective.
     """
     count = stats.count
-    for label, running in (("running_mean", running_mean), ("running_var", running_var)):
-        if running.shape != stats.mean.shape or dtype_name(running.dtype) not in _FLOATING:
-            raise ValueError(
-                f"expected {label} to be floating point, of shape {tuple(stats.mean.shape)} like stats, got "
-                f"{dtype_name(running.dtype)} of shape {tuple(running.shape)}{on_rank()}"
-            )
+    if (
+        running_mean.shape != stats.mean.shape
+        or running_var.shape != stats.mean.shape
+        or dtype_name(running_var.dtype) not in _FLOATING
+        or running_mean.dtype != running_var.dtype
+    ):
+        raise ValueError(
+            "expected running_mean and running_var to be floating point, of shape "
+            f"{tuple(stats.mean.shape)} like stats, got {dtype_name(running_mean.dtype)} of shape "
+            f"{tuple(running_mean.shape)} and {dtype_name(running_var.dtype)} of shape "
+            f"{tuple(running_var.shape)}{on_rank()}"
+        )
     if isinstance(momentum, _NUMBER) or not hasattr(momentum, "ndim"):
         _check_number("momentum", momentum, "from 0 to 1, or a 0-d tensor", 1.0)
         momentum = float(momentum) if isinstance(momentum, np.generic) else momentum

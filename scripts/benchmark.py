@@ -2,11 +2,16 @@
 
 Forward and backward, one thread a rank, both layers in turn in the same process, so that the
 machine's moods hit both alike. Reports the slowest rank: minimum and median, and their ratio.
+
+glibc gives large blocks back to the system when they are freed, and getting them again costs as much
+as a kernel, now in one layer and now in the other. So it is told to keep them, for both;
+``--default-allocator`` leaves it alone.
 """
 
 from __future__ import annotations
 
 import argparse
+import ctypes
 import json
 import statistics
 import time
@@ -60,10 +65,21 @@ def measure(shape: tuple[int, ...], memory_format: torch.memory_format, repeats:
     return result
 
 
+def keep_freed_memory() -> None:
+    """mallopt of glibc: no block has a mapping of its own, and nothing is given back."""
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
+    if mallopt is not None:
+        for parameter, value in ((-3, 1 << 30), (-1, 2**31 - 1)):  # M_MMAP_THRESHOLD, M_TRIM_THRESHOLD
+            mallopt(parameter, value)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--json", metavar="PATH", help="also write the figures and versions there")
+    parser.add_argument("--default-allocator", action="store_true", help="let glibc give freed memory back")
     options = parser.parse_args()
+    if not options.default_allocator:
+        keep_freed_memory()
     torch.set_num_threads(1)
     rows = []
     for shape, repeats in CASES:

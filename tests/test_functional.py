@@ -170,7 +170,7 @@ def test_momentum_of_any_kind(momentum):
 def test_running_statistics_of_another_shape_or_dtype(running):
     stats = BatchStats(np.zeros(3), np.ones(3), None, 5)
     with pytest.raises(
-        ValueError, match=r"expected running_mean to be floating point, of shape \(3,\) like stats"
+        ValueError, match=r"expected running_mean and running_var to be floating point, of shape \(3,\)"
     ):
         functional.update_running_stats(running, torch.ones(3), stats, 0.1)
 

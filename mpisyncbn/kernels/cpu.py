@@ -52,13 +52,14 @@ def backward_reduce(dy: Tensor, x: Tensor, mean: Any, invstd: Any) -> tuple[np.n
     x = _dense(x)
     dy = _like(dy, x)
     high = _vector(mean, x)
-    if _channels_side_by_side(x) and x.numel() > _BLOCK * channels:
+    if x.numel() > _BLOCK * channels and _channels_side_by_side(x):
         # There ATen's sums are plain float32 ones: keep them short, and add them up in float64.
         blocks = zip(_rows(dy).split(_BLOCK), _rows(x).split(_BLOCK), strict=True)
-        sums = np.stack([_given_mean_sums(*block, high) for block in blocks]).sum(0, dtype=np.float64)
+        sums = np.array([_given_mean_sums(*block, high) for block in blocks])
+        sum_dy, sum_dy_xmu = sums.sum(0, dtype=np.float64)
     else:
-        sums = _given_mean_sums(_aten(dy), _aten(x), high).astype(np.float64)
-    sum_dy, sum_dy_xmu = sums
+        sum_dy, sum_dy_xmu = _given_mean_sums(_aten(dy), _aten(x), high)
+        sum_dy = sum_dy.astype(np.float64)
     return sum_dy, sum_dy_xmu - (mean - high.numpy()) * sum_dy
 
 
@@ -122,13 +123,13 @@ def _total(block: Tensor) -> Tensor:
     return block.sum(2) if block.shape[2] > 1 else block.sum(0).T
 
 
-def _given_mean_sums(dy: Tensor, x: Tensor, mean: Tensor) -> np.ndarray:
-    """Sums of ``dy`` and ``dy * (x - mean)``, in two rows: with a given mean and variance 1, they are
-    what ATen has for the gradients of bias and weight."""
+def _given_mean_sums(dy: Tensor, x: Tensor, mean: Tensor) -> tuple[np.ndarray, np.ndarray]:
+    """Sums of ``dy`` and of ``dy * (x - mean)``: with a given mean and variance 1, they are what ATen has
+    for the gradients of bias and weight."""
     _, dot, total = torch.ops.aten.native_batch_norm_backward(
         dy, x, None, mean, _ones(mean), None, None, False, 0.0, [False, True, True]
     )
-    return np.stack((total.numpy(), dot.numpy()))
+    return total.numpy(), dot.numpy()
 
 
 def _blocks(x: Tensor) -> Iterator[Tensor]:
