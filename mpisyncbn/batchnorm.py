@@ -56,13 +56,13 @@ class SyncBatchNorm(convert.Synchronized):
         self._key = convert.new_key()
 
     def forward(self, input: Tensor) -> Tensor:
-        self._check_input_dim(input)
         if not self.training:
             if not torch.jit.is_tracing():
                 functional.check_arguments(
                     input, self.weight, self.bias, self.running_mean, self.running_var, eps=self.eps
                 )
             return super().forward(input)  # local: batch norm in evaluation needs nobody else
+        self._check_input_dim(input)
         tracked = self.track_running_stats
         running_mean, running_var = (self.running_mean, self.running_var) if tracked else (None, None)
         y, stats = autograd.batch_norm(

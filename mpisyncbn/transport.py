@@ -22,13 +22,13 @@ def chosen() -> tuple[str, str]:
 
     Raises TransportError where MPISYNCBN_TRANSPORT forces one that is not available.
     """
-    if config.transport() == "device":
+    asked = config.transport()
+    if asked == "device":
         raise TransportError(
             "MPISYNCBN_TRANSPORT=device asks for messages in device memory through a CUDA-aware MPI, which "
             f"this version does not have{on_rank()}: unset it, or set it to host or auto"
         )
-    forced = config.transport() == "host"
-    return "host", "MPISYNCBN_TRANSPORT=host" if forced else "the only transport of this version"
+    return "host", "MPISYNCBN_TRANSPORT=host" if asked == "host" else "the only transport of this version"
 
 
 def to_host(vector: Any) -> np.ndarray:

@@ -148,10 +148,10 @@ def test_what_is_not_finite_never_enters_the_running_statistics(bad, where):
 
 def test_an_infinite_variance_of_float64_stays_out_too():
     running = torch.zeros(2).double(), torch.ones(2).double()
-    for stats in (BatchStats(np.ones(2), np.array([1.0, np.inf]), None, 5),):
-        functional._warn_not_finite.cache_clear()
-        with pytest.warns(RuntimeWarning, match="not finite"):
-            assert not functional.update_running_stats(*running, stats, 0.1)
+    infinite = BatchStats(np.ones(2), np.array([1.0, np.inf]), None, 5)
+    functional._warn_not_finite.cache_clear()
+    with pytest.warns(RuntimeWarning, match="not finite"):
+        assert not functional.update_running_stats(*running, infinite, 0.1)
     large = BatchStats(np.ones(2), np.full(2, 1e200), None, 5)  # whose square overflows, but which fits
     assert functional.update_running_stats(*running, large, 1.0)
     assert np.allclose(running[1], 1.25e200)
