@@ -21,7 +21,7 @@ import numpy as np
 from . import config, diagnostics, exchange, transport
 from .communicator import Communicator, mpi
 from .errors import TransportError
-from .kernels import kernels_for
+from .kernels import kernels_for, native
 
 _OPTIONAL = ("numpy", "mpi4py", "torch", "cupy", "triton")
 _CHANNELS = 256
@@ -121,13 +121,13 @@ def _transport() -> dict[str, str]:
 
 
 def _kernels() -> dict[str, str]:
-    """For each kind of array, the module that would serve it."""
-    used = {"NumPy": f"{_short(kernels_for(np.zeros((1, 1))))}: no native kernels yet"}
+    """For each kind of array, what would serve it."""
+    used = {"NumPy": _on_host(np.zeros((1, 1)), "generic: composed of NumPy operations")}
     try:
         import torch
     except ImportError:
         return {**used, "torch": "torch is not installed"}
-    used["torch, cpu"] = f"{_short(kernels_for(torch.zeros(1, 1)))}: composed of ATen operations"
+    used["torch, cpu"] = _on_host(torch.zeros(1, 1), "aten: composed of ATen operations")
     accelerator = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
     if accelerator is None:
         used["torch, accelerator"] = "torch finds no accelerator"
@@ -139,8 +139,18 @@ def _kernels() -> dict[str, str]:
     return used
 
 
-def _short(module: Any) -> str:
-    return module.__name__.rpartition(".")[2]
+def _on_host(x: Any, otherwise: str) -> str:
+    kernels = kernels_for(x)
+    if kernels is not native():
+        return (
+            f"{otherwise}, for native kernels were not built: install a C++ compiler and Python's headers, "
+            "then mpisyncbn again, with pip's --force-reinstall --no-cache-dir"
+        )
+    extension = kernels._cpu
+    instructions = getattr(extension, "instruction_set", lambda: "unknown")()
+    threads = getattr(extension, "threads", lambda: None)()
+    said = f"native, instruction set {instructions}"
+    return said if threads is None else f"{said}, {threads} thread{'' if threads == 1 else 's'}"
 
 
 def _latency(group: Communicator, repeats: int = 200) -> dict[str, Any]:

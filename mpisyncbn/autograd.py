@@ -13,7 +13,8 @@ Both send the same messages in the same order, so ranks agree whichever path the
 
 from __future__ import annotations
 
-from functools import partial
+import math
+from functools import lru_cache, partial
 from typing import Any
 
 import numpy as np
@@ -29,7 +30,7 @@ from .communicator import Communicator, by_handle, resolve
 from .diagnostics import Call
 from .errors import on_rank
 from .functional import BatchStats
-from .kernels import generic, kernels_for
+from .kernels import Gate, generic, kernels_for, native
 
 __all__ = ["batch_norm", "sync_batch_norm"]
 
@@ -44,6 +45,9 @@ def sync_batch_norm(
     momentum: float = 0.1,
     eps: float = 1e-5,
     process_group: Any = None,
+    *,
+    activation: str | None = None,
+    residual: Tensor | None = None,
 ) -> Tensor:
     """``torch.nn.functional.batch_norm`` over the batch of all ranks of a group.
 
@@ -57,6 +61,9 @@ def sync_batch_norm(
         eps: added to the variance, at least 0.
         process_group: the ranks to normalize over: an mpi4py communicator, a Communicator, or None
             for the world.
+        activation: "relu" for max(., 0) of the output, in the same passes over memory, forward and
+            backward; or None.
+        residual: like the input; added before the activation, in the same passes; or None.
 
     Returns:
         ``y``, of the input's shape, dtype and memory format.
@@ -70,14 +77,26 @@ def sync_batch_norm(
     """
     if not training:
         functional.check_arguments(input, weight, bias, running_mean, running_var, momentum=momentum, eps=eps)
-        return F.batch_norm(input, running_mean, running_var, weight, bias, False, momentum, eps)
+        check_fused(activation, residual, input)
+        y = F.batch_norm(input, running_mean, running_var, weight, bias, False, momentum, eps)
+        return finish(y, activation, residual)
     if momentum is None:
         raise TypeError(
             f"expected momentum to be a number, got None{on_rank()}: only a layer counts the batches that a "
             "cumulative average needs"
         )
     y, stats = batch_norm(
-        input, running_mean, running_var, weight, bias, momentum, eps, process_group, "a function call"
+        input,
+        running_mean,
+        running_var,
+        weight,
+        bias,
+        momentum,
+        eps,
+        process_group,
+        "a function call",
+        activation,
+        residual,
     )
     if running_mean is not None and running_var is not None:
         functional.update_running_stats(running_mean, running_var, stats, momentum)
@@ -94,26 +113,76 @@ def batch_norm(
     eps: float,
     process_group: Any,
     layer: str,
+    activation: str | None = None,
+    residual: Tensor | None = None,
 ) -> tuple[Tensor, BatchStats]:
     """``y`` and, for the running statistics, those of the batch, while training.
 
     ``layer`` is a name, or a key as ``Communicator.name_of`` takes it. Where the call
     repeats an earlier one the statistics have a count of 0, so that they are not entered twice.
     """
-    functional.check_arguments(
-        x, weight, bias, running_mean, running_var, momentum=0.0 if momentum is None else momentum, eps=eps
-    )
+    traced = torch.compiler.is_compiling() or x.is_meta or isinstance(x, FakeTensor)
+    if traced or not _fits(x, weight, bias, running_mean, running_var, momentum, eps):
+        functional.check_arguments(
+            x,
+            weight,
+            bias,
+            running_mean,
+            running_var,
+            momentum=0.0 if momentum is None else momentum,
+            eps=eps,
+        )
+    if activation is not None or residual is not None:
+        check_fused(activation, residual, x)
     dtype = functional.layer_dtype(x, weight, bias, running_mean)
-    if torch.compiler.is_compiling() or x.is_meta or isinstance(x, FakeTensor):
+    if traced:
         # What is traced knows a group by its handle, because a graph can hold no object.
         handle = _handle(process_group)
         y, mean, var, invstd, count, first_time = _Traced.apply(x, weight, bias, eps, handle, layer, dtype)
-        return y, BatchStats(mean, var, invstd, count * first_time)
+        # The compiler does the fusing there.
+        return finish(y, activation, residual), BatchStats(mean, var, invstd, count * first_time)
     group = resolve(process_group)
-    step = _Step(group, group.name_of(layer), x.shape[1], dtype, eps)
-    y = _apply(x, weight, bias, step)
+    step = _Step(group, group.name_of(layer), x.shape[1], dtype, eps, activation == "relu")
+    y = _apply(x, weight, bias, residual, step)
     functional.check_count(step.stats.count, x)
     return y, step.stats._replace(count=0) if _recomputing() else step.stats
+
+
+def _fits(
+    x: Tensor, weight: Any, bias: Any, running_mean: Any, running_var: Any, momentum: Any, eps: Any
+) -> bool:
+    """The usual case, seen at a glance. What does not pass may still be right: check_arguments says."""
+    host = native()
+    return (
+        host is not None
+        and eps.__class__ is float
+        and 0.0 <= eps < math.inf
+        and momentum.__class__ is float
+        and 0.0 <= momentum <= 1.0
+        and host.fits(x, weight, bias, running_mean, running_var)
+    )
+
+
+def check_fused(activation: str | None, residual: Tensor | None, x: Tensor) -> None:
+    """Raise unless these can follow the normalization of ``x``."""
+    if activation not in (None, "relu"):
+        raise ValueError(f"expected activation to be 'relu' or None, got {activation!r}{on_rank()}")
+    if residual is None:
+        return
+    if not isinstance(residual, Tensor):
+        raise TypeError(f"expected residual to be a tensor, got {type(residual).__name__}{on_rank()}")
+    if residual.shape != x.shape or residual.dtype != x.dtype or residual.device != x.device:
+        raise ValueError(
+            f"expected residual like the input, {tuple(x.shape)} {x.dtype} on {x.device}, got "
+            f"{tuple(residual.shape)} {residual.dtype} on {residual.device}{on_rank()}"
+        )
+
+
+def finish(y: Tensor, activation: str | None, residual: Tensor | None) -> Tensor:
+    """Residual and activation as operations of their own, where nothing fuses them with the rest."""
+    if residual is not None:
+        y = y + residual
+    return F.relu(y) if activation else y
 
 
 def _handle(process_group: Any) -> str:
@@ -136,70 +205,99 @@ def _recomputing() -> bool:
 class _Step:
     """What one call of a layer shares between its forward and its backward, beside tensors."""
 
-    __slots__ = ("channels", "dtype", "eps", "group", "layer", "stats")
+    __slots__ = ("channels", "dtype", "eps", "group", "layer", "relu", "stats")
 
-    def __init__(self, group: Communicator, layer: str, channels: int, dtype: str, eps: float) -> None:
+    def __init__(
+        self, group: Communicator, layer: str, channels: int, dtype: str, eps: float, relu: bool
+    ) -> None:
         self.group, self.layer, self.channels, self.dtype, self.eps = group, layer, channels, dtype, eps
+        self.relu = relu
         self.stats: BatchStats
 
     def call(self, direction: str) -> Call:
-        return Call(self.layer, direction, self.channels, self.dtype)
+        return _call(self.layer, direction, self.channels, self.dtype)
 
     def exchange(self, verb: Any, direction: str) -> Any:
         return partial(verb, self.group, self.call(direction))
+
+
+_call = lru_cache(maxsize=4096)(Call)  # making one takes ten times as long
 
 
 class _SyncBatchNorm(torch.autograd.Function):
     """The fused path."""
 
     @staticmethod
-    def forward(x: Tensor, weight: Tensor | None, bias: Tensor | None, step: _Step) -> Tensor:
+    def forward(
+        x: Tensor, weight: Tensor | None, bias: Tensor | None, residual: Tensor | None, step: _Step
+    ) -> Tensor:
         with np.errstate(all="ignore"):  # values that are not finite are data
             y, step.stats = functional.forward(
-                x, weight, bias, step.eps, kernels_for(x), step.exchange(exchange.merge_moments, "forward")
+                x,
+                weight,
+                bias,
+                step.eps,
+                kernels_for(x),
+                step.exchange(exchange.merge_moments, "forward"),
+                residual,
+                step.relu,
             )
         return y
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-        x, weight, bias, ctx.step = inputs
+        x, weight, bias, residual, ctx.step = inputs
         ctx.bias_dtype = None if bias is None else bias.dtype
-        ctx.save_for_backward(x, weight)
-        ctx.save_for_forward(x, weight)
+        ctx.has_residual = residual is not None
+        saved = (x, weight)
+        if ctx.step.relu:  # with a residual, only the output itself tells where it was positive
+            saved = (x, weight, bias, output if ctx.has_residual else None)
+        ctx.save_for_backward(*saved)
+        ctx.save_for_forward(*saved)
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> tuple[Any, ...]:
-        x, weight = ctx.saved_tensors
+        x, weight, *gate = ctx.saved_tensors
         step = ctx.step
-        need_dx, need_dweight, need_dbias, _ = ctx.needs_input_grad
+        gate = Gate(weight, *gate) if gate else None
+        need_dx, need_dweight, need_dbias, *_ = ctx.needs_input_grad
         # create_graph, where the result will be differentiated again, and batched gradients
         if torch.is_grad_enabled() or torch._C._functorch.is_batchedtensor(dy):
-            dx, dweight, dbias = functional.backward(
-                dy, x, _known_stats(x, step), weight, generic, _differentiable_sums(step, "backward"), need_dx
+            stats, kernels, reduce_sums = (
+                _known_stats(x, step),
+                generic,
+                _differentiable_sums(step, "backward"),
             )
         else:
-            with np.errstate(all="ignore"):
-                dx, dweight, dbias = functional.backward(
-                    dy,
-                    x,
-                    step.stats,
-                    weight,
-                    kernels_for(x),
-                    step.exchange(exchange.reduce_sums, "backward"),
-                    need_dx,
-                )
+            stats, kernels, reduce_sums = (
+                step.stats,
+                kernels_for(x),
+                step.exchange(exchange.reduce_sums, "backward"),
+            )
+        with np.errstate(all="ignore"):
+            dx, dweight, dbias, dz = functional.backward(
+                dy, x, stats, weight, kernels, reduce_sums, need_dx, gate
+            )
         return (
             dx,
             _as(dweight, weight.dtype) if need_dweight else None,
             _as(dbias, ctx.bias_dtype) if need_dbias else None,
+            dz if ctx.has_residual else None,
             None,
         )
 
     @staticmethod
-    def jvp(ctx: Any, dx: Tensor | None, dweight: Tensor | None, dbias: Tensor | None, _: None) -> Tensor:
+    def jvp(
+        ctx: Any,
+        dx: Tensor | None,
+        dweight: Tensor | None,
+        dbias: Tensor | None,
+        dresidual: Tensor | None,
+        _: None,
+    ) -> Tensor:
         # With unit weight the Jacobian with respect to x is symmetric, so forward mode is the
         # backward formula applied to the tangent.
-        x, weight = ctx.saved_tensors
+        x, weight, *gate = ctx.saved_tensors
         step = ctx.step
         stats = _known_stats(x, step)
         dy = torch.zeros_like(x)
@@ -210,6 +308,10 @@ class _SyncBatchNorm(torch.autograd.Function):
             dy = dy + generic.normalize(x, stats.mean, stats.invstd, dweight, None)
         if dbias is not None:
             dy = dy + generic._channels(dbias, x).to(dy.dtype)
+        if dresidual is not None:
+            dy = dy + dresidual
+        if gate:
+            dy = generic.backward_reduce(dy, x, stats.mean, stats.invstd, Gate(weight, *gate))[2]
         return dy
 
     @staticmethod
@@ -426,7 +528,7 @@ class _Traced(torch.autograd.Function):
             return total.unbind()
 
         need_dx, need_dweight, need_dbias, *_ = ctx.needs_input_grad
-        dx, dweight, dbias = functional.backward(
+        dx, dweight, dbias, _dz = functional.backward(
             dy, x, BatchStats(*stats), weight, generic, reduce_sums, need_dx
         )
         return (

@@ -29,9 +29,12 @@ class SyncBatchNorm(convert.Synchronized):
             for the world.
         device, dtype: of parameters and buffers.
         bias: if False, there is no bias even if ``affine``.
+        activation: "relu" if the layer ends in max(., 0), which then costs no pass over memory of its
+            own, forward or backward; or None. Also an attribute, to be set on a converted layer.
 
     Shape:
         Input ``(N, C, *)`` with at least 2 dimensions; N may differ between ranks, and be 0.
+        Residual, optional: like the input; added before the activation, at no pass of its own.
         Output: the same, in the same memory format.
 
     Building, copying, loading and evaluating a layer is not collective. Forward and backward
@@ -50,35 +53,47 @@ class SyncBatchNorm(convert.Synchronized):
         dtype: Any = None,
         *,
         bias: bool = True,
+        activation: str | None = None,
     ) -> None:
         super().__init__(num_features, eps, momentum, affine, track_running_stats, device, dtype, bias=bias)
+        self.activation = activation
         self.process_group = process_group
         self._key = convert.new_key()
 
-    def forward(self, input: Tensor) -> Tensor:
+    def forward(self, input: Tensor, residual: Tensor | None = None) -> Tensor:
+        activation = self.activation
         if not self.training:
             if not torch.jit.is_tracing():
                 functional.check_arguments(
                     input, self.weight, self.bias, self.running_mean, self.running_var, eps=self.eps
                 )
-            return super().forward(input)  # local: batch norm in evaluation needs nobody else
+                autograd.check_fused(activation, residual, input)
+            # local: batch norm in evaluation needs nobody else
+            return autograd.finish(super().forward(input), activation, residual)
         self._check_input_dim(input)
-        tracked = self.track_running_stats
-        running_mean, running_var = (self.running_mean, self.running_var) if tracked else (None, None)
+        # nn.Module looks for an attribute everywhere else before it looks where it keeps its tensors.
+        buffers, parameters = self._buffers, self._parameters
+        running_mean = running_var = None
+        if self.track_running_stats:
+            running_mean, running_var = buffers["running_mean"], buffers["running_var"]
+        weight = parameters["weight"] if "weight" in parameters else self.weight  # parametrized
+        bias = parameters["bias"] if "bias" in parameters else self.bias
         y, stats = autograd.batch_norm(
             input,
             running_mean,
             running_var,
-            self.weight,
-            self.bias,
+            weight,
+            bias,
             self.momentum,
             self.eps,
             self.process_group,
             self.layer_name or self._key,
+            activation,
+            residual,
         )
         if running_mean is not None:
             momentum: Any = self.momentum
-            batches = self.num_batches_tracked
+            batches = buffers["num_batches_tracked"]
             if momentum is None:  # cumulative; as a tensor, so that no device is waited for
                 momentum = 0.0 if batches is None else (batches + 1).double().reciprocal()
             updated = functional.update_running_stats(running_mean, running_var, stats, momentum)
@@ -87,8 +102,8 @@ class SyncBatchNorm(convert.Synchronized):
         return y
 
     def extra_repr(self) -> str:
-        group = self.process_group
-        return super().extra_repr() + ("" if group is None else f", process_group={group!r}")
+        more = {"process_group": self.process_group, "activation": self.activation}
+        return super().extra_repr() + "".join(f", {k}={v!r}" for k, v in more.items() if v is not None)
 
     @classmethod
     def convert_sync_batchnorm(cls, module: nn.Module, process_group: Any = None) -> nn.Module:

@@ -88,6 +88,7 @@ class Communicator:
         # A name for this process alone, for compiled graphs, which can hold a string but no object.
         self.handle = f"group {next(_numbers)}"
         _by_handle[self.handle] = self
+        self.link: Any = None  # native code for an exchange, see transport.direct
         self._messages: dict[int, np.ndarray] = {}
         self._names: dict[str, str] = {}
 
@@ -111,15 +112,19 @@ class Communicator:
 
     def _adopt(self, comm: MPI.Intracomm) -> Communicator:
         """Take over a communicator that nobody else knows. Collective."""
-        comm.Set_errhandler(mpi().ERRORS_RETURN)
+        MPI = mpi()
+        comm.Set_errhandler(MPI.ERRORS_RETURN)
+        link = transport.direct(comm, MPI)
         # Some launchers hand the environment to the ranks of the first host only. A rank that agrees
         # with the others before each exchange, or refuses to start, must not be alone in it.
-        settings = comm.allgather(_settings())
-        for _, error in settings:
+        # And where some ranks have native code and others not, none uses it: each rounds in its own way.
+        settings = comm.allgather((*_settings(), link is not None))
+        for _, error, _ in settings:
             if error is not None:
                 comm.Free()
                 raise error
-        self.debug = any(debug for debug, _ in settings)
+        self.debug = any(debug for debug, *_ in settings)
+        self.link = link if all(has_link for *_, has_link in settings) else None
         self.comm = comm
         return self
 
@@ -154,7 +159,7 @@ class Communicator:
         if self.comm is not None:
             mpi()
             self.comm.Free()
-            self.comm = None
+            self.comm = self.link = None
 
     def __repr__(self) -> str:
         return f"Communicator(rank={self.rank}, size={self.size}{', freed' if self._freed else ''})"

@@ -35,6 +35,7 @@ class Synchronized(BatchNorm):
     """What conversion writes on a layer, and reverting takes off again."""
 
     process_group: Any = None
+    activation: str | None = None  # "relu", where the layer does that too
     layer_name: str | None = None  # its qualified name in the converted model
     _key: str = "#"  # known by while it has no name, to this process only
     _converted_from: tuple[type, dict[str, Any]] | None = None  # class, and attributes that were replaced
@@ -43,6 +44,8 @@ class Synchronized(BatchNorm):
         # A Communicator at once: copying and pickling a layer needs one, mpi4py's own objects know neither.
         if name == "process_group" and value is not None:
             value = resolve(value)
+        if name == "activation" and value not in (None, "relu"):
+            raise ValueError(f"expected activation to be 'relu' or None, got {value!r}{on_rank()}")
         super().__setattr__(name, value)
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -50,7 +53,7 @@ class Synchronized(BatchNorm):
         self._key = new_key()  # copied or loaded, it is another layer
 
 
-_WRITTEN = ("process_group", "layer_name", "_key", "_converted_from")
+_WRITTEN = ("process_group", "activation", "layer_name", "_key", "_converted_from")
 _keys = itertools.count()
 # Their behaviour is all in forward, so nothing is lost with their class.
 _KNOWN = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm, BatchNorm)

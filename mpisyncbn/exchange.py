@@ -60,15 +60,21 @@ def reduce_sums(group: Communicator, call: Call, *sums: Any) -> tuple[Any, ...]:
     Collective: every rank of the group must call.
     """
     vectors = [transport.to_host(vector) for vector in sums]
-    length = len(vectors[0])
+    totals = np.empty((len(vectors), len(vectors[0])))
     with group.lock:
-        message = group.message(3 + len(vectors) * length)
-        message[2] = 0
-        body = message[3:].reshape(len(vectors), length)
-        for row, vector in enumerate(vectors):
-            body[row] = vector
-        _allreduce(group, call, message)
-        totals = body.copy()
+        h = _sign(group, call)
+        if group.link is not None and len(vectors) == 2:
+            problem = group.link.sum_vectors(h, *vectors, totals)
+            if problem:
+                _raise_problem(group, call, problem)
+        else:
+            message = group.message(3 + totals.size)
+            message[2] = 0
+            np.stack(vectors, out=message[3:].reshape(totals.shape))
+            _allreduce(group, call, h, message)
+            totals[:] = message[3:].reshape(totals.shape)
+    if type(sums[0]) is np.ndarray:
+        return tuple(totals)
     return tuple([transport.from_host(total, like) for total, like in zip(totals, sums, strict=True)])
 
 
@@ -77,13 +83,20 @@ def _sum_moments(
 ) -> tuple[int, np.ndarray, np.ndarray]:
     channels = len(mean)
     with group.lock:
+        h = _sign(group, call)
+        if group.link is not None:
+            found = np.empty((2, channels))
+            total = group.link.sum_moments(h, count, mean, m2, found)
+            if total < 0:
+                _raise_problem(group, call, total)
+            return total, found[0], found[1]
         message = group.message(3 + 2 * channels)
         message[2] = count
         first, second = message[3 : 3 + channels], message[3 + channels :]
         np.multiply(mean, count, out=first)
         np.multiply(mean, first, out=second)
         second += m2
-        _allreduce(group, call, message)
+        _allreduce(group, call, h, message)
         total = int(message[2])
         merged = first / max(total, 1)
         var = second / max(total, 1)
@@ -114,8 +127,9 @@ def _gather_moments(
     return total, origin + merged, var
 
 
-def _allreduce(group: Communicator, call: Call, message: np.ndarray) -> None:
-    _sign(group, call, message)
+def _allreduce(group: Communicator, call: Call, h: int, message: np.ndarray) -> None:
+    # First in the message, so that they arrive even where another rank sent a shorter one.
+    message[0], message[1] = h, h * h
     try:
         group.comm.Allreduce(group.in_place, message)
     except group.mpi_error as error:
@@ -124,7 +138,8 @@ def _allreduce(group: Communicator, call: Call, message: np.ndarray) -> None:
 
 
 def _allgather(group: Communicator, call: Call, message: np.ndarray) -> np.ndarray:
-    _sign(group, call, message)
+    h = _sign(group, call)
+    message[0], message[1] = h, h * h
     gathered = np.empty((group.size, len(message)))
     try:
         group.comm.Allgather(message, gathered)
@@ -134,14 +149,20 @@ def _allgather(group: Communicator, call: Call, message: np.ndarray) -> np.ndarr
     return gathered
 
 
-def _sign(group: Communicator, call: Call, message: np.ndarray) -> None:
+def _sign(group: Communicator, call: Call) -> int:
+    """The fingerprint of the exchange that is about to happen."""
     group.ready()
     if group.debug:
         diagnostics.agree(group, call)
     group.exchanges += 1
-    h = diagnostics.fingerprint(call, group.exchanges)
-    # First in the message, so that they arrive even where another rank sent a shorter one.
-    message[0], message[1] = h, h * h
+    return diagnostics.fingerprint(call, group.exchanges)
+
+
+def _raise_problem(group: Communicator, call: Call, problem: int) -> NoReturn:
+    """Say what a Link returned: see cpu_link.h."""
+    if problem == -1:
+        diagnostics.mismatch(group, call)
+    _raise_failed(group, call, group.mpi_error(-2 - problem))
 
 
 def _raise_failed(group: Communicator, call: Call, error: Exception) -> NoReturn:

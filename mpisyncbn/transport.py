@@ -6,6 +6,7 @@ on a device are copied there and back. The copy to the host waits for the device
 
 from __future__ import annotations
 
+import ctypes
 import sys
 from typing import Any
 
@@ -13,8 +14,9 @@ import numpy as np
 
 from . import config
 from .errors import TransportError, on_rank
+from .kernels import native
 
-__all__ = ["blend", "chosen", "from_host", "near", "to_host"]
+__all__ = ["blend", "chosen", "direct", "from_host", "near", "to_host"]
 
 
 def chosen() -> tuple[str, str]:
@@ -29,6 +31,32 @@ def chosen() -> tuple[str, str]:
             f"this version does not have{on_rank()}: unset it, or set it to host or auto"
         )
     return "host", "MPISYNCBN_TRANSPORT=host" if asked == "host" else "the only transport of this version"
+
+
+def direct(comm: Any, MPI: Any) -> Any:
+    """Native code that packs, sends and merges the message in one call; None where there is none.
+
+    It calls the MPI_Allreduce that mpi4py itself is linked with: one that a profiler put in front of
+    the library, if there is one, like the dynamic linker. ``comm`` must return error codes.
+    """
+    kernels = native()
+    if kernels is None:
+        return None
+    function = None
+    for library in (None, MPI.__file__):
+        try:
+            function = ctypes.CDLL(library).MPI_Allreduce
+            break
+        except (AttributeError, OSError):
+            continue
+    if function is None:
+        return None
+    address = ctypes.cast(function, ctypes.c_void_p).value
+    handles = [MPI._handleof(each) & _WORD for each in (comm, MPI.DOUBLE, MPI.SUM)]
+    return kernels.Link(address, *handles, int(MPI.IN_PLACE), MPI._sizeof(comm) == 4, comm.Get_size())
+
+
+_WORD = (1 << 64) - 1
 
 
 def to_host(vector: Any) -> np.ndarray:
@@ -59,6 +87,12 @@ def near(vector: Any, x: Any) -> Any:
     """``vector`` as the kernels for ``x`` want it: NumPy for data in host memory, else on its device."""
     host_memory = getattr(getattr(x, "device", "cpu"), "type", "cpu") == "cpu" and not hasattr(x, "get")
     return to_host(vector) if host_memory else vector
+
+
+def changed(*arrays: Any) -> None:
+    """Tell autograd that native code wrote to these, as it knows of operations of torch."""
+    if not isinstance(arrays[0], np.ndarray):
+        _torch()._C._increment_version(arrays)
 
 
 def blend(running: Any, batch: np.ndarray, momentum: Any) -> None:

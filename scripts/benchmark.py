@@ -1,101 +1,172 @@
-"""How long a synchronized layer takes beside torch's local one: ``mpiexec -n 2 python scripts/benchmark.py``.
+"""How fast this is, beside its peers and its limits, measured in the same processes in turn.
 
-Forward and backward, one thread a rank, both layers in turn in the same process, so that the
-machine's moods hit both alike. Reports the slowest rank: minimum and median, and their ratio.
+    mpiexec -n 2 python scripts/benchmark.py            about ten minutes on two cores
+    mpiexec -n 2 python scripts/benchmark.py --quick    under two
+    python scripts/benchmark.py --scaling               2 to 64 ranks; starts mpiexec itself
+    python scripts/benchmark.py --from-json a.json b.json --plot .
+
+Where each rank has a core of its own, MPI's part of an exchange halves if ranks stay there and do not yield:
+
+    OMPI_MCA_mpi_yield_when_idle=0 mpiexec --bind-to core -n 2 python scripts/benchmark.py
+
+One thread a rank. Every figure is that of the slowest rank: the median and, in parentheses, the minimum.
+The cases are in benchmarks/cases.py; the last lines hold the figures that matter beside their bars.
 
 glibc gives large blocks back to the system when they are freed, and getting them again costs as much
-as a kernel, now in one layer and now in the other. So it is told to keep them, for both;
+as a kernel, now in one layer and now in the other. So it is told to keep them, for all;
 ``--default-allocator`` leaves it alone.
 """
 
 from __future__ import annotations
 
 import argparse
-import ctypes
 import json
-import statistics
+import sys
 import time
+from collections.abc import Iterator
+from importlib import import_module
+from pathlib import Path
 from typing import Any
 
-import torch
-from mpi4py import MPI
+sys.path.insert(0, str(Path(__file__).parent))  # where the tests load this file from elsewhere
 
-import mpisyncbn
+from benchmarks import model, scaling
 
-WORLD = MPI.COMM_WORLD
-CASES = [
-    # shape per rank, repeats
-    ((2, 64, 8, 8), 1000),
-    ((8, 64, 56, 56), 100),
-    ((8, 512, 28, 28), 60),
-    ((8, 64, 112, 112), 40),
-]
-FORMATS = {"contiguous": torch.contiguous_format, "channels_last": torch.channels_last}
-
-
-def step(layer: torch.nn.Module, x: torch.Tensor, dy: torch.Tensor) -> float:
-    """Seconds of one forward and backward, all ranks starting together."""
-    WORLD.Barrier()
-    begin = time.perf_counter()
-    layer(x).backward(dy)
-    seconds = time.perf_counter() - begin
-    x.grad = None
-    return seconds
+# Section, and the module of its function.
+SECTIONS = {
+    "layer": "layers",
+    "verbs": "verbs",
+    "exchange": "exchanges",
+    "tiny": "layers",
+    "peers": "layers",
+    "resnet": "resnet",
+    "relu": "layers",
+}
+Results = dict[str, Any]
 
 
-def measure(shape: tuple[int, ...], memory_format: torch.memory_format, repeats: int) -> dict[str, Any]:
-    """Collective: every rank must call."""
-    generator = torch.Generator().manual_seed(WORLD.rank)
-    x, dy = (
-        torch.randn(shape, generator=generator).contiguous(memory_format=memory_format) for _ in range(2)
+def main(arguments: list[str] | None = None) -> None:
+    options = parse(arguments)
+    if options.from_json:
+        finish(merged(options.from_json), options)
+    elif options.scaling and not scaling.launched():
+        finish(launch_scaling(options), options)
+    else:
+        measure(options)
+
+
+def parse(arguments: list[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    x.requires_grad_()
-    layers = {"local": torch.nn.BatchNorm2d(shape[1]), "sync": mpisyncbn.SyncBatchNorm(shape[1])}
-    seconds: dict[str, list[float]] = {name: [] for name in layers}
-    for repeat in range(repeats + 5):
-        for name, layer in layers.items():
-            taken = step(layer, x, dy)
-            if repeat >= 5:  # warm
-                seconds[name].append(taken)
-    result: dict[str, Any] = {}
-    for figure, of in (("minimum", min), ("median", statistics.median)):
-        slowest = {name: WORLD.allreduce(of(taken), op=MPI.MAX) for name, taken in seconds.items()}
-        result |= {f"{name} {figure}, us": round(value * 1e6, 1) for name, value in slowest.items()}
-        result[f"ratio of {figure}s"] = round(slowest["sync"] / slowest["local"], 3)
-    return result
-
-
-def keep_freed_memory() -> None:
-    """mallopt of glibc: no block has a mapping of its own, and nothing is given back."""
-    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
-    if mallopt is not None:
-        for parameter, value in ((-3, 1 << 30), (-1, 2**31 - 1)):  # M_MMAP_THRESHOLD, M_TRIM_THRESHOLD
-            mallopt(parameter, value)
-
-
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--json", metavar="PATH", help="also write the figures and versions there")
+    parser.add_argument("--quick", action="store_true", help="fewer cases, less time for each")
+    parser.add_argument("--only", metavar="SECTIONS", help=f"some of {','.join(SECTIONS)}")
+    parser.add_argument("--scaling", action="store_true", help="exchanges at 2 to 64 ranks, and the model")
+    parser.add_argument("--json", metavar="PATH", help="also write the figures and the environment there")
+    parser.add_argument("--plot", metavar="DIR", help="also draw ratios.png and growth.png there")
+    parser.add_argument("--from-json", metavar="PATH", nargs="+", help="measure nothing: take these files")
     parser.add_argument("--default-allocator", action="store_true", help="let glibc give freed memory back")
-    options = parser.parse_args()
+    options = parser.parse_args(arguments)
+    options.only = options.only.split(",") if options.only else list(SECTIONS)
+    if unknown := set(options.only) - set(SECTIONS):
+        parser.error(f"--only takes some of {','.join(SECTIONS)}, got {','.join(sorted(unknown))}")
+    return options
+
+
+def measure(options: argparse.Namespace) -> None:
+    """Collective: every rank of the world runs it; rank 0 prints."""
+    from benchmarks import environment, timing
+
+    world = timing.WORLD
     if not options.default_allocator:
-        keep_freed_memory()
-    torch.set_num_threads(1)
-    rows = []
-    for shape, repeats in CASES:
-        for name, memory_format in FORMATS.items():
-            rows.append({"shape": shape, "format": name, **measure(shape, memory_format, repeats)})
-            if WORLD.rank == 0:
-                print("  ".join(f"{key} {value}" for key, value in rows[-1].items()), flush=True)
-    if options.json and WORLD.rank == 0:
-        versions = {
-            "torch": torch.__version__,
-            "mpi": MPI.Get_library_version().split(",")[0],
-            "ranks": WORLD.size,
-        }
-        with open(options.json, "w") as file:
-            json.dump({**versions, "layers, float32, one thread a rank": rows}, file, indent=1)
+        timing.keep_freed_memory()
+    if not options.scaling:
+        import torch
+
+        torch.set_num_threads(1)
+    allocator = "default" if options.default_allocator else "keeps freed memory"
+    results: Results = {"environment": environment.facts(allocator), "sections": {}}
+    started = time.monotonic()
+    for name, rows in sections(options):
+        results["sections"][name] = []
+        for row in rows:
+            results["sections"][name].append(timing.rounded(row))
+            if world.rank == 0:
+                show(name, row)
+    results["environment"]["seconds"] = round(time.monotonic() - started)
+    if world.rank == 0:
+        finish(results, options)
+
+
+def sections(options: argparse.Namespace) -> Iterator[tuple[str, Iterator[dict[str, Any]]]]:
+    if options.scaling:
+        yield "scaling", scaling.measure(options.quick)
+        return
+    for name, module in SECTIONS.items():
+        if name in options.only:
+            yield name, getattr(import_module(f"benchmarks.{module}"), name)(options.quick)
+
+
+def launch_scaling(options: argparse.Namespace) -> Results:
+    results: Results = {"environment": {}, "sections": {"scaling": []}}
+    again = [str(Path(__file__).resolve()), "--scaling", *(["--quick"] if options.quick else [])]
+    for row, facts in scaling.launch(again, options.quick):
+        results["sections"]["scaling"].append(row)
+        results["environment"] |= {**facts, "ranks": f"{row['ranks']} and fewer"}
+        show("scaling", row)
+    results["sections"]["model"] = model.table()
+    return results
+
+
+def merged(paths: list[str]) -> Results:
+    """One file's results, or several files' sections; of two of the same name the last one."""
+    results: Results = {"environment": {}, "sections": {}}
+    for path in paths:
+        found = json.loads(Path(path).read_text())
+        results["environment"] |= found["environment"]
+        results["sections"] |= found["sections"]
+    return results
+
+
+def show(section: str, row: dict[str, Any]) -> None:
+    from benchmarks.summary import row_text
+
+    print(row_text(section, row), flush=True)
+
+
+def finish(results: Results, options: argparse.Namespace) -> None:
+    """Summary, file and pictures."""
+    from benchmarks import summary
+
+    lines = summary.summarize(results["sections"])
+    print("\n" + "\n".join(map(str, lines)))
+    if "model" in results["sections"]:
+        print("\n" + model.text(results["sections"].get("scaling", []), results["sections"]["model"]))
+    if options.json:
+        judged = [{**line._asdict(), "met": line.met} for line in lines]
+        Path(options.json).write_text(json.dumps({**results, "summary": judged}, indent=1) + "\n")
+    if options.plot:
+        from benchmarks import plots
+
+        plots.draw(results["sections"], Path(options.plot))
+
+
+def abort_together() -> None:
+    """A rank that fails alone would leave the others waiting in MPI."""
+    from mpi4py import MPI
+
+    if MPI.COMM_WORLD.size > 1:
+        import traceback
+
+        traceback.print_exc()
+        sys.stderr.flush()
+        MPI.COMM_WORLD.Abort(1)
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except Exception:
+        if "mpi4py.MPI" in sys.modules:
+            abort_together()
+        raise

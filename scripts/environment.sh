@@ -42,11 +42,42 @@ END
 state() {
     {
         echo "$base" "$system_mpiexec" "${LD_LIBRARY_PATH-}" "${MPI4PY_LIBMPI-}"
-        cat "$root/setup.cfg" "$root/pyproject.toml"
+        echo "${CC-}" "${CXX-}" "${CFLAGS-}" "${CXXFLAGS-}" "${LDFLAGS-}" "${MPISYNCBN_NO_NATIVE-}"
+        lacking
+        compgen -G "$root/mpisyncbn/kernels/_cpu*.so" || true
+        cat "$root/setup.cfg" "$root/pyproject.toml" "$root/setup.py" "$root"/mpisyncbn/kernels/*.{cpp,h}
         for file in "$system_mpiexec" "$(type -P mpiexec)"; do
             [[ -z $file ]] || stat --dereference --format "%n %s %Y" "$file"
         done
     } | sha256sum
+}
+
+# Says what building the native kernels lacks, if anything.
+lacking() {
+    "${base%%$'\t'*}" - <<'END'
+import os, shlex, shutil, sysconfig
+
+compiler = shlex.split(os.environ.get("CXX") or sysconfig.get_config_var("CXX") or "g++")[0]
+if not shutil.which(compiler):
+    print("no C++ compiler %s (Debian, Ubuntu: apt install g++)" % compiler)
+elif not os.path.exists(os.path.join(sysconfig.get_path("include"), "Python.h")):
+    print("no Python headers (Debian, Ubuntu: apt install python3-dev)")
+END
+}
+
+# Prints nothing where native kernels serve.
+without_native() {
+    local error why
+    error=$(python -c 'import mpisyncbn.kernels._cpu' 2>&1) && return
+    if [[ ${MPISYNCBN_NO_NATIVE:-0} != 0 ]]; then
+        why="MPISYNCBN_NO_NATIVE is set"
+    elif compgen -G "$root/mpisyncbn/kernels/_cpu*.so" >/dev/null; then
+        why=${error##*$'\n'}
+    else
+        why=$(lacking)
+        why=${why:-".venv/bin/pip install -v -e . shows what the compiler says"}
+    fi
+    echo "native kernels: none ($why): slower ATen and NumPy operations serve instead"
 }
 
 # .venv/.whole is absent while anything is being changed: an environment that was killed halfway is made anew.
@@ -152,6 +183,6 @@ if ! is_whole || [[ $(head -n1 "$stamp" 2>/dev/null) != "$(state)" ]]; then
     [[ -z $torch ]] || pip install "$torch"
     pip install --editable "${root}[$1]"
     choice=$(choose_mpiexec)
-    printf '%s\n' "$(state)" "$choice" >"$stamp"
+    printf '%s\n' "$(state)" "$choice" "$(without_native)" >"$stamp"
 fi
-tail -n1 "$stamp"
+sed "1d;/^\$/d" "$stamp"

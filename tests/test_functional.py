@@ -96,6 +96,7 @@ def test_the_message_does_not_depend_on_the_input(layer, monkeypatch):
 
     group, lengths = resolve(None), []
     make = type(group).message
+    monkeypatch.setattr(group.ready(), "link", None)  # native code has a message of its own
     monkeypatch.setattr(type(group), "message", lambda self, n: (lengths.append(n), make(self, n))[1])
     n = 70000 if WORLD.rank == 0 else 0  # beyond float16
     dtype = torch.float64 if layer == "float64" else torch.float16

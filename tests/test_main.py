@@ -8,6 +8,7 @@ import pytest
 from parallel import WORLD
 
 from mpisyncbn import __main__ as report
+from mpisyncbn.kernels import native
 
 
 def test_report_says_what_would_be_used_and_why():
@@ -18,9 +19,22 @@ def test_report_says_what_would_be_used_and_why():
     assert facts["transport"]["because"]
     assert facts["mpi"]["thread level"].startswith("THREAD_")
     assert facts["versions"]["torch"][0].isdigit()
-    assert facts["kernels"]["torch, cpu"].startswith("cpu")
     assert 0 < facts["exchange"]["minimum, us"] <= facts["exchange"]["median, us"]
     assert json.loads(json.dumps(facts)) == facts
+
+
+def test_report_says_which_kernels_serve(monkeypatch):
+    kernels = report.report()["kernels"]
+    if native() is not None:
+        for place in ("NumPy", "torch, cpu"):
+            assert kernels[place].startswith("native, instruction set ")
+        monkeypatch.setattr("mpisyncbn.kernels.native", lambda: None)
+        monkeypatch.setattr(report, "native", lambda: None)
+        kernels = report.report()["kernels"]
+    assert kernels["NumPy"].startswith("generic: composed of NumPy operations")
+    assert kernels["torch, cpu"].startswith("aten: composed of ATen operations")
+    for place in ("NumPy", "torch, cpu"):
+        assert "were not built: install a C++ compiler" in kernels[place]
 
 
 def test_text_is_aligned():

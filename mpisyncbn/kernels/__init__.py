@@ -7,12 +7,16 @@ Every kernel module has exactly these names, for ``x`` of shape ``(N, C, *)``:
     from it, of this rank alone. An empty ``x`` gives zeros. For float64 input ``mean`` has two
     rows, a value near the mean and what is missing to it: their sum in one float64 would be
     too coarse to merge the ranks' variances where the mean is large.
-``normalize(x, mean, invstd, weight, bias) -> y``
-    ``(x - mean) * invstd * weight + bias``; ``weight`` and ``bias`` may be None.
-``backward_reduce(dy, x, mean, invstd) -> sum_dy, sum_dy_xmu``
-    Per channel, the sums of ``dy`` and ``dy * (x - mean)`` of this rank alone.
-``backward_elementwise(dy, x, mean, invstd, weight, mean_dy, mean_dy_xmu) -> dx``
-    ``(dy - mean_dy - (x - mean) * invstd**2 * mean_dy_xmu) * invstd * weight``.
+``normalize(x, mean, invstd, weight, bias, residual=None, relu=False) -> y``
+    ``(x - mean) * invstd * weight + bias``; ``weight`` and ``bias`` may be None. On request with
+    ``residual``, of the shape of ``x``, added to it, and max(., 0) of all that.
+``backward_reduce(dy, x, mean, invstd, gate=None) -> sum_dy, sum_dy_xmu, dz``
+    Per channel, the sums of ``dy`` and ``dy * (x - mean)`` of this rank alone. With a Gate, of the
+    gradient before the ReLU: of ``dy`` where the output is positive, and 0 elsewhere. ``dz`` is
+    that gradient; or still ``dy``, where the module prefers to compute it a second time.
+``backward_elementwise(dz, x, mean, invstd, weight, mean_dy, mean_dy_xmu, gate=None) -> dx``
+    ``(dz - mean_dy - (x - mean) * invstd**2 * mean_dy_xmu) * invstd * weight``, for the ``dz`` and
+    the ``gate`` of ``backward_reduce``.
 
 ``y`` and ``dx`` have the dtype and the memory format of ``x``. ``weight`` and ``bias`` are of
 the same kind of array as ``x``. The other vectors are float64, of length C: NumPy arrays where
@@ -21,23 +25,46 @@ the data is in host memory, arrays on the data's device elsewhere.
 
 from __future__ import annotations
 
+from functools import cache
 from types import ModuleType
-from typing import Any
+from typing import Any, NamedTuple
+
+import numpy as np
 
 from . import generic
 
-__all__ = ["kernels_for"]
+__all__ = ["Gate", "kernels_for", "native"]
 
-_cpu: ModuleType | None = None  # imported when the first torch tensor comes along
+
+class Gate(NamedTuple):
+    """What tells where the output of a layer that ends in ReLU was positive."""
+
+    weight: Any
+    bias: Any
+    y: Any  # the output itself where a residual was added; None: computed again from x
 
 
 def kernels_for(x: Any) -> ModuleType:
     """The kernel module for the place where ``x`` lives."""
-    global _cpu
-    if not getattr(x, "is_cpu", False):  # of torch tensors in host memory alone
-        return generic
-    if _cpu is None:
-        from . import cpu
+    if getattr(x, "is_cpu", False):  # of torch tensors in host memory alone
+        return native() or _aten()
+    if isinstance(x, np.ndarray) and x.dtype.isnative and x.dtype.char in "efd":
+        return native() or generic
+    return generic
 
-        _cpu = cpu
-    return _cpu
+
+@cache
+def native() -> ModuleType | None:
+    """The native kernels for host memory; None where they were not built."""
+    try:
+        from . import cpu
+    except ImportError:
+        return None
+    return cpu
+
+
+@cache
+def _aten() -> ModuleType:
+    from . import aten  # needs torch
+
+    return aten

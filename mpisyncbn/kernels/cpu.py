@@ -1,233 +1,109 @@
-"""The four verbs for torch tensors in host memory, composed of the fastest fitting ATen operations.
+"""The four verbs for NumPy arrays and torch tensors in host memory, by native code: cpu.cpp.
 
-Statistics are NumPy float64 vectors: on a few hundred values NumPy's calls cost a third of
-torch's. ATen's own batch-norm moments serve small input only: contiguous they are scalar code,
-in channels_last they are plain float32 sums that lose half of the digits.
+Importing this fails where the extension was not built; then aten.py and generic.py serve.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from functools import lru_cache
+import sys
+from functools import cache
 from typing import Any
 
 import numpy as np
-import torch
-from torch import Tensor
+
+from ..errors import MPISyncBNError, on_rank
+from . import _cpu
+from ._cpu import Link, fits, instruction_set, update_running_stats
 
 __all__ = ["backward_elementwise", "backward_reduce", "local_moments", "normalize"]
-
-# Up to this many values ATen's scalar moments beat the calls that vectorized ones take.
-_SMALL = 1 << 14
-# Values per chunk: enough to hide the cost of a call, few enough to stay in a core's L2 cache.
-_CHUNK = 1 << 18
-# Longest run of float32 values that one sum may add up where ATen's sums are plain.
-_BLOCK = 4096
-# Beyond this |mean| / std, x * scale + shift in float32 loses digits that (x - mean) * scale keeps.
-_LARGE_RATIO = 32.0
+# Not verbs, but native as well: what comes before and between them, see cpu_link.h.
+__all__ += ["Link", "fits", "instruction_set", "update_running_stats"]
 
 
-def local_moments(x: Tensor) -> tuple[int, np.ndarray, np.ndarray]:
-    channels = x.shape[1]
-    count = x.numel() // channels
-    if count == 0:
-        near, rest, m2 = np.zeros((3, channels))
-    elif x.numel() <= _SMALL:
-        near, rest, m2 = _small_moments(x, count)
-    else:
-        near, rest, m2 = _large_moments(x, count)
-    return count, np.stack((near, rest)) if x.dtype == torch.float64 else near + rest, m2
+def local_moments(x: Any) -> tuple[int, np.ndarray, np.ndarray]:
+    found = np.empty((3, x.shape[1]))
+    count = _cpu.local_moments(x, found, _threads(x))
+    if count < 0:
+        count = _cpu.local_moments(_dense(x), found, _threads(x))
+        _must(count >= 0)
+    return count, found[:2] if x.dtype.itemsize == 8 else found[0], found[2]
 
 
-def normalize(x: Tensor, mean: Any, invstd: Any, weight: Tensor | None, bias: Tensor | None) -> Tensor:
-    scale = invstd if weight is None else invstd * _numpy(weight)
-    shift = np.zeros_like(scale) if bias is None else _numpy(bias)
-    return _affine(x, mean, invstd, scale, shift).to(x.dtype)
-
-
-def backward_reduce(dy: Tensor, x: Tensor, mean: Any, invstd: Any) -> tuple[np.ndarray, np.ndarray]:
-    channels = x.shape[1]
-    if x.numel() == 0:
-        return np.zeros(channels), np.zeros(channels)
-    x = _dense(x)
-    dy = _like(dy, x)
-    high = _vector(mean, x)
-    if x.numel() > _BLOCK * channels and _channels_side_by_side(x):
-        # There ATen's sums are plain float32 ones: keep them short, and add them up in float64.
-        blocks = zip(_rows(dy).split(_BLOCK), _rows(x).split(_BLOCK), strict=True)
-        sums = np.array([_given_mean_sums(*block, high) for block in blocks])
-        sum_dy, sum_dy_xmu = sums.sum(0, dtype=np.float64)
-    else:
-        sum_dy, sum_dy_xmu = _given_mean_sums(_aten(dy), _aten(x), high)
-        sum_dy = sum_dy.astype(np.float64)
-    return sum_dy, sum_dy_xmu - (mean - high.numpy()) * sum_dy
-
-
-def backward_elementwise(
-    dy: Tensor, x: Tensor, mean: Any, invstd: Any, weight: Tensor | None, mean_dy: Any, mean_dy_xmu: Any
-) -> Tensor:
-    scale = invstd if weight is None else invstd * _numpy(weight)
-    # bfloat16 and float16 are rounded once, at the end.
-    wide = x.to(_working_dtype(x))
-    slope = invstd * invstd * mean_dy_xmu
-    dx = _affine(wide, mean, invstd, scale * -slope, scale * -mean_dy)
-    return dx.addcmul_(dy.to(dx.dtype), _channels(_vector(scale, x), x)).to(x.dtype)
-
-
-def _small_moments(x: Tensor, count: int) -> tuple[Any, Any, np.ndarray]:
-    x = x.to(_working_dtype(x)).contiguous()
-    mean, var = torch.batch_norm_update_stats(x, None, None, 0.0)
-    near, m2 = mean.numpy().astype(np.float64), var.numpy().astype(np.float64)
-    rest: Any = 0.0 * near
-    # The sum over channels is an upper bound of what each must not exceed.
-    if not near.dot(near / (m2 + 1e-200)) <= _LARGE_RATIO**2:
-        # The mean was rounded to the dtype of x: find what is missing.
-        missing, var = torch.batch_norm_update_stats(x - _channels(mean, x), None, None, 0.0)
-        rest, m2 = missing.numpy().astype(np.float64), var.numpy().astype(np.float64)
-    m2 *= count
-    return near, rest, m2
-
-
-def _large_moments(x: Tensor, count: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    blocks = list(_blocks(x))
-    shift = blocks[0].mean((0, 2), dtype=_working_dtype(x))
-    near, rest, m2 = _moments_about(shift, blocks, count)
-    if np.any(rest * rest * count > 4 * m2):
-        # The first block was not typical of the others: squares about its mean have lost digits.
-        near, rest, m2 = _moments_about(_vector(near + rest, x), blocks, count)
-    return near, rest, np.maximum(m2, 0.0)
-
-
-def _moments_about(
-    shift: Tensor, blocks: list[Tensor], count: int
-) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Mean in two parts and M2, from sums of ``x - shift`` and its square.
-
-    Sums within a block are in the working dtype, sums over blocks in float64.
-    """
-    column = shift[:, None]
-    scratch = shift.new_empty(max(block.numel() for block in blocks))
-    sums, squares = [], []
-    for block in blocks:
-        xms = torch.sub(block, column, out=scratch[: block.numel()].view(block.shape))
-        sums.append(_total(xms))
-        squares.append(_total(xms.square_()))
-    first = _numpy(torch.cat(sums)).sum(0, dtype=np.float64)
-    second = _numpy(torch.cat(squares)).sum(0, dtype=np.float64)
-    rest = first / count
-    return _numpy(shift).astype(np.float64), rest, second - first * rest
-
-
-def _total(block: Tensor) -> Tensor:
-    """Sums of shape ``(*, C)`` over the longer way through a block: ATen's pairwise sums keep the digits."""
-    return block.sum(2) if block.shape[2] > 1 else block.sum(0).T
-
-
-def _given_mean_sums(dy: Tensor, x: Tensor, mean: Tensor) -> tuple[np.ndarray, np.ndarray]:
-    """Sums of ``dy`` and of ``dy * (x - mean)``: with a given mean and variance 1, they are what ATen has
-    for the gradients of bias and weight."""
-    _, dot, total = torch.ops.aten.native_batch_norm_backward(
-        dy, x, None, mean, _ones(mean), None, None, False, 0.0, [False, True, True]
-    )
-    return total.numpy(), dot.numpy()
-
-
-def _blocks(x: Tensor) -> Iterator[Tensor]:
-    """Pieces of ``x`` as ``(n, C, s)`` views that fit the cache, along the way it lies in memory."""
-    channels = x.shape[1]
-    dense = _dense(x)
-    if _channels_side_by_side(dense):
-        yield from _rows(dense).unsqueeze(2).split(max(1, _CHUNK // channels))
-    else:
-        planes = dense.reshape(x.shape[0], channels, -1)
-        length = min(planes.shape[2], max(_BLOCK, _CHUNK // channels))
-        for samples in planes.split(max(1, _CHUNK // (channels * length))):
-            yield from samples.split(length, dim=2)
-
-
-def _affine(x: Tensor, mean: Any, invstd: Any, scale: Any, shift: Any) -> Tensor:
-    """``(x - mean) * scale + shift``, in the dtype of ``x`` or, where that needs it, float32."""
-    if x.numel() == 0:
-        return torch.empty_like(x)
-    x = _dense(x)
-    ratio = mean * invstd
-    # the norm is an upper bound of the maximum, and far cheaper
-    if not ratio.dot(ratio) <= _LARGE_RATIO**2 and not np.abs(ratio).max() <= _LARGE_RATIO:
-        high = _vector(mean, x)
-        x = x - _channels(high, x)
-        mean = mean - high.numpy()
-    center = _vector(mean, x)
-    arguments = _vector(scale, x), _vector(shift, x), center, _ones(center), False, 0.0, 0.0
-    if _is_vectorized(x):
-        return torch.native_batch_norm(x, *arguments)[0]
-    y = torch.empty_like(x)  # written through a view of it: what autograd gets must not be one
-    none = center.new_empty(0)
-    torch.ops.aten.native_batch_norm.out(_rows(x), *arguments, out=_rows(y), save_mean=none, save_invstd=none)
+def normalize(
+    x: Any, mean: Any, invstd: Any, weight: Any, bias: Any, residual: Any = None, relu: bool = False
+) -> Any:
+    y = _empty_like(x)
+    vectors = mean, invstd, weight, bias
+    if not _cpu.normalize(x, *vectors, residual, y, relu, _threads(x)):
+        x = _dense(x)
+        residual = None if residual is None else _like(residual, x)
+        y = _empty_like(x)
+        _must(_cpu.normalize(x, *vectors, residual, y, relu, _threads(x)))
     return y
 
 
-def _dense(x: Tensor) -> Tensor:
-    """``x`` without gaps, and with the channels either outermost or innermost in each sample."""
-    if _is_vectorized(x) or x.movedim(1, -1).is_contiguous():
-        return x
-    x = x.clone(memory_format=torch.preserve_format)
-    return x if x.movedim(1, -1).is_contiguous() else x.contiguous()
+def backward_reduce(
+    dy: Any, x: Any, mean: Any, invstd: Any, gate: Any = None
+) -> tuple[np.ndarray, np.ndarray, Any]:
+    sums = np.empty((2, x.shape[1]))
+    weight, bias, y = gate or (None, None, None)
+    vectors = mean, invstd, weight, bias
+    dz = dy if y is None else _empty_like(x)
+    if not _cpu.backward_reduce(
+        dy, x, *vectors, y, None if y is None else dz, gate is not None, sums, _threads(x)
+    ):
+        x = _dense(x)
+        dy = _like(dy, x)
+        if y is None:
+            dz = dy
+        else:
+            y, dz = _like(y, x), _empty_like(x)
+        _must(
+            _cpu.backward_reduce(
+                dy, x, *vectors, y, None if y is None else dz, gate is not None, sums, _threads(x)
+            )
+        )
+    return sums[0], sums[1], dz
 
 
-def _channels_side_by_side(dense: Tensor) -> bool:
-    return not dense.is_contiguous() or dense.shape[2:].numel() == 1
+def backward_elementwise(
+    dz: Any, x: Any, mean: Any, invstd: Any, weight: Any, mean_dy: Any, mean_dy_xmu: Any, gate: Any = None
+) -> Any:
+    relu = gate is not None and gate.y is None
+    vectors = mean, invstd, weight, gate.bias if relu else None, mean_dy, mean_dy_xmu
+    dx = _empty_like(x)
+    if not _cpu.backward_elementwise(dz, x, *vectors, dx, relu, _threads(x)):
+        x = _dense(x)
+        dx = _empty_like(x)
+        _must(_cpu.backward_elementwise(_like(dz, x), x, *vectors, dx, relu, _threads(x)))
+    return dx
 
 
-def _like(dy: Tensor, x: Tensor) -> Tensor:
-    """``dy`` in the memory format of ``x``: ATen takes its fast path only if both agree."""
-    return dy if dy.stride() == x.stride() else torch.empty_like(x).copy_(dy)
+def _must(understood: bool) -> None:
+    if not understood:
+        raise MPISyncBNError(
+            f"expected arrays in host memory, of one shape and dtype, got one that cannot be read{on_rank()}"
+        )
 
 
-def _is_vectorized(x: Tensor) -> bool:
-    return (
-        x.is_contiguous()
-        or (x.ndim == 4 and x.is_contiguous(memory_format=torch.channels_last))
-        or (x.ndim == 5 and x.is_contiguous(memory_format=torch.channels_last_3d))
-    )
+def _threads(x: Any) -> int:
+    return 0 if type(x) is np.ndarray else _torch().get_num_threads()  # 0: as many as OpenMP has
 
 
-def _aten(x: Tensor) -> Tensor:
-    """``x``, dense, in a layout that ATen's batch norm has vectorized code for."""
-    return x if _is_vectorized(x) else _rows(x)
+def _empty_like(x: Any) -> Any:
+    return np.empty_like(x) if type(x) is np.ndarray else _torch().empty_like(x)
 
 
-def _rows(x: Tensor) -> Tensor:
-    """A view of shape ``(*, C)`` of a tensor whose channels lie side by side."""
-    return x.movedim(1, -1).reshape(-1, x.shape[1])
+@cache
+def _torch() -> Any:
+    return sys.modules["torch"]  # whoever has a tensor has imported it
 
 
-def _channels(vector: Tensor, x: Tensor) -> Tensor:
-    return vector.view((-1,) + (1,) * (x.ndim - 2))
+def _dense(x: Any) -> Any:
+    return x.copy(order="K") if type(x) is np.ndarray else x.clone()
 
 
-def _working_dtype(x: Tensor) -> torch.dtype:
-    return torch.float64 if x.dtype == torch.float64 else torch.float32
-
-
-def _vector(values: np.ndarray, x: Tensor) -> Tensor:
-    """A vector of length C in the working dtype of ``x``."""
-    return torch.from_numpy(values.astype(_numpy_dtype(x)))
-
-
-def _numpy_dtype(x: Tensor) -> Any:
-    return np.float64 if x.dtype == torch.float64 else np.float32
-
-
-def _numpy(vector: Tensor) -> np.ndarray:
-    vector = vector.detach()
-    return (vector if vector.dtype in (torch.float32, torch.float64) else vector.float()).numpy()
-
-
-@lru_cache(maxsize=64)
-def _numpy_ones(length: int, dtype: Any) -> np.ndarray:
-    return np.ones(length, dtype)
-
-
-def _ones(like: Tensor) -> Tensor:
-    # from NumPy: torch.ones would follow a user's default device
-    return torch.from_numpy(_numpy_ones(len(like), _numpy_dtype(like)))
+def _like(values: Any, x: Any) -> Any:
+    copy = _empty_like(x)
+    copy[...] = values
+    return copy

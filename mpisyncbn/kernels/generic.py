@@ -25,24 +25,34 @@ def local_moments(x: Any) -> tuple[int, Any, Any]:
     return count, mean, m2
 
 
-def normalize(x: Any, mean: Any, invstd: Any, weight: Any, bias: Any) -> Any:
+def normalize(
+    x: Any, mean: Any, invstd: Any, weight: Any, bias: Any, residual: Any = None, relu: bool = False
+) -> Any:
     scale = invstd if weight is None else invstd * _cast(weight, "float64")
     y = _center(x, mean) * _channels(scale, x)
     if bias is not None:
         y = y + _channels(bias, x)
+    if residual is not None:
+        y = y + residual
+    if relu:
+        y = y.relu() if hasattr(y, "relu") else np.maximum(y, 0)
     return _cast(y, x.dtype)
 
 
-def backward_reduce(dy: Any, x: Any, mean: Any, invstd: Any) -> tuple[Any, Any]:
-    return _sum(dy), _sum(_cast(dy, _working_dtype(x)) * _center(x, mean))
+def backward_reduce(dy: Any, x: Any, mean: Any, invstd: Any, gate: Any = None) -> tuple[Any, Any, Any]:
+    dz = dy
+    if gate is not None:
+        y = normalize(x, mean, invstd, gate.weight, gate.bias) if gate.y is None else gate.y
+        dz = dy.masked_fill(y <= 0, 0) if hasattr(dy, "masked_fill") else np.where(y <= 0, dy.dtype.type(0), dy)
+    return _sum(dz), _sum(_cast(dz, _working_dtype(x)) * _center(x, mean)), dz
 
 
 def backward_elementwise(
-    dy: Any, x: Any, mean: Any, invstd: Any, weight: Any, mean_dy: Any, mean_dy_xmu: Any
+    dz: Any, x: Any, mean: Any, invstd: Any, weight: Any, mean_dy: Any, mean_dy_xmu: Any, gate: Any = None
 ) -> Any:
     scale = invstd if weight is None else invstd * _cast(weight, "float64")
     slope = invstd * invstd * mean_dy_xmu
-    dx = _center(dy, mean_dy) - _center(x, mean) * _channels(slope, x)
+    dx = _center(dz, mean_dy) - _center(x, mean) * _channels(slope, x)
     return _cast(dx * _channels(scale, x), x.dtype)
 
 

@@ -1,0 +1,121 @@
+// One exchange in one call: pack, MPI_Allreduce, check, merge. What exchange.py does with NumPy and mpi4py, in the same
+// order and with the same roundings, without their calls.
+//
+// MPI's function and its handles come from mpi4py as numbers, so that one build serves every MPI library. A handle
+// is an int in some of them (MPICH and its kin), a pointer in others (Open MPI).
+
+struct Link {
+    uintptr_t function, comm, datatype, op, in_place;
+    bool int_handles;
+    int size;
+    std::vector<double> message;
+
+    enum { MISMATCH = -1, FAILED = -2 };  // what a call returns instead of a count; FAILED - n: MPI's error code n
+
+    // Sums `message` over the ranks, its first two words h and h * h. Returns 0 where all sent the same h.
+    long sum(long h) {
+        message[0] = (double)h, message[1] = (double)h * (double)h;
+        const int length = (int)message.size();
+        int code;
+        {
+            const nb::gil_scoped_release other_threads_run;
+            code = int_handles ? call<int>(length) : call<void *>(length);
+        }
+        if (code != 0) return FAILED - code;
+        // Cauchy-Schwarz, see diagnostics.py. Not finite where MPI mixed up messages of different lengths.
+        const double sum_h = message[0], sum_hh = message[1];
+        if (!(sum_h >= 0 && sum_h < 0x1p53 && sum_hh >= 0 && sum_hh < 0x1p53)) return MISMATCH;
+        using Wide = unsigned __int128;
+        return (Wide)size * (Wide)sum_hh == (Wide)sum_h * (Wide)sum_h ? 0 : MISMATCH;
+    }
+
+    template <class Handle>
+    int call(int length) const {
+        using Allreduce = int (*)(const void *, void *, int, Handle, Handle, Handle);
+        return ((Allreduce)function)((const void *)in_place, (void *)message.data(), length, handle<Handle>(datatype),
+                                     handle<Handle>(op), handle<Handle>(comm));
+    }
+
+    template <class Handle>
+    static Handle handle(uintptr_t number) {
+        if constexpr (std::is_pointer_v<Handle>)
+            return (Handle)number;
+        else
+            return (Handle)(intptr_t)number;
+    }
+
+    // Fills the mean and the biased variance of the group, from count, mean and M2 of this rank. Returns the count.
+    long sum_moments(long h, long count, const Vector &mean, const Vector &m2, const Output &merged) {
+        const size_t channels = mean.size();
+        message.resize(3 + 2 * channels);
+        message[2] = (double)count;
+        double *const first = message.data() + 3, *const second = first + channels;
+        for (size_t c = 0; c < channels; ++c) {
+            first[c] = mean.data()[c] * (double)count;
+            second[c] = mean.data()[c] * first[c] + m2.data()[c];
+        }
+        if (const long problem = sum(h)) return problem;
+        const double total = message[2], divisor = std::max(total, 1.0);
+        double *const mean_out = merged.data(), *const var_out = mean_out + channels;
+        for (size_t c = 0; c < channels; ++c) {
+            const double center = first[c] / divisor, square = center * center;
+            double var = second[c] / divisor - square;
+            var *= (double)(var > 1e-15 * square);  // see exchange.py
+            mean_out[c] = center, var_out[c] = var;
+        }
+        return (long)total;
+    }
+
+    long sum_vectors(long h, const Vector &a, const Vector &b, const Output &totals) {
+        const size_t length = a.size();
+        message.resize(3 + 2 * length);
+        message[2] = 0;
+        std::copy(a.data(), a.data() + length, message.data() + 3);
+        std::copy(b.data(), b.data() + length, message.data() + 3 + length);
+        if (const long problem = sum(h)) return problem;
+        std::copy(message.data() + 3, message.data() + 3 + 2 * length, totals.data());
+        return 0;
+    }
+};
+
+// The running statistics moved towards those of a batch, in place: all or, where a value is not finite in their dtype,
+// none. Returns whether they were; -1 where they are not arrays that this knows.
+int update_running_stats(nb::handle running_mean_object, nb::handle running_var_object, const Vector &mean,
+                         const Vector &var, double to_unbiased, double momentum) {
+    Array running[2];
+    if (!describe(running_mean_object, running[0]) || !describe(running_var_object, running[1])) return -1;
+    const long channels = (long)mean.size();
+    for (const Array &array : running)
+        if (array.ndim != 1 || array.shape[0] != channels || array.stride[0] != 1 || array.dtype != running[0].dtype) return -1;
+    const double limit = running[0].dtype == DType::f32 ? 3.4028234663852886e38 : 1.7976931348623157e308;
+    if (running[0].dtype != DType::f32 && running[0].dtype != DType::f64) return -1;
+    for (long c = 0; c < channels; ++c)
+        if (!(std::fabs(mean.data()[c]) <= limit) || !(var.data()[c] * to_unbiased <= limit)) return 0;
+    auto move = [&](auto *means, auto *vars) {
+        using W = std::remove_reference_t<decltype(*means)>;
+        for (long c = 0; c < channels; ++c) {
+            means[c] = (W)(means[c] + momentum * (mean.data()[c] - means[c]));
+            vars[c] = (W)(vars[c] + momentum * (var.data()[c] * to_unbiased - vars[c]));
+        }
+    };
+    if (running[0].dtype == DType::f32)
+        move((float *)running[0].data, (float *)running[1].data);
+    else
+        move((double *)running[0].data, (double *)running[1].data);
+    return 1;
+}
+
+// Whether per-channel vectors belong to an input as they should: x with at least 2 dimensions and a channel, all of
+// the dtype of x and of its length. Where not, functional.check_arguments finds out what is wrong, if anything is.
+bool fits(nb::handle x_object, nb::handle weight_object, nb::handle bias_object, nb::handle running_mean_object,
+          nb::handle running_var_object) {
+    Array x;
+    if (!describe(x_object, x) || x.ndim < 2 || x.shape[1] == 0) return false;
+    if (running_mean_object.is_none() != running_var_object.is_none()) return false;
+    for (const nb::handle object : {weight_object, bias_object, running_mean_object, running_var_object}) {
+        Array vector;
+        if (!describe(object, vector)) return false;
+        if (vector.data && (vector.dtype != x.dtype || vector.ndim != 1 || vector.shape[0] != x.shape[1])) return false;
+    }
+    return true;
+}

@@ -1,0 +1,405 @@
+// The inner loops of the four verbs. Included once per instruction set, after cpu_lanes.h: see cpu.cpp.
+//
+// Two ways to lie in memory. Planes: the positions of one channel of one sample side by side. Rows: the
+// channels of one position side by side. What is done to a vector of values is the same in both, and
+// written once (the structs with operator()); per-channel numbers come from k(MEAN) and the like, one
+// value for a plane, one vector per column for rows.
+
+// Sums. A vector of two terms per value, added up in the working dtype over short runs, in double beyond.
+
+template <class T>
+struct Moments {  // about a shift near the mean, so that the squares keep their digits
+    template <class K, class L>
+    INLINE_MEMBER void operator()(At<T> at, long i, K k, L l, vec<T> &a, vec<T> &b) const {
+        a = l.get(at.x + i) - k(MEAN);
+        b = a * a;
+    }
+};
+
+template <class T, Gate GATE>
+struct Reduce {
+    template <class K, class L>
+    INLINE_MEMBER void operator()(At<T> at, long i, K k, L l, vec<T> &a, vec<T> &b) const {
+        const vec<T> xm = l.get(at.x + i) - k(MEAN);
+        a = l.get(at.dy + i);
+        if constexpr (GATE == Gate::recomputed) a = gated<T>(a, xm * k(SCALE) + k(SHIFT));
+        if constexpr (GATE == Gate::saved) {
+            a = gated<T>(a, l.get(at.extra + i));
+            l.template put<false>(at.out + i, a);
+        }
+        b = a * xm;
+    }
+};
+
+// Values.
+
+template <class T, bool ADD, bool RELU>
+struct Normalize {
+    template <bool STREAM, class K, class L>
+    INLINE_MEMBER void apply(At<T> at, long i, K k, L l) const {
+        vec<T> z = (l.get(at.x + i) - k(MEAN)) * k(SCALE) + k(SHIFT);
+        if constexpr (ADD) z += l.get(at.extra + i);
+        if constexpr (RELU) z = gated<T>(z, z);
+        l.template put<STREAM>(at.out + i, z);
+    }
+};
+
+template <class T, bool GATED>
+struct Elementwise {
+    template <bool STREAM, class K, class L>
+    INLINE_MEMBER void apply(At<T> at, long i, K k, L l) const {
+        const vec<T> xm = l.get(at.x + i) - k(MEAN);
+        vec<T> dy = l.get(at.dy + i);
+        if constexpr (GATED) dy = gated<T>(dy, xm * k(SCALE) + k(SHIFT));
+        l.template put<STREAM>(at.out + i, dy * k(SCALE) + (xm * k(SLOPE) + k(REST)));
+    }
+};
+
+// One number per channel, as one vector.
+template <class T>
+struct PlaneNumbers {
+    const work<T> *numbers;  // of this channel
+    long stride;             // from one kind of number to the next
+    INLINE_MEMBER vec<T> operator()(int which) const { return broadcast<T>(numbers[which * stride]); }
+};
+
+// Those of a channel in the first lanes, of the next one in the others.
+template <class T>
+struct TwoPlanesNumbers {
+    const work<T> *numbers;
+    long stride, first;
+    INLINE_MEMBER vec<T> operator()(int which) const {
+        const work<T> *number = numbers + which * stride;
+        return lanes_below<T>(first) ? broadcast<T>(number[0]) : broadcast<T>(number[1]);
+    }
+};
+
+template <class T>
+struct RowNumbers {
+    const work<T> *numbers;  // from this column on
+    long stride;
+    INLINE_MEMBER vec<T> operator()(int which) const { return read<vec<T>>(numbers + which * stride); }
+};
+
+// Goes through planes that follow each other in memory, `planes` of `length` values each, in vectors that begin where
+// vectors of `from` do: loads and stores that cross from one cache line into the next are slow, and stores past the
+// cache need whole lines. Calls
+//     inside(i, n, c): n vectors within plane c, from the i-th value on,
+//     across(i, c, n): one vector, its first n values the last of plane c, the others of plane c + 1,
+//     part(i, n, c): n values within plane c, fewer than a vector,
+//     end(c): after the last value of plane c, if it was not in a vector across.
+template <class T, class P, class Inside, class Across, class Piece, class End>
+INLINE void go_through(const P *from, long planes, long length, Inside inside, Across across, Piece part, End end) {
+    constexpr long W = Lane<T>::width;
+    const long total = planes * length, ahead = (long)(-(uintptr_t)from % (W * sizeof(T)) / sizeof(T));
+    long i = 0;
+    if (length < 2 * W) {  // too short for two kinds of vectors
+        for (long c = 0; c < planes; ++c, i += length) {
+            if (length >= W) inside(i, 1, c);
+            if (length % W) part(i + length / W * W, length % W, c);
+            end(c);
+        }
+        return;
+    }
+    long c = 0, left = length;  // of plane c
+    if (ahead) {
+        part(0, ahead, 0);
+        i = ahead, left -= ahead;
+    }
+    for (; i + W <= total; ++c) {
+        const long n = left / W;
+        if (n) inside(i, n, c);
+        i += n * W, left -= n * W;
+        if (left && i + W > total) break;
+        if (left) {
+            across(i, c, left);
+            i += W, left += length - W;
+        } else {
+            end(c);
+            left = length;
+        }
+    }
+    if (i < total) {  // the end of the last plane
+        part(i, total - i, c);
+        end(c);
+    }
+}
+
+template <class T>
+struct Running {
+    vec<T> a, b;
+};
+
+// Adds both sums over n vectors, at most 64, to `into`: at most 16 additions in a lane.
+template <class T, class F>
+INLINE void add_vectors(At<T> at, long n, PlaneNumbers<T> k, F terms, Running<T> &into) {
+    constexpr long W = Lane<T>::width;
+    vec<T> a0, a1, a2, a3, b0, b1, b2, b3, a, b;
+    if (n >= 4) {
+        terms(at, 0, k, Whole{}, a0, b0);
+        terms(at, W, k, Whole{}, a1, b1);
+        terms(at, 2 * W, k, Whole{}, a2, b2);
+        terms(at, 3 * W, k, Whole{}, a3, b3);
+        for (n -= 4, at = at + 4 * W; n >= 4; n -= 4, at = at + 4 * W) {
+            terms(at, 0, k, Whole{}, a, b), a0 += a, b0 += b;
+            terms(at, W, k, Whole{}, a, b), a1 += a, b1 += b;
+            terms(at, 2 * W, k, Whole{}, a, b), a2 += a, b2 += b;
+            terms(at, 3 * W, k, Whole{}, a, b), a3 += a, b3 += b;
+        }
+        into.a += (a0 + a1) + (a2 + a3);
+        into.b += (b0 + b1) + (b2 + b3);
+    }
+    for (; n > 0; --n, at = at + W) {
+        terms(at, 0, k, Whole{}, a, b);
+        into.a += a, into.b += b;
+    }
+}
+
+// Both sums for channels c0 to c1, at most MAX_CHANNELS of them, of the samples and positions of a tile.
+template <class T, class F>
+static void sum_planes(const Operands<T> &on, const Tile &t, const work<T> *numbers, long stride, F terms, double *first,
+                       double *second) {
+    constexpr long W = Lane<T>::width, BLOCK = 64, BLOCKS = 16;  // vectors; at most 16 additions in a lane, twice
+    Running<T> running[MAX_CHANNELS];
+    const long channels = t.c1 - t.c0, length = t.s1 - t.s0, together = on.adjacent(length) ? channels : 1;
+    auto flush = [&](long c) {
+        first[c] += total<T>(running[c].a);
+        second[c] += total<T>(running[c].b);
+        running[c].a = running[c].b = vec<T>{};
+    };
+    for (long c = 0; c < channels; ++c) running[c].a = running[c].b = vec<T>{};
+    const long often = std::max(1L, BLOCKS * BLOCK * W / std::max(length, BLOCK * W));
+    for (long n = t.n0; n < t.n1; ++n) {
+        for (long from = 0; from < channels; from += together) {
+            const At<T> at = on.at(n, t.c0 + from, t.s0);
+            Running<T> *const into = running + from;
+            const work<T> *const near = numbers + from;
+            Running<T> here{};  // in registers, for the plane at hand
+            auto end = [&](long c) {
+                into[c].a += here.a, into[c].b += here.b;
+                here.a = here.b = vec<T>{};
+            };
+            go_through<T>(
+                at.x, together, length,
+                [&](long i, long vectors, long c) {
+                    for (long done = 0, block = 1; done < vectors; done += BLOCK, ++block) {
+                        add_vectors(at + (i + done * W), std::min(BLOCK, vectors - done), PlaneNumbers<T>{near + c, stride},
+                                    terms, here);
+                        if (block % BLOCKS == 0) {
+                            end(c);
+                            flush(from + c);
+                        }
+                    }
+                },
+                [&](long i, long c, long values) {
+                    vec<T> a, b;
+                    terms(at, i, TwoPlanesNumbers<T>{near + c, stride, values}, Whole{}, a, b);
+                    here.a += only<T>(a, values), here.b += only<T>(b, values);
+                    end(c);
+                    here.a = from_lane<T>(a, values), here.b = from_lane<T>(b, values);
+                },
+                [&](long i, long values, long c) {
+                    vec<T> a, b;
+                    terms(at, i, PlaneNumbers<T>{near + c, stride}, Part{values}, a, b);
+                    here.a += only<T>(a, values), here.b += only<T>(b, values);
+                },
+                end);
+        }
+        if ((n - t.n0 + 1) % often == 0)
+            for (long c = 0; c < channels; ++c) flush(c);
+    }
+    for (long c = 0; c < channels; ++c) flush(c);
+}
+
+// Adds the terms of one value each of STREAMS rows, which lie `step` apart, to the sums of as many columns as a
+// vector has.
+template <long STREAMS, class T, class F, class L>
+INLINE void add_rows(At<T> at, const typename Operands<T>::Strides &step, RowNumbers<T> k, F terms, L l, work<T> *a_sums,
+                     work<T> *b_sums) {
+    vec<T> a[STREAMS], b[STREAMS];
+#pragma GCC unroll 8
+    for (long i = 0; i < STREAMS; ++i) {
+        terms(at, 0, k, l, a[i], b[i]);
+        at = {at.dy + step.dy, at.x + step.x, at.extra + step.extra, at.out + step.out};
+    }
+#pragma GCC unroll 8
+    for (long half = STREAMS / 2; half; half /= 2)
+#pragma GCC unroll 8
+        for (long i = 0; i < half; ++i) a[i] += a[i + half], b[i] += b[i + half];
+    write<false>(a_sums, read<vec<T>>(a_sums) + a[0]);
+    write<false>(b_sums, read<vec<T>>(b_sums) + b[0]);
+}
+
+// Both sums for every column of rows s0 to s1. `scratch` holds two working vectors of the columns, padded to whole
+// vectors; so does every number of k.
+//
+// Eight rows are taken at a time, to load and store the sums less often. They lie some pages apart, each the head
+// of a run of rows: processors read ahead in several pages at once, but not in one page at several places.
+template <class T, class F>
+static void sum_rows(const Operands<T> &on, const Tile &t, const work<T> *numbers, long stride, F terms, work<T> *scratch,
+                     double *first, double *second) {
+    constexpr long W = Lane<T>::width, STREAMS = 8, APART = 16384, DEPTH = 16;
+    const long columns = t.c1 - t.c0;
+    const long run = std::clamp(APART / (on.outer.x * (long)sizeof(T) + 1), 8L, 128L);
+    const auto &pitch = on.outer;
+    const typename Operands<T>::Strides step = {run * pitch.dy, run * pitch.x, run * pitch.extra, run * pitch.out};
+    work<T> *const a_sums = scratch, *const b_sums = scratch + padded(columns);
+    for (long r = t.s0; r < t.s1;) {
+        const bool together = r + STREAMS * run <= t.s1;
+        for (const long end = together ? r + run : t.s1; r < end;) {
+            std::fill(scratch, scratch + 2 * padded(columns), work<T>(0));
+            for (const long flush = std::min(r + DEPTH, end); r < flush; ++r) {
+                const At<T> at = on.at(r, t.c0, 0);
+                for (long j = 0; j < columns; j += W) {
+                    const RowNumbers<T> k{numbers + j, stride};
+                    if (together && j + W <= columns)
+                        add_rows<STREAMS>(at + j, step, k, terms, Whole{}, a_sums + j, b_sums + j);
+                    else if (together)
+                        add_rows<STREAMS>(at + j, step, k, terms, Part{columns - j}, a_sums + j, b_sums + j);
+                    else
+                        add_rows<1>(at + j, step, k, terms, Part{std::min(W, columns - j)}, a_sums + j, b_sums + j);
+                }
+            }
+            for (long j = 0; j < columns; ++j) first[j] += a_sums[j], second[j] += b_sums[j];
+        }
+        if (together) r += (STREAMS - 1) * run;
+    }
+}
+
+template <bool STREAM, class T, class F>
+static void pass_planes(const Operands<T> &on, const Tile &t, const work<T> *numbers, long stride, F f) {
+    constexpr long W = Lane<T>::width;
+    const long channels = t.c1 - t.c0, length = t.s1 - t.s0, together = on.adjacent(length) ? channels : 1;
+    if (STREAM && length < 2 * W) return pass_planes<false>(on, t, numbers, stride, f);  // not aligned there
+    for (long n = t.n0; n < t.n1; ++n)
+        for (long from = 0; from < channels; from += together) {
+            const At<T> at = on.at(n, t.c0 + from, t.s0);
+            const work<T> *const here = numbers + from;
+            go_through<T>(
+                at.out, together, length,
+                [&](long i, long vectors, long c) {
+                    const PlaneNumbers<T> k{here + c, stride};
+                    for (; vectors >= 2; vectors -= 2, i += 2 * W) {
+                        f.template apply<STREAM>(at, i, k, Whole{});
+                        f.template apply<STREAM>(at, i + W, k, Whole{});
+                    }
+                    if (vectors) f.template apply<STREAM>(at, i, k, Whole{});
+                },
+                [&](long i, long c, long values) {
+                    f.template apply<STREAM>(at, i, TwoPlanesNumbers<T>{here + c, stride, values}, Whole{});
+                },
+                [&](long i, long values, long c) {
+                    f.template apply<false>(at, i, PlaneNumbers<T>{here + c, stride}, Part{values});
+                },
+                [](long) {});
+        }
+    if (STREAM) fence();
+}
+
+template <bool STREAM, class T, class F>
+static void pass_rows(const Operands<T> &on, const Tile &t, const work<T> *numbers, long stride, F f) {
+    constexpr long W = Lane<T>::width;
+    const long columns = t.c1 - t.c0;
+    for (long r = t.s0; r < t.s1; ++r) {
+        const At<T> at = on.at(r, t.c0, 0);
+        long j = 0;
+        for (; j + W <= columns; j += W) f.template apply<STREAM>(at, j, RowNumbers<T>{numbers + j, stride}, Whole{});
+        if (j < columns) f.template apply<false>(at, j, RowNumbers<T>{numbers + j, stride}, Part{columns - j});
+    }
+    if (STREAM) fence();
+}
+
+// A number near the mean of each channel, from a few values: of the first plane of a tile, or of rows spread over all.
+template <class T>
+static void plane_shifts(const Operands<T> &on, const Tile &t, work<T> *shifts) {
+    const long few = std::min(8L, t.s1 - t.s0);
+    for (long c = t.c0; c < t.c1; ++c) {
+        double sum = 0;
+        for (long s = 0; s < few; ++s) sum += value(on.at(t.n0, c, t.s0 + s).x[0]);
+        shifts[c - t.c0] = (work<T>)(sum / few);
+    }
+}
+
+template <class T>
+static void row_shifts(const Operands<T> &on, long rows, long columns, work<T> *shifts) {
+    constexpr long W = Lane<T>::width;
+    const long few = std::min(8L, rows);
+    for (long j = 0; j < columns; j += W) {
+        const Part l{std::min(W, columns - j)};
+        vec<T> sum{};
+        for (long i = 0; i < few; ++i) sum += l.get(on.at(i * rows / few, j, 0).x) / (work<T>)few;
+        write<false>(shifts + j, sum);
+    }
+}
+
+// For each channel of a tile: a shift near its mean, the sum of x - shift, and that of its square. `shifts` and
+// `scratch` are padded to whole vectors.
+template <class T>
+static void tile_moments(const Operands<T> &on, const Tile &t, bool rows, long count, const work<T> *given,
+                         work<T> *scratch, double *shift, double *first, double *second) {
+    const long channels = t.c1 - t.c0;
+    work<T> *shifts = scratch + 2 * padded(channels);
+    if (rows)
+        std::copy(given, given + padded(channels), shifts);
+    else
+        plane_shifts(on, t, shifts);
+    for (int turn = 0; turn < 2; ++turn) {
+        std::fill(first, first + channels, 0.0);
+        std::fill(second, second + channels, 0.0);
+        if (rows)
+            sum_rows(on, t, shifts, 0, Moments<T>{}, scratch, first, second);
+        else
+            sum_planes(on, t, shifts, 0, Moments<T>{}, first, second);
+        for (long c = 0; c < channels; ++c) shift[c] = shifts[c];
+        // Where the shift is more than two standard deviations from the mean, the squares have lost digits: once
+        // more, about the mean found.
+        bool lost = false;
+        for (long c = 0; c < channels; ++c) lost |= 1.25 * first[c] * first[c] > second[c] * count;
+        if (!lost) break;
+        for (long c = 0; c < channels; ++c)
+            if (std::isfinite(first[c])) shifts[c] += (work<T>)(first[c] / count);
+    }
+}
+
+template <class T>
+static void tile_reduce(const Operands<T> &on, const Tile &t, bool rows, Gate gate, const work<T> *numbers, long stride,
+                        work<T> *scratch, double *first, double *second) {
+    auto sums = [&](auto terms) {
+        if (rows)
+            sum_rows(on, t, numbers, stride, terms, scratch, first, second);
+        else
+            sum_planes(on, t, numbers, stride, terms, first, second);
+    };
+    if (gate == Gate::none) sums(Reduce<T, Gate::none>{});
+    if (gate == Gate::recomputed) sums(Reduce<T, Gate::recomputed>{});
+    if (gate == Gate::saved) sums(Reduce<T, Gate::saved>{});
+}
+
+template <class T, class F>
+static void tile_pass(const Operands<T> &on, const Tile &t, bool rows, bool stream, const work<T> *numbers, long stride,
+                      F f) {
+    if (rows)
+        stream ? pass_rows<true>(on, t, numbers, stride, f) : pass_rows<false>(on, t, numbers, stride, f);
+    else
+        stream ? pass_planes<true>(on, t, numbers, stride, f) : pass_planes<false>(on, t, numbers, stride, f);
+}
+
+template <class T>
+static void tile_normalize(const Operands<T> &on, const Tile &t, bool rows, bool stream, const work<T> *numbers,
+                           long stride, bool add, bool relu) {
+    auto pass = [&](auto f) { tile_pass(on, t, rows, stream, numbers, stride, f); };
+    if (add)
+        relu ? pass(Normalize<T, true, true>{}) : pass(Normalize<T, true, false>{});
+    else
+        relu ? pass(Normalize<T, false, true>{}) : pass(Normalize<T, false, false>{});
+}
+
+template <class T>
+static void tile_elementwise(const Operands<T> &on, const Tile &t, bool rows, bool stream, const work<T> *numbers,
+                             long stride, bool gated) {
+    auto pass = [&](auto f) { tile_pass(on, t, rows, stream, numbers, stride, f); };
+    gated ? pass(Elementwise<T, true>{}) : pass(Elementwise<T, false>{});
+}
+
+template <class T>
+static const Loops<T> loops = {row_shifts<T>, tile_moments<T>, tile_reduce<T>, tile_normalize<T>, tile_elementwise<T>};

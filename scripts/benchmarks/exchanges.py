@@ -1,0 +1,101 @@
+"""The one message each way, beside MPI without Python: section exchange.
+
+Imports no torch: 64 ranks of --scaling would take minutes and gigabytes for it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from functools import partial
+from itertools import repeat
+from typing import Any
+
+import numpy as np
+from mpi4py import MPI
+
+import mpisyncbn
+from mpisyncbn import exchange as ours
+from mpisyncbn.diagnostics import Call
+from mpisyncbn.kernels import kernels_for
+
+from . import native
+from .cases import BARE, CHANNELS, FLOOR, GATHERS, QUICK_CHANNELS, WHOLE
+from .timing import interleave, ratio
+
+
+def exchange(quick: bool) -> Iterator[dict[str, Any]]:
+    import torch
+
+    group = mpisyncbn.Communicator().ready()
+    for channels in QUICK_CHANNELS if quick else CHANNELS:
+        x = torch.randn(4, channels, 2)
+        yield measure(group, x, seconds=0.5 if quick else 3.0, calls=100)
+    group.free()
+
+
+def measure(group: Any, x: Any, seconds: float, calls: int) -> dict[str, Any]:
+    """Microseconds of each peer, for the moments of ``x``. Collective: every rank must call."""
+    channels = x.shape[1]
+    length = 2 * channels + 3
+    peers = {name: _often(once, calls) for name, once in exchanges(group, x).items()}
+    left_out = {}
+    if native.library()[0] is None:
+        left_out[FLOOR] = native.library()[1]
+    else:
+        peers[FLOOR] = native.allreduce_loop(group.comm, length, calls)
+    figures = interleave(peers, seconds, calls=calls)
+    ours_to = {name: ratio(figures["merge_moments"], figures[name]) for name in figures if name not in WHOLE}
+    return {
+        "channels": channels,
+        "bytes": 8 * length,
+        "us": figures,
+        "ours to": ours_to,
+        "left out": left_out,
+    }
+
+
+def exchanges(group: Any, x: Any) -> dict[str, Callable[[], Any]]:
+    """One exchange of each kind, on the vectors that the kernels for ``x`` return.
+
+    No lambdas: one costs a tenth of the shortest exchange.
+    """
+    channels = x.shape[1]
+    count, mean, m2 = kernels_for(x).local_moments(x)
+    forward, backward = (
+        Call("benchmark", direction, channels, "float32") for direction in ("forward", "backward")
+    )
+    message, comm = np.zeros(2 * channels + 3), group.comm
+    merges = {name: partial(gather_and_merge, comm, count, mean, m2, wire) for name, wire in GATHERS.items()}
+    return {
+        "merge_moments": partial(ours.merge_moments, group, forward, count, mean, m2),
+        "reduce_sums": partial(ours.reduce_sums, group, backward, mean, m2),
+        BARE: partial(comm.Allreduce, MPI.IN_PLACE, message),
+        **merges,
+    }
+
+
+def gather_and_merge(
+    comm: Any, count: int, mean: Any, m2: Any, wire: str = "float64"
+) -> tuple[int, Any, Any]:
+    """Count, mean and variance of all ranks from all ranks' moments, as torch.nn.SyncBatchNorm has them.
+
+    An all-gather of 2C + 1 values a rank, of dtype ``wire`` (torch: the dtype of the input), then one
+    merge of all (Chan, Golub and LeVeque 1979, eq. 2.1). Collective: every rank of ``comm`` must call.
+    """
+    channels = len(mean)
+    message = np.empty(2 * channels + 1, wire)
+    message[0], message[1 : channels + 1], message[channels + 1 :] = count, mean, m2
+    gathered = np.empty((comm.size, len(message)), wire)
+    comm.Allgather(message, gathered)
+    counts, means, m2s = gathered[:, :1], gathered[:, 1 : channels + 1], gathered[:, channels + 1 :]
+    total = counts.sum()
+    merged = (counts * means).sum(axis=0) / total
+    return int(total), merged, (m2s + counts * (means - merged) ** 2).sum(axis=0) / total
+
+
+def _often(once: Callable[[], Any], calls: int) -> Callable[[], None]:
+    def run() -> None:
+        for _ in repeat(None, calls):
+            once()
+
+    return run

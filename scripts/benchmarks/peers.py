@@ -1,0 +1,108 @@
+"""What ours is measured against: our own code for each idea, as plain as its users write it."""
+
+from __future__ import annotations
+
+import ctypes
+import shutil
+import socket
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from mpi4py import MPI
+from torch import Tensor, nn
+
+WORLD = MPI.COMM_WORLD
+
+
+class _SumOverRanks(torch.autograd.Function):
+    """A sum over all ranks, which is its own adjoint, over gloo."""
+
+    @staticmethod
+    def forward(ctx: Any, values: Tensor) -> Tensor:
+        total = values.clone()
+        dist.all_reduce(total)
+        return total
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> Tensor:
+        total = gradient.clone(memory_format=torch.contiguous_format)
+        dist.all_reduce(total)
+        return total
+
+
+class NaiveSyncBatchNorm(nn.modules.batchnorm._BatchNorm):
+    """What people write where torch has none for CPUs: E[x**2] - E[x]**2, and autograd does the rest.
+
+    Every rank must have a batch of the same size. Between ``gloo()``.
+    """
+
+    def _check_input_dim(self, input: Tensor) -> None:
+        pass
+
+    def forward(self, input: Tensor) -> Tensor:
+        x = input.float()
+        dims = (0, *range(2, x.ndim))
+        view = (1, -1) + (1,) * (x.ndim - 2)
+        moments = torch.cat([x.mean(dims), (x * x).mean(dims)])
+        mean, square = (_SumOverRanks.apply(moments) / dist.get_world_size()).chunk(2)
+        var = square - mean * mean
+        if self.running_mean is not None and self.running_var is not None and self.momentum is not None:
+            with torch.no_grad():
+                self.running_mean += self.momentum * (mean - self.running_mean)
+                self.running_var += self.momentum * (var - self.running_var)
+        scale = self.weight * (var + self.eps).rsqrt()
+        shift = self.bias - mean * scale
+        return (x * scale.view(view) + shift.view(view)).to(input.dtype)
+
+
+@contextmanager
+def gloo() -> Iterator[None]:
+    """torch.distributed over gloo among the ranks of this job. Collective: every rank must call."""
+    one_node = len(set(WORLD.allgather(socket.gethostname()))) == 1
+    host = WORLD.bcast("127.0.0.1" if one_node else socket.gethostname())
+    store = dist.TCPStore(host, 0, WORLD.size, True, wait_for_workers=False) if WORLD.rank == 0 else None
+    port = WORLD.bcast(store.port if store else None)
+    if store is None:
+        store = dist.TCPStore(host, port, WORLD.size, False)
+    dist.init_process_group("gloo", store=store, rank=WORLD.rank, world_size=WORLD.size)
+    try:
+        yield
+    finally:
+        dist.destroy_process_group()
+        WORLD.Barrier()  # the store lives on rank 0
+
+
+def compiled(layer: nn.Module, run: Callable[[nn.Module], Any]) -> tuple[nn.Module | None, str]:
+    """``layer`` under torch.compile, compiled by a first ``run``; or, on every rank, None and the reason.
+
+    Collective: every rank must call.
+    """
+    reason = "" if shutil.which("g++") or shutil.which("clang++") else "no C++ compiler"
+    fast = None
+    if not reason:
+        import torch._inductor.config
+
+        torch._inductor.config.compile_threads = 1  # a pool of processes has no place in a rank
+        torch._dynamo.reset()  # each case anew: no limit on how many shapes one code object is compiled for
+        try:
+            fast = torch.compile(layer, dynamic=False)
+            run(fast)
+        except Exception as error:  # whatever a compiler does not like
+            reason = f"torch.compile fails: {type(error).__name__}"
+    reasons = [why for why in WORLD.allgather(reason) if why]
+    return (None, reasons[0]) if reasons else (fast, "")
+
+
+def copies(x: Tensor) -> dict[str, Callable[[], Any]]:
+    """Two ways to copy the memory of ``x`` (dense, in any format) into memory that is there already."""
+    source = x.detach()
+    target = torch.empty_like(source)
+    arguments = target.data_ptr(), source.data_ptr(), source.numel() * source.element_size()
+    # A default argument keeps the target alive as long as its address is in use.
+    return {
+        "copy_": lambda: target.copy_(source),
+        "memmove": lambda _keep=(target, source): ctypes.memmove(*arguments),
+    }

@@ -1,0 +1,94 @@
+"""A whole ResNet-50 training step: section resnet."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from mpi4py import MPI
+from torch import Tensor, nn
+
+import mpisyncbn
+
+from .timing import interleave, ratio
+
+WORLD = MPI.COMM_WORLD
+BATCH, PIXELS = 4, 128
+QUICK_BATCH, QUICK_PIXELS = 2, 96
+
+
+class Bottleneck(nn.Module):
+    """1x1, 3x3, 1x1, and around them the identity, or a projection where the shape changes."""
+
+    def __init__(self, inside: int, width: int, stride: int) -> None:
+        super().__init__()
+        outside = 4 * width
+        self.body = nn.Sequential(
+            *_convolution(inside, width, 1),
+            nn.ReLU(inplace=True),
+            *_convolution(width, width, 3, stride),
+            nn.ReLU(inplace=True),
+            *_convolution(width, outside, 1),
+        )
+        same = inside == outside and stride == 1
+        self.skip = nn.Identity() if same else nn.Sequential(*_convolution(inside, outside, 1, stride))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.relu_(self.body(x) + self.skip(x))
+
+
+def resnet50(classes: int = 1000) -> nn.Module:
+    """He, Zhang, Ren and Sun 2015, table 1, with the stride in the 3x3 convolution, as all use it today."""
+    layers = [*_convolution(3, 64, 7, 2), nn.ReLU(inplace=True), nn.MaxPool2d(3, 2, padding=1)]
+    inside = 64
+    for width, blocks in ((64, 3), (128, 4), (256, 6), (512, 3)):
+        for block in range(blocks):
+            layers.append(Bottleneck(inside, width, 2 if block == 0 and width > 64 else 1))
+            inside = 4 * width
+    return nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(inside, classes))
+
+
+def _convolution(inside: int, outside: int, kernel: int, stride: int = 1) -> tuple[nn.Module, nn.Module]:
+    convolution = nn.Conv2d(inside, outside, kernel, stride, padding=kernel // 2, bias=False)
+    return convolution, nn.BatchNorm2d(outside)
+
+
+def resnet(quick: bool) -> Iterator[dict[str, Any]]:
+    """Gradients are not averaged over ranks: that would be the same for both."""
+    batch, pixels = (QUICK_BATCH, QUICK_PIXELS) if quick else (BATCH, PIXELS)
+    for name, memory in (("contiguous", torch.contiguous_format), ("channels_last", torch.channels_last)):
+        torch.manual_seed(0)
+        local = resnet50().to(memory_format=memory)
+        models = {
+            "local": local,
+            "ours": mpisyncbn.convert_sync_batchnorm(copy.deepcopy(local)),
+        }
+        images = torch.randn(batch, 3, pixels, pixels).contiguous(memory_format=memory)
+        labels = torch.randint(1000, (batch,))
+        figures = interleave(
+            {which: training_step(model, images, labels) for which, model in models.items()},
+            seconds=3 if quick else 25,
+            warm=1 if quick else 2,
+            fewest=3 if quick else 5,
+        )
+        yield {
+            "family": "ResNet-50 step",
+            "shape": tuple(images.shape),
+            "dtype": "float32",
+            "format": name,
+            "us": figures,
+            "ours to": {"local": ratio(figures["ours"], figures["local"])},
+        }
+
+
+def training_step(model: nn.Module, images: Tensor, labels: Tensor) -> Callable[[], None]:
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.01, momentum=0.9)
+
+    def step() -> None:
+        optimizer.zero_grad()
+        nn.functional.cross_entropy(model(images), labels).backward()
+        optimizer.step()
+
+    return step

@@ -1,0 +1,140 @@
+"""Exchanges at 2 to 64 ranks: time, and bytes that a rank sends. Section scaling.
+
+Started without mpiexec, the script starts mpiexec and itself for each size: once as it is, for the times, and
+once with Open MPI's monitoring component, for the bytes. Imports no torch.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+SIZES = (2, 4, 8, 16, 32, 64)
+QUICK_SIZES = (2, 8, 64)
+CHANNELS = 512
+LIMIT = 240  # seconds for one size
+
+# More ranks than cores: without binding off and yielding on, a collective takes a thousand times as long.
+# As in scripts/environment.sh; what is set already stays.
+_OVERSUBSCRIBED = {
+    "PRTE_MCA_rmaps_default_mapping_policy": ":oversubscribe",
+    "PRTE_MCA_hwloc_default_binding_policy": "none",
+    "OMPI_MCA_rmaps_base_oversubscribe": "1",
+    "OMPI_MCA_hwloc_base_binding_policy": "none",
+    "OMPI_MCA_mpi_yield_when_idle": "1",
+    "OMP_NUM_THREADS": "1",
+}
+_ROOT = {"OMPI_ALLOW_RUN_AS_ROOT": "1", "OMPI_ALLOW_RUN_AS_ROOT_CONFIRM": "1"}
+# Counts point-to-point messages, those inside collectives too. Collectives over shared memory send none, and
+# han has another plan within a node; without them coll/tuned chooses, as between the nodes of a cluster.
+_COUNTED = {
+    "OMPI_MCA_pml_monitoring_enable": "1",
+    "OMPI_MCA_coll": "^sm,han,adapt,xhc",
+}
+# What mpiexec tells a rank, whichever it is.
+_LAUNCHED = ("OMPI_COMM_WORLD_RANK", "PMIX_RANK", "PMI_RANK", "MPI_LOCALRANKID")
+
+
+def launched() -> bool:
+    """Whether this process is a rank of mpiexec or srun; found out without starting MPI."""
+    return any(name in os.environ for name in _LAUNCHED)
+
+
+def launch(arguments: list[str], quick: bool) -> Iterator[tuple[dict[str, Any], dict[str, Any]]]:
+    """A row of results, and the environment of the ranks, for each size.
+
+    Args:
+        arguments: the command line that runs ``measure`` in each rank, without the path of its report.
+    """
+    mpiexec = shutil.which("mpiexec")
+    if mpiexec is None:
+        raise SystemExit("benchmark: --scaling needs mpiexec on PATH")
+    for size in QUICK_SIZES if quick else SIZES:
+        row: dict[str, Any] = {"ranks": size, "channels": CHANNELS, "left out": {}}
+        facts: dict[str, Any] = {}
+        for what, settings in (("us", {}), ("bytes sent", _COUNTED)):
+            with TemporaryDirectory() as folder:
+                path = Path(folder) / "report.json"
+                command = [mpiexec, "-n", str(size), sys.executable, *arguments, "--json", str(path)]
+                problem = _run(command, environment() | settings)
+                if problem:
+                    row["left out"][what] = problem
+                    continue
+                report = json.loads(path.read_text())
+            (found,) = report["sections"]["scaling"]
+            row[what] = found[what]
+            row["left out"] |= {
+                name: why
+                for name, why in found["left out"].items()
+                if (name == "bytes sent") == (what == "bytes sent")
+            }
+            facts = facts or report["environment"]
+        yield row, facts
+
+
+def environment() -> dict[str, str]:
+    defaults = _OVERSUBSCRIBED | (_ROOT if hasattr(os, "geteuid") and os.geteuid() == 0 else {})
+    return defaults | os.environ
+
+
+def _run(command: list[str], variables: dict[str, str]) -> str:
+    """Why the command failed, or "". mpiexec ends its ranks when it is told to end itself."""
+    with subprocess.Popen(
+        command, env=variables, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE
+    ) as process:
+        try:
+            _, errors = process.communicate(timeout=LIMIT)
+        except subprocess.TimeoutExpired:
+            process.send_signal(signal.SIGTERM)
+            try:
+                process.communicate(timeout=20)
+            except subprocess.TimeoutExpired:
+                process.kill()
+                process.communicate()
+            return f"took more than {LIMIT} s"
+    if not process.returncode:
+        return ""
+    # The exception of a rank, if that is what ended the job; mpiexec has much to say after it.
+    lines = errors.decode(errors="replace").strip().splitlines()
+    telling = [line for line in lines if "Error: " in line] or lines or ["no message"]
+    return f"mpiexec fails: {telling[0]}"
+
+
+def measure(quick: bool) -> Iterator[dict[str, Any]]:
+    """Time and bytes of the exchanges at the size of this job. Collective: every rank must call."""
+    import numpy as np
+    from mpi4py import MPI
+
+    import mpisyncbn
+
+    from . import exchanges, native
+
+    world = MPI.COMM_WORLD
+    group = mpisyncbn.Communicator().ready()
+    x = np.random.default_rng(world.rank).normal(size=(4, CHANNELS, 2)).astype(np.float32)
+    # A batch that is long at 2 ranks would take seconds at 64 on two cores.
+    calls = max(4, 200 // world.size)
+    row = exchanges.measure(group, x, seconds=1.0 if quick else 4.0, calls=calls)
+    counter, reason = native.sent_counter()
+    row |= {"ranks": world.size, "bytes sent": {}}
+    if counter is None:
+        row["left out"]["bytes sent"] = reason
+    else:
+        for name, once in exchanges.exchanges(group, x).items():
+            before = counter()
+            once()
+            sent = counter() - before
+            row["bytes sent"][name] = {
+                "mean": round(world.allreduce(sent) / world.size),
+                "largest": world.allreduce(sent, op=MPI.MAX),
+            }
+    group.free()
+    yield row

@@ -1,0 +1,198 @@
+"""The figures that the project answers for, each beside its bar; and every row as a line of text."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable
+from typing import Any, NamedTuple
+
+from .cases import BARE, FLOOR, GATHERS, LARGE_VALUES, LARGE_VERB_BYTES, STATISTICS, WHOLE, Figures
+
+Row = dict[str, Any]
+SHORT_CHANNELS = 128  # up to here an exchange is judged by microseconds, above by ratio
+
+
+class Line(NamedTuple):
+    what: str
+    value: Figures  # "median" and "minimum"; empty where nothing was measured
+    bar: float
+    at_most: bool = True  # or at least
+    unit: str = ""
+    note: str = ""
+
+    @property
+    def met(self) -> bool | None:
+        """By the medians. None where nothing was measured."""
+        if not self.value:
+            return None
+        return self.value["median"] <= self.bar if self.at_most else self.value["median"] >= self.bar
+
+    def __str__(self) -> str:
+        if not self.value:
+            return f"{self.what:<80} not measured: {self.note}"
+        verdict = "met" if self.met else "MISSED"
+        value = f"{_digits(self.value['median']):>7} ({_digits(self.value['minimum'])}) {self.unit}"
+        bar = f"bar: at {'most' if self.at_most else 'least'} {self.bar:g}"
+        return f"{self.what:<80} {value:<20} {bar:<20} {verdict}"
+
+
+def summarize(sections: dict[str, list[Row]]) -> list[Line]:
+    """What can be said of the sections that were run."""
+    judges = {
+        "layer": _layer,
+        "verbs": _verbs,
+        "exchange": _exchange,
+        "tiny": _tiny,
+        "peers": _peers,
+        "resnet": _resnet,
+        "relu": _relu,
+        "scaling": _scaling,
+    }
+    return [line for name, judge in judges.items() if sections.get(name) for line in judge(sections[name])]
+
+
+def geometric_mean(values: Iterable[float]) -> float:
+    logarithms = [math.log(value) for value in values]
+    return math.exp(sum(logarithms) / len(logarithms))
+
+
+def over(combine: Callable[[list[float]], float], figures: Iterable[Figures]) -> Figures:
+    """``combine`` of the medians, and of the minima; empty if there are none."""
+    every = list(figures)
+    return {label: combine([one[label] for one in every]) for label in STATISTICS} if every else {}
+
+
+def _layer(rows: list[Row]) -> list[Line]:
+    large = [row for row in rows if row["values"] >= LARGE_VALUES]
+
+    def ratios(dtype: str, formats: tuple[str, ...]) -> list[Figures]:
+        chosen = (row for row in large if row["dtype"] == dtype and row["format"] in formats)
+        return [row["ours to"]["local"] for row in chosen]
+
+    both = ("contiguous", "channels_last")
+    name, lines = "layer over local, 6 MB and more", []
+    for which, bar in zip(both, (0.65, 0.90), strict=True):
+        what = f"{name}, float32, {which}, geometric mean"
+        lines.append(Line(what, over(geometric_mean, ratios("float32", (which,))), bar))
+    lines.append(Line(f"{name}, float32, worst", over(max, ratios("float32", both)), 1.0))
+    half = ratios("bfloat16", both)
+    lines.append(Line(f"{name}, bfloat16, same shapes, geometric mean", over(geometric_mean, half), 0.9))
+    lines.append(Line(f"{name}, bfloat16, same shapes, worst", over(max, half), 0.9))
+    return lines
+
+
+def _verbs(rows: list[Row]) -> list[Line]:
+    lines = []
+    for dtype in ("float32", "bfloat16"):
+        large = [row for row in rows if row["bytes"] >= LARGE_VERB_BYTES and row["dtype"] == dtype]
+        for verb in large[0]["of the copy limit"] if large else ():
+            fractions = [row["of the copy limit"][verb] for row in large]
+            for label, combine in (("geometric mean", geometric_mean), ("worst", min)):
+                what = f"{verb} of the copy limit, 25 MB and more, {dtype}, {label}"
+                lines.append(Line(what, over(combine, fractions), 0.85, at_most=False))
+    return lines
+
+
+def _exchange(rows: list[Row]) -> list[Line]:
+    measured = [row for row in rows if FLOOR in row["us"]]
+    if not measured:
+        return [Line("exchange over the C loop", {}, 0.5, note=rows[0]["left out"].get(FLOOR, ""))]
+    lines = []
+    for name in (*WHOLE, BARE):
+        pairs = [(row["channels"], row["us"][name], row["us"][FLOOR]) for row in measured]
+        short = [
+            {label: ours[label] - floor[label] for label in STATISTICS}
+            for channels, ours, floor in pairs
+            if channels <= SHORT_CHANNELS
+        ]
+        long = [
+            {label: ours[label] / floor[label] for label in STATISTICS}
+            for channels, ours, floor in pairs
+            if channels > SHORT_CHANNELS
+        ]
+        lines += [
+            Line(f"{name} minus the C loop, C to {SHORT_CHANNELS}, worst", over(max, short), 0.5, unit="us"),
+            Line(f"{name} over the C loop, C above {SHORT_CHANNELS}, worst", over(max, long), 1.2),
+        ]
+    return lines
+
+
+def _tiny(rows: list[Row]) -> list[Line]:
+    return [
+        Line(f"tiny layer over local, {tuple(row['shape'])} {row['format']}", row["ours to"]["local"], 2.5)
+        for row in rows
+        if tuple(row["shape"]) == (2, 64, 8, 8) and row["dtype"] == "float32"
+    ]
+
+
+def _peers(rows: list[Row]) -> list[Line]:
+    """How many times slower: the inverse of ours to theirs; the worst case is where they come closest."""
+    name, lines = "naive over gloo", []
+    for label, bar, is_tiny in (("6 MB and more", 5.0, False), ("tiny", 10.0, True)):
+        slower = [
+            {figure: 1 / value for figure, value in row["ours to"][name].items()}
+            for row in rows
+            if (row["family"] == "tiny") == is_tiny
+        ]
+        for statistic, combine in (("geometric mean", geometric_mean), ("worst", min)):
+            what = f"naive SyncBatchNorm over gloo over ours, {label}, {statistic}"
+            lines.append(Line(what, over(combine, slower), bar, at_most=False))
+    return lines
+
+
+def _resnet(rows: list[Row]) -> list[Line]:
+    return [
+        Line(f"ResNet-50 training step over local, {row['format']}", row["ours to"]["local"], 1.0)
+        for row in rows
+    ]
+
+
+def _relu(rows: list[Row]) -> list[Line]:
+    peer = "ours, then relu"
+    fused = [row["ours to"][peer] for row in rows if "ours to" in row]
+    what = "fused ReLU over ours, then torch.relu"
+    if not fused:
+        return [Line(what, {}, 0.75, note=rows[0]["left out"]["ours"])]
+    return [
+        Line(f"{what}, geometric mean", over(geometric_mean, fused), 0.75),
+        Line(f"{what}, worst", over(max, fused), 0.75),
+    ]
+
+
+def _scaling(rows: list[Row]) -> list[Line]:
+    largest = max(rows, key=lambda row: row["ranks"])
+    ranks = largest["ranks"]
+    lines = []
+    for name in GATHERS:
+        what = f"{name}, over ours, {ranks} ranks"
+        if "us" not in largest:
+            lines.append(Line(what, {}, 3.0, note=largest["left out"].get("us", "")))
+            continue
+        figures = largest["us"]
+        times = {label: figures[name][label] / figures["merge_moments"][label] for label in STATISTICS}
+        lines.append(Line(what, times, 3.0, at_most=False))
+    return lines
+
+
+def row_text(section: str, row: Row) -> str:
+    """One row as a line: medians, minima in parentheses."""
+    if "shape" in row:
+        case = f"{tuple(row['shape'])} {row['dtype']} {row['format']}"
+    else:
+        case = f"C={row['channels']}" + (f", {row['ranks']} ranks" if "ranks" in row else "")
+    parts = [f"{section} {case}:"]
+    for name, figures in row.get("us", {}).items():
+        text = f"{name} {_digits(figures['median'])} ({_digits(figures['minimum'])}) us"
+        for key, label in (("ours to", "ours to it"), ("of the copy limit", "of the copy limit")):
+            if name in row.get(key, {}):
+                more = row[key][name]
+                text += f", {label} {_digits(more['median'])} ({_digits(more['minimum'])})"
+        parts.append(text)
+    for name, sent in row.get("bytes sent", {}).items():
+        parts.append(f"{name} sent {sent['mean']:,.0f} bytes a rank, at most {sent['largest']:,}")
+    parts += [f"{name} left out: {why}" for name, why in row.get("left out", {}).items()]
+    return "\n    ".join(parts)
+
+
+def _digits(value: float) -> str:
+    return f"{value:,.0f}" if value >= 1000 else f"{value:.3g}" if value >= 100 else f"{value:.2f}"

@@ -1,0 +1,107 @@
+"""Builds the native kernels beside what setup.cfg says. Where that fails, the rest is installed all the same.
+
+MPISYNCBN_NO_NATIVE=1 leaves them out on purpose. CXX, CFLAGS, CXXFLAGS and LDFLAGS are heeded, and come last.
+"""
+
+from __future__ import annotations
+
+import os
+import shlex
+import shutil
+import sys
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+from setuptools import Extension, setup
+from setuptools.command.build_ext import build_ext
+
+FOLDER = Path("mpisyncbn", "kernels")
+NATIVE = Extension(
+    "mpisyncbn.kernels._cpu",
+    sources=[str(FOLDER / "cpu.cpp")],
+    depends=[*map(str, sorted(FOLDER.glob("*.h"))), "setup.py"],
+    define_macros=[("NDEBUG", "1"), ("NB_COMPACT_ASSERTIONS", "1")],
+    extra_compile_args=[
+        *("-std=gnu++17", "-O3", "-g0", "-fvisibility=hidden"),
+        "-fno-strict-aliasing",  # nanobind asks for it
+        *("-ffp-contract=fast", "-fno-math-errno", "-fno-wrapv"),
+        *("-Wno-psabi", "-Wno-maybe-uninitialized", "-Wno-unknown-pragmas"),
+    ],
+    language="c++",
+)
+VARIABLES = ("CC", "CXX", "CFLAGS", "CXXFLAGS", "LDFLAGS")
+
+
+class BuildNative(build_ext):
+    def run(self) -> None:
+        inplace, name = self.inplace, self.get_ext_filename("_cpu")
+        try:
+            if os.environ.get("MPISYNCBN_NO_NATIVE", "0") not in ("", "0"):
+                raise RuntimeError("MPISYNCBN_NO_NATIVE is set")
+            super().run()
+        except Exception as error:  # whatever it is: everything works without them
+            Path(self.build_lib, FOLDER, name).unlink(missing_ok=True)  # an earlier build is of other sources
+            if inplace:
+                (FOLDER / name).unlink(missing_ok=True)
+            self.extensions: list[Extension] = []  # or others would look for what it makes
+            # Some setuptools' errors hold the whole command, which is printed above anyway.
+            why = str(error) if len(str(error)) < 100 else "the compiler failed: see above"
+            say(
+                f"native kernels were not built ({why}): slower ATen and NumPy operations serve instead. "
+                "The cure: install a C++17 compiler and Python's headers, then this again"
+            )
+
+    def build_extension(self, ext: Extension) -> None:
+        try:
+            import nanobind
+        except ImportError:
+            raise RuntimeError("nanobind is not there") from None
+        home = Path(nanobind.include_dir()).parent
+        ext.include_dirs = [str(home / part) for part in ("include", "src", "ext/robin_map/include")]
+        # What is built holds no path of the machine that built it.
+        ext.extra_compile_args += [f"-ffile-prefix-map={home}=nanobind"]
+        openmp = ["-fopenmp"] if self.has_openmp() else []
+        ext.extra_compile_args += openmp
+        ext.extra_link_args += openmp
+        for name in ("CFLAGS", "CXXFLAGS"):  # setuptools puts them before ours
+            ext.extra_compile_args += shlex.split(os.environ.get(name, ""))
+        ext.depends += [self.conditions(nanobind.__version__)]
+
+        # An editable install builds in a new folder each time: what lies among the sources is as good, unless
+        # it is older than they are.
+        target = Path(self.get_ext_fullpath(ext.name))
+        earlier = FOLDER / target.name
+        if self.editable_mode and earlier.exists():
+            target.parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy2(earlier, target)
+        super().build_extension(ext)
+        if not openmp:
+            say("the compiler has no OpenMP: native kernels run on one thread")
+
+    def has_openmp(self) -> bool:
+        with TemporaryDirectory() as folder:
+            source = Path(folder, "openmp.cpp")
+            source.write_text("#include <omp.h>\nint main() { return omp_get_max_threads(); }\n")
+            options = {"output_dir": folder, "extra_postargs": ["-fopenmp"]}
+            try:
+                objects = self.compiler.compile([str(source)], **options)
+                self.compiler.link_executable(objects, "openmp", target_lang="c++", **options)
+            except Exception:
+                return False
+        return True
+
+    def conditions(self, nanobind: str) -> str:
+        """A file that is new when what the sources cannot say has changed."""
+        path = Path("build", "native-conditions.txt")
+        text = "\n".join([nanobind, *(f"{name}={os.environ.get(name, '')}" for name in VARIABLES)])
+        if not path.exists() or path.read_text() != text:
+            path.parent.mkdir(exist_ok=True)
+            path.write_text(text)
+        return str(path)
+
+
+def say(line: str) -> None:
+    print(f"mpisyncbn: {line}", file=sys.stderr)
+
+
+setup(ext_modules=[NATIVE], cmdclass={"build_ext": BuildNative})
