@@ -21,7 +21,6 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch._functorch.utils import unwrap_dead_wrappers
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.utils._python_dispatch import _disable_current_modes
 
@@ -143,7 +142,8 @@ def batch_norm(
         return finish(y, activation, residual), BatchStats(mean, var, invstd, count * first_time)
     group = resolve(process_group)
     step = _Step(group, group.name_of(layer), x.shape[1], dtype, eps, activation == "relu")
-    y = _apply(x, weight, bias, residual, step)
+    function = _Transformable if torch._C._are_functorch_transforms_active() else _SyncBatchNorm
+    y = function.apply(x, weight, bias, residual, step)
     functional.check_count(step.stats.count, x)
     return y, step.stats._replace(count=0) if _recomputing() else step.stats
 
@@ -228,32 +228,10 @@ class _SyncBatchNorm(torch.autograd.Function):
     """The fused path."""
 
     @staticmethod
-    def forward(
-        x: Tensor, weight: Tensor | None, bias: Tensor | None, residual: Tensor | None, step: _Step
-    ) -> Tensor:
-        with np.errstate(all="ignore"):  # values that are not finite are data
-            y, step.stats = functional.forward(
-                x,
-                weight,
-                bias,
-                step.eps,
-                kernels_for(x),
-                step.exchange(exchange.merge_moments, "forward"),
-                residual,
-                step.relu,
-            )
+    def forward(ctx: Any, *inputs: Any) -> Tensor:
+        y = _forward(*inputs)
+        _remember(ctx, inputs, y)
         return y
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-        x, weight, bias, residual, ctx.step = inputs
-        ctx.bias_dtype = None if bias is None else bias.dtype
-        ctx.has_residual = residual is not None
-        saved = (x, weight)
-        if ctx.step.relu:  # with a residual, only the output itself tells where it was positive
-            saved = (x, weight, bias, output if ctx.has_residual else None)
-        ctx.save_for_backward(*saved)
-        ctx.save_for_forward(*saved)
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> tuple[Any, ...]:
@@ -314,20 +292,50 @@ class _SyncBatchNorm(torch.autograd.Function):
             dy = generic.backward_reduce(dy, x, stats.mean, stats.invstd, Gate(weight, *gate))[2]
         return dy
 
+
+class _Transformable(_SyncBatchNorm):
+    """The same for torch.func, which wants the two halves of forward apart. Slower: for that alone."""
+
     @staticmethod
-    def vmap(info: Any, in_dims: tuple[Any, ...], *arguments: Any) -> tuple[Tensor, None]:
+    def forward(*inputs: Any) -> Tensor:  # type: ignore[override]
+        return _forward(*inputs)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        _remember(ctx, inputs, output)
+
+    @staticmethod
+    def vmap(info: Any, in_dims: tuple[Any, ...], *inputs: Any) -> tuple[Tensor, None]:
         _refuse_batched(in_dims)
-        return _SyncBatchNorm.apply(*arguments), None
+        return _Transformable.apply(*inputs), None
 
 
-_plain_apply = super(torch.autograd.Function, _SyncBatchNorm).apply
+def _forward(
+    x: Tensor, weight: Tensor | None, bias: Tensor | None, residual: Tensor | None, step: _Step
+) -> Tensor:
+    with np.errstate(all="ignore"):  # values that are not finite are data
+        y, step.stats = functional.forward(
+            x,
+            weight,
+            bias,
+            step.eps,
+            kernels_for(x),
+            step.exchange(exchange.merge_moments, "forward"),
+            residual,
+            step.relu,
+        )
+    return y
 
 
-def _apply(*arguments: Any) -> Tensor:
-    """``_SyncBatchNorm.apply`` without its detour through ``inspect``, a tenth of a tiny layer's time."""
-    if torch._C._are_functorch_transforms_active():
-        return _SyncBatchNorm.apply(*arguments)
-    return _plain_apply(*unwrap_dead_wrappers(arguments))
+def _remember(ctx: Any, inputs: tuple[Any, ...], y: Tensor) -> None:
+    x, weight, bias, residual, ctx.step = inputs
+    ctx.bias_dtype = None if bias is None else bias.dtype
+    ctx.has_residual = residual is not None
+    saved: tuple[Any, ...] = (x, weight)
+    if ctx.step.relu:  # with a residual, only the output itself tells where it was positive
+        saved = (x, weight, bias, y if ctx.has_residual else None)
+    ctx.save_for_backward(*saved)
+    ctx.save_for_forward(*saved)
 
 
 class _MergeMoments(torch.autograd.Function):

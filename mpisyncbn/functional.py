@@ -150,15 +150,18 @@ def update_running_stats(running_mean: Any, running_var: Any, stats: BatchStats,
     Returns:
         Whether they were updated; in a graph of torch.compile, as a tensor. Not collective.
     """
-    count, host = stats.count, native()
-    if host is not None and count.__class__ is int and count and momentum.__class__ is float:
-        to_unbiased = count / max(count - 1, 1)
-        if type(stats.mean) is np.ndarray and 0.0 <= momentum <= 1.0:
-            vectors = running_mean, running_var, stats.mean, stats.var
-            updated = host.update_running_stats(*vectors, to_unbiased, momentum)
-            if updated > 0:
-                transport.changed(running_mean, running_var)
-                return True
+    count = stats.count
+    if (
+        type(stats.mean) is np.ndarray
+        and count
+        and momentum.__class__ is float
+        and 0.0 <= momentum <= 1.0
+        and (host := native()) is not None
+    ):
+        vectors = running_mean, running_var, stats.mean, stats.var
+        if host.update_running_stats(*vectors, count / max(count - 1, 1), momentum) > 0:
+            transport.changed(running_mean, running_var)
+            return True  # what was refused is looked at more closely below
     if (
         running_mean.shape != stats.mean.shape
         or running_var.shape != stats.mean.shape
@@ -299,8 +302,10 @@ def _is_mixed(name: str, parameters: Any) -> bool:
 
 
 def invstd_of(var: Any, eps: float) -> Any:
-    if type(var) is np.ndarray and eps > 0:
-        return 1.0 / np.sqrt(var + eps)  # a fifth of the time of a power
+    if type(var) is np.ndarray and eps > 0 and (host := native()) is not None:
+        found = np.empty(len(var))
+        host.invstd(var, eps, found)
+        return found
     if eps == 0:
         # A constant channel gives 0, so that y is its bias and dx is 0, not NaN.
         constant = var == 0
@@ -311,7 +316,7 @@ def invstd_of(var: Any, eps: float) -> Any:
 def layer_dtype(x: Any, *parameters: Any) -> str:
     """What decides the message: fixed by the layer, so by ``x`` only where nothing else is given."""
     decides = next((p for p in parameters if p is not None), x)
-    return "float64" if dtype_name(decides.dtype) == "float64" else "float32"
+    return "float64" if decides.dtype.itemsize == 8 else "float32"
 
 
 def _moved(stats: BatchStats, move: Any, x: Any) -> BatchStats:

@@ -105,7 +105,10 @@ def test_native_code_sends_the_same_message():
 @needs_native
 @pytest.mark.parametrize(
     ("code", "error", "match"),
-    [(MPI.ERR_INTERN, MPISyncBNError, "MPI failed in rank"), (MPI.ERR_TRUNCATE, CollectiveMismatchError, "but in exchange")],
+    [
+        (MPI.ERR_INTERN, MPISyncBNError, "MPI failed in rank"),
+        (MPI.ERR_TRUNCATE, CollectiveMismatchError, "but in exchange"),
+    ],
 )
 def test_an_error_in_native_code(code, error, match):
     group = Communicator().ready()

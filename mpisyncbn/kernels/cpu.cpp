@@ -127,28 +127,38 @@ namespace baseline {
 #undef LANES
 }  // namespace baseline
 
-#if defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__)
+#if defined(__x86_64__) && defined(__GNUC__)
 #define HAVE_LEVELS
-#pragma GCC push_options
-#pragma GCC target("avx2,fma,f16c")
+#define PRAGMA(...) _Pragma(#__VA_ARGS__)
+#if defined(__clang__)
+#define BEGIN_TARGET(t) PRAGMA(clang attribute push(__attribute__((target(t))), apply_to = function))
+#define END_TARGET PRAGMA(clang attribute pop)
+#define WIDE
+#else
+#define BEGIN_TARGET(t) PRAGMA(GCC push_options) PRAGMA(GCC target(t))
+#define END_TARGET PRAGMA(GCC pop_options)
+#define WIDE ",prefer-vector-width=512"
+#endif
+
+BEGIN_TARGET("avx2,fma,f16c")
 namespace avx2 {
 #define LANES 8
 #include "cpu_lanes.h"
 #include "cpu_loops.h"
 #undef LANES
 }  // namespace avx2
-#pragma GCC pop_options
-#pragma GCC push_options
-#pragma GCC target("avx512f,avx512bw,avx512vl,avx512dq,avx2,fma,f16c,prefer-vector-width=512")
+END_TARGET
+
+BEGIN_TARGET("avx512f,avx512bw,avx512vl,avx512dq,avx2,fma,f16c" WIDE)
 namespace avx512 {
 #define LANES 16
 #include "cpu_lanes.h"
 #include "cpu_loops.h"
 #undef LANES
 }  // namespace avx512
-#pragma GCC pop_options
-#pragma GCC push_options
-#pragma GCC target("avx512bf16,avx512f,avx512bw,avx512vl,avx512dq,avx2,fma,f16c,prefer-vector-width=512")
+END_TARGET
+
+BEGIN_TARGET("avx512bf16,avx512f,avx512bw,avx512vl,avx512dq,avx2,fma,f16c" WIDE)
 namespace avx512bf16 {  // for bfloat16 alone: rounding to it takes as long as all the rest otherwise
 #define LANES 16
 #define BF16_INSTRUCTIONS
@@ -157,7 +167,7 @@ namespace avx512bf16 {  // for bfloat16 alone: rounding to it takes as long as a
 #undef BF16_INSTRUCTIONS
 #undef LANES
 }  // namespace avx512bf16
-#pragma GCC pop_options
+END_TARGET
 #endif
 
 enum class Level { baseline, avx2, avx512, avx512bf16 };
@@ -169,8 +179,7 @@ Level level() {
         return __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq");
     };
     static const Level best = has_avx512() ? __builtin_cpu_supports("avx512bf16") ? Level::avx512bf16 : Level::avx512
-                              : __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") &&
-                                      __builtin_cpu_supports("f16c")
+                              : __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")  // and F16C, as all of them
                                   ? Level::avx2
                                   : Level::baseline;
     return std::min(best, highest_level);
@@ -214,13 +223,84 @@ struct Array {
     }
 };
 
+// DLPack's way to look at a tensor without a Python call for each of its properties (dlpack.h, since version 1.2;
+// torch has it since 2.10).
+struct ExchangeAPI {
+    uint32_t major, minor;
+    void *previous;
+    void *allocator, *from_object, *to_object;
+    int (*look)(void *object, struct DLTensor *tensor);
+    void *stream;
+};
+
+struct DLTensor {
+    void *data;
+    int32_t device_type, device_id, ndim;
+    uint8_t code, bits;
+    uint16_t lanes;
+    int64_t *shape, *strides;
+    uint64_t byte_offset;
+};
+
+const ExchangeAPI *exchange_api(nb::handle torch) {
+    const nb::object capsule = nb::getattr(torch.attr("Tensor"), "__dlpack_c_exchange_api__", nb::none());
+    const auto *api = (const ExchangeAPI *)PyCapsule_GetPointer(capsule.ptr(), "dlpack_exchange_api");
+    PyErr_Clear();  // of a torch without one
+    return api && api->major == 1 && api->look ? api : nullptr;
+}
+
+bool describe_quickly(const ExchangeAPI &api, nb::handle object, Array &array) {
+    DLTensor tensor;
+    if (api.look(object.ptr(), &tensor) != 0) {
+        PyErr_Clear();  // a tensor without memory of its own
+        return false;
+    }
+    array.dtype = tensor.code == 4 && tensor.bits == 16  ? DType::bf16
+                  : tensor.code != 2 || tensor.lanes != 1 ? DType::none
+                  : tensor.bits == 16                     ? DType::f16
+                  : tensor.bits == 32                     ? DType::f32
+                  : tensor.bits == 64                     ? DType::f64
+                                                          : DType::none;
+    array.data = (char *)tensor.data + tensor.byte_offset;
+    array.ndim = tensor.ndim;
+    std::copy(tensor.shape, tensor.shape + tensor.ndim, array.shape);
+    std::copy(tensor.strides, tensor.strides + tensor.ndim, array.stride);
+    return tensor.device_type == 1 && array.dtype != DType::none && (array.data || array.size() == 0);
+}
+
+bool describe_by_name(nb::handle torch, nb::handle object, Array &array) {
+    static PyObject *const names[] = {PyUnicode_InternFromString("dtype"), PyUnicode_InternFromString("shape"),
+                                      PyUnicode_InternFromString("stride"), PyUnicode_InternFromString("data_ptr"),
+                                      PyUnicode_InternFromString("is_cpu")};
+    static PyObject *const dtypes[] = {torch.attr("float16").ptr(), torch.attr("bfloat16").ptr(),
+                                       torch.attr("float32").ptr(), torch.attr("float64").ptr()};
+    const nb::object dtype = object.attr(names[0]);
+    const auto known = std::find(dtypes, dtypes + 4, dtype.ptr());
+    if (known == dtypes + 4 || object.attr(names[4]).ptr() != Py_True) return false;
+    array.dtype = (DType)(known - dtypes + 1);
+    const nb::object shape = object.attr(names[1]), stride = nb::steal(PyObject_CallMethodNoArgs(object.ptr(), names[2])),
+                     address = nb::steal(PyObject_CallMethodNoArgs(object.ptr(), names[3]));
+    if (!stride.is_valid() || !address.is_valid()) {
+        PyErr_Clear();
+        return false;
+    }
+    array.ndim = (int)PyTuple_GET_SIZE(shape.ptr());
+    for (int d = 0; d < array.ndim; ++d) {
+        array.shape[d] = PyLong_AsLong(PyTuple_GET_ITEM(shape.ptr(), d));
+        array.stride[d] = PyLong_AsLong(PyTuple_GET_ITEM(stride.ptr(), d));
+    }
+    array.data = (char *)PyLong_AsVoidPtr(address.ptr());
+    if (PyErr_Occurred()) throw nb::python_error();
+    return array.data || array.size() == 0;
+}
+
 // None is an array without data. Returns false for what is neither a NumPy array nor a torch tensor of a dtype
 // that the loops know.
-bool describe(nb::handle object, Array &array) {
+bool describe(nb::handle object, Array &array, bool to_write = false) {
     if (object.is_none()) return true;
     if (PyObject_CheckBuffer(object.ptr())) {  // NumPy
         Py_buffer view;
-        if (PyObject_GetBuffer(object.ptr(), &view, PyBUF_STRIDES | PyBUF_FORMAT) != 0) {
+        if (PyObject_GetBuffer(object.ptr(), &view, PyBUF_STRIDES | PyBUF_FORMAT | (to_write ? PyBUF_WRITABLE : 0)) != 0) {
             PyErr_Clear();
             return false;
         }
@@ -241,32 +321,19 @@ bool describe(nb::handle object, Array &array) {
         PyBuffer_Release(&view);  // the caller holds the array until we are done
         return whole;
     }
-    static PyObject *const names[] = {PyUnicode_InternFromString("dtype"), PyUnicode_InternFromString("shape"),
-                                      PyUnicode_InternFromString("stride"), PyUnicode_InternFromString("data_ptr"),
-                                       PyUnicode_InternFromString("is_neg"),
-                                       PyUnicode_InternFromString("is_cpu")};
-    static const nb::object torch = nb::module_::import_("torch");
-    static PyObject *const dtypes[] = {torch.attr("float16").ptr(), torch.attr("bfloat16").ptr(),
-                                       torch.attr("float32").ptr(), torch.attr("float64").ptr()};
-    const nb::object dtype = object.attr(names[0]);
-    const auto known = std::find(dtypes, dtypes + 4, dtype.ptr());
-    if (known == dtypes + 4 || object.attr(names[5]).ptr() != Py_True) return false;
-    array.dtype = (DType)(known - dtypes + 1);
-    const nb::object shape = object.attr(names[1]), stride = nb::steal(PyObject_CallMethodNoArgs(object.ptr(), names[2])),
-                     address = nb::steal(PyObject_CallMethodNoArgs(object.ptr(), names[3])),
-                     negated = nb::steal(PyObject_CallMethodNoArgs(object.ptr(), names[4]));
-    if (!stride.is_valid() || !address.is_valid() || negated.ptr() != Py_False) {
-        PyErr_Clear();  // a tensor without memory of its own, or whose sign is yet to be changed
+    // Kept for good: at exit Python may be gone before us.
+    static const nb::handle torch = nb::module_::import_("torch").release();
+    static const ExchangeAPI *const api = exchange_api(torch);
+    static PyObject *const plain = torch.attr("Tensor").ptr(), *const parameter = torch.attr("nn").attr("Parameter").ptr();
+    static PyObject *const is_neg = PyUnicode_InternFromString("is_neg");
+    const PyObject *const type = (PyObject *)Py_TYPE(object.ptr());
+    const nb::object negated = nb::steal(PyObject_CallMethodNoArgs(object.ptr(), is_neg));
+    if (negated.ptr() != Py_False) {  // its sign is yet to be changed, which its memory does not tell
+        PyErr_Clear();
         return false;
     }
-    array.ndim = (int)PyTuple_GET_SIZE(shape.ptr());
-    for (int d = 0; d < array.ndim; ++d) {
-        array.shape[d] = PyLong_AsLong(PyTuple_GET_ITEM(shape.ptr(), d));
-        array.stride[d] = PyLong_AsLong(PyTuple_GET_ITEM(stride.ptr(), d));
-    }
-    array.data = (char *)PyLong_AsVoidPtr(address.ptr());
-    if (PyErr_Occurred()) throw nb::python_error();
-    return true;
+    return api && (type == plain || type == parameter) ? describe_quickly(*api, object, array)
+                                                       : describe_by_name(torch, object, array);
 }
 
 // How arrays of one shape lie in memory, all in the same way: as planes, or as rows.
@@ -323,6 +390,14 @@ bool lay_out(const Array *const (&arrays)[4], Layout &layout) {
         layout.samples = merge(from, layout.outer);
     }
     return from == count;
+}
+
+int default_threads() {
+#if defined(_OPENMP)
+    return omp_get_max_threads();
+#else
+    return 1;
+#endif
 }
 
 // Values per tile: enough to make its overhead small, few enough to stay in a core's L2 cache.
@@ -389,7 +464,7 @@ bool plan_for(const Array &x, const Array &dy, const Array &extra, const Array &
     Layout lay;
     if (!lay_out({&x, &dy, &extra, &out}, lay)) return false;
     plan.channels = lay.channels;
-    plan.threads = x.size() < PARALLEL ? 1 : threads;
+    plan.threads = x.size() < PARALLEL ? 1 : threads > 0 ? threads : default_threads();
     plan.stream = out.data && x.size() * (long)sizeof(T) >= stream_from && (uintptr_t)out.data % 64 == 0;
     plan.ways = 1;
     Way<T> &way = plan.way[0];
@@ -434,16 +509,27 @@ bool plan_for(const Array &x, const Array &dy, const Array &extra, const Array &
     return true;
 }
 
+enum class Direction { up, down };
+
+// Calls f for every tile, on each thread in memory order, up or down. The sums go down and what follows them goes up:
+// so each pass begins with what the one before it has left in the cache, and the sums with the end of what
+// the layer before or after this one has just written.
 template <class F>
-void each(long length, int threads, F f) {
+void each(long length, int threads, Direction direction, F f) {
+    auto from_to = [&](long begin, long end) {
+        for (long i = begin; i < end; ++i) f(direction == Direction::up ? i : begin + end - 1 - i);
+    };
 #if defined(_OPENMP)
     if (threads > 1 && length > 1) {
-#pragma omp parallel for num_threads(threads) schedule(static)
-        for (long i = 0; i < length; ++i) f(i);
+#pragma omp parallel num_threads((int)std::min((long)threads, length))
+        {
+            const long all = omp_get_num_threads(), me = omp_get_thread_num();
+            from_to(length * me / all, length * (me + 1) / all);
+        }
         return;
     }
 #endif
-    for (long i = 0; i < length; ++i) f(i);
+    from_to(0, length);
 }
 
 template <class W>
@@ -539,7 +625,7 @@ long local_moments(nb::handle x_object, const Output &out, int threads) {
             double *const base = sums + i * wholes[0];
             W *const near = shifts.data();
             if (way.rows && i == 0) loops.row_shifts(way.on, way.count, way.columns, near);
-            each((long)way.tiles.size(), plan.threads, [&](long index) {
+            each((long)way.tiles.size(), plan.threads, Direction::down, [&](long index) {
                 const Tile &t = way.tiles[index];
                 double *slot = base + t.slot * lengths[i] + t.c0;
                 loops.moments(way.on, t, way.rows, plan.count(t), near + t.c0, scratch<W>(3 * padded(t.c1 - t.c0)), slot,
@@ -594,7 +680,7 @@ bool normalize(nb::handle x_object, const Vector &mean, const Vector &invstd, nb
         const auto &loops = best_loops<T>();
         for (int i = 0; i < plan.ways; ++i) {
             const Way<T> &way = plan.way[i];
-            each((long)way.tiles.size(), plan.threads, [&](long index) {
+            each((long)way.tiles.size(), plan.threads, Direction::up, [&](long index) {
                 const Tile &t = way.tiles[index];
                 loops.normalize(way.on, t, way.rows, plan.stream && i == 0, all + t.c0, stride, residual.data, relu);
             });
@@ -631,7 +717,7 @@ bool backward_reduce(nb::handle dy_object, nb::handle x_object, const Vector &me
         for (int i = 0; i < plan.ways; ++i) {
             const Way<T> &way = plan.way[i];
             double *const base = sums + i * wholes[0];
-            each((long)way.tiles.size(), plan.threads, [&](long index) {
+            each((long)way.tiles.size(), plan.threads, Direction::down, [&](long index) {
                 const Tile &t = way.tiles[index];
                 double *slot = base + t.slot * lengths[i] + t.c0;
                 loops.reduce(way.on, t, way.rows, gate, all + t.c0, stride,
@@ -672,7 +758,7 @@ bool backward_elementwise(nb::handle dy_object, nb::handle x_object, const Vecto
         const auto &loops = best_loops<T>();
         for (int i = 0; i < plan.ways; ++i) {
             const Way<T> &way = plan.way[i];
-            each((long)way.tiles.size(), plan.threads, [&](long index) {
+            each((long)way.tiles.size(), plan.threads, Direction::up, [&](long index) {
                 const Tile &t = way.tiles[index];
                 loops.elementwise(way.on, t, way.rows, plan.stream && i == 0, all + t.c0, stride, relu);
             });
@@ -700,6 +786,7 @@ NB_MODULE(_cpu, m) {
         .def("sum_moments", &Link::sum_moments)
         .def("sum_vectors", &Link::sum_vectors);
     m.def("update_running_stats", &update_running_stats);
+    m.def("invstd", &invstd);
     m.def("fits", &fits, given, maybe, maybe, maybe, maybe);
     m.def("local_moments", &local_moments);
     m.def("normalize", &normalize, given, given, given, maybe, maybe, maybe, given, given, given);
@@ -710,6 +797,7 @@ NB_MODULE(_cpu, m) {
         const char *const names[] = {"baseline", "avx2", "avx512", "avx512 with bfloat16"};
         return names[(int)level()];
     });
+    m.def("threads", &default_threads);
     m.def("limit", [](int highest) { highest_level = (Level)highest; });
     m.def("stream_from", [](long bytes) { stream_from = bytes; });
 }

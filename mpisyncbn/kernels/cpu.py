@@ -13,11 +13,11 @@ import numpy as np
 
 from ..errors import MPISyncBNError, on_rank
 from . import _cpu
-from ._cpu import Link, fits, instruction_set, update_running_stats
+from ._cpu import Link, fits, instruction_set, invstd, update_running_stats
 
 __all__ = ["backward_elementwise", "backward_reduce", "local_moments", "normalize"]
 # Not verbs, but native as well: what comes before and between them, see cpu_link.h.
-__all__ += ["Link", "fits", "instruction_set", "update_running_stats"]
+__all__ += ["Link", "fits", "instruction_set", "invstd", "update_running_stats"]
 
 
 def local_moments(x: Any) -> tuple[int, np.ndarray, np.ndarray]:

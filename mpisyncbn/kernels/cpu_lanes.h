@@ -109,7 +109,7 @@ INLINE void store(double *p, vec<double> v) {
 template <bool STREAM>
 INLINE void store(bfloat16 *p, vec<float> v) {
     using L = Lane<bfloat16>;
-#ifdef BF16_INSTRUCTIONS
+#ifdef BF16_INSTRUCTIONS  // which take subnormal numbers, below 1e-38, for zero
     return write<STREAM>(p, (L::half_bits)_mm512_cvtneps_pbh((__m512)v));
 #else
     auto b = (L::bits)v;

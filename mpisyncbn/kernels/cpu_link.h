@@ -4,6 +4,8 @@
 // MPI's function and its handles come from mpi4py as numbers, so that one build serves every MPI library. A handle
 // is an int in some of them (MPICH and its kin), a pointer in others (Open MPI).
 
+//
+// One thread at a time: exchange.py holds the communicator's lock.
 struct Link {
     uintptr_t function, comm, datatype, op, in_place;
     bool int_handles;
@@ -83,7 +85,7 @@ struct Link {
 int update_running_stats(nb::handle running_mean_object, nb::handle running_var_object, const Vector &mean,
                          const Vector &var, double to_unbiased, double momentum) {
     Array running[2];
-    if (!describe(running_mean_object, running[0]) || !describe(running_var_object, running[1])) return -1;
+    if (!describe(running_mean_object, running[0], true) || !describe(running_var_object, running[1], true)) return -1;
     const long channels = (long)mean.size();
     for (const Array &array : running)
         if (array.ndim != 1 || array.shape[0] != channels || array.stride[0] != 1 || array.dtype != running[0].dtype) return -1;
@@ -103,6 +105,10 @@ int update_running_stats(nb::handle running_mean_object, nb::handle running_var_
     else
         move((double *)running[0].data, (double *)running[1].data);
     return 1;
+}
+
+void invstd(const Vector &var, double eps, nb::ndarray<double, nb::ndim<1>, nb::c_contig, nb::device::cpu> out) {
+    for (size_t c = 0; c < var.size(); ++c) out.data()[c] = 1 / std::sqrt(var.data()[c] + eps);
 }
 
 // Whether per-channel vectors belong to an input as they should: x with at least 2 dimensions and a channel, all of

@@ -296,16 +296,29 @@ static void pass_planes(const Operands<T> &on, const Tile &t, const work<T> *num
     if (STREAM) fence();
 }
 
+// Two rows at a time, one from each half of the tile: they share the numbers of the channels, and see sum_rows.
 template <bool STREAM, class T, class F>
 static void pass_rows(const Operands<T> &on, const Tile &t, const work<T> *numbers, long stride, F f) {
     constexpr long W = Lane<T>::width;
-    const long columns = t.c1 - t.c0;
-    for (long r = t.s0; r < t.s1; ++r) {
-        const At<T> at = on.at(r, t.c0, 0);
+    const long columns = t.c1 - t.c0, half = (t.s1 - t.s0) / 2;
+    for (long r = t.s0; r < t.s0 + half; ++r) {
+        const At<T> one = on.at(r, t.c0, 0), two = on.at(r + half, t.c0, 0);
         long j = 0;
-        for (; j + W <= columns; j += W) f.template apply<STREAM>(at, j, RowNumbers<T>{numbers + j, stride}, Whole{});
-        if (j < columns) f.template apply<false>(at, j, RowNumbers<T>{numbers + j, stride}, Part{columns - j});
+        for (; j + W <= columns; j += W) {
+            const RowNumbers<T> k{numbers + j, stride};
+            f.template apply<STREAM>(one, j, k, Whole{});
+            f.template apply<STREAM>(two, j, k, Whole{});
+        }
+        if (j < columns) {
+            const RowNumbers<T> k{numbers + j, stride};
+            f.template apply<false>(one, j, k, Part{columns - j});
+            f.template apply<false>(two, j, k, Part{columns - j});
+        }
     }
+    if ((t.s1 - t.s0) % 2)
+        for (long j = 0; j < columns; j += W)
+            f.template apply<false>(on.at(t.s1 - 1, t.c0, 0), j, RowNumbers<T>{numbers + j, stride},
+                                    Part{std::min(W, columns - j)});
     if (STREAM) fence();
 }
 
