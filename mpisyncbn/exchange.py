@@ -59,22 +59,21 @@ def reduce_sums(group: Communicator, call: Call, *sums: Any) -> tuple[Any, ...]:
 
     Collective: every rank of the group must call.
     """
-    vectors = [transport.to_host(vector) for vector in sums]
-    totals = np.empty((len(vectors), len(vectors[0])))
-    with group.lock:
-        h = _sign(group, call)
-        if group.link is not None and len(vectors) == 2:
-            problem = group.link.sum_vectors(h, *vectors, totals)
+    if group.link is not None and len(sums) == 2 and type(sums[0]) is np.ndarray:
+        totals = np.empty((2, len(sums[0])))
+        with group.lock:
+            problem = group.link.sum_vectors(_sign(group, call), *sums, totals)
             if problem:
                 _raise_problem(group, call, problem)
-        else:
-            message = group.message(3 + totals.size)
-            message[2] = 0
-            np.stack(vectors, out=message[3:].reshape(totals.shape))
-            _allreduce(group, call, h, message)
-            totals[:] = message[3:].reshape(totals.shape)
-    if type(sums[0]) is np.ndarray:
-        return tuple(totals)
+        return totals[0], totals[1]
+    vectors = [transport.to_host(vector) for vector in sums]
+    shape = len(vectors), len(vectors[0])
+    with group.lock:
+        message = group.message(3 + shape[0] * shape[1])
+        message[2] = 0
+        np.stack(vectors, out=message[3:].reshape(shape))
+        _allreduce(group, call, _sign(group, call), message)
+        totals = message[3:].reshape(shape).copy()
     return tuple([transport.from_host(total, like) for total, like in zip(totals, sums, strict=True)])
 
 
@@ -82,21 +81,21 @@ def _sum_moments(
     group: Communicator, call: Call, count: int, mean: np.ndarray, m2: np.ndarray
 ) -> tuple[int, np.ndarray, np.ndarray]:
     channels = len(mean)
-    with group.lock:
-        h = _sign(group, call)
-        if group.link is not None:
-            found = np.empty((2, channels))
-            total = group.link.sum_moments(h, count, mean, m2, found)
+    if group.link is not None:
+        found = np.empty((2, channels))
+        with group.lock:
+            total = group.link.sum_moments(_sign(group, call), count, mean, m2, found)
             if total < 0:
                 _raise_problem(group, call, total)
-            return total, found[0], found[1]
+        return total, found[0], found[1]
+    with group.lock:
         message = group.message(3 + 2 * channels)
         message[2] = count
         first, second = message[3 : 3 + channels], message[3 + channels :]
         np.multiply(mean, count, out=first)
         np.multiply(mean, first, out=second)
         second += m2
-        _allreduce(group, call, h, message)
+        _allreduce(group, call, _sign(group, call), message)
         total = int(message[2])
         merged = first / max(total, 1)
         var = second / max(total, 1)

@@ -550,6 +550,19 @@ W *kept(size_t length) {
 using Vector = nb::ndarray<const double, nb::ndim<1>, nb::c_contig, nb::device::cpu>;
 using Output = nb::ndarray<double, nb::ndim<2>, nb::c_contig, nb::device::cpu>;
 
+// A vector of parameters, of whatever dtype and stride; null for an absent one. Two at a time.
+const double *values_of(const Array &vector, long length, int which) {
+    if (!vector.data) return nullptr;
+    static thread_local std::vector<double> memory[2];
+    memory[which].resize(length);
+    double *const values = memory[which].data();
+    if (vector.dtype == DType::f32)
+        for (long c = 0; c < length; ++c) values[c] = ((const float *)vector.data)[c * vector.stride[0]];
+    else
+        for (long c = 0; c < length; ++c) values[c] = vector[c];
+    return values;
+}
+
 // What the loops take per channel, from what the formulas take, in double and rounded once.
 // x - mean is x - MEAN exactly where it matters, and what rounding the mean left goes into SHIFT and REST.
 template <class T>
@@ -557,20 +570,25 @@ const work_of<T> *numbers(const Plan<T> &plan, const Vector &mean, const Vector 
                           const Array &bias, const double *mean_dy, const double *mean_dy_xmu) {
     using W = work_of<T>;
     const long columns = plan.way[0].columns, stride = padded(columns);
-    W *all = kept<W>(KINDS * stride);
+    W *const all = kept<W>(KINDS * stride);
+    W *__restrict near = all + MEAN * stride, *__restrict scales = all + SCALE * stride;
+    W *__restrict shifts = all + SHIFT * stride, *__restrict slopes = all + SLOPE * stride, *__restrict rests = all + REST * stride;
+    const double *const means = mean.data(), *const invstds = invstd.data();
+    const double *const weights = values_of(weight, plan.channels, 0), *const biases = values_of(bias, plan.channels, 1);
     for (long c = 0; c < plan.channels; ++c) {
-        const W near = (W)mean.data()[c];
-        const double rest = mean.data()[c] - (double)near, inv = invstd.data()[c];
-        const double scale = weight.data ? inv * weight[c] : inv;
-        all[MEAN * stride + c] = near;
-        all[SCALE * stride + c] = (W)scale;
-        all[SHIFT * stride + c] = (W)((bias.data ? bias[c] : 0.0) - rest * scale);
-        if (mean_dy) {
-            const double slope = -scale * inv * inv * mean_dy_xmu[c];
-            all[SLOPE * stride + c] = (W)slope;
-            all[REST * stride + c] = (W)(-scale * mean_dy[c] - rest * slope);
-        }
+        const W center = (W)means[c];
+        const double rest = means[c] - (double)center, scale = weights ? invstds[c] * weights[c] : invstds[c];
+        near[c] = center;
+        scales[c] = (W)scale;
+        shifts[c] = (W)((biases ? biases[c] : 0.0) - rest * scale);
     }
+    if (mean_dy)
+        for (long c = 0; c < plan.channels; ++c) {
+            const double rest = means[c] - (double)near[c], scale = weights ? invstds[c] * weights[c] : invstds[c];
+            const double slope = -scale * invstds[c] * invstds[c] * mean_dy_xmu[c];
+            slopes[c] = (W)slope;
+            rests[c] = (W)(-scale * mean_dy[c] - rest * slope);
+        }
     for (int kind = 0; kind < (mean_dy ? KINDS : SLOPE); ++kind) {
         W *row = all + kind * stride;
         for (long c = plan.channels; c < columns; ++c) row[c] = row[c - plan.channels];
@@ -635,7 +653,7 @@ long local_moments(nb::handle x_object, const Output &out, int threads) {
         }
         // Merged in a fixed order (Chan, Golub and LeVeque 1979), as distances from the first shift.
         const long channels = plan.channels, total = x.size() / channels;
-        double *const near = out.data(), *const rest = near + channels, *const m2 = rest + channels;
+        double *__restrict near = out.data(), *__restrict rest = near + channels, *__restrict m2 = rest + channels;
         auto every_slot = [&](auto f) {
             for (int i = 0; i < plan.ways; ++i)
                 for (long s = 0; s < plan.way[i].slots; ++s)
@@ -724,7 +742,8 @@ bool backward_reduce(nb::handle dy_object, nb::handle x_object, const Vector &me
                                        scratch<W>(3 * padded(t.c1 - t.c0)), slot, slot + way.columns);
             });
         }
-        double *const sum_dy = out.data(), *const sum_dy_xmu = sum_dy + channels;
+        double *__restrict sum_dy = out.data(), *__restrict sum_dy_xmu = sum_dy + channels;
+        const double *const means = mean.data();
         std::fill(sum_dy, sum_dy + 2 * channels, 0.0);
         for (int i = 0; i < plan.ways; ++i)
             for (long s = 0; s < plan.way[i].slots; ++s)
@@ -736,7 +755,7 @@ bool backward_reduce(nb::handle dy_object, nb::handle x_object, const Vector &me
                     }
                 }
         for (long c = 0; c < channels; ++c)
-            sum_dy_xmu[c] -= (mean.data()[c] - (double)(W)mean.data()[c]) * sum_dy[c];
+            sum_dy_xmu[c] -= (means[c] - (double)(W)means[c]) * sum_dy[c];
         return true;
     });
 }

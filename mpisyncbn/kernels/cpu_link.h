@@ -1,3 +1,24 @@
+// Four divisions and roots at a time, where the processor can. AVX and no more: a fused multiply-add would round
+// differently from NumPy.
+#if defined(__x86_64__)
+#define WITH_AVX __attribute__((target_clones("avx", "default")))
+#else
+#define WITH_AVX
+#endif
+
+WITH_AVX void mean_and_var(size_t channels, double count, const double *__restrict sums, const double *__restrict squares,
+                           double *__restrict mean, double *__restrict var) {
+    for (size_t c = 0; c < channels; ++c) {
+        const double center = sums[c] / count, square = center * center, rest = squares[c] / count - square;
+        mean[c] = center;
+        var[c] = rest <= 1e-15 * square ? 0.0 : rest;  // no more than rounding, see exchange.py; NaN stays NaN
+    }
+}
+
+WITH_AVX void inverse_roots(size_t channels, const double *__restrict var, double eps, double *__restrict out) {
+    for (size_t c = 0; c < channels; ++c) out[c] = 1 / std::sqrt(var[c] + eps);
+}
+
 // One exchange in one call: pack, MPI_Allreduce, check, merge. What exchange.py does with NumPy and mpi4py, in the same
 // order and with the same roundings, without their calls.
 //
@@ -51,20 +72,16 @@ struct Link {
         const size_t channels = mean.size();
         message.resize(3 + 2 * channels);
         message[2] = (double)count;
-        double *const first = message.data() + 3, *const second = first + channels;
+        double *__restrict first = message.data() + 3, *__restrict second = first + channels;
+        const double *mean_in = mean.data(), *m2_in = m2.data();
         for (size_t c = 0; c < channels; ++c) {
-            first[c] = mean.data()[c] * (double)count;
-            second[c] = mean.data()[c] * first[c] + m2.data()[c];
+            const double sum = mean_in[c] * (double)count;
+            first[c] = sum;
+            second[c] = mean_in[c] * sum + m2_in[c];
         }
         if (const long problem = sum(h)) return problem;
         const double total = message[2], divisor = std::max(total, 1.0);
-        double *const mean_out = merged.data(), *const var_out = mean_out + channels;
-        for (size_t c = 0; c < channels; ++c) {
-            const double center = first[c] / divisor, square = center * center;
-            double var = second[c] / divisor - square;
-            var *= (double)(var > 1e-15 * square);  // see exchange.py
-            mean_out[c] = center, var_out[c] = var;
-        }
+        mean_and_var(channels, divisor, first, second, merged.data(), merged.data() + channels);
         return (long)total;
     }
 
@@ -89,15 +106,17 @@ int update_running_stats(nb::handle running_mean_object, nb::handle running_var_
     const long channels = (long)mean.size();
     for (const Array &array : running)
         if (array.ndim != 1 || array.shape[0] != channels || array.stride[0] != 1 || array.dtype != running[0].dtype) return -1;
+    const double *const means_in = mean.data(), *const vars_in = var.data();
     const double limit = running[0].dtype == DType::f32 ? 3.4028234663852886e38 : 1.7976931348623157e308;
     if (running[0].dtype != DType::f32 && running[0].dtype != DType::f64) return -1;
-    for (long c = 0; c < channels; ++c)
-        if (!(std::fabs(mean.data()[c]) <= limit) || !(var.data()[c] * to_unbiased <= limit)) return 0;
-    auto move = [&](auto *means, auto *vars) {
+    bool fit = true;
+    for (long c = 0; c < channels; ++c) fit &= std::fabs(means_in[c]) <= limit && vars_in[c] * to_unbiased <= limit;
+    if (!fit) return 0;
+    auto move = [&](auto *__restrict means, auto *__restrict vars) {
         using W = std::remove_reference_t<decltype(*means)>;
         for (long c = 0; c < channels; ++c) {
-            means[c] = (W)(means[c] + momentum * (mean.data()[c] - means[c]));
-            vars[c] = (W)(vars[c] + momentum * (var.data()[c] * to_unbiased - vars[c]));
+            means[c] = (W)(means[c] + momentum * (means_in[c] - means[c]));
+            vars[c] = (W)(vars[c] + momentum * (vars_in[c] * to_unbiased - vars[c]));
         }
     };
     if (running[0].dtype == DType::f32)
@@ -108,7 +127,7 @@ int update_running_stats(nb::handle running_mean_object, nb::handle running_var_
 }
 
 void invstd(const Vector &var, double eps, nb::ndarray<double, nb::ndim<1>, nb::c_contig, nb::device::cpu> out) {
-    for (size_t c = 0; c < var.size(); ++c) out.data()[c] = 1 / std::sqrt(var.data()[c] + eps);
+    inverse_roots(var.size(), var.data(), eps, out.data());
 }
 
 // Whether per-channel vectors belong to an input as they should: x with at least 2 dimensions and a channel, all of

@@ -43,7 +43,11 @@ def backward_reduce(dy: Any, x: Any, mean: Any, invstd: Any, gate: Any = None) -
     dz = dy
     if gate is not None:
         y = normalize(x, mean, invstd, gate.weight, gate.bias) if gate.y is None else gate.y
-        dz = dy.masked_fill(y <= 0, 0) if hasattr(dy, "masked_fill") else np.where(y <= 0, dy.dtype.type(0), dy)
+        dz = (
+            dy.masked_fill(y <= 0, 0)
+            if hasattr(dy, "masked_fill")
+            else np.where(y <= 0, dy.dtype.type(0), dy)
+        )
     return _sum(dz), _sum(_cast(dz, _working_dtype(x)) * _center(x, mean)), dz
 
 

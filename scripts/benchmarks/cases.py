@@ -76,6 +76,7 @@ QUICK_CHANNELS = (64, 128, 512, 2048)
 
 # Peers of an exchange.
 WHOLE = ("merge_moments", "reduce_sums")
+MESSAGE = "native message"  # what merge_moments and reduce_sums call: pack, send, check, unpack
 BARE = "mpi4py Allreduce"
 FLOOR = "C loop"
 GATHERS = {f"gather-and-merge, {wire}": wire for wire in ("float64", "float32")}  # dtype on the wire

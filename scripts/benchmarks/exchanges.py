@@ -19,7 +19,7 @@ from mpisyncbn.diagnostics import Call
 from mpisyncbn.kernels import kernels_for
 
 from . import native
-from .cases import BARE, CHANNELS, FLOOR, GATHERS, QUICK_CHANNELS, WHOLE
+from .cases import BARE, CHANNELS, FLOOR, GATHERS, MESSAGE, QUICK_CHANNELS, WHOLE
 from .timing import interleave, ratio
 
 
@@ -65,10 +65,13 @@ def exchanges(group: Any, x: Any) -> dict[str, Callable[[], Any]]:
         Call("benchmark", direction, channels, "float32") for direction in ("forward", "backward")
     )
     message, comm = np.zeros(2 * channels + 3), group.comm
+    link, totals = group.link, np.empty((2, channels))
+    one_call = {} if link is None else {MESSAGE: partial(link.sum_vectors, 1, mean, m2, totals)}
     merges = {name: partial(gather_and_merge, comm, count, mean, m2, wire) for name, wire in GATHERS.items()}
     return {
         "merge_moments": partial(ours.merge_moments, group, forward, count, mean, m2),
         "reduce_sums": partial(ours.reduce_sums, group, backward, mean, m2),
+        **one_call,
         BARE: partial(comm.Allreduce, MPI.IN_PLACE, message),
         **merges,
     }
