@@ -297,7 +297,7 @@ class _Transformable(_SyncBatchNorm):
     """The same for torch.func, which wants the two halves of forward apart. Slower: for that alone."""
 
     @staticmethod
-    def forward(*inputs: Any) -> Tensor:  # type: ignore[override]
+    def forward(*inputs: Any) -> Tensor:
         return _forward(*inputs)
 
     @staticmethod

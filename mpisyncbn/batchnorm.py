@@ -71,19 +71,15 @@ class SyncBatchNorm(convert.Synchronized):
             # local: batch norm in evaluation needs nobody else
             return autograd.finish(super().forward(input), activation, residual)
         self._check_input_dim(input)
-        # nn.Module looks for an attribute everywhere else before it looks where it keeps its tensors.
-        buffers, parameters = self._buffers, self._parameters
         running_mean = running_var = None
         if self.track_running_stats:
-            running_mean, running_var = buffers["running_mean"], buffers["running_var"]
-        weight = parameters["weight"] if "weight" in parameters else self.weight  # parametrized
-        bias = parameters["bias"] if "bias" in parameters else self.bias
+            running_mean, running_var = _buffer(self, "running_mean"), _buffer(self, "running_var")
         y, stats = autograd.batch_norm(
             input,
             running_mean,
             running_var,
-            weight,
-            bias,
+            _parameter(self, "weight"),
+            _parameter(self, "bias"),
             self.momentum,
             self.eps,
             self.process_group,
@@ -93,7 +89,7 @@ class SyncBatchNorm(convert.Synchronized):
         )
         if running_mean is not None:
             momentum: Any = self.momentum
-            batches = buffers["num_batches_tracked"]
+            batches = _buffer(self, "num_batches_tracked")
             if momentum is None:  # cumulative; as a tensor, so that no device is waited for
                 momentum = 0.0 if batches is None else (batches + 1).double().reciprocal()
             updated = functional.update_running_stats(running_mean, running_var, stats, momentum)
@@ -106,7 +102,9 @@ class SyncBatchNorm(convert.Synchronized):
         return super().extra_repr() + "".join(f", {k}={v!r}" for k, v in more.items() if v is not None)
 
     @classmethod
-    def convert_sync_batchnorm(cls, module: nn.Module, process_group: Any = None) -> nn.Module:
+    def convert_sync_batchnorm(
+        cls, module: nn.Module, process_group: Any = None, *, fuse_relu: bool = False
+    ) -> nn.Module:
         """Turn every ``BatchNorm*d`` of a model into this class, in place, as torch spells it.
 
         Lazy layers and ``torch.nn.SyncBatchNorm`` too. Hooks, parameters, attributes and references to
@@ -116,6 +114,7 @@ class SyncBatchNorm(convert.Synchronized):
             module: a model, or a single layer.
             process_group: the ranks to normalize over: an mpi4py communicator, a Communicator, or None
                 for the world.
+            fuse_relu: let a layer do the work of an ``nn.ReLU`` that follows it in an ``nn.Sequential``.
 
         Returns:
             ``module`` itself.
@@ -124,4 +123,15 @@ class SyncBatchNorm(convert.Synchronized):
             TypeError: some layer, named in the message, has a ``forward`` of its own, which would be
                 lost, or is compiled by torch.jit. No layer is changed then.
         """
-        return convert.convert_sync_batchnorm(module, process_group, to=cls)
+        return convert.convert_sync_batchnorm(module, process_group, fuse_relu=fuse_relu, to=cls)
+
+
+# nn.Module looks for an attribute everywhere else before it looks where it keeps its tensors.
+def _parameter(layer: nn.Module, name: str) -> Any:
+    kept = layer._parameters
+    return kept[name] if name in kept else getattr(layer, name)  # parametrized
+
+
+def _buffer(layer: nn.Module, name: str) -> Any:
+    kept = layer._buffers
+    return kept[name] if name in kept else getattr(layer, name)

@@ -7,7 +7,9 @@ attributes, parametrizations and every reference to the layer survive, because i
 from __future__ import annotations
 
 import itertools
+from collections import Counter
 from functools import cache
+from itertools import pairwise
 from typing import Any, cast
 
 import torch
@@ -59,8 +61,16 @@ _keys = itertools.count()
 _KNOWN = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm, BatchNorm)
 
 
+class FusedReLU(nn.Identity):
+    """Stands where a ReLU stood that the layer before it has taken over; reverting puts it back."""
+
+    def __init__(self, relu: nn.Module) -> None:
+        super().__init__()
+        vars(self)["_relu"] = relu  # not a submodule: the model has none there any more
+
+
 def convert_sync_batchnorm(
-    module: nn.Module, process_group: Any = None, *, to: type[Synchronized]
+    module: nn.Module, process_group: Any = None, *, fuse_relu: bool = False, to: type[Synchronized]
 ) -> nn.Module:
     """Turn every ``BatchNorm*d`` (also lazy ones, and ``torch.nn.SyncBatchNorm``) of a model into ``to``.
 
@@ -68,6 +78,9 @@ def convert_sync_batchnorm(
         module: a model, or a single layer.
         process_group: the ranks to normalize over: an mpi4py communicator, a Communicator, or None
             for the world. Layers that are synchronized already get it too.
+        fuse_relu: let a layer do the work of an ``nn.ReLU`` that follows it in an ``nn.Sequential``, at no
+            pass over memory of its own. Only where nothing else could tell: no hooks on either, and
+            the layer stands nowhere else in the model.
         to: the class of the new layers. A layer of a subclass of a BatchNorm gets a class that is both.
 
     Returns:
@@ -95,6 +108,8 @@ def convert_sync_batchnorm(
         layer.process_group = group
         layer.layer_name = name or None
         layer._key = new_key()
+    if fuse_relu:
+        _fuse_relu(module)
     return module
 
 
@@ -112,7 +127,28 @@ def revert_sync_batchnorm(module: nn.Module) -> nn.Module:
     for layer in module.modules():
         if isinstance(layer, Synchronized):
             _revert(layer)
+        for name, child in layer.named_children():
+            if isinstance(child, FusedReLU):
+                layer._modules[name] = vars(child)["_relu"]
     return module
+
+
+def _fuse_relu(module: nn.Module) -> None:
+    places = Counter(id(each) for _, each in module.named_modules(remove_duplicate=False))
+    for container in module.modules():
+        if type(container) is not nn.Sequential:
+            continue
+        for (_, layer), (name, relu) in pairwise(container._modules.items()):
+            alone = isinstance(layer, Synchronized) and type(relu) is nn.ReLU and places[id(layer)] == 1
+            if alone and not _has_hooks(layer) and not _has_hooks(relu):
+                cast(Synchronized, layer).activation = "relu"
+                container._modules[name] = FusedReLU(relu)
+
+
+def _has_hooks(module: Any) -> bool:
+    return any(
+        hooks for key, hooks in vars(module).items() if key.endswith("_hooks") and "state_dict" not in key
+    )
 
 
 def new_key() -> str:

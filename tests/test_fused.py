@@ -172,6 +172,32 @@ def test_conversion_fuses_nothing_by_itself():
     assert not hasattr(reverted[0], "activation")
 
 
+def test_conversion_fuses_on_request():
+    torch.manual_seed(0)
+    shared = nn.BatchNorm2d(5)
+    net = nn.Sequential(
+        nn.Sequential(nn.Conv2d(5, 5, 1), nn.BatchNorm2d(5), nn.ReLU(), nn.BatchNorm2d(5), nn.Tanh()),
+        nn.Sequential(nn.BatchNorm2d(5), nn.ReLU(inplace=True)),
+        nn.Sequential(shared, nn.ReLU()),
+        nn.Sequential(shared, nn.Sigmoid()),
+        nn.Sequential(nn.BatchNorm2d(5), nn.ReLU()),
+    )
+    net[4][1].register_forward_hook(lambda *_: None)
+    before = [type(module) for module in net.modules()]
+    keys = list(net.state_dict())
+    plain = mpisyncbn.convert_sync_batchnorm(copy.deepcopy(net))
+    fused = mpisyncbn.convert_sync_batchnorm(net, fuse_relu=True)
+    fused_layers = [name for name, module in fused.named_modules() if getattr(module, "activation", None)]
+    x = shard((local_batch(), 5, 3, 3), 1)
+    assert fused_layers == ["0.1", "1.0"]
+    assert distance(fused(x), plain(x)) < 1e-6
+    assert distance(copy.deepcopy(fused)(x), plain(x)) < 1e-6
+    assert list(fused.state_dict()) == keys
+    again = mpisyncbn.convert_sync_batchnorm(fused, fuse_relu=True)
+    assert distance(again(x), plain(x)) < 1e-6
+    assert [type(module) for module in mpisyncbn.revert_sync_batchnorm(fused).modules()] == before
+
+
 @pytest.mark.parametrize("training", [True, False])
 def test_bad_arguments(training):
     x, _, _ = inputs()

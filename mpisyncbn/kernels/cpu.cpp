@@ -18,6 +18,7 @@
 #include <cstdlib>
 #include <cstring>
 #include <numeric>
+#include <optional>
 #include <type_traits>
 #include <vector>
 #if defined(__x86_64__)
@@ -509,6 +510,14 @@ bool plan_for(const Array &x, const Array &dy, const Array &extra, const Array &
     return true;
 }
 
+// Lets Python's other threads run while there is much to do.
+struct Unlocked {
+    std::optional<nb::gil_scoped_release> release;
+    explicit Unlocked(const Array &x) {
+        if (x.size() >= PARALLEL) release.emplace();
+    }
+};
+
 enum class Direction { up, down };
 
 // Calls f for every tile, on each thread in memory order, up or down. The sums go down and what follows them goes up:
@@ -633,6 +642,7 @@ long local_moments(nb::handle x_object, const Output &out, int threads) {
         for (int i = 0; i < plan.ways; ++i) wholes[i] = plan.way[i].slots * (lengths[i] = 3 * plan.way[i].columns);
         double *const sums = kept<double>(wholes[0] + wholes[1]);
         const auto &loops = best_loops<T>();
+        const Unlocked unlocked(x);
         static thread_local std::vector<W> shifts;
         shifts.resize(padded(plan.way[0].columns) + 16);
         static thread_local std::vector<long> counts[2];
@@ -696,6 +706,7 @@ bool normalize(nb::handle x_object, const Vector &mean, const Vector &invstd, nb
         const auto *all = numbers(plan, mean, invstd, weight, bias, nullptr, nullptr);
         const long stride = padded(plan.way[0].columns);
         const auto &loops = best_loops<T>();
+        const Unlocked unlocked(x);
         for (int i = 0; i < plan.ways; ++i) {
             const Way<T> &way = plan.way[i];
             each((long)way.tiles.size(), plan.threads, Direction::up, [&](long index) {
@@ -727,6 +738,7 @@ bool backward_reduce(nb::handle dy_object, nb::handle x_object, const Vector &me
         const auto *all = numbers(plan, mean, invstd, weight, bias, nullptr, nullptr);
         const long stride = padded(plan.way[0].columns), channels = plan.channels;
         const auto &loops = best_loops<T>();
+        const Unlocked unlocked(x);
         long lengths[2] = {}, wholes[2] = {};
         for (int i = 0; i < plan.ways; ++i) wholes[i] = plan.way[i].slots * (lengths[i] = 2 * plan.way[i].columns);
         static thread_local std::vector<double> memory;
@@ -775,6 +787,7 @@ bool backward_elementwise(nb::handle dy_object, nb::handle x_object, const Vecto
         const auto *all = numbers(plan, mean, invstd, weight, bias, mean_dy.data(), mean_dy_xmu.data());
         const long stride = padded(plan.way[0].columns);
         const auto &loops = best_loops<T>();
+        const Unlocked unlocked(x);
         for (int i = 0; i < plan.ways; ++i) {
             const Way<T> &way = plan.way[i];
             each((long)way.tiles.size(), plan.threads, Direction::up, [&](long index) {

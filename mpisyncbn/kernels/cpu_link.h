@@ -24,7 +24,6 @@ WITH_AVX void inverse_roots(size_t channels, const double *__restrict var, doubl
 //
 // MPI's function and its handles come from mpi4py as numbers, so that one build serves every MPI library. A handle
 // is an int in some of them (MPICH and its kin), a pointer in others (Open MPI).
-
 //
 // One thread at a time: exchange.py holds the communicator's lock.
 struct Link {

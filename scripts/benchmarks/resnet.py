@@ -15,7 +15,7 @@ import mpisyncbn
 from .timing import interleave, ratio
 
 WORLD = MPI.COMM_WORLD
-BATCH, PIXELS = 4, 128
+BATCH, PIXELS = 4, 224
 QUICK_BATCH, QUICK_PIXELS = 2, 96
 
 
