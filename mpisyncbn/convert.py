@@ -64,9 +64,9 @@ _KNOWN = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm, Batc
 class FusedReLU(nn.Identity):
     """Stands where a ReLU stood that the layer before it has taken over; reverting puts it back."""
 
-    def __init__(self, relu: nn.Module) -> None:
+    def __init__(self, layer: nn.Module, relu: nn.Module) -> None:
         super().__init__()
-        vars(self)["_relu"] = relu  # not a submodule: the model has none there any more
+        vars(self).update(_layer=layer, _relu=relu)  # not submodules: the model has none there
 
 
 def convert_sync_batchnorm(
@@ -105,6 +105,8 @@ def convert_sync_batchnorm(
             _change_class(layer, _synchronized(to, original))
             layer = cast(Synchronized, layer)
             layer._converted_from = (original, replaced)
+            if "activation" in replaced:
+                layer.activation = None  # it meant something else
         layer.process_group = group
         layer.layer_name = name or None
         layer._key = new_key()
@@ -116,14 +118,30 @@ def convert_sync_batchnorm(
 def revert_sync_batchnorm(module: nn.Module) -> nn.Module:
     """Undo ``convert_sync_batchnorm``: every synchronized layer gets back the exact class it had.
 
-    A layer that never was another becomes a ``BatchNorm`` for input of any dimension.
+    A layer that never was another becomes a ``BatchNorm`` for input of any dimension, and a ReLU that
+    ``fuse_relu`` took stands in its place again.
 
     Args:
         module: a model, or a single layer.
 
     Returns:
         ``module`` itself, its layers changed in place. Not collective.
+
+    Raises:
+        TypeError: some layer, named in the message, has an activation that would be lost. No layer is
+            changed then.
     """
+    fused = {id(vars(each)["_layer"]) for each in module.modules() if isinstance(each, FusedReLU)}
+    lost = [
+        name or "the module itself"
+        for name, layer in module.named_modules()
+        if isinstance(layer, Synchronized) and layer.activation and id(layer) not in fused
+    ]
+    if lost:
+        raise TypeError(
+            f"cannot revert layers whose activation would be lost: {', '.join(lost)}{on_rank()}. Put an "
+            "nn.ReLU behind such a layer and set its activation to None; no layer was changed"
+        )
     for layer in module.modules():
         if isinstance(layer, Synchronized):
             _revert(layer)
@@ -142,7 +160,7 @@ def _fuse_relu(module: nn.Module) -> None:
             alone = isinstance(layer, Synchronized) and type(relu) is nn.ReLU and places[id(layer)] == 1
             if alone and not _has_hooks(layer) and not _has_hooks(relu):
                 cast(Synchronized, layer).activation = "relu"
-                container._modules[name] = FusedReLU(relu)
+                container._modules[name] = FusedReLU(layer, relu)
 
 
 def _has_hooks(module: Any) -> bool:
@@ -183,6 +201,9 @@ def _mixed(to: type, original: Any) -> type:
     """A class that behaves like ``original``, a subclass of some BatchNorm, but has the forward of ``to``."""
     members = {"__module__": original.__module__, "__reduce_ex__": _reduce_mixed, "_mixed": (to, original)}
     if issubclass(original, LazyModuleMixin):
+        members["initialize_parameters"] = lambda self, input, residual=None: original.initialize_parameters(
+            self, input
+        )
         become: Any = original.cls_to_become
         members["cls_to_become"] = become and _synchronized(to, become)
     if original._check_input_dim.__module__ != _BatchNorm.__module__:
@@ -207,6 +228,17 @@ def _refuse_own_forward(layers: list[tuple[str, Any]]) -> None:
         for name, layer in layers
         if not isinstance(layer, Synchronized) and _has_own_forward(layer)
     ]
+    taken = [
+        name or "the module itself"
+        for name, layer in layers
+        if not isinstance(layer, Synchronized)
+        and "activation" in {**layer._modules, **layer._parameters, **layer._buffers}
+    ]
+    if taken:
+        raise TypeError(
+            f"cannot convert layers that hold something named activation: {', '.join(taken)}{on_rank()}. A "
+            "synchronized layer has an attribute of that name; rename yours; no layer was changed"
+        )
     if lost:
         raise TypeError(
             f"cannot convert layers whose own forward() would be lost: {', '.join(lost)}{on_rank()}. Rewrite "

@@ -36,20 +36,15 @@ def chosen() -> tuple[str, str]:
 def direct(comm: Any, MPI: Any) -> Any:
     """Native code that packs, sends and merges the message in one call; None where there is none.
 
-    It calls the MPI_Allreduce that mpi4py itself is linked with: one that a profiler put in front of
-    the library, if there is one, like the dynamic linker. ``comm`` must return error codes.
+    It calls the MPI_Allreduce of the library that mpi4py is linked with, and no other that may have been
+    loaded since. ``comm`` must return error codes.
     """
     kernels = native()
     if kernels is None:
         return None
-    function = None
-    for library in (None, MPI.__file__):
-        try:
-            function = ctypes.CDLL(library).MPI_Allreduce
-            break
-        except (AttributeError, OSError):
-            continue
-    if function is None:
+    try:
+        function = ctypes.CDLL(MPI.__file__).MPI_Allreduce
+    except (AttributeError, OSError):
         return None
     address = ctypes.cast(function, ctypes.c_void_p).value
     handles = [MPI._handleof(each) & _WORD for each in (comm, MPI.DOUBLE, MPI.SUM)]

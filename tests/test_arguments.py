@@ -310,3 +310,31 @@ def test_mpi_that_is_not_ready(before, after, words):
     assert len(lines) == 3, output
     for line in lines:
         assert line.startswith(words)
+
+
+def test_arrays_of_another_kind_than_the_input():
+    x = torch.ones(4, 3)
+    for vectors in ((np.ones(3, "f4"), None), (None, np.ones(3, "f4"))):
+        with pytest.raises(TypeError, match=r"expected (weight|bias) to be Tensor like the input"):
+            mpisyncbn.sync_batch_norm(x, None, None, *vectors)
+
+
+def test_more_dimensions_than_anybody_has():
+    x = torch.randn([4, 3] + [1] * 80, generator=torch.Generator().manual_seed(0))
+    y = mpisyncbn.sync_batch_norm(x, None, None)
+    assert torch.allclose(y.flatten(1), mpisyncbn.sync_batch_norm(x.flatten(1), None, None), atol=1e-6)
+
+
+def test_running_statistics_that_torch_would_not_change():
+    x = torch.ones(4, 3)
+    with pytest.raises(RuntimeError, match="leaf Variable that requires grad"):
+        mpisyncbn.sync_batch_norm(x, torch.zeros(3, requires_grad=True), torch.ones(3))
+    with torch.inference_mode():
+        running_mean, running_var = torch.zeros(3), torch.ones(3)
+        mpisyncbn.sync_batch_norm(x, running_mean, running_var)
+    with pytest.raises(RuntimeError, match="Inplace update to inference tensor"):
+        mpisyncbn.sync_batch_norm(x, running_mean, running_var)
+    running_var = torch.ones(3)
+    before = running_var._version
+    mpisyncbn.sync_batch_norm(x, torch.zeros(3), running_var)
+    assert running_var._version > before

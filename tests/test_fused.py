@@ -168,8 +168,30 @@ def test_conversion_fuses_nothing_by_itself():
     assert net[0].activation is None
     net[0].activation = "relu"
     assert net[0](inputs()[0]).min() == 0
+    with pytest.raises(TypeError, match="cannot revert layers whose activation would be lost: 0"):
+        mpisyncbn.revert_sync_batchnorm(net)
+    net[0].activation = None
     reverted = mpisyncbn.revert_sync_batchnorm(net)
     assert not hasattr(reverted[0], "activation")
+
+
+def test_an_attribute_of_that_name_is_kept():
+    bn = nn.BatchNorm2d(5)
+    bn.activation = "a note of somebody"
+    layer = mpisyncbn.convert_sync_batchnorm(bn)
+    assert layer.activation is None
+    assert layer(inputs()[0]).min() < 0
+    assert mpisyncbn.revert_sync_batchnorm(layer).activation == "a note of somebody"
+    bn.activation = nn.ReLU()
+    with pytest.raises(TypeError, match="something named activation: 0"):
+        mpisyncbn.convert_sync_batchnorm(nn.Sequential(bn))
+    assert type(bn) is nn.BatchNorm2d
+
+
+def test_a_lazy_layer_takes_a_residual():
+    layer = mpisyncbn.convert_sync_batchnorm(nn.LazyBatchNorm2d())
+    x, residual, _ = inputs()
+    assert distance(layer(x, residual), SyncBatchNorm(5)(x) + residual) < 1e-6
 
 
 def test_conversion_fuses_on_request():

@@ -47,8 +47,8 @@ class Gate(NamedTuple):
 def kernels_for(x: Any) -> ModuleType:
     """The kernel module for the place where ``x`` lives."""
     if getattr(x, "is_cpu", False):  # of torch tensors in host memory alone
-        return native() or _aten()
-    if isinstance(x, np.ndarray) and x.dtype.isnative and x.dtype.char in "efd":
+        return (native() if x.ndim <= 64 else None) or _aten()
+    if type(x) in (np.ndarray, np.memmap) and x.dtype.isnative and x.dtype.char in "efd":
         return native() or generic
     return generic
 

@@ -100,7 +100,7 @@ struct Tile {
 };
 
 constexpr long MAX_CHANNELS = 256;  // of a tile of planes
-constexpr int NDIM = 64;              // as many as torch and NumPy have at most
+constexpr int NDIM = 64;              // as many as NumPy has at most; torch may have more, which are refused
 
 long padded(long length) { return (length + 15) / 16 * 16; }
 
@@ -128,7 +128,7 @@ namespace baseline {
 #undef LANES
 }  // namespace baseline
 
-#if defined(__x86_64__) && defined(__GNUC__)
+#if defined(__x86_64__) && (defined(__clang__) || __GNUC__ >= 10)
 #define HAVE_LEVELS
 #define PRAGMA(...) _Pragma(#__VA_ARGS__)
 #if defined(__clang__)
@@ -262,6 +262,7 @@ bool describe_quickly(const ExchangeAPI &api, nb::handle object, Array &array) {
                   : tensor.bits == 32                     ? DType::f32
                   : tensor.bits == 64                     ? DType::f64
                                                           : DType::none;
+    if (tensor.ndim > NDIM) return false;
     array.data = (char *)tensor.data + tensor.byte_offset;
     array.ndim = tensor.ndim;
     std::copy(tensor.shape, tensor.shape + tensor.ndim, array.shape);
@@ -285,6 +286,7 @@ bool describe_by_name(nb::handle torch, nb::handle object, Array &array) {
         PyErr_Clear();
         return false;
     }
+    if (!PyTuple_Check(shape.ptr()) || !PyTuple_Check(stride.ptr()) || PyTuple_GET_SIZE(shape.ptr()) > NDIM) return false;
     array.ndim = (int)PyTuple_GET_SIZE(shape.ptr());
     for (int d = 0; d < array.ndim; ++d) {
         array.shape[d] = PyLong_AsLong(PyTuple_GET_ITEM(shape.ptr(), d));
@@ -650,6 +652,7 @@ long local_moments(nb::handle x_object, const Output &out, int threads) {
             const Way<T> &way = plan.way[i];
             counts[i].resize(way.slots);
             long *const count = counts[i].data();
+            for (const Tile &t : way.tiles) count[t.slot] = plan.count(t);
             double *const base = sums + i * wholes[0];
             W *const near = shifts.data();
             if (way.rows && i == 0) loops.row_shifts(way.on, way.count, way.columns, near);
@@ -658,7 +661,6 @@ long local_moments(nb::handle x_object, const Output &out, int threads) {
                 double *slot = base + t.slot * lengths[i] + t.c0;
                 loops.moments(way.on, t, way.rows, plan.count(t), near + t.c0, scratch<W>(3 * padded(t.c1 - t.c0)), slot,
                               slot + way.columns, slot + 2 * way.columns);
-                count[t.slot] = plan.count(t);
             });
         }
         // Merged in a fixed order (Chan, Golub and LeVeque 1979), as distances from the first shift.

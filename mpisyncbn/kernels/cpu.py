@@ -6,6 +6,7 @@ Importing this fails where the extension was not built; then aten.py and generic
 from __future__ import annotations
 
 import sys
+from collections.abc import Iterator
 from functools import cache
 from typing import Any
 
@@ -25,45 +26,32 @@ def local_moments(x: Any) -> tuple[int, np.ndarray, np.ndarray]:
     count = _cpu.local_moments(x, found, _threads(x))
     if count < 0:
         count = _cpu.local_moments(_dense(x), found, _threads(x))
-        _must(count >= 0)
+    if count < 0:
+        raise _refused()
     return count, found[:2] if x.dtype.itemsize == 8 else found[0], found[2]
 
 
 def normalize(
     x: Any, mean: Any, invstd: Any, weight: Any, bias: Any, residual: Any = None, relu: bool = False
 ) -> Any:
-    y = _empty_like(x)
-    vectors = mean, invstd, weight, bias
-    if not _cpu.normalize(x, *vectors, residual, y, relu, _threads(x)):
-        x = _dense(x)
-        residual = None if residual is None else _like(residual, x)
-        y = _empty_like(x)
-        _must(_cpu.normalize(x, *vectors, residual, y, relu, _threads(x)))
-    return y
+    for near, like in _attempts(x, residual):
+        y = _empty_like(near)
+        if _cpu.normalize(near, mean, invstd, weight, bias, *like, y, relu, _threads(x)):
+            return y
+    raise _refused()
 
 
 def backward_reduce(
     dy: Any, x: Any, mean: Any, invstd: Any, gate: Any = None
 ) -> tuple[np.ndarray, np.ndarray, Any]:
     sums = np.empty((2, x.shape[1]))
-    weight, bias, y = gate or (None, None, None)
-    vectors = mean, invstd, weight, bias
-    dz = dy if y is None else _empty_like(x)
-    if not _cpu.backward_reduce(
-        dy, x, *vectors, y, None if y is None else dz, gate is not None, sums, _threads(x)
-    ):
-        x = _dense(x)
-        dy = _like(dy, x)
-        if y is None:
-            dz = dy
-        else:
-            y, dz = _like(y, x), _empty_like(x)
-        _must(
-            _cpu.backward_reduce(
-                dy, x, *vectors, y, None if y is None else dz, gate is not None, sums, _threads(x)
-            )
-        )
-    return sums[0], sums[1], dz
+    weight, bias, saved = gate or (None, None, None)
+    for near, (dz, y) in _attempts(x, dy, saved):
+        out = None if y is None else _empty_like(near)
+        vectors = mean, invstd, weight, bias
+        if _cpu.backward_reduce(dz, near, *vectors, y, out, gate is not None, sums, _threads(x)):
+            return sums[0], sums[1], dz if out is None else out
+    raise _refused()
 
 
 def backward_elementwise(
@@ -71,27 +59,33 @@ def backward_elementwise(
 ) -> Any:
     relu = gate is not None and gate.y is None
     vectors = mean, invstd, weight, gate.bias if relu else None, mean_dy, mean_dy_xmu
-    dx = _empty_like(x)
-    if not _cpu.backward_elementwise(dz, x, *vectors, dx, relu, _threads(x)):
-        x = _dense(x)
-        dx = _empty_like(x)
-        _must(_cpu.backward_elementwise(_like(dz, x), x, *vectors, dx, relu, _threads(x)))
-    return dx
+    for near, like in _attempts(x, dz):
+        dx = _empty_like(near)
+        if _cpu.backward_elementwise(*like, near, *vectors, dx, relu, _threads(x)):
+            return dx
+    raise _refused()
 
 
-def _must(understood: bool) -> None:
-    if not understood:
-        raise MPISyncBNError(
-            f"expected arrays in host memory, of one shape and dtype, got one that cannot be read{on_rank()}"
-        )
+def _attempts(x: Any, *others: Any) -> Iterator[tuple[Any, Any]]:
+    """``x`` and the others as they are; then in the memory format of ``x``; then all without gaps."""
+    yield x, others
+    yield x, [None if other is None else _like(other, x) for other in others]
+    x = _dense(x)
+    yield x, [None if other is None else _like(other, x) for other in others]
+
+
+def _refused() -> MPISyncBNError:
+    return MPISyncBNError(
+        f"expected arrays in host memory, of one shape and dtype, got one that cannot be read{on_rank()}"
+    )
 
 
 def _threads(x: Any) -> int:
-    return 0 if type(x) is np.ndarray else _torch().get_num_threads()  # 0: as many as OpenMP has
+    return 0 if isinstance(x, np.ndarray) else _torch().get_num_threads()  # 0: as many as OpenMP has
 
 
 def _empty_like(x: Any) -> Any:
-    return np.empty_like(x) if type(x) is np.ndarray else _torch().empty_like(x)
+    return np.empty_like(x, subok=False) if isinstance(x, np.ndarray) else _torch().empty_like(x)
 
 
 @cache
@@ -100,7 +94,7 @@ def _torch() -> Any:
 
 
 def _dense(x: Any) -> Any:
-    return x.copy(order="K") if type(x) is np.ndarray else x.clone()
+    return x.copy(order="K") if isinstance(x, np.ndarray) else x.clone()
 
 
 def _like(values: Any, x: Any) -> Any:

@@ -1,5 +1,11 @@
-// Four divisions and roots at a time, where the processor can. AVX and no more: a fused multiply-add would round
-// differently from NumPy.
+// No fused multiply-adds in here: they round differently from NumPy. (Only some processors have them without asking.)
+#if defined(__clang__)
+#pragma STDC FP_CONTRACT OFF
+#elif defined(__FMA__) || defined(__aarch64__)
+#pragma GCC optimize("fp-contract=off")
+#endif
+
+// Four divisions and roots at a time, where the processor can; AVX and no more, for the same reason.
 #if defined(__x86_64__)
 #define WITH_AVX __attribute__((target_clones("avx", "default")))
 #else
@@ -100,6 +106,9 @@ struct Link {
 // none. Returns whether they were; -1 where they are not arrays that this knows.
 int update_running_stats(nb::handle running_mean_object, nb::handle running_var_object, const Vector &mean,
                          const Vector &var, double to_unbiased, double momentum) {
+    for (const nb::handle object : {running_mean_object, running_var_object})  // what torch itself would refuse to change
+        if (!PyObject_CheckBuffer(object.ptr()) && (nb::cast<bool>(object.attr("requires_grad")) || nb::cast<bool>(object.attr("is_inference")())))
+            return -1;
     Array running[2];
     if (!describe(running_mean_object, running[0], true) || !describe(running_var_object, running[1], true)) return -1;
     const long channels = (long)mean.size();
@@ -138,7 +147,7 @@ bool fits(nb::handle x_object, nb::handle weight_object, nb::handle bias_object,
     if (running_mean_object.is_none() != running_var_object.is_none()) return false;
     for (const nb::handle object : {weight_object, bias_object, running_mean_object, running_var_object}) {
         Array vector;
-        if (!describe(object, vector)) return false;
+        if (PyObject_CheckBuffer(object.ptr()) || !describe(object, vector)) return false;
         if (vector.data && (vector.dtype != x.dtype || vector.ndim != 1 || vector.shape[0] != x.shape[1])) return false;
     }
     return true;

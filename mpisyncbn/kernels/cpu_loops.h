@@ -365,12 +365,14 @@ static void tile_moments(const Operands<T> &on, const Tile &t, bool rows, long c
             sum_planes(on, t, shifts, 0, Moments<T>{}, first, second);
         for (long c = 0; c < channels; ++c) shift[c] = shifts[c];
         // Where the shift is more than two standard deviations from the mean, the squares have lost digits: once
-        // more, about the mean found.
+        // more, about the mean found. The other channels keep their shift, and get the same sums again.
         bool lost = false;
-        for (long c = 0; c < channels; ++c) lost |= 1.25 * first[c] * first[c] > second[c] * count;
-        if (!lost) break;
         for (long c = 0; c < channels; ++c)
-            if (std::isfinite(first[c])) shifts[c] += (work<T>)(first[c] / count);
+            if (1.25 * first[c] * first[c] > second[c] * count && std::isfinite(first[c])) {
+                shifts[c] += (work<T>)(first[c] / count);
+                lost = true;
+            }
+        if (!lost) break;
     }
 }
 
