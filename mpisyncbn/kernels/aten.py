@@ -20,6 +20,8 @@ __all__ = ["backward_elementwise", "backward_reduce", "local_moments", "normaliz
 
 # Up to this many values ATen's scalar moments beat the calls that vectorized ones take.
 _SMALL = 1 << 14
+# And up to this many per channel: their sums may be plain float32 ones.
+_SHORT = 256
 # Values per chunk: enough to hide the cost of a call, few enough to stay in a core's L2 cache.
 _CHUNK = 1 << 18
 # Longest run of float32 values that one sum may add up where ATen's sums are plain.
@@ -33,7 +35,7 @@ def local_moments(x: Tensor) -> tuple[int, np.ndarray, np.ndarray]:
     count = x.numel() // channels
     if count == 0:
         near, rest, m2 = np.zeros((3, channels))
-    elif x.numel() <= _SMALL:
+    elif x.numel() <= _SMALL and count <= _SHORT:
         near, rest, m2 = _small_moments(x, count)
     else:
         near, rest, m2 = _large_moments(x, count)
