@@ -140,17 +140,15 @@ def _kernels() -> dict[str, str]:
 
 
 def _on_host(x: Any, otherwise: str) -> str:
-    kernels = kernels_for(x)
-    if kernels is not native():
+    host: Any = native()
+    if kernels_for(x) is not host:
         return (
             f"{otherwise}, for native kernels were not built: install a C++ compiler and Python's headers, "
             "then mpisyncbn again, with pip's --force-reinstall --no-cache-dir"
         )
-    extension = kernels._cpu
-    instructions = getattr(extension, "instruction_set", lambda: "unknown")()
-    threads = getattr(extension, "threads", lambda: None)()
-    said = f"native, instruction set {instructions}"
-    return said if threads is None else f"{said}, {threads} thread{'' if threads == 1 else 's'}"
+    threads = host.threads()
+    plural = "" if threads == 1 else "s"
+    return f"native, instruction set {host.instruction_set()}, {threads} thread{plural}"
 
 
 def _latency(group: Communicator, repeats: int = 200) -> dict[str, Any]:

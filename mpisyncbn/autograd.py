@@ -163,10 +163,14 @@ def _fits(
     )
 
 
-def check_fused(activation: str | None, residual: Tensor | None, x: Tensor) -> None:
-    """Raise unless these can follow the normalization of ``x``."""
+def check_activation(activation: Any) -> None:
     if activation not in (None, "relu"):
         raise ValueError(f"expected activation to be 'relu' or None, got {activation!r}{on_rank()}")
+
+
+def check_fused(activation: str | None, residual: Tensor | None, x: Tensor) -> None:
+    """Raise unless these can follow the normalization of ``x``."""
+    check_activation(activation)
     if residual is None:
         return
     if not isinstance(residual, Tensor):
@@ -241,17 +245,11 @@ class _SyncBatchNorm(torch.autograd.Function):
         need_dx, need_dweight, need_dbias, *_ = ctx.needs_input_grad
         # create_graph, where the result will be differentiated again, and batched gradients
         if torch.is_grad_enabled() or torch._C._functorch.is_batchedtensor(dy):
-            stats, kernels, reduce_sums = (
-                _known_stats(x, step),
-                generic,
-                _differentiable_sums(step, "backward"),
-            )
+            stats, kernels = _known_stats(x, step), generic
+            reduce_sums = _differentiable_sums(step, "backward")
         else:
-            stats, kernels, reduce_sums = (
-                step.stats,
-                kernels_for(x),
-                step.exchange(exchange.reduce_sums, "backward"),
-            )
+            stats, kernels = step.stats, kernels_for(x)
+            reduce_sums = step.exchange(exchange.reduce_sums, "backward")
         with np.errstate(all="ignore"):
             dx, dweight, dbias, dz = functional.backward(
                 dy, x, stats, weight, kernels, reduce_sums, need_dx, gate

@@ -73,13 +73,14 @@ class SyncBatchNorm(convert.Synchronized):
         self._check_input_dim(input)
         running_mean = running_var = None
         if self.track_running_stats:
-            running_mean, running_var = _buffer(self, "running_mean"), _buffer(self, "running_var")
+            running_mean = _tensor(self, self._buffers, "running_mean")
+            running_var = _tensor(self, self._buffers, "running_var")
         y, stats = autograd.batch_norm(
             input,
             running_mean,
             running_var,
-            _parameter(self, "weight"),
-            _parameter(self, "bias"),
+            _tensor(self, self._parameters, "weight"),
+            _tensor(self, self._parameters, "bias"),
             self.momentum,
             self.eps,
             self.process_group,
@@ -89,7 +90,7 @@ class SyncBatchNorm(convert.Synchronized):
         )
         if running_mean is not None:
             momentum: Any = self.momentum
-            batches = _buffer(self, "num_batches_tracked")
+            batches = _tensor(self, self._buffers, "num_batches_tracked")
             if momentum is None:  # cumulative; as a tensor, so that no device is waited for
                 momentum = 0.0 if batches is None else (batches + 1).double().reciprocal()
             updated = functional.update_running_stats(running_mean, running_var, stats, momentum)
@@ -127,11 +128,5 @@ class SyncBatchNorm(convert.Synchronized):
 
 
 # nn.Module looks for an attribute everywhere else before it looks where it keeps its tensors.
-def _parameter(layer: nn.Module, name: str) -> Any:
-    kept = layer._parameters
+def _tensor(layer: nn.Module, kept: dict[str, Any], name: str) -> Any:
     return kept[name] if name in kept else getattr(layer, name)  # parametrized
-
-
-def _buffer(layer: nn.Module, name: str) -> Any:
-    kept = layer._buffers
-    return kept[name] if name in kept else getattr(layer, name)

@@ -18,6 +18,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.lazy import LazyModuleMixin
 from torch.nn.utils import parametrize
 
+from .autograd import check_activation
 from .communicator import resolve
 from .errors import on_rank
 
@@ -46,8 +47,8 @@ class Synchronized(BatchNorm):
         # A Communicator at once: copying and pickling a layer needs one, mpi4py's own objects know neither.
         if name == "process_group" and value is not None:
             value = resolve(value)
-        if name == "activation" and value not in (None, "relu"):
-            raise ValueError(f"expected activation to be 'relu' or None, got {value!r}{on_rank()}")
+        if name == "activation":
+            check_activation(value)
         super().__setattr__(name, value)
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -94,6 +95,7 @@ def convert_sync_batchnorm(
     """
     group = None if process_group is None else resolve(process_group)
     layers = [(name, layer) for name, layer in module.named_modules() if isinstance(layer, _BatchNorm)]
+    _refuse_own_activation(layers)
     _refuse_own_forward(layers)
     _refuse_scripted(module)
     for name, layer in layers:
@@ -133,7 +135,7 @@ def revert_sync_batchnorm(module: nn.Module) -> nn.Module:
     """
     fused = {id(vars(each)["_layer"]) for each in module.modules() if isinstance(each, FusedReLU)}
     lost = [
-        name or "the module itself"
+        _said(name)
         for name, layer in module.named_modules()
         if isinstance(layer, Synchronized) and layer.activation and id(layer) not in fused
     ]
@@ -224,12 +226,21 @@ def _rebuild(to: type, original: type) -> Any:
 
 def _refuse_own_forward(layers: list[tuple[str, Any]]) -> None:
     lost = [
-        f"{name or 'the module itself'} ({type(layer).__module__}.{type(layer).__qualname__})"
+        f"{_said(name)} ({type(layer).__module__}.{type(layer).__qualname__})"
         for name, layer in layers
         if not isinstance(layer, Synchronized) and _has_own_forward(layer)
     ]
+    if lost:
+        raise TypeError(
+            f"cannot convert layers whose own forward() would be lost: {', '.join(lost)}{on_rank()}. Rewrite "
+            "such a layer to call a BatchNorm layer that it holds, or replace it before converting; no layer "
+            "was changed"
+        )
+
+
+def _refuse_own_activation(layers: list[tuple[str, Any]]) -> None:
     taken = [
-        name or "the module itself"
+        _said(name)
         for name, layer in layers
         if not isinstance(layer, Synchronized)
         and "activation" in {**layer._modules, **layer._parameters, **layer._buffers}
@@ -238,12 +249,6 @@ def _refuse_own_forward(layers: list[tuple[str, Any]]) -> None:
         raise TypeError(
             f"cannot convert layers that hold something named activation: {', '.join(taken)}{on_rank()}. A "
             "synchronized layer has an attribute of that name; rename yours; no layer was changed"
-        )
-    if lost:
-        raise TypeError(
-            f"cannot convert layers whose own forward() would be lost: {', '.join(lost)}{on_rank()}. Rewrite "
-            "such a layer to call a BatchNorm layer that it holds, or replace it before converting; no layer "
-            "was changed"
         )
 
 
@@ -257,6 +262,10 @@ def _refuse_scripted(module: nn.Module) -> None:
     for name, layer in module.named_modules():
         if isinstance(layer, torch.jit.ScriptModule) and "BatchNorm" in layer.original_name:
             raise TypeError(
-                f"cannot convert {name or 'the module itself'}: it is compiled by torch.jit{on_rank()}. "
+                f"cannot convert {_said(name)}: it is compiled by torch.jit{on_rank()}. "
                 "Convert the model before compiling it; no layer was changed"
             )
+
+
+def _said(name: str) -> str:
+    return name or "the module itself"

@@ -72,7 +72,7 @@ def reduce_sums(group: Communicator, call: Call, *sums: Any) -> tuple[Any, ...]:
         message = group.message(3 + shape[0] * shape[1])
         message[2] = 0
         np.stack(vectors, out=message[3:].reshape(shape))
-        _allreduce(group, call, _sign(group, call), message)
+        _allreduce(group, call, message)
         totals = message[3:].reshape(shape).copy()
     return tuple([transport.from_host(total, like) for total, like in zip(totals, sums, strict=True)])
 
@@ -95,7 +95,7 @@ def _sum_moments(
         np.multiply(mean, count, out=first)
         np.multiply(mean, first, out=second)
         second += m2
-        _allreduce(group, call, _sign(group, call), message)
+        _allreduce(group, call, message)
         total = int(message[2])
         merged = first / max(total, 1)
         var = second / max(total, 1)
@@ -126,9 +126,8 @@ def _gather_moments(
     return total, origin + merged, var
 
 
-def _allreduce(group: Communicator, call: Call, h: int, message: np.ndarray) -> None:
-    # First in the message, so that they arrive even where another rank sent a shorter one.
-    message[0], message[1] = h, h * h
+def _allreduce(group: Communicator, call: Call, message: np.ndarray) -> None:
+    _write_fingerprint(group, call, message)
     try:
         group.comm.Allreduce(group.in_place, message)
     except group.mpi_error as error:
@@ -137,8 +136,7 @@ def _allreduce(group: Communicator, call: Call, h: int, message: np.ndarray) -> 
 
 
 def _allgather(group: Communicator, call: Call, message: np.ndarray) -> np.ndarray:
-    h = _sign(group, call)
-    message[0], message[1] = h, h * h
+    _write_fingerprint(group, call, message)
     gathered = np.empty((group.size, len(message)))
     try:
         group.comm.Allgather(message, gathered)
@@ -146,6 +144,12 @@ def _allgather(group: Communicator, call: Call, message: np.ndarray) -> np.ndarr
         _raise_failed(group, call, error)
     diagnostics.check(group, gathered[:, 0].sum(), gathered[:, 1].sum(), call)
     return gathered
+
+
+def _write_fingerprint(group: Communicator, call: Call, message: np.ndarray) -> None:
+    h = _sign(group, call)
+    # First in the message, so that they arrive even where another rank sent a shorter one.
+    message[0], message[1] = h, h * h
 
 
 def _sign(group: Communicator, call: Call) -> int:

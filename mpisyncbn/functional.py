@@ -159,7 +159,7 @@ def update_running_stats(running_mean: Any, running_var: Any, stats: BatchStats,
         and (host := native()) is not None
     ):
         vectors = running_mean, running_var, stats.mean, stats.var
-        if host.update_running_stats(*vectors, count / max(count - 1, 1), momentum) > 0:
+        if host.update_running_stats(*vectors, count / max(count - 1, 1), momentum):
             transport.changed(running_mean, running_var)
             return True  # what was refused is looked at more closely below
     if (

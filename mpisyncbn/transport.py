@@ -7,14 +7,13 @@ on a device are copied there and back. The copy to the host waits for the device
 from __future__ import annotations
 
 import ctypes
-import sys
 from typing import Any
 
 import numpy as np
 
 from . import config
 from .errors import TransportError, on_rank
-from .kernels import native
+from .kernels import loaded_torch, native
 
 __all__ = ["blend", "chosen", "direct", "from_host", "near", "to_host"]
 
@@ -68,14 +67,10 @@ def from_host(values: np.ndarray, like: Any) -> Any:
     if isinstance(like, np.ndarray):
         return values
     if hasattr(like, "detach"):
-        return _torch().from_numpy(values).to(like.device)
+        return loaded_torch().from_numpy(values).to(like.device)
     import cupy
 
     return cupy.asarray(values)
-
-
-def _torch() -> Any:
-    return sys.modules["torch"]  # whoever has a tensor has imported it
 
 
 def near(vector: Any, x: Any) -> Any:
@@ -87,7 +82,7 @@ def near(vector: Any, x: Any) -> Any:
 def changed(*arrays: Any) -> None:
     """Tell autograd that native code wrote to these, as it knows of operations of torch."""
     if not isinstance(arrays[0], np.ndarray):
-        _torch()._C._increment_version(arrays)
+        loaded_torch()._C._increment_version(arrays)
 
 
 def blend(running: Any, batch: np.ndarray, momentum: Any) -> None:
@@ -97,7 +92,7 @@ def blend(running: Any, batch: np.ndarray, momentum: Any) -> None:
         return
     # half precision is rounded once, after the sum
     wide = running if running.dtype.itemsize >= 4 else running.double()
-    new = _torch().from_numpy(batch.astype(np.float32) if wide.dtype.itemsize == 4 else batch)
+    new = loaded_torch().from_numpy(batch.astype(np.float32) if wide.dtype.itemsize == 4 else batch)
     new = new if wide.is_cpu else new.to(wide.device)
     wide.lerp_(new, momentum.to(wide.dtype) if hasattr(momentum, "ndim") else momentum)
     if wide is not running:

@@ -6,9 +6,7 @@ import copy
 import importlib.util
 import json
 import math
-from collections.abc import Iterator
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from types import ModuleType
 from typing import Any
 
@@ -273,19 +271,12 @@ def test_unknown_section(capsys: pytest.CaptureFixture[str]) -> None:
     assert "got speed" in capsys.readouterr().err
 
 
-@pytest.fixture
-def folder() -> Iterator[Path]:
-    """Not tmp_path: all ranks clean up its parent at once, and trip over each other."""
-    with TemporaryDirectory() as path:
-        yield Path(path)
-
-
 def test_a_run_and_its_files(
-    folder: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(layers, "TINY", [("tiny", (2, 64, 8, 8), True)])
     monkeypatch.setattr(layers, "interleave", lambda *args, **kw: timing.interleave(args[0], 0.0, warm=1))
-    report = folder / "report.json"
+    report = tmp_path / "report.json"
     threads = torch.get_num_threads()
     benchmark.main(["--quick", "--only", "tiny", "--default-allocator", "--json", str(report)])
     torch.set_num_threads(threads)
@@ -294,7 +285,7 @@ def test_a_run_and_its_files(
     with together():
         if WORLD.rank > 0:
             assert printed == ""
-            assert not list(folder.iterdir())
+            assert not list(tmp_path.iterdir())
             return
         assert "tiny (2, 64, 8, 8) float32 channels_last:" in printed
         written = json.loads(report.read_text())
@@ -302,6 +293,6 @@ def test_a_run_and_its_files(
         assert written["environment"]["ranks"] == WORLD.size
         assert [line["bar"] for line in written["summary"]] == [2.5, 2.5]
 
-        benchmark.main(["--from-json", str(report), "--plot", str(folder)])
+        benchmark.main(["--from-json", str(report), "--plot", str(tmp_path)])
         assert "tiny layer over local" in capsys.readouterr().out
-        assert (folder / "ratios.png").read_bytes().startswith(b"\x89PNG")
+        assert (tmp_path / "ratios.png").read_bytes().startswith(b"\x89PNG")

@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
-from collections.abc import Iterator
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from types import ModuleType
 
 import numpy as np
@@ -65,22 +63,15 @@ def test_options_below_one(capsys: pytest.CaptureFixture[str]) -> None:
     assert "--steps and --batch must be at least 1, got 0 and 4" in capsys.readouterr().err
 
 
-@pytest.fixture
-def folder() -> Iterator[Path]:
-    """Not tmp_path: all ranks clean up its parent at once, and trip over each other."""
-    with TemporaryDirectory() as path:
-        yield Path(path)
-
-
-def test_table_and_files(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    picture, report = folder / "demo.png", folder / "demo.json"
+def test_table_and_files(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    picture, report = tmp_path / "demo.png", tmp_path / "demo.json"
 
     demo.main(["--steps", "3", "--plot", str(picture), "--json", str(report)])
 
     printed = capsys.readouterr()
     if comm.rank > 0:
         assert (printed.out, printed.err) == ("", "")
-        assert not list(folder.iterdir())
+        assert not list(tmp_path.iterdir())
         return
     table = printed.out.splitlines()
     for name in (demo.ONE_PROCESS, demo.LOCAL, demo.SYNCHRONIZED):

@@ -17,6 +17,9 @@ from mpisyncbn.diagnostics import Call, fingerprint
 from mpisyncbn.errors import CollectiveMismatchError, MPISyncBNError
 
 needs_native = pytest.mark.skipif(kernels.native() is None, reason="the native kernels were not built")
+ALLREDUCE = ctypes.CFUNCTYPE(
+    ctypes.c_int, ctypes.c_void_p, ctypes.c_void_p, ctypes.c_int, *[ctypes.c_void_p] * 3
+)
 CALL = Call("a layer", "forward", 3, "float32")
 WIDE = CALL._replace(dtype="float64")
 
@@ -80,9 +83,7 @@ def fake_allreduce(code, messages):
         messages.append((in_place, ctypes.cast(message, ctypes.POINTER(ctypes.c_double))[:length], handles))
         return code
 
-    return ctypes.CFUNCTYPE(
-        ctypes.c_int, ctypes.c_void_p, ctypes.c_void_p, ctypes.c_int, *[ctypes.c_void_p] * 3
-    )(allreduce)
+    return ALLREDUCE(allreduce)
 
 
 @needs_native
@@ -160,9 +161,7 @@ def test_a_sum_that_is_no_fingerprint_is_a_mismatch(garbage):
         ctypes.cast(message, ctypes.POINTER(ctypes.c_double))[0] = garbage
         return 0
 
-    function = ctypes.CFUNCTYPE(
-        ctypes.c_int, ctypes.c_void_p, ctypes.c_void_p, ctypes.c_int, *[ctypes.c_void_p] * 3
-    )(allreduce)
+    function = ALLREDUCE(allreduce)
     link = kernels.native().Link(ctypes.cast(function, ctypes.c_void_p).value, 0, 0, 0, 0, False, 1)
     assert link.sum_vectors(5, np.ones(2), np.ones(2), np.empty((2, 2))) == -1
 

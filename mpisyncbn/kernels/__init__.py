@@ -25,6 +25,7 @@ the data is in host memory, arrays on the data's device elsewhere.
 
 from __future__ import annotations
 
+import sys
 from functools import cache
 from types import ModuleType
 from typing import Any, NamedTuple
@@ -33,7 +34,7 @@ import numpy as np
 
 from . import generic
 
-__all__ = ["Gate", "kernels_for", "native"]
+__all__ = ["Gate", "kernels_for", "loaded_torch", "native"]
 
 
 class Gate(NamedTuple):
@@ -47,10 +48,16 @@ class Gate(NamedTuple):
 def kernels_for(x: Any) -> ModuleType:
     """The kernel module for the place where ``x`` lives."""
     if getattr(x, "is_cpu", False):  # of torch tensors in host memory alone
-        return (native() if x.ndim <= 64 else None) or _aten()
+        kernels: Any = native()
+        return kernels if kernels and x.ndim <= kernels.most_dimensions else _aten()
     if type(x) in (np.ndarray, np.memmap) and x.dtype.isnative and x.dtype.char in "efd":
         return native() or generic
     return generic
+
+
+def loaded_torch() -> Any:
+    """torch, without the cost of an import statement: whoever has a tensor has imported it."""
+    return sys.modules["torch"]
 
 
 @cache

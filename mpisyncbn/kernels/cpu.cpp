@@ -288,49 +288,35 @@ long local_moments(nb::handle x_object, const Output &out, int threads) {
         using W = work_of<T>;
         static thread_local Plan<T> plan;
         if (!plan_for(x, none, none, none, threads, plan)) return false;
-        // For each slot and column: number of values, shift, sum of x - shift, sum of its square.
-        long lengths[2] = {}, wholes[2] = {};
-        for (int i = 0; i < plan.ways; ++i) wholes[i] = plan.way[i].slots * (lengths[i] = 3 * plan.way[i].columns);
-        double *const sums = kept<double>(wholes[0] + wholes[1]);
+        const Partials<T> found(plan, 3);  // shift, sum of x - shift, sum of its square
         const auto &loops = best_loops<T>();
         const Unlocked unlocked(x);
         static thread_local std::vector<W> shifts;
         shifts.resize(padded(plan.way[0].columns) + 16);
-        static thread_local std::vector<long> counts[2];
+        static thread_local std::vector<long> counts[2];  // values per channel of a slot
         for (int i = 0; i < plan.ways; ++i) {
-            const Way<T> &way = plan.way[i];
-            counts[i].resize(way.slots);
-            long *const count = counts[i].data();
-            for (const Tile &t : way.tiles) count[t.slot] = plan.count(t);
-            double *const base = sums + i * wholes[0];
-            W *const near = shifts.data();
-            if (way.rows && i == 0) loops.row_shifts(way.on, way.count, way.columns, near);
-            each((long)way.tiles.size(), plan.threads, Direction::down, [&](long index) {
-                const Tile &t = way.tiles[index];
-                double *slot = base + t.slot * lengths[i] + t.c0;
-                loops.moments(way.on, t, way.rows, plan.count(t), near + t.c0, scratch<W>(3 * padded(t.c1 - t.c0)), slot,
-                              slot + way.columns, slot + 2 * way.columns);
-            });
+            counts[i].resize(plan.way[i].slots);
+            for (const Tile &t : plan.way[i].tiles) counts[i][t.slot] = plan.count(t);
         }
+        const Way<T> &most = plan.way[0];
+        W *const given = shifts.data();
+        if (most.rows) loops.row_shifts(most.on, most.count, most.columns, given);
+        every_tile(plan, Direction::down, [&](const Way<T> &way, const Tile &t, int i) {
+            loops.moments(way.on, t, way.rows, plan.count(t), given + t.c0, scratch<W>(3 * padded(t.c1 - t.c0)),
+                          found.at(i, t, 0), found.at(i, t, 1), found.at(i, t, 2));
+        });
         // Merged in a fixed order (Chan, Golub and LeVeque 1979), as distances from the first shift.
         const long channels = plan.channels, total = x.size() / channels;
         double *__restrict near = out.data(), *__restrict rest = near + channels, *__restrict m2 = rest + channels;
-        auto every_slot = [&](auto f) {
-            for (int i = 0; i < plan.ways; ++i)
-                for (long s = 0; s < plan.way[i].slots; ++s)
-                    for (long j = 0; j < plan.way[i].columns; j += channels) {
-                        const double *slot = sums + i * wholes[0] + s * lengths[i] + j;
-                        f((double)counts[i][s], slot, slot + plan.way[i].columns, slot + 2 * plan.way[i].columns);
-                    }
-        };
-        std::copy(sums, sums + channels, near);
+        std::copy(found.memory, found.memory + channels, near);
         std::fill(rest, rest + 2 * channels, 0.0);
-        every_slot([&](double n, const double *shift, const double *first, const double *) {
+        found.in_order([&](int i, long slot, const double *shift, long columns) {
+            const double n = (double)counts[i][slot], *const first = shift + columns;
             for (long c = 0; c < channels; ++c) rest[c] += (shift[c] - near[c]) * n + first[c];
         });
         for (long c = 0; c < channels; ++c) rest[c] /= (double)total;
-        every_slot([&](double n, const double *shift, const double *first, const double *second) {
-            const double per = 1 / n;
+        found.in_order([&](int i, long slot, const double *shift, long columns) {
+            const double n = (double)counts[i][slot], per = 1 / n, *const first = shift + columns, *const second = first + columns;
             for (long c = 0; c < channels; ++c) {
                 const double from_shift = first[c] * per, from_mean = (shift[c] - near[c]) + from_shift - rest[c];
                 m2[c] += std::max(second[c] - first[c] * from_shift, 0.0) + n * from_mean * from_mean;
@@ -358,13 +344,9 @@ bool normalize(nb::handle x_object, const Vector &mean, const Vector &invstd, nb
         const long stride = padded(plan.way[0].columns);
         const auto &loops = best_loops<T>();
         const Unlocked unlocked(x);
-        for (int i = 0; i < plan.ways; ++i) {
-            const Way<T> &way = plan.way[i];
-            each((long)way.tiles.size(), plan.threads, Direction::up, [&](long index) {
-                const Tile &t = way.tiles[index];
-                loops.normalize(way.on, t, way.rows, plan.stream && i == 0, all + t.c0, stride, residual.data, relu);
-            });
-        }
+        every_tile(plan, Direction::up, [&](const Way<T> &way, const Tile &t, int i) {
+            loops.normalize(way.on, t, way.rows, plan.stream && i == 0, all + t.c0, stride, residual.data, relu);
+        });
         return true;
     });
 }
@@ -390,33 +372,17 @@ bool backward_reduce(nb::handle dy_object, nb::handle x_object, const Vector &me
         const long stride = padded(plan.way[0].columns), channels = plan.channels;
         const auto &loops = best_loops<T>();
         const Unlocked unlocked(x);
-        long lengths[2] = {}, wholes[2] = {};
-        for (int i = 0; i < plan.ways; ++i) wholes[i] = plan.way[i].slots * (lengths[i] = 2 * plan.way[i].columns);
-        static thread_local std::vector<double> memory;
-        memory.assign(wholes[0] + wholes[1], 0.0);
-        double *const sums = memory.data();
-        for (int i = 0; i < plan.ways; ++i) {
-            const Way<T> &way = plan.way[i];
-            double *const base = sums + i * wholes[0];
-            each((long)way.tiles.size(), plan.threads, Direction::down, [&](long index) {
-                const Tile &t = way.tiles[index];
-                double *slot = base + t.slot * lengths[i] + t.c0;
-                loops.reduce(way.on, t, way.rows, gate, all + t.c0, stride,
-                                       scratch<W>(3 * padded(t.c1 - t.c0)), slot, slot + way.columns);
-            });
-        }
+        const Partials<T> found(plan, 2);
+        every_tile(plan, Direction::down, [&](const Way<T> &way, const Tile &t, int i) {
+            loops.reduce(way.on, t, way.rows, gate, all + t.c0, stride, scratch<W>(3 * padded(t.c1 - t.c0)),
+                         found.at(i, t, 0), found.at(i, t, 1));
+        });
         double *__restrict sum_dy = out.data(), *__restrict sum_dy_xmu = sum_dy + channels;
         const double *const means = mean.data();
         std::fill(sum_dy, sum_dy + 2 * channels, 0.0);
-        for (int i = 0; i < plan.ways; ++i)
-            for (long s = 0; s < plan.way[i].slots; ++s)
-                for (long j = 0; j < plan.way[i].columns; j += channels) {
-                    const double *slot = sums + i * wholes[0] + s * lengths[i] + j;
-                    for (long c = 0; c < channels; ++c) {
-                        sum_dy[c] += slot[c];
-                        sum_dy_xmu[c] += slot[c + plan.way[i].columns];
-                    }
-                }
+        found.in_order([&](int, long, const double *first, long columns) {
+            for (long c = 0; c < channels; ++c) sum_dy[c] += first[c], sum_dy_xmu[c] += first[c + columns];
+        });
         for (long c = 0; c < channels; ++c)
             sum_dy_xmu[c] -= (means[c] - (double)(W)means[c]) * sum_dy[c];
         return true;
@@ -439,13 +405,9 @@ bool backward_elementwise(nb::handle dy_object, nb::handle x_object, const Vecto
         const long stride = padded(plan.way[0].columns);
         const auto &loops = best_loops<T>();
         const Unlocked unlocked(x);
-        for (int i = 0; i < plan.ways; ++i) {
-            const Way<T> &way = plan.way[i];
-            each((long)way.tiles.size(), plan.threads, Direction::up, [&](long index) {
-                const Tile &t = way.tiles[index];
-                loops.elementwise(way.on, t, way.rows, plan.stream && i == 0, all + t.c0, stride, relu);
-            });
-        }
+        every_tile(plan, Direction::up, [&](const Way<T> &way, const Tile &t, int i) {
+            loops.elementwise(way.on, t, way.rows, plan.stream && i == 0, all + t.c0, stride, relu);
+        });
         return true;
     });
 }
@@ -481,6 +443,7 @@ NB_MODULE(_cpu, m) {
         return names[(int)level()];
     });
     m.def("threads", &default_threads);
+    m.attr("most_dimensions") = NDIM;
     m.def("limit", [](int highest) { highest_level = (Level)highest; });
     m.def("stream_from", [](long bytes) { stream_from = bytes; });
 }

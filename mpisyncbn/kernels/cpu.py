@@ -5,20 +5,19 @@ Importing this fails where the extension was not built; then aten.py and generic
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Iterator
-from functools import cache
 from typing import Any
 
 import numpy as np
 
 from ..errors import MPISyncBNError, on_rank
-from . import _cpu
-from ._cpu import Link, fits, instruction_set, invstd, update_running_stats
+from . import _cpu, loaded_torch
+from ._cpu import Link, fits, instruction_set, invstd, most_dimensions, threads, update_running_stats
 
 __all__ = ["backward_elementwise", "backward_reduce", "local_moments", "normalize"]
 # Not verbs, but native as well: what comes before and between them, see cpu_link.h.
-__all__ += ["Link", "fits", "instruction_set", "invstd", "update_running_stats"]
+__all__ += ["Link", "fits", "invstd", "update_running_stats"]
+__all__ += ["instruction_set", "most_dimensions", "threads"]
 
 
 def local_moments(x: Any) -> tuple[int, np.ndarray, np.ndarray]:
@@ -81,16 +80,11 @@ def _refused() -> MPISyncBNError:
 
 
 def _threads(x: Any) -> int:
-    return 0 if isinstance(x, np.ndarray) else _torch().get_num_threads()  # 0: as many as OpenMP has
+    return 0 if isinstance(x, np.ndarray) else loaded_torch().get_num_threads()  # 0: as many as OpenMP has
 
 
 def _empty_like(x: Any) -> Any:
-    return np.empty_like(x, subok=False) if isinstance(x, np.ndarray) else _torch().empty_like(x)
-
-
-@cache
-def _torch() -> Any:
-    return sys.modules["torch"]  # whoever has a tensor has imported it
+    return np.empty_like(x, subok=False) if isinstance(x, np.ndarray) else loaded_torch().empty_like(x)
 
 
 def _dense(x: Any) -> Any:

@@ -102,24 +102,24 @@ struct Link {
     }
 };
 
-// The running statistics moved towards those of a batch, in place: all or, where a value is not finite in their dtype,
-// none. Returns whether they were; -1 where they are not arrays that this knows.
-int update_running_stats(nb::handle running_mean_object, nb::handle running_var_object, const Vector &mean,
+// The running statistics moved towards those of a batch, in place: all or, where a value is not finite in their dtype or
+// they are not arrays that this knows, none. Returns whether they were.
+bool update_running_stats(nb::handle running_mean_object, nb::handle running_var_object, const Vector &mean,
                          const Vector &var, double to_unbiased, double momentum) {
     for (const nb::handle object : {running_mean_object, running_var_object})  // what torch itself would refuse to change
         if (!PyObject_CheckBuffer(object.ptr()) && (nb::cast<bool>(object.attr("requires_grad")) || nb::cast<bool>(object.attr("is_inference")())))
-            return -1;
+            return false;
     Array running[2];
-    if (!describe(running_mean_object, running[0], true) || !describe(running_var_object, running[1], true)) return -1;
+    if (!describe(running_mean_object, running[0], true) || !describe(running_var_object, running[1], true)) return false;
     const long channels = (long)mean.size();
     for (const Array &array : running)
-        if (array.ndim != 1 || array.shape[0] != channels || array.stride[0] != 1 || array.dtype != running[0].dtype) return -1;
+        if (array.ndim != 1 || array.shape[0] != channels || array.stride[0] != 1 || array.dtype != running[0].dtype) return false;
     const double *const means_in = mean.data(), *const vars_in = var.data();
     const double limit = running[0].dtype == DType::f32 ? 3.4028234663852886e38 : 1.7976931348623157e308;
-    if (running[0].dtype != DType::f32 && running[0].dtype != DType::f64) return -1;
+    if (running[0].dtype != DType::f32 && running[0].dtype != DType::f64) return false;
     bool fit = true;
     for (long c = 0; c < channels; ++c) fit &= std::fabs(means_in[c]) <= limit && vars_in[c] * to_unbiased <= limit;
-    if (!fit) return 0;
+    if (!fit) return false;
     auto move = [&](auto *__restrict means, auto *__restrict vars) {
         using W = std::remove_reference_t<decltype(*means)>;
         for (long c = 0; c < channels; ++c) {
@@ -131,7 +131,7 @@ int update_running_stats(nb::handle running_mean_object, nb::handle running_var_
         move((float *)running[0].data, (float *)running[1].data);
     else
         move((double *)running[0].data, (double *)running[1].data);
-    return 1;
+    return true;
 }
 
 void invstd(const Vector &var, double eps, nb::ndarray<double, nb::ndim<1>, nb::c_contig, nb::device::cpu> out) {

@@ -322,6 +322,18 @@ static void pass_rows(const Operands<T> &on, const Tile &t, const work<T> *numbe
     if (STREAM) fence();
 }
 
+// Both sums for each channel of a tile.
+template <class T, class F>
+static void tile_sums(const Operands<T> &on, const Tile &t, bool rows, const work<T> *numbers, long stride, F terms,
+                      work<T> *scratch, double *first, double *second) {
+    std::fill(first, first + (t.c1 - t.c0), 0.0);
+    std::fill(second, second + (t.c1 - t.c0), 0.0);
+    if (rows)
+        sum_rows(on, t, numbers, stride, terms, scratch, first, second);
+    else
+        sum_planes(on, t, numbers, stride, terms, first, second);
+}
+
 // A number near the mean of each channel, from a few values: of the first plane of a tile, or of rows spread over all.
 template <class T>
 static void plane_shifts(const Operands<T> &on, const Tile &t, work<T> *shifts) {
@@ -357,12 +369,7 @@ static void tile_moments(const Operands<T> &on, const Tile &t, bool rows, long c
     else
         plane_shifts(on, t, shifts);
     for (int turn = 0; turn < 2; ++turn) {
-        std::fill(first, first + channels, 0.0);
-        std::fill(second, second + channels, 0.0);
-        if (rows)
-            sum_rows(on, t, shifts, 0, Moments<T>{}, scratch, first, second);
-        else
-            sum_planes(on, t, shifts, 0, Moments<T>{}, first, second);
+        tile_sums(on, t, rows, shifts, 0, Moments<T>{}, scratch, first, second);
         for (long c = 0; c < channels; ++c) shift[c] = shifts[c];
         // Where the shift is more than two standard deviations from the mean, the squares have lost digits: once
         // more, about the mean found. The other channels keep their shift, and get the same sums again.
@@ -379,12 +386,7 @@ static void tile_moments(const Operands<T> &on, const Tile &t, bool rows, long c
 template <class T>
 static void tile_reduce(const Operands<T> &on, const Tile &t, bool rows, Gate gate, const work<T> *numbers, long stride,
                         work<T> *scratch, double *first, double *second) {
-    auto sums = [&](auto terms) {
-        if (rows)
-            sum_rows(on, t, numbers, stride, terms, scratch, first, second);
-        else
-            sum_planes(on, t, numbers, stride, terms, first, second);
-    };
+    auto sums = [&](auto terms) { tile_sums(on, t, rows, numbers, stride, terms, scratch, first, second); };
     if (gate == Gate::none) sums(Reduce<T, Gate::none>{});
     if (gate == Gate::recomputed) sums(Reduce<T, Gate::recomputed>{});
     if (gate == Gate::saved) sums(Reduce<T, Gate::saved>{});

@@ -162,3 +162,45 @@ W *kept(size_t length) {
     if (memory.size() < length) memory.resize(length);
     return memory.data();
 }
+
+// Calls f(way, tile, i) for every tile of way i of a plan.
+template <class T, class F>
+void every_tile(const Plan<T> &plan, Direction direction, F f) {
+    for (int i = 0; i < plan.ways; ++i) {
+        const Way<T> &way = plan.way[i];
+        each((long)way.tiles.size(), plan.threads, direction, [&](long index) { f(way, way.tiles[index], i); });
+    }
+}
+
+// What the tiles find out about each channel, `kinds` numbers in double: an array of columns for each kind, for every
+// slot of every way.
+template <class T>
+struct Partials {
+    const Plan<T> &plan;
+    const long kinds;
+    double *memory;
+
+    Partials(const Plan<T> &plan, long kinds) : plan(plan), kinds(kinds), memory(reserved(of_way(0) + of_way(1))) {}
+
+    // The numbers of one kind, from the tile's first channel on.
+    double *at(int way, const Tile &t, long kind) const { return start(way, t.slot) + kind * plan.way[way].columns + t.c0; }
+
+    // Calls f(way, slot, numbers, columns) in a fixed order, as often as all channels are there: kind k of channel c
+    // is numbers[k * columns + c].
+    template <class F>
+    void in_order(F f) const {
+        for (int i = 0; i < plan.ways; ++i)
+            for (long slot = 0; slot < plan.way[i].slots; ++slot)
+                for (long j = 0; j < plan.way[i].columns; j += plan.channels)
+                    f(i, slot, (const double *)start(i, slot) + j, plan.way[i].columns);
+    }
+
+   private:
+    long of_way(int i) const { return i < plan.ways ? plan.way[i].slots * kinds * plan.way[i].columns : 0; }
+    double *start(int i, long slot) const { return memory + (i ? of_way(0) : 0) + slot * kinds * plan.way[i].columns; }
+    static double *reserved(long length) {
+        static thread_local std::vector<double> kept;
+        if ((long)kept.size() < length) kept.resize(length);
+        return kept.data();
+    }
+};
