@@ -79,11 +79,9 @@ struct Link {
         message[2] = (double)count;
         double *__restrict first = message.data() + 3, *__restrict second = first + channels;
         const double *mean_in = mean.data(), *m2_in = m2.data();
-        for (size_t c = 0; c < channels; ++c) {
-            const double sum = mean_in[c] * (double)count;
-            first[c] = sum;
-            second[c] = mean_in[c] * sum + m2_in[c];
-        }
+        // One array after the other: stores to addresses 4096 bytes apart from what is loaded hold the loads up.
+        for (size_t c = 0; c < channels; ++c) first[c] = mean_in[c] * (double)count;
+        for (size_t c = 0; c < channels; ++c) second[c] = mean_in[c] * first[c] + m2_in[c];
         if (const long problem = sum(h)) return problem;
         const double total = message[2], divisor = std::max(total, 1.0);
         mean_and_var(channels, divisor, first, second, merged.data(), merged.data() + channels);

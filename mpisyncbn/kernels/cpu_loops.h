@@ -9,6 +9,7 @@
 
 template <class T>
 struct Moments {  // about a shift near the mean, so that the squares keep their digits
+    static constexpr long parts = 8;  // see sum_rows
     template <class K, class L>
     INLINE_MEMBER void operator()(At<T> at, long i, K k, L l, vec<T> &a, vec<T> &b) const {
         a = l.get(at.x + i) - k(MEAN);
@@ -18,6 +19,7 @@ struct Moments {  // about a shift near the mean, so that the squares keep their
 
 template <class T, Gate GATE>
 struct Reduce {
+    static constexpr long parts = 4;  // of two arrays each
     template <class K, class L>
     INLINE_MEMBER void operator()(At<T> at, long i, K k, L l, vec<T> &a, vec<T> &b) const {
         const vec<T> xm = l.get(at.x + i) - k(MEAN);
@@ -211,19 +213,19 @@ static void sum_planes(const Operands<T> &on, const Tile &t, const work<T> *numb
     for (long c = 0; c < channels; ++c) flush(c);
 }
 
-// Adds the terms of one value each of STREAMS rows, which lie `step` apart, to the sums of as many columns as a
+// Adds the terms of one value each of PARTS rows, which lie `step` apart, to the sums of as many columns as a
 // vector has.
-template <long STREAMS, class T, class F, class L>
+template <long PARTS, class T, class F, class L>
 INLINE void add_rows(At<T> at, const typename Operands<T>::Strides &step, RowNumbers<T> k, F terms, L l, work<T> *a_sums,
                      work<T> *b_sums) {
-    vec<T> a[STREAMS], b[STREAMS];
+    vec<T> a[PARTS], b[PARTS];
 #pragma GCC unroll 8
-    for (long i = 0; i < STREAMS; ++i) {
+    for (long i = 0; i < PARTS; ++i) {
         terms(at, 0, k, l, a[i], b[i]);
         at = {at.dy + step.dy, at.x + step.x, at.extra + step.extra, at.out + step.out};
     }
 #pragma GCC unroll 8
-    for (long half = STREAMS / 2; half; half /= 2)
+    for (long half = PARTS / 2; half; half /= 2)
 #pragma GCC unroll 8
         for (long i = 0; i < half; ++i) a[i] += a[i + half], b[i] += b[i + half];
     write<false>(a_sums, read<vec<T>>(a_sums) + a[0]);
@@ -233,37 +235,33 @@ INLINE void add_rows(At<T> at, const typename Operands<T>::Strides &step, RowNum
 // Both sums for every column of rows s0 to s1. `scratch` holds two working vectors of the columns, padded to whole
 // vectors; so does every number of k.
 //
-// Eight rows are taken at a time, to load and store the sums less often. They lie some pages apart, each the head
-// of a run of rows: processors read ahead in several pages at once, but not in one page at several places.
+// Several rows are taken at a time, to load and store the sums less often: one from each part of the tile, not
+// neighbours. Processors read ahead in several pages at once, but not in one page at several places.
 template <class T, class F>
 static void sum_rows(const Operands<T> &on, const Tile &t, const work<T> *numbers, long stride, F terms, work<T> *scratch,
                      double *first, double *second) {
-    constexpr long W = Lane<T>::width, STREAMS = 8, APART = 16384, DEPTH = 16;
-    const long columns = t.c1 - t.c0;
-    const long run = std::clamp(APART / (on.outer.x * (long)sizeof(T) + 1), 8L, 128L);
+    constexpr long W = Lane<T>::width, DEPTH = 16, PARTS = F::parts;
+    const long columns = t.c1 - t.c0, part = (t.s1 - t.s0) / PARTS;
     const auto &pitch = on.outer;
-    const typename Operands<T>::Strides step = {run * pitch.dy, run * pitch.x, run * pitch.extra, run * pitch.out};
+    const typename Operands<T>::Strides step = {part * pitch.dy, part * pitch.x, part * pitch.extra, part * pitch.out};
     work<T> *const a_sums = scratch, *const b_sums = scratch + padded(columns);
-    for (long r = t.s0; r < t.s1;) {
-        const bool together = r + STREAMS * run <= t.s1;
-        for (const long end = together ? r + run : t.s1; r < end;) {
+    auto rows = [&](long from, long to, auto parts) {
+        while (from < to) {
             std::fill(scratch, scratch + 2 * padded(columns), work<T>(0));
-            for (const long flush = std::min(r + DEPTH, end); r < flush; ++r) {
-                const At<T> at = on.at(r, t.c0, 0);
-                for (long j = 0; j < columns; j += W) {
-                    const RowNumbers<T> k{numbers + j, stride};
-                    if (together && j + W <= columns)
-                        add_rows<STREAMS>(at + j, step, k, terms, Whole{}, a_sums + j, b_sums + j);
-                    else if (together)
-                        add_rows<STREAMS>(at + j, step, k, terms, Part{columns - j}, a_sums + j, b_sums + j);
-                    else
-                        add_rows<1>(at + j, step, k, terms, Part{std::min(W, columns - j)}, a_sums + j, b_sums + j);
-                }
+            for (const long flush = std::min(from + DEPTH, to); from < flush; ++from) {
+                const At<T> at = on.at(from, t.c0, 0);
+                long j = 0;
+                for (; j + W <= columns; j += W)
+                    add_rows<parts()>(at + j, step, RowNumbers<T>{numbers + j, stride}, terms, Whole{}, a_sums + j, b_sums + j);
+                if (j < columns)
+                    add_rows<parts()>(at + j, step, RowNumbers<T>{numbers + j, stride}, terms, Part{columns - j}, a_sums + j,
+                                      b_sums + j);
             }
             for (long j = 0; j < columns; ++j) first[j] += a_sums[j], second[j] += b_sums[j];
         }
-        if (together) r += (STREAMS - 1) * run;
-    }
+    };
+    rows(t.s0, t.s0 + part, std::integral_constant<long, PARTS>{});
+    rows(t.s0 + part * PARTS, t.s1, std::integral_constant<long, 1>{});
 }
 
 template <bool STREAM, class T, class F>
@@ -373,13 +371,12 @@ static void tile_moments(const Operands<T> &on, const Tile &t, bool rows, long c
         for (long c = 0; c < channels; ++c) shift[c] = shifts[c];
         // Where the shift is more than two standard deviations from the mean, the squares have lost digits: once
         // more, about the mean found. The other channels keep their shift, and get the same sums again.
-        bool lost = false;
+        const auto lost = [&](long c) { return 1.25 * first[c] * first[c] > second[c] * count; };
+        bool any = false;
+        for (long c = 0; c < channels; ++c) any |= lost(c);
+        if (!any) break;
         for (long c = 0; c < channels; ++c)
-            if (1.25 * first[c] * first[c] > second[c] * count && std::isfinite(first[c])) {
-                shifts[c] += (work<T>)(first[c] / count);
-                lost = true;
-            }
-        if (!lost) break;
+            if (lost(c) && std::isfinite(first[c])) shifts[c] += (work<T>)(first[c] / count);
     }
 }
 

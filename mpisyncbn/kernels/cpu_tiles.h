@@ -34,7 +34,9 @@ long cut_planes(long samples, long channels, long positions, std::vector<Tile> &
 }
 
 long cut_rows(long rows, long columns, int threads, std::vector<Tile> &tiles) {
-    const long slots = parts(rows, std::max(256L, TILE / columns)), step = (parts(rows, slots) + 7) / 8 * 8;
+    // Sums over a tile have an end in memory for every column: of much work, no more tiles than threads may want.
+    const long most = std::clamp(rows * columns / 48, TILE, 8 * TILE);
+    const long slots = parts(rows, std::max(256L, most / columns)), step = (parts(rows, slots) + 7) / 8 * 8;
     // Too few for the threads: cut across too, which leaves the sums as they are.
     const long c_parts = slots >= threads ? 1 : std::clamp(parts(threads, slots), 1L, std::max(columns / 64, 1L));
     const long c_step = padded(parts(columns, c_parts));
