@@ -3,7 +3,7 @@
     mpiexec -n 2 python scripts/benchmark.py            about ten minutes on two cores
     mpiexec -n 2 python scripts/benchmark.py --quick    under two
     python scripts/benchmark.py --scaling               2 to 64 ranks; starts mpiexec itself
-    python scripts/benchmark.py --from-json a.json b.json --plot .
+    python scripts/benchmark.py --from-json a.json b.json --plot . --tables tables.md
 
 Where each rank has a core of its own, MPI's part of an exchange halves if ranks stay there and do not yield:
 
@@ -64,6 +64,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--scaling", action="store_true", help="exchanges at 2 to 64 ranks, and the model")
     parser.add_argument("--json", metavar="PATH", help="also write the figures and the environment there")
     parser.add_argument("--plot", metavar="DIR", help="also draw ratios.png and growth.png there")
+    parser.add_argument("--tables", metavar="PATH", help="also write them there as Markdown tables")
     parser.add_argument("--from-json", metavar="PATH", nargs="+", help="measure nothing: take these files")
     parser.add_argument("--default-allocator", action="store_true", help="let glibc give freed memory back")
     options = parser.parse_args(arguments)
@@ -145,6 +146,10 @@ def finish(results: Results, options: argparse.Namespace) -> None:
     if options.json:
         judged = [{**line._asdict(), "met": line.met} for line in lines]
         Path(options.json).write_text(json.dumps({**results, "summary": judged}, indent=1) + "\n")
+    if options.tables:
+        from benchmarks import tables
+
+        Path(options.tables).write_text(tables.markdown(results["sections"]))
     if options.plot:
         from benchmarks import plots
 

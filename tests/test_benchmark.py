@@ -157,13 +157,18 @@ def test_models_do_the_same_step() -> None:
     head = torch.nn.AdaptiveAvgPool2d(1), torch.nn.Flatten(), torch.nn.Linear(16, 3)
     local = torch.nn.Sequential(*blocks, *head)
     images, labels = torch.randn(2, 3, 16, 16), torch.tensor([0, 2])
-    ours = mpisyncbn.convert_sync_batchnorm(copy.deepcopy(local))
-    for net in (local, ours):
+    others = [
+        mpisyncbn.convert_sync_batchnorm(copy.deepcopy(local)),
+        mpisyncbn.convert_sync_batchnorm(copy.deepcopy(local), fuse_relu=True),
+        resnet.waiting(copy.deepcopy(local)),
+    ]
+    for net in (local, *others):
         resnet.training_step(net, images, labels)()
 
     with together():
-        for (name, expected), actual in zip(local.named_parameters(), ours.parameters(), strict=True):
-            assert distance(actual, expected) < 1e-4, name
+        for net in others:
+            for (name, expected), actual in zip(local.named_parameters(), net.parameters(), strict=True):
+                assert distance(actual, expected) < 1e-4, name
 
 
 def test_model_by_hand() -> None:
@@ -293,6 +298,8 @@ def test_a_run_and_its_files(
         assert written["environment"]["ranks"] == WORLD.size
         assert [line["bar"] for line in written["summary"]] == [2.5, 2.5]
 
-        benchmark.main(["--from-json", str(report), "--plot", str(tmp_path)])
+        table = tmp_path / "tables.md"
+        benchmark.main(["--from-json", str(report), "--plot", str(tmp_path), "--tables", str(table)])
         assert "tiny layer over local" in capsys.readouterr().out
         assert (tmp_path / "ratios.png").read_bytes().startswith(b"\x89PNG")
+        assert "| (2, 64, 8, 8) | bfloat16, contiguous |" in table.read_text()
