@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from .batchnorm import SyncBatchNorm
     from .communicator import Communicator, new_group, new_subgroups
     from .convert import revert_sync_batchnorm
+    from .distributed import init_process_group
 
     convert_sync_batchnorm = SyncBatchNorm.convert_sync_batchnorm
 
@@ -30,6 +31,7 @@ __all__ = [
     "TransportError",
     "convert_sync_batchnorm",
     "functional",
+    "init_process_group",
     "new_group",
     "new_subgroups",
     "revert_sync_batchnorm",
@@ -42,6 +44,7 @@ _HOME = {
     "SyncBatchNorm": "batchnorm",
     "convert_sync_batchnorm": "batchnorm.SyncBatchNorm",
     "functional": "",
+    "init_process_group": "distributed",
     "new_group": "communicator",
     "new_subgroups": "communicator",
     "revert_sync_batchnorm": "convert",

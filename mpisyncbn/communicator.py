@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import sys
 import threading
 import weakref
 from collections.abc import Callable, Iterable
@@ -68,7 +69,7 @@ class Communicator:
     def __init__(self, comm: Any = None) -> None:
         MPI = mpi()
         if isinstance(comm, Communicator):
-            comm = comm._source
+            comm = comm._source if comm._source is not None else comm.ready().comm
         elif comm is None:
             comm = MPI.COMM_WORLD
         _check(comm)
@@ -98,9 +99,8 @@ class Communicator:
             mpi()
             if self._freed:
                 raise MPISyncBNError(f"this Communicator was freed{on_rank()}: make a new one")
-            _check(self._source)
             try:
-                duplicate = self._source.Dup()
+                duplicate = self._make()
             except self.mpi_error as error:
                 raise MPISyncBNError(
                     f"MPI failed to duplicate the communicator{on_rank()}: {error}"
@@ -109,6 +109,11 @@ class Communicator:
         elif self._is_finalized():
             mpi()  # says so
         return self
+
+    def _make(self) -> MPI.Intracomm:
+        """A communicator that nobody else knows. Collective."""
+        _check(self._source)
+        return self._source.Dup()
 
     def _adopt(self, comm: MPI.Intracomm) -> Communicator:
         """Take over a communicator that nobody else knows. Collective."""
@@ -191,7 +196,8 @@ def resolve(process_group: Any) -> Communicator:
     """The Communicator that stands for ``process_group``; always the same one for the same group.
 
     Args:
-        process_group: None (the world), a Communicator, or an intra-communicator of mpi4py.
+        process_group: None (the world), a Communicator, an intra-communicator of mpi4py, or a process
+            group of torch.distributed, of whatever backend, among ranks of this MPI job.
     """
     global _world
     if process_group is None:
@@ -200,11 +206,15 @@ def resolve(process_group: Any) -> Communicator:
         return _world
     if isinstance(process_group, Communicator):
         return process_group
+    torch_distributed = sys.modules.get("torch.distributed")
+    if torch_distributed is not None and isinstance(process_group, torch_distributed.ProcessGroup):
+        return _of_torch(process_group)
     MPI = mpi()
     if not isinstance(process_group, MPI.Comm):
         raise TypeError(
-            "expected process_group to be an mpi4py communicator, an mpisyncbn.Communicator or None "
-            f"(the world), got {_type_name(process_group)}{on_rank()}"
+            "expected process_group to be an mpi4py communicator, an mpisyncbn.Communicator, a process group "
+            "of torch.distributed that contains this rank, or None (the world), got "
+            f"{_type_name(process_group)}{on_rank()}"
         )
     _check(process_group)
     if process_group == MPI.COMM_WORLD:
@@ -218,6 +228,40 @@ def resolve(process_group: Any) -> Communicator:
     if communicator is None or communicator._freed:
         communicator = Communicator(process_group)
         process_group.Set_attr(_keyval, communicator)
+    return communicator
+
+
+class _OfTorch(Communicator):
+    """The ranks of a process group of another backend, gloo or nccl, which know each other by that."""
+
+    def __init__(self, group: Any) -> None:
+        super().__init__(mpi().COMM_SELF)
+        self._source, self._group, self._is_world = None, group, False
+        self.rank, self.size = group.rank(), group.size()
+
+    def _make(self) -> MPI.Intracomm:
+        from torch.distributed import all_gather_object
+
+        world = mpi().COMM_WORLD
+        ranks: list[Any] = [None] * self.size
+        all_gather_object(ranks, world.rank, group=self._group)
+        group = world.Get_group().Incl(ranks)
+        try:
+            return world.Create_group(group)
+        finally:
+            group.Free()
+
+
+_of_torch_groups: weakref.WeakKeyDictionary[Any, Communicator] = weakref.WeakKeyDictionary()
+
+
+def _of_torch(group: Any) -> Communicator:
+    ours = getattr(group, "communicator", None)  # of backend mpi4py
+    if ours is not None:
+        return ours
+    communicator = _of_torch_groups.get(group)
+    if communicator is None or communicator._freed:
+        communicator = _of_torch_groups[group] = _OfTorch(group)
     return communicator
 
 

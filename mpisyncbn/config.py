@@ -6,7 +6,7 @@ import os
 
 from .errors import on_rank
 
-__all__ = ["debug", "transport"]
+__all__ = ["debug", "rendezvous_given", "transport"]
 
 
 def _choice(name: str, default: str, choices: tuple[str, ...]) -> str:
@@ -26,3 +26,8 @@ def transport() -> str:
 def debug() -> bool:
     """``MPISYNCBN_DEBUG=1``: the ranks agree on what they are about to do before every collective."""
     return _choice("MPISYNCBN_DEBUG", "0", ("0", "1")) == "1"
+
+
+def rendezvous_given() -> bool:
+    """Whether the variables are set by which torch's own launchers tell ranks of each other."""
+    return any(name in os.environ for name in ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"))

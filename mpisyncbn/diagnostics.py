@@ -12,7 +12,7 @@ import numpy as np
 
 from .errors import CollectiveMismatchError, MPISyncBNError
 
-__all__ = ["Call", "agree", "check", "fingerprint", "mismatch"]
+__all__ = ["Call", "abandon", "agree", "check", "fingerprint", "mismatch"]
 
 # P ranks stay exact while P * 2**36, the sum of the squares, is below 2**53: up to 131,072 ranks.
 _BITS = 18
@@ -41,16 +41,16 @@ class Call(NamedTuple):
 
 
 @lru_cache(maxsize=4096)
-def _hash(call: Call) -> int:
+def _hash(call: tuple[Any, ...]) -> int:
     return zlib.crc32(repr(tuple(call)).encode())
 
 
-def fingerprint(call: Call, exchanges: int) -> int:
+def fingerprint(call: tuple[Any, ...], exchanges: int) -> int:
     """18 bits of ``call`` and of how many exchanges this communicator has done."""
     return (_hash(call) + exchanges * 40503) & _MASK
 
 
-def check(group: Any, sum_h: float, sum_hh: float, call: Call) -> None:
+def check(group: Any, sum_h: float, sum_hh: float, call: Any) -> None:
     """Raise on every rank unless all ranks sent the same fingerprint.
 
     By Cauchy-Schwarz ``P * sum(h * h) >= sum(h)**2``, with equality only if all ``h`` are equal.
@@ -78,7 +78,7 @@ def agree(group: Any, call: Call) -> None:
         _raise_mismatch(group, [f"on {host}: {what}" for host, what in calls], group.exchanges + 1)
 
 
-def mismatch(group: Any, call: Call) -> NoReturn:
+def mismatch(group: Any, call: Any) -> NoReturn:
     """Raise CollectiveMismatchError, which says what each rank was doing.
 
     Collective among the ranks that noticed, which are all where all sent messages of one length.
@@ -91,7 +91,7 @@ def mismatch(group: Any, call: Call) -> NoReturn:
     deadline = time.monotonic() + _PATIENCE
     while not request.Test():
         if time.monotonic() > deadline:
-            _abandoned.append((request, record, records))  # MPI may still write there
+            abandon(request, record, records)
             break
         time.sleep(0.001)
     silent = f"no answer in {_PATIENCE:.0f} s; it may wait in MPI for a message as long as its own"
@@ -99,7 +99,12 @@ def mismatch(group: Any, call: Call) -> NoReturn:
     _raise_mismatch(group, calls, group.exchanges)
 
 
-def _here(call: Call) -> tuple[str, str]:
+def abandon(*memory: Any) -> None:
+    """Keep what MPI may still write to."""
+    _abandoned.append(memory)
+
+
+def _here(call: Any) -> tuple[str, str]:
     return socket.gethostname(), str(call)
 
 
@@ -109,6 +114,6 @@ def _raise_mismatch(group: Any, calls: list[str], number: int) -> NoReturn:
     raise CollectiveMismatchError(
         f"expected all {group.size} ranks of the group to make the same call, but in exchange number "
         f"{number} of this communicator they made different ones:\n{listing}\n"
-        f"This is rank {group.rank}. Every rank must run the same layers in the same order; "
-        "look for a layer that only some ranks run, or a branch that depends on the rank or its data."
+        f"This is rank {group.rank}. Every rank must run the same layers and collectives in the same order; "
+        "look for one that only some ranks run, or a branch that depends on the rank or its data."
     )

@@ -17,6 +17,12 @@ PACKAGE = ROOT / "mpisyncbn"
 ORDER = [
     "__init__",
     "__main__",
+    "distributed",
+    "collectives",
+    "steps",
+    "rendezvous",
+    "buffers",
+    "progress",
     "batchnorm",
     "convert",
     "autograd",

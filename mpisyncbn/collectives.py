@@ -1,0 +1,290 @@
+"""The collectives of torch.distributed over MPI, with torch's names and arguments."""
+
+# mypy: disable-error-code="override, assignment"
+# Torch calls these with lists and options alone, and has names for the other ways to call it.
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from . import buffers
+from .errors import on_rank
+from .progress import Work
+from .steps import DEFAULT, Action, Stepwise, listed, same, seen
+
+__all__ = ["Collectives"]
+
+Prepared = tuple[tuple[Any, ...], Action]
+
+
+class Collectives(Stepwise):
+    """Each method prepares on the caller's thread and acts once the ranks agree: see Stepwise._run."""
+
+    # Reductions.
+
+    def allreduce(self, tensors: Any, opts: Any = DEFAULT) -> Work:
+        return self.allreduce_coalesced(tensors, opts, "all_reduce")
+
+    def allreduce_coalesced(
+        self, tensors: Any, opts: Any = DEFAULT, name: str = "all_reduce_coalesced"
+    ) -> Work:
+        tensors = listed(tensors)
+
+        def prepare() -> Prepared:
+            operation = buffers.name_of(opts.reduceOp)
+            jobs = [
+                (buffers.contiguous(tensor), buffers.reduction(operation, tensor.dtype), tensor)
+                for tensor in tensors
+            ]
+
+            def action(comm: Any) -> None:
+                for host, reduction, tensor in jobs:
+                    reduction.all(comm, host)
+                    buffers.put_back(host, tensor)
+
+            return (operation, "of", *seen(tensors)), action
+
+        return self._run(name, prepare, tensors, opts)
+
+    def reduce(self, tensors: Any, opts: Any = DEFAULT) -> Work:
+        (tensor,) = tensors = listed(tensors)
+
+        def prepare() -> Prepared:
+            operation, root = buffers.name_of(opts.reduceOp), self._root(opts)
+            host, reduction = buffers.contiguous(tensor), buffers.reduction(operation, tensor.dtype)
+
+            def action(comm: Any) -> None:
+                reduction.to(comm, host, root)
+                buffers.put_back(host, tensor)
+
+            return (operation, "to rank", root, "of", *seen(tensors)), action
+
+        return self._run("reduce", prepare, tensors, opts)
+
+    def reduce_scatter(self, outputs: Any, inputs: Any, opts: Any = DEFAULT) -> Work:
+        (out,), (parts,) = outputs, inputs
+
+        def prepare() -> Prepared:
+            self._one_for_each_rank(parts, out)
+            same("the output and this rank's part of the input", out.numel(), parts[self._wire.rank].numel())
+            operation, host = buffers.name_of(opts.reduceOp), buffers.like(out)
+            reduction, counts = buffers.reduction(operation, out.dtype), [part.numel() for part in parts]
+
+            def action(comm: Any) -> None:
+                values = buffers.gathered(parts).view(out.dtype)
+                reduction.scatter(comm, values, host.view(-1), counts)
+                buffers.put_back(host, out)
+
+            return (operation, "of", *seen(parts)), action
+
+        return self._run("reduce_scatter", prepare, [out], opts)
+
+    def reduce_scatter_single_coalesced(
+        self, outputs: Any, inputs: Any, opts: Any = DEFAULT, name: str = "reduce_scatter_coalesced"
+    ) -> Work:
+        def prepare() -> Prepared:
+            operation, jobs = buffers.name_of(opts.reduceOp), []
+            for out, values in zip(outputs, inputs, strict=True):
+                self._a_part_for_each_rank(values, out)
+                jobs.append((out, buffers.like(out), values, buffers.reduction(operation, out.dtype)))
+
+            def action(comm: Any) -> None:
+                for out, host, values, reduction in jobs:
+                    flat = buffers.contiguous(values).view(-1)
+                    reduction.scatter(comm, flat, host.view(-1), [out.numel()] * comm.size)
+                    buffers.put_back(host, out)
+
+            return (operation, "of", *seen(inputs)), action
+
+        return self._run(name, prepare, outputs, opts)
+
+    def reduce_scatter_single(self, out: Tensor, values: Tensor, opts: Any = DEFAULT) -> Work:
+        return self.reduce_scatter_single_coalesced([out], [values], opts, "reduce_scatter_tensor")
+
+    # From one rank to all, and from all to one.
+
+    def broadcast(self, tensors: Any, opts: Any = DEFAULT) -> Work:
+        tensors = listed(tensors)
+
+        def prepare() -> Prepared:
+            root = self._root(opts)
+            to_host = buffers.contiguous if self._wire.rank == root else buffers.like
+            hosts = [to_host(tensor) for tensor in tensors]
+
+            def action(comm: Any) -> None:
+                for host, tensor in zip(hosts, tensors, strict=True):
+                    buffers.broadcast(comm, host, root)
+                    buffers.put_back(host, tensor)
+
+            return ("from rank", root, "of", *seen(tensors)), action
+
+        return self._run("broadcast", prepare, tensors, opts)
+
+    def gather(self, outputs: Any, inputs: Any, opts: Any = DEFAULT) -> Work:
+        (values,) = inputs
+
+        def prepare() -> Prepared:
+            root = self._root(opts)
+            parts = outputs[0] if self._wire.rank == root else []
+            if self._wire.rank == root:
+                self._one_for_each_rank(parts, values)
+                for part in parts:
+                    same("the input and each output", values.numel(), part.numel())
+
+            def action(comm: Any) -> None:
+                host = buffers.contiguous(values)
+                flat = torch.empty((comm.size, *host.shape), dtype=host.dtype) if parts else None
+                buffers.gather(comm, host, flat, root)
+                for part, piece in zip(parts, () if flat is None else flat, strict=True):
+                    buffers.put_back(piece, part)
+
+            return ("to rank", root, "of", *seen(inputs)), action
+
+        return self._run("gather", prepare, outputs, opts)
+
+    def scatter(self, outputs: Any, inputs: Any, opts: Any = DEFAULT) -> Work:
+        (out,) = outputs
+
+        def prepare() -> Prepared:
+            root, host = self._root(opts), buffers.like(out)
+            parts = inputs[0] if self._wire.rank == root else []
+            if self._wire.rank == root:
+                self._one_for_each_rank(parts, out)
+                for part in parts:
+                    same("the output and each input", out.numel(), part.numel())
+
+            def action(comm: Any) -> None:
+                buffers.scatter(comm, buffers.gathered(parts) if parts else None, host, root)
+                buffers.put_back(host, out)
+
+            return ("from rank", root, "of", *seen(outputs)), action
+
+        return self._run("scatter", prepare, outputs, opts)
+
+    # From all to all.
+
+    def allgather(self, outputs: Any, inputs: Any, opts: Any = DEFAULT) -> Work:
+        (parts,), (values,) = outputs, inputs
+
+        def prepare() -> Prepared:
+            self._one_for_each_rank(parts, values)
+            same("the input and this rank's output", values.numel(), parts[self._wire.rank].numel())
+            sizes = [part.nbytes for part in parts]
+
+            def action(comm: Any) -> None:
+                flat = torch.empty(sum(sizes), dtype=torch.uint8)
+                buffers.all_gather_uneven(comm, buffers.contiguous(values).view(-1), flat, sizes)
+                for part, piece in zip(parts, flat.split(sizes), strict=True):
+                    buffers.put_back(piece.view(part.dtype), part)
+
+            return ("into", *seen(parts)), action
+
+        return self._run("all_gather", prepare, parts, opts)
+
+    def all_gather_single_coalesced(
+        self, outputs: Any, inputs: Any, opts: Any = DEFAULT, name: str = "all_gather_coalesced"
+    ) -> Work:
+        def prepare() -> Prepared:
+            jobs = []
+            for out, values in zip(outputs, inputs, strict=True):
+                self._a_part_for_each_rank(out, values)
+                jobs.append((out, buffers.like(out), values))
+
+            def action(comm: Any) -> None:
+                for out, host, values in jobs:
+                    buffers.gather(comm, buffers.contiguous(values), host, None)
+                    buffers.put_back(host, out)
+
+            return ("of", *seen(inputs)), action
+
+        return self._run(name, prepare, outputs, opts)
+
+    def all_gather_single(self, out: Tensor, values: Tensor, opts: Any = DEFAULT) -> Work:
+        return self.all_gather_single_coalesced([out], [values], opts, "all_gather_into_tensor")
+
+    def allgather_coalesced(self, outputs: Any, inputs: Any, opts: Any = DEFAULT) -> Work:
+        """``outputs[r][i]`` becomes ``inputs[i]`` of rank r."""
+
+        def prepare() -> Prepared:
+            self._one_for_each_rank(outputs, None)
+            for row in outputs:
+                for out, values in zip(row, inputs, strict=True):
+                    same("input and output", (values.numel(), values.dtype), (out.numel(), out.dtype))
+
+            def action(comm: Any) -> None:
+                for i, values in enumerate(inputs):
+                    host = buffers.contiguous(values)
+                    flat = torch.empty((comm.size, *host.shape), dtype=host.dtype)
+                    buffers.gather(comm, host, flat, None)
+                    for row, part in zip(outputs, flat, strict=True):
+                        buffers.put_back(part, row[i])
+
+            return ("of", *seen(inputs)), action
+
+        return self._run("all_gather_coalesced", prepare, outputs, opts)
+
+    def all_to_all_single(
+        self, out: Tensor, values: Tensor, received: Any = None, sent: Any = None, opts: Any = DEFAULT
+    ) -> Work:
+        def prepare() -> Prepared:
+            same("the dtypes of output and input", out.dtype, values.dtype)
+            host, to, of = buffers.like(out), self._splits(values, sent), self._splits(out, received)
+
+            def action(comm: Any) -> None:
+                _swap(comm, lambda: buffers.contiguous(values).view(-1), host, to, of)
+                buffers.put_back(host, out)
+
+            return ("of rows of", (out.dtype, out.shape[1:])), action
+
+        return self._run("all_to_all_single", prepare, [out], opts)
+
+    def alltoall(self, outputs: Any, inputs: Any, opts: Any = DEFAULT) -> Work:
+        def prepare() -> Prepared:
+            self._one_for_each_rank(outputs, None)
+            self._one_for_each_rank(inputs, outputs[0])
+            to, of = [values.nbytes for values in inputs], [out.nbytes for out in outputs]
+
+            def action(comm: Any) -> None:
+                flat = torch.empty(sum(of), dtype=torch.uint8)
+                _swap(comm, lambda: buffers.gathered(inputs), flat, to, of)
+                for out, piece in zip(outputs, flat.split(of), strict=True):
+                    buffers.put_back(piece.view(out.dtype), out)
+
+            return ("of", outputs[0].dtype), action
+
+        return self._run("all_to_all", prepare, outputs, opts)
+
+    def barrier(self, opts: Any = DEFAULT) -> Work:
+        return self._run("barrier", lambda: ((), lambda comm: None), [], opts)
+
+    def _a_part_for_each_rank(self, whole: Tensor, part: Tensor) -> None:
+        size = self._wire.size
+        same(f"the whole and {size} parts of {part.numel()} values", whole.numel(), size * part.numel())
+        same("the dtypes of output and input", whole.dtype, part.dtype)
+
+    # Names that other versions of torch have for the same.
+    _allgather_base = all_gather_single
+    allgather_into_tensor_coalesced = all_gather_single_coalesced
+    _reduce_scatter_base = reduce_scatter_single
+    reduce_scatter_tensor_coalesced = reduce_scatter_single_coalesced
+    alltoall_base = all_to_all_single
+
+
+def _swap(
+    comm: Any, values: Callable[[], Tensor], host: Tensor, sent: list[int], received: list[int]
+) -> None:
+    """``sent[r]`` bytes to each rank r, which must expect as many: that only both together know."""
+    plans = comm.allgather((sent, received))
+    for source, (theirs, _) in enumerate(plans):
+        for rank, (_, wanted) in enumerate(plans):
+            if theirs[rank] != wanted[source]:
+                raise ValueError(
+                    f"all_to_all: rank {source} sends {theirs[rank]} bytes to rank {rank}, which expects "
+                    f"{wanted[source]}{on_rank()}"
+                )
+    most = max(sum(part) for plan in plans for part in plan)
+    buffers.all_to_all(comm, values(), host, sent, received, most)

@@ -1,0 +1,296 @@
+"""torch.distributed over MPI: the backend ``mpi4py``, on which stock DistributedDataParallel runs.
+
+    import mpisyncbn
+
+    mpisyncbn.init_process_group()     # or: import mpisyncbn.distributed, and
+                                       # torch.distributed.init_process_group("mpi4py")
+
+There is no address to agree on and no variable to set. Every collective begins with a message of two numbers,
+the fingerprint of what this rank is about to do: ranks that disagree get CollectiveMismatchError, with the
+list of who did what, and ranks that wait too long CollectiveTimeoutError. Then come the values, in one call
+of MPI. Collectives with ``async_op=True``, and those of DistributedDataParallel, run on a thread of their
+process group, beside the backward pass; that takes MPI_THREAD_MULTIPLE, mpi4py's default.
+
+A collective goes collectives.py -> steps.py -> buffers.py -> MPI, by way of progress.py if in the background.
+"""
+
+# mypy: disable-error-code="override, assignment"
+# Torch calls these with lists and options alone, and has names for the other ways to call it.
+
+from __future__ import annotations
+
+from datetime import timedelta
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from . import buffers, rendezvous
+from .collectives import Collectives
+from .communicator import Communicator, mpi, resolve
+from .errors import CollectiveTimeoutError, MPISyncBNError, on_rank
+from .progress import Work, patiently
+from .steps import Step, listed, seen
+
+__all__ = ["BACKEND", "ProcessGroup", "init_process_group", "monitored_barrier"]
+
+BACKEND = "mpi4py"
+
+
+class ProcessGroup(Collectives):
+    """The ranks of an MPI communicator as a process group of torch.distributed, which makes it.
+
+    Methods are torch's, with torch's arguments; every one but send and recv is collective.
+
+    Raises:
+        TypeError, ValueError: an argument this rank cannot use; the other ranks raise too.
+        CollectiveMismatchError: on every rank, if they were not all about to do the same.
+        CollectiveTimeoutError: the other ranks did not come within the group's timeout.
+    """
+
+    def __init__(self, comm: Any, timeout: timedelta, *, is_world: bool = False) -> None:
+        super().__init__(comm, timeout)
+        self._is_world = is_world
+        self._communicator: Communicator | None = None
+        self._name = self._description = ""
+
+    @property
+    def communicator(self) -> Communicator:
+        """That of synchronized layers in this group; its messages never meet those of the group itself."""
+        if self._communicator is None:
+            self._communicator = resolve(None) if self._is_world else _OfGroup(self)
+        return self._communicator
+
+    # From one rank to another.
+
+    def send(self, tensors: Any, to: int, tag: int = 0) -> Work:
+        return self._message("send", tensors, to, tag)
+
+    def recv(self, tensors: Any, source: int, tag: int = 0) -> Work:
+        return self._message("recv", tensors, source, tag)
+
+    def recv_anysource(self, tensors: Any, tag: int = 0) -> Work:
+        return self._message("recv", tensors, mpi().ANY_SOURCE, tag)
+
+    def _message(self, operation: str, tensors: Any, peer: int, tag: int) -> Work:
+        self._check_usable(operation)
+        (tensor,) = listed(tensors)
+        if peer != mpi().ANY_SOURCE and not 0 <= peer < self.size():
+            raise ValueError(
+                f"{operation}: expected a rank from 0 to {self.size() - 1}, got {peer}{on_rank()}"
+            )
+        sends = operation == "send"
+        host = buffers.contiguous(tensor) if sends else buffers.like(tensor)
+        start = buffers.sending if sends else buffers.receiving
+        who = "anyone" if peer == mpi().ANY_SOURCE else f"rank {peer}"
+        what = Step(operation, ("to" if sends else "from", who, "of", *seen([tensor]), "with tag", tag))
+        with self._wire.lock:
+            requests = self._call(what, lambda comm: start(comm, host, peer, tag))
+        return Message(self, what, requests, host, None if sends else tensor)
+
+    def monitored_barrier(self, timeout: timedelta | None = None, wait_all_ranks: bool = False) -> None:
+        """A barrier in which rank 0 says who did not come within ``timeout``; None: the group's."""
+        self._engine.drain()
+        seconds = (timeout or self._timeout).total_seconds()
+        comm, tag = self._wire.ready().comm, buffers.OWN_TAG
+        others = range(1, self.size()) if self.rank() == 0 else [0]
+        word = torch.zeros(1, dtype=torch.uint8).numpy()
+        if self.rank() > 0:
+            comm.Isend([word, 1, mpi().BYTE], 0, tag).Free()
+        here = {rank: comm.Irecv([word, 1, mpi().BYTE], rank, tag) for rank in others}
+        arrived: set[int] = set()
+
+        def everybody() -> bool:
+            arrived.update(rank for rank in here if rank not in arrived and here[rank].Test())
+            return len(arrived) == len(here)
+
+        if not patiently(everybody, seconds):
+            missing = [rank for rank in here if rank not in arrived]
+            for rank in missing:
+                here[rank].Cancel()
+            self._unusable = "this process group is unusable since monitored_barrier timed out"
+            who = f"ranks {missing}" if self.rank() == 0 else "rank 0, or another rank it waits for,"
+            raise CollectiveTimeoutError(
+                f"monitored_barrier: {who} did not come within {seconds:g} s{on_rank()}"
+            )
+        if self.rank() == 0:
+            for rank in others:
+                comm.Send([word, 1, mpi().BYTE], rank, tag)
+
+    # The group itself.
+
+    def shutdown(self) -> None:
+        """Wait for what was begun, and free the communicators. Collective: every rank must call."""
+        if self._wire.comm is None:
+            return
+        self._engine.close()
+        abandoned = bool(self._unusable)
+        self._unusable = self._unusable or "this process group was destroyed"
+        if abandoned:
+            return  # messages are still under way in it
+        if self._communicator is not None and not self._is_world:
+            self._communicator.free()
+        self._wire.free()
+
+    abort = shutdown
+
+    def split_group(
+        self, ranks: list[int], timeout: Any = None, *args: Any, **kwargs: Any
+    ) -> ProcessGroup | None:
+        """The group of some of these ranks, for those who are in it; None for others."""
+        self._engine.drain()
+        if self.rank() not in ranks:
+            return None
+        return ProcessGroup(_created(self._wire.ready().comm, sorted(ranks)), timeout or self._timeout)
+
+    def getBackendName(self) -> str:
+        return BACKEND
+
+    def getGroupName(self) -> str:
+        return self._name
+
+    def _set_group_name(self, name: str) -> None:
+        self._name = name
+
+    def setGroupName(self, name: str) -> None:
+        self._name = name
+
+    def _set_group_desc(self, text: str) -> None:
+        self._description = text
+
+    group_name = property(getGroupName, setGroupName)
+    group_desc = property(lambda self: self._description, _set_group_desc)
+
+    @property
+    def _device_types(self) -> list[torch.device]:
+        return [torch.device("cpu"), *([torch.device("cuda")] if torch.cuda.is_available() else [])]
+
+    def __repr__(self) -> str:
+        return f"ProcessGroup(rank={self.rank()}, size={self.size()}, backend={BACKEND})"
+
+
+class _OfGroup(Communicator):
+    """A communicator for synchronized layers, made at their first exchange."""
+
+    def __init__(self, group: ProcessGroup) -> None:
+        super().__init__(group._wire.comm)
+        self._group = group
+
+    def _make(self) -> Any:
+        self._group._engine.drain()  # one collective at a time, in the same order on every rank
+        with self._group._wire.lock:
+            return super()._make()
+
+
+class Message(Work):
+    """Messages under way from one rank to another; they go on whenever MPI is called."""
+
+    def __init__(
+        self, group: ProcessGroup, what: Step, requests: list[Any], host: Tensor, tensor: Tensor | None
+    ) -> None:
+        super().__init__([host if tensor is None else tensor], what)
+        self._group, self._requests, self._host, self._tensor = group, requests, host, tensor
+
+    def is_completed(self) -> bool:
+        if not self._over.is_set():
+            MPI, status = mpi(), mpi().Status()
+            try:
+                if not all(request.Test(status) for request in self._requests):
+                    return False
+            except MPI.Exception as error:
+                self.finish(MPISyncBNError(f"MPI failed in {self._what}{on_rank()}: {error}"))
+                return True
+            self._arrived(status)
+        return True
+
+    def _arrived(self, status: Any) -> None:
+        error = None
+        if self._tensor is not None:
+            self._source = status.Get_source()
+            came, most = status.Get_count(mpi().BYTE), self._host.nbytes
+            if len(self._requests) == 1 and came != most:
+                error = ValueError(f"{self._what}: expected {most} bytes, {came} came{on_rank()}")
+            else:
+                buffers.put_back(self._host, self._tensor)
+        self.finish(error)
+
+    def wait(self, timeout: timedelta | None = None) -> bool:
+        seconds = (timeout if timeout and timeout > timedelta(0) else self._group._timeout).total_seconds()
+        if not patiently(self.is_completed, seconds):
+            raise CollectiveTimeoutError(f"{self._what}: nothing for {seconds:g} s{on_rank()}")
+        return super().wait()
+
+    def get_future(self) -> Any:
+        self.wait()
+        return super().get_future()
+
+
+def init_process_group(comm: Any = None, timeout: timedelta | None = None) -> None:
+    """Make ``mpi4py`` the backend of torch.distributed's default group.
+
+    Args:
+        comm: None or a communicator of all ranks of the world, whose order of ranks becomes torch's.
+        timeout: how long a rank waits for the others in a collective; None: torch's 30 minutes.
+
+    Raises:
+        ValueError: it is initialized already, or ``comm`` does not contain all ranks:
+            torch.distributed.new_group() makes groups of some.
+        TypeError: ``comm`` is not an mpi4py communicator.
+
+    Collective: every rank must call.
+    """
+    MPI = mpi()
+    source = Communicator(comm)._source
+    if MPI.Comm.Compare(source, MPI.COMM_WORLD) == MPI.UNEQUAL:
+        raise ValueError(
+            f"expected a communicator of all {MPI.COMM_WORLD.size} ranks of the world, got one of "
+            f"{source.size}{on_rank()}: initialize with all, then make groups with torch.distributed.new_group()"
+        )
+    if dist.is_initialized():
+        raise ValueError(
+            f"torch.distributed is initialized already, with backend {dist.get_backend()}{on_rank()}"
+        )
+    with rendezvous.over(source):
+        dist.init_process_group(BACKEND, init_method="mpi4py://", timeout=timeout)
+
+
+def monitored_barrier(
+    group: Any = None, timeout: timedelta | None = None, wait_all_ranks: bool = False
+) -> None:
+    """torch.distributed.monitored_barrier, which takes only gloo, for groups of this backend.
+
+    Raises CollectiveTimeoutError, on rank 0 with the ranks that did not come within ``timeout``.
+    Collective: every rank of the group must call.
+    """
+    group = group or dist.group.WORLD
+    if not isinstance(group, ProcessGroup):
+        raise TypeError(f"expected a group of backend {BACKEND}, got {group!r}{on_rank()}")
+    group.monitored_barrier(timeout, wait_all_ranks)
+
+
+def _create(options: Any, _: Any) -> ProcessGroup:
+    """For torch.distributed, on the ranks of a new group."""
+    source, ranks = rendezvous.source(), list(options.global_ranks_in_group)
+    rank, size = (source.rank, source.size) if not ranks else (ranks.index(source.rank), len(ranks))
+    if (options.group_rank, options.group_size) != (rank, size):
+        raise ValueError(
+            f"torch.distributed calls this rank {options.group_rank} of {options.group_size}, MPI {rank} of "
+            f"{size}: unset RANK and WORLD_SIZE, or start the ranks with mpiexec or srun alone"
+        )
+    comm = source.Dup() if not ranks else _created(source, ranks)
+    return ProcessGroup(comm, options.timeout, is_world=not ranks)
+
+
+def _created(comm: Any, ranks: list[int]) -> Any:
+    """A communicator of some ranks of ``comm``, in that order. Collective among them alone."""
+    group = comm.Get_group().Incl(ranks)
+    try:
+        return comm.Create_group(group)
+    finally:
+        group.Free()
+
+
+if BACKEND not in dist.Backend.backend_list:
+    dist.Backend.register_backend(BACKEND, _create, extended_api=True, devices=["cpu", "cuda"])
+    rendezvous.register()

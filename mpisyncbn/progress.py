@@ -1,0 +1,154 @@
+"""Collectives in the background: a thread per process group, and what its callers wait on."""
+
+from __future__ import annotations
+
+import atexit
+import queue
+import threading
+import time
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch.distributed import Work as _Work
+
+from .errors import CollectiveTimeoutError, on_rank
+
+__all__ = ["Engine", "Work", "patiently"]
+
+_SPINS = 100  # about as long as a message takes where the others are there already
+
+
+def patiently(test: Callable[[], Any], seconds: float) -> bool:
+    """Call ``test`` until it is true or ``seconds`` have passed: often at first, then with pauses.
+
+    MPI's own waiting keeps a core busy, which the others of this process may need.
+    """
+    for _ in range(_SPINS):
+        if test():
+            return True
+    start, pause = time.monotonic(), 2e-5
+    while not test():
+        if time.monotonic() - start > seconds:
+            return False
+        time.sleep(pause)
+        pause = min(2 * pause, 1e-3)
+    return True
+
+
+_OVER = threading.Event()
+_OVER.set()
+_settling = threading.Lock()  # between whoever finishes a Work and whoever asks for its future
+
+
+class Work(_Work):
+    """A collective that was begun, as torch.distributed knows it."""
+
+    def __init__(self, result: Any, what: Any, over: threading.Event | None = None) -> None:
+        super().__init__()
+        self._result, self._what = result, what
+        self._over = over or threading.Event()
+        self._error: BaseException | None = None
+        self._future: Any = None
+        self._source = -1
+
+    @classmethod
+    def done(cls, result: Any, what: Any) -> Work:
+        """One that is over already."""
+        return cls(result, what, _OVER)
+
+    def wait(self, timeout: Any = None) -> bool:
+        """Until it is done. Raises what went wrong, or CollectiveTimeoutError after ``timeout``."""
+        seconds = timeout.total_seconds() if timeout is not None else 0
+        if not self._over.wait(seconds if seconds > 0 else None):
+            raise CollectiveTimeoutError(f"{self._what} took longer than {seconds} s{on_rank()}")
+        if self._error is not None:
+            raise self._error
+        return True
+
+    def synchronize(self) -> None:
+        self.wait()
+
+    def finish(self, error: BaseException | None = None) -> None:
+        with _settling:
+            self._error = error
+            self._over.set()
+            if self._future is not None:
+                self._settle()
+
+    def get_future(self) -> Any:
+        with _settling:
+            if self._future is None:
+                self._future = torch.futures.Future()
+                if self._over.is_set():
+                    self._settle()
+            return self._future
+
+    def _settle(self) -> None:
+        if self._error is None:
+            self._future.set_result(self._result)
+        else:
+            self._future.set_exception(self._error)
+
+    def is_completed(self) -> bool:
+        return self._over.is_set()
+
+    def is_success(self) -> bool:
+        return self._over.is_set() and self._error is None
+
+    def exception(self) -> BaseException | None:
+        return self._error
+
+    def result(self) -> Any:
+        return self._result
+
+    def _source_rank(self) -> int:
+        return self._source
+
+    source_rank = _source_rank
+
+
+class Engine:
+    """Runs what it is given in order, on a thread of its own, which starts with the first."""
+
+    def __init__(self, name: str) -> None:
+        self._name = name
+        self._tasks: queue.SimpleQueue[tuple[Callable[[], None], Work] | None] = queue.SimpleQueue()
+        self._thread: threading.Thread | None = None
+        self._last: Work | None = None
+
+    def submit(self, run: Callable[[], None], work: Work) -> Work:
+        if self._thread is None:
+            self._thread = threading.Thread(target=self._loop, name=self._name, daemon=True)
+            self._thread.start()
+            atexit.register(self.drain)  # before MPI ends
+        self._last = work
+        self._tasks.put((run, work))
+        return work
+
+    def drain(self) -> None:
+        """Wait for everything that was given so far."""
+        last = self._last
+        if last is not None:
+            last._over.wait()
+            if self._last is last:
+                self._last = None
+
+    def close(self) -> None:
+        self.drain()
+        if self._thread is not None:
+            atexit.unregister(self.drain)
+            self._tasks.put(None)
+            self._thread.join()
+            self._thread = None
+
+    def _loop(self) -> None:
+        while (task := self._tasks.get()) is not None:
+            run, work = task
+            error = None
+            try:
+                run()
+            except BaseException as problem:  # whoever waits for it raises it
+                error = problem
+            work.finish(error)
+            del task, run, work  # and the tensors they hold

@@ -1,0 +1,94 @@
+"""How torch.distributed finds the other ranks: through MPI, without an address or a variable."""
+
+from __future__ import annotations
+
+import socket
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from datetime import timedelta
+from importlib import import_module
+from typing import Any
+
+import torch.distributed as dist
+
+from . import config
+from .communicator import mpi
+
+__all__ = ["over", "register", "source"]
+
+_source: Any = None
+
+
+def source() -> Any:
+    """The communicator whose ranks are torch's: that of ``over``, else the world."""
+    return mpi().COMM_WORLD if _source is None else _source
+
+
+@contextmanager
+def over(comm: Any) -> Iterator[None]:
+    """Make ``comm`` the source; it stays so where the body succeeds."""
+    global _source
+    before, _source = _source, comm
+    try:
+        yield
+    except BaseException:
+        _source = before
+        raise
+
+
+def register() -> None:
+    """The address ``mpi4py://``; and ``env://``, torch's default, where its variables are not set."""
+    dist.register_rendezvous_handler("mpi4py", _over_mpi)
+    handlers = import_module("torch.distributed.rendezvous")._rendezvous_handlers
+    from_environment = handlers["env"]
+
+    def env(url: str, *args: Any, **kwargs: Any) -> Any:
+        return (from_environment if config.rendezvous_given() else _over_mpi)(url, *args, **kwargs)
+
+    handlers["env"] = env
+
+
+def _over_mpi(
+    url: str, timeout: timedelta = timedelta(minutes=30), **_: Any
+) -> Iterator[tuple[Any, int, int]]:
+    comm = source()
+    yield _store(comm, timeout), comm.rank, comm.size
+    raise RuntimeError("MPI cannot find other ranks than it has found")
+
+
+def _store(comm: Any, timeout: timedelta) -> Any:
+    """For groups of other backends, gloo and nccl: a TCPStore on rank 0. Ours needs none.
+
+    Where rank 0 cannot be reached, every rank has a store of its own, which is of no use to others.
+    Collective: every rank of ``comm`` must call.
+    """
+
+    def connect(host: str, port: int, is_master: bool) -> Any:
+        patience = min(timeout, timedelta(seconds=60))
+        return dist.TCPStore(host, port, comm.size, is_master, patience, wait_for_workers=False)
+
+    one_host = len(set(comm.allgather(socket.gethostname()))) == 1
+    store, problem = None, None
+    try:
+        store = connect("127.0.0.1", 0, True) if comm.rank == 0 else None
+    except RuntimeError as error:
+        problem = error
+    address = comm.bcast(store and ("127.0.0.1" if one_host else socket.gethostname(), store.port))
+    try:
+        if address and comm.rank > 0:
+            store = connect(address[0], address[1], False)
+    except RuntimeError as error:
+        problem = error
+    problems = [
+        f"rank {rank}: {what}" for rank, what in enumerate(comm.allgather(problem and str(problem))) if what
+    ]
+    if not problems:
+        return store
+    if comm.rank == 0:
+        warnings.warn(
+            "torch.distributed has no store that all ranks reach, so backends other than mpi4py cannot be "
+            f"used: {problems[0]}",
+            stacklevel=2,
+        )
+    return dist.HashStore()

@@ -1,0 +1,579 @@
+"""torch.distributed over MPI, beside gloo in the same job and beside oracles on the gathered inputs."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from datetime import timedelta
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from parallel import WORLD, together
+from torch import Tensor, nn
+from torch.distributed import ReduceOp
+
+import mpisyncbn
+from mpisyncbn import CollectiveMismatchError, CollectiveTimeoutError, MPISyncBNError, buffers, distributed
+
+RANK, SIZE = WORLD.rank, WORLD.size
+pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning")  # torch 2.13 renames collectives
+several = pytest.mark.skipif(SIZE < 2, reason="needs two ranks to disagree")
+
+FLOATS = [torch.float32, torch.float64, torch.float16, torch.bfloat16]
+COMPLEX = [torch.complex64, torch.complex128]
+INTEGERS = [torch.int8, torch.uint8, torch.int16, torch.int32, torch.int64]
+DTYPES = [*FLOATS, *COMPLEX, *INTEGERS, torch.bool]
+OPERATIONS = {
+    "SUM": lambda all: all.sum(0),
+    "AVG": lambda all: all.mean(0),
+    "PRODUCT": lambda all: all.prod(0),
+    "MIN": lambda all: all.amin(0),
+    "MAX": lambda all: all.amax(0),
+    "BAND": lambda all: bits(all, torch.bitwise_and),
+    "BOR": lambda all: bits(all, torch.bitwise_or),
+    "BXOR": lambda all: bits(all, torch.bitwise_xor),
+}
+
+
+def bits(all: Tensor, operation: Any) -> Tensor:
+    total = all[0]
+    for each in all[1:]:
+        total = operation(total, each)
+    return total
+
+
+def defined(name: str, dtype: torch.dtype) -> bool:
+    inexact = dtype.is_floating_point or dtype.is_complex
+    return not (
+        (name == "AVG" and not inexact)
+        or (name in ("BAND", "BOR", "BXOR") and inexact)
+        or (name in ("MIN", "MAX") and dtype.is_complex)
+    )
+
+
+@pytest.fixture(scope="module", autouse=True)
+def world() -> Iterator[None]:
+    mpisyncbn.init_process_group(timeout=timedelta(seconds=60))
+    yield
+    dist.destroy_process_group()
+
+
+@pytest.fixture(scope="module")
+def gloo(world: None) -> Any:
+    return dist.new_group(backend="gloo")
+
+
+@pytest.fixture(params=["whole", "in pieces"])
+def limit(request: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is longer than MPI can count goes in pieces: here what is longer than 24 values."""
+    if request.param == "in pieces":
+        monkeypatch.setattr(buffers, "LIMIT", 24)
+        monkeypatch.setattr(buffers, "_HALF_PIECE", 5)
+
+
+def values(dtype: torch.dtype, *shape: int, rank: int = RANK, seed: int = 0) -> Tensor:
+    """Small whole numbers, whose sums and products are exact in every dtype."""
+    generator = torch.Generator().manual_seed(100 * seed + rank)
+    numbers = torch.randint(0, 4, shape, generator=generator)
+    if dtype.is_complex:
+        return torch.complex(numbers.double(), numbers.flip(0).double()).to(dtype)
+    return numbers.to(dtype) if dtype is not torch.bool else numbers > 1
+
+
+def everyone(dtype: torch.dtype, *shape: int, seed: int = 0) -> Tensor:
+    return torch.stack([values(dtype, *shape, rank=rank, seed=seed) for rank in range(SIZE)])
+
+
+def reduced(name: str, all: Tensor) -> Tensor:
+    if all.dtype is torch.bool:
+        return OPERATIONS[name](all.int()).bool()
+    wide = all.double() if all.dtype in (torch.float16, torch.bfloat16) else all
+    return OPERATIONS[name](wide).to(all.dtype)
+
+
+def names_of(dtypes: list[torch.dtype]) -> list[str]:
+    return [str(dtype).removeprefix("torch.") for dtype in dtypes]
+
+
+# Every collective and dtype, beside gloo.
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=names_of(DTYPES))
+@pytest.mark.parametrize("name", OPERATIONS)
+def test_all_reduce(name: str, dtype: torch.dtype, gloo: Any, limit: None) -> None:
+    operation = getattr(ReduceOp, name)
+    if dtype.is_complex and name not in ("SUM", "AVG"):  # torch itself refuses
+        with pytest.raises(ValueError, match="complex"):
+            dist.all_reduce(values(dtype, 7, 5), operation)
+        return
+    if not defined(name, dtype):
+        with pytest.raises(TypeError, match="not defined"):
+            dist.all_reduce(values(dtype, 7, 5), operation)
+        return
+    ours, theirs = values(dtype, 7, 5), values(dtype, 7, 5)
+    dist.all_reduce(ours, operation)
+    try:
+        dist.all_reduce(theirs, operation, group=gloo)
+    except (RuntimeError, ValueError):
+        theirs = ours  # not everything that is defined exists in gloo
+    root = SIZE - 1
+    at_root = values(dtype, 7, 5)
+    dist.reduce(at_root, root, operation)
+
+    with together():
+        expected = reduced(name, everyone(dtype, 7, 5))
+        torch.testing.assert_close(ours, expected)
+        torch.testing.assert_close(theirs, expected)
+        if root == RANK:
+            torch.testing.assert_close(at_root, expected)
+        else:
+            assert torch.equal(at_root, values(dtype, 7, 5)), "only the root's changes"
+
+
+def collectives(dtype: torch.dtype, group: Any) -> dict[str, Any]:
+    """The results of every collective that moves or sums, on the same inputs for whatever group."""
+    x = values(dtype, 3, 4)
+    found: dict[str, Any] = {}
+
+    def empty(*shape: int) -> Tensor:
+        return torch.zeros(shape, dtype=dtype)
+
+    found["broadcast"] = x.clone()
+    dist.broadcast(found["broadcast"], SIZE - 1, group=group)
+    found["all_gather"] = [empty(3, 4) for _ in range(SIZE)]
+    dist.all_gather(found["all_gather"], x, group=group)
+    found["all_gather_into_tensor"] = empty(3 * SIZE, 4)
+    dist.all_gather_into_tensor(found["all_gather_into_tensor"], x, group=group)
+    found["gather"] = [empty(3, 4) for _ in range(SIZE)] if RANK == SIZE - 1 else None
+    dist.gather(x, found["gather"], SIZE - 1, group=group)
+    found["scatter"] = empty(3, 4)
+    parts = [x + x if rank % 2 else x for rank in range(SIZE)] if RANK == 0 else None
+    dist.scatter(found["scatter"], parts, 0, group=group)
+    found["all_to_all_single"] = empty(2 * SIZE, 3)
+    dist.all_to_all_single(found["all_to_all_single"], values(dtype, 2 * SIZE, 3), group=group)
+    rows = [rank + RANK for rank in range(SIZE)]
+    found["all_to_all_single, uneven"] = empty(sum(rows), 3)
+    dist.all_to_all_single(
+        found["all_to_all_single, uneven"], values(dtype, sum(rows), 3), rows, rows, group=group
+    )
+    return found
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=names_of(DTYPES))
+def test_moving(dtype: torch.dtype, gloo: Any, limit: None) -> None:
+    ours = collectives(dtype, None)
+    # gloo has no 16-bit integers and no complex numbers.
+    theirs = collectives(dtype, gloo) if dtype not in (*COMPLEX, torch.int16, torch.bool) else None
+
+    with together():
+        all = everyone(dtype, 3, 4)
+        assert torch.equal(ours["broadcast"], all[-1])
+        assert torch.equal(torch.stack(ours["all_gather"]), all)
+        assert torch.equal(ours["all_gather_into_tensor"], all.view(-1, 4))
+        assert torch.equal(ours["scatter"], all[0] + all[0] if RANK % 2 else all[0])
+        if RANK == SIZE - 1:
+            assert torch.equal(torch.stack(ours["gather"]), all)
+        swapped = everyone(dtype, 2 * SIZE, 3)[:, 2 * RANK : 2 * RANK + 2].reshape(-1, 3)
+        assert torch.equal(ours["all_to_all_single"], swapped)
+        if theirs is not None:
+            torch.testing.assert_close(ours, theirs, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("dtype", [*FLOATS, torch.int64], ids=names_of([*FLOATS, torch.int64]))
+@pytest.mark.parametrize("name", ["SUM", "AVG", "MAX"])
+def test_reduce_scatter(name: str, dtype: torch.dtype, limit: None) -> None:
+    if not defined(name, dtype):
+        return
+    operation = getattr(ReduceOp, name)
+    out = torch.zeros(3, 5, dtype=dtype)
+    dist.reduce_scatter_tensor(out, values(dtype, 3 * SIZE, 5), operation)
+    uneven = torch.zeros(RANK + 1, 2, dtype=dtype)
+    parts = [values(dtype, rank + 1, 2, seed=rank) for rank in range(SIZE)]
+    dist.reduce_scatter(uneven, parts, operation)
+
+    with together():
+        rows = slice(3 * RANK, 3 * RANK + 3)
+        torch.testing.assert_close(out, reduced(name, everyone(dtype, 3 * SIZE, 5))[rows])
+        torch.testing.assert_close(uneven, reduced(name, everyone(dtype, RANK + 1, 2, seed=RANK)))
+
+
+def test_lists_of_uneven_tensors(limit: None) -> None:
+    gathered = [torch.zeros(rank + 1, 2) for rank in range(SIZE)]
+    dist.all_gather(gathered, torch.full((RANK + 1, 2), float(RANK)))
+    swapped = [torch.zeros(rank + 2 * RANK) for rank in range(SIZE)]
+    dist.all_to_all(
+        swapped, [torch.full((RANK + 2 * rank,), float(10 * RANK + rank)) for rank in range(SIZE)]
+    )
+
+    with together():
+        for rank in range(SIZE):
+            assert (gathered[rank] == rank).all()
+            assert (swapped[rank] == 10 * rank + RANK).all()
+
+
+def test_objects() -> None:
+    here: list[Any] = [None] * SIZE
+    dist.all_gather_object(here, {"rank": RANK, "text": "x" * RANK})
+    said = ["from 0", RANK] if RANK == 0 else [None, None]
+    dist.broadcast_object_list(said, 0)
+    at_root: Any = [None] * SIZE if RANK == 0 else None
+    dist.gather_object(RANK, at_root, 0)
+    mine: list[Any] = [None]
+    dist.scatter_object_list(mine, [f"for {rank}" for rank in range(SIZE)] if RANK == 0 else None, 0)
+
+    with together():
+        assert here == [{"rank": rank, "text": "x" * rank} for rank in range(SIZE)]
+        assert said == ["from 0", 0]
+        assert at_root == (list(range(SIZE)) if RANK == 0 else None)
+        assert mine == [f"for {RANK}"]
+
+
+def test_coalesced() -> None:
+    pair = [torch.full((3,), RANK + 1.0), torch.full((2, 2), RANK + 1, dtype=torch.int64)]
+    with dist._coalescing_manager():
+        dist.all_reduce(pair[0])
+        dist.all_reduce(pair[0])
+    dist.all_reduce_coalesced(pair[1:])
+    rows = [[torch.zeros(2), torch.zeros(1)] for _ in range(SIZE)]
+    dist.all_gather_coalesced(rows, [torch.full((2,), float(RANK)), torch.full((1,), -float(RANK))])
+
+    with together():
+        total = sum(range(1, SIZE + 1))
+        assert (pair[0] == total * SIZE).all()
+        assert (pair[1] == total).all()
+        for rank, (two, one) in enumerate(rows):
+            assert (two == rank).all()
+            assert (one == -rank).all()
+
+
+def test_half_precision_is_rounded_once() -> None:
+    x = torch.randn(999, generator=torch.Generator().manual_seed(RANK)).bfloat16()
+    total = x.clone()
+    dist.all_reduce(total)
+    all = WORLD.allgather(x)
+
+    with together():
+        exact = torch.stack([each.float() for each in all]).sum(0)
+        assert torch.equal(total, exact.bfloat16())
+
+
+# Memory of other kinds.
+
+
+def test_tensors_without_order_or_values() -> None:
+    transposed = torch.full((4, 3), RANK + 1.0).t()
+    strided = torch.zeros(6, 2)
+    strided[::2] = RANK
+    nothing, number = torch.zeros(0, 3), torch.tensor(RANK + 1.0)
+    for tensor in (transposed, strided[::2], nothing, number):
+        dist.all_reduce(tensor)
+    dist.broadcast(transposed, 0)
+    out = torch.zeros(3, SIZE).t()
+    dist.all_gather_into_tensor(out, torch.full((1, 3), float(RANK)))
+
+    with together():
+        assert (transposed == sum(range(1, SIZE + 1))).all()
+        assert (strided[::2] == sum(range(SIZE))).all()
+        assert (strided[1::2] == 0).all(), "between them nothing changes"
+        assert nothing.shape == (0, 3)
+        assert number == sum(range(1, SIZE + 1))
+        assert torch.equal(out, torch.arange(SIZE).float()[:, None].expand(SIZE, 3))
+
+
+def test_gradients_may_be_reduced_in_place() -> None:
+    parameter = nn.Parameter(torch.ones(3))
+    dist.broadcast(parameter, 0)  # as DistributedDataParallel does
+    dist.all_reduce(parameter.data)
+    with together():
+        assert (parameter == SIZE).all()
+
+
+# In the background.
+
+
+def test_many_at_once() -> None:
+    tensors = [torch.full((1 + 100 * i,), float(RANK + i)) for i in range(30)]
+    works = [dist.all_reduce(tensor, async_op=True) for tensor in tensors]
+    last = torch.ones(1)
+    dist.all_reduce(last)  # after all the others
+    done = [work.is_completed() for work in works]
+    futures = [work.get_future() for work in works]
+    for work in works:
+        work.wait()
+
+    with together():
+        for i, tensor in enumerate(tensors):
+            assert (tensor == sum(range(SIZE)) + i * SIZE).all()
+        assert all(done)
+        assert last == SIZE
+        assert all(work.is_success() for work in works)
+        assert torch.equal(futures[3].wait()[0], tensors[3])
+
+
+def test_beside_synchronized_layers() -> None:
+    """Reductions under way while layers exchange: two streams of messages that must not meet."""
+    layer = mpisyncbn.SyncBatchNorm(4).double()
+    x = torch.randn(RANK + 2, 4, 5, dtype=torch.float64, requires_grad=True)
+    sums = []
+    for i in range(10):
+        tensor = torch.full((50_000,), float(i))
+        work = dist.all_reduce(tensor, async_op=True)
+        layer(x).pow(2).sum().backward()
+        work.wait()
+        sums.append(tensor)
+
+    with together():
+        assert all((tensor == i * SIZE).all() for i, tensor in enumerate(sums))
+
+
+def test_errors_wait_for_whoever_waits() -> None:
+    work = dist.all_reduce(torch.zeros(3, dtype=torch.int32), ReduceOp.AVG, async_op=True)
+    with pytest.raises(TypeError, match=r"AVG of torch\.int32 is not defined"):
+        work.wait()
+    with together():
+        assert isinstance(work.exception(), TypeError)
+        assert work.is_completed()
+        assert not work.is_success()
+
+
+# From rank to rank.
+
+
+@several
+def test_around_a_ring(limit: None) -> None:
+    after, before = (RANK + 1) % SIZE, (RANK - 1) % SIZE
+    out = [torch.zeros(40), torch.zeros(3, dtype=torch.int64), torch.zeros(2, 2).t()]
+    works = [dist.irecv(tensor, before, tag=tag) for tag, tensor in enumerate(out)]
+    for tag in (2, 0, 1):  # the tag decides, not the order
+        works.append(
+            dist.isend(torch.full(out[tag].shape, 10 * RANK + tag, dtype=out[tag].dtype), after, tag=tag)
+        )
+    for work in works:
+        work.wait()
+    batch = torch.zeros(5)
+    sends = [
+        dist.P2POp(dist.isend, torch.full((5,), float(RANK)), after),
+        dist.P2POp(dist.irecv, batch, before),
+    ]
+    for work in dist.batch_isend_irecv(sends):
+        work.wait()
+
+    with together():
+        for tag, tensor in enumerate(out):
+            assert (tensor == 10 * before + tag).all()
+        assert (batch == before).all()
+
+
+@several
+def test_from_anyone() -> None:
+    seen = []
+    if RANK == 0:
+        for _ in range(SIZE - 1):
+            tensor = torch.zeros(2)
+            seen.append((dist.recv(tensor), tensor[0].item()))
+    else:
+        dist.send(torch.full((2,), float(RANK)), 0)
+    wrong: Any = None
+    if RANK == 0:
+        try:
+            dist.recv(torch.zeros(4), 1, tag=1)
+        except ValueError as error:
+            wrong = str(error)
+    elif RANK == 1:
+        dist.send(torch.zeros(3), 0, tag=1)
+
+    with together():
+        if RANK == 0:
+            assert sorted(seen) == [(rank, rank) for rank in range(1, SIZE)]
+            assert "expected 16 bytes, 12 came" in wrong
+
+
+# Groups.
+
+
+def test_groups_of_some() -> None:
+    ranks = list(range(max(SIZE - 1, 1)))
+    group = dist.new_group(ranks)
+    x = torch.ones(2)
+    inside = RANK in ranks
+    if inside:
+        dist.all_reduce(x, group=group)
+    pairs, _ = dist.new_subgroups(1)
+    alone = torch.ones(1)
+    dist.all_reduce(alone, group=pairs)
+    half = dist.group.WORLD.split_group([0])
+    if inside:
+        dist.destroy_process_group(group)
+    error = None
+    if inside:
+        try:
+            group.allreduce([x])
+        except MPISyncBNError as problem:
+            error = str(problem)
+
+    with together():
+        assert alone == 1
+        assert (half is not None) == (RANK == 0)
+        if inside:
+            assert (x == len(ranks)).all()
+            assert "was destroyed" in str(error)
+        else:
+            assert group is dist.GroupMember.NON_GROUP_MEMBER
+
+
+@pytest.mark.parametrize("backend", ["mpi4py", "gloo"])
+def test_layers_in_groups_of_torch(backend: str) -> None:
+    ranks = list(range(SIZE // 2, SIZE))
+    group = dist.new_group(ranks, backend=backend)
+    layer: Any = None
+    if RANK in ranks:
+        layer = mpisyncbn.SyncBatchNorm(3, momentum=1.0, process_group=group)
+        again = mpisyncbn.SyncBatchNorm(3, process_group=group)
+        layer(torch.full((RANK + 2, 3), float(RANK)))
+    converted = mpisyncbn.convert_sync_batchnorm(nn.BatchNorm1d(3, momentum=1.0), dist.group.WORLD)
+    converted(torch.full((RANK + 2, 3), float(RANK)))
+
+    with together():
+        if layer is not None:
+            assert layer.process_group is again.process_group
+            assert layer.process_group.size == len(ranks)
+            weights = torch.tensor([rank + 2.0 for rank in ranks])
+            mean = (weights * torch.tensor(ranks)).sum() / weights.sum()
+            torch.testing.assert_close(layer.running_mean, mean.expand(3))
+        weights = torch.arange(SIZE) + 2.0
+        mean = (weights * torch.arange(SIZE)).sum() / weights.sum()
+        torch.testing.assert_close(converted.running_mean, mean.expand(3))
+
+
+def test_names() -> None:
+    with together():
+        assert dist.get_backend() == "mpi4py"
+        assert (dist.get_rank(), dist.get_world_size()) == (RANK, SIZE)
+        assert isinstance(dist.group.WORLD, distributed.ProcessGroup)
+        assert f"size={SIZE}" in repr(dist.group.WORLD)
+        with pytest.raises(ValueError, match="initialized already"):
+            mpisyncbn.init_process_group()
+        with pytest.raises(TypeError, match="expected an mpi4py communicator"):
+            mpisyncbn.init_process_group("world")
+
+
+# What must not hang.
+
+
+@several
+def test_init_with_some_ranks() -> None:
+    half = WORLD.Split(RANK % 2)
+    with together(), pytest.raises(ValueError, match=f"all {SIZE} ranks of the world"):
+        mpisyncbn.init_process_group(half)
+    half.Free()
+
+
+def mismatched() -> dict[str, Any]:
+    first = RANK == 0
+    return {
+        "shapes": lambda: dist.all_reduce(torch.zeros(3 if first else 4)),
+        "dtypes": lambda: dist.all_reduce(torch.zeros(3, dtype=torch.float32 if first else torch.float64)),
+        "operations": lambda: dist.all_reduce(torch.zeros(3), ReduceOp.SUM if first else ReduceOp.MAX),
+        "roots": lambda: dist.broadcast(torch.zeros(3), 0 if first else 1),
+        "collectives": lambda: dist.barrier() if first else dist.all_reduce(torch.zeros(3)),
+        "one rank refuses": lambda: dist.all_reduce(
+            torch.zeros(3, dtype=torch.int32), ReduceOp.AVG if first else ReduceOp.SUM
+        ),
+    }
+
+
+@several
+@pytest.mark.parametrize("what", list(mismatched()))
+def test_mismatches(what: str) -> None:
+    error = None
+    try:
+        mismatched()[what]()
+    except CollectiveMismatchError as problem:
+        error = str(problem)
+    after = torch.ones(1)
+    dist.all_reduce(after)  # the group lives on
+
+    with together():
+        assert error is not None
+        assert all(f"rank {rank} on " in error for rank in range(SIZE))
+        assert after == SIZE
+
+
+@several
+def test_splits_that_do_not_fit() -> None:
+    rows = [1] * SIZE
+    sent = list(rows)
+    if RANK == 0:
+        sent[1] += 1
+    error = None
+    try:
+        dist.all_to_all_single(torch.zeros(SIZE), torch.zeros(sum(sent)), rows, sent)
+    except ValueError as problem:
+        error = str(problem)
+    with together():
+        assert "rank 0 sends 8 bytes to rank 1, which expects 4" in str(error)
+
+
+@several
+def test_a_rank_that_does_not_come() -> None:
+    group, watched = (dist.new_group(timeout=timedelta(seconds=1)) for _ in range(2))
+    errors = []
+    if RANK == 0:
+        for call in (lambda: dist.all_reduce(torch.zeros(3), group=group), lambda: dist.barrier(group=group)):
+            try:
+                call()
+            except MPISyncBNError as problem:
+                errors.append(problem)
+    if RANK < SIZE - 1:
+        try:
+            distributed.monitored_barrier(watched)
+        except CollectiveTimeoutError as problem:
+            errors.append(problem)
+
+    with together():
+        if RANK == 0:
+            late, unusable, missing = errors
+            assert isinstance(late, CollectiveTimeoutError)
+            assert "all_reduce SUM of float32 (3,)" in str(late)
+            assert f"rank 0 of {SIZE} waited 1 s" in str(late)
+            assert "unusable" in str(unusable)
+            assert f"ranks [{SIZE - 1}] did not come" in str(missing)
+        elif RANK < SIZE - 1:
+            assert "did not come" in str(errors[0])
+
+
+def test_monitored_barrier() -> None:
+    distributed.monitored_barrier()
+    distributed.monitored_barrier(timeout=timedelta(seconds=30))
+
+
+def test_arguments_that_nobody_can_use() -> None:
+    sparse = torch.eye(3).to_sparse()
+    cases = {
+        "expected a dense tensor": lambda: dist.all_reduce(sparse),
+        "no torch.float8_e4m3fn to reduce": lambda: dist.all_reduce(torch.zeros(3).to(torch.float8_e4m3fn)),
+        "expected a root from 0": lambda: dist.group.WORLD.broadcast([torch.zeros(3)], options(root=SIZE)),
+        "splits with a sum of": lambda: dist.group.WORLD.all_to_all_single(
+            torch.zeros(SIZE + 1), torch.zeros(SIZE + 1), [SIZE] * SIZE, [SIZE] * SIZE, options(0)
+        ),
+        "one tensor for each": lambda: dist.group.WORLD.allgather(
+            [[torch.zeros(3)] * (SIZE + 1)], [torch.zeros(3)], options(0)
+        ),
+    }
+    for message, call in cases.items():
+        with pytest.raises((TypeError, ValueError), match=message):
+            call()
+
+
+def options(root: int) -> Any:
+    chosen = dist.BroadcastOptions()
+    chosen.rootRank, chosen.asyncOp = root, False
+    return chosen
+
+
+def test_any_dtype_moves() -> None:
+    x = torch.full((5,), RANK + 1.0).to(torch.float8_e4m3fn)
+    dist.broadcast(x, 0)
+    with together():
+        assert (x.float() == 1).all()
