@@ -78,6 +78,8 @@ class Communicator:
         # What every exchange needs of mpi4py, looked up once.
         self._is_finalized = MPI.Is_finalized
         self.in_place, self.mpi_error, self.truncated = MPI.IN_PLACE, MPI.Exception, MPI.ERR_TRUNCATE
+        self.largest = MPI.MAX
+        self.joining = False  # whether some ranks may be without data: joining.py
         self._freed = False
         self.rank: int = comm.Get_rank()
         self.size: int = comm.Get_size()

@@ -30,10 +30,11 @@ from . import buffers, rendezvous
 from .collectives import Collectives
 from .communicator import Communicator, mpi, resolve
 from .errors import CollectiveTimeoutError, MPISyncBNError, on_rank
+from .joining import join
 from .progress import Work, patiently
 from .steps import Step, listed, seen
 
-__all__ = ["BACKEND", "ProcessGroup", "init_process_group", "monitored_barrier"]
+__all__ = ["BACKEND", "ProcessGroup", "init_process_group", "join", "monitored_barrier"]
 
 BACKEND = "mpi4py"
 
@@ -245,7 +246,8 @@ def init_process_group(comm: Any = None, timeout: timedelta | None = None) -> No
     if MPI.Comm.Compare(source, MPI.COMM_WORLD) == MPI.UNEQUAL:
         raise ValueError(
             f"expected a communicator of all {MPI.COMM_WORLD.size} ranks of the world, got one of "
-            f"{source.size}{on_rank()}: initialize with all, then make groups with torch.distributed.new_group()"
+            f"{source.size}{on_rank()}: initialize with all, then make groups with "
+            "torch.distributed.new_group()"
         )
     if dist.is_initialized():
         raise ValueError(

@@ -25,7 +25,9 @@ from .communicator import Communicator
 from .diagnostics import Call
 from .errors import CollectiveMismatchError, MPISyncBNError
 
-__all__ = ["merge_moments", "reduce_sums"]
+__all__ = ["answer", "merge_moments", "reduce_sums"]
+
+_SUM, _GATHER = 1, 2  # kinds of messages, as a joined rank is told of them
 
 
 def merge_moments(group: Communicator, call: Call, count: int, mean: Any, m2: Any) -> tuple[int, Any, Any]:
@@ -62,7 +64,7 @@ def reduce_sums(group: Communicator, call: Call, *sums: Any) -> tuple[Any, ...]:
     if group.link is not None and len(sums) == 2 and type(sums[0]) is np.ndarray:
         totals = np.empty((2, len(sums[0])))
         with group.lock:
-            problem = group.link.sum_vectors(_sign(group, call), *sums, totals)
+            problem = group.link.sum_vectors(_sign(group, call, 3 + totals.size), *sums, totals)
             if problem:
                 _raise_problem(group, call, problem)
         return totals[0], totals[1]
@@ -84,7 +86,7 @@ def _sum_moments(
     if group.link is not None:
         found = np.empty((2, channels))
         with group.lock:
-            total = group.link.sum_moments(_sign(group, call), count, mean, m2, found)
+            total = group.link.sum_moments(_sign(group, call, 3 + found.size), count, mean, m2, found)
             if total < 0:
                 _raise_problem(group, call, total)
         return total, found[0], found[1]
@@ -136,7 +138,7 @@ def _allreduce(group: Communicator, call: Call, message: np.ndarray) -> None:
 
 
 def _allgather(group: Communicator, call: Call, message: np.ndarray) -> np.ndarray:
-    _write_fingerprint(group, call, message)
+    _write_fingerprint(group, call, message, _GATHER)
     gathered = np.empty((group.size, len(message)))
     try:
         group.comm.Allgather(message, gathered)
@@ -146,19 +148,48 @@ def _allgather(group: Communicator, call: Call, message: np.ndarray) -> np.ndarr
     return gathered
 
 
-def _write_fingerprint(group: Communicator, call: Call, message: np.ndarray) -> None:
-    h = _sign(group, call)
+def _write_fingerprint(group: Communicator, call: Call, message: np.ndarray, kind: int = _SUM) -> None:
+    h = _sign(group, call, len(message), kind)
     # First in the message, so that they arrive even where another rank sent a shorter one.
     message[0], message[1] = h, h * h
 
 
-def _sign(group: Communicator, call: Call) -> int:
+def _sign(group: Communicator, call: Call, length: int, kind: int = _SUM) -> int:
     """The fingerprint of the exchange that is about to happen."""
     group.ready()
-    if group.debug:
+    if group.debug and not group.joining:
         diagnostics.agree(group, call)
     group.exchanges += 1
-    return diagnostics.fingerprint(call, group.exchanges)
+    h = diagnostics.fingerprint(call, group.exchanges)
+    if group.joining:
+        _announce(group, kind, length, h)
+    return h
+
+
+def _announce(group: Communicator, kind: int, length: int, h: int) -> np.ndarray:
+    """What the ranks with data are about to send; from a joined rank all zeros, and the same comes of it."""
+    announced = np.array([kind, length, h], float)
+    group.comm.Allreduce(group.in_place, announced, op=group.largest)
+    return announced
+
+
+def answer(group: Communicator) -> None:
+    """Take part in the exchanges of others, with a count of zero, until every rank of the group is here.
+
+    Collective: every rank of the group must call, each when it has no more data (joining.py).
+    """
+    while True:
+        with group.lock:
+            kind, length, h = (int(word) for word in _announce(group, 0, 0, 0))
+            if not kind:
+                return
+            group.exchanges += 1
+            message = np.zeros(length)
+            message[:2] = h, h * h
+            if kind == _SUM:
+                group.comm.Allreduce(group.in_place, message)
+            else:
+                group.comm.Allgather(message, np.empty((group.size, length)))
 
 
 def _raise_problem(group: Communicator, call: Call, problem: int) -> NoReturn:

@@ -41,6 +41,21 @@ _OVER.set()
 _settling = threading.Lock()  # between whoever finishes a Work and whoever asks for its future
 
 
+class _Future(torch.futures.Future):
+    """What comes after it comes on the thread that says so, and not whenever it is done.
+
+    Hooks of DistributedDataParallel begin collectives there, which must have the same order on every rank.
+    """
+
+    def then(self, callback: Any) -> Any:
+        self.wait()
+        return super().then(callback)
+
+    def add_done_callback(self, callback: Any) -> None:
+        self.wait()
+        super().add_done_callback(callback)
+
+
 class Work(_Work):
     """A collective that was begun, as torch.distributed knows it."""
 
@@ -70,25 +85,28 @@ class Work(_Work):
         self.wait()
 
     def finish(self, error: BaseException | None = None) -> None:
+        self._error = error
         with _settling:
-            self._error = error
             self._over.set()
-            if self._future is not None:
-                self._settle()
+            future = self._future
+        if future is not None:
+            self._settle(future)
 
     def get_future(self) -> Any:
         with _settling:
-            if self._future is None:
-                self._future = torch.futures.Future()
-                if self._over.is_set():
-                    self._settle()
-            return self._future
+            if self._future is not None:
+                return self._future
+            future = self._future = _Future()
+            over = self._over.is_set()
+        if over:
+            self._settle(future)
+        return future
 
-    def _settle(self) -> None:
+    def _settle(self, future: Any) -> None:  # outside the lock: whoever waits for it may go on at once
         if self._error is None:
-            self._future.set_result(self._result)
+            future.set_result(self._result)
         else:
-            self._future.set_exception(self._error)
+            future.set_exception(self._error)
 
     def is_completed(self) -> bool:
         return self._over.is_set()
@@ -125,6 +143,10 @@ class Engine:
         self._last = work
         self._tasks.put((run, work))
         return work
+
+    def is_here(self) -> bool:
+        """Whether this is the thread: it cannot wait for itself."""
+        return threading.current_thread() is self._thread
 
     def drain(self) -> None:
         """Wait for everything that was given so far."""

@@ -106,9 +106,10 @@ class Stepwise(dist.ProcessGroup):
                     raise type(problem)(f"{operation}: {problem}{on_rank()}") from problem
                 self._call(step, action)
 
-        if opts.asyncOp and self._threads:
-            return self._engine.submit(perform, Work(result, step))
-        self._engine.drain()
+        if not self._engine.is_here():
+            if opts.asyncOp and self._threads:
+                return self._engine.submit(perform, Work(result, step))
+            self._engine.drain()
         perform()
         return Work.done(result, step)
 

@@ -23,6 +23,7 @@ ORDER = [
     "rendezvous",
     "buffers",
     "progress",
+    "joining",
     "batchnorm",
     "convert",
     "autograd",

@@ -1,0 +1,216 @@
+"""Training with torch.distributed over MPI: DistributedDataParallel, sharding, ranks that run out of data."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from datetime import timedelta
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from parallel import WORLD, together
+from torch import Tensor, nn
+from torch.distributed.algorithms.ddp_comm_hooks import default_hooks, powerSGD_hook
+from torch.distributed.fsdp import fully_shard
+from torch.nn.parallel import DistributedDataParallel
+
+import mpisyncbn
+import mpisyncbn.distributed
+
+RANK, SIZE = WORLD.rank, WORLD.size
+STEPS = 20
+pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning")  # torch 2.13 renames options
+
+
+@pytest.fixture(scope="module", autouse=True)
+def world() -> Iterator[None]:
+    mpisyncbn.init_process_group(timeout=timedelta(seconds=60))
+    yield
+    dist.destroy_process_group()
+
+
+def network(synchronized: bool = True) -> nn.Module:
+    torch.manual_seed(0)
+    net = nn.Sequential(
+        nn.Conv2d(2, 6, 3, bias=False),
+        nn.BatchNorm2d(6),
+        nn.SiLU(),
+        nn.Conv2d(6, 8, 3),
+        nn.BatchNorm2d(8),
+        nn.Flatten(),
+        nn.Linear(8 * 16, 5),
+    ).double()
+    return mpisyncbn.convert_sync_batchnorm(net) if synchronized else net
+
+
+def batches(rank: int, step: int, samples: int | None = None) -> tuple[Tensor, Tensor]:
+    """Uneven: rank r has r + 2 samples."""
+    generator = torch.Generator().manual_seed(1000 * step + rank)
+    samples = rank + 2 if samples is None else samples
+    x = torch.randn(samples, 2, 8, 8, generator=generator, dtype=torch.float64) + rank
+    return x, torch.randint(5, (samples,), generator=generator)
+
+
+def loss_of(net: nn.Module, x: Tensor, labels: Tensor, total: int) -> Tensor:
+    return nn.functional.cross_entropy(net(x), labels, reduction="sum") / total
+
+
+def optimizer_of(net: nn.Module) -> torch.optim.Optimizer:
+    return torch.optim.SGD(net.parameters(), lr=0.05, momentum=0.9)
+
+
+def in_one_process(steps: int = STEPS, accumulate: int = 1) -> nn.Module:
+    """What all ranks together must come to: torch's own layers on the whole batch."""
+    net = network(synchronized=False)
+    optimizer = optimizer_of(net)
+    for step in range(steps):
+        parts = [batches(rank, step) for rank in range(SIZE)]
+        x, labels = (torch.cat(each) for each in zip(*parts, strict=True))
+        loss_of(net, x, labels, len(x)).backward()
+        if (step + 1) % accumulate == 0:
+            optimizer.step()
+            optimizer.zero_grad()
+    return net
+
+
+def train(ddp: nn.Module, steps: int = STEPS, accumulate: int = 1) -> None:
+    optimizer = optimizer_of(ddp)
+    total = sum(rank + 2 for rank in range(SIZE))
+    for step in range(steps):
+        x, labels = batches(RANK, step)
+        last = (step + 1) % accumulate == 0
+        ddp.require_backward_grad_sync = last  # what no_sync() sets
+        # DistributedDataParallel takes the average over ranks, and the loss is a sum over them.
+        (loss_of(ddp, x, labels, total) * SIZE).backward()
+        if last:
+            optimizer.step()
+            optimizer.zero_grad()
+
+
+def distance(one: nn.Module, other: nn.Module) -> float:
+    pairs = zip(one.state_dict().values(), other.state_dict().values(), strict=True)
+    return max((a.double() - b.double()).abs().max().item() for a, b in pairs)
+
+
+OPTIONS: dict[str, dict[str, Any]] = {
+    "plain": {},
+    "static graph": {"static_graph": True},
+    "unused parameters": {"find_unused_parameters": True},
+    "views": {"gradient_as_bucket_view": True, "bucket_cap_mb": 0.001},
+    "own buffers": {"broadcast_buffers": False},
+}
+
+
+@pytest.mark.parametrize("name", OPTIONS)
+def test_equals_one_process(name: str) -> None:
+    net = network()
+    train(DistributedDataParallel(net, **OPTIONS[name]))
+    with together():
+        assert distance(net, in_one_process()) < 1e-9
+
+
+def test_accumulated_gradients() -> None:
+    net = network()
+    train(DistributedDataParallel(net), accumulate=3)
+    with together():
+        assert distance(net, in_one_process(accumulate=3)) < 1e-9
+
+
+@pytest.mark.parametrize("hook", ["half", "PowerSGD"])
+def test_compressed_gradients(hook: str) -> None:
+    net = network()
+    ddp = DistributedDataParallel(net)
+    if hook == "half":
+        ddp.register_comm_hook(None, default_hooks.fp16_compress_hook)
+    else:
+        state = powerSGD_hook.PowerSGDState(None, matrix_approximation_rank=2, start_powerSGD_iter=4)
+        ddp.register_comm_hook(state, powerSGD_hook.powerSGD_hook)
+    train(ddp)
+    parameters = torch.cat([parameter.detach().view(-1) for parameter in net.parameters()])
+    everyones = WORLD.allgather(parameters)
+
+    with together():
+        assert all(torch.equal(each, everyones[0]) for each in everyones), "the same on every rank"
+        assert all(each.isfinite().all() for each in everyones)
+        if hook == "half":  # PowerSGD goes another way
+            assert 0 < distance(net, in_one_process()) < 0.1
+
+
+def test_sharded() -> None:
+    net = network()
+    fully_shard(net)
+    optimizer = torch.optim.SGD(net.parameters(), lr=0.05, momentum=0.9)
+    total = sum(rank + 2 for rank in range(SIZE))
+    for step in range(STEPS):
+        x, labels = batches(RANK, step)
+        (loss_of(net, x, labels, total) * SIZE).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    whole = [parameter.full_tensor() for parameter in net.parameters()]
+
+    with together():
+        expected = in_one_process()
+        for actual, parameter in zip(whole, expected.parameters(), strict=True):
+            torch.testing.assert_close(actual, parameter, rtol=0, atol=1e-9)
+
+
+def test_the_documented_example() -> None:
+    """As torch documents SyncBatchNorm, but for who makes the layer and the backend."""
+    parts = [[rank for rank in range(SIZE) if rank % 2 == part] for part in range(min(SIZE, 2))]
+    process_group = [dist.new_group(ranks) for ranks in parts][RANK % 2]
+    network = nn.Sequential(nn.BatchNorm3d(4), nn.Flatten(), nn.Linear(4 * 8, 2))
+    layer = mpisyncbn.SyncBatchNorm(4, process_group=process_group)
+    layer(torch.randn(3, 4, 2, 2, 2))
+    sync_bn_network = mpisyncbn.SyncBatchNorm.convert_sync_batchnorm(network, process_group)
+    ddp_sync_bn_network = DistributedDataParallel(sync_bn_network)
+    ddp_sync_bn_network(torch.randn(3, 4, 2, 2, 2)).sum().backward()
+    gradients = WORLD.allgather(network[2].weight.grad)
+
+    with together():
+        assert all(torch.equal(each, gradients[0]) for each in gradients)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+def test_join(dtype: torch.dtype) -> None:
+    """5, 3, 0 batches and so on: ranks without data answer the others' layers until all are through."""
+    have = [5, 3, 0, 4][:SIZE]
+    samples = [sum(rank + 2 for rank in range(SIZE) if have[rank] > step) for step in range(5)]
+    net = network().to(dtype)
+    ddp = DistributedDataParallel(net)
+    optimizer = optimizer_of(ddp)
+    with mpisyncbn.distributed.join(ddp):
+        for step in range(have[RANK]):
+            x, labels = batches(RANK, step)
+            (loss_of(ddp, x.to(dtype), labels, samples[step]) * SIZE).backward()
+            optimizer.step()
+            optimizer.zero_grad()
+    exchanges = WORLD.allgather(net[1].process_group.exchanges if net[1].process_group else 0)
+    net.eval()
+    after = net(batches(RANK, 99)[0].to(dtype))  # and the layers are as they were
+    net.train()
+    net(batches(RANK, 99)[0].to(dtype))
+
+    with together():
+        expected = network(synchronized=False)
+        optimizer = optimizer_of(expected)
+        for step in range(5):
+            parts = [batches(rank, step) for rank in range(SIZE) if have[rank] > step]
+            x, labels = (torch.cat(each) for each in zip(*parts, strict=True))
+            loss_of(expected, x, labels, len(x)).backward()
+            optimizer.step()
+            optimizer.zero_grad()
+        assert len(set(exchanges)) == 1
+        expected.eval()
+        reference = expected(batches(RANK, 99)[0])
+        torch.testing.assert_close(
+            after.double(), reference, rtol=0, atol=1e-9 if dtype is torch.float64 else 1e-3
+        )
+
+
+def test_join_where_all_have_the_same() -> None:
+    net = network()
+    with mpisyncbn.distributed.join(ddp := DistributedDataParallel(net)):
+        train(ddp)
+    with together():
+        assert distance(net, in_one_process()) < 1e-9
