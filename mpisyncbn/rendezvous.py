@@ -18,6 +18,7 @@ from .communicator import mpi
 __all__ = ["over", "register", "source"]
 
 _source: Any = None
+_kept: list[Any] = []  # gloo on other ranks may want the store of rank 0 even while it ends
 
 
 def source() -> Any:
@@ -53,7 +54,9 @@ def _over_mpi(
     url: str, timeout: timedelta = timedelta(minutes=30), **_: Any
 ) -> Iterator[tuple[Any, int, int]]:
     comm = source()
-    yield _store(comm, timeout), comm.rank, comm.size
+    store = _store(comm, timeout)
+    _kept.append(store)
+    yield store, comm.rank, comm.size
     raise RuntimeError("MPI cannot find other ranks than it has found")
 
 

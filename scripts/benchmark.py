@@ -41,6 +41,7 @@ SECTIONS = {
     "peers": "layers",
     "resnet": "resnet",
     "relu": "layers",
+    "reductions": "reductions",
 }
 Results = dict[str, Any]
 

@@ -46,6 +46,7 @@ def summarize(sections: dict[str, list[Row]]) -> list[Line]:
         "peers": _peers,
         "resnet": _resnet,
         "relu": _relu,
+        "reductions": _reductions,
         "scaling": _scaling,
     }
     return [line for name, judge in judges.items() if sections.get(name) for line in judge(sections[name])]
@@ -168,6 +169,18 @@ def _relu(rows: list[Row]) -> list[Line]:
         Line(f"{what}, geometric mean", over(geometric_mean, fused), 0.75),
         Line(f"{what}, worst", over(max, fused), 0.75),
     ]
+
+
+def _reductions(rows: list[Row]) -> list[Line]:
+    """Times slower than ours: small messages, up to 100 KB; and a step of 100 MB of gradients."""
+    lines = []
+    for row in rows:
+        slower = {figure: 1 / value for figure, value in row["ours to"]["gloo"].items()}
+        step = row["family"] != "all_reduce"
+        if step or row["bytes"] <= 100_000:
+            what = f"gloo over ours, {row['family']}, {row['bytes']:,} bytes"
+            lines.append(Line(what, slower, 1.0 if step else 10.0, at_most=False))
+    return lines
 
 
 def _scaling(rows: list[Row]) -> list[Line]:

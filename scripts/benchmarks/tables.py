@@ -76,12 +76,27 @@ def _peers(rows: list[Row]) -> str:
     return _table(("peer", "shape per rank", "dtype, format", "ours / peer"), lines)
 
 
+def _reductions(rows: list[Row]) -> str:
+    names = list(rows[0]["us"])[:2]
+    lines = (
+        [
+            row["family"],
+            f"{row['bytes']:,}",
+            *(_time(row["us"][name]) for name in names),
+            _plain(row["ours to"]["gloo"]),
+        ]
+        for row in rows
+    )
+    return _table(("what", "bytes", *names, f"{names[0]} / {names[1]}"), lines)
+
+
 # Title, how to make it, and the sections it takes.
 _TABLES: tuple[tuple[str, Callable[[list[Row]], str], tuple[str, ...]], ...] = (
     ("The layer", _layer, ("layer", "tiny")),
     ("The verbs", _verbs, ("verbs",)),
     ("The exchange", _exchange, ("exchange",)),
     ("Slow peers, the compiler, a whole step, and ReLU", _peers, ("peers", "resnet", "relu")),
+    ("Reductions beside gloo", _reductions, ("reductions",)),
 )
 
 
