@@ -152,7 +152,9 @@ def blocks(name: str) -> list[str]:
     return re.findall(r"^```python\n(.*?)^```", (ROOT / name).read_text(), re.MULTILINE | re.DOTALL)
 
 
-@pytest.mark.parametrize("name", ["README.md", "docs/algorithm.md", "docs/sharp_bits.md"])
+@pytest.mark.parametrize(
+    "name", ["README.md", "docs/algorithm.md", "docs/distributed.md", "docs/sharp_bits.md"]
+)
 def test_code_in_the_documentation_runs(name, tmp_path, monkeypatch, capsys):
     """Each block by itself, at any number of ranks."""
     monkeypatch.chdir(tmp_path)
