@@ -229,6 +229,8 @@ def put_back(host: Tensor, values: Tensor) -> None:
     if host.data_ptr() != values.data_ptr() or host.device != values.device:
         with torch.no_grad():
             values.detach().copy_(host.view(values.shape))
+        if values.is_cuda:  # whoever waits may go on in another stream
+            torch.cuda.current_stream(values.device).synchronize()
 
 
 def gathered(tensors: list[Tensor]) -> Tensor:

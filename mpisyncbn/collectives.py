@@ -5,7 +5,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -22,7 +21,8 @@ Prepared = tuple[tuple[Any, ...], Action]
 
 
 class Collectives(Stepwise):
-    """Each method prepares on the caller's thread and acts once the ranks agree: see Stepwise._run."""
+    """Each method prepares on the caller's thread, where a GPU's values come to host memory in the order of
+    its stream, and acts once the ranks agree: see Stepwise._run."""
 
     # Reductions.
 
@@ -73,9 +73,9 @@ class Collectives(Stepwise):
             same("the output and this rank's part of the input", out.numel(), parts[self._wire.rank].numel())
             operation, host = buffers.name_of(opts.reduceOp), buffers.like(out)
             reduction, counts = buffers.reduction(operation, out.dtype), [part.numel() for part in parts]
+            values = buffers.gathered(parts).view(out.dtype)
 
             def action(comm: Any) -> None:
-                values = buffers.gathered(parts).view(out.dtype)
                 reduction.scatter(comm, values, host.view(-1), counts)
                 buffers.put_back(host, out)
 
@@ -90,11 +90,11 @@ class Collectives(Stepwise):
             operation, jobs = buffers.name_of(opts.reduceOp), []
             for out, values in zip(outputs, inputs, strict=True):
                 self._a_part_for_each_rank(values, out)
-                jobs.append((out, buffers.like(out), values, buffers.reduction(operation, out.dtype)))
+                flat = buffers.contiguous(values).view(-1)
+                jobs.append((out, buffers.like(out), flat, buffers.reduction(operation, out.dtype)))
 
             def action(comm: Any) -> None:
-                for out, host, values, reduction in jobs:
-                    flat = buffers.contiguous(values).view(-1)
+                for out, host, flat, reduction in jobs:
                     reduction.scatter(comm, flat, host.view(-1), [out.numel()] * comm.size)
                     buffers.put_back(host, out)
 
@@ -128,7 +128,7 @@ class Collectives(Stepwise):
         (values,) = inputs
 
         def prepare() -> Prepared:
-            root = self._root(opts)
+            root, host = self._root(opts), buffers.contiguous(values)
             parts = outputs[0] if self._wire.rank == root else []
             if self._wire.rank == root:
                 self._one_for_each_rank(parts, values)
@@ -136,7 +136,6 @@ class Collectives(Stepwise):
                     same("the input and each output", values.numel(), part.numel())
 
             def action(comm: Any) -> None:
-                host = buffers.contiguous(values)
                 flat = torch.empty((comm.size, *host.shape), dtype=host.dtype) if parts else None
                 buffers.gather(comm, host, flat, root)
                 for part, piece in zip(parts, () if flat is None else flat, strict=True):
@@ -157,8 +156,10 @@ class Collectives(Stepwise):
                 for part in parts:
                     same("the output and each input", out.numel(), part.numel())
 
+            values = buffers.gathered(parts) if parts else None
+
             def action(comm: Any) -> None:
-                buffers.scatter(comm, buffers.gathered(parts) if parts else None, host, root)
+                buffers.scatter(comm, values, host, root)
                 buffers.put_back(host, out)
 
             return ("from rank", root, "of", *seen(outputs)), action
@@ -173,11 +174,11 @@ class Collectives(Stepwise):
         def prepare() -> Prepared:
             self._one_for_each_rank(parts, values)
             same("the input and this rank's output", values.numel(), parts[self._wire.rank].numel())
-            sizes = [part.nbytes for part in parts]
+            sizes, host = [part.nbytes for part in parts], buffers.contiguous(values).view(-1)
 
             def action(comm: Any) -> None:
                 flat = torch.empty(sum(sizes), dtype=torch.uint8)
-                buffers.all_gather_uneven(comm, buffers.contiguous(values).view(-1), flat, sizes)
+                buffers.all_gather_uneven(comm, host, flat, sizes)
                 for part, piece in zip(parts, flat.split(sizes), strict=True):
                     buffers.put_back(piece.view(part.dtype), part)
 
@@ -192,11 +193,11 @@ class Collectives(Stepwise):
             jobs = []
             for out, values in zip(outputs, inputs, strict=True):
                 self._a_part_for_each_rank(out, values)
-                jobs.append((out, buffers.like(out), values))
+                jobs.append((out, buffers.like(out), buffers.contiguous(values)))
 
             def action(comm: Any) -> None:
-                for out, host, values in jobs:
-                    buffers.gather(comm, buffers.contiguous(values), host, None)
+                for out, host, sent in jobs:
+                    buffers.gather(comm, sent, host, None)
                     buffers.put_back(host, out)
 
             return ("of", *seen(inputs)), action
@@ -214,10 +215,10 @@ class Collectives(Stepwise):
             for row in outputs:
                 for out, values in zip(row, inputs, strict=True):
                     same("input and output", (values.numel(), values.dtype), (out.numel(), out.dtype))
+            hosts = [buffers.contiguous(values) for values in inputs]
 
             def action(comm: Any) -> None:
-                for i, values in enumerate(inputs):
-                    host = buffers.contiguous(values)
+                for i, host in enumerate(hosts):
                     flat = torch.empty((comm.size, *host.shape), dtype=host.dtype)
                     buffers.gather(comm, host, flat, None)
                     for row, part in zip(outputs, flat, strict=True):
@@ -233,9 +234,10 @@ class Collectives(Stepwise):
         def prepare() -> Prepared:
             same("the dtypes of output and input", out.dtype, values.dtype)
             host, to, of = buffers.like(out), self._splits(values, sent), self._splits(out, received)
+            flat = buffers.contiguous(values).view(-1)
 
             def action(comm: Any) -> None:
-                _swap(comm, lambda: buffers.contiguous(values).view(-1), host, to, of)
+                _swap(comm, flat, host, to, of)
                 buffers.put_back(host, out)
 
             return ("of rows of", (out.dtype, out.shape[1:])), action
@@ -247,10 +249,11 @@ class Collectives(Stepwise):
             self._one_for_each_rank(outputs, None)
             self._one_for_each_rank(inputs, outputs[0])
             to, of = [values.nbytes for values in inputs], [out.nbytes for out in outputs]
+            values = buffers.gathered(inputs)
 
             def action(comm: Any) -> None:
                 flat = torch.empty(sum(of), dtype=torch.uint8)
-                _swap(comm, lambda: buffers.gathered(inputs), flat, to, of)
+                _swap(comm, values, flat, to, of)
                 for out, piece in zip(outputs, flat.split(of), strict=True):
                     buffers.put_back(piece.view(out.dtype), out)
 
@@ -274,9 +277,7 @@ class Collectives(Stepwise):
     alltoall_base = all_to_all_single
 
 
-def _swap(
-    comm: Any, values: Callable[[], Tensor], host: Tensor, sent: list[int], received: list[int]
-) -> None:
+def _swap(comm: Any, values: Tensor, host: Tensor, sent: list[int], received: list[int]) -> None:
     """``sent[r]`` bytes to each rank r, which must expect as many: that only both together know."""
     plans = comm.allgather((sent, received))
     for source, (theirs, _) in enumerate(plans):
@@ -287,4 +288,4 @@ def _swap(
                     f"{wanted[source]}{on_rank()}"
                 )
     most = max(sum(part) for plan in plans for part in plan)
-    buffers.all_to_all(comm, values(), host, sent, received, most)
+    buffers.all_to_all(comm, values, host, sent, received, most)

@@ -22,11 +22,12 @@ from __future__ import annotations
 from datetime import timedelta
 from typing import Any
 
+import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from . import buffers, rendezvous
+from . import buffers, diagnostics, rendezvous
 from .collectives import Collectives
 from .communicator import Communicator, mpi, resolve
 from .errors import CollectiveTimeoutError, MPISyncBNError, on_rank
@@ -37,6 +38,7 @@ from .steps import Step, listed, seen
 __all__ = ["BACKEND", "ProcessGroup", "init_process_group", "join", "monitored_barrier"]
 
 BACKEND = "mpi4py"
+_NOTE = np.zeros(1, np.uint8)  # that a rank is here
 
 
 class ProcessGroup(Collectives):
@@ -54,6 +56,7 @@ class ProcessGroup(Collectives):
         super().__init__(comm, timeout)
         self._is_world = is_world
         self._communicator: Communicator | None = None
+        self._messages: list[Message] = []
         self._name = self._description = ""
 
     @property
@@ -88,36 +91,39 @@ class ProcessGroup(Collectives):
         what = Step(operation, ("to" if sends else "from", who, "of", *seen([tensor]), "with tag", tag))
         with self._wire.lock:
             requests = self._call(what, lambda comm: start(comm, host, peer, tag))
-        return Message(self, what, requests, host, None if sends else tensor)
+        # Kept until it has gone, also where the caller drops it: MPI still reads there.
+        self._messages = [message for message in self._messages if not message.is_completed()]
+        self._messages.append(Message(self, what, requests, host, None if sends else tensor))
+        return self._messages[-1]
 
     def monitored_barrier(self, timeout: timedelta | None = None, wait_all_ranks: bool = False) -> None:
         """A barrier in which rank 0 says who did not come within ``timeout``; None: the group's."""
+        self._check_usable("monitored_barrier")
         self._engine.drain()
         seconds = (timeout or self._timeout).total_seconds()
-        comm, tag = self._wire.ready().comm, buffers.OWN_TAG
-        others = range(1, self.size()) if self.rank() == 0 else [0]
-        word = torch.zeros(1, dtype=torch.uint8).numpy()
-        if self.rank() > 0:
-            comm.Isend([word, 1, mpi().BYTE], 0, tag).Free()
-        here = {rank: comm.Irecv([word, 1, mpi().BYTE], rank, tag) for rank in others}
-        arrived: set[int] = set()
+        group, byte = self._wire.ready(), mpi().BYTE
+        others = range(1, group.size) if group.rank == 0 else [0]
+        with group.lock:
+            if group.rank > 0:
+                group.comm.Isend([_NOTE, 1, byte], 0, buffers.OWN_TAG).Free()
+            here = {rank: group.comm.Irecv([_NOTE, 1, byte], rank, buffers.OWN_TAG) for rank in others}
+            arrived: set[int] = set()
 
-        def everybody() -> bool:
-            arrived.update(rank for rank in here if rank not in arrived and here[rank].Test())
-            return len(arrived) == len(here)
+            def everybody() -> bool:
+                arrived.update(rank for rank in here if rank not in arrived and here[rank].Test())
+                return len(arrived) == len(here)
 
-        if not patiently(everybody, seconds):
+            if patiently(everybody, seconds):
+                if group.rank == 0:
+                    for rank in others:
+                        group.comm.Send([_NOTE, 1, byte], rank, buffers.OWN_TAG)
+                return
             missing = [rank for rank in here if rank not in arrived]
             for rank in missing:
                 here[rank].Cancel()
-            self._unusable = "this process group is unusable since monitored_barrier timed out"
-            who = f"ranks {missing}" if self.rank() == 0 else "rank 0, or another rank it waits for,"
-            raise CollectiveTimeoutError(
-                f"monitored_barrier: {who} did not come within {seconds:g} s{on_rank()}"
-            )
-        if self.rank() == 0:
-            for rank in others:
-                comm.Send([word, 1, mpi().BYTE], rank, tag)
+        self._unusable = "this process group is unusable since monitored_barrier timed out"
+        who = f"ranks {missing}" if group.rank == 0 else "rank 0, or another rank it waits for,"
+        raise CollectiveTimeoutError(f"monitored_barrier: {who} did not come within {seconds:g} s{on_rank()}")
 
     # The group itself.
 
@@ -127,12 +133,15 @@ class ProcessGroup(Collectives):
             return
         self._engine.close()
         abandoned = bool(self._unusable)
+        diagnostics.abandon(*[message for message in self._messages if not message.is_completed()])
         self._unusable = self._unusable or "this process group was destroyed"
         if abandoned:
             return  # messages are still under way in it
         if self._communicator is not None and not self._is_world:
             self._communicator.free()
         self._wire.free()
+        if self._is_world:
+            rendezvous.forget()
 
     abort = shutdown
 

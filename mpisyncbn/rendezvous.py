@@ -15,7 +15,7 @@ import torch.distributed as dist
 from . import config
 from .communicator import mpi
 
-__all__ = ["over", "register", "source"]
+__all__ = ["forget", "over", "register", "source"]
 
 _source: Any = None
 _kept: list[Any] = []  # gloo on other ranks may want the store of rank 0 even while it ends
@@ -28,14 +28,23 @@ def source() -> Any:
 
 @contextmanager
 def over(comm: Any) -> Iterator[None]:
-    """Make ``comm`` the source; it stays so where the body succeeds."""
+    """Make a duplicate of ``comm`` the source, until ``forget``, if the body succeeds. Collective."""
     global _source
-    before, _source = _source, comm
+    forget()
+    _source = comm.Dup()
     try:
         yield
     except BaseException:
-        _source = before
+        forget()
         raise
+
+
+def forget() -> None:
+    """Make the world the source. Collective, after ``over``."""
+    global _source
+    if _source is not None:
+        _source.Free()
+        _source = None
 
 
 def register() -> None:
@@ -45,7 +54,10 @@ def register() -> None:
     from_environment = handlers["env"]
 
     def env(url: str, *args: Any, **kwargs: Any) -> Any:
-        return (from_environment if config.rendezvous_given() else _over_mpi)(url, *args, **kwargs)
+        if config.rendezvous_given():
+            return from_environment(url, *args, **kwargs)
+        forget()
+        return _over_mpi(url, *args, **kwargs)
 
     handlers["env"] = env
 
