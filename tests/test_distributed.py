@@ -11,7 +11,10 @@ import torch
 import torch.distributed as dist
 from parallel import WORLD, together
 from torch import Tensor, nn
-from torch.distributed import ReduceOp
+from torch.distributed import ReduceOp, checkpoint
+from torch.distributed import _functional_collectives as functional_collectives
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import Shard, distribute_tensor
 
 import mpisyncbn
 from mpisyncbn import CollectiveMismatchError, CollectiveTimeoutError, MPISyncBNError, buffers, distributed
@@ -456,6 +459,32 @@ def test_names() -> None:
             mpisyncbn.init_process_group()
         with pytest.raises(TypeError, match="expected an mpi4py communicator"):
             mpisyncbn.init_process_group("world")
+
+
+def test_what_torch_builds_on_a_group(tmp_path: Any) -> None:
+    """Functional and compiled collectives, meshes, distributed tensors, checkpoints in shards."""
+    group, ones = dist.group.WORLD, torch.ones(4 * SIZE)
+    summed = functional_collectives.all_reduce(ones, "sum", group)
+    scattered = functional_collectives.reduce_scatter_tensor(ones, "sum", 0, group)
+    gathered = functional_collectives.all_gather_tensor(scattered, 0, group)
+    compiled = torch.compile(
+        lambda x: functional_collectives.all_reduce(2 * x, "sum", group) + 1, backend="aot_eager"
+    )(ones)
+    mesh = init_device_mesh("cpu", (SIZE,))
+    sharded = distribute_tensor(torch.arange(3.0 * SIZE), mesh, [Shard(0)])
+    whole = (sharded * 2).full_tensor()
+    folder = WORLD.bcast(tmp_path)
+    checkpoint.save({"tensor": sharded}, checkpoint_id=folder)
+    loaded = {"tensor": distribute_tensor(torch.zeros(3 * SIZE), mesh, [Shard(0)])}
+    checkpoint.load(loaded, checkpoint_id=folder)
+    restored = loaded["tensor"].full_tensor()
+
+    with together():
+        assert (summed == SIZE).all()
+        assert torch.equal(gathered, torch.full((4 * SIZE,), float(SIZE)))
+        assert (compiled == 2 * SIZE + 1).all()
+        assert torch.equal(whole, 2 * torch.arange(3.0 * SIZE))
+        assert torch.equal(restored, torch.arange(3.0 * SIZE))
 
 
 # What must not hang.
