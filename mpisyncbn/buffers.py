@@ -17,7 +17,7 @@ from torch.distributed import ReduceOp
 
 from .communicator import mpi
 
-__all__ = ["Reduction", "contiguous", "gathered", "like", "name_of", "put_back", "reduction"]
+__all__ = ["Reduction", "contiguous", "gathered", "like", "name_of", "put_back", "reduction", "staged"]
 
 LIMIT = 1 << 30  # values or bytes in one call
 _HALF_PIECE = 1 << 22  # values of half precision widened at a time
@@ -208,20 +208,28 @@ def receiving(comm: Any, values: Tensor, source: int, tag: int) -> list[Any]:
     return [comm.Irecv(_bytes(values, at, length), source, tag) for at, length in _spans(values.nbytes)]
 
 
-def contiguous(values: Any) -> Tensor:
-    """A tensor's values in host memory without gaps: itself where they are."""
+def staged(values: Any) -> Tensor:
+    """A tensor whose values may be read later, on any thread: of a device's, a copy in host memory."""
     if not isinstance(values, Tensor):
         raise TypeError(f"expected a tensor, got {type(values).__name__}")
     if values.layout is not torch.strided:
         raise TypeError(f"expected a dense tensor, got one of layout {values.layout}")
-    return values.detach().resolve_conj().resolve_neg().cpu().contiguous()
+    return values.detach().cpu()
+
+
+def contiguous(values: Tensor) -> Tensor:
+    """A tensor's values in host memory without gaps: itself where they are."""
+    return staged(values).resolve_conj().resolve_neg().contiguous()
 
 
 def like(values: Tensor) -> Tensor:
     """Host memory without gaps for what ``values`` will be: its own where that is such."""
-    if values.is_cpu and values.is_contiguous():
-        return contiguous(values)
-    return torch.empty(values.shape, dtype=values.dtype)
+    own = staged(values) if values.is_cpu else None
+    if own is not None and own.is_contiguous():
+        return own
+    if values.layout is not torch.strided:
+        raise TypeError(f"expected a dense tensor, got one of layout {values.layout}")
+    return torch.empty(values.shape, dtype=values.dtype, device="cpu")
 
 
 def put_back(host: Tensor, values: Tensor) -> None:

@@ -37,12 +37,13 @@ class Collectives(Stepwise):
         def prepare() -> Prepared:
             operation = buffers.name_of(opts.reduceOp)
             jobs = [
-                (buffers.contiguous(tensor), buffers.reduction(operation, tensor.dtype), tensor)
+                (buffers.staged(tensor), buffers.reduction(operation, tensor.dtype), tensor)
                 for tensor in tensors
             ]
 
             def action(comm: Any) -> None:
-                for host, reduction, tensor in jobs:
+                for source, reduction, tensor in jobs:
+                    host = buffers.contiguous(source)
                     reduction.all(comm, host)
                     buffers.put_back(host, tensor)
 
@@ -55,9 +56,10 @@ class Collectives(Stepwise):
 
         def prepare() -> Prepared:
             operation, root = buffers.name_of(opts.reduceOp), self._root(opts)
-            host, reduction = buffers.contiguous(tensor), buffers.reduction(operation, tensor.dtype)
+            source, reduction = buffers.staged(tensor), buffers.reduction(operation, tensor.dtype)
 
             def action(comm: Any) -> None:
+                host = buffers.contiguous(source)
                 reduction.to(comm, host, root)
                 buffers.put_back(host, tensor)
 
@@ -73,9 +75,10 @@ class Collectives(Stepwise):
             same("the output and this rank's part of the input", out.numel(), parts[self._wire.rank].numel())
             operation, host = buffers.name_of(opts.reduceOp), buffers.like(out)
             reduction, counts = buffers.reduction(operation, out.dtype), [part.numel() for part in parts]
-            values = buffers.gathered(parts).view(out.dtype)
+            sources = [buffers.staged(part) for part in parts]
 
             def action(comm: Any) -> None:
+                values = buffers.gathered(sources).view(out.dtype)
                 reduction.scatter(comm, values, host.view(-1), counts)
                 buffers.put_back(host, out)
 
@@ -90,11 +93,12 @@ class Collectives(Stepwise):
             operation, jobs = buffers.name_of(opts.reduceOp), []
             for out, values in zip(outputs, inputs, strict=True):
                 self._a_part_for_each_rank(values, out)
-                flat = buffers.contiguous(values).view(-1)
-                jobs.append((out, buffers.like(out), flat, buffers.reduction(operation, out.dtype)))
+                reduction = buffers.reduction(operation, out.dtype)
+                jobs.append((out, buffers.like(out), buffers.staged(values), reduction))
 
             def action(comm: Any) -> None:
-                for out, host, flat, reduction in jobs:
+                for out, host, source, reduction in jobs:
+                    flat = buffers.contiguous(source).view(-1)
                     reduction.scatter(comm, flat, host.view(-1), [out.numel()] * comm.size)
                     buffers.put_back(host, out)
 
@@ -112,11 +116,12 @@ class Collectives(Stepwise):
 
         def prepare() -> Prepared:
             root = self._root(opts)
-            to_host = buffers.contiguous if self._wire.rank == root else buffers.like
-            hosts = [to_host(tensor) for tensor in tensors]
+            is_root = self._wire.rank == root
+            sources = [buffers.staged(tensor) if is_root else buffers.like(tensor) for tensor in tensors]
 
             def action(comm: Any) -> None:
-                for host, tensor in zip(hosts, tensors, strict=True):
+                for source, tensor in zip(sources, tensors, strict=True):
+                    host = buffers.contiguous(source)
                     buffers.broadcast(comm, host, root)
                     buffers.put_back(host, tensor)
 
@@ -128,7 +133,7 @@ class Collectives(Stepwise):
         (values,) = inputs
 
         def prepare() -> Prepared:
-            root, host = self._root(opts), buffers.contiguous(values)
+            root, source = self._root(opts), buffers.staged(values)
             parts = outputs[0] if self._wire.rank == root else []
             if self._wire.rank == root:
                 self._one_for_each_rank(parts, values)
@@ -136,6 +141,7 @@ class Collectives(Stepwise):
                     same("the input and each output", values.numel(), part.numel())
 
             def action(comm: Any) -> None:
+                host = buffers.contiguous(source)
                 flat = torch.empty((comm.size, *host.shape), dtype=host.dtype) if parts else None
                 buffers.gather(comm, host, flat, root)
                 for part, piece in zip(parts, () if flat is None else flat, strict=True):
@@ -156,10 +162,10 @@ class Collectives(Stepwise):
                 for part in parts:
                     same("the output and each input", out.numel(), part.numel())
 
-            values = buffers.gathered(parts) if parts else None
+            sources = [buffers.staged(part) for part in parts]
 
             def action(comm: Any) -> None:
-                buffers.scatter(comm, values, host, root)
+                buffers.scatter(comm, buffers.gathered(sources) if sources else None, host, root)
                 buffers.put_back(host, out)
 
             return ("from rank", root, "of", *seen(outputs)), action
@@ -174,11 +180,11 @@ class Collectives(Stepwise):
         def prepare() -> Prepared:
             self._one_for_each_rank(parts, values)
             same("the input and this rank's output", values.numel(), parts[self._wire.rank].numel())
-            sizes, host = [part.nbytes for part in parts], buffers.contiguous(values).view(-1)
+            sizes, source = [part.nbytes for part in parts], buffers.staged(values)
 
             def action(comm: Any) -> None:
                 flat = torch.empty(sum(sizes), dtype=torch.uint8)
-                buffers.all_gather_uneven(comm, host, flat, sizes)
+                buffers.all_gather_uneven(comm, buffers.contiguous(source).view(-1), flat, sizes)
                 for part, piece in zip(parts, flat.split(sizes), strict=True):
                     buffers.put_back(piece.view(part.dtype), part)
 
@@ -193,11 +199,11 @@ class Collectives(Stepwise):
             jobs = []
             for out, values in zip(outputs, inputs, strict=True):
                 self._a_part_for_each_rank(out, values)
-                jobs.append((out, buffers.like(out), buffers.contiguous(values)))
+                jobs.append((out, buffers.like(out), buffers.staged(values)))
 
             def action(comm: Any) -> None:
-                for out, host, sent in jobs:
-                    buffers.gather(comm, sent, host, None)
+                for out, host, source in jobs:
+                    buffers.gather(comm, buffers.contiguous(source), host, None)
                     buffers.put_back(host, out)
 
             return ("of", *seen(inputs)), action
@@ -215,10 +221,11 @@ class Collectives(Stepwise):
             for row in outputs:
                 for out, values in zip(row, inputs, strict=True):
                     same("input and output", (values.numel(), values.dtype), (out.numel(), out.dtype))
-            hosts = [buffers.contiguous(values) for values in inputs]
+            sources = [buffers.staged(values) for values in inputs]
 
             def action(comm: Any) -> None:
-                for i, host in enumerate(hosts):
+                for i, source in enumerate(sources):
+                    host = buffers.contiguous(source)
                     flat = torch.empty((comm.size, *host.shape), dtype=host.dtype)
                     buffers.gather(comm, host, flat, None)
                     for row, part in zip(outputs, flat, strict=True):
@@ -234,10 +241,10 @@ class Collectives(Stepwise):
         def prepare() -> Prepared:
             same("the dtypes of output and input", out.dtype, values.dtype)
             host, to, of = buffers.like(out), self._splits(values, sent), self._splits(out, received)
-            flat = buffers.contiguous(values).view(-1)
+            source = buffers.staged(values)
 
             def action(comm: Any) -> None:
-                _swap(comm, flat, host, to, of)
+                _swap(comm, buffers.contiguous(source).view(-1), host, to, of)
                 buffers.put_back(host, out)
 
             return ("of rows of", (out.dtype, out.shape[1:])), action
@@ -249,11 +256,11 @@ class Collectives(Stepwise):
             self._one_for_each_rank(outputs, None)
             self._one_for_each_rank(inputs, outputs[0])
             to, of = [values.nbytes for values in inputs], [out.nbytes for out in outputs]
-            values = buffers.gathered(inputs)
+            sources = [buffers.staged(values) for values in inputs]
 
             def action(comm: Any) -> None:
                 flat = torch.empty(sum(of), dtype=torch.uint8)
-                _swap(comm, values, flat, to, of)
+                _swap(comm, buffers.gathered(sources), flat, to, of)
                 for out, piece in zip(outputs, flat.split(of), strict=True):
                     buffers.put_back(piece.view(out.dtype), out)
 

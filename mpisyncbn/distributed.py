@@ -19,6 +19,8 @@ A collective goes collectives.py -> steps.py -> buffers.py -> MPI, by way of pro
 
 from __future__ import annotations
 
+import contextlib
+import threading
 from datetime import timedelta
 from typing import Any
 
@@ -39,6 +41,7 @@ __all__ = ["BACKEND", "ProcessGroup", "init_process_group", "join", "monitored_b
 
 BACKEND = "mpi4py"
 _NOTE = np.zeros(1, np.uint8)  # that a rank is here
+_keeping = threading.Lock()
 
 
 class ProcessGroup(Collectives):
@@ -47,8 +50,8 @@ class ProcessGroup(Collectives):
     Methods are torch's, with torch's arguments; every one but send and recv is collective.
 
     Raises:
-        TypeError, ValueError: an argument this rank cannot use; the other ranks raise too.
-        CollectiveMismatchError: on every rank, if they were not all about to do the same.
+        TypeError, ValueError: arguments that no rank can use, or that this one cannot.
+        CollectiveMismatchError: on every rank that could, if not all were about to do the same.
         CollectiveTimeoutError: the other ranks did not come within the group's timeout.
     """
 
@@ -89,12 +92,17 @@ class ProcessGroup(Collectives):
         start = buffers.sending if sends else buffers.receiving
         who = "anyone" if peer == mpi().ANY_SOURCE else f"rank {peer}"
         what = Step(operation, ("to" if sends else "from", who, "of", *seen([tensor]), "with tag", tag))
-        with self._wire.lock:
+        with self._beside():
             requests = self._call(what, lambda comm: start(comm, host, peer, tag))
         # Kept until it has gone, also where the caller drops it: MPI still reads there.
-        self._messages = [message for message in self._messages if not message.is_completed()]
-        self._messages.append(Message(self, what, requests, host, None if sends else tensor))
-        return self._messages[-1]
+        message = Message(self, what, requests, host, None if sends else tensor)
+        with _keeping:
+            self._messages = [each for each in self._messages if not each.is_completed()] + [message]
+        return message
+
+    def _beside(self) -> Any:
+        """What calls of MPI need beside a collective: nothing, or below THREAD_MULTIPLE its end."""
+        return contextlib.nullcontext() if self._threads else self._wire.lock
 
     def monitored_barrier(self, timeout: timedelta | None = None, wait_all_ranks: bool = False) -> None:
         """A barrier in which rank 0 says who did not come within ``timeout``; None: the group's."""
@@ -103,7 +111,7 @@ class ProcessGroup(Collectives):
         seconds = (timeout or self._timeout).total_seconds()
         group, byte = self._wire.ready(), mpi().BYTE
         others = range(1, group.size) if group.rank == 0 else [0]
-        with group.lock:
+        with self._beside():
             if group.rank > 0:
                 group.comm.Isend([_NOTE, 1, byte], 0, buffers.OWN_TAG).Free()
             here = {rank: group.comm.Irecv([_NOTE, 1, byte], rank, buffers.OWN_TAG) for rank in others}
@@ -154,6 +162,18 @@ class ProcessGroup(Collectives):
             return None
         return ProcessGroup(_created(self._wire.ready().comm, sorted(ranks)), timeout or self._timeout)
 
+    # Torch asks the backend of a device for these.
+
+    supports_splitting = False
+
+    def _get_backend(self, device: Any) -> ProcessGroup:
+        return self
+
+    def _set_default_timeout(self, timeout: timedelta) -> None:
+        self._timeout = timeout
+
+    set_timeout = _set_default_timeout
+
     def getBackendName(self) -> str:
         return BACKEND
 
@@ -184,7 +204,7 @@ class _OfGroup(Communicator):
     """A communicator for synchronized layers, made at their first exchange."""
 
     def __init__(self, group: ProcessGroup) -> None:
-        super().__init__(group._wire.comm)
+        super().__init__(group._wire.ready().comm)
         self._group = group
 
     def _make(self) -> Any:
@@ -200,19 +220,30 @@ class Message(Work):
         self, group: ProcessGroup, what: Step, requests: list[Any], host: Tensor, tensor: Tensor | None
     ) -> None:
         super().__init__([host if tensor is None else tensor], what)
+        self._polling = threading.Lock()
         self._group, self._requests, self._host, self._tensor = group, requests, host, tensor
 
     def is_completed(self) -> bool:
-        if not self._over.is_set():
-            MPI, status = mpi(), mpi().Status()
-            try:
-                if not all(request.Test(status) for request in self._requests):
-                    return False
-            except MPI.Exception as error:
-                self.finish(MPISyncBNError(f"MPI failed in {self._what}{on_rank()}: {error}"))
-                return True
-            self._arrived(status)
+        with self._polling:  # MPI lets one thread at a time ask for a request
+            if not self._over.is_set():
+                MPI, status = mpi(), mpi().Status()
+                try:
+                    if not all(request.Test(status) for request in self._requests):
+                        return False
+                except MPI.Exception as error:
+                    self.finish(MPISyncBNError(f"MPI failed in {self._what}{on_rank()}: {error}"))
+                    return True
+                self._arrived(status)
         return True
+
+    def _give_up(self, error: Exception) -> None:
+        """Take the receive back: it would get the next message otherwise."""
+        with self._polling:
+            if not self._over.is_set() and self._tensor is not None:
+                for request in self._requests:
+                    request.Cancel()
+                    request.Wait()
+                self.finish(error)
 
     def _arrived(self, status: Any) -> None:
         error = None
@@ -228,12 +259,13 @@ class Message(Work):
     def wait(self, timeout: timedelta | None = None) -> bool:
         seconds = (timeout if timeout and timeout > timedelta(0) else self._group._timeout).total_seconds()
         if not patiently(self.is_completed, seconds):
-            raise CollectiveTimeoutError(f"{self._what}: nothing for {seconds:g} s{on_rank()}")
+            error = CollectiveTimeoutError(f"{self._what}: nothing for {seconds:g} s{on_rank()}")
+            self._give_up(error)
+            raise error
         return super().wait()
 
     def get_future(self) -> Any:
-        self.wait()
-        return super().get_future()
+        raise NotImplementedError(f"{self._what}: messages from rank to rank have no future: wait() for them")
 
 
 def init_process_group(comm: Any = None, timeout: timedelta | None = None) -> None:

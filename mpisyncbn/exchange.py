@@ -188,8 +188,12 @@ def answer(group: Communicator) -> None:
             message[:2] = h, h * h
             if kind == _SUM:
                 group.comm.Allreduce(group.in_place, message)
+                sums = message[:2]
             else:
-                group.comm.Allgather(message, np.empty((group.size, length)))
+                gathered = np.empty((group.size, length))
+                group.comm.Allgather(message, gathered)
+                sums = gathered[:, :2].sum(axis=0)
+            diagnostics.check(group, sums[0], sums[1], Call("no layer, for want of data", "answer", 0, "any"))
 
 
 def _raise_problem(group: Communicator, call: Call, problem: int) -> NoReturn:

@@ -52,12 +52,12 @@ def join(
             for group in groups:
                 group.ready().joining = True
             yield
-            for each in answers:
+            for each in answers if not throw_on_early_termination else ():
                 each.start()
     finally:
         for group in groups:
             group.joining = False
-    for each in answers:
+    for each in answers if not throw_on_early_termination else ():
         each.join()
         if each.error is not None:
             raise each.error

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import atexit
+import os
 import queue
 import threading
 import time
@@ -12,7 +13,7 @@ from typing import Any
 import torch
 from torch.distributed import Work as _Work
 
-from .errors import CollectiveTimeoutError, on_rank
+from .errors import CollectiveTimeoutError, MPISyncBNError, on_rank
 
 __all__ = ["Engine", "Work", "patiently"]
 
@@ -41,11 +42,29 @@ _OVER.set()
 _settling = threading.Lock()  # between whoever finishes a Work and whoever asks for its future
 
 
+class _Failed:
+    """What a failed future holds. DistributedDataParallel looks for tensors in it, and meets the error."""
+
+    def __init__(self, error: BaseException) -> None:
+        self.error = error
+
+    def __reduce_ex__(self, _: Any) -> Any:
+        raise self.error
+
+
+def _raise(failed: _Failed) -> None:
+    raise failed.error
+
+
 class _Future(torch.futures.Future):
     """What comes after it comes on the thread that says so, and not whenever it is done.
 
     Hooks of DistributedDataParallel begin collectives there, which must have the same order on every rank.
     """
+
+    def fail(self, error: BaseException) -> None:
+        self._set_unwrap_func(_raise)
+        self.set_result(_Failed(error))
 
     def then(self, callback: Any) -> Any:
         self.wait()
@@ -106,7 +125,7 @@ class Work(_Work):
         if self._error is None:
             future.set_result(self._result)
         else:
-            future.set_exception(self._error)
+            future.fail(self._error)
 
     def is_completed(self) -> bool:
         return self._over.is_set()
@@ -133,9 +152,12 @@ class Engine:
         self._name = name
         self._tasks: queue.SimpleQueue[tuple[Callable[[], None], Work] | None] = queue.SimpleQueue()
         self._thread: threading.Thread | None = None
+        self._process = os.getpid()
         self._last: Work | None = None
 
     def submit(self, run: Callable[[], None], work: Work) -> Work:
+        if self._process != os.getpid():
+            raise MPISyncBNError("a forked process cannot use the process groups of the one it comes from")
         if self._thread is None:
             self._thread = threading.Thread(target=self._loop, name=self._name, daemon=True)
             self._thread.start()
@@ -151,7 +173,7 @@ class Engine:
     def drain(self) -> None:
         """Wait for everything that was given so far."""
         last = self._last
-        if last is not None:
+        if last is not None and self._process == os.getpid():
             last._over.wait()
             if self._last is last:
                 self._last = None

@@ -9,6 +9,7 @@ from contextlib import contextmanager
 from datetime import timedelta
 from importlib import import_module
 from typing import Any
+from urllib.parse import parse_qs, urlparse
 
 import torch.distributed as dist
 
@@ -66,6 +67,12 @@ def _over_mpi(
     url: str, timeout: timedelta = timedelta(minutes=30), **_: Any
 ) -> Iterator[tuple[Any, int, int]]:
     comm = source()
+    given = {name: int(value[0]) for name, value in parse_qs(urlparse(url).query).items()}
+    if (given.get("rank", comm.rank), given.get("world_size", comm.size)) != (comm.rank, comm.size):
+        raise ValueError(
+            f"expected rank {comm.rank} of {comm.size}, as MPI counts, got {given}: leave rank and "
+            "world_size out, or set MASTER_ADDR and MASTER_PORT for ranks that MPI does not know"
+        )
     store = _store(comm, timeout)
     _kept.append(store)
     yield store, comm.rank, comm.size

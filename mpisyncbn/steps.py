@@ -93,17 +93,19 @@ class Stepwise(dist.ProcessGroup):
         try:
             about, action = prepare()
             step = Step(operation, about)
-        except (TypeError, ValueError) as error:
+        except Exception as error:  # whatever it is, the other ranks must not wait
             problem = error
             step = Step(operation, (f"refused: {error}",))
         timeout = opts.timeout
         seconds = (timeout if timeout > _NONE else self._timeout).total_seconds()
 
         def perform() -> None:
-            with self._wire.lock:
+            with self._wire.lock, torch.no_grad():
                 self._meet(step, seconds)
-                if problem is not None:
+                if isinstance(problem, (TypeError, ValueError)):
                     raise type(problem)(f"{operation}: {problem}{on_rank()}") from problem
+                if problem is not None:
+                    raise problem
                 self._call(step, action)
 
         if not self._engine.is_here():

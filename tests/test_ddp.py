@@ -214,3 +214,31 @@ def test_join_where_all_have_the_same() -> None:
         train(ddp)
     with together():
         assert distance(net, in_one_process()) < 1e-9
+
+
+@pytest.mark.skipif(SIZE < 2, reason="needs two ranks to disagree")
+def test_a_failed_reduction_is_an_error_of_backward() -> None:
+    ddp = DistributedDataParallel(nn.Linear(3, 3))
+    loss = ddp(torch.ones(2, 3)).sum()
+    error = None
+    try:
+        loss.backward() if RANK == 0 else dist.all_reduce(torch.ones(5))
+    except RuntimeError as problem:
+        error = str(problem)
+    with together():
+        assert "made different ones" in str(error)
+
+
+@pytest.mark.skipif(SIZE < 2, reason="needs a rank that is through before another")
+def test_join_that_ends_with_the_first() -> None:
+    net = network()
+    error = None
+    try:
+        with mpisyncbn.distributed.join(ddp := DistributedDataParallel(net), throw_on_early_termination=True):
+            for step in range(1 if RANK == 0 else 2):
+                ddp(batches(RANK, step)[0]).sum().backward()
+    except RuntimeError as problem:
+        error = str(problem)
+    net(batches(RANK, 9)[0])  # the layers still exchange
+    with together():
+        assert error is not None

@@ -330,6 +330,67 @@ def test_beside_synchronized_layers() -> None:
         assert all((tensor == i * SIZE).all() for i, tensor in enumerate(sums))
 
 
+def test_one_after_the_other() -> None:
+    """Each takes what the one before has left, in memory without order too."""
+    for tensor in (torch.ones(3), torch.ones(3, 2)[:, 0]):
+        works = [dist.all_reduce(tensor, async_op=True) for _ in range(3)]
+        for work in works:
+            work.wait()
+        with together():
+            assert (tensor == SIZE**3).all()
+
+
+def test_in_inference_mode() -> None:
+    with torch.inference_mode():
+        half, mean = torch.ones(3).bfloat16(), torch.ones(4, 2)[:, 0]
+        works = [
+            dist.all_reduce(half, async_op=True),
+            dist.all_reduce(mean, ReduceOp.AVG, async_op=True),
+        ]
+        for work in works:
+            work.wait()
+    with together():
+        assert (half == SIZE).all()
+        assert (mean == 1).all()
+
+
+@several
+def test_messages_beside_a_collective_that_waits() -> None:
+    """Rank 0's reduction waits for rank 1, which waits for rank 0's message first."""
+    tensor, note = torch.ones(2), torch.zeros(1)
+    if RANK == 0:
+        work = dist.all_reduce(tensor, async_op=True)
+        dist.isend(torch.ones(1), 1).wait()
+        work.wait()
+    else:
+        if RANK == 1:
+            dist.recv(note, 0)
+        dist.all_reduce(tensor)
+    with together():
+        assert (tensor == SIZE).all()
+        assert RANK != 1 or note == 1
+
+
+@several
+def test_a_receive_that_is_given_up() -> None:
+    late, next_one, error = torch.zeros(2), torch.zeros(2), None
+    if RANK == 0:
+        try:
+            dist.irecv(late, 1).wait(timedelta(seconds=0.2))
+        except CollectiveTimeoutError as problem:
+            error = str(problem)
+    dist.barrier()
+    if RANK == 1:
+        dist.send(torch.ones(2), 0)
+    elif RANK == 0:
+        dist.recv(next_one, 1)
+    with together():
+        if RANK == 0:
+            assert "nothing for 0.2 s" in str(error)
+            assert (late == 0).all()
+            assert (next_one == 1).all(), "the message went to a receive that nobody waits for"
+
+
 def test_errors_wait_for_whoever_waits() -> None:
     work = dist.all_reduce(torch.zeros(3, dtype=torch.int32), ReduceOp.AVG, async_op=True)
     with pytest.raises(TypeError, match=r"AVG of torch\.int32 is not defined"):
@@ -485,6 +546,13 @@ def test_what_torch_builds_on_a_group(tmp_path: Any) -> None:
         assert (compiled == 2 * SIZE + 1).all()
         assert torch.equal(whole, 2 * torch.arange(3.0 * SIZE))
         assert torch.equal(restored, torch.arange(3.0 * SIZE))
+
+
+def test_layers_in_a_group_that_is_gone() -> None:
+    group = dist.new_group(use_local_synchronization=True)
+    dist.destroy_process_group(group)
+    with together(), pytest.raises(MPISyncBNError, match="was freed"):
+        mpisyncbn.SyncBatchNorm(3, process_group=group)
 
 
 # What must not hang.
