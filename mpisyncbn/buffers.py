@@ -218,8 +218,9 @@ def staged(values: Any) -> Tensor:
 
 
 def contiguous(values: Tensor) -> Tensor:
-    """A tensor's values in host memory without gaps: itself where they are."""
-    return staged(values).resolve_conj().resolve_neg().contiguous()
+    """The values of a staged tensor without gaps: itself where they are."""
+    # detached anew: what was made in inference mode may not be changed outside of it
+    return values.detach().resolve_conj().resolve_neg().contiguous()
 
 
 def like(values: Tensor) -> Tensor:

@@ -18,7 +18,7 @@ from .errors import MPISyncBNError, TransportError, on_rank
 if TYPE_CHECKING:
     from mpi4py import MPI
 
-__all__ = ["Communicator", "by_handle", "mpi", "new_group", "new_subgroups", "resolve"]
+__all__ = ["Communicator", "by_handle", "mpi", "new_group", "new_subgroups", "resolve", "subset"]
 
 
 def mpi() -> Any:
@@ -247,11 +247,7 @@ class _OfTorch(Communicator):
         world = mpi().COMM_WORLD
         ranks: list[Any] = [None] * self.size
         all_gather_object(ranks, world.rank, group=self._group)
-        group = world.Get_group().Incl(ranks)
-        try:
-            return world.Create_group(group)
-        finally:
-            group.Free()
+        return subset(world, ranks)
 
 
 _of_torch_groups: weakref.WeakKeyDictionary[Any, Communicator] = weakref.WeakKeyDictionary()
@@ -265,6 +261,15 @@ def _of_torch(group: Any) -> Communicator:
     if communicator is None or communicator._freed:
         communicator = _of_torch_groups[group] = _OfTorch(group)
     return communicator
+
+
+def subset(comm: MPI.Intracomm, ranks: list[int]) -> MPI.Intracomm:
+    """A communicator of some ranks of ``comm``, in that order. Collective among them alone."""
+    group = comm.Get_group().Incl(ranks)
+    try:
+        return comm.Create_group(group)
+    finally:
+        group.Free()
 
 
 def _settings() -> tuple[bool, Exception | None]:

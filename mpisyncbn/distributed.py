@@ -31,7 +31,7 @@ from torch import Tensor
 
 from . import buffers, diagnostics, rendezvous
 from .collectives import Collectives
-from .communicator import Communicator, mpi, resolve
+from .communicator import Communicator, mpi, resolve, subset
 from .errors import CollectiveTimeoutError, MPISyncBNError, on_rank
 from .joining import join
 from .progress import Work, patiently
@@ -88,7 +88,7 @@ class ProcessGroup(Collectives):
                 f"{operation}: expected a rank from 0 to {self.size() - 1}, got {peer}{on_rank()}"
             )
         sends = operation == "send"
-        host = buffers.contiguous(tensor) if sends else buffers.like(tensor)
+        host = buffers.contiguous(buffers.staged(tensor)) if sends else buffers.like(tensor)
         start = buffers.sending if sends else buffers.receiving
         who = "anyone" if peer == mpi().ANY_SOURCE else f"rank {peer}"
         what = Step(operation, ("to" if sends else "from", who, "of", *seen([tensor]), "with tag", tag))
@@ -160,7 +160,7 @@ class ProcessGroup(Collectives):
         self._engine.drain()
         if self.rank() not in ranks:
             return None
-        return ProcessGroup(_created(self._wire.ready().comm, sorted(ranks)), timeout or self._timeout)
+        return ProcessGroup(subset(self._wire.ready().comm, sorted(ranks)), timeout or self._timeout)
 
     # Torch asks the backend of a device for these.
 
@@ -180,11 +180,10 @@ class ProcessGroup(Collectives):
     def getGroupName(self) -> str:
         return self._name
 
-    def _set_group_name(self, name: str) -> None:
-        self._name = name
-
     def setGroupName(self, name: str) -> None:
         self._name = name
+
+    _set_group_name = setGroupName
 
     def _set_group_desc(self, text: str) -> None:
         self._description = text
@@ -321,17 +320,8 @@ def _create(options: Any, _: Any) -> ProcessGroup:
             f"torch.distributed calls this rank {options.group_rank} of {options.group_size}, MPI {rank} of "
             f"{size}: unset RANK and WORLD_SIZE, or start the ranks with mpiexec or srun alone"
         )
-    comm = source.Dup() if not ranks else _created(source, ranks)
+    comm = source.Dup() if not ranks else subset(source, ranks)
     return ProcessGroup(comm, options.timeout, is_world=not ranks)
-
-
-def _created(comm: Any, ranks: list[int]) -> Any:
-    """A communicator of some ranks of ``comm``, in that order. Collective among them alone."""
-    group = comm.Get_group().Incl(ranks)
-    try:
-        return comm.Create_group(group)
-    finally:
-        group.Free()
 
 
 if BACKEND not in dist.Backend.backend_list:

@@ -28,6 +28,7 @@ from .errors import CollectiveMismatchError, MPISyncBNError
 __all__ = ["answer", "merge_moments", "reduce_sums"]
 
 _SUM, _GATHER = 1, 2  # kinds of messages, as a joined rank is told of them
+_NO_DATA = Call("no layer, for want of data", "answer", 0, "any")
 
 
 def merge_moments(group: Communicator, call: Call, count: int, mean: Any, m2: Any) -> tuple[int, Any, Any]:
@@ -74,7 +75,7 @@ def reduce_sums(group: Communicator, call: Call, *sums: Any) -> tuple[Any, ...]:
         message = group.message(3 + shape[0] * shape[1])
         message[2] = 0
         np.stack(vectors, out=message[3:].reshape(shape))
-        _allreduce(group, call, message)
+        _allreduce(group, call, message, _sign(group, call, len(message)))
         totals = message[3:].reshape(shape).copy()
     return tuple([transport.from_host(total, like) for total, like in zip(totals, sums, strict=True)])
 
@@ -97,7 +98,7 @@ def _sum_moments(
         np.multiply(mean, count, out=first)
         np.multiply(mean, first, out=second)
         second += m2
-        _allreduce(group, call, message)
+        _allreduce(group, call, message, _sign(group, call, len(message)))
         total = int(message[2])
         merged = first / max(total, 1)
         var = second / max(total, 1)
@@ -115,7 +116,7 @@ def _gather_moments(
     with group.lock:
         message = group.message(3 + 3 * channels)
         message[2], message[3:] = count, np.concatenate((mean[0], mean[1], m2))
-        gathered = _allgather(group, call, message)
+        gathered = _allgather(group, call, message, _sign(group, call, len(message), _GATHER))
     counts = gathered[:, 2:3]
     near, rest, m2s = np.split(gathered[:, 3:], 3, axis=1)
     total = int(counts.sum())
@@ -128,8 +129,8 @@ def _gather_moments(
     return total, origin + merged, var
 
 
-def _allreduce(group: Communicator, call: Call, message: np.ndarray) -> None:
-    _write_fingerprint(group, call, message)
+def _allreduce(group: Communicator, call: Call, message: np.ndarray, h: int) -> None:
+    _write_fingerprint(message, h)
     try:
         group.comm.Allreduce(group.in_place, message)
     except group.mpi_error as error:
@@ -137,8 +138,8 @@ def _allreduce(group: Communicator, call: Call, message: np.ndarray) -> None:
     diagnostics.check(group, message[0], message[1], call)
 
 
-def _allgather(group: Communicator, call: Call, message: np.ndarray) -> np.ndarray:
-    _write_fingerprint(group, call, message, _GATHER)
+def _allgather(group: Communicator, call: Call, message: np.ndarray, h: int) -> np.ndarray:
+    _write_fingerprint(message, h)
     gathered = np.empty((group.size, len(message)))
     try:
         group.comm.Allgather(message, gathered)
@@ -148,8 +149,7 @@ def _allgather(group: Communicator, call: Call, message: np.ndarray) -> np.ndarr
     return gathered
 
 
-def _write_fingerprint(group: Communicator, call: Call, message: np.ndarray, kind: int = _SUM) -> None:
-    h = _sign(group, call, len(message), kind)
+def _write_fingerprint(message: np.ndarray, h: int) -> None:
     # First in the message, so that they arrive even where another rank sent a shorter one.
     message[0], message[1] = h, h * h
 
@@ -184,16 +184,7 @@ def answer(group: Communicator) -> None:
             if not kind:
                 return
             group.exchanges += 1
-            message = np.zeros(length)
-            message[:2] = h, h * h
-            if kind == _SUM:
-                group.comm.Allreduce(group.in_place, message)
-                sums = message[:2]
-            else:
-                gathered = np.empty((group.size, length))
-                group.comm.Allgather(message, gathered)
-                sums = gathered[:, :2].sum(axis=0)
-            diagnostics.check(group, sums[0], sums[1], Call("no layer, for want of data", "answer", 0, "any"))
+            (_allreduce if kind == _SUM else _allgather)(group, _NO_DATA, np.zeros(length), h)
 
 
 def _raise_problem(group: Communicator, call: Call, problem: int) -> NoReturn:

@@ -6,7 +6,7 @@ import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-from torch import nn
+from torch.nn.parallel import DistributedDataParallel
 
 from . import exchange
 from .communicator import Communicator, mpi, resolve
@@ -18,7 +18,7 @@ __all__ = ["join"]
 
 @contextmanager
 def join(
-    model: nn.Module,
+    model: DistributedDataParallel,
     divide_by_initial_world_size: bool = True,
     enable: bool = True,
     throw_on_early_termination: bool = False,
@@ -29,7 +29,7 @@ def join(
     until all have left it. To know what to answer, the ranks send one message more for each exchange.
 
     Args:
-        model: a DistributedDataParallel; the arguments are those of its ``join``.
+        model: the arguments after it are those of its ``join``.
 
     Raises:
         MPISyncBNError: MPI is without MPI_THREAD_MULTIPLE.
@@ -42,22 +42,21 @@ def join(
             f"join() needs MPI_THREAD_MULTIPLE, MPI provides level {MPI.Query_thread()}{on_rank()}: set "
             "mpi4py.rc.thread_level to 'multiple', its default"
         )
-    groups: list[Communicator] = []
-    for layer in model.modules():
-        if enable and isinstance(layer, Synchronized) and resolve(layer.process_group) not in groups:
-            groups.append(resolve(layer.process_group))
-    answers = [_Answers(group) for group in groups]
+    layers = [layer for layer in model.modules() if enable and isinstance(layer, Synchronized)]
+    groups = list(dict.fromkeys(resolve(layer.process_group) for layer in layers))
+    # Where the first to be through ends it for all, nobody is left to answer.
+    answers = [] if throw_on_early_termination else [_Answers(group) for group in groups]
     try:
-        with model.join(divide_by_initial_world_size, enable, throw_on_early_termination):  # type: ignore[operator]
+        with model.join(divide_by_initial_world_size, enable, throw_on_early_termination):
             for group in groups:
                 group.ready().joining = True
             yield
-            for each in answers if not throw_on_early_termination else ():
+            for each in answers:
                 each.start()
     finally:
         for group in groups:
             group.joining = False
-    for each in answers if not throw_on_early_termination else ():
+    for each in answers:
         each.join()
         if each.error is not None:
             raise each.error

@@ -59,8 +59,10 @@ def test_resuming_changes_nothing(shared: Path) -> None:
             assert torch.equal(value, b["net"][name]), name
 
 
-@pytest.mark.skipif(WORLD.size > 2, reason="every worker process imports torch: too slow for many ranks")
-@pytest.mark.parametrize("start", ["fork", "spawn"])
+imports = pytest.mark.skipif(WORLD.size > 2, reason="each worker imports torch: too slow for many ranks")
+
+
+@pytest.mark.parametrize("start", ["fork", pytest.param("spawn", marks=imports)])
 def test_worker_processes(start: str) -> None:
     flags = [*QUICK, "--epochs", "1", "--workers", "1", "--start-method", start]
     with_workers = train.main([*flags, "--amp", "--accumulate", "2"])
