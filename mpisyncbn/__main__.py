@@ -115,7 +115,7 @@ def _ranks() -> dict[str, Any]:
 
 def _transport() -> dict[str, str]:
     try:
-        return dict(zip(("in use", "because"), transport.chosen(), strict=True))
+        return dict(zip(("in use", "because"), transport.chosen(mpi()), strict=True))
     except TransportError as error:
         return {"in use": "none", "because": str(error)}
 

@@ -24,7 +24,7 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.utils._python_dispatch import _disable_current_modes
 
-from . import exchange, functional
+from . import exchange, functional, transport
 from .communicator import Communicator, by_handle, resolve
 from .diagnostics import Call
 from .errors import on_rank
@@ -209,14 +209,15 @@ def _recomputing() -> bool:
 class _Step:
     """What one call of a layer shares between its forward and its backward, beside tensors."""
 
-    __slots__ = ("channels", "dtype", "eps", "group", "layer", "relu", "stats")
+    __slots__ = ("channels", "dtype", "eps", "group", "layer", "near", "relu", "stats")
 
     def __init__(
         self, group: Communicator, layer: str, channels: int, dtype: str, eps: float, relu: bool
     ) -> None:
         self.group, self.layer, self.channels, self.dtype, self.eps = group, layer, channels, dtype, eps
         self.relu = relu
-        self.stats: BatchStats
+        self.stats: BatchStats  # on the host
+        self.near: BatchStats  # where the input is
 
     def call(self, direction: str) -> Call:
         return _call(self.layer, direction, self.channels, self.dtype)
@@ -248,7 +249,7 @@ class _SyncBatchNorm(torch.autograd.Function):
             stats, kernels = _known_stats(x, step), generic
             reduce_sums = _differentiable_sums(step, "backward")
         else:
-            stats, kernels = step.stats, kernels_for(x)
+            stats, kernels = step.near, kernels_for(x)
             reduce_sums = step.exchange(exchange.reduce_sums, "backward")
         with np.errstate(all="ignore"):
             dx, dweight, dbias, dz = functional.backward(
@@ -312,7 +313,7 @@ def _forward(
     x: Tensor, weight: Tensor | None, bias: Tensor | None, residual: Tensor | None, step: _Step
 ) -> Tensor:
     with np.errstate(all="ignore"):  # values that are not finite are data
-        y, step.stats = functional.forward(
+        y, step.stats, step.near = functional.forward(
             x,
             weight,
             bias,
@@ -341,7 +342,7 @@ class _MergeMoments(torch.autograd.Function):
 
     @staticmethod
     def forward(mean: Tensor, m2: Tensor, count: int, step: _Step) -> tuple[Tensor, Tensor]:
-        return tuple(torch.as_tensor(v, device=mean.device).clone() for v in step.stats[:2])  # type: ignore[return-value]
+        return tuple(torch.as_tensor(v).clone() for v in step.near[:2])  # type: ignore[return-value]
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
@@ -385,7 +386,7 @@ class _AllReduce(torch.autograd.Function):
     @staticmethod
     def forward(values: Tensor, step: _Step, direction: str) -> Tensor:
         (total,) = exchange.reduce_sums(step.group, step.call(direction), values.reshape(-1))
-        return total.reshape(values.shape)
+        return transport.from_host(total, values).reshape(values.shape)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
@@ -465,6 +466,7 @@ def _merge_moments_op(
         communicator = by_handle(group)
         call = Call(communicator.name_of(layer), "forward", m2.shape[-1], dtype)
         total, merged, var = exchange.merge_moments(communicator, call, count, mean, m2)
+        merged, var = (transport.from_host(vector, m2) for vector in (merged, var))
     functional.check_count(total, m2)
     first_time = torch.tensor(not _recomputing(), device=m2.device)
     return torch.tensor(total, dtype=torch.float64, device=m2.device), merged, var, first_time
@@ -475,7 +477,8 @@ def _reduce_sums_op(
 ) -> Tensor:
     communicator = by_handle(group)
     call = Call(communicator.name_of(layer), direction, sums.shape[-1], dtype)
-    return exchange.reduce_sums(communicator, call, sums.reshape(-1))[0].reshape(sums.shape)
+    (total,) = exchange.reduce_sums(communicator, call, sums.reshape(-1))
+    return transport.from_host(total, sums).reshape(sums.shape)
 
 
 _LIBRARY.impl("merge_moments", _merge_moments_op, "CompositeExplicitAutograd")
@@ -515,7 +518,7 @@ class _Traced(torch.autograd.Function):
             first_time.append(first)
             return tuple(merged)
 
-        y, stats = functional.forward(x, weight, bias, eps, generic, merge_moments)
+        y, stats, _ = functional.forward(x, weight, bias, eps, generic, merge_moments)
         ctx.save_for_backward(x, weight, *stats)
         ctx.exchange = group, layer, dtype
         ctx.bias_dtype = None if bias is None else bias.dtype

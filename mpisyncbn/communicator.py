@@ -92,7 +92,9 @@ class Communicator:
         self.handle = f"group {next(_numbers)}"
         _by_handle[self.handle] = self
         self.link: Any = None  # native code for an exchange, see transport.direct
+        self.transport = "host"  # of data on a device, agreed on with the duplicate
         self._messages: dict[int, np.ndarray] = {}
+        self._device_messages: dict[Any, transport.DeviceMessage] = {}
         self._names: dict[str, str] = {}
 
     def ready(self) -> Communicator:
@@ -125,13 +127,15 @@ class Communicator:
         # Some launchers hand the environment to the ranks of the first host only. A rank that agrees
         # with the others before each exchange, or refuses to start, must not be alone in it.
         # And where some ranks have native code and others not, none uses it: each rounds in its own way.
-        settings = comm.allgather((*_settings(), link is not None))
-        for _, error, _ in settings:
+        settings = comm.allgather((*_settings(MPI), link is not None))
+        for _, _, error, _ in settings:
             if error is not None:
                 comm.Free()
                 raise error
         self.debug = any(debug for debug, *_ in settings)
-        self.link = link if all(has_link for *_, has_link in settings) else None
+        self.transport = "device" if all(where == "device" for _, where, *_ in settings) else "host"
+        alike = self.transport == "host" and all(has_link for *_, has_link in settings)
+        self.link = link if alike else None
         self.comm = comm
         return self
 
@@ -141,6 +145,14 @@ class Communicator:
         if buffer is None:
             buffer = self._messages[length] = np.zeros(length)
         return buffer
+
+    def device_message(self, length: int, like: Any) -> transport.DeviceMessage:
+        """The same in the memory of the device of ``like``."""
+        message = self._device_messages.get((length, like.device))
+        if message is None:
+            message = transport.DeviceMessage(mpi(), length, like)
+            self._device_messages[length, like.device] = message
+        return message
 
     def name_of(self, layer: str) -> str:
         """The name of a layer on all ranks, by its key on this one.
@@ -167,6 +179,7 @@ class Communicator:
             mpi()
             self.comm.Free()
             self.comm = self.link = None
+            self._device_messages.clear()
 
     def __repr__(self) -> str:
         return f"Communicator(rank={self.rank}, size={self.size}{', freed' if self._freed else ''})"
@@ -272,13 +285,12 @@ def subset(comm: MPI.Intracomm, ranks: list[int]) -> MPI.Intracomm:
         group.Free()
 
 
-def _settings() -> tuple[bool, Exception | None]:
-    """What the environment of this rank says: debug mode, and what is wrong with it."""
+def _settings(MPI: Any) -> tuple[bool, str, Exception | None]:
+    """What this rank brings along: debug mode, its transport, and what is wrong with its environment."""
     try:
-        transport.chosen()
-        return config.debug(), None
+        return config.debug(), transport.chosen(MPI)[0], None
     except (ValueError, TransportError) as error:
-        return False, error
+        return False, "host", error
 
 
 def by_handle(handle: str) -> Communicator:

@@ -6,7 +6,7 @@ import os
 
 from .errors import on_rank
 
-__all__ = ["debug", "rendezvous_given", "transport"]
+__all__ = ["debug", "device_aware", "rendezvous_given", "transport"]
 
 
 def _choice(name: str, default: str, choices: tuple[str, ...]) -> str:
@@ -26,6 +26,20 @@ def transport() -> str:
 def debug() -> bool:
     """``MPISYNCBN_DEBUG=1``: the ranks agree on what they are about to do before every collective."""
     return _choice("MPISYNCBN_DEBUG", "0", ("0", "1")) == "1"
+
+
+def device_aware() -> str | None:
+    """The variable, if any, by which a user told an MPI library to take pointers to device memory."""
+    for name in (
+        "MPICH_GPU_SUPPORT_ENABLED",  # Cray MPICH
+        "MV2_USE_CUDA",  # MVAPICH2-GDR
+        "MV2_USE_ROCM",
+        "I_MPI_OFFLOAD",  # Intel MPI
+        "OMPI_MCA_opal_cuda_support",  # conda-forge's Open MPI 4
+    ):
+        if os.environ.get(name, "").strip().lower() in ("1", "2", "true", "yes", "on"):
+            return name
+    return None
 
 
 def rendezvous_given() -> bool:

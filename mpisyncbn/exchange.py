@@ -16,6 +16,7 @@ backward   Allreduce   0, sum_dy, sum_dy_xmu                        2C + 3
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, NoReturn
 
 import numpy as np
@@ -31,7 +32,9 @@ _SUM, _GATHER = 1, 2  # kinds of messages, as a joined rank is told of them
 _NO_DATA = Call("no layer, for want of data", "answer", 0, "any")
 
 
-def merge_moments(group: Communicator, call: Call, count: int, mean: Any, m2: Any) -> tuple[int, Any, Any]:
+def merge_moments(
+    group: Communicator, call: Call, count: int, mean: Any, m2: Any
+) -> tuple[int, np.ndarray, np.ndarray]:
     """Count, mean and biased variance of the whole group from the moments of its ranks.
 
     float32 layers: sums of ``count * mean`` and ``M2 + count * mean**2`` in float64, whose error of
@@ -44,64 +47,58 @@ def merge_moments(group: Communicator, call: Call, count: int, mean: Any, m2: An
         mean, m2: of length C, any array; for float64 layers the mean is in two rows (kernels/).
 
     Returns:
-        ``count, mean, var``, arrays of the same kind, the same bits on every rank. An empty group
-        batch gives zeros.
+        ``count, mean, var``, float64 NumPy vectors wherever the arguments live, the same bits on every
+        rank. An empty group batch gives zeros.
 
     Raises:
         CollectiveMismatchError: on every rank, if the ranks were not all in the same call.
 
     Collective: every rank of the group must call.
     """
-    merge = _gather_moments if call.dtype == "float64" else _sum_moments
-    total, merged_mean, var = merge(group, call, count, transport.to_host(mean), transport.to_host(m2))
-    return total, transport.from_host(merged_mean, mean), transport.from_host(var, m2)
+    if call.dtype == "float64":
+        return _gather_moments(group, call, count, *_where_sent(group, call, *mean, m2))
+    return _sum_moments(group, call, count, *_where_sent(group, call, mean, m2))
 
 
-def reduce_sums(group: Communicator, call: Call, *sums: Any) -> tuple[Any, ...]:
-    """Vectors of one length summed over the group, as arrays of the same kind.
+def reduce_sums(group: Communicator, call: Call, *sums: Any) -> tuple[np.ndarray, ...]:
+    """Vectors of one length, any arrays, summed over the group, as float64 NumPy vectors.
 
     Collective: every rank of the group must call.
     """
-    if group.link is not None and len(sums) == 2 and type(sums[0]) is np.ndarray:
+    vectors = _where_sent(group, call, *sums)
+    if group.link is not None and len(sums) == 2 and type(vectors[0]) is np.ndarray:
         totals = np.empty((2, len(sums[0])))
         with group.lock:
-            problem = group.link.sum_vectors(_sign(group, call, 3 + totals.size), *sums, totals)
+            problem = group.link.sum_vectors(_sign(group, call, 3 + totals.size), *vectors, totals)
             if problem:
                 _raise_problem(group, call, problem)
         return totals[0], totals[1]
-    vectors = [transport.to_host(vector) for vector in sums]
-    shape = len(vectors), len(vectors[0])
-    with group.lock:
-        message = group.message(3 + shape[0] * shape[1])
-        message[2] = 0
-        np.stack(vectors, out=message[3:].reshape(shape))
-        _allreduce(group, call, message, _sign(group, call, len(message)))
-        totals = message[3:].reshape(shape).copy()
-    return tuple([transport.from_host(total, like) for total, like in zip(totals, sums, strict=True)])
+    return tuple(_summed(group, call, 0, *vectors)[1:].reshape(len(sums), -1))
+
+
+def _where_sent(group: Communicator, call: Call, *vectors: Any) -> Sequence[Any]:
+    """The vectors on the device, where messages are there; else in host memory."""
+    group.ready()
+    if group.transport == "device" and not transport.on_host(vectors[0]):
+        return vectors
+    return transport.to_host(*vectors)
 
 
 def _sum_moments(
-    group: Communicator, call: Call, count: int, mean: np.ndarray, m2: np.ndarray
+    group: Communicator, call: Call, count: int, mean: Any, m2: Any
 ) -> tuple[int, np.ndarray, np.ndarray]:
     channels = len(mean)
-    if group.link is not None:
+    if group.link is not None and type(mean) is np.ndarray:
         found = np.empty((2, channels))
         with group.lock:
             total = group.link.sum_moments(_sign(group, call, 3 + found.size), count, mean, m2, found)
             if total < 0:
                 _raise_problem(group, call, total)
         return total, found[0], found[1]
-    with group.lock:
-        message = group.message(3 + 2 * channels)
-        message[2] = count
-        first, second = message[3 : 3 + channels], message[3 + channels :]
-        np.multiply(mean, count, out=first)
-        np.multiply(mean, first, out=second)
-        second += m2
-        _allreduce(group, call, message, _sign(group, call, len(message)))
-        total = int(message[2])
-        merged = first / max(total, 1)
-        var = second / max(total, 1)
+    first = mean * count
+    totals = _summed(group, call, count, first, mean * first + m2)
+    total = int(totals[0])
+    merged, var = totals[1:].reshape(2, channels) / max(total, 1)
     square = merged * merged
     var -= square
     # What is left of a constant channel is rounding, of either sign; it has no variance. (NaN stays NaN.)
@@ -110,48 +107,84 @@ def _sum_moments(
 
 
 def _gather_moments(
-    group: Communicator, call: Call, count: int, mean: np.ndarray, m2: np.ndarray
+    group: Communicator, call: Call, count: int, near: Any, rest: Any, m2: Any
 ) -> tuple[int, np.ndarray, np.ndarray]:
-    channels = len(m2)
-    with group.lock:
-        message = group.message(3 + 3 * channels)
-        message[2], message[3:] = count, np.concatenate((mean[0], mean[1], m2))
-        gathered = _allgather(group, call, message, _sign(group, call, len(message), _GATHER))
-    counts = gathered[:, 2:3]
-    near, rest, m2s = np.split(gathered[:, 3:], 3, axis=1)
+    gathered = _gathered(group, call, count, near, rest, m2)
+    counts = gathered[:, :1]
+    nears, rests, m2s = np.split(gathered[:, 1:], 3, axis=1)
     total = int(counts.sum())
     # Means as distances from that of the first rank with data: small numbers, which keep their digits.
     # An empty rank's row is zeros, and its weight of 0 keeps it out of all sums.
-    origin = near[np.argmax(counts > 0)]
-    distances = (near - origin) + rest
+    origin = nears[np.argmax(counts > 0)]
+    distances = (nears - origin) + rests
     merged = (counts * distances).sum(axis=0) / max(total, 1)
     var = (m2s + counts * (distances - merged) ** 2).sum(axis=0) / max(total, 1)
     return total, origin + merged, var
 
 
-def _allreduce(group: Communicator, call: Call, message: np.ndarray, h: int) -> None:
-    _write_fingerprint(message, h)
-    try:
-        group.comm.Allreduce(group.in_place, message)
-    except group.mpi_error as error:
-        _raise_failed(group, call, error)
-    diagnostics.check(group, message[0], message[1], call)
+def _summed(group: Communicator, call: Call, count: int, *vectors: Any) -> np.ndarray:
+    """``count`` and vectors, one after the other, summed over the group; on the host."""
+    with group.lock:
+        length = 3 + sum(len(vector) for vector in vectors)
+        h = _sign(group, call, length)
+        return _allreduce(group, call, *_packed(group, h, count, vectors, length))[2:].copy()
 
 
-def _allgather(group: Communicator, call: Call, message: np.ndarray, h: int) -> np.ndarray:
-    _write_fingerprint(message, h)
-    gathered = np.empty((group.size, len(message)))
+def _gathered(group: Communicator, call: Call, count: int, *vectors: Any) -> np.ndarray:
+    """``count`` and vectors of each rank, one row each; on the host."""
+    with group.lock:
+        length = 3 + sum(len(vector) for vector in vectors)
+        h = _sign(group, call, length, _GATHER)
+        return _allgather(group, call, *_packed(group, h, count, vectors, length))[:, 2:].copy()
+
+
+def _packed(group: Communicator, h: int, count: int, vectors: Sequence[Any], length: int) -> tuple[Any, Any]:
+    """A message, as array and as MPI wants it, where the vectors are.
+
+    The fingerprint stands first, so that it arrives even where another rank sent a shorter message.
+    """
+    header = np.array([h, h * h, count], float)
+    if type(vectors[0]) is not np.ndarray:
+        on_device = group.device_message(length, vectors[0])
+        on_device.pack(header, vectors)
+        return on_device.values, on_device.buffer
+    message = group.message(length)
+    np.concatenate((header, *vectors), out=message)
+    return message, message
+
+
+def _allreduce(group: Communicator, call: Call, message: Any, buffer: Any) -> np.ndarray:
+    """The sum of all ranks' messages, in host memory. In place."""
     try:
-        group.comm.Allgather(message, gathered)
+        group.comm.Allreduce(group.in_place, buffer)
     except group.mpi_error as error:
         _raise_failed(group, call, error)
+    (total,) = transport.to_host(message)
+    diagnostics.check(group, total[0], total[1], call)
+    return total
+
+
+def _allgather(group: Communicator, call: Call, message: Any, buffer: Any) -> np.ndarray:
+    """The messages of all ranks, one row each, in host memory."""
+    everyone = _like(group, message)
+    try:
+        group.comm.Allgather(buffer, everyone[1])
+    except group.mpi_error as error:
+        _raise_failed(group, call, error)
+    (gathered,) = transport.to_host(everyone[0])
+    gathered = gathered.reshape(group.size, -1)
     diagnostics.check(group, gathered[:, 0].sum(), gathered[:, 1].sum(), call)
     return gathered
 
 
-def _write_fingerprint(message: np.ndarray, h: int) -> None:
-    # First in the message, so that they arrive even where another rank sent a shorter one.
-    message[0], message[1] = h, h * h
+def _like(group: Communicator, message: Any) -> tuple[Any, Any]:
+    """Memory for a message of each rank, where ``message`` is, as array and as MPI wants it."""
+    length = group.size * len(message)
+    if type(message) is np.ndarray:
+        everyone = np.empty(length)
+        return everyone, everyone
+    on_device = group.device_message(length, message)
+    return on_device.values, on_device.buffer
 
 
 def _sign(group: Communicator, call: Call, length: int, kind: int = _SUM) -> int:
@@ -184,7 +217,8 @@ def answer(group: Communicator) -> None:
             if not kind:
                 return
             group.exchanges += 1
-            (_allreduce if kind == _SUM else _allgather)(group, _NO_DATA, np.zeros(length), h)
+            meet = _allreduce if kind == _SUM else _allgather
+            meet(group, _NO_DATA, *_packed(group, h, 0, [np.zeros(length - 3)], length))
 
 
 def _raise_problem(group: Communicator, call: Call, problem: int) -> NoReturn:

@@ -44,32 +44,32 @@ def forward(
     merge_moments: Any,
     residual: Any = None,
     relu: bool = False,
-) -> tuple[Any, BatchStats]:
+) -> tuple[Any, BatchStats, BatchStats]:
     count, mean, m2 = kernels.local_moments(x)
     count, mean, var = merge_moments(count, mean, m2)
     stats = BatchStats(mean, var, invstd_of(var, eps), count)
-    return kernels.normalize(x, stats.mean, stats.invstd, weight, bias, residual, relu), stats
+    near = BatchStats._make((*transport.near(x, *stats[:3]), count))  # the same, where x is
+    return kernels.normalize(x, near.mean, near.invstd, weight, bias, residual, relu), stats, near
 
 
 def backward(
     dy: Any,
     x: Any,
-    stats: BatchStats,
+    near: BatchStats,
     weight: Any,
     kernels: Any,
     reduce_sums: Any,
     need_dx: bool = True,
     gate: Any = None,
 ) -> tuple[Any, Any, Any, Any]:
-    mean, _, invstd, count = stats
+    mean, _, invstd, count = near
     sum_dy, sum_dy_xmu, dz = kernels.backward_reduce(dy, x, mean, invstd, gate)
     dx = None
     if need_dx:
         total_dy, total_dy_xmu = reduce_sums(sum_dy, sum_dy_xmu)
         count = count + (count == 0)  # nobody has a value: nothing is divided, nothing returned
-        dx = kernels.backward_elementwise(
-            dz, x, mean, invstd, weight, total_dy / count, total_dy_xmu / count, gate
-        )
+        means = transport.near(x, total_dy / count, total_dy_xmu / count)
+        dx = kernels.backward_elementwise(dz, x, mean, invstd, weight, *means, gate)
     return dx, sum_dy_xmu * invstd, sum_dy, dz
 
 
@@ -99,9 +99,13 @@ def batch_norm_forward(
     check_arguments(x, weight, bias, eps=eps)
     group, call = resolve(process_group), _call(x, weight, bias, "forward")
     with _quietly(x):
-        y, stats = forward(x, weight, bias, eps, kernels_for(x), partial(exchange.merge_moments, group, call))
-    check_count(stats.count, x)
-    return y, _moved(stats, transport.from_host, x)
+        y, stats, near = forward(
+            x, weight, bias, eps, kernels_for(x), partial(exchange.merge_moments, group, call)
+        )
+        check_count(stats.count, x)
+        if transport.on_host(x):
+            near = BatchStats._make((*(transport.from_host(vector, x) for vector in stats[:3]), stats.count))
+    return y, near
 
 
 def batch_norm_backward(
@@ -129,11 +133,14 @@ def batch_norm_backward(
         raise ValueError(f"expected stats of {x.shape[1]} channels, got {tuple(stats.mean.shape)}{on_rank()}")
     group, call = resolve(process_group), _call(x, weight, None, "backward")
     with _quietly(x):
-        stats = _moved(stats, transport.near, x)
+        vectors = transport.to_host(*stats[:3]) if transport.on_host(x) else stats[:3]
+        near = BatchStats._make((*vectors, stats.count))
         dx, dweight, dbias, _ = backward(
-            dy, x, stats, weight, kernels_for(x), partial(exchange.reduce_sums, group, call)
+            dy, x, near, weight, kernels_for(x), partial(exchange.reduce_sums, group, call)
         )
-    return dx, transport.from_host(dweight, x), transport.from_host(dbias, x)
+        if transport.on_host(x):
+            dweight, dbias = transport.from_host(dweight, x), transport.from_host(dbias, x)
+    return dx, dweight, dbias
 
 
 def update_running_stats(running_mean: Any, running_var: Any, stats: BatchStats, momentum: Any) -> bool:
@@ -148,12 +155,14 @@ def update_running_stats(running_mean: Any, running_var: Any, stats: BatchStats,
         momentum: weight of this batch, from 0 to 1; a number, or a 0-d tensor on their device.
 
     Returns:
-        Whether they were updated; in a graph of torch.compile, as a tensor. Not collective.
+        Whether they were updated; as a 0-d array where that is known on a device alone, which is not
+        waited for, and in a graph of torch.compile. Not collective.
     """
     count = stats.count
     if (
         type(stats.mean) is np.ndarray
         and count
+        and transport.on_host(running_mean)
         and momentum.__class__ is float
         and 0.0 <= momentum <= 1.0
         and (host := native()) is not None
@@ -177,11 +186,11 @@ def update_running_stats(running_mean: Any, running_var: Any, stats: BatchStats,
     if isinstance(momentum, _NUMBER) or not hasattr(momentum, "ndim"):
         _check_number("momentum", momentum, "from 0 to 1, or a 0-d tensor", 1.0)
         momentum = float(momentum) if isinstance(momentum, np.generic) else momentum
-    if not isinstance(count, int):  # a tensor, in a compiled graph: decided there
-        return _update_in_graph(running_mean, running_var, stats, momentum)
-    if count == 0:
+    if isinstance(count, int) and count == 0:
         return False
-    mean, var = transport.to_host(stats.mean), transport.to_host(stats.var)
+    if not isinstance(count, int) or not transport.on_host(stats.mean):
+        return _update_unseen(running_mean, running_var, stats, momentum)
+    mean, var = transport.to_host(stats.mean, stats.var)
     with np.errstate(all="ignore"):
         unbiased = var * (count / max(count - 1, 1))
         # Below the limit for NaN, infinity and what would overflow when stored. The norms are an
@@ -191,19 +200,23 @@ def update_running_stats(running_mean: Any, running_var: Any, stats: BatchStats,
         if not fits and not (np.abs(mean).max() <= limit and unbiased.max() <= limit):
             _warn_not_finite(on_rank())
             return False
-    transport.blend(running_mean, mean, momentum)
-    transport.blend(running_var, unbiased, momentum)
+    transport.blend((running_mean, running_var), (mean, unbiased), momentum)
     return True
 
 
-def _update_in_graph(running_mean: Any, running_var: Any, stats: BatchStats, momentum: Any) -> Any:
+def _update_unseen(running_mean: Any, running_var: Any, stats: BatchStats, momentum: Any) -> Any:
+    """The same where the host does not know the statistics: in a compiled graph, or on a device, which is
+    not waited for. No warning comes of it."""
     count, mean = stats.count, stats.mean
-    unbiased = stats.var * (count / (count - 1).clamp(min=1))
+    over = max(count - 1, 1) if isinstance(count, int) else (count - 1).clamp(min=1)
+    unbiased = stats.var * (count / over)
     limit = _largest(running_var.dtype)
-    updated = (count > 0) & (mean.abs().max() <= limit) & (unbiased.max() <= limit)
+    updated = (count > 0) & (abs(mean).max() <= limit) & (unbiased.max() <= limit)
     for running, new in ((running_mean, mean), (running_var, unbiased)):
-        old = running.double()
-        running.copy_((old + momentum * (new - old)).where(updated, old))
+        old = running.double() if hasattr(running, "double") else running
+        blended = old + momentum * (new - old)
+        is_torch = hasattr(old, "lerp_")
+        running[...] = blended.where(updated, old) if is_torch else np.where(updated, blended, old)
     return updated
 
 
@@ -317,10 +330,6 @@ def layer_dtype(x: Any, *parameters: Any) -> str:
     """What decides the message: fixed by the layer, so by ``x`` only where nothing else is given."""
     decides = next((p for p in parameters if p is not None), x)
     return "float64" if decides.dtype.itemsize == 8 else "float32"
-
-
-def _moved(stats: BatchStats, move: Any, x: Any) -> BatchStats:
-    return BatchStats(move(stats.mean, x), move(stats.var, x), move(stats.invstd, x), stats.count)
 
 
 def _call(x: Any, weight: Any, bias: Any, direction: str) -> Call:

@@ -1,35 +1,89 @@
-"""Where the message buffer lives, and how vectors get into it and out again.
+"""Where the message lives, and how vectors get into it and out again.
 
-Only ``host`` exists so far: the message is a NumPy buffer in host memory, and vectors that live
-on a device are copied there and back. The copy to the host waits for the device's current stream.
+- ``host``: in host memory. Vectors of a device are staged there by way of pinned buffers (staging.py).
+- ``device``: in the memory of the device; its pointer goes to a CUDA-aware MPI.
+
+Either way what comes out of the exchange is known on the host: NumPy vectors, which ``near`` copies to the
+device again. Tensors and arrays in host memory know nothing of all this.
 """
 
 from __future__ import annotations
 
 import ctypes
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 
 from . import config
 from .errors import TransportError, on_rank
-from .kernels import loaded_torch, native
+from .kernels import has_float64, loaded_torch, native
+from .staging import stage_of
 
-__all__ = ["blend", "chosen", "direct", "from_host", "near", "to_host"]
+__all__ = ["DeviceMessage", "blend", "changed", "chosen", "direct", "from_host", "near", "on_host", "to_host"]
+
+_WORD = (1 << 64) - 1
+# What MPICH calls a kind of device in MPIX_GPU_query_support, and MPI-4.1 a kind of memory.
+_KINDS = {"cuda": 0, "rocm": 2}
+_OPEN_MPI_ECHOES_BELOW = (6, 0, 0)  # mpi_memory_alloc_kinds: there, what the program asked for
 
 
-def chosen() -> tuple[str, str]:
-    """The transport in use and the reason why.
+def chosen(MPI: Any) -> tuple[str, str]:
+    """The transport that this rank would use for data on a device, and the reason why.
+
+    The ranks of a group use ``device`` only where all of them would. A wrong yes is a segmentation fault
+    inside MPI, so what is not known for sure means host.
 
     Raises TransportError where MPISYNCBN_TRANSPORT forces one that is not available.
     """
     asked = config.transport()
-    if asked == "device":
+    if asked == "host":
+        return "host", "MPISYNCBN_TRANSPORT=host"
+    kind = "rocm" if _is_rocm() else "cuda"
+    aware, reason = _is_aware(MPI, kind)
+    if asked == "device" and not aware:
         raise TransportError(
-            "MPISYNCBN_TRANSPORT=device asks for messages in device memory through a CUDA-aware MPI, which "
-            f"this version does not have{on_rank()}: unset it, or set it to host or auto"
+            f"MPISYNCBN_TRANSPORT=device asks for messages in device memory, but {_name(MPI)} cannot take "
+            f"them{on_rank()}: {reason}. Use an MPI library built for {kind} (docs/transports.md), or set "
+            "the variable to host or auto"
         )
-    return "host", "MPISYNCBN_TRANSPORT=host" if asked == "host" else "the only transport of this version"
+    return "device" if aware else "host", reason
+
+
+def _is_aware(MPI: Any, kind: str) -> tuple[bool, str]:
+    """Whether MPI takes pointers to device memory, and who said so."""
+    query = f"MPIX_Query_{kind}_support"
+    library = ctypes.CDLL(MPI.__file__)  # its symbols are also those of the MPI library it is linked with
+    if hasattr(library, query):
+        aware = getattr(library, query)() == 1
+        return aware, f"{query}() says {'yes' if aware else 'no'}"
+    if hasattr(library, "MPIX_GPU_query_support"):
+        found = ctypes.c_int(0)
+        aware = library.MPIX_GPU_query_support(_KINDS[kind], ctypes.byref(found)) == 0 and found.value == 1
+        return aware, f"MPIX_GPU_query_support() says {'yes' if aware else 'no'}"
+    vendor, version = MPI.get_vendor()
+    if vendor != "Open MPI" or version >= _OPEN_MPI_ECHOES_BELOW:
+        kinds = MPI.COMM_WORLD.Get_info().Get("mpi_memory_alloc_kinds")
+        if kinds is not None:
+            aware = any(each.partition(":")[0] == kind for each in kinds.split(","))
+            return aware, f"mpi_memory_alloc_kinds is {kinds!r}"
+    variable = config.device_aware()
+    if variable is not None:
+        return True, f"{variable} is set"
+    return False, (
+        f"{query}, MPIX_GPU_query_support, mpi_memory_alloc_kinds and the variables of Cray MPICH and "
+        "MVAPICH2 were looked for, and none is there"
+    )
+
+
+def _is_rocm() -> bool:
+    torch = loaded_torch()
+    return torch is not None and torch.version.hip is not None
+
+
+def _name(MPI: Any) -> str:
+    vendor, version = MPI.get_vendor()
+    return f"{vendor} {'.'.join(map(str, version))}"
 
 
 def direct(comm: Any, MPI: Any) -> Any:
@@ -50,33 +104,76 @@ def direct(comm: Any, MPI: Any) -> Any:
     return kernels.Link(address, *handles, int(MPI.IN_PLACE), MPI._sizeof(comm) == 4, comm.Get_size())
 
 
-_WORD = (1 << 64) - 1
+class DeviceMessage:
+    """A message in device memory, kept for as long as its group, and what MPI is told of it."""
+
+    def __init__(self, MPI: Any, length: int, like: Any) -> None:
+        with _device_of(like):
+            self.values = like.new_empty(length) if hasattr(like, "detach") else _cupy().empty(length)
+            pointer = self.values.data_ptr() if hasattr(like, "detach") else self.values.data.ptr
+        self.buffer = [MPI.memory.fromaddress(pointer, 8 * length), length, MPI.DOUBLE]
+
+    def pack(self, header: np.ndarray, vectors: Sequence[Any]) -> None:
+        """Fill it; when this returns, all of it is there for MPI, which knows nothing of streams."""
+        (head,) = near(self.values, header)
+        if hasattr(head, "detach"):
+            torch = loaded_torch()
+            torch.cat((head, *vectors), out=self.values)
+            torch.cuda.current_stream(head.device).synchronize()
+        else:
+            cupy = _cupy()
+            with head.device:
+                cupy.concatenate((head, *vectors), out=self.values)
+                cupy.cuda.get_current_stream().synchronize()
 
 
-def to_host(vector: Any) -> np.ndarray:
-    """A float64 NumPy vector with the values of any array."""
-    if isinstance(vector, np.ndarray):
-        return vector
-    if hasattr(vector, "detach"):  # torch
-        return vector.detach().to("cpu").double().numpy()
-    return vector.get()  # CuPy
+def _device_of(like: Any) -> Any:
+    return loaded_torch().cuda.device(like.device) if hasattr(like, "detach") else like.device
+
+
+def _cupy() -> Any:
+    import cupy
+
+    return cupy
+
+
+def on_host(array: Any) -> bool:
+    """Whether the values of an array are in host memory."""
+    return isinstance(array, np.ndarray) or getattr(array, "is_cpu", False)
+
+
+def to_host(*vectors: Any) -> Sequence[np.ndarray]:
+    """Float64 NumPy vectors with the values of any arrays, all of one kind.
+
+    Those of a device are views of a pinned buffer: use them before the next few calls.
+    """
+    if isinstance(vectors[0], np.ndarray):
+        return vectors
+    if on_host(vectors[0]):
+        return [vector.detach().double().numpy() for vector in vectors]
+    stage = stage_of(vectors[0])
+    if stage is not None:
+        return stage.to_host(vectors)
+    return [vector.detach().to("cpu").double().numpy() for vector in vectors]
+
+
+def near(x: Any, *vectors: Any, dtype: str = "float64") -> Sequence[Any]:
+    """The vectors where kernels for ``x`` take them: NumPy ones are copied to its device, if it is on one."""
+    if not isinstance(vectors[0], np.ndarray) or on_host(x):
+        return vectors
+    stage = stage_of(x)
+    if stage is not None:
+        return stage.to_device(vectors, dtype)
+    if dtype == "float64" and not has_float64(x):
+        dtype = "float32"
+    return list(loaded_torch().from_numpy(np.stack(vectors).astype(dtype)).to(x.device))
 
 
 def from_host(values: np.ndarray, like: Any) -> Any:
     """``values`` as the kind of array that ``like`` is, on its device."""
     if isinstance(like, np.ndarray):
         return values
-    if hasattr(like, "detach"):
-        return loaded_torch().from_numpy(values).to(like.device)
-    import cupy
-
-    return cupy.asarray(values)
-
-
-def near(vector: Any, x: Any) -> Any:
-    """``vector`` as the kernels for ``x`` want it: NumPy for data in host memory, else on its device."""
-    host_memory = getattr(getattr(x, "device", "cpu"), "type", "cpu") == "cpu" and not hasattr(x, "get")
-    return to_host(vector) if host_memory else vector
+    return loaded_torch().from_numpy(values) if on_host(like) else near(like, values)[0]
 
 
 def changed(*arrays: Any) -> None:
@@ -85,15 +182,26 @@ def changed(*arrays: Any) -> None:
         loaded_torch()._C._increment_version(arrays)
 
 
-def blend(running: Any, batch: np.ndarray, momentum: Any) -> None:
-    """``running = (1 - momentum) * running + momentum * batch`` in place."""
-    if not hasattr(running, "lerp_"):  # NumPy, CuPy
-        running += momentum * (from_host(batch, running) - running)
+def blend(running: Sequence[Any], batch: Sequence[np.ndarray], momentum: Any) -> None:
+    """``running = (1 - momentum) * running + momentum * batch`` in place, for vectors of one kind."""
+    first = running[0]
+    if not hasattr(first, "lerp_"):  # NumPy, CuPy
+        for old, new in zip(running, near(first, *batch), strict=True):
+            old += momentum * (new - old)
         return
+    torch = loaded_torch()
     # half precision is rounded once, after the sum
-    wide = running if running.dtype.itemsize >= 4 else running.double()
-    new = loaded_torch().from_numpy(batch.astype(np.float32) if wide.dtype.itemsize == 4 else batch)
-    new = new if wide.is_cpu else new.to(wide.device)
-    wide.lerp_(new, momentum.to(wide.dtype) if hasattr(momentum, "ndim") else momentum)
-    if wide is not running:
-        running.copy_(wide)
+    wide = first.dtype
+    if wide.itemsize < 4:
+        wide = torch.float64 if has_float64(first) else torch.float32
+    dtype = "float32" if wide == torch.float32 else "float64"
+    if first.is_cpu:
+        news: Sequence[Any] = [torch.from_numpy(vector.astype(dtype)) for vector in batch]
+    else:
+        news = near(first, *batch, dtype=dtype)
+    weight = momentum.to(wide) if hasattr(momentum, "ndim") else momentum
+    for old, new in zip(running, news, strict=True):
+        if old.dtype == wide:
+            old.lerp_(new, weight)
+        else:
+            old.copy_(old.to(wide).lerp_(new, weight))

@@ -28,6 +28,8 @@ settings.register_profile(
 )
 settings.load_profile("mpi")
 torch.set_num_threads(1)
+if not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = "1"  # before Triton is imported
 
 
 @pytest.hookimpl(tryfirst=True)

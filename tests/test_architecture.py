@@ -31,6 +31,7 @@ ORDER = [
     "exchange",
     "communicator",
     "transport",
+    "staging",
     "diagnostics",
     "kernels",
     "config",

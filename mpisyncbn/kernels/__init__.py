@@ -20,7 +20,19 @@ Every kernel module has exactly these names, for ``x`` of shape ``(N, C, *)``:
 
 ``y`` and ``dx`` have the dtype and the memory format of ``x``. ``weight`` and ``bias`` are of
 the same kind of array as ``x``. The other vectors are float64, of length C: NumPy arrays where
-the data is in host memory, arrays on the data's device elsewhere.
+the data is in host memory, arrays on the data's device elsewhere. (Where a device has no float64
+they are float32.)
+
+=================  =============================================================================
+module             serves
+=================  =============================================================================
+``cpu``            NumPy and torch in host memory: native code
+``aten``           torch in host memory, where the native code was not built
+``cuda``           torch on a GPU: Triton
+``aten_cuda``      torch on a GPU, where Triton is not installed
+``dlpack``         CuPy, where torch is installed: ``cuda`` or ``aten_cuda``
+``generic``        everything else, and derivatives of derivatives
+=================  =============================================================================
 """
 
 from __future__ import annotations
@@ -33,8 +45,9 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from . import generic
+from .generic import has_float64
 
-__all__ = ["Gate", "kernels_for", "loaded_torch", "native"]
+__all__ = ["Gate", "has_float64", "kernels_for", "loaded_torch", "native", "on_cuda"]
 
 
 class Gate(NamedTuple):
@@ -52,12 +65,16 @@ def kernels_for(x: Any) -> ModuleType:
         return kernels if kernels and x.ndim <= kernels.most_dimensions else _aten()
     if type(x) in (np.ndarray, np.memmap) and x.dtype.isnative and x.dtype.char in "efd":
         return native() or generic
+    if getattr(x, "is_cuda", False):
+        return on_cuda()
+    if hasattr(x, "__cuda_array_interface__"):  # CuPy; torch's tensors on a GPU are gone by here
+        return _dlpack() or generic
     return generic
 
 
 def loaded_torch() -> Any:
     """torch, without the cost of an import statement: whoever has a tensor has imported it."""
-    return sys.modules["torch"]
+    return sys.modules.get("torch")
 
 
 @cache
@@ -75,3 +92,30 @@ def _aten() -> ModuleType:
     from . import aten  # needs torch
 
     return aten
+
+
+@cache
+def on_cuda() -> ModuleType:
+    """The kernels for torch tensors on a GPU."""
+    try:
+        from . import cuda  # needs Triton
+    except ImportError:
+        from . import aten_cuda
+
+        return aten_cuda
+    return cuda
+
+
+@cache
+def _dlpack() -> ModuleType | None:
+    try:
+        import torch
+
+        usable = torch.cuda.is_available()
+    except ImportError:
+        return None
+    if not usable:
+        return None
+    from . import dlpack
+
+    return dlpack

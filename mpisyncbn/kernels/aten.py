@@ -16,6 +16,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from .layout import dense, like, rows
+
 __all__ = ["backward_elementwise", "backward_reduce", "local_moments", "normalize"]
 
 # Up to this many values ATen's scalar moments beat the calls that vectorized ones take.
@@ -91,12 +93,12 @@ def _sums(dy: Tensor, x: Tensor, mean: Any) -> tuple[np.ndarray, np.ndarray]:
     channels = x.shape[1]
     if x.numel() == 0:
         return np.zeros(channels), np.zeros(channels)
-    x = _dense(x)
-    dy = _like(dy, x)
+    x = dense(x)
+    dy = like(dy, x)
     high = _vector(mean, x)
     if x.numel() > _BLOCK * channels and _channels_side_by_side(x):
         # There ATen's sums are plain float32 ones: keep them short, and add them up in float64.
-        blocks = zip(_rows(dy).split(_BLOCK), _rows(x).split(_BLOCK), strict=True)
+        blocks = zip(rows(dy).split(_BLOCK), rows(x).split(_BLOCK), strict=True)
         sums = np.array([_given_mean_sums(*block, high) for block in blocks])
         sum_dy, sum_dy_xmu = sums.sum(0, dtype=np.float64)
     else:
@@ -166,11 +168,11 @@ def _given_mean_sums(dy: Tensor, x: Tensor, mean: Tensor) -> tuple[np.ndarray, n
 def _blocks(x: Tensor) -> Iterator[Tensor]:
     """Pieces of ``x`` as ``(n, C, s)`` views that fit the cache, along the way it lies in memory."""
     channels = x.shape[1]
-    dense = _dense(x)
-    if _channels_side_by_side(dense):
-        yield from _rows(dense).unsqueeze(2).split(max(1, _CHUNK // channels))
+    x = dense(x)
+    if _channels_side_by_side(x):
+        yield from rows(x).unsqueeze(2).split(max(1, _CHUNK // channels))
     else:
-        planes = dense.reshape(x.shape[0], channels, -1)
+        planes = x.reshape(x.shape[0], channels, -1)
         length = min(planes.shape[2], max(_BLOCK, _CHUNK // channels))
         for samples in planes.split(max(1, _CHUNK // (channels * length))):
             yield from samples.split(length, dim=2)
@@ -180,7 +182,7 @@ def _affine(x: Tensor, mean: Any, invstd: Any, scale: Any, shift: Any) -> Tensor
     """``(x - mean) * scale + shift``, in the dtype of ``x`` or, where that needs it, float32."""
     if x.numel() == 0:
         return torch.empty_like(x)
-    x = _dense(x)
+    x = dense(x)
     ratio = mean * invstd
     # the norm is an upper bound of the maximum, and far cheaper
     if not ratio.dot(ratio) <= _LARGE_RATIO**2 and not np.abs(ratio).max() <= _LARGE_RATIO:
@@ -193,25 +195,12 @@ def _affine(x: Tensor, mean: Any, invstd: Any, scale: Any, shift: Any) -> Tensor
         return torch.native_batch_norm(x, *arguments)[0]
     y = torch.empty_like(x)  # written through a view of it: what autograd gets must not be one
     none = center.new_empty(0)
-    torch.ops.aten.native_batch_norm.out(_rows(x), *arguments, out=_rows(y), save_mean=none, save_invstd=none)
+    torch.ops.aten.native_batch_norm.out(rows(x), *arguments, out=rows(y), save_mean=none, save_invstd=none)
     return y
 
 
-def _dense(x: Tensor) -> Tensor:
-    """``x`` without gaps, and with the channels either outermost or innermost in each sample."""
-    if _is_vectorized(x) or x.movedim(1, -1).is_contiguous():
-        return x
-    x = x.clone(memory_format=torch.preserve_format)
-    return x if x.movedim(1, -1).is_contiguous() else x.contiguous()
-
-
-def _channels_side_by_side(dense: Tensor) -> bool:
-    return not dense.is_contiguous() or dense.shape[2:].numel() == 1
-
-
-def _like(dy: Tensor, x: Tensor) -> Tensor:
-    """``dy`` in the memory format of ``x``: ATen takes its fast path only if both agree."""
-    return dy if dy.stride() == x.stride() else torch.empty_like(x).copy_(dy)
+def _channels_side_by_side(x: Tensor) -> bool:
+    return not x.is_contiguous() or x.shape[2:].numel() == 1
 
 
 def _is_vectorized(x: Tensor) -> bool:
@@ -224,12 +213,7 @@ def _is_vectorized(x: Tensor) -> bool:
 
 def _aten(x: Tensor) -> Tensor:
     """``x``, dense, in a layout that ATen's batch norm has vectorized code for."""
-    return x if _is_vectorized(x) else _rows(x)
-
-
-def _rows(x: Tensor) -> Tensor:
-    """A view of shape ``(*, C)`` of a tensor whose channels lie side by side."""
-    return x.movedim(1, -1).reshape(-1, x.shape[1])
+    return x if _is_vectorized(x) else rows(x)
 
 
 def _channels(vector: Tensor, x: Tensor) -> Tensor:

@@ -2,7 +2,7 @@
 
 Written with operators and methods that all three share, so one source serves them all, and
 torch can differentiate through it any number of times, forward and backward. Sums are taken in
-float64; element-wise work stays in float32 (float64 for float64 input).
+float64, on devices that have it; element-wise work stays in float32 (float64 for float64 input).
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-__all__ = ["backward_elementwise", "backward_reduce", "local_moments", "normalize"]
+__all__ = ["backward_elementwise", "backward_reduce", "has_float64", "local_moments", "normalize"]
 
 
 def local_moments(x: Any) -> tuple[int, Any, Any]:
@@ -28,7 +28,7 @@ def local_moments(x: Any) -> tuple[int, Any, Any]:
 def normalize(
     x: Any, mean: Any, invstd: Any, weight: Any, bias: Any, residual: Any = None, relu: bool = False
 ) -> Any:
-    scale = invstd if weight is None else invstd * _cast(weight, "float64")
+    scale = invstd if weight is None else invstd * _cast(weight, invstd.dtype)
     y = _center(x, mean) * _channels(scale, x)
     if bias is not None:
         y = y + _channels(bias, x)
@@ -54,7 +54,7 @@ def backward_reduce(dy: Any, x: Any, mean: Any, invstd: Any, gate: Any = None) -
 def backward_elementwise(
     dz: Any, x: Any, mean: Any, invstd: Any, weight: Any, mean_dy: Any, mean_dy_xmu: Any, gate: Any = None
 ) -> Any:
-    scale = invstd if weight is None else invstd * _cast(weight, "float64")
+    scale = invstd if weight is None else invstd * _cast(weight, invstd.dtype)
     slope = invstd * invstd * mean_dy_xmu
     dx = _center(dz, mean_dy) - _center(x, mean) * _channels(slope, x)
     return _cast(dx * _channels(scale, x), x.dtype)
@@ -74,7 +74,7 @@ def _center(x: Any, mean: Any) -> Any:
     """
     dtype = _working_dtype(x)
     high = _cast(mean, dtype)
-    low = _cast(mean - _cast(high, "float64"), dtype)
+    low = _cast(mean - _cast(high, mean.dtype), dtype)
     return (_cast(x, dtype) - _channels(high, x)) - _channels(low, x)
 
 
@@ -89,7 +89,17 @@ def _stack(first: Any, second: Any) -> Any:
 def _sum(x: Any) -> Any:
     """Per channel, in float64."""
     axes = (0, *range(2, x.ndim))
-    return x.sum(axes, dtype=_named_dtype(x, "float64"))
+    return x.sum(axes, dtype=_named_dtype(x, "float64" if has_float64(x) else "float32"))
+
+
+def has_float64(x: Any) -> bool:
+    """Whether the device of ``x`` can compute in float64. Apple's and some of Intel's cannot."""
+    device = getattr(getattr(x, "device", None), "type", "cpu")
+    if device == "xpu":
+        import torch
+
+        return torch.xpu.get_device_properties(x.device).has_fp64
+    return device != "mps"
 
 
 def _channels(vector: Any, x: Any) -> Any:

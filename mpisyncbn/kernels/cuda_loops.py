@@ -1,0 +1,407 @@
+"""The loops of cuda.py, in Triton.
+
+A tensor without gaps is read as a matrix, in tiles of ``ROWS`` by ``COLUMNS`` values. Of a contiguous
+``(N, C, *)`` one row is one plane, the ``width`` values of a sample's channel (``PLANES``); with the
+channels side by side, one row has a value of each of ``width`` channels.
+
+Sums: a program takes some tiles of one channel (of a block of channels where they are side by side) and adds
+them up place by place, in ``WIDE``, float32 or, for float64, that; few enough of them that float32 keeps its
+digits. What the programs of one channel found is put together in float64 and in a fixed order by a
+second kernel, so the same input gives the same bits.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+__all__ = [
+    "backward_elementwise",
+    "backward_sums",
+    "merge_moments",
+    "merge_sums",
+    "moments",
+    "normalize",
+]
+
+
+@triton.jit
+def moments(
+    x,
+    parts,
+    out,
+    rows,
+    width,
+    stride,
+    tiles,
+    share,
+    channels,
+    PLANES: tl.constexpr,
+    ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    WIDE: tl.constexpr,
+):
+    """Of each program's tiles: a value near the mean, what is missing to the mean, M2 and the count.
+
+    Grid: (channels or blocks of them, shares of tiles). ``parts``: (shares, 4, channels), float64; None where
+    there is one share, and the result goes to ``out``, see merge_moments.
+    """
+    first = tl.program_id(1) * share
+    last = tl.minimum(first + share, tiles)
+    values, _, count = _tile(x, first, rows, width, stride, PLANES, ROWS, COLUMNS)
+    # Squares of distances from a value near the mean lose no digits.
+    near = _down(values.to(WIDE), PLANES) / count.to(WIDE)
+    rest, m2, count = _about(x, near, first, last, rows, width, stride, PLANES, ROWS, COLUMNS, WIDE)
+    far = rest * rest * count > 4 * m2
+    if _any(far, PLANES):  # the first tile was not typical of the others: once more, about the mean
+        near = tl.where(far, near + rest.to(WIDE), near)
+        rest, m2, count = _about(x, near, first, last, rows, width, stride, PLANES, ROWS, COLUMNS, WIDE)
+    near = near.to(tl.float64)
+    m2 = tl.where(m2 < 0, 0.0, m2)
+    channel = _channel(COLUMNS, PLANES)
+    inside = channel < channels
+    if parts is None:
+        _store_moments(out, near, rest, m2, channel, channels, WIDE == tl.float64)
+    else:
+        at = parts + tl.program_id(1) * 4 * channels + channel
+        tl.store(at, near, inside)
+        tl.store(at + channels, rest, inside)
+        tl.store(at + 2 * channels, m2, inside)
+        tl.store(at + 3 * channels, tl.zeros_like(rest) + count, inside)
+
+
+@triton.jit
+def merge_moments(
+    parts, out, shares, channels, SPLIT_MEAN: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr
+):
+    """Mean and M2 of all parts of a channel (Chan, Golub and LeVeque 1979, eq. 2.1).
+
+    ``out``: (2, channels); with ``SPLIT_MEAN`` (3, channels), the mean in two rows.
+    """
+    channel = tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)
+    inside = channel < channels
+    # Means as distances from one of them: small numbers, which keep their digits.
+    origin = tl.load(parts + channel, inside, 0.0)
+    counts = tl.zeros([ROWS, COLUMNS], tl.float64)
+    sums = tl.zeros([ROWS, COLUMNS], tl.float64)
+    for begin in range(0, shares, ROWS):
+        count, distance, _ = _part(parts, origin, begin, channel, shares, channels, ROWS)
+        counts += count
+        sums += count * distance
+    total = tl.sum(counts, 0)
+    mean = tl.sum(sums, 0) / tl.where(inside, total, 1.0)
+    squares = tl.zeros([ROWS, COLUMNS], tl.float64)
+    for begin in range(0, shares, ROWS):
+        count, distance, m2 = _part(parts, origin, begin, channel, shares, channels, ROWS)
+        distance -= mean[None, :]
+        squares += m2 + count * distance * distance
+    _store_moments(out, origin, mean, tl.sum(squares, 0), channel, channels, SPLIT_MEAN)
+
+
+@triton.jit
+def backward_sums(
+    dy,
+    x,
+    y,
+    dz,
+    mean,
+    invstd,
+    weight,
+    bias,
+    parts,
+    out,
+    rows,
+    width,
+    stride,
+    tiles,
+    share,
+    channels,
+    GATE: tl.constexpr,
+    PLANES: tl.constexpr,
+    ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    WIDE: tl.constexpr,
+):
+    """Of each program's tiles: the sums of ``dy`` and of ``dy * (x - mean)``.
+
+    With ``GATE`` of what comes through the ReLU: where ``y`` is positive, then also stored as ``dz``;
+    without ``y``, where the normalized ``x`` is. ``parts``: (shares, 2, channels), float64; None where there
+    is one share, and the result goes to ``out``, (2, channels).
+    """
+    channel = _channel(COLUMNS, PLANES)
+    inside = channel < channels
+    high, low = _center(mean, channel, inside, WIDE)
+    scale = _scale(invstd, weight, channel, inside).to(WIDE)
+    shift = _optional(bias, channel, inside).to(WIDE)
+    sum_dy = tl.zeros([ROWS, COLUMNS], WIDE)
+    sum_dy_xmu = tl.zeros([ROWS, COLUMNS], WIDE)
+    first = tl.program_id(1) * share
+    for tile in range(first, tl.minimum(first + share, tiles)):
+        offsets, mask, _ = _place(tile, rows, width, stride, PLANES, ROWS, COLUMNS)
+        slope = tl.load(dy + offsets, mask, 0.0).to(WIDE)
+        xmu = (tl.load(x + offsets, mask, 0.0).to(WIDE) - high) - low
+        if GATE:
+            if y is None:
+                closed = xmu * scale + shift <= 0
+            else:
+                closed = tl.load(y + offsets, mask, 0.0) <= 0
+            slope = tl.where(closed, 0.0, slope)
+            if y is not None:
+                tl.store(dz + offsets, slope.to(dz.dtype.element_ty), mask)
+        sum_dy += slope
+        sum_dy_xmu += tl.where(mask, slope * xmu, 0.0)
+    at = (out if parts is None else parts + tl.program_id(1) * 2 * channels) + channel
+    tl.store(at, _down(sum_dy.to(tl.float64), PLANES), inside)
+    tl.store(at + channels, _down(sum_dy_xmu.to(tl.float64), PLANES), inside)
+
+
+@triton.jit
+def merge_sums(parts, out, shares, length, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
+    """The sum over the first of two axes, ``parts``: (shares, length)."""
+    column = tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)
+    inside = column < length
+    sums = tl.zeros([ROWS, COLUMNS], tl.float64)
+    for begin in range(0, shares, ROWS):
+        row = begin + tl.arange(0, ROWS)
+        mask = (row < shares)[:, None] & inside[None, :]
+        sums += tl.load(parts + row[:, None] * length + column[None, :], mask, 0.0)
+    tl.store(out + column, tl.sum(sums, 0), inside)
+
+
+@triton.jit
+def normalize(
+    x,
+    residual,
+    y,
+    mean,
+    invstd,
+    weight,
+    bias,
+    rows,
+    width,
+    channels,
+    column_tiles,
+    RELU: tl.constexpr,
+    PLANES: tl.constexpr,
+    STEPS: tl.constexpr,
+    ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    WIDE: tl.constexpr,
+):
+    """``y = (x - mean) * invstd * weight + bias``, and the residual, and the ReLU.
+
+    Grid: the tiles, each of ``STEPS`` times ``ROWS`` rows.
+    """
+    channel, inside = _channels(rows, width, channels, column_tiles, PLANES, ROWS, COLUMNS)
+    high, low = _center(mean, channel, inside, WIDE)
+    scale = _scale(invstd, weight, channel, inside).to(WIDE)
+    shift = _optional(bias, channel, inside).to(WIDE)
+    for step in tl.static_range(STEPS):
+        offsets, mask = _elements(step, rows, width, column_tiles, STEPS, ROWS, COLUMNS)
+        found = ((tl.load(x + offsets, mask, 0.0).to(WIDE) - high) - low) * scale + shift
+        if residual is not None:
+            found += tl.load(residual + offsets, mask, 0.0).to(WIDE)
+        if RELU:
+            found = tl.where(found <= 0, 0.0, found)
+        tl.store(y + offsets, found.to(y.dtype.element_ty), mask)
+
+
+@triton.jit
+def backward_elementwise(
+    dz,
+    x,
+    dx,
+    mean,
+    invstd,
+    weight,
+    bias,
+    mean_dy,
+    mean_dy_xmu,
+    rows,
+    width,
+    channels,
+    column_tiles,
+    GATE: tl.constexpr,
+    PLANES: tl.constexpr,
+    STEPS: tl.constexpr,
+    ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    WIDE: tl.constexpr,
+):
+    """``dx = (dz - mean_dy - (x - mean) * invstd**2 * mean_dy_xmu) * invstd * weight``.
+
+    With ``GATE``, ``dz`` is still what came into the ReLU. Grid: as that of ``normalize``.
+    """
+    channel, inside = _channels(rows, width, channels, column_tiles, PLANES, ROWS, COLUMNS)
+    high, low = _center(mean, channel, inside, WIDE)
+    high_dy, low_dy = _center(mean_dy, channel, inside, WIDE)
+    inverse = tl.load(invstd + channel, inside, 0.0)
+    slope = (inverse * inverse * tl.load(mean_dy_xmu + channel, inside, 0.0)).to(WIDE)
+    scale = _scale(invstd, weight, channel, inside).to(WIDE)
+    shift = _optional(bias, channel, inside).to(WIDE)
+    for step in tl.static_range(STEPS):
+        offsets, mask = _elements(step, rows, width, column_tiles, STEPS, ROWS, COLUMNS)
+        xmu = (tl.load(x + offsets, mask, 0.0).to(WIDE) - high) - low
+        found = tl.load(dz + offsets, mask, 0.0).to(WIDE)
+        if GATE:
+            found = tl.where(xmu * scale + shift <= 0, 0.0, found)
+        found = (((found - high_dy) - low_dy) - xmu * slope) * scale
+        tl.store(dx + offsets, found.to(dx.dtype.element_ty), mask)
+
+
+@triton.jit
+def _place(tile, rows, width, stride, PLANES: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
+    """Offsets, mask and number of values per channel of a tile of this program's channels."""
+    if PLANES:
+        column_tiles = tl.cdiv(width, COLUMNS)
+        row = tl.cast(tile // column_tiles, tl.int64) * ROWS
+        column = (tile % column_tiles) * COLUMNS
+        base = tl.program_id(0).to(tl.int64) * width
+        count = tl.minimum(rows - row, ROWS) * tl.minimum(width - column, COLUMNS)
+    else:
+        row = tl.cast(tile, tl.int64) * ROWS
+        column = tl.program_id(0) * COLUMNS
+        base = tl.zeros([], tl.int64)
+        count = tl.minimum(rows - row, ROWS)
+    row += tl.arange(0, ROWS)
+    column += tl.arange(0, COLUMNS)
+    offsets = (base + row * stride)[:, None] + column[None, :]
+    return offsets, (row < rows)[:, None] & (column < width)[None, :], count
+
+
+@triton.jit
+def _tile(x, tile, rows, width, stride, PLANES: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
+    offsets, mask, count = _place(tile, rows, width, stride, PLANES, ROWS, COLUMNS)
+    return tl.load(x + offsets, mask, 0.0), mask, count
+
+
+@triton.jit
+def _about(
+    x,
+    near,
+    first,
+    last,
+    rows,
+    width,
+    stride,
+    PLANES: tl.constexpr,
+    ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    WIDE: tl.constexpr,
+):
+    """Mean of ``x - near``, M2, and the count, of the tiles from ``first`` to ``last``; in float64."""
+    sums = tl.zeros([ROWS, COLUMNS], WIDE)
+    squares = tl.zeros([ROWS, COLUMNS], WIDE)
+    total = tl.zeros([], tl.int64)
+    for tile in range(first, last):
+        values, mask, count = _tile(x, tile, rows, width, stride, PLANES, ROWS, COLUMNS)
+        distance = tl.where(mask, values.to(WIDE) - near, 0.0)
+        sums += distance
+        squares += distance * distance
+        total += count
+    total = total.to(tl.float64)
+    found = _down(sums.to(tl.float64), PLANES)
+    rest = found / total
+    return rest, _down(squares.to(tl.float64), PLANES) - found * rest, total
+
+
+@triton.jit
+def _down(tile, PLANES: tl.constexpr):
+    """Sums per channel: of all of a tile of planes, else of its columns."""
+    sums = tl.sum(tile, 0)
+    return tl.sum(sums, 0) if PLANES else sums
+
+
+@triton.jit
+def _any(condition, PLANES: tl.constexpr):
+    return condition if PLANES else tl.max(condition.to(tl.int32), 0) > 0
+
+
+@triton.jit
+def _channel(COLUMNS: tl.constexpr, PLANES: tl.constexpr):
+    """The channel of this program, or its channels, for sums."""
+    if PLANES:
+        return tl.program_id(0)
+    else:
+        return tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)
+
+
+@triton.jit
+def _channels(
+    rows, width, channels, column_tiles, PLANES: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr
+):
+    """The channels of an element-wise program and their mask, in the shape to broadcast against its tiles.
+
+    One tile of planes, or several of columns, which are of the same channels.
+    """
+    tile = tl.program_id(0)
+    if PLANES:
+        row = (tile // column_tiles).to(tl.int64) * ROWS + tl.arange(0, ROWS)
+        return (row % channels)[:, None], (row < rows)[:, None]
+    else:
+        column = (tile % column_tiles) * COLUMNS + tl.arange(0, COLUMNS)
+        return column[None, :], (column < width)[None, :]
+
+
+@triton.jit
+def _elements(
+    step,
+    rows,
+    width,
+    column_tiles,
+    STEPS: tl.constexpr,
+    ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+):
+    """Offsets and mask of an element-wise program's tile."""
+    tile = tl.program_id(0)
+    row = ((tile // column_tiles).to(tl.int64) * STEPS + step) * ROWS + tl.arange(0, ROWS)
+    column = (tile % column_tiles) * COLUMNS + tl.arange(0, COLUMNS)
+    return (row * width)[:, None] + column[None, :], (row < rows)[:, None] & (column < width)[None, :]
+
+
+@triton.jit
+def _store_moments(out, near, rest, m2, channel, channels, SPLIT_MEAN: tl.constexpr):
+    inside = channel < channels
+    if SPLIT_MEAN:
+        tl.store(out + channel, near, inside)
+        tl.store(out + channels + channel, rest, inside)
+        tl.store(out + 2 * channels + channel, m2, inside)
+    else:
+        tl.store(out + channel, near + rest, inside)
+        tl.store(out + channels + channel, m2, inside)
+
+
+@triton.jit
+def _part(parts, origin, begin, channel, shares, channels, ROWS: tl.constexpr):
+    """Counts, distances of the means from ``origin``, and M2 of ``ROWS`` parts; nothing beyond the last."""
+    row = begin + tl.arange(0, ROWS)
+    mask = (row < shares)[:, None] & (channel < channels)[None, :]
+    at = parts + row[:, None] * 4 * channels + channel[None, :]
+    near, rest = tl.load(at, mask, 0.0), tl.load(at + channels, mask, 0.0)
+    m2, count = tl.load(at + 2 * channels, mask, 0.0), tl.load(at + 3 * channels, mask, 0.0)
+    return count, tl.where(mask, (near - origin[None, :]) + rest, 0.0), m2
+
+
+@triton.jit
+def _center(mean, channel, inside, WIDE: tl.constexpr):
+    """A float64 mean as two numbers of the working dtype: a float32 mean of 1e3 is 3e-5 wrong."""
+    exact = tl.load(mean + channel, inside, 0.0)
+    high = exact.to(WIDE)
+    return high, (exact - high.to(tl.float64)).to(WIDE)
+
+
+@triton.jit
+def _scale(invstd, weight, channel, inside):
+    scale = tl.load(invstd + channel, inside, 0.0)
+    if weight is not None:
+        scale *= tl.load(weight + channel, inside, 0.0).to(tl.float64)
+    return scale
+
+
+@triton.jit
+def _optional(bias, channel, inside):
+    if bias is None:
+        return tl.zeros_like(channel).to(tl.float64)
+    else:
+        return tl.load(bias + channel, inside, 0.0).to(tl.float64)

@@ -1,0 +1,34 @@
+"""How torch tensors lie in memory: without gaps, and the channels either outermost or innermost."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+__all__ = ["channels_of", "dense", "like", "rows"]
+
+
+def dense(x: Tensor) -> Tensor:
+    """``x`` without gaps, and with the channels either outermost or innermost in each sample."""
+    x = x.resolve_neg()
+    if x.is_contiguous() or x.movedim(1, -1).is_contiguous():
+        return x
+    x = x.clone(memory_format=torch.preserve_format)
+    return x if x.movedim(1, -1).is_contiguous() else x.contiguous()
+
+
+def like(values: Tensor, x: Tensor) -> Tensor:
+    """``values`` where in memory those of ``x``, of the same shape and dense, are."""
+    values = values.resolve_neg()
+    same = values.stride() == x.stride() or (values.is_contiguous() and x.is_contiguous())
+    return values if same else torch.empty_like(x, dtype=values.dtype).copy_(values)
+
+
+def rows(x: Tensor) -> Tensor:
+    """A view of shape ``(*, C)`` of a dense tensor whose channels lie side by side."""
+    return x.movedim(1, -1).reshape(-1, x.shape[1])
+
+
+def channels_of(matrix: Tensor, x: Tensor) -> Tensor:
+    """The view in the shape of ``x`` of a matrix of such rows."""
+    return matrix.view(x.movedim(1, -1).shape).movedim(-1, 1)
