@@ -14,6 +14,7 @@ import numpy as np
 
 from . import config, transport
 from .errors import MPISyncBNError, TransportError, on_rank
+from .staging import DeviceMessage
 
 if TYPE_CHECKING:
     from mpi4py import MPI
@@ -94,7 +95,7 @@ class Communicator:
         self.link: Any = None  # native code for an exchange, see transport.direct
         self.transport = "host"  # of data on a device, agreed on with the duplicate
         self._messages: dict[int, np.ndarray] = {}
-        self._device_messages: dict[Any, transport.DeviceMessage] = {}
+        self._device_messages: dict[Any, DeviceMessage] = {}
         self._names: dict[str, str] = {}
 
     def ready(self) -> Communicator:
@@ -146,12 +147,12 @@ class Communicator:
             buffer = self._messages[length] = np.zeros(length)
         return buffer
 
-    def device_message(self, length: int, like: Any) -> transport.DeviceMessage:
-        """The same in the memory of the device of ``like``."""
-        message = self._device_messages.get((length, like.device))
+    def device_message(self, copies: int, length: int, like: Any) -> DeviceMessage:
+        """The same, for so many messages one after the other, in the memory of the device of ``like``."""
+        key = copies, length, like.device
+        message = self._device_messages.get(key)
         if message is None:
-            message = transport.DeviceMessage(mpi(), length, like)
-            self._device_messages[length, like.device] = message
+            message = self._device_messages[key] = DeviceMessage(mpi(), *key[:2], like)
         return message
 
     def name_of(self, layer: str) -> str:

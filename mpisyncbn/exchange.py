@@ -56,8 +56,8 @@ def merge_moments(
     Collective: every rank of the group must call.
     """
     if call.dtype == "float64":
-        return _gather_moments(group, call, count, *_where_sent(group, call, *mean, m2))
-    return _sum_moments(group, call, count, *_where_sent(group, call, mean, m2))
+        return _gather_moments(group, call, count, *_where_sent(group, *mean, m2))
+    return _sum_moments(group, call, count, *_where_sent(group, mean, m2))
 
 
 def reduce_sums(group: Communicator, call: Call, *sums: Any) -> tuple[np.ndarray, ...]:
@@ -65,7 +65,7 @@ def reduce_sums(group: Communicator, call: Call, *sums: Any) -> tuple[np.ndarray
 
     Collective: every rank of the group must call.
     """
-    vectors = _where_sent(group, call, *sums)
+    vectors = _where_sent(group, *sums)
     if group.link is not None and len(sums) == 2 and type(vectors[0]) is np.ndarray:
         totals = np.empty((2, len(sums[0])))
         with group.lock:
@@ -76,10 +76,12 @@ def reduce_sums(group: Communicator, call: Call, *sums: Any) -> tuple[np.ndarray
     return tuple(_summed(group, call, 0, *vectors)[1:].reshape(len(sums), -1))
 
 
-def _where_sent(group: Communicator, call: Call, *vectors: Any) -> Sequence[Any]:
+def _where_sent(group: Communicator, *vectors: Any) -> Sequence[Any]:
     """The vectors on the device, where messages are there; else in host memory."""
-    group.ready()
-    if group.transport == "device" and not transport.on_host(vectors[0]):
+    if type(vectors[0]) is np.ndarray:
+        return vectors
+    group.ready()  # which is when the ranks agree on the transport
+    if group.transport == "device" and transport.on_device(vectors[0]):
         return vectors
     return transport.to_host(*vectors)
 
@@ -145,7 +147,7 @@ def _packed(group: Communicator, h: int, count: int, vectors: Sequence[Any], len
     """
     header = np.array([h, h * h, count], float)
     if type(vectors[0]) is not np.ndarray:
-        on_device = group.device_message(length, vectors[0])
+        on_device = group.device_message(1, length, vectors[0])
         on_device.pack(header, vectors)
         return on_device.values, on_device.buffer
     message = group.message(length)
@@ -166,25 +168,20 @@ def _allreduce(group: Communicator, call: Call, message: Any, buffer: Any) -> np
 
 def _allgather(group: Communicator, call: Call, message: Any, buffer: Any) -> np.ndarray:
     """The messages of all ranks, one row each, in host memory."""
-    everyone = _like(group, message)
+    if type(message) is np.ndarray:
+        everyone: Any = np.empty(group.size * len(message))
+        into: Any = everyone
+    else:
+        on_device = group.device_message(group.size, len(message), message)
+        everyone, into = on_device.values, on_device.buffer
     try:
-        group.comm.Allgather(buffer, everyone[1])
+        group.comm.Allgather(buffer, into)
     except group.mpi_error as error:
         _raise_failed(group, call, error)
-    (gathered,) = transport.to_host(everyone[0])
+    (gathered,) = transport.to_host(everyone)
     gathered = gathered.reshape(group.size, -1)
     diagnostics.check(group, gathered[:, 0].sum(), gathered[:, 1].sum(), call)
     return gathered
-
-
-def _like(group: Communicator, message: Any) -> tuple[Any, Any]:
-    """Memory for a message of each rank, where ``message`` is, as array and as MPI wants it."""
-    length = group.size * len(message)
-    if type(message) is np.ndarray:
-        everyone = np.empty(length)
-        return everyone, everyone
-    on_device = group.device_message(length, message)
-    return on_device.values, on_device.buffer
 
 
 def _sign(group: Communicator, call: Call, length: int, kind: int = _SUM) -> int:

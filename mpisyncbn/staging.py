@@ -1,7 +1,7 @@
-"""Vectors between a device and host memory, by way of pinned buffers: asynchronous copies, no wait but one.
+"""Between a device and the host: the one place that waits for a device.
 
-Copying to the host waits for the device once, for all vectors together. Copying to the device waits for
-nothing: the buffer is not used again before an event says that the copy is done.
+Vectors travel by way of pinned buffers. Copying to the host waits once, for all vectors together. Copying to
+the device waits for nothing: the buffer is not used again before an event says that the copy is done.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import numpy as np
 from .errors import MPISyncBNError, on_rank
 from .kernels import loaded_torch
 
-__all__ = ["Stage", "stage_of"]
+__all__ = ["DeviceMessage", "Stage", "stage_of"]
 
 _SLOTS = 8  # more copies than one step of a layer has under way
 
@@ -25,6 +25,16 @@ class _Torch:
 
     def __init__(self, device: Any) -> None:
         self.torch, self.device = loaded_torch(), device
+
+    def empty(self, length: int) -> tuple[Any, int]:
+        vector = self.torch.empty(length, dtype=self.torch.float64, device=self.device)
+        return vector, vector.data_ptr()
+
+    def join(self, vectors: Sequence[Any], out: Any) -> None:
+        self.torch.cat(tuple(vectors), out=out)
+
+    def wait(self) -> None:
+        self.torch.cuda.current_stream(self.device).synchronize()
 
     def pinned(self, length: int) -> tuple[Any, np.ndarray]:
         memory = self.torch.empty(length, dtype=self.torch.float64, device="cpu", pin_memory=True)
@@ -58,6 +68,19 @@ class _CuPy:
 
         self.cupy, self.empty_pinned, self.device = cupy, cupyx.empty_pinned, device
 
+    def empty(self, length: int) -> tuple[Any, int]:
+        with self.device:
+            vector = self.cupy.empty(length)
+        return vector, vector.data.ptr
+
+    def join(self, vectors: Sequence[Any], out: Any) -> None:
+        with self.device:
+            self.cupy.concatenate(tuple(vectors), out=out)
+
+    def wait(self) -> None:
+        with self.device:
+            self.cupy.cuda.get_current_stream().synchronize()
+
     def pinned(self, length: int) -> tuple[Any, np.ndarray]:
         memory = self.empty_pinned(length)
         return memory, memory
@@ -89,7 +112,7 @@ class Stage:
     """The pinned buffers of one device and one thread, used in turn."""
 
     def __init__(self, driver: Any) -> None:
-        self._driver = driver
+        self.driver = driver
         self._slots: list[Any] = [None] * _SLOTS
         self._turn = 0
 
@@ -98,19 +121,15 @@ class Stage:
 
         Views of a buffer: use them before the next few copies of this thread.
         """
-        if self._driver.capturing():
-            raise MPISyncBNError(
-                "a synchronized batch norm cannot be captured in a CUDA graph, because the host takes part in "
-                f"its exchange at every training step{on_rank()}: leave it out of what is captured"
-            )
+        _refuse_capture(self.driver)
         lengths = [len(vector) for vector in vectors]
         memory, array, event = self._slot(sum(lengths))
         begin, found = 0, []
         for vector, length in zip(vectors, lengths, strict=True):
-            self._driver.download(vector, memory[begin : begin + length])
+            self.driver.download(vector, memory[begin : begin + length])
             found.append(array[begin : begin + length])
             begin += length
-        self._driver.record(event)
+        self.driver.record(event)
         event.synchronize()
         return found
 
@@ -122,8 +141,8 @@ class Stage:
         staged = array[:words].view(dtype)[: rows * length].reshape(rows, length)
         for row, vector in zip(staged, vectors, strict=True):
             row[...] = vector
-        uploaded = self._driver.upload(memory[:words], dtype)[: rows * length].reshape(rows, length)
-        self._driver.record(event)
+        uploaded = self.driver.upload(memory[:words], dtype)[: rows * length].reshape(rows, length)
+        self.driver.record(event)
         return list(uploaded)
 
     def _slot(self, length: int) -> Any:
@@ -134,9 +153,36 @@ class Stage:
             slot[2].synchronize()
         if slot is None or len(slot[1]) < length:
             size = max(512, 1 << (length - 1).bit_length())
-            event = self._driver.event() if slot is None else slot[2]
-            slot = self._slots[self._turn] = (*self._driver.pinned(size), event)
+            event = self.driver.event() if slot is None else slot[2]
+            slot = self._slots[self._turn] = (*self.driver.pinned(size), event)
         return slot
+
+
+class DeviceMessage:
+    """Float64 messages in device memory, which stays there as long as its group, for a CUDA-aware MPI."""
+
+    def __init__(self, MPI: Any, copies: int, length: int, like: Any) -> None:
+        stage = stage_of(like)
+        if stage is None:
+            raise MPISyncBNError(f"expected CUDA or ROCm memory, got an array on {like.device}{on_rank()}")
+        self.values, pointer = stage.driver.empty(copies * length)
+        # the count is that of one rank's message
+        self.buffer = [MPI.memory.fromaddress(pointer, 8 * copies * length), length, MPI.DOUBLE]
+
+    def pack(self, header: np.ndarray, vectors: Sequence[Any]) -> None:
+        """Fill it. When this returns all of it is there for MPI, which knows nothing of streams."""
+        stage: Any = stage_of(self.values)
+        _refuse_capture(stage.driver)
+        stage.driver.join((*stage.to_device([header]), *vectors), self.values)
+        stage.driver.wait()
+
+
+def _refuse_capture(driver: Any) -> None:
+    if driver.capturing():
+        raise MPISyncBNError(
+            "a synchronized batch norm cannot be captured in a CUDA graph, because the host takes part in "
+            f"its exchange at every training step{on_rank()}: leave it out of what is captured"
+        )
 
 
 _of_thread = threading.local()  # so that no two threads take turns at one buffer

@@ -1,7 +1,7 @@
 """Where the message lives, and how vectors get into it and out again.
 
 - ``host``: in host memory. Vectors of a device are staged there by way of pinned buffers (staging.py).
-- ``device``: in the memory of the device; its pointer goes to a CUDA-aware MPI.
+- ``device``: in the memory of the device; its pointer goes to a CUDA-aware MPI (staging.DeviceMessage).
 
 Either way what comes out of the exchange is known on the host: NumPy vectors, which ``near`` copies to the
 device again. Tensors and arrays in host memory know nothing of all this.
@@ -20,7 +20,7 @@ from .errors import TransportError, on_rank
 from .kernels import has_float64, loaded_torch, native
 from .staging import stage_of
 
-__all__ = ["DeviceMessage", "blend", "changed", "chosen", "direct", "from_host", "near", "on_host", "to_host"]
+__all__ = ["blend", "changed", "chosen", "direct", "from_host", "near", "on_device", "on_host", "to_host"]
 
 _WORD = (1 << 64) - 1
 # What MPICH calls a kind of device in MPIX_GPU_query_support, and MPI-4.1 a kind of memory.
@@ -45,7 +45,7 @@ def chosen(MPI: Any) -> tuple[str, str]:
         raise TransportError(
             f"MPISYNCBN_TRANSPORT=device asks for messages in device memory, but {_name(MPI)} cannot take "
             f"them{on_rank()}: {reason}. Use an MPI library built for {kind} (docs/transports.md), or set "
-            "the variable to host or auto"
+            "the variable to auto"
         )
     return "device" if aware else "host", reason
 
@@ -104,42 +104,14 @@ def direct(comm: Any, MPI: Any) -> Any:
     return kernels.Link(address, *handles, int(MPI.IN_PLACE), MPI._sizeof(comm) == 4, comm.Get_size())
 
 
-class DeviceMessage:
-    """A message in device memory, kept for as long as its group, and what MPI is told of it."""
-
-    def __init__(self, MPI: Any, length: int, like: Any) -> None:
-        with _device_of(like):
-            self.values = like.new_empty(length) if hasattr(like, "detach") else _cupy().empty(length)
-            pointer = self.values.data_ptr() if hasattr(like, "detach") else self.values.data.ptr
-        self.buffer = [MPI.memory.fromaddress(pointer, 8 * length), length, MPI.DOUBLE]
-
-    def pack(self, header: np.ndarray, vectors: Sequence[Any]) -> None:
-        """Fill it; when this returns, all of it is there for MPI, which knows nothing of streams."""
-        (head,) = near(self.values, header)
-        if hasattr(head, "detach"):
-            torch = loaded_torch()
-            torch.cat((head, *vectors), out=self.values)
-            torch.cuda.current_stream(head.device).synchronize()
-        else:
-            cupy = _cupy()
-            with head.device:
-                cupy.concatenate((head, *vectors), out=self.values)
-                cupy.cuda.get_current_stream().synchronize()
-
-
-def _device_of(like: Any) -> Any:
-    return loaded_torch().cuda.device(like.device) if hasattr(like, "detach") else like.device
-
-
-def _cupy() -> Any:
-    import cupy
-
-    return cupy
-
-
 def on_host(array: Any) -> bool:
     """Whether the values of an array are in host memory."""
     return isinstance(array, np.ndarray) or getattr(array, "is_cpu", False)
+
+
+def on_device(array: Any) -> bool:
+    """Whether its values are in memory whose pointer a CUDA-aware MPI takes."""
+    return not on_host(array) and stage_of(array) is not None
 
 
 def to_host(*vectors: Any) -> Sequence[np.ndarray]:
@@ -195,7 +167,7 @@ def blend(running: Sequence[Any], batch: Sequence[np.ndarray], momentum: Any) ->
     if wide.itemsize < 4:
         wide = torch.float64 if has_float64(first) else torch.float32
     dtype = "float32" if wide == torch.float32 else "float64"
-    if first.is_cpu:
+    if on_host(first):
         news: Sequence[Any] = [torch.from_numpy(vector.astype(dtype)) for vector in batch]
     else:
         news = near(first, *batch, dtype=dtype)

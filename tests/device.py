@@ -6,6 +6,7 @@ operations that torch has for its own SyncBatchNorm on CUDA alone are written ag
 
 from __future__ import annotations
 
+import threading
 from types import ModuleType
 from typing import Any
 
@@ -20,7 +21,11 @@ from mpisyncbn.kernels import Gate
 GPU = torch.cuda.is_available()
 DEVICE = torch.device("cuda", WORLD.rank % torch.cuda.device_count()) if GPU else torch.device("cpu")
 
-needs_gpu = [pytest.mark.gpu, pytest.mark.skipif(not GPU, reason="torch finds no GPU")]
+
+def needs_gpu(test: Any) -> Any:
+    return pytest.mark.gpu(pytest.mark.skipif(not GPU, reason="torch finds no GPU")(test))
+
+
 # Kernels know nothing of ranks, and the interpreter takes its time.
 one_rank_without_gpu = pytest.mark.skipif(
     not GPU and WORLD.size > 1, reason="without a GPU, kernels for one are tried on one rank"
@@ -31,21 +36,21 @@ class OnDevice:
     """The four verbs of a module, for data in host memory: taken to the device, and back."""
 
     def __init__(self, module: ModuleType) -> None:
-        self._module = module
+        self.module = module
 
     def local_moments(self, x: Tensor) -> tuple[int, np.ndarray, np.ndarray]:
-        count, mean, m2 = self._module.local_moments(there(x))
+        count, mean, m2 = self.module.local_moments(there(x))
         return count, mean.cpu().numpy(), m2.cpu().numpy()
 
     def normalize(self, *arguments: Any) -> Tensor:
-        return self._module.normalize(*map(there, arguments)).cpu()
+        return self.module.normalize(*map(there, arguments)).cpu()
 
     def backward_reduce(self, *arguments: Any) -> tuple[np.ndarray, np.ndarray, Tensor]:
-        sum_dy, sum_dy_xmu, dz = self._module.backward_reduce(*map(there, arguments))
+        sum_dy, sum_dy_xmu, dz = self.module.backward_reduce(*map(there, arguments))
         return sum_dy.cpu().numpy(), sum_dy_xmu.cpu().numpy(), dz.cpu()
 
     def backward_elementwise(self, *arguments: Any) -> Tensor:
-        return self._module.backward_elementwise(*map(there, arguments)).cpu()
+        return self.module.backward_elementwise(*map(there, arguments)).cpu()
 
 
 def there(value: Any) -> Any:
@@ -129,3 +134,81 @@ if not GPU:
     _cuda_alone = torch.library.Library("aten", "IMPL")
     for _name, _function in _EMULATED.items():
         _cuda_alone.impl(_name, _function, "CPU")
+
+
+class SlowDevice:
+    """What staging asks of a device, for tensors in host memory: copies are done when an event is waited for.
+
+    Whoever reads without waiting reads NaN.
+    """
+
+    def __init__(self, lazy_uploads: bool = True) -> None:
+        self.queue: list[Any] = []
+        self.waits = 0
+        self.lazy_uploads = lazy_uploads
+        self.is_capturing = False
+
+    def pinned(self, length: int) -> tuple[Tensor, np.ndarray]:
+        memory = torch.full((length,), torch.nan, dtype=torch.float64)
+        return memory, memory.numpy()
+
+    def empty(self, length: int) -> tuple[Tensor, int]:
+        vector = torch.full((length,), torch.nan, dtype=torch.float64)
+        return vector, vector.data_ptr()
+
+    def join(self, vectors: Any, out: Tensor) -> None:
+        out.fill_(torch.nan)
+        self.queue.append(lambda: torch.cat(tuple(vectors), out=out))
+
+    def wait(self) -> None:
+        self.waits += 1
+        self.run_until(None)
+
+    def event(self) -> Event:
+        return Event(self)
+
+    def record(self, event: Event) -> None:
+        self.queue.append(event)
+
+    def download(self, vector: Tensor, memory: Tensor) -> None:
+        memory.fill_(torch.nan)
+        values = vector.detach().clone()  # what runs later on a stream does not change what is read
+        self.queue.append(lambda: memory.copy_(values))
+
+    def upload(self, memory: Tensor, dtype: str) -> Tensor:
+        source = memory.view(getattr(torch, dtype))
+        vector = torch.full_like(source, torch.nan)
+        self.queue.append(lambda: vector.copy_(source))
+        if not self.lazy_uploads:
+            self.run_until(None)
+        return vector
+
+    def capturing(self) -> bool:
+        return self.is_capturing
+
+    def run_until(self, event: Event | None) -> None:
+        while self.queue:
+            done = self.queue.pop(0)
+            if done is event:
+                return
+            if not isinstance(done, Event):
+                done()
+
+
+class Event:
+    def __init__(self, device: SlowDevice) -> None:
+        self.device = device
+
+    def synchronize(self) -> None:
+        if self in self.device.queue:
+            self.device.waits += 1
+            self.device.run_until(self)
+
+
+def pretend(monkeypatch: pytest.MonkeyPatch) -> SlowDevice:
+    """Take tensors in host memory for those of a device."""
+    slow = SlowDevice(lazy_uploads=False)  # torch itself would read what is not there yet
+    monkeypatch.setattr("mpisyncbn.staging._of_thread", threading.local())
+    monkeypatch.setattr("mpisyncbn.transport.on_host", lambda array: isinstance(array, np.ndarray))
+    monkeypatch.setattr("mpisyncbn.staging._driver_of", lambda like, where: slow)
+    return slow

@@ -221,7 +221,7 @@ def test_no_layer_is_converted_to_a_bad_group():
             "TRANSPORT",
             "device",
             TransportError,
-            "MPISYNCBN_TRANSPORT=device asks for .*: unset it, or set it to host",
+            "MPISYNCBN_TRANSPORT=device asks for .*, or set the variable to auto",
         ),
         (
             "TRANSPORT",

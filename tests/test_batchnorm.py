@@ -15,7 +15,6 @@ from parallel import WORLD, bits_equal_on_all_ranks, distance, local_batch, orac
 from torch import nn
 
 import mpisyncbn
-from mpisyncbn.kernels import generic
 
 LOCAL = {2: nn.BatchNorm1d, 3: nn.BatchNorm1d, 4: nn.BatchNorm2d, 5: nn.BatchNorm3d}
 
@@ -280,27 +279,6 @@ def test_parameters_are_trained_like_the_whole_batch():
             optimizer.step()
     for name, value in net.state_dict().items():
         assert distance(ours.state_dict()[name], value, value.abs().max().double() + 1) < 1e-10, name
-
-
-@pytest.mark.parametrize("options", [{}, {"momentum": None}, {"dtype": torch.float64}], ids=str)
-def test_the_way_of_other_devices(options, monkeypatch):
-    """Generic kernels and vectors that are torch tensors, as on any device but the CPU."""
-    monkeypatch.setattr("mpisyncbn.autograd.kernels_for", lambda x: generic)
-    layer, dtype = mpisyncbn.SyncBatchNorm(3, **options), options.get("dtype", torch.float32)
-    for step in range(2):
-        x, dy = (shard((local_batch(), 3, 4, 4), seed + step, 5.0, dtype) for seed in (1, 7))
-        x.requires_grad_()
-        y = layer(x)
-        y.backward(dy)
-        expected = oracle(x, dy)
-        assert distance(y.detach(), expected.y) < 1e-5
-        assert distance(x.grad, expected.dx) < 1e-5
-    reference = mpisyncbn.SyncBatchNorm(3, **options)
-    monkeypatch.undo()
-    for step in range(2):
-        reference(shard((local_batch(), 3, 4, 4), 1 + step, 5.0, dtype))
-    for name, value in reference.state_dict().items():
-        assert distance(layer.state_dict()[name], value) < 1e-6, name
 
 
 def laid_out(x: torch.Tensor, layout: str) -> torch.Tensor:

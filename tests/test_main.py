@@ -58,7 +58,7 @@ def test_a_transport_that_cannot_be_had_is_reported(monkeypatch):
     monkeypatch.setenv("MPISYNCBN_TRANSPORT", "device")
     facts = report.report()
     assert facts["transport"]["in use"] == "none"
-    assert "CUDA-aware" in facts["exchange"]["error"]
+    assert "cannot take them" in facts["exchange"]["error"]
 
 
 def test_a_variable_that_nothing_understands(monkeypatch, capsys):

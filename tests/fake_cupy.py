@@ -1,0 +1,364 @@
+"""A stand-in for the part of CuPy that mpisyncbn uses, in the device memory of mock_cuda.c. Without a GPU.
+
+The values of arrays are where a device pointer points: who dereferences it dies of a segmentation fault, and
+what MPI makes of it is seen. What CuPy refuses is refused: mixing with NumPy arrays, implicit conversion,
+``get`` and ``set`` with another dtype or shape, a Device as a key.
+
+There is one stream. What is asynchronous with CuPy (copies by way of pinned memory, ``concatenate`` into an
+array) is done no sooner than somebody waits for it, or computes with an array; until then NaN is found there.
+
+``python fake_cupy.py FOLDER`` builds the library there, and prints its path.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import shlex
+import subprocess
+import sys
+import weakref
+from collections import deque
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from types import ModuleType, SimpleNamespace
+from typing import Any
+
+import numpy as np
+
+SHARED = os.environ.get("I_MPI_OFFLOAD_CUDA_LIBRARY")  # the copy of the library that MPI loads
+
+_cuda: Any = None
+_queue: deque[Callable[[], None]] = deque()
+_done = 0  # entries of the queue so far
+_pinned: dict[int, int] = {}  # addresses and bytes
+_LAYOUT = {"dtype", "flags", "itemsize", "nbytes", "ndim", "shape", "size", "strides"}
+_COMPARISONS = {np.greater, np.greater_equal, np.less, np.less_equal, np.equal, np.not_equal}
+
+
+@contextmanager
+def installed(folder: Path) -> Iterator[ModuleType]:
+    """``import cupy`` gets this module; ``folder`` is for what is built."""
+    global _cuda
+    if _cuda is None:
+        _cuda = ctypes.CDLL(SHARED or str(build(folder)))
+        word = ctypes.c_size_t
+        _cuda.cuMemcpyHtoD_v2.argtypes = _cuda.cuMemcpyDtoH_v2.argtypes = [word] * 3
+        _cuda.cuMemAlloc_v2.argtypes = [ctypes.POINTER(word), word]
+        _cuda.cuMemFree_v2.argtypes = [word]
+    ours = {"cupy": sys.modules[__name__], "cupyx": SimpleNamespace(empty_pinned=empty_pinned)}
+    theirs = {name: sys.modules.get(name) for name in ours}
+    sys.modules.update(ours)  # type: ignore[arg-type]
+    try:
+        yield ours["cupy"]
+    finally:
+        for name, module in theirs.items():
+            del sys.modules[name]
+            if module is not None:
+                sys.modules[name] = module
+
+
+def build(folder: Path) -> Path:
+    library, source = Path(folder, "libcuda.so.1"), Path(__file__).with_name("mock_cuda.c")
+    compiler = shlex.split(os.environ.get("CC", "cc"))
+    options = ["-O1", "-shared", "-fPIC", f"-Wl,-soname,{library.name}"]
+    subprocess.run([*compiler, *options, "-o", library, source], check=True)
+    return library
+
+
+def calls(entry_point: str) -> int:
+    """How often the driver was called there, by whomever."""
+    return ctypes.c_long.in_dll(_cuda, f"calls_{entry_point}").value
+
+
+def _run(until: float = float("inf")) -> None:
+    global _done
+    while _queue and _done < until:
+        _done += 1
+        _queue.popleft()()
+
+
+class _Memory:
+    """An allocation on the device, and as many bytes on the host, to look at it and to fill it."""
+
+    def __init__(self, nbytes: int) -> None:
+        self.bytes, pointer = np.full(nbytes, 255, np.uint8), ctypes.c_size_t()  # NaN, until it is written to
+        if nbytes:
+            _check(_cuda.cuMemAlloc_v2(pointer, nbytes))
+            weakref.finalize(self, _cuda.cuMemFree_v2, pointer.value).atexit = False
+        self.ptr = pointer.value
+        self.upload()
+
+    def upload(self) -> None:
+        if self.ptr:
+            _check(_cuda.cuMemcpyHtoD_v2(self.ptr, self.bytes.ctypes.data, self.bytes.nbytes))
+
+    def download(self) -> None:
+        if self.ptr:
+            _check(_cuda.cuMemcpyDtoH_v2(self.bytes.ctypes.data, self.ptr, self.bytes.nbytes))
+
+
+def _check(result: int) -> None:
+    if result:
+        raise RuntimeError(f"mock_cuda: CUresult {result}")
+
+
+class ndarray(np.lib.mixins.NDArrayOperatorsMixin):
+    """``layout``: where in ``memory.bytes`` the values would be."""
+
+    def __init__(self, memory: _Memory, layout: np.ndarray) -> None:
+        self._memory, self._layout = memory, layout
+
+    def __getattr__(self, name: str) -> Any:
+        if name in _LAYOUT:
+            return getattr(self._layout, name)
+        raise AttributeError(f"no attribute {name} in fake_cupy.ndarray")
+
+    @property
+    def data(self) -> Any:
+        offset = self._layout.ctypes.data - self._memory.bytes.ctypes.data
+        return SimpleNamespace(ptr=self._memory.ptr + offset if self._memory.ptr else 0)
+
+    @property
+    def device(self) -> Device:
+        return Device(0)
+
+    @property
+    def __cuda_array_interface__(self) -> dict[str, Any]:
+        where = {"data": (self.data.ptr, False), "strides": self.strides, "version": 3}
+        return {"shape": self.shape, "typestr": self.dtype.str, **where}
+
+    def _now(self) -> np.ndarray:
+        """The values at this point of the queue."""
+        self._memory.download()
+        return self._layout
+
+    def _values(self) -> np.ndarray:
+        _run()
+        return self._now()
+
+    def _assign(self, values: np.ndarray) -> None:
+        self._now()[...] = values
+        self._memory.upload()
+
+    def _view(self, layout: np.ndarray) -> ndarray:
+        if layout.size and not np.may_share_memory(layout, self._memory.bytes):
+            raise NotImplementedError("only views")
+        return ndarray(self._memory, layout)
+
+    def __getitem__(self, key: Any) -> ndarray:
+        found = self._layout[key]
+        return self._view(
+            found if isinstance(found, np.ndarray) else self._layout[(*np.atleast_1d(key), ...)]
+        )
+
+    def __setitem__(self, key: Any, value: Any) -> None:
+        if not isinstance(value, ndarray) and np.ndim(value):
+            raise ValueError("non-scalar numpy.ndarray cannot be used for fill")
+        value = value._values().copy() if isinstance(value, ndarray) else value
+        _run()
+        self[key]._assign(value)
+
+    def reshape(self, *shape: Any) -> ndarray:
+        return self._view(self._layout.reshape(*shape))
+
+    def ravel(self) -> ndarray:
+        return self._view(self._layout.reshape(-1))
+
+    def astype(self, dtype: Any, copy: bool = True) -> ndarray:
+        return self if self.dtype == dtype and not copy else _computed(np.ndarray.astype, self, dtype)
+
+    def sum(self, axis: Any = None, dtype: Any = None, keepdims: bool = False) -> ndarray:
+        return _computed(np.sum, self, axis, dtype, keepdims=keepdims)
+
+    def mean(self, axis: Any = None, dtype: Any = None, keepdims: bool = False) -> ndarray:
+        return _computed(np.mean, self, axis, dtype, keepdims=keepdims)
+
+    def max(self, axis: Any = None, keepdims: bool = False) -> ndarray:
+        return _computed(np.max, self, axis, keepdims=keepdims)
+
+    def get(
+        self, stream: Any = None, order: str = "C", out: np.ndarray | None = None, blocking: bool = True
+    ) -> np.ndarray:
+        if out is None:
+            out = np.empty(self.shape, self.dtype, order)  # type: ignore[call-overload]
+        if not isinstance(out, np.ndarray):
+            raise TypeError("Only numpy.ndarray can be obtained from cupy.ndarray")
+        if out.dtype != self.dtype:
+            raise TypeError(f"{out.dtype} array cannot be obtained from {self.dtype} array")
+        if out.shape != self.shape:
+            raise ValueError(f"Shape mismatch. Expected shape: {self.shape}, actual shape: {out.shape}")
+        if not (out.flags.c_contiguous or out.flags.f_contiguous):
+            raise RuntimeError("`out` cannot be specified when copying to non-contiguous ndarray")
+        if out.dtype.kind == "f":
+            out.fill(np.nan)
+        _queue.append(lambda: np.copyto(out, self._now()))
+        if blocking or not _is_pinned(out):
+            _run()
+        return out
+
+    def set(self, arr: np.ndarray, stream: Any = None) -> None:
+        if not isinstance(arr, np.ndarray):
+            raise TypeError("Only numpy.ndarray can be set to cupy.ndarray")
+        if arr.dtype != self.dtype:
+            raise TypeError(f"{arr.dtype} array cannot be set to {self.dtype} array")
+        if arr.shape != self.shape:
+            raise ValueError(f"Shape mismatch. Old shape: {self.shape}, new shape: {arr.shape}")
+        if not (self.flags.c_contiguous or self.flags.f_contiguous):
+            raise RuntimeError("Cannot set to non-contiguous array")
+        source = arr if _is_pinned(arr) else arr.copy()
+        _queue.append(lambda: self._assign(source))
+
+    def item(self) -> Any:
+        return self._values().item()
+
+    def __bool__(self) -> bool:
+        return bool(self.item())
+
+    def __float__(self) -> float:
+        return float(self.item())
+
+    def __len__(self) -> int:
+        return len(self._layout)
+
+    def __iter__(self) -> Iterator[ndarray]:
+        return (self[i] for i in range(len(self)))
+
+    def __array__(self, dtype: Any = None, copy: Any = None) -> np.ndarray:
+        raise TypeError("Implicit conversion to a NumPy array is not allowed.")
+
+    def __array_ufunc__(self, ufunc: Any, method: str, *inputs: Any, out: Any = None, **options: Any) -> Any:
+        if method != "__call__":
+            return NotImplemented
+        if ufunc in _COMPARISONS:  # as CuPy does, for NumPy's scalars may come as arrays
+            inputs = tuple(v.item() if isinstance(v, np.ndarray) and v.ndim == 0 else v for v in inputs)
+        if out is None:
+            return _computed(ufunc, *inputs, **options)
+        if not isinstance(out[0], ndarray):
+            raise TypeError(f"Unsupported type {type(out[0])}")
+        _computed(ufunc, *inputs, out=out[0], **options)
+        return out[0]
+
+    def __array_function__(self, func: Any, types: Any, args: Any, kwargs: Any) -> Any:
+        ours = globals().get(func.__name__)
+        return NotImplemented if ours is None else ours(*args, **kwargs)
+
+
+def _computed(function: Any, *args: Any, out: ndarray | None = None, **options: Any) -> ndarray:
+    _run()
+    with np.errstate(all="ignore"):
+        if out is None:
+            return asarray(np.asarray(function(*map(_host, args), **options)))
+        function(*map(_host, args), out=out._now(), **options)
+        out._memory.upload()
+        return out
+
+
+def _host(value: Any) -> Any:
+    if isinstance(value, (tuple, list)):
+        return [_host(each) for each in value]
+    if isinstance(value, np.ndarray):
+        raise TypeError(f"Unsupported type {type(value)}")
+    return value._now() if isinstance(value, ndarray) else value
+
+
+def empty(shape: Any, dtype: Any = float, order: str = "C") -> ndarray:
+    shape = (shape,) if isinstance(shape, int) else tuple(shape)
+    memory = _Memory(int(np.prod(shape)) * np.dtype(dtype).itemsize)
+    return ndarray(memory, np.ndarray(shape, dtype, memory.bytes, order=order))  # type: ignore[call-overload]
+
+
+def zeros(shape: Any, dtype: Any = float) -> ndarray:
+    return asarray(np.zeros(shape, dtype))
+
+
+def asarray(values: Any, dtype: Any = None) -> ndarray:
+    if isinstance(values, ndarray):
+        return values if dtype is None else values.astype(dtype, copy=False)
+    values = np.asarray(values, dtype)
+    array = empty(values.shape, values.dtype)
+    array._assign(values)
+    return array
+
+
+def ascontiguousarray(a: ndarray, dtype: Any = None) -> ndarray:
+    return a if a.flags.c_contiguous and dtype in (None, a.dtype) else _computed(np.array, a, dtype)
+
+
+def where(condition: Any, x: Any, y: Any) -> ndarray:
+    return _computed(np.where, condition, x, y)
+
+
+def stack(arrays: Any, axis: int = 0) -> ndarray:
+    return _computed(np.stack, _only_ours(arrays), axis)
+
+
+def concatenate(arrays: Any, axis: int = 0, out: ndarray | None = None) -> ndarray:
+    if out is None:
+        return _computed(np.concatenate, _only_ours(arrays), axis)
+    if out.shape != np.concatenate([each._layout for each in _only_ours(arrays)], axis).shape:
+        raise ValueError("Output array is the wrong shape")
+    out._assign(np.full(out.shape, np.nan))
+    _queue.append(lambda: out._assign(np.concatenate(_host(arrays), axis)))
+    return out
+
+
+def _only_ours(arrays: Any) -> Any:
+    if not all(isinstance(each, ndarray) for each in arrays):
+        raise TypeError("Only cupy arrays can be concatenated")
+    return arrays
+
+
+def empty_pinned(shape: Any, dtype: Any = float, order: str = "C") -> np.ndarray:
+    memory = np.full(int(np.prod(shape)) * np.dtype(dtype).itemsize, 255, np.uint8)
+    _pinned[memory.ctypes.data] = memory.nbytes
+    weakref.finalize(memory, _pinned.pop, memory.ctypes.data).atexit = False
+    return np.ndarray(shape, dtype, memory, order=order)  # type: ignore[call-overload]
+
+
+def _is_pinned(array: np.ndarray) -> bool:
+    address = array.ctypes.data
+    return any(begin <= address < begin + nbytes for begin, nbytes in _pinned.items())
+
+
+class Device:
+    def __init__(self, device: int = 0) -> None:
+        self.id = device
+
+    def __eq__(self, other: object) -> bool:  # and so no __hash__, as with CuPy
+        return isinstance(other, Device) and other.id == self.id
+
+    def __enter__(self) -> Device:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        pass
+
+
+class Stream:
+    ptr = 0
+
+    def synchronize(self) -> None:
+        _run()
+
+    def is_capturing(self) -> bool:
+        return False
+
+
+class Event:
+    def __init__(self, block: bool = False, disable_timing: bool = False) -> None:
+        self._mark = 0
+
+    def record(self, stream: Any = None) -> None:
+        self._mark = _done + len(_queue)
+
+    def synchronize(self) -> None:
+        _run(self._mark)
+
+
+_null = Stream()
+cuda = SimpleNamespace(Device=Device, Stream=Stream, Event=Event, get_current_stream=lambda: _null)
+
+if __name__ == "__main__":
+    print(build(Path(sys.argv[1])))
