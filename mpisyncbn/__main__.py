@@ -21,7 +21,7 @@ import numpy as np
 from . import config, diagnostics, exchange, transport
 from .communicator import Communicator, mpi
 from .errors import TransportError
-from .kernels import kernels_for, native
+from .kernels import kernels_for, native, on_cuda
 
 _OPTIONAL = ("numpy", "mpi4py", "torch", "cupy", "triton")
 _CHANNELS = 256
@@ -114,6 +114,7 @@ def _ranks() -> dict[str, Any]:
 
 
 def _transport() -> dict[str, str]:
+    """For data on a device; messages of data in host memory stay there."""
     try:
         return dict(zip(("in use", "because"), transport.chosen(mpi()), strict=True))
     except TransportError as error:
@@ -131,12 +132,23 @@ def _kernels() -> dict[str, str]:
     accelerator = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
     if accelerator is None:
         used["torch, accelerator"] = "torch finds no accelerator"
+    elif accelerator.type == "cuda":
+        used["torch, cuda"] = _ON_CUDA[on_cuda().__name__.rpartition(".")[2]]
     else:
-        used[f"torch, {accelerator.type}"] = (
-            "generic: composed of torch operations, staged through host memory"
-        )
-    used["CuPy"] = "generic" if "not installed" not in _versions()["cupy"] else "CuPy is not installed"
+        used[f"torch, {accelerator.type}"] = "generic: composed of torch operations"
+    if "not installed" in _versions()["cupy"]:
+        used["CuPy"] = "CuPy is not installed"
+    elif accelerator is not None and accelerator.type == "cuda":
+        used["CuPy"] = "those of torch, cuda, by way of DLPack"
+    else:
+        used["CuPy"] = "generic: composed of CuPy operations"
     return used
+
+
+_ON_CUDA = {
+    "cuda": "Triton",
+    "aten_cuda": "composed of torch's operations, for Triton is not installed: pip install triton",
+}
 
 
 def _on_host(x: Any, otherwise: str) -> str:

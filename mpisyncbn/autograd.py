@@ -450,12 +450,15 @@ def _token(x: Tensor) -> Tensor:
 
 
 _LIBRARY = torch.library.Library("mpisyncbn", "DEF")
+_HOST_TAKES_PART = (torch.Tag.cudagraph_unsafe,)
 _LIBRARY.define(
     "merge_moments(Tensor mean, Tensor m2, SymInt count, Tensor(a!) token, str group, str layer, str dtype)"
-    " -> (Tensor, Tensor, Tensor, Tensor)"
+    " -> (Tensor, Tensor, Tensor, Tensor)",
+    tags=_HOST_TAKES_PART,
 )
 _LIBRARY.define(
-    "reduce_sums(Tensor sums, Tensor(a!) token, str group, str layer, str direction, str dtype) -> Tensor"
+    "reduce_sums(Tensor sums, Tensor(a!) token, str group, str layer, str direction, str dtype) -> Tensor",
+    tags=_HOST_TAKES_PART,
 )
 
 
@@ -468,8 +471,9 @@ def _merge_moments_op(
         total, merged, var = exchange.merge_moments(communicator, call, count, mean, m2)
         merged, var = (transport.from_host(vector, m2) for vector in (merged, var))
     functional.check_count(total, m2)
-    first_time = torch.tensor(not _recomputing(), device=m2.device)
-    return torch.tensor(total, dtype=torch.float64, device=m2.device), merged, var, first_time
+    # filled there, so that no device is waited for
+    first_time = m2.new_full((), not _recomputing(), dtype=torch.bool)
+    return m2.new_full((), total), merged, var, first_time
 
 
 def _reduce_sums_op(

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from . import autograd, convert, functional
+from .kernels import has_float64
 
 __all__ = ["SyncBatchNorm"]
 
@@ -92,7 +93,8 @@ class SyncBatchNorm(convert.Synchronized):
             momentum: Any = self.momentum
             batches = _tensor(self, self._buffers, "num_batches_tracked")
             if momentum is None:  # cumulative; as a tensor, so that no device is waited for
-                momentum = 0.0 if batches is None else (batches + 1).double().reciprocal()
+                exact = torch.float64 if has_float64(batches) else torch.float32
+                momentum = 0.0 if batches is None else (batches + 1).to(exact).reciprocal()
             updated = functional.update_running_stats(running_mean, running_var, stats, momentum)
             if batches is not None:
                 batches.add_(updated)

@@ -21,7 +21,7 @@ from . import exchange, transport
 from .communicator import resolve
 from .diagnostics import Call
 from .errors import on_rank
-from .kernels import kernels_for, native
+from .kernels import has_float64, kernels_for, native
 
 __all__ = ["BatchStats", "batch_norm_backward", "batch_norm_forward", "update_running_stats"]
 
@@ -213,7 +213,7 @@ def _update_unseen(running_mean: Any, running_var: Any, stats: BatchStats, momen
     limit = _largest(running_var.dtype)
     updated = (count > 0) & (abs(mean).max() <= limit) & (unbiased.max() <= limit)
     for running, new in ((running_mean, mean), (running_var, unbiased)):
-        old = running.double() if hasattr(running, "double") else running
+        old = running.double() if hasattr(running, "double") and has_float64(running) else running
         blended = old + momentum * (new - old)
         is_torch = hasattr(old, "lerp_")
         running[...] = blended.where(updated, old) if is_torch else np.where(updated, blended, old)

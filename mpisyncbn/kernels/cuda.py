@@ -32,6 +32,7 @@ _PARTS, _PART_COLUMNS = 64, 16
 # Element by element: many small programs.
 _SMALL_WARPS = 4
 _SMALL_BYTES = 32 * _SMALL_WARPS * 64
+_MOST_ROWS = 16
 _LARGE, _SMALL = ({"num_warps": warps, "enable_fp_fusion": True} for warps in (_WARPS, _SMALL_WARPS))
 _STEPS = 4  # tiles one below the other for each program: it loads the vectors once
 
@@ -180,6 +181,8 @@ def _small_plan(
     matrix = (samples * channels, length) if planes else (samples, channels)
     values = _SMALL_BYTES // dtype.itemsize
     rows, columns = _tile(*matrix, values) if planes else _lines(*matrix, values, dtype)
+    if planes:  # each row of a tile is of another channel, whose vectors take registers
+        rows = min(rows, _MOST_ROWS)
     steps = 1 if planes else min(_STEPS, triton.cdiv(matrix[0], rows))
     across = triton.cdiv(matrix[1], columns)
     grid = (triton.cdiv(matrix[0], rows * steps) * across,)

@@ -336,8 +336,11 @@ def _channels(
     """
     tile = tl.program_id(0)
     if PLANES:
-        row = (tile // column_tiles).to(tl.int64) * ROWS + tl.arange(0, ROWS)
-        return (row % channels)[:, None], (row < rows)[:, None]
+        first = (tile // column_tiles).to(tl.int64) * ROWS
+        place = tl.arange(0, ROWS)
+        # 64 bits are divided once, for they take their time
+        channel = ((first % channels).to(tl.int32) + place) % channels
+        return channel[:, None], (first + place < rows)[:, None]
     else:
         column = (tile % column_tiles) * COLUMNS + tl.arange(0, COLUMNS)
         return column[None, :], (column < width)[None, :]
