@@ -157,10 +157,7 @@ def _packed(group: Communicator, h: int, count: int, vectors: Sequence[Any], len
 
 def _allreduce(group: Communicator, call: Call, message: Any, buffer: Any) -> np.ndarray:
     """The sum of all ranks' messages, in host memory. In place."""
-    try:
-        group.comm.Allreduce(group.in_place, buffer)
-    except group.mpi_error as error:
-        _raise_failed(group, call, error)
+    _meet(group, call, message, group.comm.Allreduce, group.in_place, buffer)
     (total,) = transport.to_host(message)
     diagnostics.check(group, total[0], total[1], call)
     return total
@@ -174,14 +171,22 @@ def _allgather(group: Communicator, call: Call, message: Any, buffer: Any) -> np
     else:
         on_device = group.device_message(group.size, len(message), message)
         everyone, into = on_device.values, on_device.buffer
-    try:
-        group.comm.Allgather(buffer, into)
-    except group.mpi_error as error:
-        _raise_failed(group, call, error)
+    _meet(group, call, message, group.comm.Allgather, buffer, into)
     (gathered,) = transport.to_host(everyone)
     gathered = gathered.reshape(group.size, -1)
     diagnostics.check(group, gathered[:, 0].sum(), gathered[:, 1].sum(), call)
     return gathered
+
+
+def _meet(group: Communicator, call: Call, message: Any, collective: Any, *buffers: Any) -> None:
+    try:
+        if type(message) is np.ndarray:
+            collective(*buffers)
+        else:
+            with transport.device_of(message):  # MPI may look at which one is current
+                collective(*buffers)
+    except group.mpi_error as error:
+        _raise_failed(group, call, error)
 
 
 def _sign(group: Communicator, call: Call, length: int, kind: int = _SUM) -> int:
@@ -214,8 +219,8 @@ def answer(group: Communicator) -> None:
             if not kind:
                 return
             group.exchanges += 1
-            meet = _allreduce if kind == _SUM else _allgather
-            meet(group, _NO_DATA, *_packed(group, h, 0, [np.zeros(length - 3)], length))
+            join = _allreduce if kind == _SUM else _allgather
+            join(group, _NO_DATA, *_packed(group, h, 0, [np.zeros(length - 3)], length))
 
 
 def _raise_problem(group: Communicator, call: Call, problem: int) -> NoReturn:

@@ -15,7 +15,7 @@ import numpy as np
 from .errors import MPISyncBNError, on_rank
 from .kernels import loaded_torch
 
-__all__ = ["DeviceMessage", "Stage", "stage_of"]
+__all__ = ["DeviceMessage", "Stage", "device_of", "stage_of"]
 
 _SLOTS = 8  # more copies than one step of a layer has under way
 
@@ -25,6 +25,9 @@ class _Torch:
 
     def __init__(self, device: Any) -> None:
         self.torch, self.device = loaded_torch(), device
+
+    def current(self) -> Any:
+        return self.torch.cuda.device(self.device)
 
     def empty(self, length: int) -> tuple[Any, int]:
         vector = self.torch.empty(length, dtype=self.torch.float64, device=self.device)
@@ -67,6 +70,9 @@ class _CuPy:
         import cupyx
 
         self.cupy, self.empty_pinned, self.device = cupy, cupyx.empty_pinned, device
+
+    def current(self) -> Any:
+        return self.device
 
     def empty(self, length: int) -> tuple[Any, int]:
         with self.device:
@@ -183,6 +189,12 @@ def _refuse_capture(driver: Any) -> None:
             "a synchronized batch norm cannot be captured in a CUDA graph, because the host takes part in "
             f"its exchange at every training step{on_rank()}: leave it out of what is captured"
         )
+
+
+def device_of(array: Any) -> Any:
+    """A context in which its device is the current one."""
+    stage: Any = stage_of(array)
+    return stage.driver.current()
 
 
 _of_thread = threading.local()  # so that no two threads take turns at one buffer

@@ -18,9 +18,20 @@ import numpy as np
 from . import config
 from .errors import TransportError, on_rank
 from .kernels import has_float64, loaded_torch, native
-from .staging import stage_of
+from .staging import device_of, stage_of
 
-__all__ = ["blend", "changed", "chosen", "direct", "from_host", "near", "on_device", "on_host", "to_host"]
+__all__ = [
+    "blend",
+    "changed",
+    "chosen",
+    "device_of",
+    "direct",
+    "from_host",
+    "near",
+    "on_device",
+    "on_host",
+    "to_host",
+]
 
 _WORD = (1 << 64) - 1
 # What MPICH calls a kind of device in MPIX_GPU_query_support, and MPI-4.1 a kind of memory.

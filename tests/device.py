@@ -7,6 +7,7 @@ operations that torch has for its own SyncBatchNorm on CUDA alone are written ag
 from __future__ import annotations
 
 import threading
+from contextlib import nullcontext
 from types import ModuleType
 from typing import Any
 
@@ -147,6 +148,9 @@ class SlowDevice:
         self.waits = 0
         self.lazy_uploads = lazy_uploads
         self.is_capturing = False
+
+    def current(self) -> Any:
+        return nullcontext()
 
     def pinned(self, length: int) -> tuple[Tensor, np.ndarray]:
         memory = torch.full((length,), torch.nan, dtype=torch.float64)

@@ -324,15 +324,16 @@ def test_not_a_number_stays_in_its_channel():
                 assert np.isfinite(sum_dy_xmu[[0, 1, 3, 4]]).all()
 
 
-@needs_native
-def test_a_negated_view_and_odd_parameters():
+@pytest.mark.parametrize("kernels", EVERY)
+def test_a_negated_view_and_odd_parameters(kernels):
     """What has another sign than its memory, and parameters with strides."""
     z = torch.complex(shard((4, 3, 5), 1), shard((4, 3, 5), 2))
     x = z.conj().imag
     assert x.is_neg()
     weight, bias = shard((3,), 3).repeat_interleave(2)[::2], torch.ones(1).expand(3)
-    check(cpu, x, x, weight, bias)
-    check(cpu, x, z.real.sum().expand(4, 3, 5), weight, bias)
+    check(kernels, x, x, weight, bias)
+    check(kernels, x, z.real.sum().expand(4, 3, 5), weight, bias)
+    check_fused(kernels, x, x, weight, bias, None)
 
 
 @needs_native

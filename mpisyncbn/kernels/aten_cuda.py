@@ -95,7 +95,7 @@ def backward_elementwise(
         _readable(x),
         high,
         _narrow(invstd, x),
-        None if weight is None else weight.to(high.dtype),
+        None if weight is None else weight.to(high.dtype).contiguous(),
         _narrow(mean_dy - (mean - high.double()) * slope, x),
         _narrow(mean_dy_xmu, x),
         torch.ones(1, dtype=torch.int32, device=x.device),

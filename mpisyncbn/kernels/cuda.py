@@ -39,7 +39,7 @@ _STEPS = 4  # tiles one below the other for each program: it loads the vectors o
 
 def local_moments(x: Tensor) -> tuple[int, Tensor, Tensor]:
     channels, exact = x.shape[1], x.dtype == torch.float64
-    found = x.new_zeros((3 if exact else 2, channels), dtype=torch.float64)
+    found = _sums_of(x, 3 if exact else 2)
     if x.numel():
         x, plan = _planned(x)
         parts = x.new_empty((plan.shares, 4, channels), dtype=torch.float64) if plan.shares > 1 else None
@@ -65,6 +65,7 @@ def normalize(
     y = torch.empty_like(x)
     if x.numel():
         residual = None if residual is None else like(residual, x)
+        mean, invstd, weight, bias = map(_vector, (mean, invstd, weight, bias))
         grid, sizes, options = _small_plan(*_matrix(x), x.dtype)
         with _device_of(x):
             cuda_loops.normalize[grid](
@@ -77,12 +78,13 @@ def backward_reduce(
     dy: Tensor, x: Tensor, mean: Tensor, invstd: Tensor, gate: Any = None
 ) -> tuple[Tensor, Tensor, Tensor]:
     channels = x.shape[1]
-    found = x.new_zeros((2, channels), dtype=torch.float64)
+    found = _sums_of(x, 2)
     weight, bias, y = gate or (None, None, None)
     dz = dy
     if x.numel():
         x, plan = _planned(x)
         dy = dz = like(dy, x)
+        mean, invstd, weight, bias = map(_vector, (mean, invstd, weight, bias))
         if y is not None:
             y, dz = like(y, x), torch.empty_like(x)
         parts = x.new_empty((plan.shares, 2, channels), dtype=torch.float64) if plan.shares > 1 else None
@@ -124,22 +126,24 @@ def backward_elementwise(
     relu = gate is not None and gate.y is None
     if x.numel():
         grid, sizes, options = _small_plan(*_matrix(x), x.dtype)
+        vectors = mean, invstd, weight, gate.bias if relu else None, mean_dy, mean_dy_xmu
         with _device_of(x):
             cuda_loops.backward_elementwise[grid](
                 like(dz, x),
                 x,
                 dx,
-                mean,
-                invstd,
-                weight,
-                gate.bias if relu else None,
-                mean_dy,
-                mean_dy_xmu,
+                *map(_vector, vectors),
                 *sizes,
                 GATE=relu,
                 **options,
             )
     return dx
+
+
+def _sums_of(x: Tensor, rows: int) -> Tensor:
+    """Memory for sums over ``x``: zeros where it is empty."""
+    make = x.new_empty if x.numel() else x.new_zeros
+    return make((rows, x.shape[1]), dtype=torch.float64)
 
 
 class _Sums(NamedTuple):
@@ -214,6 +218,11 @@ def _lines(rows: int, channels: int, values: int, dtype: torch.dtype) -> tuple[i
     """The same where the columns are channels, whose sums are to be spread over programs."""
     columns = min(triton.next_power_of_2(channels), _LINE // dtype.itemsize)
     return min(triton.next_power_of_2(rows), values // columns), columns
+
+
+def _vector(values: Tensor | None) -> Any:
+    """As the loops read it: without strides."""
+    return values if values is None else values.resolve_neg().contiguous()
 
 
 def _wide(dtype: torch.dtype) -> Any:
