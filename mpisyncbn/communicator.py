@@ -149,7 +149,7 @@ class Communicator:
 
     def device_message(self, copies: int, length: int, like: Any) -> DeviceMessage:
         """The same, for so many messages one after the other, in the memory of the device of ``like``."""
-        key = copies, length, like.device
+        key = copies, length, getattr(like.device, "id", like.device)  # CuPy's devices cannot be keys
         message = self._device_messages.get(key)
         if message is None:
             message = self._device_messages[key] = DeviceMessage(mpi(), *key[:2], like)

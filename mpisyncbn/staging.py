@@ -203,13 +203,14 @@ _of_thread = threading.local()  # so that no two threads take turns at one buffe
 def stage_of(like: Any) -> Stage | None:
     """The Stage of this thread for the device of an array; None where nothing is pinned for such."""
     device = like.device
+    key = getattr(device, "id", device)  # CuPy's devices cannot be keys
     stages = _of_thread.__dict__
-    stage = stages.get(device) if stages else None
+    stage = stages.get(key)
     if stage is None:
         driver = _driver_of(like, device)
         if driver is None:
             return None
-        stage = stages[device] = Stage(driver)
+        stage = stages[key] = Stage(driver)
     return stage
 
 

@@ -154,6 +154,28 @@ choose_mpiexec() {
     echo "mpiexec: .venv/bin/mpiexec ($library), from PyPI: $why"
 }
 
+# Puts the Intel MPI that setup.cfg names into .venv/impi, apart from the library that the mpiexec on PATH starts. Where
+# that cannot be, prints why and fails.
+intel_mpi() {
+    local impi=$venv/impi wanted found
+    wanted=$(sed -n "s/^impi = //p" "$root/setup.cfg")
+    if [[ $(cat "$impi/.whole" 2>/dev/null) != "$wanted" ]]; then
+        say "pip install $wanted, into .venv/impi"
+        rm -rf "$impi"
+        if ! found=$(python -m pip --disable-pip-version-check -qq --retries 1 \
+            install --no-deps --ignore-installed --prefix "$impi" "$wanted" 2>&1); then
+            echo "cannot install $wanted: ${found##*$'\n'}"
+            return 1
+        fi
+        echo "$wanted" >"$impi/.whole"
+    fi
+    found=$(PATH=$impi/bin:$PATH MPI4PY_LIBMPI=$impi/lib/libmpi.so.12 one_world) || true
+    if [[ $found != "Intel MPI "* ]]; then
+        echo "mpi4py does not run with $wanted: ${found##*$'\n'}"
+        return 1
+    fi
+}
+
 # Open MPI 5 reads PRTE_MCA_*, Open MPI 4 OMPI_MCA_*. More ranks than cores is the normal case here: without binding off
 # and yielding on, a collective then takes a thousand times as long.
 if ((EUID == 0)); then

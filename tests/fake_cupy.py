@@ -27,6 +27,7 @@ from typing import Any
 
 import numpy as np
 
+COMPILER = shlex.split(os.environ.get("CC", "cc"))
 SHARED = os.environ.get("I_MPI_OFFLOAD_CUDA_LIBRARY")  # the copy of the library that MPI loads
 
 _cuda: Any = None
@@ -49,7 +50,7 @@ def installed(folder: Path) -> Iterator[ModuleType]:
         _cuda.cuMemFree_v2.argtypes = [word]
     ours = {"cupy": sys.modules[__name__], "cupyx": SimpleNamespace(empty_pinned=empty_pinned)}
     theirs = {name: sys.modules.get(name) for name in ours}
-    sys.modules.update(ours)  # type: ignore[arg-type]
+    sys.modules.update(ours)
     try:
         yield ours["cupy"]
     finally:
@@ -61,9 +62,8 @@ def installed(folder: Path) -> Iterator[ModuleType]:
 
 def build(folder: Path) -> Path:
     library, source = Path(folder, "libcuda.so.1"), Path(__file__).with_name("mock_cuda.c")
-    compiler = shlex.split(os.environ.get("CC", "cc"))
     options = ["-O1", "-shared", "-fPIC", f"-Wl,-soname,{library.name}"]
-    subprocess.run([*compiler, *options, "-o", library, source], check=True)
+    subprocess.run([*COMPILER, *options, "-o", library, source], check=True)
     return library
 
 
@@ -169,28 +169,13 @@ class ndarray(np.lib.mixins.NDArrayOperatorsMixin):
     def astype(self, dtype: Any, copy: bool = True) -> ndarray:
         return self if self.dtype == dtype and not copy else _computed(np.ndarray.astype, self, dtype)
 
-    def sum(self, axis: Any = None, dtype: Any = None, keepdims: bool = False) -> ndarray:
-        return _computed(np.sum, self, axis, dtype, keepdims=keepdims)
+    sum, mean, max = (
+        lambda self, *args, _of=function, **options: _computed(_of, self, *args, **options)
+        for function in (np.sum, np.mean, np.max)
+    )
 
-    def mean(self, axis: Any = None, dtype: Any = None, keepdims: bool = False) -> ndarray:
-        return _computed(np.mean, self, axis, dtype, keepdims=keepdims)
-
-    def max(self, axis: Any = None, keepdims: bool = False) -> ndarray:
-        return _computed(np.max, self, axis, keepdims=keepdims)
-
-    def get(
-        self, stream: Any = None, order: str = "C", out: np.ndarray | None = None, blocking: bool = True
-    ) -> np.ndarray:
-        if out is None:
-            out = np.empty(self.shape, self.dtype, order)  # type: ignore[call-overload]
-        if not isinstance(out, np.ndarray):
-            raise TypeError("Only numpy.ndarray can be obtained from cupy.ndarray")
-        if out.dtype != self.dtype:
-            raise TypeError(f"{out.dtype} array cannot be obtained from {self.dtype} array")
-        if out.shape != self.shape:
-            raise ValueError(f"Shape mismatch. Expected shape: {self.shape}, actual shape: {out.shape}")
-        if not (out.flags.c_contiguous or out.flags.f_contiguous):
-            raise RuntimeError("`out` cannot be specified when copying to non-contiguous ndarray")
+    def get(self, stream: Any = None, order: str = "C", out: Any = None, blocking: bool = True) -> np.ndarray:
+        out = np.empty(self.shape, self.dtype, order) if out is None else self._checked(out)
         if out.dtype.kind == "f":
             out.fill(np.nan)
         _queue.append(lambda: np.copyto(out, self._now()))
@@ -199,16 +184,17 @@ class ndarray(np.lib.mixins.NDArrayOperatorsMixin):
         return out
 
     def set(self, arr: np.ndarray, stream: Any = None) -> None:
-        if not isinstance(arr, np.ndarray):
-            raise TypeError("Only numpy.ndarray can be set to cupy.ndarray")
-        if arr.dtype != self.dtype:
-            raise TypeError(f"{arr.dtype} array cannot be set to {self.dtype} array")
-        if arr.shape != self.shape:
-            raise ValueError(f"Shape mismatch. Old shape: {self.shape}, new shape: {arr.shape}")
         if not (self.flags.c_contiguous or self.flags.f_contiguous):
             raise RuntimeError("Cannot set to non-contiguous array")
-        source = arr if _is_pinned(arr) else arr.copy()
+        source = self._checked(arr) if _is_pinned(arr) else self._checked(arr).copy()
         _queue.append(lambda: self._assign(source))
+
+    def _checked(self, host: Any) -> np.ndarray:
+        if not isinstance(host, np.ndarray) or host.dtype != self.dtype:
+            raise TypeError(f"expected a numpy.ndarray of {self.dtype}, for there is no conversion")
+        if host.shape != self.shape:
+            raise ValueError(f"Shape mismatch: {host.shape} and {self.shape}")
+        return host
 
     def item(self) -> Any:
         return self._values().item()
@@ -257,16 +243,15 @@ def _computed(function: Any, *args: Any, out: ndarray | None = None, **options: 
 
 def _host(value: Any) -> Any:
     if isinstance(value, (tuple, list)):
-        return [_host(each) for each in value]
+        return type(value)(map(_host, value))
     if isinstance(value, np.ndarray):
         raise TypeError(f"Unsupported type {type(value)}")
     return value._now() if isinstance(value, ndarray) else value
 
 
-def empty(shape: Any, dtype: Any = float, order: str = "C") -> ndarray:
-    shape = (shape,) if isinstance(shape, int) else tuple(shape)
+def empty(shape: Any, dtype: Any = float) -> ndarray:
     memory = _Memory(int(np.prod(shape)) * np.dtype(dtype).itemsize)
-    return ndarray(memory, np.ndarray(shape, dtype, memory.bytes, order=order))  # type: ignore[call-overload]
+    return ndarray(memory, np.ndarray(shape, dtype, memory.bytes))
 
 
 def zeros(shape: Any, dtype: Any = float) -> ndarray:
@@ -299,8 +284,9 @@ def concatenate(arrays: Any, axis: int = 0, out: ndarray | None = None) -> ndarr
         return _computed(np.concatenate, _only_ours(arrays), axis)
     if out.shape != np.concatenate([each._layout for each in _only_ours(arrays)], axis).shape:
         raise ValueError("Output array is the wrong shape")
+    _run()
     out._assign(np.full(out.shape, np.nan))
-    _queue.append(lambda: out._assign(np.concatenate(_host(arrays), axis)))
+    _queue.append(lambda: out._assign(np.concatenate([each._now() for each in arrays], axis)))
     return out
 
 
@@ -310,11 +296,11 @@ def _only_ours(arrays: Any) -> Any:
     return arrays
 
 
-def empty_pinned(shape: Any, dtype: Any = float, order: str = "C") -> np.ndarray:
+def empty_pinned(shape: Any, dtype: Any = float) -> np.ndarray:
     memory = np.full(int(np.prod(shape)) * np.dtype(dtype).itemsize, 255, np.uint8)
     _pinned[memory.ctypes.data] = memory.nbytes
     weakref.finalize(memory, _pinned.pop, memory.ctypes.data).atexit = False
-    return np.ndarray(shape, dtype, memory, order=order)  # type: ignore[call-overload]
+    return np.ndarray(shape, dtype, memory)
 
 
 def _is_pinned(array: np.ndarray) -> bool:
@@ -329,6 +315,9 @@ class Device:
     def __eq__(self, other: object) -> bool:  # and so no __hash__, as with CuPy
         return isinstance(other, Device) and other.id == self.id
 
+    def __repr__(self) -> str:
+        return f"<CUDA Device {self.id}>"
+
     def __enter__(self) -> Device:
         return self
 
@@ -337,6 +326,8 @@ class Device:
 
 
 class Stream:
+    """The null stream. Another one would be in its order."""
+
     ptr = 0
 
     def synchronize(self) -> None:
