@@ -215,8 +215,10 @@ def _update_unseen(running_mean: Any, running_var: Any, stats: BatchStats, momen
     for running, new in ((running_mean, mean), (running_var, unbiased)):
         old = running.double() if hasattr(running, "double") and has_float64(running) else running
         blended = old + momentum * (new - old)
-        is_torch = hasattr(old, "lerp_")
-        running[...] = blended.where(updated, old) if is_torch else np.where(updated, blended, old)
+        if hasattr(running, "copy_"):  # torch
+            running.copy_(blended.where(updated, old))
+        else:
+            running[...] = np.where(updated, blended, old)
     return updated
 
 

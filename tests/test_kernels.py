@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import importlib
+import sys
 from collections.abc import Callable
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -13,7 +16,10 @@ from device import GPU, OnDevice, one_rank_without_gpu
 from hypothesis import given
 from hypothesis import strategies as st
 from parallel import distance, shard, together
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
 
+import mpisyncbn
 from mpisyncbn.errors import MPISyncBNError
 from mpisyncbn.kernels import Gate, aten, aten_cuda, generic, kernels_for, native
 
@@ -521,3 +527,63 @@ def test_a_channel_that_is_not_finite_leaves_the_others_alone(kernels):
         got = kernels.normalize(x, mean, invstd, None, None)
     assert got[:, 0].isnan().all()
     assert distance(got[:, 1:], torch.from_numpy(y[:, 1:])) < 1e-6
+
+
+class LikeCuPy(np.ndarray):
+    """In host memory, with a device all the same."""
+
+    device: Any = nullcontext()
+    device.id = 0
+
+
+@needs_triton
+@one_rank_without_gpu
+@pytest.mark.skipif(GPU, reason="with a GPU, scripts/gpu_check does this with CuPy")
+@pytest.mark.parametrize("pointer", [0, 77])
+def test_arrays_by_way_of_dlpack(pointer, monkeypatch):
+    """The verbs of dlpack.py are those of cuda.py, on the stream that is current."""
+    streams = []
+    current = SimpleNamespace(get_current_stream=lambda: SimpleNamespace(ptr=pointer))
+    monkeypatch.setitem(sys.modules, "cupy", SimpleNamespace(from_dlpack=np.from_dlpack, cuda=current))
+    monkeypatch.setattr(torch.cuda, "device", lambda index: nullcontext())
+    monkeypatch.setattr(torch.cuda, "default_stream", lambda: 0)
+    monkeypatch.setattr(torch.cuda, "ExternalStream", lambda given: given)
+    monkeypatch.setattr(torch.cuda, "stream", lambda stream: streams.append(stream) or nullcontext())
+    monkeypatch.delitem(sys.modules, "mpisyncbn.kernels.dlpack", raising=False)
+    dlpack = importlib.import_module("mpisyncbn.kernels.dlpack")
+    try:
+        for dtype in ("float32", "float64", "float16"):
+            shape = (4, 3, 5)
+            x, dy, residual = (
+                shard(shape, seed, 1.0).numpy().astype(dtype).view(LikeCuPy) for seed in (1, 2, 3)
+            )
+            weight, bias = (shard((3,), seed).numpy().astype(dtype) for seed in (4, 5))
+            check(dlpack, x, dy, weight, bias)
+            check(dlpack, x, dy, None, None)
+            check_fused(dlpack, x, dy, weight, bias, residual)
+            check_fused(dlpack, x, dy, weight, bias, None)
+    finally:
+        del sys.modules["mpisyncbn.kernels.dlpack"]  # what it imported was not CuPy
+    assert set(streams) == {pointer}
+
+
+class NoFloat64(TorchDispatchMode):
+    """A device that has no float64: nothing may be made of it there."""
+
+    def __torch_dispatch__(self, operation, types, arguments=(), options=None):
+        found = operation(*arguments, **(options or {}))
+        for each in found if isinstance(found, (tuple, list)) else [found]:
+            if isinstance(each, torch.Tensor) and each.device.type == "mps":
+                assert each.dtype != torch.float64, operation
+        return found
+
+
+def test_a_device_without_float64():
+    with torch.no_grad(), FakeTensorMode(allow_non_fake_inputs=True), NoFloat64():
+        x, weight = torch.randn(2, 3, 4, 4, device="mps"), torch.ones(3, device="mps")
+        _, mean, m2 = generic.local_moments(x)
+        y = generic.normalize(x, mean, m2, weight, weight, x, True)
+        sum_dy, sum_dy_xmu, dz = generic.backward_reduce(y, x, mean, m2, Gate(weight, weight, None))
+        dx = generic.backward_elementwise(dz, x, mean, m2, weight, sum_dy, sum_dy_xmu)
+        layer = mpisyncbn.SyncBatchNorm(3, device="mps", momentum=None)
+        assert layer(x).device == y.device == dx.device == layer.running_var.device == x.device
