@@ -133,7 +133,7 @@ def _kernels() -> dict[str, str]:
     if accelerator is None:
         used["torch, accelerator"] = "torch finds no accelerator"
     elif accelerator.type == "cuda":
-        used["torch, cuda"] = _ON_CUDA[on_cuda().__name__.rpartition(".")[2]]
+        used["torch, cuda"] = on_cuda()[1]
     else:
         used[f"torch, {accelerator.type}"] = "generic: composed of torch operations"
     if "not installed" in _versions()["cupy"]:
@@ -143,12 +143,6 @@ def _kernels() -> dict[str, str]:
     else:
         used["CuPy"] = "generic: composed of CuPy operations"
     return used
-
-
-_ON_CUDA = {
-    "cuda": "Triton",
-    "aten_cuda": "composed of torch's operations, for Triton is not installed: pip install triton",
-}
 
 
 def _on_host(x: Any, otherwise: str) -> str:

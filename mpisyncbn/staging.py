@@ -36,9 +36,6 @@ class _Torch:
     def join(self, vectors: Sequence[Any], out: Any) -> None:
         self.torch.cat(tuple(vectors), out=out)
 
-    def wait(self) -> None:
-        self.torch.cuda.current_stream(self.device).synchronize()
-
     def pinned(self, length: int) -> tuple[Any, np.ndarray]:
         memory = self.torch.empty(length, dtype=self.torch.float64, device="cpu", pin_memory=True)
         return memory, memory.numpy()
@@ -82,10 +79,6 @@ class _CuPy:
     def join(self, vectors: Sequence[Any], out: Any) -> None:
         with self.device:
             self.cupy.concatenate(tuple(vectors), out=out)
-
-    def wait(self) -> None:
-        with self.device:
-            self.cupy.cuda.get_current_stream().synchronize()
 
     def pinned(self, length: int) -> tuple[Any, np.ndarray]:
         memory = self.empty_pinned(length)
@@ -172,6 +165,7 @@ class DeviceMessage:
         if stage is None:
             raise MPISyncBNError(f"expected CUDA or ROCm memory, got an array on {like.device}{on_rank()}")
         self.values, pointer = stage.driver.empty(copies * length)
+        self._packed = stage.driver.event()
         # the count is that of one rank's message
         self.buffer = [MPI.memory.fromaddress(pointer, 8 * copies * length), length, MPI.DOUBLE]
 
@@ -180,7 +174,8 @@ class DeviceMessage:
         stage: Any = stage_of(self.values)
         _refuse_capture(stage.driver)
         stage.driver.join((*stage.to_device([header]), *vectors), self.values)
-        stage.driver.wait()
+        stage.driver.record(self._packed)
+        self._packed.synchronize()
 
 
 def _refuse_capture(driver: Any) -> None:

@@ -164,10 +164,6 @@ class SlowDevice:
         out.fill_(torch.nan)
         self.queue.append(lambda: torch.cat(tuple(vectors), out=out))
 
-    def wait(self) -> None:
-        self.waits += 1
-        self.run_until(None)
-
     def event(self) -> Event:
         return Event(self)
 

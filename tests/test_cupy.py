@@ -251,7 +251,7 @@ def test_staged_as_float32(cupy):
 @pytest.mark.parametrize("waiting", [True, False])
 def test_a_message_is_whole_when_mpi_gets_it(cupy, monkeypatch, waiting):
     if not waiting:
-        monkeypatch.setattr(cupy.Stream, "synchronize", lambda self: None)
+        monkeypatch.setattr(cupy.cuda.Event, "synchronize", lambda self: None)
     message = staging.DeviceMessage(MPI, 1, 5, cupy.zeros(2))
     message.pack(np.array([1.0, 2.0, 3.0]), [cupy.asarray(np.array([4.0])), cupy.asarray(np.array([5.0]))])
     seen = message.values._now().copy()  # by who knows of no queue

@@ -551,6 +551,7 @@ def test_arrays_by_way_of_dlpack(pointer, monkeypatch):
     monkeypatch.setattr(torch.cuda, "stream", lambda stream: streams.append(stream) or nullcontext())
     monkeypatch.delitem(sys.modules, "mpisyncbn.kernels.dlpack", raising=False)
     dlpack = importlib.import_module("mpisyncbn.kernels.dlpack")
+    monkeypatch.setattr(dlpack, "on_cuda", lambda: (cuda.module, "Triton"))
     try:
         for dtype in ("float32", "float64", "float16"):
             shape = (4, 3, 5)
@@ -565,6 +566,22 @@ def test_arrays_by_way_of_dlpack(pointer, monkeypatch):
     finally:
         del sys.modules["mpisyncbn.kernels.dlpack"]  # what it imported was not CuPy
     assert set(streams) == {pointer}
+
+
+@pytest.mark.skipif(GPU, reason="Triton works where there is a GPU")
+def test_where_triton_does_not_work(monkeypatch):
+    """There torch's own operations serve, and the report says why."""
+    mpisyncbn.kernels.on_cuda.cache_clear()
+    module, why = mpisyncbn.kernels.on_cuda()
+    with monkeypatch.context() as without:
+        without.setitem(sys.modules, "mpisyncbn.kernels.cuda", None)
+        without.delattr(mpisyncbn.kernels, "cuda", raising=False)
+        mpisyncbn.kernels.on_cuda.cache_clear()
+        other, missing = mpisyncbn.kernels.on_cuda()
+    mpisyncbn.kernels.on_cuda.cache_clear()
+    assert module is other is aten_cuda
+    assert "composed of torch's operations for batch norm, because Triton" in why
+    assert "because Triton is not installed: pip install triton" in missing
 
 
 class NoFloat64(TorchDispatchMode):

@@ -66,7 +66,7 @@ def kernels_for(x: Any) -> ModuleType:
     if type(x) in (np.ndarray, np.memmap) and x.dtype.isnative and x.dtype.char in "efd":
         return native() or generic
     if getattr(x, "is_cuda", False):
-        return on_cuda()
+        return on_cuda()[0]
     if hasattr(x, "__cuda_array_interface__"):  # CuPy; torch's tensors on a GPU are gone by here
         return _dlpack() or generic
     return generic
@@ -95,15 +95,21 @@ def _aten() -> ModuleType:
 
 
 @cache
-def on_cuda() -> ModuleType:
-    """The kernels for torch tensors on a GPU."""
+def on_cuda() -> tuple[ModuleType, str]:
+    """The kernels for torch tensors on a GPU, and what they are made of."""
     try:
-        from . import cuda  # needs Triton
-    except ImportError:
-        from . import aten_cuda
+        from . import cuda
 
-        return aten_cuda
-    return cuda
+        cuda.try_out()
+    except ImportError:
+        why = "Triton is not installed: pip install triton"
+    except Exception as error:  # of Triton's making, of many kinds
+        why = f"Triton does not work here: {type(error).__name__}: {error}"
+    else:
+        return cuda, "Triton"
+    from . import aten_cuda
+
+    return aten_cuda, f"composed of torch's operations for batch norm, because {why}"
 
 
 @cache

@@ -22,6 +22,7 @@ __all__ = ["backward_elementwise", "backward_reduce", "local_moments", "normaliz
 # Sums: few large programs, because what they find has to be put together.
 _WARPS = 16
 _BYTES = 32 * _WARPS * 32  # in a tile of a program: two loads of 16 bytes for each of its threads
+_UNROLL = 2  # tiles that a program has under way: memory answers late
 _PROGRAMS = 2  # for each multiprocessor
 _LONGEST = 64  # tiles in a share: float32 keeps its digits in a sum as long
 _SHORTEST = 4  # tiles in a share, but for the last: less is not worth a second kernel
@@ -146,6 +147,12 @@ def _sums_of(x: Tensor, rows: int) -> Tensor:
     return make((rows, x.shape[1]), dtype=torch.float64)
 
 
+def try_out() -> None:
+    """Raises where Triton cannot start a kernel: it needs a C compiler, and a driver that knows its code."""
+    ones = torch.ones((1, 1), dtype=torch.float64, device="cuda")
+    cuda_loops.merge_sums[(1,)](ones, torch.empty_like(ones), 1, 1, _PARTS, _PART_COLUMNS, **_SMALL)
+
+
 class _Sums(NamedTuple):
     """How the tiles of a tensor are shared out to programs that add them up, see cuda_loops.py."""
 
@@ -173,7 +180,8 @@ def _sums_plan(samples: int, channels: int, length: int, dtype: torch.dtype, mul
     share = max(share, triton.cdiv(tiles, _MOST_SHARES))
     shares = triton.cdiv(tiles, share)
     sizes = samples, width, channels * length, tiles, share, channels
-    options = {"PLANES": planes, "ROWS": rows, "COLUMNS": columns, "WIDE": _wide(dtype), **_LARGE}
+    options = {"PLANES": planes, "ROWS": rows, "COLUMNS": columns, "WIDE": _wide(dtype)}
+    options |= {"UNROLL": _UNROLL, **_LARGE}
     return _Sums(shares, (blocks, shares), sizes, options)
 
 

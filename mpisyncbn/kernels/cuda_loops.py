@@ -40,6 +40,7 @@ def moments(
     ROWS: tl.constexpr,
     COLUMNS: tl.constexpr,
     WIDE: tl.constexpr,
+    UNROLL: tl.constexpr,
 ):
     """Of each program's tiles: a value near the mean, what is missing to the mean, M2 and the count.
 
@@ -51,11 +52,13 @@ def moments(
     values, _, count = _tile(x, first, rows, width, stride, PLANES, ROWS, COLUMNS)
     # Squares of distances from a value near the mean lose no digits.
     near = _down(values.to(WIDE), PLANES) / count.to(WIDE)
-    rest, m2, count = _about(x, near, first, last, rows, width, stride, PLANES, ROWS, COLUMNS, WIDE)
+    rest, m2, count = _about(x, near, first, last, rows, width, stride, PLANES, ROWS, COLUMNS, WIDE, UNROLL)
     far = rest * rest * count > 4 * m2
     if _any(far, PLANES):  # the first tile was not typical of the others: once more, about the mean
         near = tl.where(far, near + rest.to(WIDE), near)
-        rest, m2, count = _about(x, near, first, last, rows, width, stride, PLANES, ROWS, COLUMNS, WIDE)
+        rest, m2, count = _about(
+            x, near, first, last, rows, width, stride, PLANES, ROWS, COLUMNS, WIDE, UNROLL
+        )
     near = near.to(tl.float64)
     m2 = tl.where(m2 < 0, 0.0, m2)
     channel = _channel(COLUMNS, PLANES)
@@ -121,6 +124,7 @@ def backward_sums(
     ROWS: tl.constexpr,
     COLUMNS: tl.constexpr,
     WIDE: tl.constexpr,
+    UNROLL: tl.constexpr,
 ):
     """Of each program's tiles: the sums of ``dy`` and of ``dy * (x - mean)``.
 
@@ -130,13 +134,14 @@ def backward_sums(
     """
     channel = _channel(COLUMNS, PLANES)
     inside = channel < channels
-    high, low = _center(mean, channel, inside, WIDE)
+    high, low = _center(x, mean, channel, inside, WIDE)
     scale = _scale(invstd, weight, channel, inside).to(WIDE)
     shift = _optional(bias, channel, inside).to(WIDE)
     sum_dy = tl.zeros([ROWS, COLUMNS], WIDE)
     sum_dy_xmu = tl.zeros([ROWS, COLUMNS], WIDE)
     first = tl.program_id(1) * share
-    for tile in range(first, tl.minimum(first + share, tiles)):
+    last = tl.minimum(first + share, tiles)
+    for tile in tl.range(first, last, loop_unroll_factor=UNROLL):
         offsets, mask, _ = _place(tile, rows, width, stride, PLANES, ROWS, COLUMNS)
         slope = tl.load(dy + offsets, mask, 0.0).to(WIDE)
         xmu = (tl.load(x + offsets, mask, 0.0).to(WIDE) - high) - low
@@ -193,7 +198,7 @@ def normalize(
     Grid: the tiles, each of ``STEPS`` times ``ROWS`` rows.
     """
     channel, inside = _channels(rows, width, channels, column_tiles, PLANES, ROWS, COLUMNS)
-    high, low = _center(mean, channel, inside, WIDE)
+    high, low = _center(x, mean, channel, inside, WIDE)
     scale = _scale(invstd, weight, channel, inside).to(WIDE)
     shift = _optional(bias, channel, inside).to(WIDE)
     for step in tl.static_range(STEPS):
@@ -233,8 +238,8 @@ def backward_elementwise(
     With ``GATE``, ``dz`` is still what came into the ReLU. Grid: as that of ``normalize``.
     """
     channel, inside = _channels(rows, width, channels, column_tiles, PLANES, ROWS, COLUMNS)
-    high, low = _center(mean, channel, inside, WIDE)
-    high_dy, low_dy = _center(mean_dy, channel, inside, WIDE)
+    high, low = _center(x, mean, channel, inside, WIDE)
+    high_dy, low_dy = _center(x, mean_dy, channel, inside, WIDE)
     inverse = tl.load(invstd + channel, inside, 0.0)
     slope = (inverse * inverse * tl.load(mean_dy_xmu + channel, inside, 0.0)).to(WIDE)
     scale = _scale(invstd, weight, channel, inside).to(WIDE)
@@ -288,12 +293,13 @@ def _about(
     ROWS: tl.constexpr,
     COLUMNS: tl.constexpr,
     WIDE: tl.constexpr,
+    UNROLL: tl.constexpr,
 ):
     """Mean of ``x - near``, M2, and the count, of the tiles from ``first`` to ``last``; in float64."""
     sums = tl.zeros([ROWS, COLUMNS], WIDE)
     squares = tl.zeros([ROWS, COLUMNS], WIDE)
     total = tl.zeros([], tl.int64)
-    for tile in range(first, last):
+    for tile in tl.range(first, last, loop_unroll_factor=UNROLL):
         values, mask, count = _tile(x, tile, rows, width, stride, PLANES, ROWS, COLUMNS)
         distance = tl.where(mask, values.to(WIDE) - near, 0.0)
         sums += distance
@@ -387,11 +393,17 @@ def _part(parts, origin, begin, channel, shares, channels, ROWS: tl.constexpr):
 
 
 @triton.jit
-def _center(mean, channel, inside, WIDE: tl.constexpr):
-    """A float64 mean as two numbers of the working dtype: a float32 mean of 1e3 is 3e-5 wrong."""
+def _center(x, mean, channel, inside, WIDE: tl.constexpr):
+    """A float64 mean as two numbers of the working dtype: for float32 a mean of 1e3 would be 3e-5 wrong.
+
+    Half precision does not notice, and float64 needs no second.
+    """
     exact = tl.load(mean + channel, inside, 0.0)
     high = exact.to(WIDE)
-    return high, (exact - high.to(tl.float64)).to(WIDE)
+    if x.dtype.element_ty == tl.float32:
+        return high, (exact - high.to(tl.float64)).to(WIDE)
+    else:
+        return high, tl.zeros_like(high)
 
 
 @triton.jit

@@ -1,0 +1,94 @@
+"""What every check is given: ranks, a device, the kernels to try, and where to write down what it finds."""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+from .records import Records
+
+
+class Context:
+    def __init__(self, folder: Path, kind: str, quick: bool, alone: bool) -> None:
+        self.kind, self.quick, self.alone = kind, quick, alone
+        self.rank, self.size = (0, 1) if alone else (self.world.rank, self.world.size)
+        self.records = Records(folder / f"rank-{self.rank}.jsonl")
+
+    @cached_property
+    def world(self) -> Any:
+        from mpi4py import MPI
+
+        return MPI.COMM_WORLD
+
+    @property
+    def on_gpu(self) -> bool:
+        return self.kind == "cuda"
+
+    @cached_property
+    def device(self) -> Any:
+        """This rank's, and torch's current one."""
+        import torch
+
+        torch.set_num_threads(1)
+        if not self.on_gpu:
+            return torch.device("cpu")
+        device = torch.device("cuda", self.rank % torch.cuda.device_count())
+        torch.cuda.set_device(device)
+        return device
+
+    def synchronize(self) -> None:
+        import torch
+
+        if self.on_gpu:
+            torch.cuda.synchronize(self.device)
+
+    def synced(self, call: Callable[[], Any]) -> Callable[[], None]:
+        """``call``, and until the device has done it."""
+
+        def whole() -> None:
+            call()
+            self.synchronize()
+
+        return whole
+
+    def there(self, values: Any) -> Any:
+        """A tensor on the device, with the same strides, and as far from the begin of a cache line."""
+        import torch
+
+        once = values
+        for dim, stride in enumerate(values.stride()):
+            once = once.narrow(dim, 0, min(values.shape[dim], 1)) if stride == 0 else once
+        begin = values.storage_offset() % 64
+        length = sum((size - 1) * stride for size, stride in zip(once.shape, once.stride(), strict=True)) + 1
+        memory = torch.empty(begin + max(length, 1), dtype=values.dtype, device=self.device)
+        there = memory.as_strided(once.shape, once.stride(), begin).copy_(once)
+        return there.detach().expand(values.shape)
+
+    def largest(self, value: float) -> float:
+        """Over all ranks. Collective."""
+        return max(self.world.allgather(value))
+
+    def all_hold(self, ok: bool) -> bool:
+        """Collective."""
+        return all(self.world.allgather(bool(ok)))
+
+    def served_by(self, kernels: str) -> Any:
+        """A context in which that module of mpisyncbn.kernels serves the device; on a CPU what always does.
+
+        Raises ImportError where it cannot.
+        """
+        return _serving(importlib.import_module(f"mpisyncbn.kernels.{kernels}") if self.on_gpu else None)
+
+
+@contextmanager
+def _serving(module: Any) -> Iterator[None]:
+    with ExitStack() as stack:
+        for place in ("autograd", "functional") if module is not None else ():
+            importlib.import_module(f"mpisyncbn.{place}")
+            stack.enter_context(mock.patch(f"mpisyncbn.{place}.kernels_for", return_value=module))
+        yield

@@ -1,0 +1,182 @@
+"""Point 3: layers against the whole batch in float64, in every dtype, layout and combination."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+import mpisyncbn
+from mpisyncbn import functional
+
+from .context import Context
+from .reference import BARS, channels_last, distance, random, whole_batch
+
+_ALL = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+_HALVES = (torch.bfloat16, torch.float16)
+_SOME = (torch.float32, torch.bfloat16)
+_BOTH = ("contiguous", "channels_last")
+_IMAGE = (12, 9, 7)  # beyond the batch: channels, height, width
+_VARIANCE = {torch.float64: 1e-11}  # relative; 1e-6 for all others
+_RUNNING = {torch.float64: 1e-11, torch.float32: 2e-6, torch.bfloat16: 8e-3, torch.float16: 1e-3}
+
+
+class Case(NamedTuple):
+    name: str
+    shape: tuple[int, ...]  # (C, *)
+    dtypes: tuple[torch.dtype, ...]
+    layouts: tuple[str, ...] = _BOTH
+    batch: int = 3  # of rank 0; one more on each further rank
+    mean: float = 0.0
+    std: float = 1.0
+    affine: bool = True
+    mixed: bool = False  # float32 parameters with half-precision input
+    dy: str = "like x"
+    relu: bool = False
+    residual: bool = False
+    quick: bool = False
+
+
+CASES = [
+    Case("image", _IMAGE, _ALL, quick=True),
+    Case("volume", (8, 5, 6, 7), _SOME),
+    Case("matrix", (33,), _ALL, ("contiguous",), batch=37, quick=True),
+    Case("sequence", (20, 31), _SOME),
+    Case("no parameters", _IMAGE, (torch.float32, torch.float16), affine=False),
+    Case("float32 parameters", _IMAGE, _HALVES, mixed=True),
+    Case("empty on rank 0", _IMAGE, _ALL, batch=0, quick=True),
+    Case("large mean", (16, 14, 14), (torch.float32, torch.float64), batch=8, mean=1e3, quick=True),
+    Case("small variance", (16, 14, 14), (torch.float32, torch.float64), batch=8, std=1e-5),
+    Case("constant", _IMAGE, _SOME, mean=3.0, std=0.0),
+    Case("dy of the other layout", _IMAGE, _SOME, dy="other"),
+    Case("dy with gaps", _IMAGE, _SOME, dy="gaps"),
+    Case("dy expanded", _IMAGE, (torch.float32,), dy="expanded"),
+    Case("ReLU", _IMAGE, _ALL, relu=True),
+    Case("residual", _IMAGE, _SOME, residual=True),
+    Case("residual, ReLU", _IMAGE, _ALL, relu=True, residual=True, quick=True),
+    Case("not dense", _IMAGE, _SOME, ("gaps", "offset")),
+    Case("many parts", (6, 128, 128), _SOME, batch=24),
+    Case("many samples", (3,), (torch.float32,), ("contiguous",), batch=150_000),
+    Case("many channels", (1100, 7, 7), _SOME, batch=20),
+]
+
+
+def layers(context: Context, kernels: str) -> None:
+    """Every case. Collective."""
+    try:
+        serving = context.served_by(kernels)
+    except ImportError as error:
+        context.records.skip(kernels, str(error))
+        return
+    exact = not context.on_gpu or kernels == "cuda"
+    with serving:
+        for case in CASES:
+            for dtype in case.dtypes if case.quick or not context.quick else ():
+                for layout in case.layouts if len(case.shape) > 1 else case.layouts[:1]:
+                    name = f"{case.name}, {str(dtype).rpartition('.')[2]}, {layout}"
+                    with context.records.trying(name):
+                        _check(context, case, dtype, layout, name, exact)
+
+
+def _check(context: Context, case: Case, dtype: torch.dtype, layout: str, name: str, exact: bool) -> None:
+    records = context.records
+    shape, channels = (case.batch + context.rank, *case.shape), case.shape[0]
+    seed = 1000 * context.rank + len(name)
+    x = laid_out(random(shape, seed, case.mean, case.std).to(dtype), layout)
+    dy = _gradient(random(shape, seed + 500, 0.5).to(dtype), x, case.dy)
+    residual = laid_out(random(shape, seed + 700).to(dtype), layout) if case.residual else None
+    parameters = torch.float32 if case.mixed else dtype
+    layer = mpisyncbn.SyncBatchNorm(
+        channels,
+        momentum=1.0,
+        affine=case.affine,
+        activation="relu" if case.relu else None,
+        device=context.device,
+        dtype=parameters,
+    )
+    weight = 0.5 + torch.arange(channels, dtype=torch.float64) % 11 / 10
+    weight, bias = weight.to(parameters), (1.0 - weight).to(parameters)
+    if case.affine:
+        with torch.no_grad():
+            layer.weight.copy_(weight)
+            layer.bias.copy_(bias)
+    else:
+        weight, bias = torch.ones(channels), torch.zeros(channels)
+
+    there = context.there(x).requires_grad_()
+    residual_there = None if residual is None else context.there(residual).requires_grad_()
+    y = layer(there, residual_there)
+    y.backward(context.there(dy))
+    _, stats = functional.batch_norm_forward(there.detach(), layer.weight, layer.bias)
+    context.synchronize()
+
+    # Where y is zero but for rounding the gate may be either way: it is taken as found, and y compared.
+    dz = dy.masked_fill(y.detach().cpu() <= 0, 0) if case.relu else dy
+    expected = whole_batch(context.world, x, dz, weight, bias, layer.eps)
+    expected_y = expected.y if residual is None else expected.y + residual.double()
+    expected_y = expected_y.relu() if case.relu else expected_y
+    bar = BARS[dtype] * (max(1.0, case.mean) if dtype == torch.float64 else 1.0)
+    errors = {
+        "y": (distance(y, expected_y), bar),
+        "dx": (distance(there.grad, expected.dx, expected.dx_scale), bar),
+        **_of_vectors(context, case, layer, stats, expected, dtype),
+    }
+    if residual_there is not None:
+        errors["dresidual"] = distance(residual_there.grad, dz.double()), 0.0
+    for what, (value, most) in errors.items():
+        if exact or case.mean < 100:
+            records.at_most(f"{name}: {what}", value, most)
+        else:  # torch's operations have no more than a float32 mean
+            records.figure(f"{name}: {what}", value)
+    records.holds(f"{name}: layout of y and dx", _same_layout(y, there) and _same_layout(there.grad, there))
+
+
+def _of_vectors(context, case, layer, stats, expected, dtype):  # type: ignore[no-untyped-def]
+    """Errors of statistics and of the parameters' gradients, and their bars."""
+    mean, var = (vector.cpu().double() for vector in stats[:2])
+    std = expected.var.sqrt().clamp_min(1e-300 if case.std else abs(case.mean))
+    scale = expected.var if case.std else torch.ones_like(expected.var)
+    relative = ((var - expected.var).abs() / scale).max().item()
+    precision = layer.running_var.dtype
+    unbiased = expected.var * expected.count / (expected.count - 1)
+    running = max(
+        distance(layer.running_mean, expected.mean, max(expected.mean.abs().max().item(), 1.0)),
+        distance(layer.running_var, unbiased, max(unbiased.max().item(), 1.0)),  # beside the 1 it began with
+    )
+    errors = {
+        "mean, in std": (((mean - expected.mean).abs() / std).max().item(), 4e-7),
+        "variance, relative": (relative, _VARIANCE.get(dtype, 1e-6)),
+        "running statistics": (running, _RUNNING[precision]),
+    }
+    if case.affine:
+        for label, wanted in (("weight", expected.dweight), ("bias", expected.dbias)):
+            found = sum(context.world.allgather(getattr(layer, label).grad.cpu().double()))
+            # each rank's part is rounded to the dtype of the parameters
+            errors[f"d{label}"] = distance(found, wanted, expected.sum_scale), max(1e-6, _RUNNING[precision])
+    return errors
+
+
+def laid_out(x: Tensor, layout: str) -> Tensor:
+    if layout == "channels_last":
+        return channels_last(x)
+    if layout == "gaps":
+        return torch.cat((x, x), 1)[:, : x.shape[1]]
+    if layout == "offset":  # not at the begin of a cache line
+        return torch.cat((x.flatten()[:1], x.flatten()))[1:].view(x.shape)
+    return x
+
+
+def _gradient(dy: Tensor, x: Tensor, kind: str) -> Tensor:
+    if kind == "expanded":
+        return dy[:, :, :1, :1].expand(dy.shape)
+    if kind == "gaps":
+        return laid_out(dy, "gaps")
+    last = not x.is_contiguous()
+    return channels_last(dy) if last != (kind == "other") else dy
+
+
+def _same_layout(found: Tensor, x: Tensor) -> bool:
+    """Dense tensors keep their strides; of others, y and dx are dense."""
+    dense = x.is_contiguous() or x.movedim(1, -1).is_contiguous()
+    return not dense or x.numel() == 0 or found.stride() == x.stride()

@@ -1,0 +1,100 @@
+"""Point 3, tensors of more than 2**31 values: against sums over chunks in float64."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from mpisyncbn import functional
+
+from .context import Context
+from .reference import BARS
+
+_SHAPE = (33, 64, 1024, 1024)  # 2.2e9 values
+_SMALL = (5, 8, 16, 16)  # to try this on a CPU
+
+
+def tensors(context: Context, kernels: str) -> None:
+    """This rank alone, through the collective functions."""
+    records = context.records
+    try:
+        serving = context.served_by(kernels)
+    except ImportError as error:
+        records.skip(kernels, str(error))
+        return
+    cases = [(torch.bfloat16, "contiguous"), (torch.bfloat16, "channels_last"), (torch.float32, "contiguous")]
+    with serving:
+        for dtype, layout in cases[:1] if context.quick else cases:
+            name = f"{str(dtype).rpartition('.')[2]}, {layout}"
+            needed = 4 * 33 * 64 * 1024**2 * dtype.itemsize + (6 << 30)
+            if context.on_gpu and torch.cuda.mem_get_info(context.device)[0] < needed:
+                records.skip(name, f"it takes {needed / 1e9:.0f} GB of the device's memory")
+                continue
+            with records.trying(name):
+                _check(context, dtype, layout, name)
+            if context.on_gpu:
+                torch.cuda.empty_cache()
+
+
+def _check(context: Context, dtype: torch.dtype, layout: str, name: str) -> None:
+    device, records = context.device, context.records
+    shape = _SHAPE if context.on_gpu else _SMALL
+    x, dy = _data(shape, dtype, layout, device, 0.7), _data(shape, dtype, layout, device, 0.1)
+    channels = shape[1]
+    weight = 0.5 + torch.arange(channels, device=device).float() % 11 / 10
+    bias = 1.0 - weight
+    y, stats = functional.batch_norm_forward(x, weight, bias)
+    dx, dweight, dbias = functional.batch_norm_backward(dy, x, stats, weight)
+    context.synchronize()
+
+    count = x.numel() // channels
+    zeros = torch.zeros(channels, dtype=torch.float64, device=device)
+    mean = sum((_sums(part) for part in _chunks(x)), zeros) / count
+    var = sum((_sums((part - _wide(mean)).square()) for part in _chunks(x)), zeros) / count
+    invstd = (var + 1e-5).rsqrt()
+    sum_dy = sum((_sums(part) for part in _chunks(dy)), zeros)
+    both = zip(_chunks(x), _chunks(dy), strict=True)
+    sum_dy_xhat = sum((_sums(g * (part - _wide(mean)) * _wide(invstd)) for part, g in both), zeros)
+    records.at_most(f"{name}: mean, in std", ((stats.mean - mean).abs() * invstd).max().item(), 4e-7)
+    records.at_most(f"{name}: variance, relative", ((stats.var - var).abs() / var).max().item(), 1e-6)
+    records.at_most(f"{name}: dbias", ((dbias - sum_dy).abs().max() / count).item(), 1e-6)
+    records.at_most(f"{name}: dweight", ((dweight - sum_dy_xhat).abs().max() / count).item(), 1e-6)
+    worst_y = worst_dx = 0.0
+    for part, g, got_y, got_dx in zip(*map(_chunks, (x, dy, y, dx)), strict=True):
+        xhat = (part - _wide(mean)) * _wide(invstd)
+        expected = xhat * _wide(weight) + _wide(bias)
+        worst_y = _worse(worst_y, (got_y - expected).abs().max() / expected.abs().max())
+        scale = _wide(invstd * weight)
+        expected = (g - _wide(sum_dy / count) - xhat * _wide(sum_dy_xhat / count)) * scale
+        worst_dx = _worse(worst_dx, (got_dx - expected).abs().max() / (g * scale).abs().max())
+    records.at_most(f"{name}: y", worst_y, BARS[dtype])
+    records.at_most(f"{name}: dx", worst_dx, BARS[dtype])
+
+
+def _data(
+    shape: tuple[int, ...], dtype: torch.dtype, layout: str, device: torch.device, mean: float
+) -> Tensor:
+    """Normal values, with a mean and a spread of each sample's own, so that no part is like another."""
+    last = layout == "channels_last"
+    x = torch.empty((shape[0], *shape[2:], shape[1]) if last else shape, dtype=dtype, device=device)
+    for number, sample in enumerate(x):
+        sample.normal_(mean + number / 10, 1 + number / 20)
+    return x.movedim(-1, 1) if last else x
+
+
+def _chunks(x: Tensor):  # type: ignore[no-untyped-def]
+    """Samples, in float64."""
+    return (x[number : number + 1].double() for number in range(len(x)))
+
+
+def _sums(part: Tensor) -> Tensor:
+    return part.sum((0, 2, 3))
+
+
+def _wide(vector: Tensor) -> Tensor:
+    return vector.double().view(1, -1, 1, 1)
+
+
+def _worse(worst: float, found: Tensor) -> float:
+    value = found.item()
+    return value if not value <= worst else worst

@@ -1,0 +1,115 @@
+"""Point 5: the exchange of vectors that are on a device, by every way there is, beside MPI's own part."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from contextlib import ExitStack
+from functools import partial
+from typing import Any
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from benchmarks.peers import gloo
+from benchmarks.timing import interleave
+
+import mpisyncbn
+from mpisyncbn import exchange, transport
+from mpisyncbn.diagnostics import Call
+from mpisyncbn.errors import TransportError
+
+from .context import Context
+from .records import summary
+
+_CHANNELS = (64, 256, 1024, 2048)
+_OURS, _MPI = "ours, pinned", "MPI alone, host memory"
+_BAR = 25.0  # microseconds beyond MPI's own
+
+
+def _ours(group: Any, channels: int, context: Context) -> Callable[[], Any]:
+    """From the moments on the device to the merged statistics there."""
+    mean, m2 = torch.ones(2, channels, dtype=torch.float64, device=context.device).unbind()
+    call = Call("the latency check", "forward", channels, "float32")
+
+    def whole() -> Any:
+        _, merged, var = exchange.merge_moments(group, call, 100, mean, m2)
+        return transport.near(mean, merged, var, (var + 1e-5) ** -0.5)
+
+    return whole
+
+
+def _pageable(channels: int, context: Context) -> Callable[[], Any]:
+    from mpi4py import MPI
+
+    mean, m2 = torch.ones(2, channels, dtype=torch.float64, device=context.device).unbind()
+
+    def whole() -> Any:
+        vectors = [vector.cpu().numpy() for vector in (mean, m2)]
+        message = np.concatenate((np.zeros(3), *vectors))
+        context.world.Allreduce(MPI.IN_PLACE, message)
+        merged, var = message[3:].reshape(2, -1)
+        return torch.from_numpy(np.stack((merged, var, var))).to(context.device)
+
+    return whole
+
+
+def _group(where: str) -> Any:
+    """A group with that transport. Collective. Raises TransportError where MPI lacks it."""
+    before = os.environ.get("MPISYNCBN_TRANSPORT")
+    os.environ["MPISYNCBN_TRANSPORT"] = where
+    try:
+        return mpisyncbn.Communicator().ready()
+    finally:
+        os.environ.pop("MPISYNCBN_TRANSPORT")
+        if before is not None:
+            os.environ["MPISYNCBN_TRANSPORT"] = before
+
+
+def _peers(context: Context) -> tuple[dict[str, Any], list[tuple[str, str]]]:
+    """For each peer what makes its call for a number of channels; and those that are left out. Collective."""
+    from mpi4py import MPI
+
+    host = _group("host")
+    peers: dict[str, Any] = {
+        _OURS: lambda channels: _ours(host, channels, context),
+        "pageable": lambda channels: _pageable(channels, context),
+        _MPI: lambda channels: partial(context.world.Allreduce, MPI.IN_PLACE, np.zeros(2 * channels + 3)),
+    }
+    left_out = []
+    try:
+        device = _group("device")
+        peers["ours, device pointer"] = lambda channels: _ours(device, channels, context)
+    except TransportError as error:
+        left_out.append(("device pointer", summary(error)))
+    return peers, left_out
+
+
+def latencies(context: Context) -> None:
+    """Collective."""
+    records = context.records
+    peers, left_out = _peers(context)
+    with ExitStack() as stack:
+        try:
+            stack.enter_context(gloo())
+            dist.all_reduce(torch.zeros(8, device=context.device))
+
+            def reduced(channels: int) -> Callable[[], Any]:
+                message = torch.zeros(2 * channels + 3, dtype=torch.float64, device=context.device)
+                return lambda: dist.all_reduce(message)
+
+            peers["gloo"] = reduced
+        except Exception as error:  # whatever gloo does not do
+            left_out.append(("gloo", summary(error)))
+        for name, reason in left_out:
+            records.skip(name, reason)
+        for channels in _CHANNELS[::3] if context.quick else _CHANNELS:
+            calls = {name: context.synced(make(channels)) for name, make in peers.items()}
+            times = interleave(calls, 0.3 if context.quick else 1.5, warm=10, fewest=20, most=2000)
+            records.figure(
+                f"C = {channels}, us, median (minimum)",
+                {name: f"{each['median']:.1f} ({each['minimum']:.1f})" for name, each in times.items()},
+            )
+            for label in ("median", "minimum"):
+                beyond = times[_OURS][label] - times[_MPI][label]
+                records.bar(f"C = {channels}, us beyond MPI's own, {label}", beyond, _BAR)

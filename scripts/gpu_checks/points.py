@@ -1,0 +1,139 @@
+"""What runs, as data."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import sys
+from collections.abc import Iterator
+from glob import glob
+from typing import Any, NamedTuple
+
+NUMBERS = range(1, 9)
+_HOST, _DEVICE = ({"MPISYNCBN_TRANSPORT": where} for where in ("host", "device"))
+_TRITON, _FALLBACK = {"kernels": "cuda"}, {"kernels": "aten_cuda"}
+
+
+class Run(NamedTuple):
+    """One process, or one mpiexec."""
+
+    name: str
+    function: str  # module.function of this package
+    ranks: int  # 0: without MPI
+    limit: int  # seconds
+    arguments: dict[str, Any] = {}  # noqa: RUF012 (never changed)
+    variables: dict[str, str] = {}  # noqa: RUF012
+    under: tuple[str, ...] = ()  # the command that starts Python, where it is another
+    gpu: bool = False  # whether it says nothing on a CPU
+    skip: str = ""  # why not
+
+
+class Point(NamedTuple):
+    number: int
+    title: str
+    runs: list[Run]
+    side_by_side: bool  # its runs at a time, where no time is taken
+
+
+def chosen(numbers: list[int], quick: bool) -> Iterator[Point]:
+    for point in _points(quick):
+        if point.number in numbers:
+            yield point
+
+
+def _points(quick: bool) -> list[Point]:
+    return [
+        Point(
+            1,
+            "versions and transports",
+            [
+                Run("python -m mpisyncbn", "versions.report", 2, 90),
+                Run("auto", "versions.transport", 2, 90, {"asked": "auto"}),
+                Run("host", "versions.transport", 2, 90, {"asked": "host"}, _HOST),
+                Run("device", "versions.transport", 2, 90, {"asked": "device"}, _DEVICE),
+            ],
+            True,
+        ),
+        Point(
+            2,
+            "races",
+            [
+                Run("host", "race.race", 2, 120, {}, _HOST, gpu=True),
+                Run("device", "race.race", 2, 120, {}, _DEVICE, gpu=True),
+                Run("buffers", "race.buffers", 0, 90, gpu=True),
+            ],
+            True,
+        ),
+        Point(
+            3,
+            "correct",
+            [
+                Run("Triton, 2 ranks", "correctness.layers", 2, 240, _TRITON),
+                Run("Triton, 4 ranks", "correctness.layers", 4, 240, _TRITON, gpu=True),
+                Run("fallback, 2 ranks", "correctness.layers", 2, 120, _FALLBACK, gpu=True),
+                Run("fallback, 4 ranks", "correctness.layers", 4, 120, _FALLBACK, gpu=True),
+                Run("Triton, large", "large.tensors", 1, 180, _TRITON),
+                Run("fallback, large", "large.tensors", 1, 180, _FALLBACK, gpu=True),
+            ],
+            True,
+        ),
+        Point(
+            4,
+            "same bits, and torch's",
+            [
+                Run("Triton", "repeats.bits", 4, 120, _TRITON),
+                Run("fallback", "repeats.bits", 4, 120, _FALLBACK, gpu=True),
+                Run("torch.nn.SyncBatchNorm", "repeats.peer", 2, 90),
+            ],
+            True,
+        ),
+        Point(5, "latency", [Run("exchange", "latency.latencies", 2, 90)], False),
+        Point(
+            6,
+            "bandwidth and speed",
+            [
+                Run("verbs", "bandwidth.verbs", 0, 240, gpu=True),
+                Run("layer, 2 ranks", "speed.layer", 2, 90),
+                Run("layer, 4 ranks", "speed.layer", 4, 90),
+                Run("tiny layer", "speed.tiny", 1, 60),
+            ],
+            False,
+        ),
+        Point(
+            7,
+            "features",
+            [
+                Run("features", "features.features", 2, 120),
+                Run("torch.compile", "features.compiled", 2, 180),
+                Run("streams", "streams.streams", 2, 90, gpu=True),
+                Run("CuPy, with torch", "arrays.with_torch", 2, 120, gpu=True),
+                Run("CuPy, without torch", "arrays.without_torch", 2, 120, gpu=True),
+            ],
+            True,
+        ),
+        Point(8, "sanitizer", [_sanitized(tool) for tool in ("memcheck", "racecheck")], True),
+    ]
+
+
+def _sanitized(tool: str) -> Run:
+    command = sanitizer()
+    return Run(
+        tool,
+        "sanitize.kernels",
+        0,
+        180,
+        variables={"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"},  # so that each tensor has bounds of its own
+        under=() if command is None else (command, "--tool", tool, "--error-exitcode", "99"),
+        gpu=True,
+        skip="" if command else "compute-sanitizer is not here",
+    )
+
+
+def sanitizer() -> str | None:
+    name = "compute-sanitizer"
+    homes = [os.environ[variable] for variable in ("CUDA_HOME", "CUDA_PATH") if variable in os.environ]
+    homes += sorted([*glob("/usr/local/cuda*"), *glob("/opt/cuda*"), *glob("/opt/nvidia/cuda*")])
+    folders = [f"{home}/{part}" for home in homes for part in ("bin", "compute-sanitizer", "extras/" + name)]
+    packages = f"{sys.prefix}/lib/python{sys.version_info[0]}.{sys.version_info[1]}/site-packages/nvidia"
+    folders += [*glob(f"{packages}/*/bin"), *glob(f"{packages}/*/{name}"), f"/opt/{name}", "/opt/bin"]
+    return shutil.which(name) or shutil.which(name, path=os.pathsep.join(folders))

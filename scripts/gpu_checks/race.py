@@ -1,0 +1,115 @@
+"""Point 2: nothing is read before a device has written it. With the waits taken out that must show."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
+from typing import Any
+from unittest import mock
+
+import numpy as np
+import torch
+
+import mpisyncbn
+from mpisyncbn import communicator, transport
+from mpisyncbn.errors import TransportError
+
+from .context import Context
+from .records import summary
+from .reference import distance, random, whole_batch
+
+_TIMES = 20
+_COPIES = 64  # some times the number of pinned buffers
+_CYCLES = 60_000_000  # of a device's clock, about 30 ms: what the host could do meanwhile, a hundred times
+_WRONG = 1e-3  # errors above this are no rounding
+
+
+def race(context: Context) -> None:
+    """Late data, late gradients, on a side stream, through a layer. Collective."""
+    records = context.records
+    layer = mpisyncbn.SyncBatchNorm(64, device=context.device)
+    try:
+        _steps(context, layer, 1)  # compiles the kernels: later that would take longer than the delay
+    except TransportError as error:
+        records.skip("layer", summary(error))
+        return
+    records.figure("transport", communicator.resolve(None).transport)
+    good = _steps(context, layer, 5 if context.quick else _TIMES)
+    records.at_most("worst error, waits in place", max(good), 1e-5)
+    with _no_waits():
+        bad = _steps(context, layer, 5 if context.quick else _TIMES, may_raise=True)
+    wrong = sum(not error <= _WRONG for error in bad)
+    records.figure("wrong without the waits", f"{wrong} of {len(bad)}")
+    records.holds("wrong at least once without the waits", wrong > 0, "this test would not see a race")
+    records.at_most("worst error, afterwards", max(_steps(context, layer, 2)), 1e-5)
+
+
+def _steps(context: Context, layer: Any, times: int, may_raise: bool = False) -> list[float]:
+    """The error of ``y`` and ``dx`` in each, the worst of all ranks; infinite where it raises."""
+    side = torch.cuda.Stream(context.device)
+    weight, bias = layer.weight.detach().cpu(), layer.bias.detach().cpu()
+    errors = []
+    for step in range(times):
+        # Each time other moments: what an earlier step left in a buffer is wrong.
+        x = (random((4 + context.rank, 64, 16, 16), 100 * step + context.rank) * (step + 1) + step).float()
+        dy = random(tuple(x.shape), 100 * step + 50 + context.rank, mean=step).float()
+        fresh, late_dy = context.there(x), context.there(dy)
+        there, dy_there = torch.zeros_like(fresh), torch.zeros_like(late_dy)
+        context.synchronize()
+        problem: Exception | None = None
+        try:
+            with torch.cuda.stream(side):
+                torch.cuda._sleep(_CYCLES)
+                there.copy_(fresh)
+                leaf = there.requires_grad_()
+                y = layer(leaf)
+                torch.cuda._sleep(_CYCLES)
+                dy_there.copy_(late_dy)
+                y.backward(dy_there)
+        except Exception as error:
+            problem = error
+        context.synchronize()
+        if problem is not None and not may_raise:
+            raise problem
+        expected = whole_batch(context.world, x, dy, weight, bias, layer.eps)
+        error = float("inf")
+        if problem is None:
+            error = distance(y, expected.y) + distance(leaf.grad, expected.dx, expected.dx_scale)
+        errors.append(max(context.world.allgather(error if error == error else float("inf"))))
+    return errors
+
+
+def buffers(context: Context) -> None:
+    """More copies to a device that is busy than there are pinned buffers. This rank alone."""
+    records = context.records
+    for waits, name in ((True, "waits in place"), (False, "without the waits")):
+        with nullcontext() if waits else _no_waits():
+            wrong = _uploads(context.device)
+        records.figure(f"wrong copies, {name}", wrong)
+        records.holds(f"copies {name}", (wrong == 0) == waits, f"{wrong} are wrong")
+
+
+def _uploads(device: torch.device) -> int:
+    like, side = torch.zeros(1, device=device), torch.cuda.Stream(device)
+    # Long ones: what is short a driver may take along with the command, and read at once.
+    sent = [np.full(16384, float(number + 1)) for number in range(_COPIES)]
+    with torch.cuda.stream(side):
+        for vector in sent:  # makes the buffers
+            transport.near(like, vector)
+        torch.cuda.synchronize(device)
+        torch.cuda._sleep(_CYCLES)
+        got = [transport.near(like, vector)[0] for vector in sent]
+    torch.cuda.synchronize(device)
+    return sum(
+        not np.array_equal(found.cpu().numpy(), vector) for found, vector in zip(got, sent, strict=True)
+    )
+
+
+@contextmanager
+def _no_waits() -> Iterator[None]:
+    """Events and streams that nobody waits for. torch.cuda.synchronize still does."""
+    with (
+        mock.patch.object(torch.cuda.Event, "synchronize", return_value=None),
+        mock.patch.object(torch.cuda.Stream, "synchronize", return_value=None),
+    ):
+        yield

@@ -1,0 +1,123 @@
+"""What a run finds: written down by each rank as it goes, so that it outlives a crash; and put together.
+
+``checks`` decide between passed and failed, ``bars`` are met or missed, ``figures`` are for the reader,
+``skipped`` are the things that could not be tried, and why.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import traceback
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+_END = "end"
+
+
+class Records:
+    """One rank's."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+
+    def at_most(self, name: str, value: float, bar: float) -> None:
+        """A check: fails above ``bar``, and where ``value`` is no number."""
+        self._write("check", name, value=value, bar=bar, ok=bool(value <= bar))
+
+    def holds(self, name: str, ok: bool, detail: str = "") -> None:
+        self._write("check", name, ok=bool(ok), **({"detail": detail} if detail else {}))
+
+    def bar(self, name: str, value: float, bar: float, *, most: bool = True) -> None:
+        """A figure with an aim: at most ``bar``, or at least."""
+        met = value <= bar if most else value >= bar
+        self._write("bar", name, value=value, bar=bar, at="most" if most else "least", met=bool(met))
+
+    def figure(self, name: str, value: Any) -> None:
+        self._write("figure", name, value=value)
+
+    def skip(self, name: str, reason: str) -> None:
+        self._write("skip", name, reason=reason)
+
+    def end(self) -> None:
+        self._write(_END, _END)
+
+    @contextmanager
+    def trying(self, name: str) -> Iterator[None]:
+        """An exception inside fails a check of this name, and the run goes on."""
+        try:
+            yield
+        except Exception as error:
+            traceback.print_exc()
+            self.holds(name, False, summary(error))
+
+    def _write(self, kind: str, name: str, **rest: Any) -> None:
+        with self._path.open("a") as file:
+            file.write(json.dumps({"kind": kind, "name": name, **_plain(rest)}) + "\n")
+
+
+def summary(error: BaseException) -> str:
+    return f"{type(error).__name__}: {error}".strip().splitlines()[0][:400]
+
+
+def _plain(value: Any) -> Any:
+    """Four significant digits, and no number that JSON does not know."""
+    if isinstance(value, dict):
+        return {str(key): _plain(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_plain(item) for item in value]
+    if isinstance(value, float):
+        return float(f"{value:.4g}") if math.isfinite(value) else str(value)
+    return value
+
+
+def merged(folder: Path, ranks: int) -> dict[str, Any]:
+    """Of all ranks: the worst of each check, the figures of rank 0, and whether each came to its end."""
+    found: dict[str, Any] = {"checks": [], "bars": [], "figures": {}, "skipped": [], "whole": True}
+    checks: dict[str, dict[str, Any]] = {}
+    for rank in range(ranks):
+        path = folder / f"rank-{rank}.jsonl"
+        written = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+        found["whole"] &= any(each["kind"] == _END for each in written)
+        for each in written:
+            kind = each.pop("kind")
+            if kind == "check":
+                checks[each["name"]] = _worse(checks.get(each["name"]), {**each, "rank": rank})
+            elif kind == "skip":
+                found["skipped"] += [each] if each not in found["skipped"] else []
+            elif rank == 0 and kind == "bar":
+                found["bars"].append(each)
+            elif rank == 0 and kind == "figure":
+                found["figures"][each["name"]] = each["value"]
+    found["checks"] = list(checks.values())
+    return found
+
+
+def _worse(one: dict[str, Any] | None, other: dict[str, Any]) -> dict[str, Any]:
+    return other if one is None or _badness(other) > _badness(one) else one
+
+
+def _badness(check: dict[str, Any]) -> tuple[bool, float]:
+    value = float(check.get("value", 0.0))
+    return not check["ok"], math.inf if math.isnan(value) else value
+
+
+def verdict(found: dict[str, Any], problem: str) -> tuple[str, str]:
+    """Passed, failed or skipped, and in a few words why."""
+    failed = [check for check in found["checks"] if not check["ok"]]
+    whole = found.pop("whole")
+    if problem or failed or not whole:
+        reasons = [_said(check) for check in failed[:3]]
+        reasons += [f"and {len(failed) - 3} more"] if len(failed) > 3 else []
+        reasons += [problem] if problem else [] if whole else ["a rank did not come to its end"]
+        return "failed", "; ".join(reasons)
+    if found["checks"] or found["bars"] or found["figures"]:
+        return "passed", ""
+    return "skipped", "; ".join(f"{each['name']}: {each['reason']}" for each in found["skipped"])
+
+
+def _said(check: dict[str, Any]) -> str:
+    what = check.get("detail") or (f"{check['value']} > {check['bar']}" if "value" in check else "no")
+    return f"{check['name']}: {what}"

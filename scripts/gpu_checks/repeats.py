@@ -1,0 +1,95 @@
+"""Point 4: the same bits each time and on every rank; and what torch.nn.SyncBatchNorm finds over gloo."""
+
+from __future__ import annotations
+
+import torch
+
+import mpisyncbn
+
+from .context import Context
+from .records import summary
+from .reference import channels_last, digest, distance, random
+
+_TIMES = 20
+_SHAPE = (8, 96, 24, 24)
+
+
+def bits(context: Context, kernels: str) -> None:
+    """Collective."""
+    try:
+        serving = context.served_by(kernels)
+    except ImportError as error:
+        context.records.skip(kernels, str(error))
+        return
+    with serving:
+        for dtype in (torch.float32, torch.bfloat16, torch.float64):
+            for layout in ("contiguous", "channels_last"):
+                name = f"{str(dtype).rpartition('.')[2]}, {layout}"
+                with context.records.trying(name):
+                    _bits(context, name, dtype, layout)
+
+
+def _bits(context: Context, name: str, dtype: torch.dtype, layout: str) -> None:
+    records, times = context.records, 5 if context.quick else _TIMES
+    for same in (False, True):
+        seed = 0 if same else context.rank
+        x, dy = (random(_SHAPE, 10 * seed + number, mean=2.0).to(dtype) for number in (1, 2))
+        if layout == "channels_last":
+            x, dy = channels_last(x), channels_last(dy)
+        there, dy = context.there(x), context.there(dy)
+        found, running = [], []
+        for _ in range(times):
+            layer = mpisyncbn.SyncBatchNorm(_SHAPE[1], device=context.device, dtype=dtype)
+            leaf = there.clone(memory_format=torch.preserve_format).requires_grad_()
+            y = layer(leaf)
+            y.backward(dy)
+            found.append(digest(y, leaf.grad, layer.weight.grad, layer.bias.grad))
+            running.append(digest(layer.running_mean, layer.running_var))
+        everywhere = context.world.allgather((found[0], running[0]))
+        records.holds(f"{name}: {times} times, {'one shard' if same else 'shards'}", len(set(found)) == 1)
+        if same:
+            records.holds(f"{name}: y and gradients on all ranks", len({each for each, _ in everywhere}) == 1)
+        records.holds(
+            f"{name}: running statistics on all ranks, {'one shard' if same else 'shards'}",
+            len(set(running)) == 1 and len({each for _, each in everywhere}) == 1,
+        )
+
+
+def peer(context: Context) -> None:
+    """Against torch.nn.SyncBatchNorm, which says nothing of a batch on a CPU. Collective."""
+    from benchmarks.peers import gloo
+
+    problem = None
+    try:
+        with gloo():
+            for layout in ("contiguous", "channels_last"):
+                for dtype in (torch.float32, torch.bfloat16):
+                    _compare(context, f"{str(dtype).rpartition('.')[2]}, {layout}", dtype, layout)
+    except Exception as error:  # whatever gloo, or torch on it, does not do
+        problem = summary(error)
+    if problem is not None:
+        context.records.skip("torch.nn.SyncBatchNorm over gloo", problem)
+
+
+def _compare(context: Context, name: str, dtype: torch.dtype, layout: str) -> None:
+    shape = (_SHAPE[0] + context.rank, *_SHAPE[1:])
+    x, dy = (random(shape, 10 * context.rank + number, mean=1.0).to(dtype) for number in (3, 4))
+    if layout == "channels_last":
+        x, dy = channels_last(x), channels_last(dy)
+    results = []
+    for layer in (
+        torch.nn.SyncBatchNorm(_SHAPE[1], device=context.device),
+        mpisyncbn.SyncBatchNorm(_SHAPE[1], device=context.device),
+    ):
+        leaf = context.there(x).requires_grad_()
+        y = layer(leaf)
+        y.backward(context.there(dy))
+        gradients = leaf.grad, layer.weight.grad, layer.bias.grad
+        results.append((y, *gradients, layer.running_mean, layer.running_var))
+    bar = 1e-5 if dtype == torch.float32 else 8e-3
+    labels = ("y", "dx", "dweight", "dbias", "running_mean", "running_var")
+    for label, theirs, ours in zip(labels, *results, strict=True):
+        # what is left of large sums, at their own scale
+        scale = dy.double().abs().sum().item() / _SHAPE[1] if label in ("dweight", "dbias") else None
+        most = bar if label in ("y", "dx") else 1e-5
+        context.records.at_most(f"{name}: {label}", distance(ours, theirs, scale), most)

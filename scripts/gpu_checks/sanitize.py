@@ -1,0 +1,39 @@
+"""Point 8: our own kernels once over small tensors, for compute-sanitizer to watch. Without MPI."""
+
+from __future__ import annotations
+
+import torch
+
+from mpisyncbn.kernels import Gate, kernels_for
+
+from .context import Context
+from .correctness import laid_out
+
+_SHAPES = [(3, 5, 7, 9), (40, 6, 64, 48), (2, 130, 5, 5), (50, 33)]
+
+
+def kernels(context: Context) -> None:
+    """Shapes with edges in every direction, and one whose sums are in parts."""
+    module = kernels_for(torch.zeros(1, 1, device=context.device))
+    context.records.figure("kernels", module.__name__)
+    for shape in _SHAPES[::3] if context.quick else _SHAPES:
+        for dtype in (torch.float32, torch.bfloat16, torch.float64):
+            for layout in ("contiguous", "channels_last") if len(shape) > 2 else ("contiguous",):
+                x = context.there(laid_out(torch.randn(shape).to(dtype), layout))
+                context.records.holds(f"{shape} {dtype} {layout}", _all_verbs(module, x))
+
+
+def _all_verbs(module, x: torch.Tensor) -> bool:  # type: ignore[no-untyped-def]
+    """Whether what comes of them is finite: compute-sanitizer judges how."""
+    vectors = torch.float64 if x.dtype == torch.float64 else torch.float32
+    weight = bias = torch.ones(x.shape[1], dtype=vectors, device=x.device)
+    count, mean, m2 = module.local_moments(x)
+    mean = mean.sum(0) if mean.ndim == 2 else mean
+    invstd = (m2 / count + 1e-5).rsqrt()
+    found = [module.normalize(x, mean, invstd, weight, bias)]
+    y = module.normalize(x, mean, invstd, weight, bias, x, True)
+    for gate in (None, Gate(weight, bias, None), Gate(weight, bias, y)):
+        sum_dy, sum_dy_xmu, dz = module.backward_reduce(x, x, mean, invstd, gate)
+        means = sum_dy / count, sum_dy_xmu / count
+        found.append(module.backward_elementwise(dz, x, mean, invstd, weight, *means, gate))
+    return all(bool(tensor.isfinite().all()) for tensor in (y, *found))
