@@ -135,8 +135,7 @@ class Communicator:
                 raise error
         self.debug = any(debug for debug, *_ in settings)
         self.transport = "device" if all(where == "device" for _, where, *_ in settings) else "host"
-        alike = self.transport == "host" and all(has_link for *_, has_link in settings)
-        self.link = link if alike else None
+        self.link = link if all(has_link for *_, has_link in settings) else None
         self.comm = comm
         return self
 
