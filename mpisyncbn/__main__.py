@@ -133,7 +133,7 @@ def _kernels() -> dict[str, str]:
     if accelerator is None:
         used["torch, accelerator"] = "torch finds no accelerator"
     elif accelerator.type == "cuda":
-        used["torch, cuda"] = on_cuda()[1]
+        used["torch, cuda"] = on_cuda(torch.device("cuda", torch.cuda.current_device()))[1]
     else:
         used[f"torch, {accelerator.type}"] = "generic: composed of torch operations"
     if "not installed" in _versions()["cupy"]:

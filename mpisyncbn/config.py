@@ -28,15 +28,14 @@ def debug() -> bool:
     return _choice("MPISYNCBN_DEBUG", "0", ("0", "1")) == "1"
 
 
-def device_aware() -> str | None:
-    """The variable, if any, by which a user told an MPI library to take pointers to device memory."""
-    for name in (
-        "MPICH_GPU_SUPPORT_ENABLED",  # Cray MPICH
-        "MV2_USE_CUDA",  # MVAPICH2-GDR
-        "MV2_USE_ROCM",
-        "I_MPI_OFFLOAD",  # Intel MPI
-        "OMPI_MCA_opal_cuda_support",  # conda-forge's Open MPI 4
-    ):
+def device_aware(kind: str) -> str | None:
+    """The variable, if any, by which a user told MPI to take pointers to device memory, "cuda" or "rocm"."""
+    names = ["MPICH_GPU_SUPPORT_ENABLED"]  # Cray MPICH
+    if kind == "cuda":  # MVAPICH2-GDR, Intel MPI, conda-forge's Open MPI 4
+        names += ["MV2_USE_CUDA", "I_MPI_OFFLOAD", "OMPI_MCA_opal_cuda_support"]
+    else:
+        names.append("MV2_USE_ROCM")
+    for name in names:
         if os.environ.get(name, "").strip().lower() in ("1", "2", "true", "yes", "on"):
             return name
     return None

@@ -80,6 +80,8 @@ def _where_sent(group: Communicator, *vectors: Any) -> Sequence[Any]:
     """The vectors on the device, where messages are there; else in host memory."""
     if type(vectors[0]) is np.ndarray:
         return vectors
+    if isinstance(vectors[0], np.ndarray):  # of a subclass, which may not do as arrays do
+        return [np.asarray(vector) for vector in vectors]
     group.ready()  # which is when the ranks agree on the transport
     if group.transport == "device" and transport.on_device(vectors[0]):
         return vectors

@@ -188,7 +188,8 @@ def update_running_stats(running_mean: Any, running_var: Any, stats: BatchStats,
         momentum = float(momentum) if isinstance(momentum, np.generic) else momentum
     if isinstance(count, int) and count == 0:
         return False
-    if not isinstance(count, int) or not transport.on_host(stats.mean):
+    unseen = not (transport.on_host(stats.mean) or transport.on_host(running_mean))
+    if not isinstance(count, int) or unseen:
         return _update_unseen(running_mean, running_var, stats, momentum)
     mean, var = transport.to_host(stats.mean, stats.var)
     with np.errstate(all="ignore"):

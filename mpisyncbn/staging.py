@@ -1,4 +1,4 @@
-"""Between a device and the host: the one place that waits for a device.
+"""Between a device and the host: the one place where a layer waits for a device.
 
 Vectors travel by way of pinned buffers. Copying to the host waits once, for all vectors together. Copying to
 the device waits for nothing: the buffer is not used again before an event says that the copy is done.
@@ -56,7 +56,8 @@ class _Torch:
         return memory if dtype == "float64" else memory.view(getattr(self.torch, dtype))
 
     def capturing(self) -> bool:
-        return self.torch.cuda.is_current_stream_capturing()
+        with self.current():
+            return self.torch.cuda.is_current_stream_capturing()
 
 
 class _CuPy:
@@ -104,7 +105,8 @@ class _CuPy:
             return vector
 
     def capturing(self) -> bool:
-        return self.cupy.cuda.get_current_stream().is_capturing()
+        with self.device:
+            return self.cupy.cuda.get_current_stream().is_capturing()
 
 
 class Stage:

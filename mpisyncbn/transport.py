@@ -64,7 +64,10 @@ def chosen(MPI: Any) -> tuple[str, str]:
 def _is_aware(MPI: Any, kind: str) -> tuple[bool, str]:
     """Whether MPI takes pointers to device memory, and who said so."""
     query = f"MPIX_Query_{kind}_support"
-    library = ctypes.CDLL(MPI.__file__)  # its symbols are also those of the MPI library it is linked with
+    try:  # its symbols are also those of the MPI library it is linked with
+        library: Any = ctypes.CDLL(MPI.__file__)
+    except OSError:
+        library = None
     if hasattr(library, query):
         aware = getattr(library, query)() == 1
         return aware, f"{query}() says {'yes' if aware else 'no'}"
@@ -74,11 +77,13 @@ def _is_aware(MPI: Any, kind: str) -> tuple[bool, str]:
         return aware, f"MPIX_GPU_query_support() says {'yes' if aware else 'no'}"
     vendor, version = MPI.get_vendor()
     if vendor != "Open MPI" or version >= _OPEN_MPI_ECHOES_BELOW:
-        kinds = MPI.COMM_WORLD.Get_info().Get("mpi_memory_alloc_kinds")
+        info = MPI.COMM_WORLD.Get_info()
+        kinds = info.Get("mpi_memory_alloc_kinds")
+        info.Free()
         if kinds is not None:
             aware = any(each.partition(":")[0] == kind for each in kinds.split(","))
             return aware, f"mpi_memory_alloc_kinds is {kinds!r}"
-    variable = config.device_aware()
+    variable = config.device_aware(kind)
     if variable is not None:
         return True, f"{variable} is set"
     return False, (

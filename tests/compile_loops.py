@@ -22,10 +22,18 @@ from triton.compiler import ASTSource
 
 from mpisyncbn.kernels import cuda, cuda_loops
 
-POINTERS = {torch.float64: "*fp64", torch.float32: "*fp32", torch.bfloat16: "*bf16", torch.float16: "*fp16"}
+POINTERS = {torch.float64: "*fp64", torch.float32: "*fp32", torch.bfloat16: "*bf16"}
 VECTOR = "*fp64"
 # Samples, channels, values of a channel side by side; 1 where the channels are.
-SHAPES = {"contiguous": (32, 256, 3136), "split": (32, 64, 3136), "channels last": (32 * 3136, 256, 1)}
+SHAPES = {
+    "contiguous": (32, 256, 3136),
+    "split": (32, 64, 3136),
+    "14x14": (32, 1024, 196),
+    "7x7": (50, 2048, 49),
+    "odd": (3, 5, 12345),
+    "channels_last": (32 * 3136, 256, 1),
+    "three": (40001, 3, 1),
+}
 MULTIPROCESSORS = 132
 
 
@@ -43,20 +51,9 @@ def arguments(dtype: torch.dtype, shape: tuple[int, int, int]) -> Iterator[tuple
     vectors = {"mean": VECTOR, "invstd": VECTOR, "weight": parameter}
     yield cuda_loops.moments, {"x": x, **sums, **plan.options}
     for gate, y in ((False, None), (True, None), (True, x)):
-        yield (
-            cuda_loops.backward_sums,
-            {
-                "dy": x,
-                "x": x,
-                "y": y,
-                "dz": y,
-                **vectors,
-                "bias": parameter,
-                **sums,
-                "GATE": gate,
-                **plan.options,
-            },
-        )
+        more = {"dy": x, "x": x, "y": y, "dz": y, **vectors, "bias": parameter, "GATE": gate}
+        unrolled = {} if y is None else {"UNROLL": 1}
+        yield cuda_loops.backward_sums, {**more, **sums, **plan.options, **unrolled}
     merged = {"parts": VECTOR, "out": VECTOR, "shares": 7, "ROWS": 64, "COLUMNS": 16, **cuda._SMALL}
     yield cuda_loops.merge_sums, {"length": 512, **merged}
     yield cuda_loops.merge_moments, {"channels": 256, "SPLIT_MEAN": dtype == torch.float64, **merged}
@@ -78,12 +75,13 @@ def compiled(kernel: Any, values: dict[str, Any], architecture: int) -> Any:
     signature, constants, attributes = {}, {}, {}
     for place, parameter in enumerate(kernel.params):
         value = values[parameter.name]
-        if parameter.is_constexpr or value is None or value == 1:
+        plain = parameter.do_not_specialize
+        if parameter.is_constexpr or value is None or (value == 1 and not plain):
             signature[parameter.name] = "constexpr"
             constants[parameter.name] = value
             continue
         signature[parameter.name] = value if isinstance(value, str) else "i32"
-        if isinstance(value, str) or value % 16 == 0:
+        if isinstance(value, str) or (value % 16 == 0 and not plain):
             attributes[(place,)] = [["tt.divisibility", 16]]
     source = ASTSource(kernel, signature, constants, attributes)
     return triton.compile(source, target=GPUTarget("cuda", architecture, 32), options=options)
@@ -104,9 +102,9 @@ def resources(binary: bytes) -> tuple[int, int]:
     return int(found[1]), int(found[2])
 
 
-def main(architectures: list[int]) -> None:
-    for architecture, dtype, (name, shape) in itertools.product(architectures, POINTERS, SHAPES.items()):
-        for kernel, values in arguments(dtype, shape):
+def main(architectures: list[int], names: list[str]) -> None:
+    for architecture, dtype, name in itertools.product(architectures, POINTERS, names):
+        for kernel, values in arguments(dtype, SHAPES[name]):
             binary = compiled(kernel, values, architecture)
             loads = re.findall(r"ld\.global\S*", binary.asm["ptx"])
             wide = [load for load in loads if ".v4.b32" in load or ".v2.b64" in load]
@@ -118,4 +116,4 @@ def main(architectures: list[int]) -> None:
 
 
 if __name__ == "__main__":
-    main([int(argument) for argument in sys.argv[1:]] or [80, 90])
+    main([int(argument) for argument in sys.argv[1:]] or [80, 90], list(SHAPES))

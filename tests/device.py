@@ -62,6 +62,8 @@ def there(value: Any) -> Any:
         return torch.from_numpy(value).to(DEVICE)
     if not isinstance(value, Tensor) or not GPU:
         return value
+    if 0 in value.stride():
+        return value.to(DEVICE)
     return torch.empty_strided(value.shape, value.stride(), dtype=value.dtype, device=DEVICE).copy_(value)
 
 

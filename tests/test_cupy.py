@@ -286,3 +286,17 @@ def test_the_stand_in_refuses_what_cupy_refuses(cupy):
         ):
             with pytest.raises(ValueError, match=r"Shape mismatch|non-scalar"):
                 refused()
+
+
+def test_running_statistics_elsewhere(cupy):
+    """Running ones in host memory, those of the batch on the device; and the other way round."""
+    mean, var = np.array([1.0, 2.0]), np.array([3.0, 4.0])
+    far = functional.BatchStats(cupy.asarray(mean), cupy.asarray(var), cupy.asarray(var), 3)
+    near = functional.BatchStats(mean, var, var, 3)
+    here = [np.zeros(2), np.ones(2)]
+    there = [cupy.zeros(2), cupy.asarray(np.ones(2))]
+    with together():
+        assert functional.update_running_stats(*here, far, 0.5) is True
+        assert functional.update_running_stats(*there, near, 0.5) is True
+        for found in (here, [vector.get() for vector in there]):
+            assert np.allclose(found, [mean / 2, 0.5 + var * 1.5 / 2])

@@ -194,3 +194,20 @@ def test_any_split(sizes, inner, dtype, kind, mean):
         assert ((var - expected.var).abs() <= 1e-6 * expected.var + 1e-13 * mean * mean).all()
         assert distance(y, expected.y, torch.tensor(1.0)) < 1e-3 if mean > 1 else 1e-5
         assert distance(dx, expected.dx, torch.tensor(scale)) < 1e-3 if mean > 1 else 1e-5
+
+
+class Subclass(np.ndarray):
+    pass
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+@pytest.mark.parametrize("kind", [lambda x: x.view(Subclass), np.ma.array], ids=["subclass", "masked"])
+def test_arrays_that_are_more_than_arrays(kind, dtype):
+    x = np.random.default_rng(WORLD.rank).normal(size=(3 + WORLD.rank, 4, 5)).astype(dtype)
+    y, stats = functional.batch_norm_forward(kind(x))
+    dx, _, _ = functional.batch_norm_backward(kind(x), kind(x), stats)
+    plain, plain_stats = functional.batch_norm_forward(x)
+    plain_dx, _, _ = functional.batch_norm_backward(x, x, plain_stats)
+    with together():
+        assert np.allclose(y, plain, atol=1e-5)
+        assert np.allclose(dx, plain_dx, atol=1e-5)

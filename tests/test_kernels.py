@@ -584,6 +584,50 @@ def test_where_triton_does_not_work(monkeypatch):
     assert "because Triton is not installed: pip install triton" in missing
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("kernels", EVERY)
+def test_half_precision_sums_with_a_large_mean(kernels, dtype):
+    """What rounding the mean to float32 costs adds up over all values."""
+    x = (shard((1 << 14, 2), 1, dtype=torch.float64) * 8 + 1000.3).to(dtype)
+    dy = (shard((1 << 14, 2), 2) + 1).to(dtype)
+    _, mean, _, invstd, _, sum_dy, sum_dy_xmu, *_ = reference(x, dy, None, None)
+    near = vectors_for(kernels, x)
+    *got, _ = kernels.backward_reduce(dy, x, near(mean), near(invstd))
+    for found, wanted in zip(got, (sum_dy, sum_dy_xmu), strict=True):
+        assert ((torch.as_tensor(found) - wanted) / wanted).abs().max() < 1e-4
+
+
+@pytest.mark.parametrize("kernels", [each for each in EVERY if each.id in ("cpu", "cuda", "generic")])
+def test_large_values_have_moments(kernels):
+    """Whose sum float32 cannot hold. (Those of torch's own operations have not.)"""
+    for dtype in (torch.float32, torch.bfloat16):
+        x = torch.full((2, 2, 4096), 1e35, dtype=dtype)
+        _, mean, m2 = kernels.local_moments(x)
+        assert np.allclose(np.asarray(mean), x[0, 0, 0].double(), rtol=1e-6)
+        assert not np.asarray(m2).any()
+
+
+@needs_triton
+@given(
+    st.integers(1, 1 << 33), st.integers(1, 5000), st.integers(1, 1 << 20), st.sampled_from(list(TOLERANCE))
+)
+def test_how_sums_are_shared_out(samples, channels, length, dtype):
+    """Every tile to one program; no more than float32 can add up, and no more programs than CUDA counts."""
+    plan = cuda.module._sums_plan(samples, channels, length, dtype, 132)
+    rows, width, _, tiles, share, _ = plan.sizes
+    height, columns = plan.options["ROWS"], plan.options["COLUMNS"]
+    blocks, shares = plan.grid
+    planes = plan.options["PLANES"]
+    across = -(-width // columns)
+    with together():
+        assert tiles == -(-rows // height) * (across if planes else 1)
+        assert blocks == (channels if planes else across)
+        assert (shares - 1) * share < tiles <= shares * share
+        assert shares <= 65535
+        assert share <= 64 or shares > 65535 // 2
+        assert height * columns <= 1 << 14
+
+
 class NoFloat64(TorchDispatchMode):
     """A device that has no float64: nothing may be made of it there."""
 

@@ -38,7 +38,7 @@ def library(tmp_path, monkeypatch):
         source, path = tmp_path / "mpi.c", tmp_path / f"libmpi-{WORLD.rank}-{number}.so"
         source.write_text(text + "\nint nothing;\n")
         subprocess.run(["cc", "-shared", "-fPIC", "-o", path, source], check=True)
-        said = SimpleNamespace(Get=lambda key: {"mpi_memory_alloc_kinds": kinds}[key])
+        said = SimpleNamespace(Get=lambda key: {"mpi_memory_alloc_kinds": kinds}[key], Free=lambda: None)
         world = SimpleNamespace(Get_info=lambda: said)
         return SimpleNamespace(__file__=str(path), get_vendor=lambda: vendor, COMM_WORLD=world)
 
@@ -64,6 +64,7 @@ def answers(query, value):
         ("", "Open MPI", "mpi,system,cuda", None, "host", "none is there"),  # it repeats what was asked for
         ("", "MVAPICH2", None, "MV2_USE_CUDA", "device", "MV2_USE_CUDA is set"),
         ("", "MPICH", None, "MPICH_GPU_SUPPORT_ENABLED", "device", "MPICH_GPU_SUPPORT_ENABLED is set"),
+        ("", "MVAPICH2", None, "MV2_USE_ROCM", "host", "none is there"),
         ("", "MPICH", None, None, "host", "were looked for, and none is there"),
     ],
 )
@@ -94,6 +95,12 @@ def test_rocm_is_not_cuda(library, monkeypatch):
     assert transport.chosen(library(GPU_QUERY % 2))[0] == "device"
     assert transport.chosen(library(GPU_QUERY % 0))[0] == "host"
     assert transport.chosen(library(kinds="mpi,rocm"))[0] == "device"
+
+
+def test_a_library_that_cannot_be_opened(monkeypatch):
+    monkeypatch.delenv("MPISYNCBN_TRANSPORT", raising=False)
+    gone = SimpleNamespace(__file__="/nowhere/MPI.so", get_vendor=lambda: ("Open MPI", (5, 0, 0)))
+    assert transport.chosen(gone)[0] == "host"
 
 
 @needs_compiler

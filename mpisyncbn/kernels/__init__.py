@@ -38,6 +38,7 @@ module             serves
 from __future__ import annotations
 
 import sys
+import warnings
 from functools import cache
 from types import ModuleType
 from typing import Any, NamedTuple
@@ -66,7 +67,7 @@ def kernels_for(x: Any) -> ModuleType:
     if type(x) in (np.ndarray, np.memmap) and x.dtype.isnative and x.dtype.char in "efd":
         return native() or generic
     if getattr(x, "is_cuda", False):
-        return on_cuda()[0]
+        return on_cuda(x.device)[0]
     if hasattr(x, "__cuda_array_interface__"):  # CuPy; torch's tensors on a GPU are gone by here
         return _dlpack() or generic
     return generic
@@ -95,21 +96,26 @@ def _aten() -> ModuleType:
 
 
 @cache
-def on_cuda() -> tuple[ModuleType, str]:
+def on_cuda(device: Any) -> tuple[ModuleType, str]:
     """The kernels for torch tensors on a GPU, and what they are made of."""
+    torch = loaded_torch()
     try:
         from . import cuda
 
-        cuda.try_out()
+        cuda.try_out(device)
     except ImportError:
         why = "Triton is not installed: pip install triton"
-    except Exception as error:  # of Triton's making, of many kinds
+    except (torch.OutOfMemoryError, torch.AcceleratorError):
+        raise  # not of Triton's making
+    except Exception as error:  # of many kinds
         why = f"Triton does not work here: {type(error).__name__}: {error}"
     else:
         return cuda, "Triton"
     from . import aten_cuda
 
-    return aten_cuda, f"composed of torch's operations for batch norm, because {why}"
+    kernels = f"composed of torch's operations for batch norm, because {why}"
+    warnings.warn(f"the kernels for {device} are {kernels}", RuntimeWarning, stacklevel=2)
+    return aten_cuda, kernels
 
 
 @cache

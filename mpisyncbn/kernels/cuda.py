@@ -5,6 +5,7 @@ The other vectors come and go in float64, on the device of ``x``. Nothing here w
 
 from __future__ import annotations
 
+import math
 from contextlib import nullcontext
 from functools import lru_cache
 from typing import Any, NamedTuple
@@ -34,7 +35,7 @@ _PARTS, _PART_COLUMNS = 64, 16
 _SMALL_WARPS = 4
 _SMALL_BYTES = 32 * _SMALL_WARPS * 64
 _MOST_ROWS = 16
-_LARGE, _SMALL = ({"num_warps": warps, "enable_fp_fusion": True} for warps in (_WARPS, _SMALL_WARPS))
+_SMALL = {"num_warps": _SMALL_WARPS, "enable_fp_fusion": True}
 _STEPS = 4  # tiles one below the other for each program: it loads the vectors once
 
 
@@ -103,7 +104,7 @@ def backward_reduce(
                 found,
                 *plan.sizes,
                 GATE=gate is not None,
-                **plan.options,
+                **(plan.options if y is None else plan.options | {"UNROLL": 1}),  # registers
             )
             if parts is not None:
                 cuda_loops.merge_sums[(triton.cdiv(2 * channels, _PART_COLUMNS),)](
@@ -147,10 +148,11 @@ def _sums_of(x: Tensor, rows: int) -> Tensor:
     return make((rows, x.shape[1]), dtype=torch.float64)
 
 
-def try_out() -> None:
+def try_out(device: torch.device) -> None:
     """Raises where Triton cannot start a kernel: it needs a C compiler, and a driver that knows its code."""
-    ones = torch.ones((1, 1), dtype=torch.float64, device="cuda")
-    cuda_loops.merge_sums[(1,)](ones, torch.empty_like(ones), 1, 1, _PARTS, _PART_COLUMNS, **_SMALL)
+    ones = torch.ones((1, 1), dtype=torch.float64, device=device)
+    with _device_of(ones):
+        cuda_loops.merge_sums[(1,)](ones, torch.empty_like(ones), 1, 1, _PARTS, _PART_COLUMNS, **_SMALL)
 
 
 class _Sums(NamedTuple):
@@ -180,8 +182,7 @@ def _sums_plan(samples: int, channels: int, length: int, dtype: torch.dtype, mul
     share = max(share, triton.cdiv(tiles, _MOST_SHARES))
     shares = triton.cdiv(tiles, share)
     sizes = samples, width, channels * length, tiles, share, channels
-    options = {"PLANES": planes, "ROWS": rows, "COLUMNS": columns, "WIDE": _wide(dtype)}
-    options |= {"UNROLL": _UNROLL, **_LARGE}
+    options = _options(planes, width, rows, columns, dtype, _WARPS) | {"UNROLL": _UNROLL}
     return _Sums(shares, (blocks, shares), sizes, options)
 
 
@@ -195,18 +196,26 @@ def _small_plan(
     rows, columns = _tile(*matrix, values) if planes else _lines(*matrix, values, dtype)
     if planes:  # each row of a tile is of another channel, whose vectors take registers
         rows = min(rows, _MOST_ROWS)
-    steps = 1 if planes else min(_STEPS, triton.cdiv(matrix[0], rows))
+    # Narrow tiles are high ones already.
+    steps = 1 if planes or columns < 16 else min(_STEPS, triton.cdiv(matrix[0], rows))
     across = triton.cdiv(matrix[1], columns)
     grid = (triton.cdiv(matrix[0], rows * steps) * across,)
-    options = {
+    options = _options(planes, matrix[1], rows, columns, dtype, _SMALL_WARPS) | {"STEPS": steps}
+    return grid, (*matrix, channels, across), options
+
+
+def _options(
+    planes: bool, width: int, rows: int, columns: int, dtype: torch.dtype, warps: int
+) -> dict[str, Any]:
+    return {
+        "ALIGN": math.gcd(width, 16),
         "PLANES": planes,
-        "STEPS": steps,
         "ROWS": rows,
         "COLUMNS": columns,
-        "WIDE": _wide(dtype),
-        **_SMALL,
+        "WIDE": tl.float64 if dtype == torch.float64 else tl.float32,
+        "num_warps": min(warps, max(1, rows * columns // 256)),  # of 32 threads, eight values each
+        "enable_fp_fusion": True,
     }
-    return grid, (*matrix, channels, across), options
 
 
 def _tile(rows: int, width: int, values: int) -> tuple[int, int]:
@@ -231,10 +240,6 @@ def _lines(rows: int, channels: int, values: int, dtype: torch.dtype) -> tuple[i
 def _vector(values: Tensor | None) -> Any:
     """As the loops read it: without strides."""
     return values if values is None else values.resolve_neg().contiguous()
-
-
-def _wide(dtype: torch.dtype) -> Any:
-    return tl.float64 if dtype == torch.float64 else tl.float32
 
 
 def _matrix(x: Tensor) -> tuple[int, int, int]:

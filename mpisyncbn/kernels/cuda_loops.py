@@ -25,7 +25,7 @@ __all__ = [
 ]
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["rows", "tiles", "share"])
 def moments(
     x,
     parts,
@@ -36,6 +36,7 @@ def moments(
     tiles,
     share,
     channels,
+    ALIGN: tl.constexpr,
     PLANES: tl.constexpr,
     ROWS: tl.constexpr,
     COLUMNS: tl.constexpr,
@@ -47,11 +48,12 @@ def moments(
     Grid: (channels or blocks of them, shares of tiles). ``parts``: (shares, 4, channels), float64; None where
     there is one share, and the result goes to ``out``, see merge_moments.
     """
+    width, stride = _multiple(width, ALIGN), _multiple(stride, ALIGN)
     first = tl.program_id(1) * share
     last = tl.minimum(first + share, tiles)
     values, _, count = _tile(x, first, rows, width, stride, PLANES, ROWS, COLUMNS)
     # Squares of distances from a value near the mean lose no digits.
-    near = _down(values.to(WIDE), PLANES) / count.to(WIDE)
+    near = (_down(values.to(tl.float64), PLANES) / count.to(tl.float64)).to(WIDE)
     rest, m2, count = _about(x, near, first, last, rows, width, stride, PLANES, ROWS, COLUMNS, WIDE, UNROLL)
     far = rest * rest * count > 4 * m2
     if _any(far, PLANES):  # the first tile was not typical of the others: once more, about the mean
@@ -73,7 +75,7 @@ def moments(
         tl.store(at + 3 * channels, tl.zeros_like(rest) + count, inside)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["shares"])
 def merge_moments(
     parts, out, shares, channels, SPLIT_MEAN: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr
 ):
@@ -101,7 +103,7 @@ def merge_moments(
     _store_moments(out, origin, mean, tl.sum(squares, 0), channel, channels, SPLIT_MEAN)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["rows", "tiles", "share"])
 def backward_sums(
     dy,
     x,
@@ -120,6 +122,7 @@ def backward_sums(
     share,
     channels,
     GATE: tl.constexpr,
+    ALIGN: tl.constexpr,
     PLANES: tl.constexpr,
     ROWS: tl.constexpr,
     COLUMNS: tl.constexpr,
@@ -132,11 +135,11 @@ def backward_sums(
     without ``y``, where the normalized ``x`` is. ``parts``: (shares, 2, channels), float64; None where there
     is one share, and the result goes to ``out``, (2, channels).
     """
+    width, stride = _multiple(width, ALIGN), _multiple(stride, ALIGN)
     channel = _channel(COLUMNS, PLANES)
     inside = channel < channels
-    high, low = _center(x, mean, channel, inside, WIDE)
-    scale = _scale(invstd, weight, channel, inside).to(WIDE)
-    shift = _optional(bias, channel, inside).to(WIDE)
+    high, rest = _center(mean, channel, inside, WIDE)
+    scale, shift = _affine(invstd, weight, bias, rest, channel, inside, WIDE)
     sum_dy = tl.zeros([ROWS, COLUMNS], WIDE)
     sum_dy_xmu = tl.zeros([ROWS, COLUMNS], WIDE)
     first = tl.program_id(1) * share
@@ -144,7 +147,7 @@ def backward_sums(
     for tile in tl.range(first, last, loop_unroll_factor=UNROLL):
         offsets, mask, _ = _place(tile, rows, width, stride, PLANES, ROWS, COLUMNS)
         slope = tl.load(dy + offsets, mask, 0.0).to(WIDE)
-        xmu = (tl.load(x + offsets, mask, 0.0).to(WIDE) - high) - low
+        xmu = tl.load(x + offsets, mask, 0.0).to(WIDE) - high
         if GATE:
             if y is None:
                 closed = xmu * scale + shift <= 0
@@ -155,12 +158,13 @@ def backward_sums(
                 tl.store(dz + offsets, slope.to(dz.dtype.element_ty), mask)
         sum_dy += slope
         sum_dy_xmu += tl.where(mask, slope * xmu, 0.0)
+    total_dy = _down(sum_dy.to(tl.float64), PLANES)
     at = (out if parts is None else parts + tl.program_id(1) * 2 * channels) + channel
-    tl.store(at, _down(sum_dy.to(tl.float64), PLANES), inside)
-    tl.store(at + channels, _down(sum_dy_xmu.to(tl.float64), PLANES), inside)
+    tl.store(at, total_dy, inside)
+    tl.store(at + channels, _down(sum_dy_xmu.to(tl.float64), PLANES) - rest * total_dy, inside)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["shares"])
 def merge_sums(parts, out, shares, length, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
     """The sum over the first of two axes, ``parts``: (shares, length)."""
     column = tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)
@@ -173,7 +177,7 @@ def merge_sums(parts, out, shares, length, ROWS: tl.constexpr, COLUMNS: tl.const
     tl.store(out + column, tl.sum(sums, 0), inside)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["rows", "column_tiles"])
 def normalize(
     x,
     residual,
@@ -187,6 +191,7 @@ def normalize(
     channels,
     column_tiles,
     RELU: tl.constexpr,
+    ALIGN: tl.constexpr,
     PLANES: tl.constexpr,
     STEPS: tl.constexpr,
     ROWS: tl.constexpr,
@@ -197,13 +202,13 @@ def normalize(
 
     Grid: the tiles, each of ``STEPS`` times ``ROWS`` rows.
     """
+    width = _multiple(width, ALIGN)
     channel, inside = _channels(rows, width, channels, column_tiles, PLANES, ROWS, COLUMNS)
-    high, low = _center(x, mean, channel, inside, WIDE)
-    scale = _scale(invstd, weight, channel, inside).to(WIDE)
-    shift = _optional(bias, channel, inside).to(WIDE)
+    high, rest = _center(mean, channel, inside, WIDE)
+    scale, shift = _affine(invstd, weight, bias, rest, channel, inside, WIDE)
     for step in tl.static_range(STEPS):
         offsets, mask = _elements(step, rows, width, column_tiles, STEPS, ROWS, COLUMNS)
-        found = ((tl.load(x + offsets, mask, 0.0).to(WIDE) - high) - low) * scale + shift
+        found = (tl.load(x + offsets, mask, 0.0).to(WIDE) - high) * scale + shift
         if residual is not None:
             found += tl.load(residual + offsets, mask, 0.0).to(WIDE)
         if RELU:
@@ -211,7 +216,7 @@ def normalize(
         tl.store(y + offsets, found.to(y.dtype.element_ty), mask)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["rows", "column_tiles"])
 def backward_elementwise(
     dz,
     x,
@@ -227,6 +232,7 @@ def backward_elementwise(
     channels,
     column_tiles,
     GATE: tl.constexpr,
+    ALIGN: tl.constexpr,
     PLANES: tl.constexpr,
     STEPS: tl.constexpr,
     ROWS: tl.constexpr,
@@ -237,20 +243,22 @@ def backward_elementwise(
 
     With ``GATE``, ``dz`` is still what came into the ReLU. Grid: as that of ``normalize``.
     """
+    width = _multiple(width, ALIGN)
     channel, inside = _channels(rows, width, channels, column_tiles, PLANES, ROWS, COLUMNS)
-    high, low = _center(x, mean, channel, inside, WIDE)
-    high_dy, low_dy = _center(x, mean_dy, channel, inside, WIDE)
+    high, rest = _center(mean, channel, inside, WIDE)
+    scale, shift = _affine(invstd, weight, bias, rest, channel, inside, WIDE)
     inverse = tl.load(invstd + channel, inside, 0.0)
-    slope = (inverse * inverse * tl.load(mean_dy_xmu + channel, inside, 0.0)).to(WIDE)
-    scale = _scale(invstd, weight, channel, inside).to(WIDE)
-    shift = _optional(bias, channel, inside).to(WIDE)
+    slope = inverse * inverse * tl.load(mean_dy_xmu + channel, inside, 0.0)
+    high_dy, rest_dy = _center(mean_dy, channel, inside, WIDE)
+    rest_dy = (rest_dy - rest * slope).to(WIDE)
+    slope = slope.to(WIDE)
     for step in tl.static_range(STEPS):
         offsets, mask = _elements(step, rows, width, column_tiles, STEPS, ROWS, COLUMNS)
-        xmu = (tl.load(x + offsets, mask, 0.0).to(WIDE) - high) - low
+        xmu = tl.load(x + offsets, mask, 0.0).to(WIDE) - high
         found = tl.load(dz + offsets, mask, 0.0).to(WIDE)
         if GATE:
             found = tl.where(xmu * scale + shift <= 0, 0.0, found)
-        found = (((found - high_dy) - low_dy) - xmu * slope) * scale
+        found = (((found - high_dy) - xmu * slope) - rest_dy) * scale
         tl.store(dx + offsets, found.to(dx.dtype.element_ty), mask)
 
 
@@ -393,30 +401,29 @@ def _part(parts, origin, begin, channel, shares, channels, ROWS: tl.constexpr):
 
 
 @triton.jit
-def _center(x, mean, channel, inside, WIDE: tl.constexpr):
-    """A float64 mean as two numbers of the working dtype: for float32 a mean of 1e3 would be 3e-5 wrong.
+def _center(mean, channel, inside, WIDE: tl.constexpr):
+    """A float64 mean as a number of the working dtype, to be subtracted, and the rest in float64.
 
-    Half precision does not notice, and float64 needs no second.
+    A float32 mean of 1e3 is 3e-5 wrong: what it misses goes into what is added later anyway.
     """
     exact = tl.load(mean + channel, inside, 0.0)
     high = exact.to(WIDE)
-    if x.dtype.element_ty == tl.float32:
-        return high, (exact - high.to(tl.float64)).to(WIDE)
-    else:
-        return high, tl.zeros_like(high)
+    return high, exact - high.to(tl.float64)
 
 
 @triton.jit
-def _scale(invstd, weight, channel, inside):
+def _affine(invstd, weight, bias, rest, channel, inside, WIDE: tl.constexpr):
+    """What ``x - high`` is multiplied by, and what is added then."""
     scale = tl.load(invstd + channel, inside, 0.0)
     if weight is not None:
         scale *= tl.load(weight + channel, inside, 0.0).to(tl.float64)
-    return scale
+    shift = -rest * scale
+    if bias is not None:
+        shift += tl.load(bias + channel, inside, 0.0).to(tl.float64)
+    return scale.to(WIDE), shift.to(WIDE)
 
 
 @triton.jit
-def _optional(bias, channel, inside):
-    if bias is None:
-        return tl.zeros_like(channel).to(tl.float64)
-    else:
-        return tl.load(bias + channel, inside, 0.0).to(tl.float64)
+def _multiple(length, ALIGN: tl.constexpr):
+    """A length that is known to be a multiple of ``ALIGN``, so that as many values may be loaded at once."""
+    return length // ALIGN * ALIGN

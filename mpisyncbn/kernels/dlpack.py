@@ -18,7 +18,7 @@ __all__ = ["backward_elementwise", "backward_reduce", "local_moments", "normaliz
 
 def local_moments(x: Any) -> tuple[int, Any, Any]:
     with _stream_of(x):
-        count, *found = on_cuda()[0].local_moments(_tensor(x))
+        count, *found = _kernels(x).local_moments(_tensor(x))
         return count, *map(cupy.from_dlpack, found)
 
 
@@ -27,13 +27,13 @@ def normalize(
 ) -> Any:
     with _stream_of(x):
         tensors = map(_tensor, (x, mean, invstd, weight, bias, residual))
-        return cupy.from_dlpack(on_cuda()[0].normalize(*tensors, relu))
+        return cupy.from_dlpack(_kernels(x).normalize(*tensors, relu))
 
 
 def backward_reduce(dy: Any, x: Any, mean: Any, invstd: Any, gate: Any = None) -> tuple[Any, Any, Any]:
     with _stream_of(x):
         tensors = map(_tensor, (dy, x, mean, invstd))
-        found = on_cuda()[0].backward_reduce(*tensors, _tensors(gate))
+        found = _kernels(x).backward_reduce(*tensors, _tensors(gate))
         return tuple(map(cupy.from_dlpack, found))
 
 
@@ -42,11 +42,22 @@ def backward_elementwise(
 ) -> Any:
     with _stream_of(x):
         tensors = map(_tensor, (dz, x, mean, invstd, weight, mean_dy, mean_dy_xmu))
-        return cupy.from_dlpack(on_cuda()[0].backward_elementwise(*tensors, _tensors(gate)))
+        return cupy.from_dlpack(_kernels(x).backward_elementwise(*tensors, _tensors(gate)))
+
+
+def _kernels(x: Any) -> Any:
+    return on_cuda(torch.device("cuda", x.device.id))[0]
 
 
 def _tensor(array: Any) -> Any:
-    return None if array is None else torch.from_dlpack(array)
+    if array is None:
+        return None
+    if min(array.strides, default=0) < 0:  # torch has no such, and ends the process
+        array = cupy.ascontiguousarray(array)
+    try:
+        return torch.from_dlpack(array)
+    except RuntimeError:  # managed memory: pytorch#96318
+        return torch.as_tensor(array)
 
 
 def _tensors(gate: Gate | None) -> Gate | None:
