@@ -151,7 +151,7 @@ class Communicator:
         key = copies, length, getattr(like.device, "id", like.device)  # CuPy's devices cannot be keys
         message = self._device_messages.get(key)
         if message is None:
-            message = self._device_messages[key] = DeviceMessage(mpi(), *key[:2], like)
+            message = self._device_messages[key] = DeviceMessage(mpi(), copies, length, like)
         return message
 
     def name_of(self, layer: str) -> str:

@@ -551,7 +551,7 @@ def test_arrays_by_way_of_dlpack(pointer, monkeypatch):
     monkeypatch.setattr(torch.cuda, "stream", lambda stream: streams.append(stream) or nullcontext())
     monkeypatch.delitem(sys.modules, "mpisyncbn.kernels.dlpack", raising=False)
     dlpack = importlib.import_module("mpisyncbn.kernels.dlpack")
-    monkeypatch.setattr(dlpack, "on_cuda", lambda: (cuda.module, "Triton"))
+    monkeypatch.setattr(dlpack, "on_cuda", lambda device: (cuda.module, "Triton"))
     try:
         for dtype in ("float32", "float64", "float16"):
             shape = (4, 3, 5)
@@ -568,20 +568,42 @@ def test_arrays_by_way_of_dlpack(pointer, monkeypatch):
     assert set(streams) == {pointer}
 
 
-@pytest.mark.skipif(GPU, reason="Triton works where there is a GPU")
-def test_where_triton_does_not_work(monkeypatch):
-    """There torch's own operations serve, and the report says why."""
-    mpisyncbn.kernels.on_cuda.cache_clear()
-    module, why = mpisyncbn.kernels.on_cuda()
-    with monkeypatch.context() as without:
-        without.setitem(sys.modules, "mpisyncbn.kernels.cuda", None)
-        without.delattr(mpisyncbn.kernels, "cuda", raising=False)
-        mpisyncbn.kernels.on_cuda.cache_clear()
-        other, missing = mpisyncbn.kernels.on_cuda()
-    mpisyncbn.kernels.on_cuda.cache_clear()
-    assert module is other is aten_cuda
-    assert "composed of torch's operations for batch norm, because Triton" in why
-    assert "because Triton is not installed: pip install triton" in missing
+@needs_triton
+@pytest.mark.parametrize(
+    ("problem", "why"),
+    [
+        (
+            RuntimeError("Failed to find C compiler"),
+            "Triton does not work here: RuntimeError: Failed to find C",
+        ),
+        (ImportError("no Triton"), "Triton is not installed: pip install triton"),
+        (torch.OutOfMemoryError("none left"), None),
+    ],
+    ids=["no compiler", "not installed", "no memory"],
+)
+def test_where_triton_does_not_work(problem, why, monkeypatch):
+    """There torch's own operations serve, and a warning says why; errors of another kind are raised."""
+    on_cuda, device = mpisyncbn.kernels.on_cuda, torch.device("cuda", 0)
+
+    def try_out(device):
+        if problem is not None:
+            raise problem
+
+    monkeypatch.setattr(cuda.module, "try_out", try_out)
+    on_cuda.cache_clear()
+    try:
+        if why is None:
+            with pytest.raises(torch.OutOfMemoryError):
+                on_cuda(device)
+            problem = None
+            assert on_cuda(device) == (cuda.module, "Triton")
+        else:
+            with pytest.warns(RuntimeWarning, match=f"cuda:0 are composed of torch's .* because {why}"):
+                module, made_of = on_cuda(device)
+            assert module is aten_cuda
+            assert why in made_of
+    finally:
+        on_cuda.cache_clear()
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
