@@ -48,7 +48,9 @@ def forward(
     count, mean, m2 = kernels.local_moments(x)
     count, mean, var = merge_moments(count, mean, m2)
     stats = BatchStats(mean, var, invstd_of(var, eps), count)
-    near = BatchStats._make((*transport.near(x, *stats[:3]), count))  # the same, where x is
+    near = stats  # the same, where x is
+    if not transport.on_host(x):
+        near = BatchStats._make((*transport.near(x, *stats[:3]), count))
     return kernels.normalize(x, near.mean, near.invstd, weight, bias, residual, relu), stats, near
 
 
