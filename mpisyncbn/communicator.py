@@ -14,7 +14,7 @@ import numpy as np
 
 from . import config, transport
 from .errors import MPISyncBNError, TransportError, on_rank
-from .staging import DeviceMessage
+from .staging import DeviceMessage, device_key
 
 if TYPE_CHECKING:
     from mpi4py import MPI
@@ -148,7 +148,7 @@ class Communicator:
 
     def device_message(self, copies: int, length: int, like: Any) -> DeviceMessage:
         """The same, for so many messages one after the other, in the memory of the device of ``like``."""
-        key = copies, length, getattr(like.device, "id", like.device)  # CuPy's devices cannot be keys
+        key = copies, length, device_key(like)
         message = self._device_messages.get(key)
         if message is None:
             message = self._device_messages[key] = DeviceMessage(mpi(), copies, length, like)

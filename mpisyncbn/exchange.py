@@ -73,7 +73,7 @@ def reduce_sums(group: Communicator, call: Call, *sums: Any) -> tuple[np.ndarray
             if problem:
                 _raise_problem(group, call, problem)
         return totals[0], totals[1]
-    return tuple(_summed(group, call, 0, *vectors)[1:].reshape(len(sums), -1))
+    return tuple(_exchanged(group, call, _SUM, 0, *vectors)[1:].reshape(len(sums), -1))
 
 
 def _where_sent(group: Communicator, *vectors: Any) -> Sequence[Any]:
@@ -100,7 +100,7 @@ def _sum_moments(
                 _raise_problem(group, call, total)
         return total, found[0], found[1]
     first = mean * count
-    totals = _summed(group, call, count, first, mean * first + m2)
+    totals = _exchanged(group, call, _SUM, count, first, mean * first + m2)
     total = int(totals[0])
     merged, var = totals[1:].reshape(2, channels) / max(total, 1)
     square = merged * merged
@@ -113,7 +113,7 @@ def _sum_moments(
 def _gather_moments(
     group: Communicator, call: Call, count: int, near: Any, rest: Any, m2: Any
 ) -> tuple[int, np.ndarray, np.ndarray]:
-    gathered = _gathered(group, call, count, near, rest, m2)
+    gathered = _exchanged(group, call, _GATHER, count, near, rest, m2)
     counts = gathered[:, :1]
     nears, rests, m2s = np.split(gathered[:, 1:], 3, axis=1)
     total = int(counts.sum())
@@ -126,20 +126,12 @@ def _gather_moments(
     return total, origin + merged, var
 
 
-def _summed(group: Communicator, call: Call, count: int, *vectors: Any) -> np.ndarray:
-    """``count`` and vectors, one after the other, summed over the group; on the host."""
+def _exchanged(group: Communicator, call: Call, kind: int, count: int, *vectors: Any) -> np.ndarray:
+    """``count`` and vectors, as one vector: summed over the group, or a row of each rank. On the host."""
     with group.lock:
         length = 3 + sum(len(vector) for vector in vectors)
-        h = _sign(group, call, length)
-        return _allreduce(group, call, *_packed(group, h, count, vectors, length))[2:].copy()
-
-
-def _gathered(group: Communicator, call: Call, count: int, *vectors: Any) -> np.ndarray:
-    """``count`` and vectors of each rank, one row each; on the host."""
-    with group.lock:
-        length = 3 + sum(len(vector) for vector in vectors)
-        h = _sign(group, call, length, _GATHER)
-        return _allgather(group, call, *_packed(group, h, count, vectors, length))[:, 2:].copy()
+        h = _sign(group, call, length, kind)
+        return _COLLECTIVES[kind](group, call, *_packed(group, h, count, vectors, length))[..., 2:].copy()
 
 
 def _packed(group: Communicator, h: int, count: int, vectors: Sequence[Any], length: int) -> tuple[Any, Any]:
@@ -180,6 +172,9 @@ def _allgather(group: Communicator, call: Call, message: Any, buffer: Any) -> np
     gathered = gathered.reshape(group.size, -1)
     diagnostics.check(group, gathered[:, 0].sum(), gathered[:, 1].sum(), call)
     return gathered
+
+
+_COLLECTIVES = {_SUM: _allreduce, _GATHER: _allgather}
 
 
 def _meet(group: Communicator, call: Call, message: Any, collective: Any, *buffers: Any) -> None:
@@ -223,8 +218,8 @@ def answer(group: Communicator) -> None:
             if not kind:
                 return
             group.exchanges += 1
-            join = _allreduce if kind == _SUM else _allgather
-            join(group, _NO_DATA, *_packed(group, h, 0, [np.zeros(length - 3)], length))
+            message = _packed(group, h, 0, [np.zeros(length - 3)], length)
+            _COLLECTIVES[kind](group, _NO_DATA, *message)
 
 
 def _raise_problem(group: Communicator, call: Call, problem: int) -> NoReturn:

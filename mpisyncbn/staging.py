@@ -15,7 +15,7 @@ import numpy as np
 from .errors import MPISyncBNError, on_rank
 from .kernels import loaded_torch
 
-__all__ = ["DeviceMessage", "Stage", "device_of", "stage_of"]
+__all__ = ["DeviceMessage", "Stage", "device_key", "device_of", "stage_of"]
 
 _SLOTS = 8  # more copies than one step of a layer has under way
 
@@ -50,10 +50,7 @@ class _Torch:
         memory.copy_(vector.detach(), non_blocking=True)
 
     def upload(self, memory: Any, dtype: str) -> Any:
-        return self._view(memory, dtype).to(self.device, non_blocking=True)
-
-    def _view(self, memory: Any, dtype: str) -> Any:
-        return memory if dtype == "float64" else memory.view(getattr(self.torch, dtype))
+        return memory.view(getattr(self.torch, dtype)).to(self.device, non_blocking=True)
 
     def capturing(self) -> bool:
         with self.current():
@@ -188,6 +185,11 @@ def _refuse_capture(driver: Any) -> None:
         )
 
 
+def device_key(array: Any) -> Any:
+    """Its device, as a key of a dictionary: CuPy's own cannot be one."""
+    return getattr(array.device, "id", array.device)
+
+
 def device_of(array: Any) -> Any:
     """A context in which its device is the current one."""
     stage: Any = stage_of(array)
@@ -199,12 +201,10 @@ _of_thread = threading.local()  # so that no two threads take turns at one buffe
 
 def stage_of(like: Any) -> Stage | None:
     """The Stage of this thread for the device of an array; None where nothing is pinned for such."""
-    device = like.device
-    key = getattr(device, "id", device)  # CuPy's devices cannot be keys
-    stages = _of_thread.__dict__
+    key, stages = device_key(like), _of_thread.__dict__
     stage = stages.get(key)
     if stage is None:
-        driver = _driver_of(like, device)
+        driver = _driver_of(like, like.device)
         if driver is None:
             return None
         stage = stages[key] = Stage(driver)

@@ -52,9 +52,9 @@ def arguments(dtype: torch.dtype, shape: tuple[int, int, int]) -> Iterator[tuple
     yield cuda_loops.moments, {"x": x, **sums, **plan.options}
     for gate, y in ((False, None), (True, None), (True, x)):
         more = {"dy": x, "x": x, "y": y, "dz": y, **vectors, "bias": parameter, "GATE": gate}
-        unrolled = {} if y is None else {"UNROLL": 1}
-        yield cuda_loops.backward_sums, {**more, **sums, **plan.options, **unrolled}
-    merged = {"parts": VECTOR, "out": VECTOR, "shares": 7, "ROWS": 64, "COLUMNS": 16, **cuda._SMALL}
+        yield cuda_loops.backward_sums, {**more, **sums, **cuda._sums_options(plan, y)}
+    merged = {"parts": VECTOR, "out": VECTOR, "shares": 7, **cuda._SMALL}
+    merged |= {"ROWS": cuda._PARTS, "COLUMNS": cuda._PART_COLUMNS}
     yield cuda_loops.merge_sums, {"length": 512, **merged}
     yield cuda_loops.merge_moments, {"channels": 256, "SPLIT_MEAN": dtype == torch.float64, **merged}
     _, sizes, options = cuda._small_plan(*shape, dtype)

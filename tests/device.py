@@ -19,6 +19,12 @@ from torch import Tensor
 
 from mpisyncbn.kernels import Gate
 
+cuda: Any
+try:
+    from mpisyncbn.kernels import cuda
+except ImportError:
+    cuda = None
+
 GPU = torch.cuda.is_available()
 DEVICE = torch.device("cuda", WORLD.rank % torch.cuda.device_count()) if GPU else torch.device("cpu")
 
@@ -27,6 +33,7 @@ def needs_gpu(test: Any) -> Any:
     return pytest.mark.gpu(pytest.mark.skipif(not GPU, reason="torch finds no GPU")(test))
 
 
+needs_triton = pytest.mark.skipif(cuda is None, reason="Triton is not installed")
 # Kernels know nothing of ranks, and the interpreter takes its time.
 one_rank_without_gpu = pytest.mark.skipif(
     not GPU and WORLD.size > 1, reason="without a GPU, kernels for one are tried on one rank"

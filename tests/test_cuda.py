@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from device import DEVICE, GPU, needs_gpu, one_rank_without_gpu, pretend, there
+from device import DEVICE, GPU, cuda, needs_gpu, needs_triton, one_rank_without_gpu, pretend, there
 from mpi4py import MPI
 from parallel import WORLD, bits_equal_on_all_ranks, distance, local_batch, oracle, shard, together
 from singleton import run_alone
@@ -22,13 +22,7 @@ from mpisyncbn import staging, transport
 from mpisyncbn.errors import CollectiveMismatchError, MPISyncBNError
 from mpisyncbn.kernels import aten_cuda, generic
 
-try:
-    from mpisyncbn.kernels import cuda
-except ImportError:
-    cuda = None  # type: ignore[assignment]
-
 pytestmark = pytest.mark.usefixtures("device")
-needs_triton = pytest.mark.skipif(cuda is None, reason="Triton is not installed")
 KERNELS = [
     pytest.param(cuda, id="cuda", marks=needs_triton),
     pytest.param(aten_cuda, id="aten_cuda"),
@@ -225,20 +219,23 @@ def test_all_ranks_use_the_device_or_none(monkeypatch):
         assert group.transport == ("device" if WORLD.size == 1 else "host")
 
 
-@pytest.mark.parametrize("group", ["host", "device"], indirect=True)
-def test_a_cuda_graph_is_refused(group, device):
+@pytest.mark.skipif(GPU, reason="with a GPU the next test captures a graph")
+def test_nothing_is_copied_while_a_graph_is_captured(device):
+    device.is_capturing = True
+    vector = torch.zeros(3, dtype=torch.float64)
+    message = staging.DeviceMessage(MPI, 1, 6, vector)
+    for copied in (
+        lambda: staging.stage_of(vector).to_host([vector]),
+        lambda: message.pack(np.ones(3), [vector]),
+    ):
+        with pytest.raises(MPISyncBNError, match="cannot be captured in a CUDA graph"):
+            copied()
+
+
+@needs_gpu
+@pytest.mark.parametrize("group", TRANSPORTS, indirect=True)
+def test_a_cuda_graph_is_refused(group):
     x = there(shard((local_batch(), 3, 4), 1))
-    if device is not None:
-        device.is_capturing = True
-        vector = torch.zeros(3, dtype=torch.float64)
-        message = staging.DeviceMessage(MPI, 1, 6, vector)
-        for copied in (
-            lambda: staging.stage_of(x).to_host([vector]),
-            lambda: message.pack(np.ones(3), [vector]),
-        ):
-            with pytest.raises(MPISyncBNError, match="cannot be captured in a CUDA graph"):
-                copied()
-        return
     layer = mpisyncbn.SyncBatchNorm(3, process_group=group, device=DEVICE)
     layer(x)  # what is made at first use must not be captured
     problem = None
@@ -341,20 +338,18 @@ def test_messages_go_with_their_group(group):
 def test_derivatives_of_derivatives(monkeypatch):
     monkeypatch.setattr("mpisyncbn.autograd.kernels_for", lambda x: generic)
     x = there(shard((local_batch(), 3, 4), 1, 1.0, torch.float64))
-    found = []
-    for layer, data in (
-        (mpisyncbn.SyncBatchNorm(3, device=DEVICE, dtype=torch.float64), x),
-        (None, None),
-    ):
-        if layer is None:
-            monkeypatch.undo()
-            layer, data = mpisyncbn.SyncBatchNorm(3, dtype=torch.float64), x.cpu()
+
+    def second(data):
+        layer = mpisyncbn.SyncBatchNorm(3, device=data.device, dtype=torch.float64)
         data = data.clone().requires_grad_()
         (slope,) = torch.autograd.grad(layer(data).pow(3).sum(), data, create_graph=True)
-        (second,) = torch.autograd.grad(slope.square().sum(), data)
-        found.append(second.cpu())
+        return torch.autograd.grad(slope.square().sum(), data)[0].cpu()
+
+    found = second(x)
+    monkeypatch.undo()  # data in host memory is that again
+    expected = second(x.cpu())
     with together():
-        assert distance(found[0], found[1]) < 1e-10
+        assert distance(found, expected) < 1e-10
 
 
 @needs_gpu

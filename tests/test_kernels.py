@@ -12,7 +12,8 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from device import GPU, OnDevice, one_rank_without_gpu
+from device import GPU, OnDevice, needs_triton, one_rank_without_gpu
+from device import cuda as triton_kernels
 from hypothesis import given
 from hypothesis import strategies as st
 from parallel import distance, shard, together
@@ -25,13 +26,7 @@ from mpisyncbn.kernels import Gate, aten, aten_cuda, generic, kernels_for, nativ
 
 cpu: Any = native()
 needs_native = pytest.mark.skipif(cpu is None, reason="the native kernels were not built")
-try:
-    from mpisyncbn.kernels import cuda as triton_kernels
-
-    cuda: Any = OnDevice(triton_kernels)
-except ImportError:
-    cuda = None
-needs_triton = pytest.mark.skipif(cuda is None, reason="Triton is not installed")
+cuda: Any = triton_kernels and OnDevice(triton_kernels)
 # Everything that must hold for one holds for the others.
 HOST = [
     pytest.param(cpu, id="cpu", marks=needs_native),

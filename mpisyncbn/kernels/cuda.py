@@ -44,7 +44,7 @@ def local_moments(x: Tensor) -> tuple[int, Tensor, Tensor]:
     found = _sums_of(x, 3 if exact else 2)
     if x.numel():
         x, plan = _planned(x)
-        parts = x.new_empty((plan.shares, 4, channels), dtype=torch.float64) if plan.shares > 1 else None
+        parts = _parts_of(x, plan, 4)
         with _device_of(x):
             cuda_loops.moments[plan.grid](x, parts, found, *plan.sizes, **plan.options)
             if parts is not None:
@@ -89,7 +89,7 @@ def backward_reduce(
         mean, invstd, weight, bias = map(_vector, (mean, invstd, weight, bias))
         if y is not None:
             y, dz = like(y, x), torch.empty_like(x)
-        parts = x.new_empty((plan.shares, 2, channels), dtype=torch.float64) if plan.shares > 1 else None
+        parts = _parts_of(x, plan, 2)
         with _device_of(x):
             cuda_loops.backward_sums[plan.grid](
                 dy,
@@ -104,7 +104,7 @@ def backward_reduce(
                 found,
                 *plan.sizes,
                 GATE=gate is not None,
-                **(plan.options if y is None else plan.options | {"UNROLL": 1}),  # registers
+                **_sums_options(plan, y),
             )
             if parts is not None:
                 cuda_loops.merge_sums[(triton.cdiv(2 * channels, _PART_COLUMNS),)](
@@ -162,6 +162,16 @@ class _Sums(NamedTuple):
     grid: tuple[int, int]
     sizes: tuple[int, ...]
     options: dict[str, Any]
+
+
+def _parts_of(x: Tensor, plan: _Sums, rows: int) -> Tensor | None:
+    """Memory for what each program finds; None where one finds all."""
+    return x.new_empty((plan.shares, rows, x.shape[1]), dtype=torch.float64) if plan.shares > 1 else None
+
+
+def _sums_options(plan: _Sums, y: Any) -> dict[str, Any]:
+    """Of backward_sums: with a third tensor to read, registers are for one tile at a time."""
+    return plan.options if y is None else plan.options | {"UNROLL": 1}
 
 
 def _planned(x: Tensor) -> tuple[Tensor, _Sums]:

@@ -27,7 +27,7 @@ def with_torch(context: Context) -> None:
 
 def without_torch(context: Context) -> None:
     """Collective."""
-    sys.modules["torch"] = None  # type: ignore[assignment]  # from here on, import torch fails
+    sys.modules["torch"] = None  # from here on, import torch fails
     _arrays(context, "generic")
 
 

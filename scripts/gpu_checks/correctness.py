@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -132,7 +132,9 @@ def _check(context: Context, case: Case, dtype: torch.dtype, layout: str, name: 
     records.holds(f"{name}: layout of y and dx", _same_layout(y, there) and _same_layout(there.grad, there))
 
 
-def _of_vectors(context, case, layer, stats, expected, dtype):  # type: ignore[no-untyped-def]
+def _of_vectors(
+    context: Context, case: Case, layer: Any, stats: Any, expected: Any, dtype: torch.dtype
+) -> dict[str, tuple[float, float]]:
     """Errors of statistics and of the parameters' gradients, and their bars."""
     mean, var = (vector.cpu().double() for vector in stats[:2])
     std = expected.var.sqrt().clamp_min(1e-300 if case.std else abs(case.mean))

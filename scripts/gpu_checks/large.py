@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import torch
 from torch import Tensor
 
@@ -82,7 +84,7 @@ def _data(
     return x.movedim(-1, 1) if last else x
 
 
-def _chunks(x: Tensor):  # type: ignore[no-untyped-def]
+def _chunks(x: Tensor) -> Iterator[Tensor]:
     """Samples, in float64."""
     return (x[number : number + 1].double() for number in range(len(x)))
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 
 from mpisyncbn.kernels import Gate, kernels_for
@@ -23,7 +25,7 @@ def kernels(context: Context) -> None:
                 context.records.holds(f"{shape} {dtype} {layout}", _all_verbs(module, x))
 
 
-def _all_verbs(module, x: torch.Tensor) -> bool:  # type: ignore[no-untyped-def]
+def _all_verbs(module: Any, x: torch.Tensor) -> bool:
     """Whether what comes of them is finite: compute-sanitizer judges how."""
     vectors = torch.float64 if x.dtype == torch.float64 else torch.float32
     weight = bias = torch.ones(x.shape[1], dtype=vectors, device=x.device)
