@@ -8,6 +8,7 @@ from __future__ import annotations
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
+from . import config, exits
 from .errors import CollectiveMismatchError, CollectiveTimeoutError, MPISyncBNError, TransportError
 
 if TYPE_CHECKING:
@@ -15,7 +16,7 @@ if TYPE_CHECKING:
     from .autograd import sync_batch_norm
     from .batchnorm import SyncBatchNorm
     from .communicator import Communicator, new_group, new_subgroups
-    from .convert import revert_sync_batchnorm
+    from .convert import revert_sync_batchnorm, set_process_group
     from .distributed import init_process_group
 
     convert_sync_batchnorm = SyncBatchNorm.convert_sync_batchnorm
@@ -35,8 +36,12 @@ __all__ = [
     "new_group",
     "new_subgroups",
     "revert_sync_batchnorm",
+    "set_process_group",
     "sync_batch_norm",
 ]
+
+if config.launched():
+    exits.install()
 
 # Where each name is, imported when it is first used.
 _HOME = {
@@ -48,6 +53,7 @@ _HOME = {
     "new_group": "communicator",
     "new_subgroups": "communicator",
     "revert_sync_batchnorm": "convert",
+    "set_process_group": "convert",
     "sync_batch_norm": "autograd",
 }
 

@@ -95,9 +95,7 @@ class SyncBatchNorm(convert.Synchronized):
             if momentum is None:  # cumulative; as a tensor, so that no device is waited for
                 exact = torch.float64 if has_float64(batches) else torch.float32
                 momentum = 0.0 if batches is None else (batches + 1).to(exact).reciprocal()
-            updated = functional.update_running_stats(running_mean, running_var, stats, momentum)
-            if batches is not None:
-                batches.add_(updated)
+            functional.enter_batch(running_mean, running_var, batches, stats, momentum)
         return y
 
     def extra_repr(self) -> str:

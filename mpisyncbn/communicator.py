@@ -3,17 +3,21 @@
 from __future__ import annotations
 
 import itertools
+import os
+import socket
 import sys
 import threading
 import weakref
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager, suppress
 from operator import index
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
-from . import config, transport
+from . import config, leftovers, transport, watchdog
 from .errors import MPISyncBNError, TransportError, on_rank
+from .presence import Presence, agreed_timeout
 from .staging import DeviceMessage, device_key
 
 if TYPE_CHECKING:
@@ -28,6 +32,16 @@ def mpi() -> Any:
     Importing it initializes MPI, so it is imported at first use and never before: a worker process
     that only re-imports the program must stay out of MPI.
     """
+    if _forked:
+        raise MPISyncBNError(
+            "this process was forked from one that runs MPI, which it cannot use itself: train in the "
+            "parent, and use the model here in eval mode only"
+        )
+    if "mpi4py.MPI" not in sys.modules and _is_worker() and config.launched():
+        raise MPISyncBNError(
+            "this is a worker process of a rank of MPI, and no rank itself: synchronized batch norm works in "
+            "training mode on the ranks that the launcher started"
+        )
     from mpi4py import MPI
 
     if MPI.Is_finalized():
@@ -47,6 +61,12 @@ def mpi() -> Any:
             "ask for it with mpi4py.rc.thread_level or MPI.Init_thread"
         )
     return MPI
+
+
+def _is_worker() -> bool:
+    """Whether multiprocessing started this process."""
+    multiprocessing = sys.modules.get("multiprocessing.process")
+    return multiprocessing is not None and multiprocessing.parent_process() is not None
 
 
 class Communicator:
@@ -85,7 +105,7 @@ class Communicator:
         self.rank: int = comm.Get_rank()
         self.size: int = comm.Get_size()
         self.comm = None
-        self.exchanges = 0
+        self.presence = Presence(self.rank, self.size)
         self.debug = False
         # Below THREAD_MULTIPLE MPI may be in one call at a time, whatever the communicator.
         self.lock = threading.RLock() if MPI.Query_thread() == MPI.THREAD_MULTIPLE else _one_at_a_time
@@ -98,19 +118,25 @@ class Communicator:
         self._device_messages: dict[Any, DeviceMessage] = {}
         self._names: dict[str, str] = {}
 
+    @property
+    def exchanges(self) -> int:
+        """How many exchanges this rank has begun."""
+        return self.presence.exchanges
+
     def ready(self) -> Communicator:
         """This communicator with its duplicate made. Collective at the first call."""
         if self.comm is None:
             mpi()
             if self._freed:
                 raise MPISyncBNError(f"this Communicator was freed{on_rank()}: make a new one")
-            try:
-                duplicate = self._make()
-            except self.mpi_error as error:
-                raise MPISyncBNError(
-                    f"MPI failed to duplicate the communicator{on_rank()}: {error}"
-                ) from error
-            self._adopt(duplicate)
+            with self._beginning():
+                try:
+                    duplicate = self._make()
+                except self.mpi_error as error:
+                    raise MPISyncBNError(
+                        f"MPI failed to duplicate the communicator{on_rank()}: {error}"
+                    ) from error
+                self._adopt(duplicate)
         elif self._is_finalized():
             mpi()  # says so
         return self
@@ -128,16 +154,51 @@ class Communicator:
         # Some launchers hand the environment to the ranks of the first host only. A rank that agrees
         # with the others before each exchange, or refuses to start, must not be alone in it.
         # And where some ranks have native code and others not, none uses it: each rounds in its own way.
-        settings = comm.allgather((*_settings(MPI), link is not None))
-        for _, _, error, _ in settings:
-            if error is not None:
+        mine = _Settings.of(MPI, link is not None)
+        settings = [_Settings(*each) for each in comm.allgather(tuple(mine))]
+        for each in settings:
+            if each.error is not None:
                 comm.Free()
-                raise error
-        self.debug = any(debug for debug, *_ in settings)
-        self.transport = "device" if all(where == "device" for _, where, *_ in settings) else "host"
-        self.link = link if all(has_link for *_, has_link in settings) else None
+                raise each.error
+        self.debug = any(each.debug for each in settings)
+        self.transport = "device" if all(each.transport == "device" for each in settings) else "host"
+        self.link = link if all(each.has_link for each in settings) else None
         self.comm = comm
+        presence = self.presence
+        presence.limit = agreed_timeout([each.timeout for each in settings])
+        presence.homes = [each.home for each in settings]
+        presence.comm = comm
+        leftovers.free(each.dropped for each in settings)
+        leftovers.keep((*settings[0].home, settings[0].number), self)
         return self
+
+    @contextmanager
+    def _beginning(self) -> Iterator[None]:
+        """Under the eyes of the watchdog, while the ranks of a group meet for the first time."""
+        presence = self.presence
+        with suppress(ValueError):  # of which all ranks hear from _adopt
+            presence.limit = agreed_timeout([config.timeout()])
+        watchdog.watch(presence)
+        before = presence.doing
+        presence.doing = before or "the first message of a group"
+        try:
+            yield
+        except BaseException:
+            presence.end()
+            raise
+        finally:
+            presence.doing = before
+
+    @contextmanager
+    def taking_part(self, doing: str) -> Iterator[None]:
+        """In what is not an exchange, but collective too."""
+        with self.lock:
+            self.presence.exchanges += 1
+            self.presence.doing = doing
+            try:
+                yield
+            finally:
+                self.presence.doing = None
 
     def message(self, length: int) -> np.ndarray:
         """The float64 buffer for messages of ``length`` values. Reused: copy what must stay."""
@@ -172,12 +233,26 @@ class Communicator:
         """After a mismatch, where the ranks may have named different layers alike. On every rank."""
         self._names.clear()
 
+    def lost(self, error: Any) -> str:
+        """More words for an error of MPI that says that a rank is gone, which the others learn then too."""
+        MPI = mpi()
+        if error.Get_error_class() not in (MPI.ERR_PROC_FAILED, MPI.ERR_PROC_FAILED_PENDING, MPI.ERR_REVOKED):
+            return ""
+        self.presence.deaf = True
+        with suppress(MPI.Exception):
+            self.comm.Revoke()
+        return (
+            ". A rank of the group is gone: shrink the communicator, hand it to the model with "
+            "mpisyncbn.set_process_group(), and go on from the last step that all have done"
+        )
+
     def free(self) -> None:
         """Give the duplicate back to MPI. Collective: every rank of the group must call."""
         self._freed = True
         if self.comm is not None:
             mpi()
-            self.comm.Free()
+            with self.taking_part("freeing the communicator"):
+                leftovers.give_back(self.presence)
             self.comm = self.link = None
             self._device_messages.clear()
 
@@ -205,6 +280,7 @@ _numbers = itertools.count()
 _by_handle: weakref.WeakValueDictionary[str, Communicator] = weakref.WeakValueDictionary()
 _world: Communicator | None = None
 _keyval: int | None = None
+_forked = False
 
 
 def resolve(process_group: Any) -> Communicator:
@@ -285,12 +361,28 @@ def subset(comm: MPI.Intracomm, ranks: list[int]) -> MPI.Intracomm:
         group.Free()
 
 
-def _settings(MPI: Any) -> tuple[bool, str, Exception | None]:
-    """What this rank brings along: debug mode, its transport, and what is wrong with its environment."""
-    try:
-        return config.debug(), transport.chosen(MPI)[0], None
-    except (ValueError, TransportError) as error:
-        return False, "host", error
+class _Settings(NamedTuple):
+    """What a rank brings along to a new group."""
+
+    debug: bool
+    transport: str
+    timeout: float | None
+    has_link: bool
+    home: tuple[str, int]  # host and process
+    number: int  # of groups that this rank has seen so far
+    dropped: list[leftovers.Name]
+    error: Exception | None  # what is wrong with its environment
+
+    @classmethod
+    def of(cls, MPI: Any, has_link: bool) -> _Settings:
+        problem: Exception | None
+        debug, where, timeout, problem = False, "host", None, None
+        try:
+            debug, where, timeout = config.debug(), transport.chosen(MPI)[0], config.timeout()
+        except (ValueError, TransportError) as error:
+            problem = error
+        home = socket.gethostname(), os.getpid()
+        return cls(debug, where, timeout, has_link, home, next(_numbers), leftovers.dropped(), problem)
 
 
 def by_handle(handle: str) -> Communicator:
@@ -350,8 +442,9 @@ def new_group(ranks: Iterable[int], comm: Any = None) -> Communicator | None:
         return chosen
 
     chosen = _agree(parent, "ranks", ranks, read, f"distinct ranks from 0 to {parent.size - 1}, at least one")
-    group = parent.comm.Split(0 if parent.rank in chosen else mpi().UNDEFINED, key=parent.rank)
-    return None if group == mpi().COMM_NULL else Communicator(group)._adopt(group)
+    with parent.taking_part("making a new group"):
+        group = parent.comm.Split(0 if parent.rank in chosen else mpi().UNDEFINED, key=parent.rank)
+    return None if group == mpi().COMM_NULL else _child(group)
 
 
 def new_subgroups(group_size: int | None = None, comm: Any = None) -> Communicator:
@@ -377,11 +470,18 @@ def new_subgroups(group_size: int | None = None, comm: Any = None) -> Communicat
         return size
 
     size = _agree(parent, "group_size", group_size, read, f"a divisor of the {parent.size} ranks, or None")
-    if size is None:
-        comm = parent.comm.Split_type(mpi().COMM_TYPE_SHARED, key=parent.rank)
-    else:
-        comm = parent.comm.Split(parent.rank // size, key=parent.rank)
-    return Communicator(comm)._adopt(comm)
+    with parent.taking_part("making new groups"):
+        if size is None:
+            comm = parent.comm.Split_type(mpi().COMM_TYPE_SHARED, key=parent.rank)
+        else:
+            comm = parent.comm.Split(parent.rank // size, key=parent.rank)
+    return _child(comm)
+
+
+def _child(comm: MPI.Intracomm) -> Communicator:
+    child = Communicator(comm)
+    with child._beginning():
+        return child._adopt(comm)
 
 
 def _agree(parent: Communicator, name: str, given: Any, read: Callable[[], Any], expected: str) -> Any:
@@ -393,7 +493,9 @@ def _agree(parent: Communicator, name: str, given: Any, read: Callable[[], Any],
         value, problem = read(), None
     except (TypeError, ValueError):
         value, problem = None, f"expected {expected}, got {given!r}"
-    everyone = parent.ready().comm.allgather((value, problem))
+    comm = parent.ready().comm
+    with parent.taking_part(f"agreeing on the {name} of a new group"):
+        everyone = comm.allgather((value, problem))
     for rank, (_, theirs) in enumerate(everyone):
         if theirs is not None:
             raise ValueError(f"{name}: {theirs} on rank {rank}")
@@ -404,3 +506,17 @@ def _agree(parent: Communicator, name: str, given: Any, read: Callable[[], Any],
                 f"and {value} on rank {parent.rank}"
             )
     return value
+
+
+def _in_child() -> None:
+    """A forked process: what it has of MPI belongs to its parent."""
+    global _forked, _one_at_a_time
+    _forked = "mpi4py.MPI" in sys.modules
+    _one_at_a_time = threading.RLock()
+    for communicator in list(_by_handle.values()):
+        communicator.comm = communicator.link = None
+        communicator.lock = threading.RLock()  # a thread that is not here may hold the other
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_in_child)

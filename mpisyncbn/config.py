@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import math
 import os
 
 from .errors import on_rank
 
-__all__ = ["debug", "device_aware", "rendezvous_given", "transport"]
+__all__ = ["debug", "device_aware", "launched", "rendezvous_given", "timeout", "transport"]
 
 
 def _choice(name: str, default: str, choices: tuple[str, ...]) -> str:
@@ -26,6 +27,37 @@ def transport() -> str:
 def debug() -> bool:
     """``MPISYNCBN_DEBUG=1``: the ranks agree on what they are about to do before every collective."""
     return _choice("MPISYNCBN_DEBUG", "0", ("0", "1")) == "1"
+
+
+def timeout() -> float | None:
+    """``MPISYNCBN_TIMEOUT``: seconds that a rank waits in an exchange; 0: for ever; None: not given."""
+    value = os.environ.get("MPISYNCBN_TIMEOUT", "").strip()
+    if not value:
+        return None
+    try:
+        seconds = float(value)
+    except ValueError:
+        seconds = math.nan
+    if not 0 <= seconds < math.inf:
+        raise ValueError(
+            f"MPISYNCBN_TIMEOUT must be seconds, or 0 for any, got {value!r}{on_rank()}: correct or unset it"
+        )
+    return seconds
+
+
+def launched() -> bool:
+    """Whether a launcher started this process as one of several ranks, as far as the environment says."""
+    sizes = (
+        "OMPI_COMM_WORLD_SIZE",
+        "PMI_SIZE",
+        "SLURM_STEP_NUM_TASKS",
+        "FLUX_JOB_SIZE",
+        "JSM_NAMESPACE_SIZE",
+    )
+    ranks = ("PMIX_RANK", "PALS_RANKID")  # of launchers that give no size
+    return any(os.environ.get(name, "1") != "1" for name in sizes) or any(
+        name in os.environ for name in ranks
+    )
 
 
 def device_aware(kind: str) -> str | None:

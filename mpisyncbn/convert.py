@@ -22,7 +22,13 @@ from .autograd import check_activation
 from .communicator import resolve
 from .errors import on_rank
 
-__all__ = ["BatchNorm", "Synchronized", "convert_sync_batchnorm", "revert_sync_batchnorm"]
+__all__ = [
+    "BatchNorm",
+    "Synchronized",
+    "convert_sync_batchnorm",
+    "revert_sync_batchnorm",
+    "set_process_group",
+]
 
 
 class BatchNorm(_BatchNorm):
@@ -115,6 +121,22 @@ def convert_sync_batchnorm(
     if fuse_relu:
         _fuse_relu(module)
     return module
+
+
+def set_process_group(module: nn.Module, process_group: Any) -> None:
+    """Let all synchronized layers of a model normalize over other ranks from now on.
+
+    Args:
+        module: a model, or a single layer.
+        process_group: an mpi4py communicator, such as one that was shrunk after the loss of a rank, a
+            Communicator, or None for the world.
+
+    Not collective.
+    """
+    group = None if process_group is None else resolve(process_group)
+    for layer in module.modules():
+        if isinstance(layer, Synchronized):
+            layer.process_group = group
 
 
 def revert_sync_batchnorm(module: nn.Module) -> nn.Module:

@@ -73,9 +73,11 @@ def agree(group: Any, call: Call) -> None:
     try:
         calls = group.comm.allgather(_here(call))
     except group.mpi_error as error:
-        raise MPISyncBNError(f"MPI failed before the {call} on rank {group.rank}: {error}") from error
+        raise MPISyncBNError(
+            f"MPI failed before the {call} on rank {group.rank}: {error}{group.lost(error)}"
+        ) from error
     if len({what for _, what in calls}) > 1:
-        _raise_mismatch(group, [f"on {host}: {what}" for host, what in calls], group.exchanges + 1)
+        _raise_mismatch(group, [f"on {host}: {what}" for host, what in calls], group.exchanges)
 
 
 def mismatch(group: Any, call: Any) -> NoReturn:

@@ -69,9 +69,12 @@ def reduce_sums(group: Communicator, call: Call, *sums: Any) -> tuple[np.ndarray
     if group.link is not None and len(sums) == 2 and type(vectors[0]) is np.ndarray:
         totals = np.empty((2, len(sums[0])))
         with group.lock:
-            problem = group.link.sum_vectors(_sign(group, call, 3 + totals.size), *vectors, totals)
-            if problem:
-                _raise_problem(group, call, problem)
+            try:
+                problem = group.link.sum_vectors(_sign(group, call, 3 + totals.size), *vectors, totals)
+                if problem:
+                    _raise_problem(group, call, problem)
+            finally:
+                group.presence.doing = None
         return totals[0], totals[1]
     return tuple(_exchanged(group, call, _SUM, 0, *vectors)[1:].reshape(len(sums), -1))
 
@@ -95,9 +98,12 @@ def _sum_moments(
     if group.link is not None and type(mean) is np.ndarray:
         found = np.empty((2, channels))
         with group.lock:
-            total = group.link.sum_moments(_sign(group, call, 3 + found.size), count, mean, m2, found)
-            if total < 0:
-                _raise_problem(group, call, total)
+            try:
+                total = group.link.sum_moments(_sign(group, call, 3 + found.size), count, mean, m2, found)
+                if total < 0:
+                    _raise_problem(group, call, total)
+            finally:
+                group.presence.doing = None
         return total, found[0], found[1]
     first = mean * count
     totals = _exchanged(group, call, _SUM, count, first, mean * first + m2)
@@ -129,9 +135,12 @@ def _gather_moments(
 def _exchanged(group: Communicator, call: Call, kind: int, count: int, *vectors: Any) -> np.ndarray:
     """``count`` and vectors, as one vector: summed over the group, or a row of each rank. On the host."""
     with group.lock:
-        length = 3 + sum(len(vector) for vector in vectors)
-        h = _sign(group, call, length, kind)
-        return _COLLECTIVES[kind](group, call, *_packed(group, h, count, vectors, length))[..., 2:].copy()
+        try:
+            length = 3 + sum(len(vector) for vector in vectors)
+            h = _sign(group, call, length, kind)
+            return _COLLECTIVES[kind](group, call, *_packed(group, h, count, vectors, length))[..., 2:].copy()
+        finally:
+            group.presence.doing = None
 
 
 def _packed(group: Communicator, h: int, count: int, vectors: Sequence[Any], length: int) -> tuple[Any, Any]:
@@ -189,12 +198,14 @@ def _meet(group: Communicator, call: Call, message: Any, collective: Any, *buffe
 
 
 def _sign(group: Communicator, call: Call, length: int, kind: int = _SUM) -> int:
-    """The fingerprint of the exchange that is about to happen."""
+    """The fingerprint of the exchange that is about to happen. From here on the watchdog looks at it."""
+    presence = group.presence
+    presence.doing = call
     group.ready()
+    presence.exchanges += 1
     if group.debug and not group.joining:
         diagnostics.agree(group, call)
-    group.exchanges += 1
-    h = diagnostics.fingerprint(call, group.exchanges)
+    h = diagnostics.fingerprint(call, presence.exchanges)
     if group.joining:
         _announce(group, kind, length, h)
     return h
@@ -214,12 +225,16 @@ def answer(group: Communicator) -> None:
     """
     while True:
         with group.lock:
-            kind, length, h = (int(word) for word in _announce(group, 0, 0, 0))
-            if not kind:
-                return
-            group.exchanges += 1
-            message = _packed(group, h, 0, [np.zeros(length - 3)], length)
-            _COLLECTIVES[kind](group, _NO_DATA, *message)
+            group.presence.exchanges += 1
+            group.presence.doing = _NO_DATA
+            try:
+                kind, length, h = (int(word) for word in _announce(group, 0, 0, 0))
+                if not kind:
+                    return
+                message = _packed(group, h, 0, [np.zeros(length - 3)], length)
+                _COLLECTIVES[kind](group, _NO_DATA, *message)
+            finally:
+                group.presence.doing = None
 
 
 def _raise_problem(group: Communicator, call: Call, problem: int) -> NoReturn:
@@ -237,5 +252,5 @@ def _raise_failed(group: Communicator, call: Call, error: Exception) -> NoReturn
             raise mismatch from error
     raise MPISyncBNError(
         f"MPI failed in rank {group.rank} of {group.size}, exchange number {group.exchanges} of this "
-        f"communicator, {call}: {error}"
+        f"communicator, {call}: {error}{group.lost(error)}"
     ) from error

@@ -160,6 +160,11 @@ def update_running_stats(running_mean: Any, running_var: Any, stats: BatchStats,
         Whether they were updated; as a 0-d array where that is known on a device alone, which is not
         waited for, and in a graph of torch.compile. Not collective.
     """
+    return enter_batch(running_mean, running_var, None, stats, momentum)
+
+
+def enter_batch(running_mean: Any, running_var: Any, batches: Any, stats: BatchStats, momentum: Any) -> Any:
+    """The same, and one more in the tensor ``batches``, if it is not None. Where anything raises, neither."""
     count = stats.count
     if (
         type(stats.mean) is np.ndarray
@@ -169,9 +174,8 @@ def update_running_stats(running_mean: Any, running_var: Any, stats: BatchStats,
         and 0.0 <= momentum <= 1.0
         and (host := native()) is not None
     ):
-        vectors = running_mean, running_var, stats.mean, stats.var
-        if host.update_running_stats(*vectors, count / max(count - 1, 1), momentum):
-            transport.changed(running_mean, running_var)
+        arrays = running_mean, running_var, batches, transport.changed(running_mean), stats.mean, stats.var
+        if host.update_running_stats(*arrays, count / max(count - 1, 1), momentum):
             return True  # what was refused is looked at more closely below
     if (
         running_mean.shape != stats.mean.shape
@@ -192,7 +196,7 @@ def update_running_stats(running_mean: Any, running_var: Any, stats: BatchStats,
         return False
     unseen = not (transport.on_host(stats.mean) or transport.on_host(running_mean))
     if not isinstance(count, int) or unseen:
-        return _update_unseen(running_mean, running_var, stats, momentum)
+        return _enter_unseen(running_mean, running_var, batches, stats, momentum)
     mean, var = transport.to_host(stats.mean, stats.var)
     with np.errstate(all="ignore"):
         unbiased = var * (count / max(count - 1, 1))
@@ -203,11 +207,11 @@ def update_running_stats(running_mean: Any, running_var: Any, stats: BatchStats,
         if not fits and not (np.abs(mean).max() <= limit and unbiased.max() <= limit):
             _warn_not_finite(on_rank())
             return False
-    transport.blend((running_mean, running_var), (mean, unbiased), momentum)
+    transport.blend((running_mean, running_var), (mean, unbiased), momentum, batches)
     return True
 
 
-def _update_unseen(running_mean: Any, running_var: Any, stats: BatchStats, momentum: Any) -> Any:
+def _enter_unseen(running_mean: Any, running_var: Any, batches: Any, stats: BatchStats, momentum: Any) -> Any:
     """The same where the host does not know the statistics: in a compiled graph, or on a device, which is
     not waited for. No warning comes of it."""
     count, mean = stats.count, stats.mean
@@ -222,6 +226,8 @@ def _update_unseen(running_mean: Any, running_var: Any, stats: BatchStats, momen
             running.copy_(blended.where(updated, old))
         else:
             running[...] = np.where(updated, blended, old)
+    if batches is not None:
+        batches.add_(updated)
     return updated
 
 

@@ -118,7 +118,7 @@ class Stepwise(dist.ProcessGroup):
     def _meet(self, step: Step, seconds: float) -> None:
         group, message = self._wire, self._word
         self._check_usable(step.operation)  # it may have become so while this waited for its turn
-        group.ready().exchanges += 1
+        group.ready().presence.exchanges += 1
         h = diagnostics.fingerprint(step, group.exchanges)
         message[0], message[1] = h, h * h
         request = self._call(step, lambda comm: comm.Iallreduce(group.in_place, message))

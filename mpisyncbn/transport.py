@@ -10,7 +10,8 @@ device again. Tensors and arrays in host memory know nothing of all this.
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
 from typing import Any
 
 import numpy as np
@@ -164,18 +165,23 @@ def from_host(values: np.ndarray, like: Any) -> Any:
     return loaded_torch().from_numpy(values) if on_host(like) else near(like, values)[0]
 
 
-def changed(*arrays: Any) -> None:
-    """Tell autograd that native code wrote to these, as it knows of operations of torch."""
-    if not isinstance(arrays[0], np.ndarray):
-        loaded_torch()._C._increment_version(arrays)
+def changed(array: Any) -> Any:
+    """What tells autograd that native code writes to such arrays, as torch itself tells it; or None."""
+    return None if isinstance(array, np.ndarray) else loaded_torch()._C._increment_version
 
 
-def blend(running: Sequence[Any], batch: Sequence[np.ndarray], momentum: Any) -> None:
-    """``running = (1 - momentum) * running + momentum * batch`` in place, for vectors of one kind."""
+def blend(running: Sequence[Any], batch: Sequence[np.ndarray], momentum: Any, batches: Any = None) -> None:
+    """``running = (1 - momentum) * running + momentum * batch`` in place, for vectors of one kind.
+
+    And one more in the tensor ``batches``. Whatever raises, all or nothing of it.
+    """
     first = running[0]
     if not hasattr(first, "lerp_"):  # NumPy, CuPy
-        for old, new in zip(running, near(first, *batch), strict=True):
-            old += momentum * (new - old)
+        news = near(first, *batch)
+        blended = [old + momentum * (new - old) for old, new in zip(running, news, strict=True)]
+        with _all_or_nothing(*running):
+            for old, value in zip(running, blended, strict=True):
+                old[...] = value
         return
     torch = loaded_torch()
     # half precision is rounded once, after the sum
@@ -184,12 +190,31 @@ def blend(running: Sequence[Any], batch: Sequence[np.ndarray], momentum: Any) ->
         wide = torch.float64 if has_float64(first) else torch.float32
     dtype = "float32" if wide == torch.float32 else "float64"
     if on_host(first):
-        news: Sequence[Any] = [torch.from_numpy(vector.astype(dtype)) for vector in batch]
+        news = [torch.from_numpy(vector.astype(dtype)) for vector in batch]
     else:
         news = near(first, *batch, dtype=dtype)
     weight = momentum.to(wide) if hasattr(momentum, "ndim") else momentum
-    for old, new in zip(running, news, strict=True):
-        if old.dtype == wide:
-            old.lerp_(new, weight)
-        else:
-            old.copy_(old.to(wide).lerp_(new, weight))
+    with _all_or_nothing(*running, *(() if batches is None else (batches,))):
+        for old, new in zip(running, news, strict=True):
+            if old.dtype == wide:
+                old.lerp_(new, weight)
+            else:
+                old.copy_(old.to(wide).lerp_(new, weight))
+        if batches is not None:
+            batches.add_(1)
+
+
+@contextmanager
+def _all_or_nothing(*arrays: Any) -> Iterator[None]:
+    """What is written inside is taken back where anything raises there, an interrupt for example."""
+    # not on a device, where nothing but an interrupt does, and copies would take longer than the rest
+    copies = [
+        each.copy() if isinstance(each, np.ndarray) else each.clone() for each in arrays if on_host(each)
+    ]
+    try:
+        yield
+    except BaseException:
+        for each, copy in zip(arrays, copies, strict=False):
+            with suppress(Exception):  # what cannot be written has not been
+                each[...] = copy
+        raise

@@ -430,7 +430,7 @@ NB_MODULE(_cpu, m) {
             })
         .def("sum_moments", &Link::sum_moments)
         .def("sum_vectors", &Link::sum_vectors);
-    m.def("update_running_stats", &update_running_stats);
+    m.def("update_running_stats", &update_running_stats, given, given, maybe, maybe, given, given, given, given);
     m.def("invstd", &invstd);
     m.def("fits", &fits, given, maybe, maybe, maybe, maybe);
     m.def("local_moments", &local_moments);

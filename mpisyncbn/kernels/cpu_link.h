@@ -100,10 +100,11 @@ struct Link {
     }
 };
 
-// The running statistics moved towards those of a batch, in place: all or, where a value is not finite in their dtype or
-// they are not arrays that this knows, none. Returns whether they were.
-bool update_running_stats(nb::handle running_mean_object, nb::handle running_var_object, const Vector &mean,
-                         const Vector &var, double to_unbiased, double momentum) {
+// The running statistics moved towards those of a batch, in place, and one added to the tensor `batches`, if there is one:
+// all or, where a value is not finite in their dtype or they are not arrays that this knows, none. Returns whether they
+// were. In one call, since an interrupt of Python comes between calls; `changed` tells autograd, if it is not None.
+bool update_running_stats(nb::handle running_mean_object, nb::handle running_var_object, nb::handle batches,
+                         nb::handle changed, const Vector &mean, const Vector &var, double to_unbiased, double momentum) {
     for (const nb::handle object : {running_mean_object, running_var_object})  // what torch itself would refuse to change
         if (!PyObject_CheckBuffer(object.ptr()) && (nb::cast<bool>(object.attr("requires_grad")) || nb::cast<bool>(object.attr("is_inference")())))
             return false;
@@ -118,6 +119,9 @@ bool update_running_stats(nb::handle running_mean_object, nb::handle running_var
     bool fit = true;
     for (long c = 0; c < channels; ++c) fit &= std::fabs(means_in[c]) <= limit && vars_in[c] * to_unbiased <= limit;
     if (!fit) return false;
+    // What may raise comes before anything is written.
+    if (!batches.is_none()) batches.attr("add_")(1);
+    if (!changed.is_none()) changed(nb::make_tuple(running_mean_object, running_var_object));
     auto move = [&](auto *__restrict means, auto *__restrict vars) {
         using W = std::remove_reference_t<decltype(*means)>;
         for (long c = 0; c < channels; ++c) {
