@@ -22,6 +22,7 @@ from . import config, diagnostics, exchange, transport
 from .communicator import Communicator, mpi
 from .errors import TransportError
 from .kernels import kernels_for, native, on_cuda
+from .presence import agreed_timeout
 
 _OPTIONAL = ("numpy", "mpi4py", "torch", "cupy", "triton")
 _CHANNELS = 256
@@ -60,6 +61,7 @@ def report() -> dict[str, Any]:
         "kernels": _kernels(),
         "environment": {
             "MPISYNCBN_TRANSPORT": config.transport(),
+            "MPISYNCBN_TIMEOUT": f"{agreed_timeout([config.timeout()]):g}",
             "MPISYNCBN_DEBUG": "1" if config.debug() else "0",
         },
     }

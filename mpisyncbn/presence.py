@@ -75,7 +75,7 @@ class Presence:
     def look(self, elapsed: float) -> bool:
         """Whether this rank has waited too long in the same exchange."""
         if self.doing is None or self._seen != self.exchanges:
-            self._seen, self._waited = self.exchanges, 0.0
+            self._seen, self._waited = -1 if self.doing is None else self.exchanges, 0.0
             return False
         self._waited += elapsed
         return 0 < self.limit <= self._waited

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch.distributed import Work as _Work
 
+from . import exits
 from .errors import CollectiveTimeoutError, MPISyncBNError, on_rank
 
 __all__ = ["Engine", "Work", "patiently"]
@@ -161,7 +162,7 @@ class Engine:
         if self._thread is None:
             self._thread = threading.Thread(target=self._loop, name=self._name, daemon=True)
             self._thread.start()
-            atexit.register(self.drain)  # before MPI ends
+            atexit.register(self._at_exit)  # before MPI ends
         self._last = work
         self._tasks.put((run, work))
         return work
@@ -178,10 +179,14 @@ class Engine:
             if self._last is last:
                 self._last = None
 
+    def _at_exit(self) -> None:
+        if exits.status() == 0:  # else the job ends, and nobody comes
+            self.drain()
+
     def close(self) -> None:
         self.drain()
         if self._thread is not None:
-            atexit.unregister(self.drain)
+            atexit.unregister(self._at_exit)
             self._tasks.put(None)
             self._thread.join()
             self._thread = None

@@ -37,6 +37,7 @@ SECTIONS = {
     "layer": "layers",
     "verbs": "verbs",
     "exchange": "exchanges",
+    "watchdog": "watchdog",
     "tiny": "layers",
     "peers": "layers",
     "resnet": "resnet",

@@ -80,6 +80,7 @@ MESSAGE = "native message"  # what merge_moments and reduce_sums call: pack, sen
 BARE = "mpi4py Allreduce"
 FLOOR = "C loop"
 GATHERS = {f"gather-and-merge, {wire}": wire for wire in ("float64", "float32")}  # dtype on the wire
+WITHOUT = "exchange without the watchdog"
 AS_TORCH = "gather-and-merge, float32"
 
 Figures = dict[str, float]  # by statistic, of the slowest rank

@@ -6,7 +6,18 @@ import math
 from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple
 
-from .cases import BARE, FLOOR, GATHERS, LARGE_VALUES, LARGE_VERB_BYTES, MESSAGE, STATISTICS, WHOLE, Figures
+from .cases import (
+    BARE,
+    FLOOR,
+    GATHERS,
+    LARGE_VALUES,
+    LARGE_VERB_BYTES,
+    MESSAGE,
+    STATISTICS,
+    WHOLE,
+    WITHOUT,
+    Figures,
+)
 
 Row = dict[str, Any]
 SHORT_CHANNELS = 128  # up to here an exchange is judged by microseconds, above by ratio
@@ -42,6 +53,7 @@ def summarize(sections: dict[str, list[Row]]) -> list[Line]:
         "layer": _layer,
         "verbs": _verbs,
         "exchange": _exchange,
+        "watchdog": _watchdog,
         "tiny": _tiny,
         "peers": _peers,
         "resnet": _resnet,
@@ -121,6 +133,13 @@ def _exchange(rows: list[Row]) -> list[Line]:
             Line(f"{name} over the C loop, C above {SHORT_CHANNELS}, worst", over(max, long), 1.2),
         ]
     return lines
+
+
+def _watchdog(rows: list[Row]) -> list[Line]:
+    ratios = [row["ours to"][WITHOUT] for row in rows]
+    return [
+        Line("exchange over one without the watchdog, geometric mean", over(geometric_mean, ratios), 1.03)
+    ]
 
 
 def _tiny(rows: list[Row]) -> list[Line]:

@@ -1,0 +1,62 @@
+"""What an exchange pays for the deadline: section watchdog.
+
+Beside it, in turn, the same code without the lines that tell the watchdog what the rank is doing. Its two
+threads, which look at that four times a second, run along in both.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from functools import partial
+from itertools import repeat
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import mpisyncbn
+from mpisyncbn import exchange
+from mpisyncbn.diagnostics import Call
+from mpisyncbn.kernels import kernels_for
+
+from .cases import QUICK_CHANNELS, WITHOUT
+from .timing import interleave, ratio
+
+_CALLS = 100
+
+
+def watchdog(quick: bool) -> Iterator[dict[str, Any]]:
+    import torch
+
+    group = mpisyncbn.Communicator().ready()
+    bare = without_marks()
+    for channels in QUICK_CHANNELS:
+        x = torch.randn(4, channels, 2)
+        vectors = kernels_for(x).local_moments(x)
+        peers = {}
+        for name, module in (("exchange", exchange), (WITHOUT, bare)):
+            call = Call("benchmark", "forward", channels, "float32")
+            peers[name] = partial(_often, partial(module.merge_moments, group, call, *vectors))
+        figures = interleave(peers, 1.0 if quick else 10.0, calls=_CALLS)
+        yield {
+            "channels": channels,
+            "us": figures,
+            "ours to": {WITHOUT: ratio(figures["exchange"], figures[WITHOUT])},
+        }
+    group.free()
+
+
+def without_marks() -> ModuleType:
+    """exchange.py, but what it is doing is nowhere to be seen."""
+    text, marks = re.subn(r"\b\w+(\.\w+)*\.doing = .*", "pass", Path(exchange.__file__).read_text())
+    if not marks:
+        raise RuntimeError("expected exchange.py to say what it is doing, found no such line")
+    module = ModuleType(f"{exchange.__name__}_without_marks")
+    module.__package__ = exchange.__package__
+    exec(compile(text, module.__name__, "exec"), vars(module))
+    return module
+
+
+def _often(once: Any) -> None:
+    for _ in repeat(None, _CALLS):
+        once()
