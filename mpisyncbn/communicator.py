@@ -336,6 +336,7 @@ class _OfTorch(Communicator):
         world = mpi().COMM_WORLD
         ranks: list[Any] = [None] * self.size
         all_gather_object(ranks, world.rank, group=self._group)
+        self._group = None  # which may end before this does
         return subset(world, ranks)
 
 

@@ -122,7 +122,13 @@ class Stepwise(dist.ProcessGroup):
         h = diagnostics.fingerprint(step, group.exchanges)
         message[0], message[1] = h, h * h
         request = self._call(step, lambda comm: comm.Iallreduce(group.in_place, message))
-        if not patiently(request.Test, seconds):
+        try:
+            here = patiently(request.Test, seconds)
+        except BaseException:  # an interrupt
+            diagnostics.abandon(request, message)
+            self._unusable = f"this process group is unusable since {step} was interrupted"
+            raise
+        if not here:
             diagnostics.abandon(request, message)
             self._unusable = f"this process group is unusable since {step} timed out"
             raise CollectiveTimeoutError(

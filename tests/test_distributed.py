@@ -640,6 +640,21 @@ def test_a_rank_that_does_not_come() -> None:
             assert "did not come" in str(errors[0])
 
 
+def test_an_interrupted_collective_ends_its_group(monkeypatch: pytest.MonkeyPatch) -> None:
+    def interrupt(*_: Any) -> bool:
+        raise KeyboardInterrupt
+
+    group = dist.new_group()
+    abandoned = len(mpisyncbn.diagnostics._abandoned)
+    monkeypatch.setattr(mpisyncbn.steps, "patiently", interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        dist.all_reduce(torch.zeros(3), group=group)
+    monkeypatch.undo()
+    with pytest.raises(MPISyncBNError, match="unusable since all_reduce SUM .* was interrupted"):
+        dist.all_reduce(torch.zeros(3), group=group)
+    assert len(mpisyncbn.diagnostics._abandoned) == abandoned + 1, "MPI may write there still"
+
+
 def test_monitored_barrier() -> None:
     distributed.monitored_barrier()
     distributed.monitored_barrier(timeout=timedelta(seconds=30))
