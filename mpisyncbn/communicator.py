@@ -130,13 +130,7 @@ class Communicator:
             if self._freed:
                 raise MPISyncBNError(f"this Communicator was freed{on_rank()}: make a new one")
             with self._beginning():
-                try:
-                    duplicate = self._make()
-                except self.mpi_error as error:
-                    raise MPISyncBNError(
-                        f"MPI failed to duplicate the communicator{on_rank()}: {error}"
-                    ) from error
-                self._adopt(duplicate)
+                self._adopt(self._make())
         elif self._is_finalized():
             mpi()  # says so
         return self
@@ -155,7 +149,11 @@ class Communicator:
         # with the others before each exchange, or refuses to start, must not be alone in it.
         # And where some ranks have native code and others not, none uses it: each rounds in its own way.
         mine = _Settings.of(MPI, link is not None)
-        settings = [_Settings(*each) for each in comm.allgather(tuple(mine))]
+        try:
+            settings = [_Settings(*each) for each in comm.allgather(tuple(mine))]
+        except self.mpi_error as error:
+            self.lost(error, comm)
+            raise
         for each in settings:
             if each.error is not None:
                 comm.Free()
@@ -183,8 +181,12 @@ class Communicator:
         presence.doing = before or "the first message of a group"
         try:
             yield
-        except BaseException:
+        except BaseException as error:
             presence.end()
+            if isinstance(error, self.mpi_error):
+                raise MPISyncBNError(
+                    f"MPI failed to duplicate the communicator{on_rank()}: {error}{self.lost(error)}"
+                ) from error
             raise
         finally:
             presence.doing = before
@@ -233,14 +235,18 @@ class Communicator:
         """After a mismatch, where the ranks may have named different layers alike. On every rank."""
         self._names.clear()
 
-    def lost(self, error: Any) -> str:
+    def lost(self, error: Any, comm: Any = None) -> str:
         """More words for an error of MPI that says that a rank is gone, which the others learn then too."""
         MPI = mpi()
-        if error.Get_error_class() not in (MPI.ERR_PROC_FAILED, MPI.ERR_PROC_FAILED_PENDING, MPI.ERR_REVOKED):
+        losses = {MPI.ERR_PROC_FAILED, MPI.ERR_PROC_FAILED_PENDING, MPI.ERR_REVOKED}
+        losses.discard(MPI.ERR_UNKNOWN)  # which they are where MPI has no such errors
+        if error.Get_error_class() not in losses:
             return ""
         self.presence.deaf = True
-        with suppress(MPI.Exception):
-            self.comm.Revoke()
+        comm = comm or self.comm
+        if comm is not None:
+            with suppress(Exception):  # not in every MPI, and failing already
+                comm.Revoke()
         return (
             ". A rank of the group is gone: shrink the communicator, hand it to the model with "
             "mpisyncbn.set_process_group(), and go on from the last step that all have done"

@@ -650,7 +650,7 @@ def test_an_interrupted_collective_ends_its_group(monkeypatch: pytest.MonkeyPatc
     with pytest.raises(KeyboardInterrupt):
         dist.all_reduce(torch.zeros(3), group=group)
     monkeypatch.undo()
-    with pytest.raises(MPISyncBNError, match="unusable since all_reduce SUM .* was interrupted"):
+    with pytest.raises(MPISyncBNError, match=r"unusable since all_reduce SUM .* was interrupted"):
         dist.all_reduce(torch.zeros(3), group=group)
     assert len(mpisyncbn.diagnostics._abandoned) == abandoned + 1, "MPI may write there still"
 
