@@ -13,10 +13,11 @@ import functools
 import os
 import socket
 import sys
+import threading
 from types import FrameType, TracebackType
 from typing import Any
 
-__all__ = ["install", "status"]
+__all__ = ["install", "is_over", "status"]
 
 _installed_in = 0  # the process; a forked child is no rank
 _exit: tuple[SystemExit, FrameType] | None = None  # what sys.exit raised last, and the program it was in
@@ -35,6 +36,14 @@ def install() -> None:
 def status() -> int:
     """What this process is about to end with, if it fails; 0 as long as nothing says so."""
     return _ending()[0]
+
+
+def is_over() -> bool:
+    """Whether the program has come to its end, and Python not yet: it waits for threads, or runs handlers."""
+    frame = sys._current_frames().get(threading.main_thread().ident or 0)
+    while frame is not None and frame.f_back is not None:
+        frame = frame.f_back
+    return frame is None or not _is_program(frame)
 
 
 def _ending() -> tuple[int, str]:
@@ -74,10 +83,14 @@ def _was_ended(program: FrameType, trace: TracebackType | None) -> bool:
     """
     return (
         trace is not None
-        and program.f_globals.get("__name__") in ("__main__", "runpy")
+        and _is_program(program)
         and not _returned(program)
         and not _returned(trace.tb_frame)
     )
+
+
+def _is_program(frame: FrameType) -> bool:
+    return frame.f_globals.get("__name__") in ("__main__", "runpy")
 
 
 def _returned(frame: FrameType) -> bool:

@@ -16,7 +16,16 @@ from typing import Any
 
 import numpy as np
 
-__all__ = ["DEFAULT_TIMEOUT", "Presence", "agreed_timeout", "everyone", "forget_all", "within"]
+__all__ = [
+    "DEFAULT_TIMEOUT",
+    "Presence",
+    "agreed_timeout",
+    "end_job",
+    "everyone",
+    "forget_all",
+    "say",
+    "within",
+]
 
 DEFAULT_TIMEOUT = 600.0
 TIMED_OUT, STRANDED = 124, 1  # statuses of the job; the first is what timeout(1) says
@@ -107,10 +116,10 @@ class Presence:
                 break
         if self._asked_at is not None:
             lines = map(self._line, range(self.size))
-            _say("\n".join(["what the ranks of the group were doing:", *lines]))
+            say("\n".join(["what the ranks of the group were doing:", *lines]))
         elif not self._was_asked:
-            _say("the other ranks could not be asked" + ("" if self.comm else " before the first exchange"))
-        _end_job(
+            say("the other ranks could not be asked" + ("" if self.comm else " before the first exchange"))
+        end_job(
             TIMED_OUT,
             "Every rank of a group must run the same layers in the same order. If some rank is only slow, "
             "MPISYNCBN_TIMEOUT=<seconds> gives it more time, and 0 any",
@@ -122,7 +131,7 @@ class Presence:
             f"waits in exchange number {self.number}, {self.doing}, in vain: rank {rank}{self._home(rank)} "
             f"has left the program after exchange number {self.left[rank]}"
         )
-        _end_job(STRANDED, "Every rank of a group must run the same number of training steps")
+        end_job(STRANDED, "Every rank of a group must run the same number of training steps")
 
     # The listener's part: messages between two ranks.
 
@@ -197,7 +206,7 @@ class Presence:
         """Say something about this rank on its stderr, and where it is in its program. Once."""
         if not self._reported:
             self._reported = True
-            _say(f"rank {self.rank} of {self.size} on {socket.gethostname()} {what}\n{_stacks()}")
+            say(f"rank {self.rank} of {self.size} on {socket.gethostname()} {what}\n{_stacks()}")
 
     def _home(self, rank: int) -> str:
         return f" on {self.homes[rank][0]}" if self.homes else ""
@@ -246,13 +255,13 @@ def _stacks() -> str:
     return "\n".join(stacks)
 
 
-def _say(text: str) -> None:
+def say(text: str) -> None:
     within(ENDING, lambda: print(f"mpisyncbn: {text}", file=sys.stderr, flush=True))
 
 
-def _end_job(status: int, cure: str) -> None:
+def end_job(status: int, cure: str) -> None:
     """Does not return."""
-    _say(f"this ends the job with status {status}. {cure}")
+    say(f"this ends the job with status {status}. {cure}")
     within(ENDING, lambda: sys.modules["mpi4py.MPI"].COMM_WORLD.Abort(status))
     # It does not come through where the network is gone. No launcher takes this for a regular end.
     os.kill(os.getpid(), signal.SIGKILL)

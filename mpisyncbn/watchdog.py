@@ -27,6 +27,7 @@ __all__ = ["leave", "watch"]
 
 _TICK = 0.25  # seconds between two looks
 _JUMP = 5.0  # of a longer time between two looks no more counts: this process was stopped
+_LINGERING = 30.0  # seconds for a rank that has failed to come to its end
 
 _lock = threading.Lock()
 _threads: list[threading.Thread] = []
@@ -66,10 +67,16 @@ def _start() -> None:
 
 
 def _tick() -> None:
-    last = time.monotonic()
+    last, lingering = time.monotonic(), 0.0
     while not _stop.wait(_TICK):
         now = time.monotonic()
         elapsed, last = min(now - last, _JUMP), now
+        status = exits.status()
+        lingering = lingering + elapsed if status and exits.is_over() else 0.0
+        if lingering > _LINGERING:
+            presence.end_job(
+                status, "A rank has failed, and something keeps it from its end: a thread, or a handler"
+            )
         for group in everyone():
             if group.look(elapsed):
                 group.expire()

@@ -75,6 +75,25 @@ def test_a_program_knows_how_it_ends(name, module, tmp_path):
 
 
 @one_rank
+def test_a_program_knows_when_it_is_over(tmp_path):
+    """A thread of it may go on, and Python waits for that."""
+    text = """
+import threading, time
+def look():
+    print(exits.is_over())
+    release.set()
+    while not exits.is_over():
+        time.sleep(0.01)
+    print(exits.status(), "over")
+release = threading.Event()
+threading.Thread(target=look).start()
+release.wait()
+"""
+    done = run(BEGINNING + text + "1 / 0", tmp_path)
+    assert done.stdout.splitlines() == ["False", "1 over", "status 1"]
+
+
+@one_rank
 def test_a_process_that_no_launcher_started_is_left_alone(tmp_path):
     done = run("import sys\nbefore = sys.exit\nimport mpisyncbn\nprint(sys.exit is before)", tmp_path)
     assert done.stdout.split() == ["True"]

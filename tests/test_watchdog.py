@@ -155,7 +155,7 @@ def hear(group, until):
 def quiet(monkeypatch):
     """A group that the threads leave alone, and what is said about it."""
     said = []
-    monkeypatch.setattr(presence, "_say", said.append)
+    monkeypatch.setattr(presence, "say", said.append)
     group = Communicator().ready()
     group.presence.end()
     return group.presence, said
@@ -278,8 +278,8 @@ def ending(monkeypatch):
         said.append((status, cure))
         raise Ended
 
-    monkeypatch.setattr(presence, "_say", said.append)
-    monkeypatch.setattr(presence, "_end_job", end_job)
+    monkeypatch.setattr(presence, "say", said.append)
+    monkeypatch.setattr(presence, "end_job", end_job)
     monkeypatch.setattr(presence, "ASKING", 0.01)
     monkeypatch.setattr(presence, "ANSWERING", 0.01)
     return said
@@ -311,6 +311,24 @@ def test_a_rank_that_waits_in_vain_says_so_and_ends_the_job(ending):
     )
     assert "rank 3 has left the program after exchange number 11" in ending[0]
     assert ending[1][0] == presence.STRANDED
+
+
+@pytest.mark.parametrize(("status", "over"), [(1, True), (1, False), (0, True)])
+def test_a_rank_that_failed_and_lingers_ends_the_job(status, over, ending, monkeypatch):
+    monkeypatch.setattr(watchdog.exits, "status", lambda: status)
+    monkeypatch.setattr(watchdog.exits, "is_over", lambda: over)
+    monkeypatch.setattr(watchdog, "everyone", list)
+    monkeypatch.setattr(watchdog, "_stop", Ticks(10))
+    monkeypatch.setattr(watchdog.time, "monotonic", iter(range(0, 100, 4)).__next__)
+    monkeypatch.setattr(watchdog, "_LINGERING", 30.0)
+    if status and over:
+        with pytest.raises(Ended):
+            watchdog._tick()
+        assert ending[0][0] == 1
+        assert "something keeps it from its end" in ending[0][1]
+    else:
+        watchdog._tick()
+        assert ending == []
 
 
 def test_nobody_waits_for_what_never_returns():
