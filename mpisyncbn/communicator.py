@@ -165,7 +165,7 @@ class Communicator:
         presence = self.presence
         presence.limit = agreed_timeout([each.timeout for each in settings])
         presence.homes = [each.home for each in settings]
-        presence.comm = comm
+        presence.comm = presence.channel = comm
         leftovers.free(each.dropped for each in settings)
         leftovers.keep((*settings[0].home, settings[0].number), self)
         return self

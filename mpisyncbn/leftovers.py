@@ -40,6 +40,9 @@ def free(everyone: Iterable[list[Name]]) -> None:
 def give_back(presence: Presence) -> None:
     """Free the communicator of a group, unless that was done. Collective among its ranks."""
     presence.end()
-    if presence.comm is not None:
-        comm, presence.comm = presence.comm, None
+    comm, channel = presence.comm, presence.channel
+    presence.comm = presence.channel = None
+    if comm is not None:
+        if channel is not comm:
+            channel.Free()
         comm.Free()

@@ -30,7 +30,7 @@ __all__ = [
 DEFAULT_TIMEOUT = 600.0
 TIMED_OUT, STRANDED = 124, 1  # statuses of the job; the first is what timeout(1) says
 ASKING, ANSWERING, ENDING = 1.0, 2.0, 1.0  # seconds at most, after the limit
-_ASK, _ANSWER, _LEFT = 1, 2, 3  # tags on the communicator of a group, where exchanges use none
+_ASK, _ANSWER, _LEFT = 1, 2, 3  # tags; exchanges use none
 _LENGTH = 1024  # bytes of a message
 
 _lock = threading.Lock()
@@ -55,6 +55,7 @@ class Presence:
     def __init__(self, rank: int, size: int) -> None:
         self.rank, self.size = rank, size
         self.comm: Any = None  # of the group alone, while MPI has it
+        self.channel: Any = None  # for messages between two ranks: the same, where it has no others
         self.exchanges = 0  # begun so far
         self.doing: Any = None  # what this rank is in: a Call, or words
         self.limit = DEFAULT_TIMEOUT  # seconds, 0: none
@@ -107,7 +108,7 @@ class Presence:
         )
         start = time.monotonic()
         self._ask_at = start + ASKING * self.rank / self.size  # one is enough, if it comes through
-        while time.monotonic() < start + ASKING + ANSWERING:
+        while time.monotonic() < start + ASKING + (ANSWERING if self.channel else 0):
             time.sleep(0.02)
             since = self._asked_at
             if since is not None and (
@@ -118,7 +119,7 @@ class Presence:
             lines = map(self._line, range(self.size))
             say("\n".join(["what the ranks of the group were doing:", *lines]))
         elif not self._was_asked:
-            say("the other ranks could not be asked" + ("" if self.comm else " before the first exchange"))
+            say("the other ranks could not be asked" + ("" if self.channel else " before the first exchange"))
         end_job(
             TIMED_OUT,
             "Every rank of a group must run the same layers in the same order. If some rank is only slow, "
@@ -139,9 +140,9 @@ class Presence:
         """Hear what other ranks have to say, and answer."""
         MPI = sys.modules["mpi4py.MPI"]
         heard, status = np.zeros(_LENGTH, np.uint8), MPI.Status()
-        while self.comm.Iprobe(MPI.ANY_SOURCE, MPI.ANY_TAG, status):
+        while self.channel.Iprobe(MPI.ANY_SOURCE, MPI.ANY_TAG, status):
             source, tag = status.Get_source(), status.Get_tag()
-            self.comm.Recv(heard, source, tag)
+            self.channel.Recv(heard, source, tag)
             text = heard.tobytes().rstrip(b"\0").decode(errors="replace")
             if tag == _ASK:
                 self._was_asked = True
@@ -175,14 +176,14 @@ class Presence:
             nonlocal barrier
             self.listen()
             if barrier is None and not self._sends:
-                barrier = self.comm.Ibarrier()
+                barrier = self.channel.Ibarrier()
             return barrier is not None and barrier.Test()
 
         return all_have
 
     def _send(self, rank: int, tag: int, text: str) -> None:
         message = np.frombuffer(text.encode()[:_LENGTH].ljust(_LENGTH, b"\0"), np.uint8)
-        self._sends.append(self.comm.Issend(message, rank, tag))
+        self._sends.append(self.channel.Issend(message, rank, tag))
 
     # What there is to say.
 

@@ -11,7 +11,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from . import diagnostics
+from . import diagnostics, watchdog
 from .communicator import Communicator, mpi
 from .errors import CollectiveTimeoutError, MPISyncBNError, on_rank
 from .progress import Engine, Work, patiently
@@ -79,6 +79,10 @@ class Stepwise(dist.ProcessGroup):
         self._unusable = ""
         self._word = np.zeros(2)
         self._threads = mpi().Query_thread() == mpi().THREAD_MULTIPLE
+        # The watchdog is to notice where a rank has left; the time to wait is the group's own.
+        presence = self._wire.presence
+        presence.channel, presence.limit = self._wire.comm.Dup(), 0.0
+        watchdog.watch(presence)
 
     def _run(
         self, operation: str, prepare: Callable[[], tuple[tuple[Any, ...], Action]], result: Any, opts: Any
@@ -101,12 +105,16 @@ class Stepwise(dist.ProcessGroup):
 
         def perform() -> None:
             with self._wire.lock, torch.no_grad():
-                self._meet(step, seconds)
-                if isinstance(problem, (TypeError, ValueError)):
-                    raise type(problem)(f"{operation}: {problem}{on_rank()}") from problem
-                if problem is not None:
-                    raise problem
-                self._call(step, action)
+                self._wire.presence.doing = step
+                try:
+                    self._meet(step, seconds)
+                    if isinstance(problem, (TypeError, ValueError)):
+                        raise type(problem)(f"{operation}: {problem}{on_rank()}") from problem
+                    if problem is not None:
+                        raise problem
+                    self._call(step, action)
+                finally:
+                    self._wire.presence.doing = None
 
         if not self._engine.is_here():
             if opts.asyncOp and self._threads:

@@ -89,7 +89,7 @@ def _listen() -> None:
     while not _stop.wait(_TICK):
         for group in everyone():
             with group.talking:
-                if group.comm is not None and not group.deaf:
+                if group.channel is not None and not group.deaf:
                     try:
                         group.listen()
                     except Exception:  # MPI's: the communicator was revoked
@@ -113,7 +113,7 @@ def leave() -> None:
     for thread in _threads:
         if thread is not threading.current_thread():
             thread.join(presence.ENDING)
-    waiting = [_leaving(group, MPI) for group in everyone() if group.comm is not None and not group.deaf]
+    waiting = [_leaving(group, MPI) for group in everyone() if group.channel is not None and not group.deaf]
     pause = 1e-5
     while waiting := [all_have for all_have in waiting if not all_have()]:
         time.sleep(pause)
