@@ -108,7 +108,7 @@ class Presence:
         )
         start = time.monotonic()
         self._ask_at = start + ASKING * self.rank / self.size  # one is enough, if it comes through
-        while time.monotonic() < start + ASKING + (ANSWERING if self.channel else 0):
+        while time.monotonic() < start + ASKING + ANSWERING:  # also for the others, to say the same
             time.sleep(0.02)
             since = self._asked_at
             if since is not None and (
