@@ -131,8 +131,9 @@ def batch_norm_backward(
         raise ValueError(
             f"expected dy like x, {tuple(x.shape)} {x.dtype}, got {tuple(dy.shape)} {dy.dtype}{on_rank()}"
         )
-    if tuple(stats.mean.shape) != (x.shape[1],):
-        raise ValueError(f"expected stats of {x.shape[1]} channels, got {tuple(stats.mean.shape)}{on_rank()}")
+    for vector in stats[:3]:  # native code trusts their lengths
+        if tuple(vector.shape) != (x.shape[1],):
+            raise ValueError(f"expected stats of {x.shape[1]} channels, got {tuple(vector.shape)}{on_rank()}")
     group, call = resolve(process_group), _call(x, weight, None, "backward")
     with _quietly(x):
         vectors = transport.to_host(*stats[:3]) if transport.on_host(x) else stats[:3]
@@ -175,8 +176,14 @@ def enter_batch(running_mean: Any, running_var: Any, batches: Any, stats: BatchS
         and (host := native()) is not None
     ):
         arrays = running_mean, running_var, batches, transport.changed(running_mean), stats.mean, stats.var
-        if host.update_running_stats(*arrays, count / max(count - 1, 1), momentum):
-            return True  # what was refused is looked at more closely below
+        written = 0 if batches is None else batches._version - running_mean._version
+        try:
+            if host.update_running_stats(*arrays, count / max(count - 1, 1), momentum):
+                return True  # what was refused is looked at more closely below
+        except BaseException:
+            if batches is not None and batches._version - running_mean._version > written:
+                batches.sub_(1)  # counted, and then something went wrong
+            raise
     if (
         running_mean.shape != stats.mean.shape
         or running_var.shape != stats.mean.shape

@@ -30,6 +30,7 @@ __all__ = [
 DEFAULT_TIMEOUT = 600.0
 TIMED_OUT, STRANDED = 124, 1  # statuses of the job; the first is what timeout(1) says
 ASKING, ANSWERING, ENDING = 1.0, 2.0, 1.0  # seconds at most, after the limit
+_FORWARDING = 0.25  # seconds for the launcher: what it has not passed on when the job ends may be lost
 _ASK, _ANSWER, _LEFT = 1, 2, 3  # tags; exchanges use none
 _LENGTH = 1024  # bytes of a message
 
@@ -263,6 +264,7 @@ def say(text: str) -> None:
 def end_job(status: int, cure: str) -> None:
     """Does not return."""
     say(f"this ends the job with status {status}. {cure}")
+    time.sleep(_FORWARDING)
     within(ENDING, lambda: sys.modules["mpi4py.MPI"].COMM_WORLD.Abort(status))
     # It does not come through where the network is gone. No launcher takes this for a regular end.
     os.kill(os.getpid(), signal.SIGKILL)

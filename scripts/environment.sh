@@ -154,24 +154,30 @@ choose_mpiexec() {
     echo "mpiexec: .venv/bin/mpiexec ($library), from PyPI: $why"
 }
 
-# Puts the Intel MPI that setup.cfg names into .venv/impi, apart from the library that the mpiexec on PATH starts. Where
-# that cannot be, prints why and fails.
-intel_mpi() {
-    local impi=$venv/impi wanted found
-    wanted=$(sed -n "s/^impi = //p" "$root/setup.cfg")
-    if [[ $(cat "$impi/.whole" 2>/dev/null) != "$wanted" ]]; then
-        say "pip install $wanted, into .venv/impi"
-        rm -rf "$impi"
+# mpi_beside NAME: puts the MPI library of that name in setup.cfg into .venv/NAME, apart from the one that the mpiexec on
+# PATH starts. Where that cannot be, prints why and fails.
+mpi_beside() {
+    local prefix=$venv/$1 wanted found
+    wanted=$(sed -n "s/^$1 = //p" "$root/setup.cfg")
+    if [[ $(cat "$prefix/.whole" 2>/dev/null) != "$wanted" ]]; then
+        say "pip install $wanted, into .venv/$1"
+        rm -rf "$prefix"
         if ! found=$(python -m pip --disable-pip-version-check -qq --retries 1 \
-            install --no-deps --ignore-installed --prefix "$impi" "$wanted" 2>&1); then
+            install --no-deps --ignore-installed --prefix "$prefix" "$wanted" 2>&1); then
             echo "cannot install $wanted: ${found##*$'\n'}"
             return 1
         fi
-        echo "$wanted" >"$impi/.whole"
+        echo "$wanted" >"$prefix/.whole"
     fi
+}
+
+# The same for Intel MPI, if mpi4py runs with it.
+intel_mpi() {
+    local impi=$venv/impi found
+    mpi_beside impi || return
     found=$(PATH=$impi/bin:$PATH MPI4PY_LIBMPI=$impi/lib/libmpi.so.12 one_world) || true
     if [[ $found != "Intel MPI "* ]]; then
-        echo "mpi4py does not run with $wanted: ${found##*$'\n'}"
+        echo "mpi4py does not run with it: ${found##*$'\n'}"
         return 1
     fi
 }

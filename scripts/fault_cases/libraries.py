@@ -1,0 +1,99 @@
+"""MPI libraries: that of the environment, others installed beside it, or anywhere."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from typing import NamedTuple
+
+
+class _Kind(NamedTuple):
+    vendor: str  # as mpi4py has it
+    file: str
+    variables: Mapping[str, str]  # for more ranks than cores
+    words: Mapping[str, str]  # of mpiexec, as patterns, for a rank that ended without MPI_Finalize
+
+
+# Open MPI's mpiexec says it on stderr, the others on stdout. MPICH's names no rank. Where a rank called exit,
+# it gives the signal by which it killed the others, and Intel MPI's names the ranks that it killed.
+_KINDS = {
+    "openmpi": _Kind(
+        "Open MPI",
+        "libmpi.so.40",
+        {},  # as benchmarks.scaling sets them
+        {
+            "signal": r"process rank {rank} with PID \d+ on node \S+ exited on\s+signal {number} ",
+            "exit": r"process rank {rank} with PID|@\d+,{rank}\]\s+Exit code: +{number}\b",
+        },
+    ),
+    "mpich": _Kind(
+        "MPICH",
+        "libmpi.so.12",
+        {},
+        {"signal": r"EXIT STRING: .* \(signal {number}\)", "exit": r"EXIT STRING: Killed \(signal 9\)"},
+    ),
+    "impi": _Kind(
+        "Intel MPI",
+        "libmpi.so.12",
+        {"I_MPI_FABRICS": "shm", "I_MPI_PIN": "0", "I_MPI_WAIT_MODE": "1"},
+        {
+            "signal": r"RANK {rank} PID \d+ RUNNING AT \S+\n=   KILLED BY SIGNAL: {number} ",
+            "exit": r"RANK (?!{rank})\d PID \d+ RUNNING AT \S+\n=   KILLED BY SIGNAL: 9 ",
+        },
+    ),
+}
+
+
+class Library(NamedTuple):
+    name: str
+    title: str  # name and version
+    mpiexec: str
+    variables: Mapping[str, str]
+    words: Mapping[str, str]
+
+
+NAMES = tuple(_KINDS)
+_VENDOR = """
+import mpi4py
+mpi4py.rc.initialize = False
+from mpi4py import MPI
+name, version = MPI.get_vendor()
+print(name, ".".join(map(str, version)), sep="|")
+"""
+
+
+def find(name: str) -> Library:
+    """``openmpi``, ``mpich`` or ``impi``, or ``mpich=PREFIX``; the environment's own for an empty name.
+
+    Raises ValueError where it is not there.
+    """
+    name, _, prefix = name.partition("=")
+    own, version = _vendor({})
+    mine = next((key for key, kind in _KINDS.items() if kind.vendor == own), "")
+    name = name or mine
+    if name not in _KINDS:
+        raise ValueError(f"expected some of {', '.join(NAMES)}, got {name or own!r}")
+    kind = _KINDS[name]
+    if name == mine and not prefix:
+        mpiexec = shutil.which("mpiexec")
+        if mpiexec is None:
+            raise ValueError("no mpiexec on PATH")
+        return Library(name, f"{own} {version}", mpiexec, kind.variables, kind.words)
+    at = Path(prefix or f"{sys.prefix}/{name}").resolve()
+    variables = {**kind.variables, "MPI4PY_LIBMPI": f"{at}/lib/{kind.file}"}
+    vendor, version = _vendor(variables) if (at / "bin" / "mpiexec").exists() else ("nothing", "")
+    if vendor != kind.vendor:
+        raise ValueError(f"expected {kind.vendor} in {at}, got {vendor}")
+    return Library(name, f"{vendor} {version}", f"{at}/bin/mpiexec", variables, kind.words)
+
+
+def _vendor(variables: Mapping[str, str]) -> tuple[str, str]:
+    """Name and version of what mpi4py loads."""
+    command = [sys.executable, "-c", _VENDOR]
+    done = subprocess.run(command, env={**os.environ, **variables}, capture_output=True, text=True)
+    name, _, version = done.stdout.strip().partition("|")
+    return name, version
