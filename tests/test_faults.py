@@ -113,7 +113,8 @@ def test_what_mpiexec_says_of_a_silent_rank(name: str) -> None:
         case = a_case(says=(), silent=how)
         assert judged(case, name, stdout=text, stderr="").ok
         assert judged(case, name, stdout="", stderr=text).ok
-        assert not judged(case, name, stdout="", stderr="").ok
+        assert judged(case, name, stdout="", stderr="").ok == ((name, how[0]) == ("mpich", "exit"))
+        assert not judged(case, name, stdout="other words", stderr="").ok
     case = a_case(says=(), silent=("signal", 9))
     assert not judged(case, name, stdout=killed.replace("9", "15")).ok
     assert judged(case._replace(at_fault=(1,)), name, stdout=killed).ok == (name == "mpich")  # names no rank
@@ -129,6 +130,18 @@ def test_a_library_that_ends_the_job_itself() -> None:
     assert not judged(case, "openmpi", **ended).ok
     assert judged(case, "mpich").ok
     assert not judged(case, "mpich", status=14).ok
+
+
+def test_an_mpiexec_that_breaks() -> None:
+    """Intel MPI's, now and then: the rank that aborts says the status."""
+    broken = {
+        "status": 141,
+        "stderr": "the cause\napplication called MPI_Abort(MPI_COMM_WORLD, 4) - process 2",
+    }
+    assert judged(name="impi", **broken).ok
+    assert not judged(name="openmpi", **broken).ok
+    assert not judged(name="impi", **{**broken, "status": 140}).ok
+    assert not judged(name="impi", **{**broken, "stderr": broken["stderr"].replace("4)", "5)")}).ok
 
 
 REPORT = """\

@@ -192,8 +192,8 @@ def test_any_split(sizes, inner, dtype, kind, mean):
     scale = max(1.0, (dy.abs().max() / (expected.var + 1e-5).sqrt().min()).item() if dy.numel() else 1.0)
     with together():
         assert ((var - expected.var).abs() <= 1e-6 * expected.var + 1e-13 * mean * mean).all()
-        assert distance(y, expected.y, torch.tensor(1.0)) < 1e-3 if mean > 1 else 1e-5
-        assert distance(dx, expected.dx, torch.tensor(scale)) < 1e-3 if mean > 1 else 1e-5
+        assert distance(y, expected.y, torch.tensor(1.0)) < (1e-3 if mean > 1 else 1e-5)
+        assert distance(dx, expected.dx, torch.tensor(scale)) < (1e-3 if mean > 1 else 1e-5)
 
 
 class Subclass(np.ndarray):

@@ -9,7 +9,7 @@ import subprocess
 import sys
 import time
 import uuid
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import suppress
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -24,6 +24,7 @@ from .libraries import Library
 ROOT = Path(__file__).resolve().parents[2]
 # A variable of every process of a job, by which those are found that outlive it.
 MARK = "MPISYNCBN_FAULTS"
+_BROKEN_PIPE = 128 + signal.SIGPIPE
 _START = 120.0  # seconds until the fault at most
 _LEAVE = 7.0  # seconds in which what outlives mpiexec must end: a DataLoader's workers look about every 5
 
@@ -110,7 +111,8 @@ def judge(case: Case, library: Library, end: End) -> Outcome:
     elif end.status is None:
         problems.append(f"HUNG: no end within {case.limit:g} s")
     else:
-        problems += [] if end.status in statuses else [f"status {end.status}"]
+        right = end.status in statuses or _is_lost(end, library, statuses)
+        problems += [] if right else [f"status {end.status}"]
         problems += [f"{end.left} processes left behind"] if end.left else []
         problems += [f"not said: {pattern}" for pattern in missing]
     fault = f"{_ranks(case)} {case.title}"
@@ -118,10 +120,18 @@ def judge(case: Case, library: Library, end: End) -> Outcome:
     return Outcome(library.title, case.name, fault, not problems, outcome, *end)
 
 
+def _is_lost(end: End, library: Library, statuses: Iterable[int]) -> bool:
+    """Whether mpiexec broke while it ended the job for a rank, which says the status itself."""
+    words = library.words.get("abort")
+    if end.status != _BROKEN_PIPE or words is None:
+        return False
+    return any(re.search(words.format(number=status), end.stderr) for status in statuses)
+
+
 def _said(pattern: str, text: str) -> str:
     """The whole line, or lines, of a match."""
     match = re.search(rf".*(?:{pattern}).*", text, re.MULTILINE)
-    return " ".join(match[0].split()) if match else ""
+    return " ".join(match[0].split()) if match and match[0].strip() else "nothing was said"
 
 
 def _ranks(case: Case) -> str:

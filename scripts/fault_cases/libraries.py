@@ -34,7 +34,11 @@ _KINDS = {
         "MPICH",
         "libmpi.so.12",
         {},
-        {"signal": r"EXIT STRING: .* \(signal {number}\)", "exit": r"EXIT STRING: Killed \(signal 9\)"},
+        {
+            "signal": r"EXIT STRING: .* \(signal {number}\)",
+            # Once in three times it says nothing, and ends with the status of that rank, be it 0.
+            "exit": r"EXIT STRING: Killed \(signal 9\)|\A\s*\Z",
+        },
     ),
     "impi": _Kind(
         "Intel MPI",
@@ -43,6 +47,8 @@ _KINDS = {
         {
             "signal": r"RANK {rank} PID \d+ RUNNING AT \S+\n=   KILLED BY SIGNAL: {number} ",
             "exit": r"RANK (?!{rank})\d PID \d+ RUNNING AT \S+\n=   KILLED BY SIGNAL: 9 ",
+            # Once in a hundred times it ends of SIGPIPE itself, when a rank has called MPI_Abort.
+            "abort": r"application called MPI_Abort\(MPI_COMM_WORLD, {number}\)",
         },
     ),
 }
