@@ -169,6 +169,8 @@ def enter_batch(running_mean: Any, running_var: Any, batches: Any, stats: BatchS
     count = stats.count
     if (
         type(stats.mean) is np.ndarray
+        and type(stats.var) is np.ndarray
+        and stats.var.shape == stats.mean.shape  # native code trusts it
         and count
         and transport.on_host(running_mean)
         and momentum.__class__ is float
@@ -187,6 +189,7 @@ def enter_batch(running_mean: Any, running_var: Any, batches: Any, stats: BatchS
     if (
         running_mean.shape != stats.mean.shape
         or running_var.shape != stats.mean.shape
+        or stats.var.shape != stats.mean.shape
         or dtype_name(running_var.dtype) not in _FLOATING
         or running_mean.dtype != running_var.dtype
     ):
