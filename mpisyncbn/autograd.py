@@ -25,6 +25,7 @@ from torch._subclasses.fake_tensor import FakeTensor
 from torch.utils._python_dispatch import _disable_current_modes
 
 from . import exchange, functional, transport
+from .arguments import check_arguments, check_count, check_fused, check_tensor
 from .communicator import Communicator, by_handle, resolve
 from .diagnostics import Call
 from .errors import on_rank
@@ -74,8 +75,9 @@ def sync_batch_norm(
 
     Collective while training, forward and backward: every rank of the group must call.
     """
+    check_tensor(input)
     if not training:
-        functional.check_arguments(input, weight, bias, running_mean, running_var, momentum=momentum, eps=eps)
+        check_arguments(input, weight, bias, running_mean, running_var, momentum=momentum, eps=eps)
         check_fused(activation, residual, input)
         y = F.batch_norm(input, running_mean, running_var, weight, bias, False, momentum, eps)
         return finish(y, activation, residual)
@@ -98,7 +100,7 @@ def sync_batch_norm(
         residual,
     )
     if running_mean is not None and running_var is not None:
-        functional.update_running_stats(running_mean, running_var, stats, momentum)
+        functional.enter_batch(running_mean, running_var, None, stats, momentum)
     return y
 
 
@@ -122,7 +124,7 @@ def batch_norm(
     """
     traced = torch.compiler.is_compiling() or x.is_meta or isinstance(x, FakeTensor)
     if traced or not _fits(x, weight, bias, running_mean, running_var, momentum, eps):
-        functional.check_arguments(
+        check_arguments(
             x,
             weight,
             bias,
@@ -144,7 +146,7 @@ def batch_norm(
     step = _Step(group, group.name_of(layer), x.shape[1], dtype, eps, activation == "relu")
     function = _Transformable if torch._C._are_functorch_transforms_active() else _SyncBatchNorm
     y = function.apply(x, weight, bias, residual, step)
-    functional.check_count(step.stats.count, x)
+    check_count(step.stats.count, x)
     return y, step.stats._replace(count=0) if _recomputing() else step.stats
 
 
@@ -161,25 +163,6 @@ def _fits(
         and 0.0 <= momentum <= 1.0
         and host.fits(x, weight, bias, running_mean, running_var)
     )
-
-
-def check_activation(activation: Any) -> None:
-    if activation not in (None, "relu"):
-        raise ValueError(f"expected activation to be 'relu' or None, got {activation!r}{on_rank()}")
-
-
-def check_fused(activation: str | None, residual: Tensor | None, x: Tensor) -> None:
-    """Raise unless these can follow the normalization of ``x``."""
-    check_activation(activation)
-    if residual is None:
-        return
-    if not isinstance(residual, Tensor):
-        raise TypeError(f"expected residual to be a tensor, got {type(residual).__name__}{on_rank()}")
-    if residual.shape != x.shape or residual.dtype != x.dtype or residual.device != x.device:
-        raise ValueError(
-            f"expected residual like the input, {tuple(x.shape)} {x.dtype} on {x.device}, got "
-            f"{tuple(residual.shape)} {residual.dtype} on {residual.device}{on_rank()}"
-        )
 
 
 def finish(y: Tensor, activation: str | None, residual: Tensor | None) -> Tensor:
@@ -470,7 +453,7 @@ def _merge_moments_op(
         call = Call(communicator.name_of(layer), "forward", m2.shape[-1], dtype)
         total, merged, var = exchange.merge_moments(communicator, call, count, mean, m2)
         merged, var = (transport.from_host(vector, m2) for vector in (merged, var))
-    functional.check_count(total, m2)
+    check_count(total, m2)
     # filled there, so that no device is waited for
     first_time = m2.new_full((), not _recomputing(), dtype=torch.bool)
     return m2.new_full((), total), merged, var, first_time

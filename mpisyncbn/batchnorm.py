@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from . import autograd, convert, functional
+from .arguments import check_arguments, check_batches, check_fused
 from .kernels import has_float64
 
 __all__ = ["SyncBatchNorm"]
@@ -65,10 +66,10 @@ class SyncBatchNorm(convert.Synchronized):
         activation = self.activation
         if not self.training:
             if not torch.jit.is_tracing():
-                functional.check_arguments(
+                check_arguments(
                     input, self.weight, self.bias, self.running_mean, self.running_var, eps=self.eps
                 )
-                autograd.check_fused(activation, residual, input)
+                check_fused(activation, residual, input)
             # local: batch norm in evaluation needs nobody else
             return autograd.finish(super().forward(input), activation, residual)
         self._check_input_dim(input)
@@ -76,6 +77,8 @@ class SyncBatchNorm(convert.Synchronized):
         if self.track_running_stats:
             running_mean = _tensor(self, self._buffers, "running_mean")
             running_var = _tensor(self, self._buffers, "running_var")
+            batches = _tensor(self, self._buffers, "num_batches_tracked")
+            check_batches(batches)
         y, stats = autograd.batch_norm(
             input,
             running_mean,
@@ -91,7 +94,6 @@ class SyncBatchNorm(convert.Synchronized):
         )
         if running_mean is not None:
             momentum: Any = self.momentum
-            batches = _tensor(self, self._buffers, "num_batches_tracked")
             if momentum is None:  # cumulative; as a tensor, so that no device is waited for
                 exact = torch.float64 if has_float64(batches) else torch.float32
                 momentum = 0.0 if batches is None else (batches + 1).to(exact).reciprocal()

@@ -498,7 +498,7 @@ def _agree(parent: Communicator, name: str, given: Any, read: Callable[[], Any],
     """
     try:
         value, problem = read(), None
-    except (TypeError, ValueError):
+    except Exception:  # of any kind: the other ranks have to hear of it
         value, problem = None, f"expected {expected}, got {given!r}"
     comm = parent.ready().comm
     with parent.taking_part(f"agreeing on the {name} of a new group"):

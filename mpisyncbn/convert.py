@@ -18,7 +18,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.lazy import LazyModuleMixin
 from torch.nn.utils import parametrize
 
-from .autograd import check_activation
+from .arguments import check_activation, check_module, check_tensor
 from .communicator import resolve
 from .errors import on_rank
 
@@ -36,6 +36,7 @@ class BatchNorm(_BatchNorm):
     that was never anything but synchronized."""
 
     def _check_input_dim(self, input: torch.Tensor) -> None:
+        check_tensor(input)
         if input.ndim < 2:
             raise ValueError(f"expected at least 2D input, (N, C, *), got {input.ndim}D input{on_rank()}")
 
@@ -99,6 +100,7 @@ def convert_sync_batchnorm(
 
     Not collective.
     """
+    check_module(module)
     group = None if process_group is None else resolve(process_group)
     layers = [(name, layer) for name, layer in module.named_modules() if isinstance(layer, _BatchNorm)]
     _refuse_own_activation(layers)
@@ -133,6 +135,7 @@ def set_process_group(module: nn.Module, process_group: Any) -> None:
 
     Not collective.
     """
+    check_module(module)
     group = None if process_group is None else resolve(process_group)
     for layer in module.modules():
         if isinstance(layer, Synchronized):
@@ -155,6 +158,7 @@ def revert_sync_batchnorm(module: nn.Module) -> nn.Module:
         TypeError: some layer, named in the message, has an activation that would be lost. No layer is
             changed then.
     """
+    check_module(module)
     fused = {id(vars(each)["_layer"]) for each in module.modules() if isinstance(each, FusedReLU)}
     lost = [
         _said(name)

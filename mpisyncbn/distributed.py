@@ -30,6 +30,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from . import buffers, diagnostics, rendezvous
+from .arguments import check_timeout
 from .collectives import Collectives
 from .communicator import Communicator, mpi, resolve, subset
 from .errors import CollectiveTimeoutError, MPISyncBNError, on_rank
@@ -56,6 +57,7 @@ class ProcessGroup(Collectives):
     """
 
     def __init__(self, comm: Any, timeout: timedelta, *, is_world: bool = False) -> None:
+        check_timeout(timeout)
         super().__init__(comm, timeout)
         self._is_world = is_world
         self._communicator: Communicator | None = None
@@ -107,8 +109,10 @@ class ProcessGroup(Collectives):
     def monitored_barrier(self, timeout: timedelta | None = None, wait_all_ranks: bool = False) -> None:
         """A barrier in which rank 0 says who did not come within ``timeout``; None: the group's."""
         self._check_usable("monitored_barrier")
+        timeout = self._timeout if timeout is None else timeout
+        check_timeout(timeout)
+        seconds = timeout.total_seconds()
         self._engine.drain()
-        seconds = (timeout or self._timeout).total_seconds()
         group, byte = self._wire.ready(), mpi().BYTE
         others = range(1, group.size) if group.rank == 0 else [0]
         with self._beside():
@@ -170,6 +174,7 @@ class ProcessGroup(Collectives):
         return self
 
     def _set_default_timeout(self, timeout: timedelta) -> None:
+        check_timeout(timeout)
         self._timeout = timeout
 
     set_timeout = _set_default_timeout
@@ -305,7 +310,7 @@ def monitored_barrier(
     Raises CollectiveTimeoutError, on rank 0 with the ranks that did not come within ``timeout``.
     Collective: every rank of the group must call.
     """
-    group = group or dist.group.WORLD
+    group = dist.group.WORLD if group is None else group
     if not isinstance(group, ProcessGroup):
         raise TypeError(f"expected a group of backend {BACKEND}, got {group!r}{on_rank()}")
     group.monitored_barrier(timeout, wait_all_ranks)

@@ -7,7 +7,6 @@ the sums of this rank, one exchange, dx. ``kernels`` does the work where the dat
 
 from __future__ import annotations
 
-import math
 import sys
 import warnings
 from collections.abc import Iterator
@@ -18,6 +17,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from . import exchange, transport
+from .arguments import check_arguments, check_count, check_gradient, check_running, check_stats
 from .communicator import resolve
 from .diagnostics import Call
 from .errors import on_rank
@@ -127,13 +127,8 @@ def batch_norm_backward(
     Collective: every rank of the group must call.
     """
     check_arguments(x, weight, None)
-    if dy.shape != x.shape or dy.dtype != x.dtype:
-        raise ValueError(
-            f"expected dy like x, {tuple(x.shape)} {x.dtype}, got {tuple(dy.shape)} {dy.dtype}{on_rank()}"
-        )
-    for vector in stats[:3]:  # native code trusts their lengths
-        if tuple(vector.shape) != (x.shape[1],):
-            raise ValueError(f"expected stats of {x.shape[1]} channels, got {tuple(vector.shape)}{on_rank()}")
+    check_gradient(dy, x)
+    _check_stats(stats, ("mean", "var", "invstd"), x.shape[1], x)
     group, call = resolve(process_group), _call(x, weight, None, "backward")
     with _quietly(x):
         vectors = transport.to_host(*stats[:3]) if transport.on_host(x) else stats[:3]
@@ -161,6 +156,8 @@ def update_running_stats(running_mean: Any, running_var: Any, stats: BatchStats,
         Whether they were updated; as a 0-d array where that is known on a device alone, which is not
         waited for, and in a graph of torch.compile. Not collective.
     """
+    check_running(running_mean, running_var, momentum)
+    _check_stats(stats, ("mean", "var"), len(running_mean), running_mean)
     return enter_batch(running_mean, running_var, None, stats, momentum)
 
 
@@ -186,22 +183,8 @@ def enter_batch(running_mean: Any, running_var: Any, batches: Any, stats: BatchS
             if batches is not None and batches._version - running_mean._version > written:
                 batches.sub_(1)  # counted, and then something went wrong
             raise
-    if (
-        running_mean.shape != stats.mean.shape
-        or running_var.shape != stats.mean.shape
-        or stats.var.shape != stats.mean.shape
-        or dtype_name(running_var.dtype) not in _FLOATING
-        or running_mean.dtype != running_var.dtype
-    ):
-        raise ValueError(
-            "expected running_mean and running_var to be floating point, of shape "
-            f"{tuple(stats.mean.shape)} like stats, got {dtype_name(running_mean.dtype)} of shape "
-            f"{tuple(running_mean.shape)} and {dtype_name(running_var.dtype)} of shape "
-            f"{tuple(running_var.shape)}{on_rank()}"
-        )
-    if isinstance(momentum, _NUMBER) or not hasattr(momentum, "ndim"):
-        _check_number("momentum", momentum, "from 0 to 1, or a 0-d tensor", 1.0)
-        momentum = float(momentum) if isinstance(momentum, np.generic) else momentum
+    momentum = float(momentum) if isinstance(momentum, np.generic) else momentum
+    count = int(count) if isinstance(count, np.generic) else count
     if isinstance(count, int) and count == 0:
         return False
     unseen = not (transport.on_host(stats.mean) or transport.on_host(running_mean))
@@ -241,98 +224,13 @@ def _enter_unseen(running_mean: Any, running_var: Any, batches: Any, stats: Batc
     return updated
 
 
-def check_arguments(
-    x: Any,
-    weight: Any,
-    bias: Any,
-    running_mean: Any = None,
-    running_var: Any = None,
-    *,
-    momentum: Any = 0.1,
-    eps: float = 1e-5,
-) -> None:
-    """Raise ValueError or TypeError before anything is computed or sent."""
-    if not hasattr(x, "ndim") or not hasattr(x, "dtype"):
-        raise TypeError(f"expected input to be an array, got {type(x).__name__}{on_rank()}")
-    if x.ndim < 2:
-        raise ValueError(f"expected at least 2D input, (N, C, *), got {x.ndim}D input{on_rank()}")
-    channels = x.shape[1]
-    if channels == 0:
-        raise ValueError(
-            f"expected a non-zero number of input channels, got shape {tuple(x.shape)}{on_rank()}"
-        )
-    name = dtype_name(x.dtype)
-    if name not in _FLOATING:
+def _check_stats(stats: Any, names: tuple[str, ...], channels: int, like: Any) -> None:
+    if not isinstance(stats, BatchStats):
         raise TypeError(
-            f"expected input of dtype {', '.join(_FLOATING)}, got {name}{on_rank()}: convert it first"
+            "expected stats to be the BatchStats that batch_norm_forward returned, got "
+            f"{type(stats).__name__}{on_rank()}"
         )
-    _check_number("eps", eps, "to be finite and at least 0", math.inf)
-    _check_number("momentum", momentum, "from 0 to 1, or None", 1.0)
-    if (running_mean is None) != (running_var is None):
-        missing = "running_mean" if running_mean is None else "running_var"
-        raise ValueError(
-            f"expected running_mean and running_var both or neither, got no {missing}{on_rank()}"
-        )
-    first = None
-    for label, vector in (
-        ("weight", weight),
-        ("bias", bias),
-        ("running_mean", running_mean),
-        ("running_var", running_var),
-    ):
-        if vector is None:
-            continue
-        if hasattr(vector, "is_cpu") != hasattr(x, "is_cpu"):  # torch and not torch
-            raise TypeError(
-                f"expected {label} to be {type(x).__name__} like the input, "
-                f"got {type(vector).__name__}{on_rank()}"
-            )
-        if vector.ndim != 1 or vector.shape[0] != channels:
-            raise ValueError(
-                f"expected {label} of shape ({channels},), one value per channel of the input "
-                f"{tuple(x.shape)}, got {tuple(vector.shape)}{on_rank()}"
-            )
-        if getattr(vector, "device", None) != getattr(x, "device", None):
-            raise ValueError(
-                f"expected {label} on the input's device, {x.device}, got {vector.device}{on_rank()}: "
-                "move the module or the input with .to(device)"
-            )
-        first = vector.dtype if first is None else first
-        if vector.dtype != first or (first != x.dtype and not _is_mixed(name, first)):
-            raise TypeError(
-                f"expected {label} of dtype {name}{_ALTERNATIVE.get(name, '')}, the same for all, "
-                f"got {dtype_name(vector.dtype)}{on_rank()}: convert the module with .to(dtype)"
-            )
-
-
-def _check_number(label: str, value: Any, expected: str, limit: float) -> None:
-    if not isinstance(value, _NUMBER):
-        raise TypeError(f"expected {label} {expected}, got {type(value).__name__}{on_rank()}")
-    if not 0.0 <= value <= limit or value == math.inf:
-        raise ValueError(f"expected {label} {expected}, got {value}{on_rank()}")
-
-
-def check_count(count: int, x: Any) -> None:
-    """Raise on every rank where one value is all that the group has: its variance says nothing."""
-    if count == 1:
-        raise ValueError(
-            f"expected more than 1 value per channel over the whole group when training, "
-            f"got input of shape {tuple(x.shape)}{on_rank()}: use a larger batch or eval mode"
-        )
-
-
-def dtype_name(dtype: Any) -> str:
-    """``float32`` for ``torch.float32`` and ``numpy.dtype("float32")`` alike."""
-    return str(dtype).rpartition(".")[2]
-
-
-_NUMBER = (int, float, np.integer, np.floating)
-_FLOATING = ("float16", "bfloat16", "float32", "float64")
-_ALTERNATIVE = {"float16": " or float32", "bfloat16": " or float32"}
-
-
-def _is_mixed(name: str, parameters: Any) -> bool:
-    return name in _ALTERNATIVE and dtype_name(parameters) == "float32"
+    check_stats(stats, names, channels, like)
 
 
 def invstd_of(var: Any, eps: float) -> Any:

@@ -36,6 +36,8 @@ def join(
 
     Collective: every rank of the model's group must enter, and leave.
     """
+    if not isinstance(model, DistributedDataParallel):
+        raise TypeError(f"expected a DistributedDataParallel, got {type(model).__name__}{on_rank()}")
     MPI = mpi()
     if enable and MPI.Query_thread() < MPI.THREAD_MULTIPLE:
         raise MPISyncBNError(

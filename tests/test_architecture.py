@@ -28,6 +28,7 @@ ORDER = [
     "convert",
     "autograd",
     "functional",
+    "arguments",
     "exchange",
     "communicator",
     "leftovers",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from functools import partial
 
 import numpy as np
 import pytest
@@ -14,6 +15,7 @@ from torch import nn
 
 import mpisyncbn
 from mpisyncbn import Communicator, SyncBatchNorm, TransportError, functional
+from mpisyncbn.functional import BatchStats
 
 RANK, SIZE = WORLD.rank, WORLD.size
 HERE = f" (on rank {RANK} of {SIZE})"
@@ -317,6 +319,114 @@ def test_arrays_of_another_kind_than_the_input():
     for vectors in ((np.ones(3, "f4"), None), (None, np.ones(3, "f4"))):
         with pytest.raises(TypeError, match=r"expected (weight|bias) to be Tensor like the input"):
             mpisyncbn.sync_batch_norm(x, None, None, *vectors)
+
+
+def layer_with(**buffers: torch.Tensor) -> SyncBatchNorm:
+    layer = SyncBatchNorm(3)
+    layer._buffers.update(buffers)
+    return layer
+
+
+ROWS, STATS = torch.ones(4, 3), BatchStats(np.zeros(3), np.ones(3), np.ones(3), 4)
+update = partial(functional.update_running_stats, np.zeros(3), np.ones(3))
+OF_ANOTHER_KIND = {
+    "an array for a layer": (
+        lambda: SyncBatchNorm(3)(ROWS.numpy()),
+        "expected input to be a torch tensor, got ndarray{}: for arrays there is mpisyncbn.functional",
+    ),
+    "nothing for a layer": (
+        lambda: SyncBatchNorm(3)(None),
+        "expected input to be a torch tensor, got NoneType{}",
+    ),
+    "an array for the function": (
+        lambda: mpisyncbn.sync_batch_norm(ROWS.numpy(), None, None),
+        "expected input to be a torch tensor, got ndarray{}",
+    ),
+    "a list for an array": (
+        lambda: functional.batch_norm_forward([[1.0]]),
+        "expected input to be an array, got list{}",
+    ),
+    "a list for a vector": (
+        lambda: functional.batch_norm_forward(ROWS.numpy(), [1.0] * 3),
+        "expected weight to be ndarray like the input, got list{}",
+    ),
+    "sparse input": (
+        lambda: SyncBatchNorm(3)(ROWS.to_sparse()),
+        "expected input to be a dense tensor, got one of layout torch.sparse_coo{}: convert it first",
+    ),
+    "sparse residual": (
+        lambda: SyncBatchNorm(3)(ROWS, ROWS.to_sparse()),
+        "expected residual to be a dense tensor, got one of layout torch.sparse_coo{}",
+    ),
+    "sparse statistics": (
+        lambda: layer_with(running_mean=torch.zeros(3).to_sparse())(ROWS),
+        "expected running_mean to be a dense tensor, got one of layout torch.sparse_coo{}",
+    ),
+    "a count of truths": (
+        lambda: layer_with(num_batches_tracked=torch.tensor(False))(ROWS),
+        "expected num_batches_tracked to be a tensor of whole numbers, got torch.bool{}",
+    ),
+    "no gradient": (
+        lambda: functional.batch_norm_backward(None, ROWS, STATS),
+        "expected dy to be Tensor like the input, got NoneType{}",
+    ),
+    "no statistics": (
+        lambda: functional.batch_norm_backward(ROWS, ROWS, STATS[:3]),
+        "expected stats to be the BatchStats that batch_norm_forward returned, got tuple{}",
+    ),
+    "a list in the statistics": (
+        lambda: update(STATS._replace(var=[1.0] * 3), 0.1),
+        "expected stats.var to be ndarray like stats.mean, got list{}",
+    ),
+    "statistics of whole numbers": (
+        lambda: update(STATS._replace(var=np.ones(3, int)), 0.1),
+        "expected stats.var of dtype float64, got int64{}",
+    ),
+    "a count that is not whole": (
+        lambda: update(STATS._replace(count=4.0), 0.1),
+        "expected stats.count to be a whole number, got float{}",
+    ),
+    "a momentum for each channel": (
+        lambda: update(STATS, np.ones(3)),
+        "expected momentum from 0 to 1, or a 0-d tensor, got ndarray{}",
+    ),
+    "a momentum of whole numbers": (
+        lambda: update(STATS, np.array(1)),
+        "expected momentum to be floating point, got int64{}",
+    ),
+    "no running statistics": (
+        lambda: functional.update_running_stats(None, None, STATS, 0.1),
+        "expected running_mean to be an array, got NoneType{}",
+    ),
+    "no module": (lambda: mpisyncbn.convert_sync_batchnorm(ROWS), "expected a torch.nn.Module, got Tensor{}"),
+    "no module to revert": (
+        lambda: mpisyncbn.revert_sync_batchnorm(ROWS),
+        "expected a torch.nn.Module, got Tensor{}",
+    ),
+    "no module for a group": (
+        lambda: mpisyncbn.set_process_group(ROWS, None),
+        "expected a torch.nn.Module, got Tensor{}",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", OF_ANOTHER_KIND)
+def test_what_is_of_another_kind(case):
+    call, words = OF_ANOTHER_KIND[case]
+    with pytest.raises(TypeError, match=re.escape(words.format(HERE))):
+        call()
+
+
+def test_a_negative_count():
+    with pytest.raises(ValueError, match=re.escape(f"expected stats.count to be at least 0, got -1{HERE}")):
+        update(STATS._replace(count=-1), 0.1)
+
+
+@pytest.mark.parametrize("name", ["weight", "bias"])
+def test_a_vector_of_length_0_is_not_none(name):
+    """Native code tells them apart by more than their address, which neither has."""
+    with pytest.raises(ValueError, match=re.escape(f"expected {name} of shape (3,)")):
+        mpisyncbn.sync_batch_norm(ROWS, None, None, **{name: torch.ones(0)})
 
 
 def test_more_dimensions_than_anybody_has():

@@ -167,13 +167,19 @@ def test_momentum_of_any_kind(momentum):
         assert running[1].tolist() == [2.0, 3.25]
 
 
-@pytest.mark.parametrize("running", [torch.zeros(2), torch.zeros(1), torch.zeros(2, 3), torch.zeros(3).int()])
+@pytest.mark.parametrize("running", [torch.zeros(2), torch.zeros(0), torch.zeros(2, 3), torch.zeros(3).int()])
 def test_running_statistics_of_another_shape_or_dtype(running):
     stats = BatchStats(np.zeros(3), np.ones(3), None, 5)
-    with pytest.raises(
-        ValueError, match=r"expected running_mean and running_var to be floating point, of shape \(3,\)"
-    ):
-        functional.update_running_stats(running, torch.ones(3), stats, 0.1)
+    for pair in ((running, torch.ones(3)), (torch.ones(3), running)):
+        with pytest.raises(
+            ValueError, match="expected running_mean and running_var to be floating point, of one length"
+        ):
+            functional.update_running_stats(*pair, stats, 0.1)
+    if running.ndim == 1 and running.is_floating_point():
+        with pytest.raises(
+            ValueError, match=rf"expected stats.mean of {len(running)} channels, got shape \(3,\)"
+        ):
+            functional.update_running_stats(running, running + 1, stats, 0.1)
 
 
 @given(

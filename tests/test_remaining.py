@@ -124,7 +124,7 @@ def test_stats_of_another_number_of_channels():
     x = np.ones((4, 3))
     _, stats = functional.batch_norm_forward(x)
     short = BatchStats._make((*(vector[:2] for vector in stats[:3]), stats.count))
-    with pytest.raises(ValueError, match=r"expected stats of 3 channels, got \(2,\)"):
+    with pytest.raises(ValueError, match=r"expected stats.mean of 3 channels, got shape \(2,\)"):
         functional.batch_norm_backward(x, x, short)
 
 
@@ -267,3 +267,17 @@ def test_what_a_group_of_torch_refuses(torch_group):
         distributed.monitored_barrier("another")
     dist.all_reduce(x)  # the group lives on
     assert x.tolist() == [WORLD.size] * 3
+
+
+def test_a_timeout_that_is_a_number_and_a_model_that_is_none() -> None:
+    with pytest.raises(TypeError, match=r"expected timeout to be a datetime.timedelta, got int"):
+        distributed.ProcessGroup(MPI.COMM_SELF, 60)
+    group = distributed.ProcessGroup(MPI.COMM_SELF.Dup(), timedelta(seconds=60))
+    with pytest.raises(TypeError, match=r"expected timeout to be a datetime.timedelta, got int"):
+        distributed.monitored_barrier(group, 60)
+    group.shutdown()
+    with (
+        pytest.raises(TypeError, match="expected a DistributedDataParallel, got Linear"),
+        distributed.join(nn.Linear(1, 1)),
+    ):
+        pass

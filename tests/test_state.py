@@ -206,8 +206,8 @@ def test_a_signal_at_any_moment(path: str) -> None:
 PARTS: dict[str, tuple[Any, str]] = {
     "moments": (exchange, "merge_moments"),
     "kernels": (functional, "forward"),
-    "count": (functional, "check_count"),
-    "update": (functional, "update_running_stats"),
+    "count": (autograd, "check_count"),
+    "update": (functional, "enter_batch"),
     "blend": (transport, "blend"),
     "changed": (transport, "changed"),
     "allocation": (np, "empty"),

@@ -150,7 +150,8 @@ bool fits(nb::handle x_object, nb::handle weight_object, nb::handle bias_object,
     for (const nb::handle object : {weight_object, bias_object, running_mean_object, running_var_object}) {
         Array vector;
         if (PyObject_CheckBuffer(object.ptr()) || !describe(object, vector)) return false;
-        if (vector.data && (vector.dtype != x.dtype || vector.ndim != 1 || vector.shape[0] != x.shape[1])) return false;
+        // One of length 0 has no data either, and is refused.
+        if (!object.is_none() && (vector.dtype != x.dtype || vector.ndim != 1 || vector.shape[0] != x.shape[1])) return false;
     }
     return true;
 }

@@ -1,0 +1,266 @@
+"""What a caller may pass: every argument is looked at before anything is computed, sent or changed.
+
+What is refused raises ValueError or TypeError, where torch raises them, and says what was expected, what
+came, on which rank, and the cure.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import numpy as np
+
+from . import transport
+from .errors import on_rank
+from .kernels import loaded_torch
+
+__all__ = [
+    "check_activation",
+    "check_arguments",
+    "check_batches",
+    "check_count",
+    "check_fused",
+    "check_gradient",
+    "check_module",
+    "check_running",
+    "check_stats",
+    "check_tensor",
+    "check_timeout",
+]
+
+FLOATING = ("float16", "bfloat16", "float32", "float64")
+_COUNTING = ("int8", "int16", "int32", "int64", "uint8", *FLOATING)
+_ALTERNATIVE = {"float16": " or float32", "bfloat16": " or float32"}
+_NUMBER = (int, float, np.integer, np.floating)
+
+
+def check_arguments(
+    x: Any,
+    weight: Any,
+    bias: Any,
+    running_mean: Any = None,
+    running_var: Any = None,
+    *,
+    momentum: Any = 0.1,
+    eps: float = 1e-5,
+) -> None:
+    """Of a forward pass. ``x`` is an array of any kind, the others are like it."""
+    _check_array("input", x)
+    if x.ndim < 2:
+        raise ValueError(f"expected at least 2D input, (N, C, *), got {x.ndim}D input{on_rank()}")
+    channels = x.shape[1]
+    if channels == 0:
+        raise ValueError(
+            f"expected a non-zero number of input channels, got shape {tuple(x.shape)}{on_rank()}"
+        )
+    name = dtype_name(x.dtype)
+    if name not in FLOATING:
+        raise TypeError(
+            f"expected input of dtype {', '.join(FLOATING)}, got {name}{on_rank()}: convert it first"
+        )
+    _check_number("eps", eps, "to be finite and at least 0", math.inf)
+    _check_number("momentum", momentum, "from 0 to 1, or None", 1.0)
+    if (running_mean is None) != (running_var is None):
+        missing = "running_mean" if running_mean is None else "running_var"
+        raise ValueError(
+            f"expected running_mean and running_var both or neither, got no {missing}{on_rank()}"
+        )
+    first = None
+    for label, vector in (
+        ("weight", weight),
+        ("bias", bias),
+        ("running_mean", running_mean),
+        ("running_var", running_var),
+    ):
+        if vector is None:
+            continue
+        _check_kind(label, vector, "the input", x)
+        if vector.ndim != 1 or vector.shape[0] != channels:
+            raise ValueError(
+                f"expected {label} of shape ({channels},), one value per channel of the input "
+                f"{tuple(x.shape)}, got {tuple(vector.shape)}{on_rank()}"
+            )
+        if getattr(vector, "device", None) != getattr(x, "device", None):
+            raise ValueError(
+                f"expected {label} on the input's device, {x.device}, got {vector.device}{on_rank()}: "
+                "move the module or the input with .to(device)"
+            )
+        first = vector.dtype if first is None else first
+        if vector.dtype != first or (first != x.dtype and not _is_mixed(name, first)):
+            raise TypeError(
+                f"expected {label} of dtype {name}{_ALTERNATIVE.get(name, '')}, the same for all, "
+                f"got {dtype_name(vector.dtype)}{on_rank()}: convert the module with .to(dtype)"
+            )
+
+
+def check_tensor(x: Any) -> None:
+    """Of functions of torch tensors alone."""
+    if not isinstance(x, loaded_torch().Tensor):
+        raise TypeError(
+            f"expected input to be a torch tensor, got {type(x).__name__}{on_rank()}: for arrays there is "
+            "mpisyncbn.functional"
+        )
+
+
+def check_activation(activation: Any) -> None:
+    if activation is not None and not (isinstance(activation, str) and activation == "relu"):
+        raise ValueError(f"expected activation to be 'relu' or None, got {activation!r}{on_rank()}")
+
+
+def check_fused(activation: str | None, residual: Any, x: Any) -> None:
+    """Whether these can follow the normalization of a tensor ``x``."""
+    check_activation(activation)
+    if residual is None:
+        return
+    if not isinstance(residual, loaded_torch().Tensor):
+        raise TypeError(f"expected residual to be a tensor, got {type(residual).__name__}{on_rank()}")
+    _check_array("residual", residual)
+    if residual.shape != x.shape or residual.dtype != x.dtype or residual.device != x.device:
+        raise ValueError(
+            f"expected residual like the input, {tuple(x.shape)} {x.dtype} on {x.device}, got "
+            f"{tuple(residual.shape)} {residual.dtype} on {residual.device}{on_rank()}"
+        )
+
+
+def check_batches(batches: Any) -> None:
+    """num_batches_tracked, the count of a layer: something to which 1 can be added, in place."""
+    torch = loaded_torch()
+    if batches is None or (batches.__class__ is torch.Tensor and batches.dtype is torch.int64):
+        return
+    if not isinstance(batches, torch.Tensor) or dtype_name(batches.dtype) not in _COUNTING:
+        found = batches.dtype if isinstance(batches, torch.Tensor) else type(batches).__name__
+        raise TypeError(
+            f"expected num_batches_tracked to be a tensor of whole numbers, got {found}{on_rank()}"
+        )
+    _check_array("num_batches_tracked", batches)
+
+
+def check_gradient(dy: Any, x: Any) -> None:
+    """Of a backward pass by arrays."""
+    _check_kind("dy", dy, "the input", x)
+    if dy.shape != x.shape or dy.dtype != x.dtype or _place(dy) != _place(x):
+        raise ValueError(
+            f"expected dy like x, {tuple(x.shape)} {x.dtype}{_place(x)}, got {tuple(dy.shape)} "
+            f"{dy.dtype}{_place(dy)}{on_rank()}"
+        )
+
+
+def check_stats(stats: Any, names: tuple[str, ...], channels: int, like: Any) -> None:
+    """Some vectors of a BatchStats, and its count. Native code trusts their lengths."""
+    first = getattr(stats, names[0])
+    if not transport.on_host(first):
+        _check_kind(f"stats.{names[0]}", first, "the other arguments", like)
+    for name in names:
+        vector = getattr(stats, name)
+        _check_kind(f"stats.{name}", vector, f"stats.{names[0]}", first)
+        if tuple(vector.shape) != (channels,):
+            raise ValueError(
+                f"expected stats.{name} of {channels} channels, got shape {tuple(vector.shape)}{on_rank()}"
+            )
+        if dtype_name(vector.dtype) not in ("float32", "float64") or _place(vector) != _place(first):
+            raise TypeError(
+                f"expected stats.{name} of dtype float64{_place(first)}, got {dtype_name(vector.dtype)}"
+                f"{_place(vector)}{on_rank()}"
+            )
+    count = stats.count
+    if not isinstance(count, (int, np.integer)):
+        if getattr(count, "ndim", None) != 0 or isinstance(count, np.generic):
+            raise TypeError(
+                f"expected stats.count to be a whole number, got {type(count).__name__}{on_rank()}"
+            )
+        _check_kind("stats.count", count, f"stats.{names[0]}", first)
+        if dtype_name(count.dtype) not in _COUNTING:
+            raise TypeError(f"expected stats.count to be a whole number, got {count.dtype}{on_rank()}")
+    elif count < 0:
+        raise ValueError(f"expected stats.count to be at least 0, got {count}{on_rank()}")
+
+
+def check_running(running_mean: Any, running_var: Any, momentum: Any) -> None:
+    """Of an update of running statistics by arrays."""
+    _check_array("running_mean", running_mean)
+    _check_kind("running_var", running_var, "running_mean", running_mean)
+    for each in (running_mean, running_var):
+        if (
+            running_var.shape != running_mean.shape
+            or running_var.dtype != running_mean.dtype
+            or each.ndim != 1
+            or dtype_name(each.dtype) not in FLOATING
+        ):
+            raise ValueError(
+                "expected running_mean and running_var to be floating point, of one length, got "
+                f"{dtype_name(running_mean.dtype)} of shape {tuple(running_mean.shape)} and "
+                f"{dtype_name(running_var.dtype)} of shape {tuple(running_var.shape)}{on_rank()}"
+            )
+    if (
+        isinstance(momentum, _NUMBER)
+        or getattr(momentum, "ndim", None) != 0
+        or isinstance(momentum, np.generic)
+    ):
+        _check_number("momentum", momentum, "from 0 to 1, or a 0-d tensor", 1.0)
+        return
+    _check_kind("momentum", momentum, "running_mean", running_mean)
+    if dtype_name(momentum.dtype) not in FLOATING:
+        raise TypeError(f"expected momentum to be floating point, got {momentum.dtype}{on_rank()}")
+
+
+def check_count(count: int, x: Any) -> None:
+    """Raise on every rank where one value is all that the group has: its variance says nothing."""
+    if count == 1:
+        raise ValueError(
+            f"expected more than 1 value per channel over the whole group when training, "
+            f"got input of shape {tuple(x.shape)}{on_rank()}: use a larger batch or eval mode"
+        )
+
+
+def check_module(module: Any) -> None:
+    if not isinstance(module, loaded_torch().nn.Module):
+        raise TypeError(f"expected a torch.nn.Module, got {type(module).__name__}{on_rank()}")
+
+
+def check_timeout(timeout: Any) -> None:
+    if not hasattr(timeout, "total_seconds"):
+        raise TypeError(
+            f"expected timeout to be a datetime.timedelta, got {type(timeout).__name__}{on_rank()}"
+        )
+
+
+def dtype_name(dtype: Any) -> str:
+    """``float32`` for ``torch.float32`` and ``numpy.dtype("float32")`` alike."""
+    return str(dtype).rpartition(".")[2]
+
+
+def _check_number(label: str, value: Any, expected: str, limit: float) -> None:
+    if not isinstance(value, _NUMBER):
+        raise TypeError(f"expected {label} {expected}, got {type(value).__name__}{on_rank()}")
+    if not 0.0 <= value <= limit or value == math.inf:
+        raise ValueError(f"expected {label} {expected}, got {value}{on_rank()}")
+
+
+def _check_array(label: str, value: Any) -> None:
+    """Of values in memory, one beside the other or with strides: what kernels can read."""
+    if not hasattr(value, "ndim") or not hasattr(value, "dtype"):
+        raise TypeError(f"expected {label} to be an array, got {type(value).__name__}{on_rank()}")
+    if hasattr(value, "is_cpu") and value.layout is not loaded_torch().strided:
+        raise TypeError(
+            f"expected {label} to be a dense tensor, got one of layout {value.layout}{on_rank()}: "
+            "convert it first, .to_dense()"
+        )
+
+
+def _check_kind(label: str, value: Any, whose: str, like: Any) -> None:
+    """An array, and one of torch exactly where the other is."""
+    if not hasattr(value, "ndim") or hasattr(value, "is_cpu") != hasattr(like, "is_cpu"):
+        raise TypeError(
+            f"expected {label} to be {type(like).__name__} like {whose}, got {type(value).__name__}"
+            f"{on_rank()}"
+        )
+    _check_array(label, value)
+
+
+def _is_mixed(name: str, parameters: Any) -> bool:
+    return name in _ALTERNATIVE and dtype_name(parameters) == "float32"
+
+
+def _place(array: Any) -> str:
+    return "" if isinstance(array, np.ndarray) else f" on {array.device}"
