@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
-from . import config, leftovers, transport, watchdog
+from . import attendance, config, leftovers, transport, watchdog
 from .errors import MPISyncBNError, TransportError, on_rank
 from .presence import Presence, agreed_timeout
 from .staging import DeviceMessage, device_key
@@ -176,11 +176,13 @@ class Communicator:
         presence = self.presence
         with suppress(ValueError):  # of which all ranks hear from _adopt
             presence.limit = agreed_timeout([config.timeout()])
+        presence.world = self._world_ranks()
         watchdog.watch(presence)
         before = presence.doing
         presence.doing = before or "the first message of a group"
         try:
-            yield
+            with attendance.mark(presence.world):
+                yield
         except BaseException as error:
             presence.end()
             if isinstance(error, self.mpi_error):
@@ -190,6 +192,17 @@ class Communicator:
             raise
         finally:
             presence.doing = before
+
+    def _world_ranks(self) -> list[int]:
+        """The ranks in the world of all ranks of the group, where this one knows them."""
+        if self._source is None:
+            return []
+        ours, world = self._source.Get_group(), mpi().COMM_WORLD.Get_group()
+        try:
+            return list(ours.Translate_ranks(None, world))
+        finally:
+            ours.Free()
+            world.Free()
 
     @contextmanager
     def taking_part(self, doing: str) -> Iterator[None]:

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import math
 import os
+from pathlib import Path
 
 from .errors import on_rank
 
-__all__ = ["debug", "device_aware", "launched", "rendezvous_given", "timeout", "transport"]
+__all__ = ["debug", "device_aware", "launched", "rank_of", "rendezvous_given", "timeout", "transport"]
 
 
 def _choice(name: str, default: str, choices: tuple[str, ...]) -> str:
@@ -58,6 +59,20 @@ def launched() -> bool:
     return any(os.environ.get(name, "1") != "1" for name in sizes) or any(
         name in os.environ for name in ranks
     )
+
+
+def rank_of(process: int) -> int | None:
+    """The rank that a launcher gave to a process of this host, if it did and the process may be looked at."""
+    try:
+        given = Path(f"/proc/{process}/environ").read_bytes()
+    except OSError:
+        return None
+    variables = dict(each.split(b"=", 1) for each in given.split(b"\0") if b"=" in each)
+    for name in ("PMIX_RANK", "PMI_RANK", "PALS_RANKID", "SLURM_PROCID"):
+        value = variables.get(name.encode(), b"")
+        if value.isdigit():
+            return int(value)
+    return None
 
 
 def device_aware(kind: str) -> str | None:

@@ -16,6 +16,8 @@ from typing import Any
 
 import numpy as np
 
+from . import attendance
+
 __all__ = [
     "DEFAULT_TIMEOUT",
     "Presence",
@@ -61,6 +63,7 @@ class Presence:
         self.doing: Any = None  # what this rank is in: a Call, or words
         self.limit = DEFAULT_TIMEOUT  # seconds, 0: none
         self.homes: list[tuple[str, int]] = []  # host and process of each rank
+        self.world: list[int] = []  # the ranks in the world, where they are known before that
         self.deaf = False  # nobody listens here any more
         self.left: dict[int, int] = {}  # ranks that have come to their end, and after how many exchanges
         self.talking = threading.Lock()  # whoever uses the communicator for messages between two ranks
@@ -120,7 +123,7 @@ class Presence:
             lines = map(self._line, range(self.size))
             say("\n".join(["what the ranks of the group were doing:", *lines]))
         elif not self._was_asked:
-            say("the other ranks could not be asked" + ("" if self.channel else " before the first exchange"))
+            say("the other ranks could not be asked" + ("" if self.channel else self._before_the_first()))
         end_job(
             TIMED_OUT,
             "Every rank of a group must run the same layers in the same order. If some rank is only slow, "
@@ -227,12 +230,13 @@ class Presence:
         if not self.homes or self.homes[rank][0] != socket.gethostname():
             return ""
         process = self.homes[rank][1]
-        try:
-            state = Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()[0]
-        except (OSError, IndexError):
-            return f", its process {process} is gone"
-        words = {"T": "stopped", "t": "stopped by a debugger", "Z": "dead", "X": "dead"}
-        return f", its process {process} is {words.get(state, 'alive')}"
+        return f", its process {process} is {attendance.state_of(process)}"
+
+    def _before_the_first(self) -> str:
+        """Whom a rank waits for that has not met the others of its group yet."""
+        absent = attendance.absent(self.world)
+        lines = [f"  rank {self.world.index(rank)} {words}" for rank, words in absent.items()]
+        return "\n".join([" before the first exchange", *lines])
 
 
 def _place() -> str:

@@ -6,6 +6,7 @@ A test that fails on one rank fails on all of them, and rank 0 alone reports it.
 from __future__ import annotations
 
 import os
+import sys
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -49,6 +50,20 @@ def pytest_sessionstart(session: Any) -> None:
         reporter._tw._file = open(os.devnull, "w")  # noqa: SIM115 (open until the process ends)
     else:
         reporter.write_line(f"{WORLD.size} rank{'s' if WORLD.size > 1 else ''}")
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_runtest_logreport(report: Any) -> None:
+    """What fails outside of a test, in a fixture or while it is collected, may do so on this rank alone."""
+    if WORLD.rank > 0 and report.failed and report.when != "call":
+        print(
+            f"rank {WORLD.rank}, {report.nodeid}, {report.when}:\n{report.longreprtext}", file=sys.__stderr__
+        )
+
+
+def pytest_collectreport(report: Any) -> None:
+    if WORLD.rank > 0 and report.failed:
+        print(f"rank {WORLD.rank}, {report.nodeid}:\n{report.longreprtext}", file=sys.__stderr__)
 
 
 @pytest.hookimpl(wrapper=True)

@@ -34,6 +34,7 @@ ORDER = [
     "leftovers",
     "watchdog",
     "presence",
+    "attendance",
     "transport",
     "staging",
     "diagnostics",

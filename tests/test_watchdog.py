@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import socket
@@ -14,7 +15,7 @@ import pytest
 from parallel import WORLD, local_batch, shard
 
 import mpisyncbn
-from mpisyncbn import Communicator, SyncBatchNorm, leftovers, presence, watchdog
+from mpisyncbn import Communicator, SyncBatchNorm, attendance, leftovers, presence, watchdog
 from mpisyncbn.communicator import resolve
 from mpisyncbn.presence import DEFAULT_TIMEOUT, Presence, agreed_timeout
 
@@ -263,6 +264,50 @@ def test_what_is_known_of_a_rank_that_does_not_answer():
         f"{here} gone",
         "  rank 2 on elsewhere is missing: no answer",
         "  rank 2 on elsewhere is missing: no answer, it has left the program",
+    ]
+
+
+@needs_two_ranks
+def test_who_has_not_come_to_the_first_exchange_is_named():
+    """By its process, which is older than those it started."""
+    ranks, late = list(range(SIZE)), SIZE - 1
+    process = WORLD.bcast(os.getpid(), late)
+
+    def seen(*here):
+        with contextlib.ExitStack() as marks:
+            for group in here:
+                marks.enter_context(attendance.mark(group))
+            WORLD.barrier()
+            found = attendance.absent(ranks)
+            WORLD.barrier()
+            return found
+
+    with subprocess.Popen(["sleep", "60"]) as worker:
+        without_one = seen(*([] if late == RANK else [ranks]), [late])
+        everybody = seen(ranks)
+        worker.kill()
+    elsewhere = attendance.absent([SIZE])
+    assert without_one == {late: f"has not come: its process {process} is alive"}
+    assert everybody == {}
+    assert elsewhere == {SIZE: "may have come, on another host: no process of it is on this one"}
+
+
+@needs_two_ranks
+def test_groups_know_their_ranks_of_the_world_before_they_meet(ending):
+    """For then they cannot be asked."""
+    order = list(reversed(range(SIZE)))
+    comm = WORLD.Split(0, key=-RANK)
+    group = Communicator(comm)
+    assert group._world_ranks() == order
+    waiting = Presence(comm.rank, SIZE)
+    waiting.world, waiting.doing = order, "the first message of a group"
+    with pytest.raises(Ended):
+        waiting.expire()
+    WORLD.barrier()
+    lines = ending[1].splitlines()
+    assert lines[0] == "the other ranks could not be asked before the first exchange"
+    assert [line.split(" has not come: its process ")[0] for line in lines[1:]] == [
+        f"  rank {rank}" for rank in range(SIZE)
     ]
 
 

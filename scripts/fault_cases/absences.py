@@ -109,7 +109,11 @@ def receives(job: Job) -> None:
 
 @case(
     1,
-    says=[*waits(0, 2, 3), "mpisyncbn: the other ranks could not be asked before the first exchange"],
+    says=[
+        *waits(0, 2, 3),
+        "mpisyncbn: the other ranks could not be asked before the first exchange\n"
+        r"  rank 1 has not come: its process \d+ is alive$",
+    ],
     **_deadline(),
 )
 def never_begins(job: Job) -> None:
