@@ -52,18 +52,15 @@ def pytest_sessionstart(session: Any) -> None:
         reporter.write_line(f"{WORLD.size} rank{'s' if WORLD.size > 1 else ''}")
 
 
-@pytest.hookimpl(trylast=True)
 def pytest_runtest_logreport(report: Any) -> None:
     """What fails outside of a test, in a fixture or while it is collected, may do so on this rank alone."""
-    if WORLD.rank > 0 and report.failed and report.when != "call":
-        print(
-            f"rank {WORLD.rank}, {report.nodeid}, {report.when}:\n{report.longreprtext}", file=sys.__stderr__
-        )
+    if report.when != "call":
+        pytest_collectreport(report)
 
 
 def pytest_collectreport(report: Any) -> None:
     if WORLD.rank > 0 and report.failed:
-        print(f"rank {WORLD.rank}, {report.nodeid}:\n{report.longreprtext}", file=sys.__stderr__)
+        print(f"rank {WORLD.rank}, {report.nodeid}:\n{report.longreprtext}", file=sys.__stderr__, flush=True)
 
 
 @pytest.hookimpl(wrapper=True)
