@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from .communicator import Communicator, new_group, new_subgroups
     from .convert import revert_sync_batchnorm, set_process_group
     from .distributed import init_process_group
+    from .nodes import local_rank
 
     convert_sync_batchnorm = SyncBatchNorm.convert_sync_batchnorm
 
@@ -33,6 +34,7 @@ __all__ = [
     "convert_sync_batchnorm",
     "functional",
     "init_process_group",
+    "local_rank",
     "new_group",
     "new_subgroups",
     "revert_sync_batchnorm",
@@ -50,6 +52,7 @@ _HOME = {
     "convert_sync_batchnorm": "batchnorm.SyncBatchNorm",
     "functional": "",
     "init_process_group": "distributed",
+    "local_rank": "nodes",
     "new_group": "communicator",
     "new_subgroups": "communicator",
     "revert_sync_batchnorm": "convert",

@@ -18,7 +18,7 @@ from typing import Any
 
 import numpy as np
 
-from . import config, diagnostics, exchange, transport
+from . import config, diagnostics, exchange, launcher, transport
 from .communicator import Communicator, mpi
 from .errors import TransportError
 from .kernels import kernels_for, native, on_cuda
@@ -109,6 +109,7 @@ def _ranks() -> dict[str, Any]:
         "nodes": len(per_node),
         "ranks per node": ", ".join(map(str, per_node)),
         "hosts": ", ".join(dict.fromkeys(hosts)),
+        **launcher.describe(mpi()),
         "cores of rank 0": len(os.sched_getaffinity(0))
         if hasattr(os, "sched_getaffinity")
         else os.cpu_count(),

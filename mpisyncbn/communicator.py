@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
-from . import attendance, config, leftovers, transport, watchdog
+from . import attendance, config, launcher, leftovers, transport, watchdog
 from .errors import MPISyncBNError, TransportError, on_rank
 from .presence import Presence, agreed_timeout
 from .staging import DeviceMessage, device_key
@@ -60,6 +60,7 @@ def mpi() -> Any:
             f"({MPI.THREAD_SERIALIZED}), because autograd may run backward on another thread{on_rank()}: "
             "ask for it with mpi4py.rc.thread_level or MPI.Init_thread"
         )
+    launcher.warn_if_alone(MPI)
     return MPI
 
 
@@ -195,7 +196,7 @@ class Communicator:
 
     def _world_ranks(self) -> list[int]:
         """The ranks in the world of all ranks of the group, where this one knows them."""
-        if self._source is None:
+        if self._source is None or self._source == mpi().COMM_NULL:  # freed, of which _make hears
             return []
         ours, world = self._source.Get_group(), mpi().COMM_WORLD.Get_group()
         try:

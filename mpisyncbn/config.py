@@ -4,11 +4,22 @@ from __future__ import annotations
 
 import math
 import os
+from collections.abc import Mapping
 from pathlib import Path
 
 from .errors import on_rank
 
-__all__ = ["debug", "device_aware", "launched", "rank_of", "rendezvous_given", "timeout", "transport"]
+__all__ = [
+    "debug",
+    "device_aware",
+    "launched",
+    "own_rank",
+    "rank_of",
+    "rendezvous_given",
+    "tasks",
+    "timeout",
+    "transport",
+]
 
 
 def _choice(name: str, default: str, choices: tuple[str, ...]) -> str:
@@ -46,19 +57,37 @@ def timeout() -> float | None:
     return seconds
 
 
+# Nearest to the rank first: mpiexec inside a job may start its helpers with srun, whose variables the ranks
+# inherit.
+_SIZES = (
+    "OMPI_COMM_WORLD_SIZE",
+    "PMI_SIZE",
+    "MV2_COMM_WORLD_SIZE",
+    "FLUX_JOB_SIZE",
+    "JSM_NAMESPACE_SIZE",
+    "SLURM_STEP_NUM_TASKS",
+)
+_RANKS = ("PMIX_RANK", "PMI_RANK", "PALS_RANKID", "SLURM_PROCID")
+
+
+def tasks() -> tuple[int, str]:
+    """How many ranks the launcher started, and the variable that says so; 1 and nothing where none does."""
+    for name in _SIZES:
+        value = os.environ.get(name, "")
+        if value.isdigit():
+            return int(value), name
+    return 1, ""
+
+
 def launched() -> bool:
     """Whether a launcher started this process as one of several ranks, as far as the environment says."""
-    sizes = (
-        "OMPI_COMM_WORLD_SIZE",
-        "PMI_SIZE",
-        "SLURM_STEP_NUM_TASKS",
-        "FLUX_JOB_SIZE",
-        "JSM_NAMESPACE_SIZE",
-    )
-    ranks = ("PMIX_RANK", "PALS_RANKID")  # of launchers that give no size
-    return any(os.environ.get(name, "1") != "1" for name in sizes) or any(
-        name in os.environ for name in ranks
-    )
+    # of launchers that give no size
+    return tasks()[0] > 1 or any(name in os.environ for name in ("PMIX_RANK", "PALS_RANKID"))
+
+
+def own_rank() -> int | None:
+    """The rank that a launcher gave to this process, if any did."""
+    return _rank_in({name: os.environ.get(name, "") for name in _RANKS})
 
 
 def rank_of(process: int) -> int | None:
@@ -67,12 +96,12 @@ def rank_of(process: int) -> int | None:
         given = Path(f"/proc/{process}/environ").read_bytes()
     except OSError:
         return None
-    variables = dict(each.split(b"=", 1) for each in given.split(b"\0") if b"=" in each)
-    for name in ("PMIX_RANK", "PMI_RANK", "PALS_RANKID", "SLURM_PROCID"):
-        value = variables.get(name.encode(), b"")
-        if value.isdigit():
-            return int(value)
-    return None
+    text = given.decode(errors="replace")
+    return _rank_in(dict(each.split("=", 1) for each in text.split("\0") if "=" in each))
+
+
+def _rank_in(variables: Mapping[str, str]) -> int | None:
+    return next((int(variables[name]) for name in _RANKS if variables.get(name, "").isdigit()), None)
 
 
 def device_aware(kind: str) -> str | None:

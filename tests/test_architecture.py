@@ -30,6 +30,7 @@ ORDER = [
     "functional",
     "arguments",
     "exchange",
+    "nodes",
     "communicator",
     "leftovers",
     "watchdog",
@@ -40,6 +41,7 @@ ORDER = [
     "diagnostics",
     "kernels",
     "exits",
+    "launcher",
     "config",
     "errors",
 ]
@@ -108,6 +110,7 @@ def test_collective_functions_say_so():
         mpisyncbn.sync_batch_norm,
         mpisyncbn.new_group,
         mpisyncbn.new_subgroups,
+        mpisyncbn.local_rank,
         mpisyncbn.functional.batch_norm_forward,
         mpisyncbn.functional.batch_norm_backward,
         mpisyncbn.Communicator.free,

@@ -1,0 +1,56 @@
+"""Which ranks are on one machine, and this rank's place among them."""
+
+from __future__ import annotations
+
+import os
+import socket
+from pathlib import Path
+from typing import Any
+
+from .communicator import mpi, resolve
+
+__all__ = ["local_rank"]
+
+
+def local_rank(comm: Any = None) -> int:
+    """This rank's place among those of ``comm`` on its machine, from 0: which of the GPUs there it takes.
+
+        torch.cuda.set_device(mpisyncbn.local_rank() % torch.cuda.device_count())
+
+    MPI says who shares memory; the variables of launchers, such as SLURM_LOCALID, are wrong under some
+    others. (The remainder is for launchers that show each rank one GPU alone.) Ranks in containers on one
+    machine may share no memory: they are told by the machine's name and boot.
+
+    Args:
+        comm: an mpi4py communicator, a Communicator, or None for the world.
+
+    Collective: every rank of ``comm`` must call.
+    """
+    group = resolve(comm).ready()
+    with group.taking_part("finding the ranks of each machine"):
+        shared = group.comm.Split_type(mpi().COMM_TYPE_SHARED, key=group.rank)
+        first = shared.bcast(group.rank)
+        shared.Free()
+        everyone = group.comm.allgather((first, _machine()))
+    return _ranks_beside(everyone, group.rank).index(group.rank)
+
+
+def _ranks_beside(everyone: list[tuple[int, Any]], rank: int) -> list[int]:
+    """Ranks that share memory with ``rank``, or a machine with any of those, in order."""
+    firsts, machines = {everyone[rank][0]}, {everyone[rank][1]}
+    while True:
+        beside = [r for r, (first, machine) in enumerate(everyone) if first in firsts or machine in machines]
+        known = len(firsts), len(machines)
+        firsts.update(everyone[r][0] for r in beside)
+        machines.update(everyone[r][1] for r in beside)
+        if known == (len(firsts), len(machines)):
+            return beside
+
+
+def _machine() -> tuple[str, str]:
+    """Name and boot: two machines may bear one name, and hardly be up since the same boot."""
+    try:
+        boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+    except OSError:
+        boot = f"unknown, of process {os.getpid()}"  # which makes it a machine of its own
+    return socket.gethostname(), boot
