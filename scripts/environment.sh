@@ -129,9 +129,10 @@ one_world() {
 from mpi4py import MPI
 name, version = MPI.get_vendor()
 MPI.COMM_WORLD.Barrier()
-print("world of", MPI.COMM_WORLD.size, "by", name, ".".join(map(str, version)), flush=True)
+if MPI.COMM_WORLD.rank == 0:
+    print("world of", MPI.COMM_WORLD.size, "by", name, ".".join(map(str, version)), flush=True)
 ' </dev/null 2>&1) || true
-    if [[ $(grep -c "^world of 2 by " <<<"$lines") != 2 ]]; then
+    if [[ $(grep -c "^world of 2 by " <<<"$lines") != 1 ]]; then
         echo "$lines"
         return 1
     fi
@@ -171,15 +172,43 @@ mpi_beside() {
     fi
 }
 
-# The same for Intel MPI, if mpi4py runs with it.
-intel_mpi() {
-    local impi=$venv/impi found
-    mpi_beside impi || return
-    found=$(PATH=$impi/bin:$PATH MPI4PY_LIBMPI=$impi/lib/libmpi.so.12 one_world) || true
-    if [[ $found != "Intel MPI "* ]]; then
-        echo "mpi4py does not run with it: ${found##*$'\n'}"
-        return 1
-    fi
+# Whether the mpiexec on PATH, that of the stamp, is of the library openmpi, mpich or impi.
+is_own() {
+    local -A titles=([openmpi]="Open MPI" [mpich]=MPICH [impi]="Intel MPI")
+    grep -q "^mpiexec: .*(${titles[$1]} [0-9]" "$stamp"
+}
+
+# mpi_variables NAME: prints the variables, a line each, under which mpiexec and mpi4py are of the library of that name, or
+# of an mpiexec with that path; "system" is the first on PATH. Where that cannot be, prints why and fails.
+mpi_variables() {
+    local name=$1 mpiexec variables library found
+    case $name in
+        system | /*)
+            mpiexec=${name#system}
+            mpiexec=${mpiexec:-$system_mpiexec}
+            [[ -x $mpiexec ]] || { echo "no mpiexec ${mpiexec:-on PATH}"; return 1; }
+            mkdir -p "$venv/system/bin"
+            printf '#!/bin/sh\nexec %q "$@"\n' "$mpiexec" >"$venv/system/bin/mpiexec"
+            chmod +x "$venv/system/bin/mpiexec"
+            for library in libmpi.so.40 libmpich.so.12 libmpi.so.12; do
+                # not that of .venv, which mpi4py would find first
+                library=$(ldconfig -p | sed -n "s/.*$library .*=> //p;T;q")
+                [[ -n $library ]] || continue
+                variables=("PATH=$venv/system/bin:$PATH" "MPI4PY_LIBMPI=$library")
+                found=$(env "${variables[@]}" bash -c "$(declare -f one_world); one_world") && break
+            done ;;
+        *)
+            variables=("PATH=$PATH")
+            if ! is_own "$name"; then
+                mpi_beside "$name" || return
+                library=$(compgen -G "$venv/$name/lib/libmpi.so.[14][20]")
+                variables=("PATH=$venv/$name/bin:$PATH" "MPI4PY_LIBMPI=$library")
+            fi
+            [[ $name != impi ]] || variables+=(I_MPI_FABRICS=shm I_MPI_PIN=0 I_MPI_WAIT_MODE=1)
+            found=$(env "${variables[@]}" bash -c "$(declare -f one_world); one_world") ;;
+    esac || { echo "mpi4py does not run with it: ${found##*$'\n'}"; return 1; }
+    [[ -n ${found-} ]] || { echo "mpi4py does not run with $name"; return 1; }
+    printf '%s\n' "${variables[@]}"
 }
 
 # Open MPI 5 reads PRTE_MCA_*, Open MPI 4 OMPI_MCA_*. More ranks than cores is the normal case here: without binding off
