@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import ctypes
+from itertools import combinations
 
 import numpy as np
 import pytest
+import torch
+from device import GPU, pretend
 from hypothesis import given
 from hypothesis import strategies as st
 from mpi4py import MPI
@@ -25,30 +28,44 @@ WIDE = CALL._replace(dtype="float64")
 
 
 class Recorder:
-    """The communicator of a group, with every message noted on its way."""
+    """The communicator of a group, with every message noted on its way, and what its rank would say then."""
 
-    def __init__(self, comm):
-        self.comm, self.messages = comm, []
+    def __init__(self, group):
+        self.comm, self.presence, self.messages, self.states = group.ready().comm, group.presence, [], []
 
-    def Allreduce(self, in_place, message):
-        self.messages.append(("Allreduce", message.copy()))
-        self.comm.Allreduce(in_place, message)
+    def note(self, name, message):
+        self.messages.append((name, message))
+        self.states.append(self.presence.state())
+
+    def Allreduce(self, in_place, message, **options):
+        self.note("Allreduce", message.copy())
+        self.comm.Allreduce(in_place, message, **options)
 
     def Allgather(self, message, gathered):
-        self.messages.append(("Allgather", message.copy()))
+        self.note("Allgather", message.copy())
         self.comm.Allgather(message, gathered)
+
+    def allgather(self, value):
+        self.note("allgather", value)
+        return self.comm.allgather(value)
 
     def __getattr__(self, name):
         return getattr(self.comm, name)
 
 
 @pytest.fixture
-def recorded():
+def recorder():
     group = Communicator()
-    recorder = Recorder(group.ready().comm)
+    recorder = Recorder(group)
     group.comm, group.link = recorder, None
-    yield group, recorder.messages
+    recorder.group = group
+    yield recorder
     group.free()
+
+
+@pytest.fixture
+def recorded(recorder):
+    return recorder.group, recorder.messages
 
 
 def test_the_messages(recorded):
@@ -237,3 +254,141 @@ def test_results_outlive_the_next_message():
 def test_counts_are_whole_numbers_beyond_half_precision():
     total, _, _ = exchange.merge_moments(resolve(None), CALL, 2**40 + WORLD.rank, np.zeros(3), np.zeros(3))
     assert total == WORLD.size * 2**40 + sum(range(WORLD.size))
+
+
+def test_what_a_rank_that_waits_would_say(recorder):
+    """To the others, when one of them has waited too long (presence.py)."""
+    group, one = recorder.group, np.ones(3)
+    exchange.merge_moments(group, CALL, 1, one, one)
+    exchange.merge_moments(group, WIDE, 1, np.ones((2, 3)), one)
+    exchange.reduce_sums(group, CALL._replace(direction="backward"), one, one)
+    exchange.answer(group)
+    doing = [
+        "forward of a layer (3 channels, float32)",
+        "forward of a layer (3 channels, float64)",
+        "backward of a layer (3 channels, float32)",
+        "answer of no layer, for want of data (0 channels, any)",
+    ]
+    said = [state.rpartition(", for ")[0] for state in recorder.states]
+    assert said == [f"waits in exchange number {i + 1}, {what}" for i, what in enumerate(doing)]
+
+
+@pytest.mark.parametrize("linked", [True, False])
+def test_sums_of_any_number_of_vectors(linked):
+    group = Communicator().ready()
+    group.link = group.link if linked else None
+    vectors = [np.arange(3.0) + 10 * i + WORLD.rank for i in range(4)]
+    sums = [exchange.reduce_sums(group, CALL, *vectors[:n]) for n in (1, 2, 3, 4)]
+    group.free()
+    ranks = sum(range(WORLD.size))
+    expected = [(WORLD.size * (np.arange(3) + 10 * i) + ranks).tolist() for i in range(4)]
+    assert [[v.tolist() for v in each] for each in sums] == [expected[:n] for n in (1, 2, 3, 4)]
+
+
+STEPS = (3, 0, 1, 2)  # of the ranks, before they have no more data
+
+
+@pytest.mark.parametrize("debug", ["0", "1"])
+@pytest.mark.parametrize("linked", [True, False])
+def test_ranks_without_data_answer_the_others(linked, debug, monkeypatch):
+    """What comes of each exchange is that of the ranks with data."""
+    monkeypatch.setenv("MPISYNCBN_DEBUG", debug)
+    group = Communicator().ready()
+    group.link = group.link if linked else None
+    group.joining = True
+    mean, m2, count = np.arange(3.0) + 1 + WORLD.rank, np.arange(3.0), 2 + WORLD.rank
+    found = []
+    for step in range(STEPS[WORLD.rank % 4]):
+        if step == 0:
+            found.append(exchange.merge_moments(group, CALL, count, mean, m2))
+        elif step == 1:
+            found.append(exchange.reduce_sums(group, CALL, mean, m2))
+        else:
+            found.append(exchange.merge_moments(group, WIDE, count, np.stack((mean, mean * 0)), m2))
+    exchange.answer(group)
+    exchanges = WORLD.allgather(group.exchanges)
+    group.joining = False
+    exchange.reduce_sums(group, CALL, mean)
+    group.free()
+    with together():
+        assert exchanges == [4] * WORLD.size
+        for step, results in enumerate(found):
+            those = [rank for rank in range(WORLD.size) if STEPS[rank % 4] > step]
+            counts = np.array([2.0 + rank for rank in those])[:, None]
+            means = np.array([np.arange(3.0) + 1 + rank for rank in those])
+            total, whole = counts.sum(), (counts * means).sum(0) / counts.sum()
+            var = (len(those) * np.arange(3.0) + (counts * (means - whole) ** 2).sum(0)) / total
+            expected = (means.sum(0), len(those) * np.arange(3.0)) if step == 1 else (total, whole, var)
+            for ours, theirs in zip(results, expected, strict=True):
+                assert np.allclose(ours, theirs, rtol=1e-13, atol=1e-13)
+
+
+def test_a_fingerprint_may_be_zero(monkeypatch):
+    """A rank that joins hears of one as of any other."""
+    monkeypatch.setattr(exchange.diagnostics, "fingerprint", lambda call, exchanges: 0)
+    group = Communicator().ready()
+    group.joining = True
+    total = None
+    if WORLD.rank == 0:
+        total, _, _ = exchange.merge_moments(group, CALL, 5, np.ones(3), np.ones(3))
+    exchange.answer(group)
+    group.free()
+    assert total == (5 if WORLD.rank == 0 else None)
+
+
+@pytest.fixture(params=["host", "device"])
+def far(request, monkeypatch):
+    """A group for tensors on a device that is made up, and that device. Its ranks have not met."""
+    monkeypatch.setattr(transport, "chosen", lambda MPI: (request.param, "the test says so"))
+    device, group = pretend(monkeypatch), Communicator()
+    group.waits = {"host": 1, "device": 2}[request.param]  # in an exchange: for MPI, and for what comes of it
+    yield group, device
+    group.free()
+
+
+without_gpu = pytest.mark.skipif(GPU, reason="test_cuda.py has its own")
+
+
+@without_gpu
+@pytest.mark.parametrize("first", range(5))
+def test_every_message_goes_where_the_group_agreed(first, far):
+    """The first one of a group is no exception."""
+    group, device = far
+    mean, m2 = torch.arange(3.0).double() + WORLD.rank, torch.ones(3).double()
+    exchanges = [
+        lambda: exchange.merge_moments(group, CALL, 2, mean, m2)[1],
+        lambda: exchange.merge_moments(group, WIDE, 2, torch.stack((mean, mean * 0)), m2)[1],
+        *(lambda n=n: exchange.reduce_sums(group, CALL, *[mean, m2, m2][:n])[0] for n in (1, 2, 3)),
+    ]
+    found, waits = [], [device.waits]
+    for number in (first, *range(5)):
+        found.append(exchanges[number]() / (WORLD.size if number > 1 else 1))
+        waits.append(device.waits)
+    expected = np.arange(3.0) + (WORLD.size - 1) / 2
+    assert np.allclose(found, expected)
+    assert np.diff(waits).tolist() == [group.waits] * 6
+
+
+class Buffers(Recorder):
+    """Notes the memory that MPI gets, in bytes from and to."""
+
+    def Allgather(self, message, gathered):
+        given = [each for each in (message, gathered) if each is not MPI.IN_PLACE]
+        memory = [each[0] if isinstance(each, list) else each for each in given]
+        addresses = [np.frombuffer(each, np.uint8) for each in memory]
+        self.messages += [(each.ctypes.data, each.ctypes.data + each.nbytes) for each in addresses]
+        self.comm.Allgather(message, gathered)
+
+
+@without_gpu
+@pytest.mark.parametrize("where", ["near", "far"])
+def test_mpi_gets_no_memory_twice(where, far):
+    """Which it forbids, and a few libraries refuse."""
+    group, _ = far
+    group.comm = recorder = Buffers(group)
+    mean, m2 = np.ones((2, 3)), np.ones(3)
+    if where == "far":
+        mean, m2 = torch.from_numpy(mean), torch.from_numpy(m2)
+    exchange.merge_moments(group, WIDE, 2, mean, m2)
+    assert recorder.messages
+    assert all(a[1] <= b[0] or b[1] <= a[0] for a, b in combinations(recorder.messages, 2))

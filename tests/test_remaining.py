@@ -60,9 +60,10 @@ def test_the_mean_of_one_value_is_that_value(group, wide):
     assert var.tolist() == [0.0] * 3
 
 
-def test_float64_where_the_first_rank_has_no_data():
+@pytest.mark.parametrize("most", [1, 5])
+def test_float64_where_the_first_rank_has_no_data(most):
     """Distances are those from a rank with data, or the digits of a large mean are lost."""
-    n = 0 if WORLD.rank == 0 and WORLD.size > 2 else 5
+    n = 0 if WORLD.rank == 0 and WORLD.size > 2 else max(most, 5 * (WORLD.size < 3))
     x = np.random.default_rng(WORLD.rank).normal(1e8, 1.0, (n, 3))
     mean = x.mean(axis=0) if n else np.zeros(3)
     rest = (x - mean).mean(axis=0) if n else np.zeros(3)
@@ -96,6 +97,16 @@ def test_a_constant_channel_has_no_variance_at_all(group):
     _, merged, var = exchange.merge_moments(group, CALL, count, mean, np.zeros(1000))
     assert np.allclose(merged, mean, rtol=1e-14)
     assert not var.any()
+
+
+def test_where_rounding_ends(group):
+    """A variance of 1e-15 times the square of the mean is none, the next number is: for all code alike."""
+    mean, least = 1.3328003749250112, 2.0**-49
+    assert 1e-15 * (mean * mean) == least
+    count = int(WORLD.rank == 0)
+    m2 = np.array([least, least + 2.0**-52]) * count
+    _, _, var = exchange.merge_moments(group, CALL, count, np.full(2, mean) * count, m2)
+    assert var.tolist() == [0.0, least + 2.0**-52]
 
 
 @pytest.mark.skipif(WORLD.size < 2, reason="one rank cannot disagree with itself")
