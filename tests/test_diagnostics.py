@@ -344,3 +344,19 @@ def test_a_rank_that_does_not_answer_is_not_waited_for(monkeypatch):
     ):
         diagnostics.mismatch(group, CALL)
     assert diagnostics._abandoned[0][0] is pending
+
+
+@pytest.mark.parametrize("looks", [1, 2, 5])
+def test_an_answer_that_takes_a_moment_is_waited_for(looks, monkeypatch):
+    """Asleep, since the rank that answers may share the core; but not for long."""
+    naps, answers = [], iter([False] * (looks - 1) + [True])
+    clock = SimpleNamespace(sleep=naps.append, monotonic=lambda: sum(naps))
+    monkeypatch.setattr(diagnostics, "time", clock)
+    monkeypatch.setattr(diagnostics, "_abandoned", [])
+    group = Communicator(MPI.COMM_SELF).ready()
+    group.comm = SimpleNamespace(Iallgather=lambda *_: SimpleNamespace(Test=lambda: next(answers)))
+    with pytest.raises(CollectiveMismatchError, match=r"rank 0 on .*: forward of a layer"):
+        diagnostics.mismatch(group, CALL)
+    assert len(naps) == looks - 1
+    assert all(0 < nap <= 0.01 for nap in naps)
+    assert not diagnostics._abandoned
