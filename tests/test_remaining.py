@@ -60,10 +60,9 @@ def test_the_mean_of_one_value_is_that_value(group, wide):
     assert var.tolist() == [0.0] * 3
 
 
-@pytest.mark.parametrize("most", [1, 5])
-def test_float64_where_the_first_rank_has_no_data(most):
+def test_float64_where_the_first_rank_has_no_data():
     """Distances are those from a rank with data, or the digits of a large mean are lost."""
-    n = 0 if WORLD.rank == 0 and WORLD.size > 2 else max(most, 5 * (WORLD.size < 3))
+    n = 0 if WORLD.rank == 0 and WORLD.size > 2 else 5
     x = np.random.default_rng(WORLD.rank).normal(1e8, 1.0, (n, 3))
     mean = x.mean(axis=0) if n else np.zeros(3)
     rest = (x - mean).mean(axis=0) if n else np.zeros(3)
@@ -73,6 +72,16 @@ def test_float64_where_the_first_rank_has_no_data(most):
     with together():
         assert np.abs(var / whole.var(axis=0) - 1).max() < 1e-12
         assert np.abs(merged - whole.mean(axis=0)).max() < 2e-8
+
+
+def test_float64_of_single_values_that_differ_in_their_last_bits():
+    """One value is data too: their mean is no float64, and their variance that of the small differences."""
+    n = int(WORLD.rank > 0 or WORLD.size == 1)
+    small = 2.0 * np.arange(min(1, WORLD.size - 1), WORLD.size) ** 2
+    mean = np.full(3, 2.0**53 + 2 * WORLD.rank**2) * n
+    _, merged, var = exchange.merge_moments(resolve(None), WIDE, n, np.stack((mean, mean * 0)), np.zeros(3))
+    assert np.allclose(var, small.var(), rtol=1e-14, atol=0)
+    assert np.abs(merged - 2.0**53 - small.mean()).max() <= 2
 
 
 def test_no_exchange_is_seen_after_it(group):
