@@ -285,6 +285,34 @@ def test_sums_of_any_number_of_vectors(linked):
     assert [[v.tolist() for v in each] for each in sums] == [expected[:n] for n in (1, 2, 3, 4)]
 
 
+@pytest.mark.parametrize("linked", [True, False])
+@pytest.mark.parametrize("kind", ["float32", "float64", "sums"])
+def test_ranks_in_different_layers_find_out(kind, linked):
+    """All of them, whatever the message; and the next exchange is as any other."""
+    group = Communicator().ready()
+    group.link = group.link if linked else None
+    one = np.ones(3)
+
+    def attempt(layer):
+        call = (WIDE if kind == "float64" else CALL)._replace(layer=layer)
+        if kind == "sums":
+            return exchange.reduce_sums(group, call, one, one)[0]
+        return exchange.merge_moments(group, call, 1, np.ones((2, 3)) if kind == "float64" else one, one)[1]
+
+    error = None
+    try:
+        attempt("the last" if WORLD.rank == WORLD.size - 1 else "another")
+    except CollectiveMismatchError as problem:
+        error = problem
+    after = attempt("the same")
+    group.free()
+    assert (error is not None) == (WORLD.size > 1)
+    if error is not None:
+        assert str(error).count("forward of the last (") == 1
+        assert str(error).count("forward of another (") == WORLD.size - 1
+    assert after.tolist() == [{"sums": WORLD.size, "float32": 1, "float64": 2}[kind]] * 3
+
+
 STEPS = (3, 0, 1, 2)  # of the ranks, before they have no more data
 
 
