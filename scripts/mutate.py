@@ -76,7 +76,7 @@ LATER = "test_mpi_that_is_not_ready"
 FORK = multiprocessing.get_context("forkserver")
 FORK.set_forkserver_preload(["__main__", "pytest", "torch"])
 FAILED = re.compile(r"^(?:FAILED|ERROR) tests/(\S+)", re.MULTILINE)
-MODULES = ("exchange.py", "functional.py", "diagnostics.py")
+MODULES = ("exchange.py", "functional.py", "arguments.py", "diagnostics.py")
 
 # Of the seven replacements of each comparison, and the eleven of each arithmetic operator, one or two.
 OPERATORS = re.compile(
