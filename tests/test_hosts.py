@@ -9,6 +9,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 from xml.etree import ElementTree
 
 import pytest
@@ -16,8 +17,9 @@ from hosts import Hosts, libraries, why_not
 from parallel import WORLD
 
 ROOT = Path(__file__).parents[1]
+PROGRAMS = ROOT / "tests" / "host_programs"
 WHY_NOT = "it starts mpiexec itself: once is enough" if WORLD.size > 1 else why_not()
-pytestmark = [pytest.mark.skipif(bool(WHY_NOT), reason=WHY_NOT), pytest.mark.timeout(150)]
+pytestmark = pytest.mark.skipif(bool(WHY_NOT), reason=WHY_NOT)
 
 DEADLINE = 3
 # Seconds until all ranks that wait have ended: the limit, the questions (3), the words and MPI_Abort (2), and
@@ -54,11 +56,12 @@ class Job:
         library: libraries.Library,
         folder: Path,
         ranks: int,
-        *command: str,
+        program: str,
+        *arguments: str,
         **variables: str,
     ) -> None:
         self.hosts, self.folder, self.ranks = hosts, folder, ranks
-        self.program = [sys.executable, *command]
+        self.program = [sys.executable, PROGRAMS / f"{program}.py", folder, *arguments]
         start, environment = hosts.mpiexec(library, ranks, *self.program, **variables)
         with (folder / "job").open("w") as log:
             self.process = subprocess.Popen(
@@ -75,7 +78,7 @@ class Job:
         return min(int(each or 0) for each in self.of_ranks("steps"))
 
     def said(self) -> str:
-        return (self.folder / "job").read_text()
+        return "\n".join([(self.folder / "job").read_text(), *self.of_ranks("said")])
 
     def wait(self, seconds: float) -> int:
         until(lambda: self.process.poll() is not None, seconds, self.said)
@@ -91,9 +94,8 @@ def start(tmp_path: Path) -> Iterator[Callable[..., Job]]:
     """Jobs that end with the hosts they run on."""
     jobs = []
 
-    def job(*arguments: object, **variables: str) -> Job:
-        hosts, library, *rest = arguments
-        jobs.append(Job(hosts, library, tmp_path, *rest, **variables))
+    def job(hosts: Hosts, library: libraries.Library, *arguments: Any, **variables: str) -> Job:
+        jobs.append(Job(hosts, library, tmp_path, *arguments, **variables))
         return jobs[-1]
 
     yield job
@@ -143,33 +145,32 @@ def test_hosts_take_programs_that_may_be_missing(monkeypatch: pytest.MonkeyPatch
 
 # The suite.
 
-SUITE = """
-import socket, sys
-from pathlib import Path
-import pytest
-from mpi4py import MPI
-
-node = MPI.COMM_WORLD.Split_type(MPI.COMM_TYPE_SHARED)
-Path(sys.argv[1], f"{MPI.COMM_WORLD.rank}.node").write_text(f"{socket.gethostname()} {node.size}")
-sys.exit(pytest.main(sys.argv[2:]))
-"""
-CORE = "test_exchange test_functional test_diagnostics test_batchnorm"
+EXCHANGES = ["test_exchange.py", "test_functional.py"]
+LAYERS = [
+    "test_diagnostics.py",
+    "test_batchnorm.py::test_like_torch_on_the_whole_batch",
+    "test_batchnorm.py::test_running_statistics_are_the_same_bits_everywhere_after_100_uneven_steps",
+    "test_batchnorm.py::test_any_split_shape_dtype_and_layout",
+]
 
 
-@pytest.mark.parametrize(("count", "ranks", "files"), [(2, 4, CORE), (4, 8, "test_exchange test_functional")])
+@pytest.mark.parametrize(
+    ("count", "ranks", "tests"), [(2, 4, EXCHANGES + LAYERS), (4, 8, EXCHANGES)], ids=["2 hosts", "4 hosts"]
+)
 def test_the_core_of_the_suite(
-    count: int, ranks: int, files: str, own: libraries.Library, tmp_path: Path, start: Callable[..., Job]
+    count: int,
+    ranks: int,
+    tests: list[str],
+    own: libraries.Library,
+    tmp_path: Path,
+    start: Callable[..., Job],
 ) -> None:
-    program = tmp_path / "suite.py"
-    program.write_text(SUITE)
     report = tmp_path / "report.xml"
     options = ["-p", "no:cacheprovider", f"--rootdir={ROOT}", f"--junitxml={report}"]
-    tests = [str(ROOT / "tests" / f"{file}.py") for file in files.split()]
+    paths = [str(ROOT / "tests" / test) for test in tests]
     with Hosts(count) as hosts:
-        job = start(
-            hosts, own, ranks, program, tmp_path, *options, *tests, MPISYNCBN_TEST_EXAMPLES="5", NO_COLOR="1"
-        )
-        status = job.wait(140)
+        job = start(hosts, own, ranks, "suite", *options, *paths, MPISYNCBN_TEST_EXAMPLES="5", NO_COLOR="1")
+        status = job.wait(200)
         received = [hosts.received(name) for name in hosts.names]
     assert status == 0, job.said()
     assert job.of_ranks("node") == [f"{name} 2" for name in hosts.names for _ in range(2)]
@@ -181,50 +182,13 @@ def test_the_core_of_the_suite(
 
 # Training.
 
-TRAIN = """
-import json, os, socket, sys
-from pathlib import Path
-import numpy as np
-from mpi4py import MPI
-from mpisyncbn import functional, new_subgroups
-
-folder, channels = Path(sys.argv[1]), int(sys.argv[2])
-per_node = sys.argv[3:] == ["per node"]
-rank, size = MPI.COMM_WORLD.rank, MPI.COMM_WORLD.size
-# The launcher hands on nothing from behind a cable that is out.
-os.dup2(os.open(folder / f"{rank}.said", os.O_CREAT | os.O_WRONLY), 2)
-
-group, ranks = None, range(size)
-if per_node:
-    group, ranks = new_subgroups(), [rank // 2 * 2, rank // 2 * 2 + 1]
-data = [np.random.default_rng(each).normal(each, 1 + each, (3 + each, channels)) for each in range(size)]
-for step in range(1, 1_000_000):
-    # All ranks learn of the last step by the count: a message beside the exchanges would wait unseen.
-    last = (folder / "last").exists()
-    mine = data[rank][: None if last else -1]
-    y, stats = functional.batch_norm_forward(mine, process_group=group)
-    dx, _, _ = functional.batch_norm_backward(y, mine, stats, process_group=group)
-    new = folder / f"{rank}.new"
-    new.write_text(str(step))
-    new.rename(folder / f"{rank}.steps")
-    if not last and stats.count == sum(len(data[each]) - 1 for each in ranks):
-        whole = np.concatenate([data[each][:-1] for each in ranks])
-        assert np.allclose([stats.mean, stats.var], [whole.mean(0), whole.var(0)], rtol=1e-9)
-        assert np.abs(dx).max() < 1e-4  # y is what no step along it changes
-    elif stats.count == sum(len(data[each]) for each in ranks):
-        break
-(folder / f"{rank}.right").write_text(f"{socket.gethostname()} {ranks}")
-"""
-
 
 @pytest.fixture
-def train(tmp_path: Path, start: Callable[..., Job]) -> Callable[..., Job]:
+def train(start: Callable[..., Job]) -> Callable[..., Job]:
     """Starts the training on 4 ranks, with so many channels, and waits for its first steps."""
 
     def begin(hosts: Hosts, library: libraries.Library, *arguments: str, **variables: str) -> Job:
-        program = tmp_path / "train.py"
-        program.write_text(TRAIN)
-        job = start(hosts, library, 4, program, tmp_path, *(arguments or ("3",)), **variables)
+        job = start(hosts, library, 4, "train", *(arguments or ("3",)), **variables)
         until(lambda: job.steps() > 3, 60, job.said)
         return job
 
@@ -258,7 +222,7 @@ def test_a_slow_network(slow: str, own: libraries.Library, train: Callable[..., 
         time.sleep(3)
         seconds = (time.monotonic() - begin) / (job.steps() - steps)
         finish(job)
-    assert "h2 range(0, 4)" in job.of_ranks("right")
+    assert "h2 [0, 1, 2, 3]" in job.of_ranks("right")
     # There and back at least; forward and backward are 16 kB each in one direction at least.
     assert seconds > (0.002 if slow == "1 ms" else 2 * 16e3 / (20e6 / 8))
 
@@ -299,10 +263,8 @@ def check_that_they_waited(job: Job, host: str) -> None:
     for rank in mine:
         waited = rf"has waited \d\.\d s \(the limit is {DEADLINE} s, .*"
         asked = r"was asked by rank \d, which has waited too long: it waits .*"
-        pattern = (
-            rf"mpisyncbn: rank {rank} of 4 on {host} ({waited}|{asked})exchange number \d+, (for|back)ward"
-        )
-        assert re.match(pattern, said[rank]), said[rank]
+        start = rf"mpisyncbn: rank {rank} of 4 on {host} ({waited}|{asked})"
+        assert re.match(start + r"exchange number \d+, (for|back)ward of ", said[rank]), said[rank]
         assert "train.py" in said[rank]
     both = said[mine[0]] + said[mine[1]]
     other = "h2" if host == "h1" else "h1"
@@ -311,31 +273,11 @@ def check_that_they_waited(job: Job, host: str) -> None:
     assert "mpisyncbn: this ends the job with status 124" in both
 
 
-LATE = """
-import os, sys, time
-from pathlib import Path
-import numpy as np
-from mpi4py import MPI
-from mpisyncbn import functional, presence
-
-presence._FORWARDING = 1.0  # else the first to end the job may end a rank that has more to say
-folder, rank = Path(sys.argv[1]), MPI.COMM_WORLD.rank
-os.dup2(os.open(folder / f"{rank}.said", os.O_CREAT | os.O_WRONLY), 2)
-MPI.COMM_WORLD.Barrier()
-(folder / f"{rank}.pid").write_text(str(os.getpid()))
-if rank == 3:
-    time.sleep(1000)
-functional.batch_norm_forward(np.ones((2, 3)))
-"""
-
-
 def test_who_has_not_come_is_known_on_its_host_only(
-    own: libraries.Library, start: Callable[..., Job], tmp_path: Path
+    own: libraries.Library, start: Callable[..., Job]
 ) -> None:
-    program = tmp_path / "late.py"
-    program.write_text(LATE)
     with Hosts(2) as hosts:
-        job = start(hosts, own, 4, program, tmp_path, MPISYNCBN_TIMEOUT=str(DEADLINE))
+        job = start(hosts, own, 4, "late", MPISYNCBN_TIMEOUT=str(DEADLINE))
         until(lambda: all(job.of_ranks("pid")), 30, job.said)
         seconds = until(lambda: not any(map(job.alive, hosts.names)), ENDED, job.said)
     assert seconds > DEADLINE - 1
