@@ -1,8 +1,12 @@
-"""A rank that trains until there is a file "last": FOLDER CHANNELS ["per node"]. Notes its steps."""
+"""A rank that trains until there is a file "last": FOLDER CHANNELS ["per node"]. Notes its steps.
+
+Where there is a file with the number of its rank, it sleeps between two of them.
+"""
 
 import os
 import socket
 import sys
+import time
 from pathlib import Path
 
 import numpy as np
@@ -34,4 +38,6 @@ while count < most:
     new = folder / f"{rank}.new"
     new.write_text(str(step))
     new.rename(folder / f"{rank}.steps")
+    while (folder / str(rank)).exists():
+        time.sleep(0.1)
 (folder / f"{rank}.right").write_text(f"{socket.gethostname()} {ranks}")
