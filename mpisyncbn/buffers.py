@@ -112,7 +112,7 @@ class Reduction:
                 if rank == comm.rank:
                     out.copy_(mine)
             return
-        sent = values.to(self.wire)
+        sent = apart(values.to(self.wire), out)
         got = out if out.dtype is self.wire else torch.empty(out.shape, dtype=self.wire)
         comm.Reduce_scatter(self.message(sent), self.message(got), counts, op=self.mpi_op)
         self._finish(comm, out, got)
@@ -143,6 +143,7 @@ def broadcast(comm: Any, values: Tensor, root: int) -> None:
 
 def gather(comm: Any, values: Tensor, out: Tensor | None, root: int | None) -> None:
     """``values`` of all ranks one after the other into ``out``, on ``root`` or, if it is None, on all."""
+    values = apart(values, out)
     for at, length in _spans(values.nbytes):
         with _strided(length, values.nbytes) as block:
             sent = _bytes(values, at, length)
@@ -155,6 +156,7 @@ def gather(comm: Any, values: Tensor, out: Tensor | None, root: int | None) -> N
 
 def scatter(comm: Any, values: Tensor | None, out: Tensor, root: int) -> None:
     """To each rank its part of ``values`` on ``root``, as large as ``out``."""
+    values = None if values is None else apart(values, out)
     for at, length in _spans(out.nbytes):
         with _strided(length, out.nbytes) as block:
             sent = None if values is None else [_memory(values, at), *block]
@@ -163,6 +165,7 @@ def scatter(comm: Any, values: Tensor | None, out: Tensor, root: int) -> None:
 
 def all_gather_uneven(comm: Any, values: Tensor, out: Tensor, sizes: list[int]) -> None:
     """As gather to all, where rank r has ``sizes[r]`` bytes."""
+    values = apart(values, out)
     if sum(sizes) <= LIMIT:
         comm.Allgatherv(_bytes(values, 0, values.nbytes), [_memory(out), (sizes, _starts(sizes)), mpi().BYTE])
         return
@@ -181,7 +184,7 @@ def all_to_all(
     ``most`` is the largest number of bytes that any rank sends or receives.
     """
     MPI = mpi()
-    to, of = _starts(sent), _starts(received)
+    values, to, of = apart(values, out), _starts(sent), _starts(received)
     if most <= LIMIT:
         comm.Alltoallv([_memory(values), (sent, to), MPI.BYTE], [_memory(out), (received, of), MPI.BYTE])
         return
@@ -245,6 +248,18 @@ def put_back(host: Tensor, values: Tensor) -> None:
 def gathered(tensors: list[Tensor]) -> Tensor:
     """The bytes of several tensors one after the other."""
     return torch.cat([contiguous(each).view(-1).view(torch.uint8) for each in tensors])
+
+
+def apart(values: Tensor, out: Tensor | None) -> Tensor:
+    """``values``, copied where they share memory with ``out``, as a shard does that is gathered in place.
+
+    MPI forbids it: MPICH says so, others may send what they have just received.
+    """
+    if out is None or not (
+        values.data_ptr() < out.data_ptr() + out.nbytes and out.data_ptr() < values.data_ptr() + values.nbytes
+    ):
+        return values
+    return values.clone()
 
 
 def _memory(values: Tensor, at: int = 0) -> Any:

@@ -301,3 +301,20 @@ def test_a_timeout_that_is_a_number_and_a_model_that_is_none() -> None:
         distributed.join(nn.Linear(1, 1)),
     ):
         pass
+
+
+def test_what_is_sent_may_lie_where_something_is_received(torch_group) -> None:
+    """As shards do that FSDP gathers in place. MPI forbids it: MPICH says so, others may send what came."""
+    size, rank = WORLD.size, WORLD.rank
+    gathered, scattered, swapped = torch.zeros(3 * size), torch.ones(3 * size) * rank, torch.zeros(size)
+    mine = gathered[3 * rank : 3 * (rank + 1)]
+    mine += rank
+    torch_group.all_gather_single(gathered, mine).wait()
+    part = scattered[:3]
+    torch_group.reduce_scatter_single(part, scattered).wait()
+    swapped += torch.arange(size) + size * rank
+    torch_group.all_to_all_single(swapped, swapped).wait()
+    with together():
+        assert gathered.tolist() == [r for r in range(size) for _ in range(3)]
+        assert part.tolist() == [sum(range(size))] * 3
+        assert swapped.tolist() == [rank + size * r for r in range(size)]
