@@ -5,9 +5,16 @@
     mpiexec -n 4 python scripts/train.py --checkpoint run.pt --stop-after 2
     mpiexec -n 4 python scripts/train.py --checkpoint run.pt --resume
 
-Every backend finds its ranks through MPI: there is no address to give. Ranks share the data with
-DistributedSampler; images are shifted at random by DataLoader's worker processes. Each epoch ends with a line
-on rank 0, and with a checkpoint, from which --resume goes on as if nothing had happened, to the bit.
+Every backend finds its ranks through MPI: there is no address to give. The ranks share out each batch; images
+are shifted at random by DataLoader's worker processes. Each epoch ends with a line on rank 0, and with a
+checkpoint, from which --resume goes on as if nothing had happened: to the bit, and at another number of ranks
+to rounding, since the batches stay the same.
+
+With --checkpoint, SIGUSR1 on any rank (Slurm's word that time is nearly up) lets all ranks finish their step,
+write a checkpoint in mid-epoch, and leave. scripts/slurm/train.sbatch starts such a job anew.
+
+Exit status: 0 at the end of the run, or of --stop-after; 75 (EX_TEMPFAIL: try again) after SIGUSR1, when
+--resume goes on from the checkpoint; any other is an error, and the checkpoint is the last one before it.
 """
 
 from __future__ import annotations
@@ -15,7 +22,11 @@ from __future__ import annotations
 import argparse
 import contextlib
 import json
+import math
 import os
+import signal
+import sys
+import threading
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -25,36 +36,67 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
-from torch.utils.data import DataLoader, Dataset
-from torch.utils.data.distributed import DistributedSampler
+from torch.utils.data import DataLoader, Dataset, Sampler
 from tqdm import tqdm
 
 import mpisyncbn
 import mpisyncbn.distributed  # registers the backend mpi4py; MPI itself starts with the process group
 
+TRY_AGAIN = 75
+_signalled = threading.Event()
 
-class Digits(Dataset[tuple[Tensor, int]]):
+
+class Interrupted(Exception):
+    """SIGUSR1 came to some rank; every rank raises this after the same step, with a checkpoint written."""
+
+
+class Digits(Dataset[tuple[Tensor, Tensor]]):
     """scikit-learn's 8 x 8 images, the last 360 for tests; those for training shifted by up to a pixel."""
 
-    def __init__(self, train: bool, seed: int) -> None:
+    def __init__(self, train: bool, seed: int, dtype: torch.dtype) -> None:
         from sklearn.datasets import load_digits
 
         digits = load_digits()
         kept = slice(None, -360) if train else slice(-360, None)
-        self.images = torch.tensor(digits.images[kept], dtype=torch.float32)[:, None] / 16
-        self.labels = digits.target[kept].tolist()
+        self.images = torch.tensor(digits.images[kept], dtype=dtype)[:, None] / 16
+        self.labels = torch.tensor(digits.target[kept])
         self.train, self.seed, self.epoch = train, seed, 0
 
     def __len__(self) -> int:
         return len(self.labels)
 
-    def __getitem__(self, index: int) -> tuple[Tensor, int]:
-        image = self.images[index]
-        if self.train:  # by the sample and the epoch alone, whichever worker of whichever rank it is
-            generator = torch.Generator().manual_seed((self.seed * 1000 + self.epoch) * len(self) + index)
-            down, right = torch.randint(-1, 2, (2,), generator=generator).tolist()
-            image = image.roll((down, right), (1, 2))
-        return image, self.labels[index]
+    def __getitem__(self, indices: list[int]) -> tuple[Tensor, Tensor]:
+        """A whole batch, which may be empty."""
+        images = self.images[indices]
+        if self.train:
+            for image, index in zip(images, indices, strict=True):
+                image.copy_(image.roll(self.shift(index), (1, 2)))
+        return images, self.labels[indices]
+
+    def shift(self, index: int) -> list[int]:
+        """By the sample and the epoch alone, whichever worker of whichever rank it is."""
+        generator = torch.Generator().manual_seed((self.seed * 1000 + self.epoch) * len(self) + index)
+        return torch.randint(-1, 2, (2,), generator=generator).tolist()
+
+
+class Shares(Sampler[list[int]]):
+    """What this rank gets of each batch of an epoch, from batch ``start``.
+
+    The batches do not depend on the number of ranks, as DistributedSampler's do; so a share may be smaller
+    than another's, or empty.
+    """
+
+    def __init__(self, samples: int, batch: int, seed: int, start: int = 0) -> None:
+        self.samples, self.batch, self.seed, self.start = samples, batch, seed, start
+        self.rank, self.size = dist.get_rank(), dist.get_world_size()
+
+    def __len__(self) -> int:
+        return math.ceil(self.samples / self.batch) - self.start
+
+    def __iter__(self) -> Iterator[list[int]]:
+        order = torch.randperm(self.samples, generator=torch.Generator().manual_seed(self.seed)).tolist()
+        for begin in range(self.start * self.batch, self.samples, self.batch):
+            yield order[begin : begin + self.batch][self.rank :: self.size]
 
 
 class Block(nn.Module):
@@ -99,68 +141,86 @@ class Trainer:
     def __init__(self, args: argparse.Namespace) -> None:
         self.args, self.rank, self.size = args, dist.get_rank(), dist.get_world_size()
         self.device = torch.device("cpu")
-        if args.ddp == "nccl":
-            self.device = torch.device("cuda", self.rank % torch.cuda.device_count())
+        if args.ddp == "nccl":  # by the rank on this host; a launcher may show each rank one GPU alone
+            local = mpisyncbn.new_subgroups().rank
+            self.device = torch.device("cuda", local % torch.cuda.device_count())
             torch.cuda.set_device(self.device)
-        self.train_set, self.test_set = Digits(True, args.seed), Digits(False, args.seed)
-        self.sampler: DistributedSampler[Any] = DistributedSampler(self.train_set, seed=args.seed)
-        self.batches = self.load(self.train_set, self.sampler)
+        dtype = torch.float64 if args.float64 else torch.float32
+        self.train_set, self.test_set = Digits(True, args.seed, dtype), Digits(False, args.seed, dtype)
         torch.manual_seed(args.seed)
-        net = mpisyncbn.convert_sync_batchnorm(network()).to(self.device)
+        net = mpisyncbn.convert_sync_batchnorm(network()).to(self.device, dtype)
         self.net = DistributedDataParallel(net)
         self.optimizer = torch.optim.SGD(net.parameters(), lr=args.lr, momentum=0.9, weight_decay=5e-4)
         self.schedule = torch.optim.lr_scheduler.CosineAnnealingLR(self.optimizer, args.epochs)
         self.metrics: list[dict[str, Any]] = []
+        self.batch = args.batch * self.size  # of all ranks, as the checkpoint keeps it
+        self.step, self.total = 0, 0.0  # batches of this epoch so far, and the sum of their samples' losses
 
-    def load(self, dataset: Digits, sampler: Any) -> DataLoader[Any]:
-        workers = self.args.workers
-        start = self.args.start_method if workers else None
+    def batches(self) -> DataLoader[Any]:
+        """What is left of the epoch."""
+        epoch = self.train_set.epoch = len(self.metrics)
         return DataLoader(
-            dataset, self.args.batch, sampler=sampler, num_workers=workers, multiprocessing_context=start
+            self.train_set,
+            batch_size=None,
+            sampler=Shares(len(self.train_set), self.batch, self.args.seed + epoch, self.step),
+            num_workers=self.args.workers,
+            multiprocessing_context=self.args.start_method if self.args.workers else None,
+            worker_init_fn=ignore_signal,
         )
 
     def epoch(self) -> dict[str, Any]:
-        """Train for one epoch. Returns the loss per sample and the accuracy on the test set, of all ranks."""
-        epoch = self.train_set.epoch = len(self.metrics)
-        self.sampler.set_epoch(epoch)
+        """Train to the end of the epoch. Returns the loss per sample and the accuracy on the test set.
+
+        Raises Interrupted, on all ranks or on none.
+        """
         self.net.train()
-        total = torch.zeros(2, dtype=torch.float64)
-        last = len(self.batches) - 1
-        shown = tqdm(
-            self.batches, f"epoch {epoch + 1}", leave=False, disable=self.rank > 0 or not self.args.progress
-        )
-        for step, (images, labels) in enumerate(shown):
-            updates = (step + 1) % self.args.accumulate == 0 or step == last
+        batches, samples, epoch = self.batches(), len(self.train_set), len(self.metrics) + 1
+        last = self.step + len(batches)
+        together = self.args.accumulate * self.batch  # samples of an update, but for the last of the epoch
+        hidden = self.rank > 0 or not self.args.progress
+        for images, labels in tqdm(batches, f"epoch {epoch}", leave=False, disable=hidden):
+            count = min(together, samples - self.step // self.args.accumulate * together)
+            self.step += 1
+            updates = self.step % self.args.accumulate == 0 or self.step == last
             with contextlib.nullcontext() if updates else self.net.no_sync():
                 loss = self.loss(images, labels)
-                (loss / self.args.accumulate).backward()
+                # All ranks hear at the same step of a signal to one, beside the backward pass.
+                told = torch.tensor([0, _signalled.is_set()], dtype=torch.float64, device=self.device)
+                told[0] = loss.detach()
+                telling = dist.all_reduce(told, async_op=True)
+                (loss * self.size / count).backward()  # DistributedDataParallel divides by the size
             if updates:
                 self.optimizer.step()
                 self.optimizer.zero_grad()
-            total += torch.tensor([loss.item() * len(images), len(images)], dtype=torch.float64)
+            telling.wait()
+            self.total += told[0].item()
+            if told[1] and updates:
+                self.save(self.args.checkpoint)
+                raise Interrupted
         self.schedule.step()
-        total = total.to(self.device)
-        dist.all_reduce(total)
-        return {"epoch": epoch + 1, "loss": (total[0] / total[1]).item(), "accuracy": self.accuracy()}
+        found = {"epoch": epoch, "loss": self.total / samples, "accuracy": self.accuracy()}
+        self.step, self.total = 0, 0.0
+        return found
 
     def loss(self, images: Tensor, labels: Tensor) -> Tensor:
+        """Summed over samples, of which this rank need not have as many as another."""
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.args.amp):
-            return F.cross_entropy(self.net(images.to(self.device)), labels.to(self.device))
+            outputs = self.net(images.to(self.device))
+            return F.cross_entropy(outputs, labels.to(self.device), reduction="sum")
 
     @torch.no_grad()
     def accuracy(self) -> float:
-        """Every rank tests its share, of which there need not be as much as of another's."""
         self.net.eval()
-        right = torch.zeros((), dtype=torch.int64, device=self.device)
-        for images, labels in self.load(self.test_set, range(self.rank, len(self.test_set), self.size)):
-            right += (self.net.module(images.to(self.device)).argmax(1).cpu() == labels).sum().to(self.device)
+        images, labels = self.test_set[list(range(self.rank, len(self.test_set), self.size))]
+        right = (self.net.module(images.to(self.device)).argmax(1) == labels.to(self.device)).sum()
         dist.all_reduce(right)
         return right.item() / len(self.test_set)
 
     def save(self, path: Path) -> None:
         if self.rank == 0:
             parts = {name: getattr(self, name).state_dict() for name in ("optimizer", "schedule")}
-            parts |= {"net": self.net.module.state_dict(), "metrics": self.metrics}
+            parts |= {name: getattr(self, name) for name in ("metrics", "batch", "step", "total")}
+            parts["net"] = self.net.module.state_dict()
             unfinished = path.with_suffix(".part")
             torch.save(parts, unfinished)
             os.replace(unfinished, path)  # a job that is killed here leaves the one before
@@ -171,7 +231,13 @@ class Trainer:
         self.net.module.load_state_dict(parts["net"])
         self.optimizer.load_state_dict(parts["optimizer"])
         self.schedule.load_state_dict(parts["schedule"])
-        self.metrics = parts["metrics"]
+        for name in ("metrics", "batch", "step", "total"):
+            setattr(self, name, parts[name])
+
+
+def ignore_signal(worker: int) -> None:
+    """Slurm signals worker processes too, which would die of it."""
+    signal.signal(signal.SIGUSR1, signal.SIG_IGN)
 
 
 @contextlib.contextmanager
@@ -184,9 +250,14 @@ def process_group(backend: str) -> Iterator[None]:
 
 
 def main(argv: Sequence[str] | None = None) -> list[dict[str, Any]]:
-    """Collective: every rank must call. Returns the metrics of every epoch; rank 0 prints and writes."""
+    """Returns the metrics of every epoch; rank 0 prints and writes. Raises Interrupted.
+
+    Collective: every rank must call.
+    """
     args = parse(argv)
     torch.set_num_threads(1)  # the ranks share the cores already
+    if args.checkpoint:
+        signal.signal(signal.SIGUSR1, lambda *_: _signalled.set())
     with process_group(args.ddp):
         return run(args)
 
@@ -217,13 +288,21 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
         "--ddp", default="mpi4py", choices=("mpi4py", "gloo", "nccl"), help="who sums gradients"
     )
     parser.add_argument("--epochs", type=int, default=5)
-    parser.add_argument("--batch", type=int, default=32, help="samples of one rank")
+    parser.add_argument(
+        "--batch",
+        type=int,
+        default=32,
+        help="samples of one rank; with --resume, of all ranks together as before",
+    )
     parser.add_argument("--accumulate", type=int, default=1, metavar="N", help="batches for one update")
     parser.add_argument("--lr", type=float, default=0.1)
     parser.add_argument("--amp", action="store_true", help="autocast to bfloat16")
+    parser.add_argument("--float64", action="store_true", help="compute in float64")
     parser.add_argument("--workers", type=int, default=1, help="processes of each rank that load the data")
     parser.add_argument("--start-method", default="fork", choices=("fork", "spawn"))
-    parser.add_argument("--checkpoint", type=Path, metavar="PATH", help="write one there after every epoch")
+    parser.add_argument(
+        "--checkpoint", type=Path, metavar="PATH", help="write one there after every epoch, and at SIGUSR1"
+    )
     parser.add_argument("--resume", action="store_true", help="go on from --checkpoint")
     parser.add_argument("--stop-after", type=int, metavar="EPOCH", help="before the schedule's end")
     parser.add_argument("--json", type=Path, metavar="PATH", help="write the metrics there")
@@ -236,4 +315,10 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except Interrupted:
+        from mpi4py import MPI
+
+        MPI.Finalize()  # or the status would pass for that of a rank which fails, and end the job in haste
+        sys.exit(TRY_AGAIN)

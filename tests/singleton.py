@@ -1,4 +1,4 @@
-"""Python in a process of its own, which is no part of this MPI job."""
+"""Processes that are no part of this MPI job: Python alone, and what starts jobs of its own."""
 
 from __future__ import annotations
 
@@ -10,6 +10,25 @@ from parallel import WORLD
 
 # What launchers tell a rank about its job.
 _LAUNCHERS = ("HYDRA", "I_MPI_", "MPICH_", "MPI_", "OMPI_", "PMI", "PRTE_", "SLURM_")
+# For root, and for more ranks than cores. Not the leave to have more ranks than slots: in a job of Slurm's,
+# Open MPI's mpiexec would put all of them on the first node.
+_OPEN_MPI = {
+    "OMPI_ALLOW_RUN_AS_ROOT": "1",
+    "OMPI_ALLOW_RUN_AS_ROOT_CONFIRM": "1",
+    "OMPI_MCA_hwloc_base_binding_policy": "none",
+    "OMPI_MCA_mpi_yield_when_idle": "1",
+    "PRTE_MCA_hwloc_default_binding_policy": "none",
+}
+
+
+def unlaunched() -> dict[str, str]:
+    """The environment, as if no launcher had started this process."""
+    return {key: value for key, value in os.environ.items() if not key.startswith(_LAUNCHERS)}
+
+
+def for_jobs() -> dict[str, str]:
+    """The same, for what starts MPI jobs itself."""
+    return unlaunched() | _OPEN_MPI
 
 
 def run_alone(code: str) -> str:
@@ -19,11 +38,10 @@ def run_alone(code: str) -> str:
     """
     status, output = 0, ""
     if WORLD.rank == 0:
-        environment = {key: value for key, value in os.environ.items() if not key.startswith(_LAUNCHERS)}
         command = [sys.executable, "-W", "error", "-c", code]
         done = subprocess.run(
             command,
-            env=environment,
+            env=unlaunched(),
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             text=True,

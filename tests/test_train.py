@@ -1,9 +1,13 @@
-"""scripts/train.py: the same run whoever sums the gradients, and the same again from a checkpoint."""
+"""scripts/train.py: the same run whoever sums the gradients, and again from any checkpoint."""
 
 from __future__ import annotations
 
 import argparse
 import json
+import os
+import shutil
+import signal
+import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -11,6 +15,7 @@ from typing import Any
 import pytest
 import torch
 from parallel import WORLD, together
+from singleton import for_jobs
 
 pytest.importorskip("sklearn")
 sys.path.insert(0, str(Path(__file__).parent.parent / "scripts"))  # where worker processes find it too
@@ -57,6 +62,91 @@ def test_resuming_changes_nothing(shared: Path) -> None:
         a, b = (torch.load(path) for path in (whole, halves))
         for name, value in a["net"].items():
             assert torch.equal(value, b["net"][name]), name
+
+
+@pytest.fixture
+def signal_at(monkeypatch: pytest.MonkeyPatch) -> Any:
+    """``signal_at(step)``: the last rank gets SIGUSR1 there, in its forward pass."""
+
+    def install(step: int) -> None:
+        loss, steps = train.Trainer.loss, iter(range(1, step + 1))
+
+        def signalled(self: train.Trainer, *batch: torch.Tensor) -> torch.Tensor:
+            if next(steps, None) == step and WORLD.rank == WORLD.size - 1:
+                os.kill(os.getpid(), signal.SIGUSR1)
+            return loss(self, *batch)
+
+        monkeypatch.setattr(train.Trainer, "loss", signalled)
+
+    before = signal.getsignal(signal.SIGUSR1)
+    yield install
+    signal.signal(signal.SIGUSR1, before)
+    train._signalled.clear()
+
+
+# Of 1,437 samples, the last batch has so few that at 4 ranks some have none.
+EXACT = ["--no-progress", "--float64", "--workers", "0", "--epochs", "1", "--accumulate", "2"]
+BATCH = ["--batch", str(1436 // WORLD.size // 4)]
+
+
+def test_a_signal_in_mid_epoch_changes_nothing(shared: Path, signal_at: Any) -> None:
+    here, there, report = shared / "here.pt", shared / "there.pt", shared / "report.json"
+    expected = train.main([*EXACT, *BATCH])
+    signal_at(3)  # between two updates: all go on to the next
+    with pytest.raises(train.Interrupted):
+        train.main([*EXACT, *BATCH, "--checkpoint", str(here)])
+    parts, found = torch.load(here), None
+    if WORLD.rank == 0:  # at another number of ranks
+        shutil.copy(here, there)
+        launcher = ["mpiexec", "-n", "2"] if WORLD.size == 1 else []
+        done = run(launcher, *EXACT, "--checkpoint", str(there), "--resume", "--json", str(report))
+        found = json.loads(report.read_text()) if done.returncode == 0 else done
+    train._signalled.clear()
+    resumed = train.main([*EXACT, *BATCH, "--checkpoint", str(here), "--resume"])
+    found = WORLD.bcast(found)
+
+    with together():
+        assert (len(parts["metrics"]), parts["step"]) == (0, 4)
+        assert resumed == expected
+        assert isinstance(found, dict), found
+        assert found["ranks"] == (2 if WORLD.size == 1 else 1)
+        assert found["epochs"][0]["loss"] == pytest.approx(expected[0]["loss"], rel=1e-10)
+
+
+@pytest.mark.skipif(WORLD.size > 1, reason="it starts mpiexec itself: once is enough")
+def test_exit_status(shared: Path) -> None:
+    """75 from every launcher of MPI, without a word of a rank that failed."""
+    program = shared / "program.py"
+    program.write_text(SIGNALLED.format(folder=str(Path(train.__file__).parent)))
+    done = run(["mpiexec", "-n", "2"], *QUICK, "--checkpoint", str(shared / "run.pt"), program=program)
+    assert done.returncode == train.TRY_AGAIN
+    assert "mpisyncbn" not in done.stderr
+    assert torch.load(shared / "run.pt")["step"] == 1
+
+
+# Every rank is told before its first step; the script is run as __main__.
+SIGNALLED = """
+import os, runpy, signal, sys
+import torch
+sys.path.insert(0, {folder!r})
+class Told(torch.optim.SGD):
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, **kwargs)
+        os.kill(os.getpid(), signal.SIGUSR1)
+torch.optim.SGD = Told
+runpy.run_path({folder!r} + "/train.py", run_name="__main__")
+"""
+
+
+def run(launcher: list[str], *arguments: str, program: Path = Path(train.__file__)) -> Any:
+    """train.py in a job of its own."""
+    return subprocess.run(
+        [*launcher, sys.executable, str(program), *arguments],
+        env=for_jobs() | {"PRTE_MCA_rmaps_default_mapping_policy": ":oversubscribe"},
+        capture_output=True,
+        text=True,
+        timeout=100,
+    )
 
 
 imports = pytest.mark.skipif(WORLD.size > 2, reason="each worker imports torch: too slow for many ranks")
