@@ -1,0 +1,220 @@
+"""A Slurm of one's own: munged, slurmctld and a slurmd for each node, all of them on this host.
+
+What they write is in one temporary folder; nothing of /etc/slurm or /etc/munge is used, so that any user may.
+Nodes beyond one take root: each has a name and shared memory of its own, or MPI would take them for one.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import signal
+import socket
+import subprocess
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+_CONF = """\
+ClusterName=test
+SlurmctldHost={host}(127.0.0.1)
+SlurmctldPort={port}
+SlurmUser={user}
+SlurmdUser={user}
+AuthType=auth/munge
+AuthInfo=socket={folder}/munge.socket
+StateSaveLocation={folder}/state
+SlurmdSpoolDir={folder}/spool.%n
+SlurmctldPidFile={folder}/slurmctld.pid
+SlurmdPidFile={folder}/slurmd.%n.pid
+ProctrackType=proctrack/linuxproc
+TaskPlugin=task/none
+JobAcctGatherType=jobacct_gather/none
+SwitchType=switch/none
+SelectType=select/cons_tres
+SelectTypeParameters=CR_CPU
+SlurmdParameters=config_overrides
+PropagateResourceLimits=NONE
+ReturnToService=2
+KillWait=5
+SchedulerParameters=batch_sched_delay=0,sched_min_interval=2
+{nodes}
+PartitionName=main Nodes=ALL Default=YES MaxTime=60 State=UP
+"""
+# $0, a host, with names for all in file $1.
+_HOST = """
+hostname "$0"
+mount -t tmpfs shm /dev/shm
+mount --bind "$1" /etc/hosts
+shift
+exec "$@"
+"""
+_DAEMONS = ("munged", "slurmctld", "slurmd")
+_CLIENTS = ("sbatch", "scancel", "scontrol", "srun")
+_OVER = ("BOOT_FAIL", "CANCELLED", "COMPLETED", "DEADLINE", "FAILED", "NODE_FAIL", "OUT_OF_MEMORY", "TIMEOUT")
+# PMIx, with components that old and new clients have in common.
+_PMIX = {"PMIX_MCA_gds": "hash", "PMIX_MCA_psec": "native"}
+
+
+class Unavailable(Exception):
+    """Why there can be no Slurm here."""
+
+
+class Slurm:
+    """A cluster of one node, by the host's name, or of n1, n2 and so on."""
+
+    def __init__(self, folder: Path, nodes: int, cpus: int) -> None:
+        self.folder, self.cpus = folder, cpus
+        self.host = socket.gethostname().split(".")[0]
+        self.nodes = [self.host] if nodes == 1 else [f"n{index + 1}" for index in range(nodes)]
+        self.variables = {"SLURM_CONF": f"{folder}/slurm.conf"}
+        self._daemons: list[subprocess.Popen[bytes]] = []
+
+    def start(self) -> None:
+        """Raises Unavailable with the last words of what does not start."""
+        (self.folder / "state").mkdir()
+        key = self.folder / "munge.key"
+        key.touch(mode=0o600)
+        key.write_bytes(os.urandom(128))
+        port, *ports = _free_ports(1 + len(self.nodes))
+        nodes = [
+            f"NodeName={node} NodeAddr=127.0.0.1 Port={port} CPUs={self.cpus} State=UNKNOWN"
+            for node, port in zip(self.nodes, ports, strict=True)
+        ]
+        user = _output(["id", "-un"], os.environ)
+        values = {"host": self.host, "port": port, "user": user, "nodes": "\n".join(nodes)}
+        (self.folder / "slurm.conf").write_text(_CONF.format(folder=self.folder, **values))
+        (self.folder / "mpi.conf").write_text(
+            "PMIxCliTmpDirBase=/dev/shm\n"
+        )  # which each node has for itself
+        (self.folder / "hosts").write_text(f"127.0.0.1 localhost {' '.join({self.host, *self.nodes})}\n")
+
+        files = {"socket": "munge.socket", "key-file": "munge.key", "pid-file": "munged.pid"}
+        files |= {"log-file": "munged.log", "seed-file": "munge.seed"}
+        options = [f"--{option}={self.folder}/{file}" for option, file in files.items()]
+        self._daemon("munged", "--foreground", "--force", "--num-threads=2", *options)
+        self._wait_for(lambda: (self.folder / "munge.socket").exists(), "munged")
+        self._daemon("slurmctld", "-D")
+        for node in self.nodes:
+            (self.folder / f"spool.{node}").mkdir()
+            self._daemon("slurmd", "-D", "-N", node, host=None if len(self.nodes) == 1 else node)
+        # sinfo calls a node idle before its slurmd has spoken.
+        self._wait_for(lambda: self._registered() == len(self.nodes), "slurmctld", "slurmd")
+
+    def stop(self) -> None:
+        if len(self._daemons) > 1:
+            with suppress(subprocess.SubprocessError):
+                self.run("scancel", "--user", str(os.getuid()), "--signal=KILL", "--full", limit=5)
+        for daemon in reversed(self._daemons):
+            daemon.terminate()
+            with suppress(subprocess.TimeoutExpired):
+                daemon.wait(5)
+            daemon.kill()
+            daemon.wait()
+        self._end_strays()
+
+    def run(self, *command: str, limit: float = 30, **variables: str) -> str:
+        """What a command of Slurm prints; raises CalledProcessError, with what it said, if it fails."""
+        return _output([*command], {**os.environ, **self.variables, **variables}, limit)
+
+    def submit(self, *arguments: str, environment: Mapping[str, str]) -> int:
+        """The number of a batch job that has ``environment`` and no more."""
+        command = ["sbatch", "--parsable", *arguments]
+        return int(_output(command, {**environment, **self.variables}).split(";")[0])
+
+    def show(self, job: int | str) -> dict[str, str]:
+        return dict(re.findall(r"(\w+)=(\S*)", self.run("scontrol", "-o", "show", "job", str(job))))
+
+    def wait(self, job: int | str, limit: float, *states: str) -> dict[str, str]:
+        """What ``scontrol`` shows of a job once it is in one of ``states``, or over.
+
+        Raises TimeoutError after ``limit`` seconds, with what was shown last, and ends the job.
+        """
+        deadline = time.monotonic() + limit
+        while (shown := self.show(job))["JobState"] not in (*states, *_OVER):
+            if time.monotonic() > deadline:
+                self.run("scancel", str(job))
+                raise TimeoutError(f"job {job} is not over in {limit:g} s: {shown}")
+            time.sleep(0.1)
+        return shown
+
+    def _daemon(self, name: str, *arguments: str, host: str | None = None) -> None:
+        # Whoever kills the tests, these end.
+        before = ["setpriv", "--pdeathsig=KILL"] if shutil.which("setpriv") else []
+        if host is not None:
+            before += ["unshare", "--uts", "--mount", "sh", "-ec", _HOST, host, f"{self.folder}/hosts"]
+        with (self.folder / f"{name}.out").open("ab") as out:
+            self._daemons.append(
+                subprocess.Popen(
+                    [*before, _find(name), *arguments],
+                    env={**os.environ, **self.variables, **_PMIX},
+                    stdin=subprocess.DEVNULL,
+                    stdout=out,
+                    stderr=out,
+                    start_new_session=True,
+                )
+            )
+
+    def _registered(self) -> int:
+        with suppress(subprocess.SubprocessError):
+            return self.run("scontrol", "-o", "show", "nodes", limit=5).count(" Version=")
+        return 0
+
+    def _wait_for(self, ready: Callable[[], bool], *names: str, limit: float = 15) -> None:
+        deadline = time.monotonic() + limit
+        while not ready():
+            if time.monotonic() > deadline or any(daemon.poll() is not None for daemon in self._daemons):
+                logs = [self.folder / f"{name}.out" for name in names] + [self.folder / "munged.log"]
+                said = [line for log in logs if log.exists() for line in log.read_text().splitlines()[-2:]]
+                raise Unavailable(f"{' and '.join(names)} did not start: {' | '.join(said)}")
+            time.sleep(0.05)
+
+    def _end_strays(self) -> None:
+        """slurmstepd, and what a job has left, outlive slurmd."""
+        mark = f"SLURM_CONF={self.folder}/slurm.conf".encode()
+        for file in Path("/proc").glob("[0-9]*/environ"):
+            with suppress(OSError):
+                if mark in file.read_bytes().split(b"\0"):
+                    os.kill(int(file.parent.name), signal.SIGKILL)
+
+
+@contextmanager
+def slurm(nodes: int = 1, cpus: int = 8) -> Iterator[Slurm]:
+    """Raises Unavailable where it is not installed, or this user may not start it."""
+    if missing := [name for name in (*_DAEMONS, *_CLIENTS) if not _find(name)]:
+        raise Unavailable(f"no {', '.join(missing)} (Debian, Ubuntu: apt install slurm-wlm munge)")
+    # Not in TMPDIR: a socket's path is 107 bytes long at most.
+    with tempfile.TemporaryDirectory(prefix="slurm-", dir="/tmp", ignore_cleanup_errors=True) as folder:
+        os.chmod(folder, 0o755)  # munged and Slurm want others to be able to look
+        cluster = Slurm(Path(folder), nodes, cpus)
+        try:
+            cluster.start()
+            yield cluster
+        finally:
+            cluster.stop()
+
+
+def _find(name: str) -> str:
+    """A user's PATH need not have the folders of daemons."""
+    return shutil.which(name, path=f"{os.environ.get('PATH', '')}:/usr/local/sbin:/usr/sbin:/sbin") or ""
+
+
+def _free_ports(count: int) -> list[int]:
+    sockets = [socket.socket() for _ in range(count)]
+    try:
+        for each in sockets:
+            each.bind(("127.0.0.1", 0))
+        return [each.getsockname()[1] for each in sockets]
+    finally:
+        for each in sockets:
+            each.close()
+
+
+def _output(command: list[str], environment: Mapping[str, str], limit: float = 30) -> str:
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=limit)
+    if done.returncode:
+        raise subprocess.CalledProcessError(done.returncode, command, done.stdout, done.stderr)
+    return done.stdout.strip()
