@@ -66,11 +66,11 @@ class Unavailable(Exception):
 class Slurm:
     """A cluster of one node, by the host's name, or of n1, n2 and so on."""
 
-    def __init__(self, folder: Path, nodes: int, cpus: int) -> None:
+    def __init__(self, folder: Path, environment: Mapping[str, str], nodes: int, cpus: int) -> None:
         self.folder, self.cpus = folder, cpus
+        self.environment = {**environment, "SLURM_CONF": f"{folder}/slurm.conf"}
         self.host = socket.gethostname().split(".")[0]
         self.nodes = [self.host] if nodes == 1 else [f"n{index + 1}" for index in range(nodes)]
-        self.variables = {"SLURM_CONF": f"{folder}/slurm.conf"}
         self._daemons: list[subprocess.Popen[bytes]] = []
 
     def start(self) -> None:
@@ -84,7 +84,7 @@ class Slurm:
             f"NodeName={node} NodeAddr=127.0.0.1 Port={port} CPUs={self.cpus} State=UNKNOWN"
             for node, port in zip(self.nodes, ports, strict=True)
         ]
-        user = _output(["id", "-un"], os.environ)
+        user = _output(["id", "-un"], self.environment)
         values = {"host": self.host, "port": port, "user": user, "nodes": "\n".join(nodes)}
         (self.folder / "slurm.conf").write_text(_CONF.format(folder=self.folder, **values))
         (self.folder / "mpi.conf").write_text(
@@ -118,15 +118,19 @@ class Slurm:
 
     def run(self, *command: str, limit: float = 30, **variables: str) -> str:
         """What a command of Slurm prints; raises CalledProcessError, with what it said, if it fails."""
-        return _output([*command], {**os.environ, **self.variables, **variables}, limit)
+        return _output([*command], {**self.environment, **variables}, limit)
 
-    def submit(self, *arguments: str, environment: Mapping[str, str]) -> int:
-        """The number of a batch job that has ``environment`` and no more."""
-        command = ["sbatch", "--parsable", *arguments]
-        return int(_output(command, {**environment, **self.variables}).split(";")[0])
+    def submit(self, *arguments: str, **variables: str) -> int:
+        """The number of a batch job."""
+        return int(self.run("sbatch", "--parsable", *arguments, **variables).split(";")[0])
 
     def show(self, job: int | str) -> dict[str, str]:
         return dict(re.findall(r"(\w+)=(\S*)", self.run("scontrol", "-o", "show", "job", str(job))))
+
+    def steps(self, job: int) -> int:
+        """How many of a job's still end; if it started again before, it would trip over its own."""
+        done = subprocess.run(["pgrep", "-fc", rf"^slurmstepd: \[{job}\."], stdout=subprocess.PIPE, text=True)
+        return int(done.stdout)
 
     def wait(self, job: int | str, limit: float, *states: str) -> dict[str, str]:
         """What ``scontrol`` shows of a job once it is in one of ``states``, or over.
@@ -150,7 +154,7 @@ class Slurm:
             self._daemons.append(
                 subprocess.Popen(
                     [*before, _find(name), *arguments],
-                    env={**os.environ, **self.variables, **_PMIX},
+                    env={**self.environment, **_PMIX},
                     stdin=subprocess.DEVNULL,
                     stdout=out,
                     stderr=out,
@@ -182,14 +186,17 @@ class Slurm:
 
 
 @contextmanager
-def slurm(nodes: int = 1, cpus: int = 8) -> Iterator[Slurm]:
-    """Raises Unavailable where it is not installed, or this user may not start it."""
+def slurm(environment: Mapping[str, str], nodes: int = 1, cpus: int = 8) -> Iterator[Slurm]:
+    """A cluster whose daemons and jobs have ``environment``, which had better be that of no MPI job.
+
+    Raises Unavailable where it is not installed, or this user may not start it.
+    """
     if missing := [name for name in (*_DAEMONS, *_CLIENTS) if not _find(name)]:
         raise Unavailable(f"no {', '.join(missing)} (Debian, Ubuntu: apt install slurm-wlm munge)")
     # Not in TMPDIR: a socket's path is 107 bytes long at most.
     with tempfile.TemporaryDirectory(prefix="slurm-", dir="/tmp", ignore_cleanup_errors=True) as folder:
         os.chmod(folder, 0o755)  # munged and Slurm want others to be able to look
-        cluster = Slurm(Path(folder), nodes, cpus)
+        cluster = Slurm(Path(folder), environment, nodes, cpus)
         try:
             cluster.start()
             yield cluster
