@@ -141,9 +141,8 @@ class Trainer:
     def __init__(self, args: argparse.Namespace) -> None:
         self.args, self.rank, self.size = args, dist.get_rank(), dist.get_world_size()
         self.device = torch.device("cpu")
-        if args.ddp == "nccl":  # by the rank on this host; a launcher may show each rank one GPU alone
-            local = mpisyncbn.new_subgroups().rank
-            self.device = torch.device("cuda", local % torch.cuda.device_count())
+        if args.ddp == "nccl":  # a launcher may show each rank one GPU alone
+            self.device = torch.device("cuda", mpisyncbn.local_rank() % torch.cuda.device_count())
             torch.cuda.set_device(self.device)
         dtype = torch.float64 if args.float64 else torch.float32
         self.train_set, self.test_set = Digits(True, args.seed, dtype), Digits(False, args.seed, dtype)
