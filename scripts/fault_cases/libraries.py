@@ -78,7 +78,7 @@ def find(name: str) -> Library:
     Raises ValueError where it is not there.
     """
     name, _, prefix = name.partition("=")
-    own, version = _vendor({})
+    own, version = vendor({})
     mine = next((key for key, kind in _KINDS.items() if kind.vendor == own), "")
     name = name or mine
     if name not in _KINDS:
@@ -91,13 +91,13 @@ def find(name: str) -> Library:
         return Library(name, f"{own} {version}", mpiexec, kind.variables, kind.words)
     at = Path(prefix or f"{sys.prefix}/{name}").resolve()
     variables = {**kind.variables, "MPI4PY_LIBMPI": f"{at}/lib/{kind.file}"}
-    vendor, version = _vendor(variables) if (at / "bin" / "mpiexec").exists() else ("nothing", "")
-    if vendor != kind.vendor:
-        raise ValueError(f"expected {kind.vendor} in {at}, got {vendor}")
-    return Library(name, f"{vendor} {version}", f"{at}/bin/mpiexec", variables, kind.words)
+    there, version = vendor(variables) if (at / "bin" / "mpiexec").exists() else ("nothing", "")
+    if there != kind.vendor:
+        raise ValueError(f"expected {kind.vendor} in {at}, got {there}")
+    return Library(name, f"{there} {version}", f"{at}/bin/mpiexec", variables, kind.words)
 
 
-def _vendor(variables: Mapping[str, str]) -> tuple[str, str]:
+def vendor(variables: Mapping[str, str]) -> tuple[str, str]:
     """Name and version of what mpi4py loads."""
     command = [sys.executable, "-c", _VENDOR]
     done = subprocess.run(command, env={**os.environ, **variables}, capture_output=True, text=True)

@@ -1,0 +1,141 @@
+"""Which launcher makes one world of which MPI library's ranks: 4 tasks of a Slurm of one's own.
+
+    scripts/launchers                   the libraries that are there, under each launcher, on 1 and 2 nodes
+    scripts/launchers --nodes 1         what a user who is not root can have
+
+Libraries: those of PyPI that scripts/faults knows, and Open MPI and MPICH of Debian where they are installed.
+A job that makes singletons ends with status 0, so that only the size of its world tells. Prints a table;
+a cell that is not as expected says both. Exit status: 0, 1 where any differs, 2 where there is no Slurm.
+"""
+
+from __future__ import annotations
+
+import argparse
+import re
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+sys.path.insert(0, str(Path(__file__).parent))
+sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
+
+from fault_cases import libraries
+from singleton import for_jobs
+from slurm import Slurm, Unavailable, slurm
+
+TASKS = 4
+LAUNCHERS = ("mpiexec", "srun --mpi=pmix", "srun --mpi=pmi2")
+ONE, SINGLE, ERROR = "one world", f"{TASKS} singletons", "error"
+EXPECTED = {
+    "openmpi 5": (ONE, ONE, SINGLE),
+    "openmpi 4": (ONE, ONE, ERROR),
+    "mpich 5": (ONE, ERROR, ONE),
+    "mpich 4": (ONE, SINGLE, ONE),
+    "impi 2021": (ONE, ONE, ONE),
+}
+# Name, library, and the name under which mpi4py wants it, which Debian's MPICH does not have.
+_DEBIAN = (("openmpi", "libmpi.so.40", "libmpi.so.40"), ("mpich", "libmpich.so.12", "libmpi.so.12"))
+LIMIT = 40  # seconds for a job
+WARNING = "is alone in its world"
+RANK = """
+import warnings
+import mpisyncbn
+from mpi4py import MPI
+comm = mpisyncbn.Communicator()  # which warns where the launcher has started more than this world has
+print(f"world of {MPI.COMM_WORLD.size}", flush=True)
+"""
+
+
+class Row(NamedTuple):
+    name: str  # with the first number of its version, as in EXPECTED
+    title: str
+    mpiexec: str
+    variables: dict[str, str]
+
+
+def main(arguments: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(
+        prog="scripts/launchers", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--nodes", type=int, nargs="+", default=[1, 2])
+    options = parser.parse_args(arguments)
+    right = True
+    print("| MPI | nodes |", " | ".join(f"`{launcher}`" for launcher in LAUNCHERS), "|")
+    print("| --- " * (2 + len(LAUNCHERS)) + "|", flush=True)
+    rows = list(installed())
+    try:
+        for nodes in options.nodes:
+            with slurm(for_jobs() | {"NO_COLOR": "1", "OMP_NUM_THREADS": "1"}, nodes) as cluster:
+                for row in rows:
+                    cells = [cell(cluster, row, index) for index in range(len(LAUNCHERS))]
+                    right = right and all(expected for expected, _ in cells)
+                    said = " | ".join(text for _, text in cells)
+                    print(f"| {row.title} | {nodes} | {said} |", flush=True)
+    except Unavailable as error:
+        print(f"launchers: {error}", file=sys.stderr)
+        return 2
+    return 0 if right else 1
+
+
+def installed() -> Iterator[Row]:
+    for name in libraries.NAMES:
+        try:
+            found = libraries.find(name)
+        except ValueError as error:
+            print(f"launchers: {error}", file=sys.stderr)
+            continue
+        version = re.search(r"\d+", found.title)
+        yield Row(f"{name} {version and version[0]}", found.title, found.mpiexec, dict(found.variables))
+    for name, file, wanted in _DEBIAN:
+        mpiexec = Path(f"/usr/bin/mpiexec.{name}")
+        for library in Path("/usr/lib").glob(f"*/{file}"):
+            if mpiexec.exists():
+                link = Path(sys.prefix) / "debian" / wanted
+                link.parent.mkdir(exist_ok=True)
+                link.unlink(missing_ok=True)
+                link.symlink_to(library)
+                variables = {"MPI4PY_LIBMPI": str(link), "LD_LIBRARY_PATH": str(link.parent)}
+                vendor, version = libraries.vendor(variables)
+                title = f"{vendor} {version}, Debian's"
+                yield Row(f"{name} {version.split('.')[0]}", title, str(mpiexec), variables)
+
+
+def cell(cluster: Slurm, row: Row, index: int) -> tuple[bool, str]:
+    """Whether the job's outcome is the expected one, and what the table says of it."""
+    outcome, warned = run(cluster, row, LAUNCHERS[index])
+    expected = EXPECTED.get(row.name, ("nothing known",) * len(LAUNCHERS))[index]
+    said = f"{outcome}, warned" if warned else outcome
+    return outcome == expected, said if outcome == expected else f"**{said}, expected {expected}**"
+
+
+def run(cluster: Slurm, row: Row, launcher: str) -> tuple[str, bool]:
+    start = f"{row.mpiexec} -n {TASKS}" if launcher == "mpiexec" else f"{launcher} --kill-on-bad-exit=1"
+    program, script = cluster.folder / "rank.py", cluster.folder / "job.sh"
+    program.write_text(RANK)
+    script.write_text(f"#!/bin/bash\n{start} {sys.executable} {program}\n")
+    nodes = len(cluster.nodes)
+    where = [f"--nodes={nodes}", f"--ntasks-per-node={TASKS // nodes}", f"--output={cluster.folder}/%j.out"]
+    # Shared memory alone, as for one host, does not reach a second node.
+    variables = {name: value for name, value in row.variables.items() if name != "I_MPI_FABRICS"}
+    if row.name.startswith("impi") and launcher.endswith("pmix"):  # which it looks for nowhere by itself
+        library = next(Path("/usr/lib").glob("*/pmix2/lib/libpmix.so*"), "libpmix.so")
+        variables["I_MPI_PMI_LIBRARY"] = str(library)
+    job = cluster.submit(*where, str(script), **variables)
+    try:
+        status = cluster.wait(job, LIMIT)["ExitCode"]
+    except TimeoutError:
+        status = "over time"
+    output = (cluster.folder / f"{job}.out").read_text(errors="replace")
+    sizes = [int(size) for size in re.findall(r"world of (\d+)", output)]
+    warned = WARNING in output
+    if status == "over time":
+        whole = sizes == [TASKS] * TASKS
+        return f"hang{', after one world' * whole}", warned
+    if status != "0:0":
+        return ERROR, warned
+    return {(TASKS,): ONE, (1,): SINGLE}.get(tuple(set(sizes)), f"worlds of {sizes}"), warned
+
+
+if __name__ == "__main__":
+    sys.exit(main())
