@@ -64,14 +64,14 @@ class Jobs:
             time.sleep(0.1)
 
     def restarted(self, job: int, limit: float) -> None:
-        """Once it is back in the queue, where it would wait for two minutes."""
+        """Once it is back in the queue, where it would wait for two minutes, so that what is left can end."""
 
         def queued() -> bool:
             shown = self.cluster.show(job)
             return (shown["Restarts"], shown["JobState"]) == ("1", "PENDING") and not self.cluster.steps(job)
 
         self.until(job, "requeued", queued, limit)
-        self.cluster.run("scontrol", "update", f"JobId={job}", "StartTime=now")
+        self.cluster.run("scontrol", "update", f"JobId={job}", "StartTime=now+5")
 
     def script(self, text: str) -> str:
         path = self.folder / "job.sh"
