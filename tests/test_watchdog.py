@@ -90,19 +90,30 @@ def test_time_in_which_the_process_was_stopped_is_not_waited(monkeypatch):
     monkeypatch.setattr(group, "look", lambda elapsed: looks.append(elapsed))
     monkeypatch.setattr(watchdog, "everyone", lambda: [group])
     monkeypatch.setattr(watchdog, "_stop", Ticks(3))
-    now = iter([0.0, 0.25, 3600.0, 3600.25])
-    monkeypatch.setattr(watchdog.time, "monotonic", lambda: next(now))
+    monkeypatch.setattr(time, "monotonic", Clock([0.0, 0.25, 3600.0, 3600.25]))
     watchdog._tick()
     assert looks == [0.25, watchdog._JUMP, 0.25]
 
 
+class Clock:
+    """Times for this thread; others see what they always do."""
+
+    def __init__(self, times):
+        self.times, self.thread, self.others = iter(times), threading.get_ident(), time.monotonic
+
+    def __call__(self):
+        return next(self.times) if threading.get_ident() == self.thread else self.others()
+
+
 class Ticks:
-    """An event that is set after so many looks."""
+    """An event that is set after so many looks of this thread; the watchdog's own go on as ever."""
 
     def __init__(self, looks):
-        self.looks = looks
+        self.looks, self.thread, self.others = looks, threading.get_ident(), watchdog._stop
 
     def wait(self, seconds):
+        if threading.get_ident() != self.thread:
+            return self.others.wait(seconds)
         self.looks -= 1
         return self.looks < 0
 
@@ -365,7 +376,7 @@ def test_a_rank_that_failed_and_lingers_ends_the_job(status, over, ending, monke
     monkeypatch.setattr(watchdog.exits, "is_over", lambda: over)
     monkeypatch.setattr(watchdog, "everyone", list)
     monkeypatch.setattr(watchdog, "_stop", Ticks(10))
-    monkeypatch.setattr(watchdog.time, "monotonic", iter(range(0, 100, 4)).__next__)
+    monkeypatch.setattr(time, "monotonic", Clock(range(0, 100, 4)))
     monkeypatch.setattr(watchdog, "_LINGERING", 30.0)
     if status and over:
         with pytest.raises(Ended):
