@@ -21,16 +21,16 @@ _SRUN = {
     "Cray MPICH": "srun --mpi=cray_shasta",
     "MVAPICH": "srun --mpi=pmi2",
 }
-_warned = False
+_looked = False
 
 
 def warn_if_alone(MPI: Any) -> None:
     """Warn, once, where the launcher speaks of several ranks and MPI of one."""
-    global _warned
-    if _warned or not is_alone(MPI):
+    global _looked
+    if _looked:  # what is looked at does not change, and takes microseconds
         return
-    _warned = True
-    if config.own_rank() in (0, None):  # one voice is enough, where they can be told apart
+    _looked = True
+    if is_alone(MPI) and config.own_rank() in (0, None):  # one voice is enough, where they can be told apart
         warnings.warn(
             f"the launcher started {config.tasks()[0]} tasks, but this process is alone in its world: "
             f"{cure(MPI)} As it is, each rank trains by itself, on statistics of its own batches",

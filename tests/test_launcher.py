@@ -23,7 +23,7 @@ def variables(monkeypatch):
     """Sets them, and takes away what this job's own launcher has set."""
     for name in (*SIZES, *RANKS):
         monkeypatch.delenv(name, raising=False)
-    monkeypatch.setattr(launcher, "_warned", False)
+    monkeypatch.setattr(launcher, "_looked", False)
     return lambda **given: [monkeypatch.setenv(name, value) for name, value in given.items()]
 
 
