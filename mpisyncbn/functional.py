@@ -167,11 +167,9 @@ def enter_batch(running_mean: Any, running_var: Any, batches: Any, stats: BatchS
     if (
         type(stats.mean) is np.ndarray
         and type(stats.var) is np.ndarray
-        and stats.var.shape == stats.mean.shape  # native code trusts it
         and count
         and transport.on_host(running_mean)
         and momentum.__class__ is float
-        and 0.0 <= momentum <= 1.0
         and (host := native()) is not None
     ):
         arrays = running_mean, running_var, batches, transport.changed(running_mean), stats.mean, stats.var

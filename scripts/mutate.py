@@ -63,6 +63,7 @@ class Outcome(NamedTuple):
 
 FEW = ("exchange", "diagnostics", "remaining", "functional", "arguments")
 MORE = ("autograd", "batchnorm", "communicator", "distributed", "ddp", "cupy", "fused", "transport")
+MORE += ("state", "compile", "cuda", "fuzz")
 STAGES = (
     Stage(1, True, FEW),  # the quickest, and enough for most
     Stage(1, False, FEW),

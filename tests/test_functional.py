@@ -217,3 +217,35 @@ def test_arrays_that_are_more_than_arrays(kind, dtype):
     with together():
         assert np.allclose(y, plain, atol=1e-5)
         assert np.allclose(dx, plain_dx, atol=1e-5)
+
+
+@pytest.mark.parametrize("count", [np.int64(5), np.uint8(5), 5])
+@pytest.mark.parametrize("kind", [np.asarray, torch.tensor])
+def test_a_count_of_any_kind(kind, count):
+    running = kind([0.0, 0.0]), kind([1.0, 1.0])
+    stats = BatchStats(np.array([1.0, 2.0]), np.array([4.0, 8.0]), None, count)
+    assert functional.update_running_stats(*running, stats, 0.25) is True
+    assert running[0].tolist() == [0.25, 0.5]
+    assert running[1].tolist() == [2.0, 3.25]
+    nothing = stats._replace(count=count * 0)
+    assert functional.update_running_stats(*running, nothing, 0.25) is False
+    assert running[0].tolist() == [0.25, 0.5]
+
+
+@pytest.mark.parametrize("eps", [0, 0.0, 1e-5, 3])
+@pytest.mark.parametrize("kind", [np.asarray, torch.tensor])
+def test_invstd(kind, eps):
+    """Without eps a channel that does not vary has 0, so that what comes of it is finite."""
+    var = np.array([0.0, 0.25, 4.0])
+    found = functional.invstd_of(kind(var), eps)
+    expected = (var + eps) ** -0.5 if eps else [0.0, 2.0, 0.5]
+    assert found.tolist() == pytest.approx(list(expected), rel=1e-15)
+
+
+@pytest.mark.parametrize("kind", [np.ones, torch.ones])
+def test_backward_looks_at_its_arguments(kind):
+    x = kind((4, 3))
+    _, stats = functional.batch_norm_forward(x)
+    for bad, error in ((kind(4), ValueError), ("weight", TypeError)):
+        with pytest.raises(error, match="expected weight"):
+            functional.batch_norm_backward(x, x, stats, bad)
