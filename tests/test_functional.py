@@ -249,3 +249,14 @@ def test_backward_looks_at_its_arguments(kind):
     for bad, error in ((kind(4), ValueError), ("weight", TypeError)):
         with pytest.raises(error, match="expected weight"):
             functional.batch_norm_backward(x, x, stats, bad)
+
+
+@pytest.mark.parametrize("count", [2, 3, torch.tensor(2), torch.tensor(3)])
+def test_statistics_that_the_host_does_not_see(count):
+    """As on a device, or in a compiled graph."""
+    running = torch.zeros(2), torch.ones(2)
+    stats = BatchStats(torch.tensor([1.0, 2.0]), torch.tensor([4.0, 8.0]), None, count)
+    assert functional._enter_unseen(*running, None, stats, 0.5)
+    unbiased = stats.var * (int(count) / (int(count) - 1))
+    assert torch.equal(running[0], stats.mean / 2)
+    assert torch.allclose(running[1], (1 + unbiased) / 2)
