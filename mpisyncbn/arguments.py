@@ -180,18 +180,17 @@ def check_running(running_mean: Any, running_var: Any, momentum: Any) -> None:
     """Of an update of running statistics by arrays."""
     _check_array("running_mean", running_mean)
     _check_kind("running_var", running_var, "running_mean", running_mean)
-    for each in (running_mean, running_var):
-        if (
-            running_var.shape != running_mean.shape
-            or running_var.dtype != running_mean.dtype
-            or each.ndim != 1
-            or dtype_name(each.dtype) not in FLOATING
-        ):
-            raise ValueError(
-                "expected running_mean and running_var to be floating point, of one length, got "
-                f"{dtype_name(running_mean.dtype)} of shape {tuple(running_mean.shape)} and "
-                f"{dtype_name(running_var.dtype)} of shape {tuple(running_var.shape)}{on_rank()}"
-            )
+    if (
+        running_var.shape != running_mean.shape
+        or running_var.dtype != running_mean.dtype
+        or running_mean.ndim != 1
+        or dtype_name(running_mean.dtype) not in FLOATING
+    ):
+        raise ValueError(
+            "expected running_mean and running_var to be floating point, of one length, got "
+            f"{dtype_name(running_mean.dtype)} of shape {tuple(running_mean.shape)} and "
+            f"{dtype_name(running_var.dtype)} of shape {tuple(running_var.shape)}{on_rank()}"
+        )
     if (
         isinstance(momentum, _NUMBER)
         or getattr(momentum, "ndim", None) != 0

@@ -11,7 +11,7 @@ from pathlib import Path
 from types import TracebackType
 
 from network import NAMESPACES, PYTHON
-from singleton import _LAUNCHERS
+from singleton import unlaunched
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "scripts"))
 
@@ -151,7 +151,7 @@ class Hosts:
         each, rest = divmod(ranks, len(self.names))
         if rest:
             raise ValueError(f"expected a multiple of {len(self.names)} ranks, got {ranks}")
-        mine = {key: value for key, value in os.environ.items() if not key.startswith(_LAUNCHERS)}
+        mine = unlaunched()
         variables = {
             **scaling._OVERSUBSCRIBED,
             **scaling._ROOT,

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import os
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 from parallel import WORLD
-from singleton import _LAUNCHERS
+from singleton import unlaunched
 
 ROOT = Path(__file__).parent.parent
 one_rank = pytest.mark.skipif(WORLD.size > 1, reason="programs of their own, the same at any number of ranks")
@@ -116,7 +115,7 @@ def test_one_rank_ends_as_ever(tmp_path):
 def run(text: str, folder: Path, module: bool = False, **more: str) -> subprocess.CompletedProcess[str]:
     """A program in a file, run by itself or as a module."""
     (folder / "program.py").write_text(text)
-    environment = {key: value for key, value in os.environ.items() if not key.startswith(_LAUNCHERS)}
+    environment = unlaunched()
     return subprocess.run(
         [sys.executable, *(["-m", "program"] if module else ["program.py"])],
         cwd=folder,

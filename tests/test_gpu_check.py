@@ -5,7 +5,6 @@ from __future__ import annotations
 import importlib.util
 import json
 import math
-import os
 import subprocess
 import sys
 from pathlib import Path
@@ -15,7 +14,7 @@ from typing import Any
 import pytest
 import torch
 from parallel import WORLD
-from singleton import _LAUNCHERS
+from singleton import unlaunched
 
 ROOT = Path(__file__).parents[1]
 pytestmark = pytest.mark.skipif(WORLD.size > 1, reason="it starts mpiexec itself: once is enough")
@@ -35,7 +34,7 @@ from gpu_checks import launch, points, records, report  # noqa: E402
 
 def run(*arguments: str, **variables: str) -> subprocess.CompletedProcess[str]:
     """The command, as if nobody had started this process by mpiexec."""
-    kept = {key: value for key, value in os.environ.items() if not key.startswith(_LAUNCHERS)}
+    kept = unlaunched()
     return subprocess.run(
         [str(ROOT / "scripts" / "gpu_check"), *arguments],
         env={**kept, "PYTHON": sys.executable, "CUDA_VISIBLE_DEVICES": "", **variables},

@@ -16,7 +16,7 @@ import pytest
 import torch
 from mpi4py import MPI
 from parallel import WORLD, bits_equal_on_all_ranks, distance, local_batch, oracle, shard, together
-from singleton import _LAUNCHERS, run_alone
+from singleton import run_alone, unlaunched
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
@@ -40,7 +40,7 @@ def job(code: str, ranks: int = 2) -> subprocess.CompletedProcess[str]:
     mpiexec = launch.find_mpiexec()
     if mpiexec is None:
         pytest.skip("no mpiexec")
-    kept = {key: value for key, value in os.environ.items() if not key.startswith(_LAUNCHERS)}
+    kept = unlaunched()
     with mock.patch.dict(os.environ, kept, clear=True):
         variables = scaling.environment()
     return subprocess.run(

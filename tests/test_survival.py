@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import shutil
 import subprocess
 import sys
@@ -13,7 +12,7 @@ import pytest
 import torch
 from mpi4py import MPI
 from parallel import WORLD
-from singleton import _LAUNCHERS
+from singleton import unlaunched
 
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT / "scripts"))
@@ -32,7 +31,7 @@ def launch(ranks: int, *arguments: str) -> str:
     mpiexec = shutil.which("mpiexec")
     if mpiexec is None:
         return "no mpiexec on PATH"
-    stripped = {key: value for key, value in os.environ.items() if not key.startswith(_LAUNCHERS)}
+    stripped = unlaunched()
     command = [mpiexec, "--with-ft", "ulfm", "-n", str(ranks), sys.executable, *arguments]
     return subprocess.run(
         ["timeout", "--kill-after=10", "120", *command],  # TERM, at which mpiexec ends its ranks
