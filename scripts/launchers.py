@@ -15,7 +15,6 @@ import re
 import sys
 from collections.abc import Iterator
 from pathlib import Path
-from typing import NamedTuple
 
 sys.path.insert(0, str(Path(__file__).parent))
 sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
@@ -34,8 +33,6 @@ EXPECTED = {
     "mpich 4": (ONE, SINGLE, ONE),
     "impi 2021": (ONE, ONE, ONE),
 }
-# Name, library, and the name under which mpi4py wants it, which Debian's MPICH does not have.
-_DEBIAN = (("openmpi", "libmpi.so.40", "libmpi.so.40"), ("mpich", "libmpich.so.12", "libmpi.so.12"))
 LIMIT = 40  # seconds for a job
 WARNING = "is alone in its world"
 RANK = """
@@ -45,13 +42,6 @@ from mpi4py import MPI
 comm = mpisyncbn.Communicator()  # which warns where the launcher has started more than this world has
 print(f"world of {MPI.COMM_WORLD.size}", flush=True)
 """
-
-
-class Row(NamedTuple):
-    name: str  # with the first number of its version, as in EXPECTED
-    title: str
-    mpiexec: str
-    variables: dict[str, str]
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -78,49 +68,43 @@ def main(arguments: list[str] | None = None) -> int:
     return 0 if right else 1
 
 
-def installed() -> Iterator[Row]:
+def installed() -> Iterator[libraries.Library]:
     for name in libraries.NAMES:
         try:
-            found = libraries.find(name)
+            yield libraries.find(name)
         except ValueError as error:
             print(f"launchers: {error}", file=sys.stderr)
-            continue
-        version = re.search(r"\d+", found.title)
-        yield Row(f"{name} {version and version[0]}", found.title, found.mpiexec, dict(found.variables))
-    for name, file, wanted in _DEBIAN:
-        mpiexec = Path(f"/usr/bin/mpiexec.{name}")
-        for library in Path("/usr/lib").glob(f"*/{file}"):
-            if mpiexec.exists():
-                link = Path(sys.prefix) / "debian" / wanted
-                link.parent.mkdir(exist_ok=True)
-                link.unlink(missing_ok=True)
-                link.symlink_to(library)
-                variables = {"MPI4PY_LIBMPI": str(link), "LD_LIBRARY_PATH": str(link.parent)}
-                vendor, version = libraries.vendor(variables)
-                title = f"{vendor} {version}, Debian's"
-                yield Row(f"{name} {version.split('.')[0]}", title, str(mpiexec), variables)
+    yield from libraries.debian()
 
 
-def cell(cluster: Slurm, row: Row, index: int) -> tuple[bool, str]:
+def expected_of(library: libraries.Library) -> tuple[str, str, str]:
+    """By its name and the first number of its version."""
+    version = re.search(r"\d+", library.title)
+    unknown = "nothing known"
+    return EXPECTED.get(f"{library.name} {version and version[0]}", (unknown, unknown, unknown))
+
+
+def cell(cluster: Slurm, library: libraries.Library, index: int) -> tuple[bool, str]:
     """Whether the job's outcome is the expected one, and what the table says of it."""
-    outcome, warned = run(cluster, row, LAUNCHERS[index])
-    expected = EXPECTED.get(row.name, ("nothing known",) * len(LAUNCHERS))[index]
+    outcome, warned = run(cluster, library, LAUNCHERS[index])
+    expected = expected_of(library)[index]
     said = f"{outcome}, warned" if warned else outcome
     return outcome == expected, said if outcome == expected else f"**{said}, expected {expected}**"
 
 
-def run(cluster: Slurm, row: Row, launcher: str) -> tuple[str, bool]:
-    start = f"{row.mpiexec} -n {TASKS}" if launcher == "mpiexec" else f"{launcher} --kill-on-bad-exit=1"
+def run(cluster: Slurm, library: libraries.Library, launcher: str) -> tuple[str, bool]:
+    """How the job ended, and whether it was warned that its ranks are alone."""
+    start = f"{library.mpiexec} -n {TASKS}" if launcher == "mpiexec" else f"{launcher} --kill-on-bad-exit=1"
     program, script = cluster.folder / "rank.py", cluster.folder / "job.sh"
     program.write_text(RANK)
     script.write_text(f"#!/bin/bash\n{start} {sys.executable} {program}\n")
     nodes = len(cluster.nodes)
     where = [f"--nodes={nodes}", f"--ntasks-per-node={TASKS // nodes}", f"--output={cluster.folder}/%j.out"]
     # Shared memory alone, as for one host, does not reach a second node.
-    variables = {name: value for name, value in row.variables.items() if name != "I_MPI_FABRICS"}
-    if row.name.startswith("impi") and launcher.endswith("pmix"):  # which it looks for nowhere by itself
-        library = next(Path("/usr/lib").glob("*/pmix2/lib/libpmix.so*"), "libpmix.so")
-        variables["I_MPI_PMI_LIBRARY"] = str(library)
+    variables = {name: value for name, value in library.variables.items() if name != "I_MPI_FABRICS"}
+    if library.name == "impi" and launcher.endswith("pmix"):  # which it looks for nowhere by itself
+        pmix = next(Path("/usr/lib").glob("*/pmix2/lib/libpmix.so*"), "libpmix.so")
+        variables["I_MPI_PMI_LIBRARY"] = str(pmix)
     job = cluster.submit(*where, str(script), **variables)
     try:
         status = cluster.wait(job, LIMIT)["ExitCode"]
@@ -128,13 +112,16 @@ def run(cluster: Slurm, row: Row, launcher: str) -> tuple[str, bool]:
         status = "over time"
     output = (cluster.folder / f"{job}.out").read_text(errors="replace")
     sizes = [int(size) for size in re.findall(r"world of (\d+)", output)]
-    warned = WARNING in output
+    whole = sizes == [TASKS] * TASKS
     if status == "over time":
-        whole = sizes == [TASKS] * TASKS
-        return f"hang{', after one world' * whole}", warned
-    if status != "0:0":
-        return ERROR, warned
-    return {(TASKS,): ONE, (1,): SINGLE}.get(tuple(set(sizes)), f"worlds of {sizes}"), warned
+        outcome = "hang, after one world" if whole else "hang"
+    elif status != "0:0":
+        outcome = ERROR
+    elif whole:
+        outcome = ONE
+    else:
+        outcome = SINGLE if sizes == [1] * TASKS else f"worlds of {sizes}"
+    return outcome, WARNING in output
 
 
 if __name__ == "__main__":

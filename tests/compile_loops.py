@@ -7,11 +7,13 @@ many of its loads from memory are of 16 bytes. Without arguments: for sm_80 and 
 from __future__ import annotations
 
 import itertools
+import multiprocessing
 import re
 import subprocess
 import sys
 import tempfile
 from collections.abc import Iterator
+from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -103,16 +105,23 @@ def resources(binary: bytes) -> tuple[int, int]:
 
 
 def main(architectures: list[int], names: list[str]) -> None:
-    for architecture, dtype, name in itertools.product(architectures, POINTERS, names):
-        for kernel, values in arguments(dtype, SHAPES[name]):
-            binary = compiled(kernel, values, architecture)
-            loads = re.findall(r"ld\.global\S*", binary.asm["ptx"])
-            wide = [load for load in loads if ".v4.b32" in load or ".v2.b64" in load]
-            registers, stack = resources(binary.asm["cubin"])
-            print(
-                f"sm_{architecture} {str(dtype).removeprefix('torch.'):8} {name:13} {kernel.__name__:20} "
-                f"registers {registers} stack {stack} loads {len(loads)} of_16_bytes {len(wide)}"
-            )
+    with ProcessPoolExecutor(mp_context=multiprocessing.get_context("fork")) as pool:
+        for lines in pool.map(report, *zip(*itertools.product(architectures, POINTERS, names), strict=True)):
+            print(*lines, sep="\n")
+
+
+def report(architecture: int, dtype: torch.dtype, name: str) -> list[str]:
+    lines = []
+    for kernel, values in arguments(dtype, SHAPES[name]):
+        binary = compiled(kernel, values, architecture)
+        loads = re.findall(r"ld\.global\S*", binary.asm["ptx"])
+        wide = [load for load in loads if ".v4.b32" in load or ".v2.b64" in load]
+        registers, stack = resources(binary.asm["cubin"])
+        lines.append(
+            f"sm_{architecture} {str(dtype).removeprefix('torch.'):8} {name:13} {kernel.__name__:20} "
+            f"registers {registers} stack {stack} loads {len(loads)} of_16_bytes {len(wide)}"
+        )
+    return lines
 
 
 if __name__ == "__main__":

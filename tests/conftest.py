@@ -46,6 +46,8 @@ def pytest_configure(config: Any) -> None:
 @pytest.hookimpl(trylast=True)
 def pytest_sessionstart(session: Any) -> None:
     reporter = session.config.pluginmanager.getplugin("terminalreporter")
+    if reporter is None:  # a worker of pytest-xdist
+        return
     if WORLD.rank > 0:
         reporter._tw._file = open(os.devnull, "w")  # noqa: SIM115 (open until the process ends)
     else:

@@ -34,10 +34,6 @@ def needs_gpu(test: Any) -> Any:
 
 
 needs_triton = pytest.mark.skipif(cuda is None, reason="Triton is not installed")
-# Kernels know nothing of ranks, and the interpreter takes its time.
-one_rank_without_gpu = pytest.mark.skipif(
-    not GPU and WORLD.size > 1, reason="without a GPU, kernels for one are tried on one rank"
-)
 
 
 class OnDevice:

@@ -15,6 +15,15 @@ from torch import Tensor
 WORLD = MPI.COMM_WORLD
 
 
+def once(why: str) -> pytest.MarkDecorator:
+    """For what is the same at any number of ranks: it is tried on one."""
+    return pytest.mark.skipif(WORLD.size > 1, reason=f"{why}: once is enough")
+
+
+starts_mpiexec = once("it starts mpiexec itself")
+no_exchange = once("no rank meets another in it")
+
+
 @contextmanager
 def together(comm: Any = WORLD) -> Iterator[None]:
     """What fails inside on one rank fails on every rank, so that none is left waiting in a collective.

@@ -12,9 +12,18 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from device import DEVICE, GPU, cuda, needs_gpu, needs_triton, one_rank_without_gpu, pretend, there
+from device import DEVICE, GPU, cuda, needs_gpu, needs_triton, pretend, there
 from mpi4py import MPI
-from parallel import WORLD, bits_equal_on_all_ranks, distance, local_batch, oracle, shard, together
+from parallel import (
+    WORLD,
+    bits_equal_on_all_ranks,
+    distance,
+    local_batch,
+    no_exchange,
+    oracle,
+    shard,
+    together,
+)
 from singleton import run_alone
 
 import mpisyncbn
@@ -362,7 +371,7 @@ def test_on_a_side_stream():
 
 
 @needs_triton
-@one_rank_without_gpu
+@no_exchange
 @pytest.mark.parametrize(
     ("architecture", "shapes"),
     [

@@ -7,11 +7,11 @@ import sys
 from pathlib import Path
 
 import pytest
-from parallel import WORLD
+from parallel import once
 from singleton import unlaunched
 
 ROOT = Path(__file__).parent.parent
-one_rank = pytest.mark.skipif(WORLD.size > 1, reason="programs of their own, the same at any number of ranks")
+one_rank = once("it starts a program of its own")
 
 BEGINNING = """
 import atexit, sys

@@ -11,11 +11,11 @@ from types import ModuleType
 from typing import Any
 
 import pytest
-from parallel import WORLD
+from parallel import starts_mpiexec
 from singleton import _LAUNCHERS
 
 ROOT = Path(__file__).parents[1]
-pytestmark = pytest.mark.skipif(WORLD.size > 1, reason="it starts mpiexec itself: once is enough")
+pytestmark = starts_mpiexec
 
 
 def load() -> ModuleType:

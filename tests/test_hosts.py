@@ -15,6 +15,7 @@ from xml.etree import ElementTree
 import pytest
 from hosts import Hosts, libraries, why_not
 from parallel import WORLD
+from singleton import unlaunched
 
 ROOT = Path(__file__).parents[1]
 PROGRAMS = ROOT / "tests" / "host_programs"
@@ -126,7 +127,8 @@ with Hosts(2) as hosts:
     os.kill(os.getpid(), 9)
 """
     killed = [sys.executable, "-c", code.format(tests=str(ROOT / "tests"))]
-    folder = Path(subprocess.run(killed, stdout=subprocess.PIPE, text=True, timeout=60).stdout.strip())
+    done = subprocess.run(killed, env=unlaunched(), stdout=subprocess.PIPE, text=True, timeout=60)
+    folder = Path(done.stdout.strip())
     assert folder.name.startswith("mpisyncbn-hosts-")
     until(lambda: not folder.exists(), 10)
     until(lambda: not any(str(folder) in line for line in command_lines()), 10)

@@ -12,11 +12,11 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from device import GPU, OnDevice, needs_triton, one_rank_without_gpu
+from device import GPU, OnDevice, needs_triton
 from device import cuda as triton_kernels
 from hypothesis import given
 from hypothesis import strategies as st
-from parallel import distance, shard, together
+from parallel import distance, no_exchange, shard, together
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -24,6 +24,7 @@ import mpisyncbn
 from mpisyncbn.errors import MPISyncBNError
 from mpisyncbn.kernels import Gate, aten, aten_cuda, generic, kernels_for, native
 
+pytestmark = no_exchange
 cpu: Any = native()
 needs_native = pytest.mark.skipif(cpu is None, reason="the native kernels were not built")
 cuda: Any = triton_kernels and OnDevice(triton_kernels)
@@ -31,11 +32,11 @@ cuda: Any = triton_kernels and OnDevice(triton_kernels)
 HOST = [
     pytest.param(cpu, id="cpu", marks=needs_native),
     pytest.param(aten, id="aten"),
-    pytest.param(cuda, id="cuda", marks=[needs_triton, one_rank_without_gpu]),
+    pytest.param(cuda, id="cuda", marks=needs_triton),
 ]
 EVERY = [
     *HOST,
-    pytest.param(OnDevice(aten_cuda), id="aten_cuda", marks=one_rank_without_gpu),
+    pytest.param(OnDevice(aten_cuda), id="aten_cuda"),
     pytest.param(generic, id="generic"),
 ]
 LEVELS = range(4)  # of instruction sets, see cpu.cpp; beyond what the processor has, its best is taken
@@ -532,7 +533,6 @@ class LikeCuPy(np.ndarray):
 
 
 @needs_triton
-@one_rank_without_gpu
 @pytest.mark.skipif(GPU, reason="with a GPU, scripts/gpu_check does this with CuPy")
 @pytest.mark.parametrize("pointer", [0, 77])
 def test_arrays_by_way_of_dlpack(pointer, monkeypatch):

@@ -15,7 +15,16 @@ from unittest import mock
 import pytest
 import torch
 from mpi4py import MPI
-from parallel import WORLD, bits_equal_on_all_ranks, distance, local_batch, oracle, shard, together
+from parallel import (
+    WORLD,
+    bits_equal_on_all_ranks,
+    distance,
+    local_batch,
+    oracle,
+    shard,
+    starts_mpiexec,
+    together,
+)
 from singleton import run_alone, unlaunched
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
@@ -32,7 +41,6 @@ RANK, SIZE = WORLD.rank, WORLD.size
 needs_threads = pytest.mark.skipif(
     MPI.Query_thread() < MPI.THREAD_MULTIPLE, reason="MPI takes one thread at a time"
 )
-starts_mpiexec = pytest.mark.skipif(SIZE > 1, reason="it starts mpiexec itself: once is enough")
 
 
 def job(code: str, ranks: int = 2) -> subprocess.CompletedProcess[str]:

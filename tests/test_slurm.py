@@ -14,13 +14,13 @@ from typing import Any
 
 import pytest
 from mpi4py import MPI
-from parallel import WORLD
+from parallel import once
 from singleton import for_jobs
 from slurm import Slurm, Unavailable, slurm
 
 ROOT = Path(__file__).parents[1]
 pytestmark = [
-    pytest.mark.skipif(WORLD.size > 1, reason="it starts jobs itself: once is enough"),
+    once("it starts jobs itself"),
     pytest.mark.timeout(400),
 ]
 # The plug-in of srun that the library in use speaks with; the other one makes worlds of one of it, or fails.

@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 import torch
 from mpi4py import MPI
-from parallel import WORLD, together
+from parallel import WORLD, no_exchange, together
 from torch import Tensor
 
 import mpisyncbn
@@ -140,6 +140,7 @@ def at_moment(run: Callable[[], None], moment: int, error: type[BaseException]) 
 
 
 @closing
+@no_exchange
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("path", PATHS)
 @pytest.mark.usefixtures("native")
@@ -161,6 +162,7 @@ def test_an_error_at_any_moment(path: str, dtype: torch.dtype) -> None:
 
 
 @closing
+@no_exchange
 @pytest.mark.parametrize("path", PATHS)
 @pytest.mark.usefixtures("native")
 def test_a_signal_at_any_moment(path: str) -> None:
@@ -217,6 +219,7 @@ PARTS: dict[str, tuple[Any, str]] = {
 }
 
 
+@no_exchange
 @pytest.mark.parametrize("late", [False, True], ids=["instead", "afterwards"])
 @pytest.mark.parametrize("part", PARTS)
 def test_a_part_that_fails(part: str, late: bool) -> None:

@@ -11,7 +11,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from mpi4py import MPI
-from parallel import WORLD
+from parallel import starts_mpiexec
 from singleton import unlaunched
 
 ROOT = Path(__file__).parents[1]
@@ -22,7 +22,7 @@ from benchmarks import scaling  # noqa: E402
 
 import mpisyncbn  # noqa: E402
 
-pytestmark = pytest.mark.skipif(WORLD.size > 1, reason="it starts mpiexec itself: once is enough")
+pytestmark = starts_mpiexec
 REVOKES = "from mpi4py import MPI; c = MPI.COMM_WORLD.Dup(); c.Revoke(); print('revoked', c.Is_revoked())"
 
 

@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 import torch
-from parallel import WORLD, together
+from parallel import WORLD, starts_mpiexec, together
 from singleton import for_jobs
 
 pytest.importorskip("sklearn")
@@ -113,7 +113,7 @@ def test_a_signal_in_mid_epoch_changes_nothing(shared: Path, signal_at: Any) -> 
         assert found["epochs"][0]["loss"] == pytest.approx(expected[0]["loss"], rel=1e-10)
 
 
-@pytest.mark.skipif(WORLD.size > 1, reason="it starts mpiexec itself: once is enough")
+@starts_mpiexec
 def test_exit_status(shared: Path) -> None:
     """75 from every launcher of MPI, without a word of a rank that failed."""
     program = shared / "program.py"

@@ -6,7 +6,7 @@ import os
 import shutil
 import subprocess
 import sys
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import NamedTuple
 
@@ -95,6 +95,21 @@ def find(name: str) -> Library:
     if there != kind.vendor:
         raise ValueError(f"expected {kind.vendor} in {at}, got {there}")
     return Library(name, f"{there} {version}", f"{at}/bin/mpiexec", variables, kind.words)
+
+
+def debian() -> Iterator[Library]:
+    """Those of Debian's packages that are installed; no other name than these tells them from the rest."""
+    for name, file in (("openmpi", "libmpi.so.40"), ("mpich", "libmpich.so.12")):
+        mpiexec = Path(f"/usr/bin/mpiexec.{name}")
+        for library in Path("/usr/lib").glob(f"*/{file}") if mpiexec.exists() else ():
+            kind = _KINDS[name]
+            link = Path(sys.prefix) / "debian" / kind.file  # the name that mpi4py wants, which MPICH lacks
+            link.parent.mkdir(exist_ok=True)
+            link.unlink(missing_ok=True)
+            link.symlink_to(library)
+            variables = {**kind.variables, "MPI4PY_LIBMPI": str(link), "LD_LIBRARY_PATH": str(link.parent)}
+            title, version = vendor(variables)
+            yield Library(name, f"{title} {version}, Debian's", str(mpiexec), variables, kind.words)
 
 
 def vendor(variables: Mapping[str, str]) -> tuple[str, str]:
