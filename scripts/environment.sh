@@ -195,7 +195,13 @@ mpi_variables() {
                 library=$(ldconfig -p | sed -n "s/.*$library .*=> //p;T;q")
                 [[ -n $library ]] || continue
                 variables=("PATH=$venv/system/bin:$PATH" "MPI4PY_LIBMPI=$library")
+                if [[ $library == *libmpich* ]]; then  # Debian's, which lacks the name that mpi4py asks for
+                    mkdir -p "$venv/system/lib"
+                    ln -sf "$library" "$venv/system/lib/libmpi.so.12"
+                    variables+=("LD_LIBRARY_PATH=$venv/system/lib${LD_LIBRARY_PATH:+:$LD_LIBRARY_PATH}")
+                fi
                 found=$(env "${variables[@]}" bash -c "$(declare -f one_world); one_world") && break
+                found=
             done ;;
         *)
             variables=("PATH=$PATH")
