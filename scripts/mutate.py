@@ -7,8 +7,8 @@
 
 Mutants are cosmic-ray's, one operator at one place, and those that lack a statement. Each is tried in a
 copy of the tree: by a few tests, with and without native kernels, which go past parts of the code; where
-those pass, by more of the suite at 3 ranks. A mutant that hangs is ended, and counts as killed. Prints those
-that survive.
+those pass, by more of them, at 2 ranks, and by most of the suite at 3. A mutant that hangs is ended, and
+counts as killed. Prints those that survive.
 """
 
 from __future__ import annotations
@@ -62,14 +62,15 @@ class Outcome(NamedTuple):
 
 
 FEW = ("exchange", "diagnostics", "remaining", "functional", "arguments")
-MORE = ("autograd", "batchnorm", "communicator", "distributed", "ddp", "cupy", "fused", "transport")
-MORE += ("state", "compile", "cuda", "fuzz")
+MORE = ("state", "batchnorm", "autograd", "fused", "fuzz", "cupy", "communicator", "transport")
+REST = ("distributed", "ddp", "compile", "cuda")
 STAGES = (
     Stage(1, True, FEW),  # the quickest, and enough for most
     Stage(1, False, FEW),
+    Stage(1, True, MORE),
     Stage(2, True, FEW),
     Stage(2, False, FEW),
-    Stage(3, True, (*FEW, *MORE)),
+    Stage(3, True, (*FEW, *MORE, *REST)),
 )
 # Half the time of the few, for processes that begin and end: left to the last stage.
 LATER = "test_mpi_that_is_not_ready"
