@@ -14,13 +14,13 @@ from xml.etree import ElementTree
 
 import pytest
 from hosts import Hosts, libraries, why_not
-from parallel import WORLD
+from parallel import WORLD, starts_mpiexec
 from singleton import unlaunched
 
 ROOT = Path(__file__).parents[1]
 PROGRAMS = ROOT / "tests" / "host_programs"
-WHY_NOT = "it starts mpiexec itself: once is enough" if WORLD.size > 1 else why_not()
-pytestmark = pytest.mark.skipif(bool(WHY_NOT), reason=WHY_NOT)
+WHY_NOT = "" if WORLD.size > 1 else why_not()
+pytestmark = [starts_mpiexec, pytest.mark.skipif(bool(WHY_NOT), reason=WHY_NOT)]
 
 DEADLINE = 3
 # Seconds until all ranks that wait have ended: the limit, the questions (3), the words and MPI_Abort (2), and
