@@ -217,6 +217,17 @@ mpi_variables() {
     printf '%s\n' "${variables[@]}"
 }
 
+# pytest_at SIZE [ARGUMENTS OF python]: sets the array "pytest" to what runs pytest on that many ranks. One rank needs no
+# mpiexec, and takes on what one is enough for: there, two processes share out the files.
+pytest_at() {
+    pytest=(python "${@:2}" -m pytest -p no:cacheprovider)
+    if (($1 == 1)); then
+        pytest+=(--numprocesses 2 --dist loadfile)
+    else
+        pytest=(mpiexec -n "$1" "${pytest[@]}")
+    fi
+}
+
 # Open MPI 5 reads PRTE_MCA_*, Open MPI 4 OMPI_MCA_*. More ranks than cores is the normal case here: without binding off
 # and yielding on, a collective then takes a thousand times as long.
 if ((EUID == 0)); then

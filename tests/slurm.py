@@ -40,7 +40,8 @@ SlurmdParameters=config_overrides
 PropagateResourceLimits=NONE
 ReturnToService=2
 KillWait=5
-SchedulerParameters=batch_sched_delay=0,sched_min_interval=2
+# Without an event, as when a job's StartTime comes, the queue is looked at once a minute, unless one says otherwise.
+SchedulerParameters=batch_sched_delay=0,sched_min_interval=2,sched_interval=2
 {nodes}
 PartitionName=main Nodes=ALL Default=YES MaxTime=60 State=UP
 """

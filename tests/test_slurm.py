@@ -64,7 +64,7 @@ class Jobs:
             time.sleep(0.1)
 
     def restarted(self, job: int, limit: float) -> None:
-        """Once it is back in the queue, where it would wait for two minutes, so that what is left can end."""
+        """Once it is back in the queue, and what is left has ended, not after the two minutes that it would wait."""
 
         def queued() -> bool:
             shown = self.cluster.show(job)
@@ -182,7 +182,7 @@ def expected_losses(*flags: str) -> list[float]:
 
 def test_time_limit(limited: int, jobs: Jobs) -> None:
     jobs.restarted(limited, 100)
-    output = jobs.completed(limited, 30)
+    output = jobs.completed(limited, 60)
     program = f"-n 1 python scripts/train.py --no-progress --checkpoint {jobs.folder}/limited.pt"
     assert [line for line in output.splitlines() if line.startswith("started")] == [
         f"started: {program} --seed 3",
