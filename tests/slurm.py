@@ -40,7 +40,7 @@ SlurmdParameters=config_overrides
 PropagateResourceLimits=NONE
 ReturnToService=2
 KillWait=5
-# Without an event, as when a job's StartTime comes, the queue is looked at once a minute, unless one says otherwise.
+# When the StartTime of a job comes, nothing happens until the queue is looked at, by default once a minute.
 SchedulerParameters=batch_sched_delay=0,sched_min_interval=2,sched_interval=2
 {nodes}
 PartitionName=main Nodes=ALL Default=YES MaxTime=60 State=UP

@@ -32,7 +32,7 @@ cuda: Any = triton_kernels and OnDevice(triton_kernels)
 HOST = [
     pytest.param(cpu, id="cpu", marks=needs_native),
     pytest.param(aten, id="aten"),
-    pytest.param(cuda, id="cuda", marks=needs_triton),
+    pytest.param(cuda, id="cuda", marks=[needs_triton, pytest.mark.untraced]),  # minutes, in an interpreter
 ]
 EVERY = [
     *HOST,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import os
 import re
@@ -26,6 +27,7 @@ pytestmark = [
 # The plug-in of srun that the library in use speaks with; the other one makes worlds of one of it, or fails.
 PMI = "pmix" if MPI.get_vendor()[0] == "Open MPI" else "pmi2"
 LAUNCHERS = ["mpiexec", f"srun --mpi={PMI}"]
+FLAGS = ["--float64", "--workers", "0", "--epochs", "2"]
 WHO = """
 from mpi4py import MPI
 import os
@@ -64,7 +66,7 @@ class Jobs:
             time.sleep(0.1)
 
     def restarted(self, job: int, limit: float) -> None:
-        """Once it is back in the queue, and what is left has ended, not after the two minutes that it would wait."""
+        """Once it is back in the queue and its processes have ended; by itself it would wait two minutes."""
 
         def queued() -> bool:
             shown = self.cluster.show(job)
@@ -152,14 +154,16 @@ def test_worlds_of_one_are_no_test(jobs: Jobs) -> None:
     assert "expected one world of 4 ranks, got one of 1: choose another LAUNCH" in jobs.said(job)
 
 
-def test_training_goes_on_after_a_signal(jobs: Jobs) -> None:
+@pytest.mark.parametrize("launcher", LAUNCHERS)
+def test_training_goes_on_after_a_signal(launcher: str, jobs: Jobs) -> None:
     """On two nodes, where they can be, and to the same loss as of one rank that nobody stopped."""
     pytest.importorskip("sklearn")
-    flags = ["--float64", "--workers", "0", "--epochs", "2"]
-    report, variables = jobs.folder / "report.json", {"CHECKPOINT": f"{jobs.folder}/run.pt"}
-    arguments = [*flags, "--batch", "16", "--json", str(report)]
+    need(jobs, launcher)
+    report, checkpoint = (jobs.folder / f"{launcher.split()[0]}.{kind}" for kind in ("json", "pt"))
+    arguments = [*FLAGS, "--batch", "16", "--json", str(report)]
+    variables = {"LAUNCH": launcher, "CHECKPOINT": str(checkpoint)}
     nodes = len(jobs.cluster.nodes)
-    job = jobs.submit(nodes, f"{ROOT}/scripts/slurm/train.sbatch", *arguments, LAUNCH="mpiexec", **variables)
+    job = jobs.submit(nodes, f"{ROOT}/scripts/slurm/train.sbatch", *arguments, **variables)
     jobs.until(job, "through an epoch", lambda: "epoch 1" in jobs.said(job), 120)
     jobs.cluster.run("scancel", "--batch", "--signal=USR1", str(job))
     jobs.restarted(job, 90)
@@ -170,14 +174,15 @@ def test_training_goes_on_after_a_signal(jobs: Jobs) -> None:
     found = json.loads(report.read_text())
     assert found["ranks"] == 4
     losses = [epoch["loss"] for epoch in found["epochs"]]
-    assert losses == pytest.approx(expected_losses(*flags, "--batch", "64"), rel=1e-10)
+    assert losses == pytest.approx(expected_losses(), rel=1e-10)
 
 
-def expected_losses(*flags: str) -> list[float]:
+@functools.cache
+def expected_losses() -> list[float]:
     sys.path.insert(0, str(ROOT / "scripts"))
     import train
 
-    return [epoch["loss"] for epoch in train.main(["--no-progress", *flags])]
+    return [epoch["loss"] for epoch in train.main(["--no-progress", *FLAGS, "--batch", "64"])]
 
 
 def test_time_limit(limited: int, jobs: Jobs) -> None:
