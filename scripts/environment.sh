@@ -199,6 +199,10 @@ mpi_variables() {
                     mkdir -p "$venv/system/lib"
                     ln -sf "$library" "$venv/system/lib/libmpi.so.12"
                     variables+=("LD_LIBRARY_PATH=$venv/system/lib${LD_LIBRARY_PATH:+:$LD_LIBRARY_PATH}")
+                    found=$venv/system/lib/yielding.so
+                    if "${CC:-cc}" -O2 -shared -fPIC "$root/tests/yielding.c" -o "$found" -ldl; then
+                        variables+=("LD_PRELOAD=$found${LD_PRELOAD:+:$LD_PRELOAD}")
+                    fi
                 fi
                 found=$(env "${variables[@]}" bash -c "$(declare -f one_world); one_world") && break
                 found=
