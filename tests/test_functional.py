@@ -249,6 +249,8 @@ def test_backward_looks_at_its_arguments(kind):
     for bad, error in ((kind(4), ValueError), ("weight", TypeError)):
         with pytest.raises(error, match="expected weight"):
             functional.batch_norm_backward(x, x, stats, bad)
+    with pytest.raises(TypeError, match="positional"):
+        functional.batch_norm_backward(x, x, stats, None, WORLD)  # type: ignore[misc]
 
 
 @pytest.mark.parametrize("count", [2, 3, torch.tensor(2), torch.tensor(3)])

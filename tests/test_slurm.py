@@ -10,6 +10,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -70,10 +71,12 @@ class Jobs:
 
         def queued() -> bool:
             shown = self.cluster.show(job)
-            return (shown["Restarts"], shown["JobState"]) == ("1", "PENDING") and not self.cluster.steps(job)
+            waits = shown["JobState"] == "PENDING"
+            return shown["Restarts"] == "1" and not (waits and self.cluster.steps(job))
 
         self.until(job, "requeued", queued, limit)
-        self.cluster.run("scontrol", "update", f"JobId={job}", "StartTime=now+5")
+        with suppress(subprocess.CalledProcessError):  # it has waited, and started
+            self.cluster.run("scontrol", "update", f"JobId={job}", "StartTime=now+5")
 
     def script(self, text: str) -> str:
         path = self.folder / "job.sh"
