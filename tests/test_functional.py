@@ -139,8 +139,9 @@ def test_what_is_not_finite_never_enters_the_running_statistics(bad, where):
     stats = BatchStats(spoilt if where == "mean" else good, spoilt if where == "var" else good, None, 5)
     running = torch.zeros(2), torch.ones(2)
     functional._warn_not_finite.cache_clear()
-    with pytest.warns(RuntimeWarning, match="kept out of the running statistics"):
+    with pytest.warns(RuntimeWarning, match="kept out of the running statistics") as caught:
         assert not functional.update_running_stats(*running, stats, 0.1)
+    assert caught[0].filename == __file__
     with warnings.catch_warnings():
         warnings.simplefilter("error")  # only one warning
         assert not functional.update_running_stats(*running, stats, 0.1)
@@ -253,12 +254,12 @@ def test_backward_looks_at_its_arguments(kind):
         functional.batch_norm_backward(x, x, stats, None, WORLD)  # type: ignore[misc]
 
 
-@pytest.mark.parametrize("count", [2, 3, torch.tensor(2), torch.tensor(3)])
+@pytest.mark.parametrize("count", [1, 2, 3, torch.tensor(2), torch.tensor(3)])
 def test_statistics_that_the_host_does_not_see(count):
     """As on a device, or in a compiled graph."""
     running = torch.zeros(2), torch.ones(2)
     stats = BatchStats(torch.tensor([1.0, 2.0]), torch.tensor([4.0, 8.0]), None, count)
     assert functional._enter_unseen(*running, None, stats, 0.5)
-    unbiased = stats.var * (int(count) / (int(count) - 1))
+    unbiased = stats.var * (int(count) / max(int(count) - 1, 1))
     assert torch.equal(running[0], stats.mean / 2)
     assert torch.allclose(running[1], (1 + unbiased) / 2)
