@@ -87,9 +87,11 @@ BAD = {
     "wide running_var": bad(RUNNING, f"running_var {FLOAT32}, got float64", TypeError, running_var=WIDE),
     "half weight": bad(TORCH, f"weight {FLOAT32}, got float16", TypeError, weight=C.half()),
     "wide for half": bad(TORCH, "of dtype bfloat16 or float32,", TypeError, X.bfloat16(), weight=WIDE),
-    "no running_var": bad(RUNNING, "expected running_mean and running_var both or neither", running_var=None),
+    "no running_var": bad(
+        RUNNING, "running_mean and running_var both or neither, got no running_var", running_var=None
+    ),
     "no running_mean": bad(
-        RUNNING, "expected running_mean and running_var both or neither", running_mean=None
+        RUNNING, "running_mean and running_var both or neither, got no running_mean", running_mean=None
     ),
 }
 for dtype in (torch.int64, torch.uint8, torch.bool, torch.complex64):
@@ -377,6 +379,10 @@ OF_ANOTHER_KIND = {
     "a list in the statistics": (
         lambda: update(STATS._replace(var=[1.0] * 3), 0.1),
         "expected stats.var to be ndarray like stats.mean, got list{}",
+    ),
+    "statistics of a device for arrays": (
+        lambda: update(STATS._replace(mean=META), 0.1),
+        "expected stats.mean to be ndarray like the other arguments, got Tensor{}",
     ),
     "statistics of whole numbers": (
         lambda: update(STATS._replace(var=np.ones(3, int)), 0.1),

@@ -180,6 +180,18 @@ def test_empty_batches():
     assert distance(only.running_var, 0.9 + 0.1 * expected.var * 64 / 63) < 1e-6
 
 
+@pytest.mark.parametrize("momentum", [0.1, None])
+def test_a_layer_without_a_count(momentum):
+    """As torch's: where the average would be cumulative, nothing enters."""
+    layer, expected = mpisyncbn.SyncBatchNorm(3, momentum=momentum), nn.BatchNorm1d(3, momentum=momentum)
+    layer.num_batches_tracked = expected.num_batches_tracked = None
+    x = shard((4, 3), 1, 2.0)
+    layer(x)
+    expected(torch.cat(WORLD.allgather(x)))
+    for name, value in expected.named_buffers():
+        assert distance(layer.get_buffer(name), value) < 1e-6
+
+
 def test_a_batch_that_is_not_finite_is_kept_out_everywhere():
     mpisyncbn.functional._warn_not_finite.cache_clear()
     layer = mpisyncbn.SyncBatchNorm(3)
