@@ -392,6 +392,14 @@ OF_ANOTHER_KIND = {
         lambda: update(STATS._replace(count=4.0), 0.1),
         "expected stats.count to be a whole number, got float{}",
     ),
+    "a count of truths in the statistics": (
+        lambda: update(STATS._replace(count=np.array(True)), 0.1),
+        "expected stats.count to be a whole number, got bool{}",
+    ),
+    "a count of another kind": (
+        lambda: update(STATS._replace(count=torch.tensor(4)), 0.1),
+        "expected stats.count to be ndarray like stats.mean, got Tensor{}",
+    ),
     "a momentum for each channel": (
         lambda: update(STATS, np.ones(3)),
         "expected momentum from 0 to 1, or a 0-d tensor, got ndarray{}",
@@ -426,6 +434,24 @@ def test_what_is_of_another_kind(case):
 def test_a_negative_count():
     with pytest.raises(ValueError, match=re.escape(f"expected stats.count to be at least 0, got -1{HERE}")):
         update(STATS._replace(count=-1), 0.1)
+
+
+@pytest.mark.parametrize("momentum", [-0.1, 1.5, float("nan")])
+def test_a_momentum_out_of_range(momentum):
+    words = f"expected momentum from 0 to 1, or a 0-d tensor, got {momentum}{HERE}"
+    with pytest.raises(ValueError, match=re.escape(words)):
+        update(STATS, momentum)
+
+
+@pytest.mark.parametrize(
+    "running",
+    [np.zeros((3, 1)), np.zeros(3, int), np.zeros((3, 1), int), np.zeros(())],
+    ids=["2-D", "whole numbers", "both", "0-D"],
+)
+def test_running_statistics_that_are_no_vectors_of_floats(running):
+    words = "expected running_mean and running_var to be floating point, of one length, got"
+    with pytest.raises(ValueError, match=words):
+        functional.update_running_stats(running, running, STATS, 0.1)
 
 
 @pytest.mark.parametrize("name", ["weight", "bias"])
