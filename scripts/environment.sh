@@ -181,7 +181,7 @@ is_own() {
 # mpi_variables NAME: prints the variables, a line each, under which mpiexec and mpi4py are of the library of that name, or
 # of an mpiexec with that path; "system" is the first on PATH. Where that cannot be, prints why and fails.
 mpi_variables() {
-    local name=$1 mpiexec variables library found
+    local name=$1 mpiexec variables library yielding found
     case $name in
         system | /*)
             mpiexec=${name#system}
@@ -199,9 +199,9 @@ mpi_variables() {
                     mkdir -p "$venv/system/lib"
                     ln -sf "$library" "$venv/system/lib/libmpi.so.12"
                     variables+=("LD_LIBRARY_PATH=$venv/system/lib${LD_LIBRARY_PATH:+:$LD_LIBRARY_PATH}")
-                    found=$venv/system/lib/yielding.so
-                    if "${CC:-cc}" -O2 -shared -fPIC "$root/tests/yielding.c" -o "$found" -ldl; then
-                        variables+=("LD_PRELOAD=$found${LD_PRELOAD:+:$LD_PRELOAD}")
+                    yielding=$venv/system/lib/yielding.so
+                    if "${CC:-cc}" -O2 -shared -fPIC "$root/tests/yielding.c" -o "$yielding" -ldl; then
+                        variables+=("LD_PRELOAD=$yielding${LD_PRELOAD:+:$LD_PRELOAD}")
                     fi
                 fi
                 found=$(env "${variables[@]}" bash -c "$(declare -f one_world); one_world") && break
@@ -224,6 +224,8 @@ mpi_variables() {
 # pytest_at SIZE [ARGUMENTS OF python]: sets the array "pytest" to what runs pytest on that many ranks. One rank needs no
 # mpiexec, and takes on what one is enough for: there, two processes share out the files.
 pytest_at() {
+    # mpiexec may give each rank a terminal of its own, where pytest sees colours wanted.
+    [[ -t 1 ]] || export NO_COLOR=1
     pytest=(python "${@:2}" -m pytest -p no:cacheprovider)
     if (($1 == 1)); then
         pytest+=(--numprocesses 2 --dist loadfile)

@@ -244,21 +244,19 @@ def limit_of(stage: Stage, copies: dict[bool, Path]) -> float:
 
 
 def first_to_fail(module: str, copies: dict[bool, Path], limits: list[float]) -> Outcome:
-    """Tests that are named after the module come first: most mutants fail there."""
     for number, (stage, limit) in enumerate(zip(STAGES, limits, strict=True)):
-        tests = sorted(stage.tests, key=lambda name: f"{name}.py" != module)
-        ordered = stage._replace(tests=tuple(tests))
-        status, output = run(ordered, copies[stage.native], limit, PYTHONDONTWRITEBYTECODE="1")
+        status, output = run(stage, copies[stage.native], limit, module, PYTHONDONTWRITEBYTECODE="1")
         if status:
             return Outcome(number + 1, status, next(iter(FAILED.findall(output)), ""))
     return Outcome(None)
 
 
-def run(stage: Stage, copy: Path, limit: float, **variables: str) -> tuple[int, str]:
-    """Status and output of the tests."""
+def run(stage: Stage, copy: Path, limit: float, module: str = "", **variables: str) -> tuple[int, str]:
+    """Status and output of the tests. Those named after the module come first: most mutants fail there."""
     variables |= {"PYTHONPATH": str(copy), "MPISYNCBN_TEST_EXAMPLES": "10", "MPISYNCBN_TIMEOUT": "20"}
-    arguments = ["-p", "no:cacheprovider", "-x", *(f"tests/test_{name}.py" for name in stage.tests)]
-    if set(stage.tests) == set(FEW):
+    tests = sorted(stage.tests, key=lambda name: f"{name}.py" != module)
+    arguments = ["-p", "no:cacheprovider", "-x", *(f"tests/test_{name}.py" for name in tests)]
+    if stage.tests is FEW:
         arguments += ["-k", f"not {LATER}"]
     if stage.ranks == 1:
         process = FORK.Process(target=run_here, args=(copy, arguments, variables), daemon=True)

@@ -443,17 +443,6 @@ def test_a_momentum_out_of_range(momentum):
         update(STATS, momentum)
 
 
-@pytest.mark.parametrize(
-    "running",
-    [np.zeros((3, 1)), np.zeros(3, int), np.zeros((3, 1), int), np.zeros(())],
-    ids=["2-D", "whole numbers", "both", "0-D"],
-)
-def test_running_statistics_that_are_no_vectors_of_floats(running):
-    words = "expected running_mean and running_var to be floating point, of one length, got"
-    with pytest.raises(ValueError, match=words):
-        functional.update_running_stats(running, running, STATS, 0.1)
-
-
 @pytest.mark.parametrize("name", ["weight", "bias"])
 def test_a_vector_of_length_0_is_not_none(name):
     """Native code tells them apart by more than their address, which neither has."""
