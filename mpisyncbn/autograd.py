@@ -86,7 +86,7 @@ def sync_batch_norm(
             f"expected momentum to be a number, got None{on_rank()}: only a layer counts the batches that a "
             "cumulative average needs"
         )
-    y, stats = batch_norm(
+    y, stats, near = batch_norm(
         input,
         running_mean,
         running_var,
@@ -100,7 +100,7 @@ def sync_batch_norm(
         residual,
     )
     if running_mean is not None and running_var is not None:
-        functional.enter_batch(running_mean, running_var, None, stats, momentum)
+        functional.enter_batch(running_mean, running_var, None, stats, momentum, near)
     return y
 
 
@@ -116,8 +116,8 @@ def batch_norm(
     layer: str,
     activation: str | None = None,
     residual: Tensor | None = None,
-) -> tuple[Tensor, BatchStats]:
-    """``y`` and, for the running statistics, those of the batch, while training.
+) -> tuple[Tensor, BatchStats, BatchStats]:
+    """``y`` and, for the running statistics, those of the batch, while training; and the same where ``x`` is.
 
     ``layer`` is a name, or a key as ``Communicator.name_of`` takes it. Where the call
     repeats an earlier one the statistics have a count of 0, so that they are not entered twice.
@@ -141,13 +141,14 @@ def batch_norm(
         handle = _handle(process_group)
         y, mean, var, invstd, count, first_time = _Traced.apply(x, weight, bias, eps, handle, layer, dtype)
         # The compiler does the fusing there.
-        return finish(y, activation, residual), BatchStats(mean, var, invstd, count * first_time)
+        stats = BatchStats(mean, var, invstd, count * first_time)
+        return finish(y, activation, residual), stats, stats
     group = resolve(process_group)
     step = _Step(group, group.name_of(layer), x.shape[1], dtype, eps, activation == "relu")
     function = _Transformable if torch._C._are_functorch_transforms_active() else _SyncBatchNorm
     y = function.apply(x, weight, bias, residual, step)
     check_count(step.stats.count, x)
-    return y, step.stats._replace(count=0) if _recomputing() else step.stats
+    return y, step.stats._replace(count=0) if _recomputing() else step.stats, step.near
 
 
 def _fits(

@@ -57,10 +57,19 @@ class SyncBatchNorm(convert.Synchronized):
         bias: bool = True,
         activation: str | None = None,
     ) -> None:
-        super().__init__(num_features, eps, momentum, affine, track_running_stats, device, dtype, bias=bias)
+        super().__init__(num_features, eps, momentum, affine, track_running_stats, device, dtype)
+        if not bias:  # by hand: of older torch, 2.11 for one, the base class has no such argument
+            self.register_parameter("bias", None)
         self.activation = activation
         self.process_group = process_group
         self._key = convert.new_key()
+
+    def reset_parameters(self) -> None:
+        self.reset_running_stats()
+        if self.weight is not None:
+            nn.init.ones_(self.weight)
+        if self.bias is not None:
+            nn.init.zeros_(self.bias)
 
     def forward(self, input: Tensor, residual: Tensor | None = None) -> Tensor:
         activation = self.activation
@@ -79,7 +88,7 @@ class SyncBatchNorm(convert.Synchronized):
             running_var = _tensor(self, self._buffers, "running_var")
             batches = _tensor(self, self._buffers, "num_batches_tracked")
             check_batches(batches)
-        y, stats = autograd.batch_norm(
+        y, stats, near = autograd.batch_norm(
             input,
             running_mean,
             running_var,
@@ -97,7 +106,7 @@ class SyncBatchNorm(convert.Synchronized):
             if momentum is None:  # cumulative; as a tensor, so that no device is waited for
                 exact = torch.float64 if has_float64(batches) else torch.float32
                 momentum = 0.0 if batches is None else (batches + 1).to(exact).reciprocal()
-            functional.enter_batch(running_mean, running_var, batches, stats, momentum)
+            functional.enter_batch(running_mean, running_var, batches, stats, momentum, near)
         return y
 
     def extra_repr(self) -> str:

@@ -161,8 +161,18 @@ def update_running_stats(running_mean: Any, running_var: Any, stats: BatchStats,
     return enter_batch(running_mean, running_var, None, stats, momentum)
 
 
-def enter_batch(running_mean: Any, running_var: Any, batches: Any, stats: BatchStats, momentum: Any) -> Any:
-    """The same, and one more in the tensor ``batches``, if it is not None. Where anything raises, neither."""
+def enter_batch(
+    running_mean: Any,
+    running_var: Any,
+    batches: Any,
+    stats: BatchStats,
+    momentum: Any,
+    near: BatchStats | None = None,
+) -> Any:
+    """The same, and one more in the tensor ``batches``, if it is not None. Where anything raises, neither.
+
+    ``near``: the same statistics where the input is, if they are known there.
+    """
     count = stats.count
     if (
         type(stats.mean) is np.ndarray
@@ -198,7 +208,13 @@ def enter_batch(running_mean: Any, running_var: Any, batches: Any, stats: BatchS
         if not fits and not (np.abs(mean).max() <= limit and unbiased.max() <= limit):
             _warn_not_finite(on_rank())
             return False
-    transport.blend((running_mean, running_var), (mean, unbiased), momentum, batches)
+    enter = None
+    if near is not None and near.mean is not stats.mean and type(momentum) is float:
+        enter = getattr(kernels_for(running_mean), "enter_batch", None)  # in one kernel, without a copy
+    vectors = running_mean, running_var, batches
+    over = count / max(count - 1, 1)
+    if enter is None or not enter(*vectors, near.mean, near.var, over, momentum):  # type: ignore[union-attr]
+        transport.blend((running_mean, running_var), (mean, unbiased), momentum, batches)
     return True
 
 

@@ -25,36 +25,65 @@ class _Torch:
 
     def __init__(self, device: Any) -> None:
         self.torch, self.device = loaded_torch(), device
+        self._streams: dict[Any, Any] = {}
 
     def current(self) -> Any:
         return self.torch.cuda.device(self.device)
 
     def empty(self, length: int) -> tuple[Any, int]:
-        vector = self.torch.empty(length, dtype=self.torch.float64, device=self.device)
+        with self.torch.inference_mode(False):  # which would not let it be written to when it is over
+            vector = self.torch.empty(length, dtype=self.torch.float64, device=self.device)
         return vector, vector.data_ptr()
 
     def join(self, vectors: Sequence[Any], out: Any) -> None:
         self.torch.cat(tuple(vectors), out=out)
 
     def pinned(self, length: int) -> tuple[Any, np.ndarray]:
-        memory = self.torch.empty(length, dtype=self.torch.float64, device="cpu", pin_memory=True)
+        with self.torch.inference_mode(False):
+            memory = self.torch.empty(length, dtype=self.torch.float64, device="cpu", pin_memory=True)
         return memory, memory.numpy()
 
     def event(self) -> Any:
         return self.torch.cuda.Event()
 
     def record(self, event: Any) -> None:
-        event.record(self.torch.cuda.current_stream(self.device))
+        # an object for the current stream takes torch ten times as long to make as to know which it is
+        key = self.torch._C._cuda_getCurrentStream(self.device.index)
+        stream = self._streams.get(key)
+        if stream is None:
+            stream = self._streams[key] = self.torch.cuda.current_stream(self.device)
+        event.record(stream)
 
-    def download(self, vector: Any, memory: Any) -> None:
-        memory.copy_(vector.detach(), non_blocking=True)
+    def download(self, vectors: Sequence[Any], memory: Any) -> None:
+        matrix = vectors[0]._base
+        if matrix is not None and _are_rows(vectors, matrix):  # as kernels return them: in one copy
+            memory.copy_(matrix.detach().view(-1), non_blocking=True)
+            return
+        lengths = [vector.shape[0] for vector in vectors]
+        for vector, part in zip(vectors, memory.split(lengths), strict=True):
+            part.copy_(vector.detach(), non_blocking=True)
 
-    def upload(self, memory: Any, dtype: str) -> Any:
-        return memory.view(getattr(self.torch, dtype)).to(self.device, non_blocking=True)
+    def upload(self, memory: Any, rows: int) -> Sequence[Any]:
+        return memory.view(rows, -1).to(self.device, non_blocking=True).unbind()
 
     def capturing(self) -> bool:
+        if self.torch.cuda.current_device() == self.device.index:
+            return self.torch.cuda.is_current_stream_capturing()
         with self.current():
             return self.torch.cuda.is_current_stream_capturing()
+
+
+def _are_rows(vectors: Sequence[Any], matrix: Any) -> bool:
+    """Whether these are all rows of a matrix without gaps, one below the other."""
+    length = vectors[0].shape[0]
+    if matrix.numel() != len(vectors) * length or not matrix.is_contiguous():
+        return False
+    begin = matrix.storage_offset()
+    for vector in vectors:
+        if vector._base is not matrix or vector.storage_offset() != begin or vector.shape[0] != length:
+            return False
+        begin += length
+    return vectors[0].dtype == matrix.dtype and vectors[0].stride(0) == 1
 
 
 class _CuPy:
@@ -90,16 +119,19 @@ class _CuPy:
         with self.device:
             event.record(self.cupy.cuda.get_current_stream())
 
-    def download(self, vector: Any, memory: Any) -> None:
+    def download(self, vectors: Sequence[Any], memory: Any) -> None:
+        begin = 0
         with self.device:
-            self.cupy.ascontiguousarray(vector, "float64").get(out=memory, blocking=False)
+            for vector in vectors:
+                end = begin + len(vector)
+                self.cupy.ascontiguousarray(vector, "float64").get(out=memory[begin:end], blocking=False)
+                begin = end
 
-    def upload(self, memory: Any, dtype: str) -> Any:
-        memory = memory.view(dtype)
+    def upload(self, memory: Any, rows: int) -> Sequence[Any]:
         with self.device:
-            vector = self.cupy.empty(memory.shape, dtype)
-            vector.set(memory)
-            return vector
+            matrix = self.cupy.empty((rows, len(memory) // rows))
+            matrix.set(memory.reshape(matrix.shape))
+            return list(matrix)
 
     def capturing(self) -> bool:
         with self.device:
@@ -111,7 +143,7 @@ class Stage:
 
     def __init__(self, driver: Any) -> None:
         self.driver = driver
-        self._slots: list[Any] = [None] * _SLOTS
+        self._slots: list[_Slot | None] = [None] * _SLOTS
         self._turn = 0
 
     def to_host(self, vectors: Sequence[Any]) -> list[np.ndarray]:
@@ -120,40 +152,53 @@ class Stage:
         Views of a buffer: use them before the next few copies of this thread.
         """
         _refuse_capture(self.driver)
-        lengths = [len(vector) for vector in vectors]
+        lengths = [vector.shape[0] for vector in vectors]
         memory, array, event = self._slot(sum(lengths))
-        begin, found = 0, []
-        for vector, length in zip(vectors, lengths, strict=True):
-            self.driver.download(vector, memory[begin : begin + length])
-            found.append(array[begin : begin + length])
-            begin += length
+        self.driver.download(vectors, memory)
         self.driver.record(event)
         event.synchronize()
+        found, begin = [], 0
+        for length in lengths:
+            found.append(array[begin : begin + length])
+            begin += length
         return found
 
-    def to_device(self, vectors: Sequence[np.ndarray], dtype: str = "float64") -> list[Any]:
-        """Vectors of one length as rows of one array on the device, without waiting for it."""
-        rows, length = len(vectors), len(vectors[0])
-        words = -(-rows * length * np.dtype(dtype).itemsize // 8)
-        memory, array, event = self._slot(words)
-        staged = array[:words].view(dtype)[: rows * length].reshape(rows, length)
-        for row, vector in zip(staged, vectors, strict=True):
-            row[...] = vector
-        uploaded = self.driver.upload(memory[:words], dtype)[: rows * length].reshape(rows, length)
+    def to_device(self, vectors: Sequence[np.ndarray]) -> Sequence[Any]:
+        """Vectors of one length as rows of one float64 array on the device, without waiting for it."""
+        memory, array, event = self._slot(len(vectors) * len(vectors[0]))
+        np.concatenate(vectors, out=array)
+        uploaded = self.driver.upload(memory, len(vectors))
         self.driver.record(event)
-        return list(uploaded)
+        return uploaded
 
-    def _slot(self, length: int) -> Any:
+    def _slot(self, length: int) -> tuple[Any, np.ndarray, Any]:
         """The next buffer, once the copies that use it are done: memory, its NumPy view, and their event."""
         self._turn = (self._turn + 1) % _SLOTS
         slot = self._slots[self._turn]
-        if slot is not None:
-            slot[2].synchronize()
-        if slot is None or len(slot[1]) < length:
-            size = max(512, 1 << (length - 1).bit_length())
-            event = self.driver.event() if slot is None else slot[2]
-            slot = self._slots[self._turn] = (*self.driver.pinned(size), event)
-        return slot
+        if slot is None:
+            slot = self._slots[self._turn] = _Slot(self.driver)
+        slot.event.synchronize()
+        return *slot.part(length), slot.event
+
+
+class _Slot:
+    """A pinned buffer that grows, and the event behind what was last copied from or to it."""
+
+    def __init__(self, driver: Any) -> None:
+        self._driver, self.event = driver, driver.event()
+        self._size = 0
+        self._parts: dict[int, tuple[Any, np.ndarray]] = {}
+
+    def part(self, length: int) -> tuple[Any, np.ndarray]:
+        """Its first values, as memory and as an array. Layers ask for few lengths again and again."""
+        part = self._parts.get(length)
+        if part is None:
+            if length > self._size:
+                self._size = max(512, 1 << (length - 1).bit_length())
+                self._parts = {self._size: self._driver.pinned(self._size)}
+            memory, array = self._parts[self._size]
+            part = self._parts[length] = memory[:length], array[:length]
+        return part
 
 
 class DeviceMessage:

@@ -146,15 +146,14 @@ def to_host(*vectors: Any) -> Sequence[np.ndarray]:
     return [vector.detach().to("cpu").double().numpy() for vector in vectors]
 
 
-def near(x: Any, *vectors: Any, dtype: str = "float64") -> Sequence[Any]:
+def near(x: Any, *vectors: Any) -> Sequence[Any]:
     """The vectors where kernels for ``x`` take them: NumPy ones are copied to its device, if it is on one."""
     if not isinstance(vectors[0], np.ndarray) or on_host(x):
         return vectors
     stage = stage_of(x)
     if stage is not None:
-        return stage.to_device(vectors, dtype)
-    if dtype == "float64" and not has_float64(x):
-        dtype = "float32"
+        return stage.to_device(vectors)
+    dtype = "float64" if has_float64(x) else "float32"
     return list(loaded_torch().from_numpy(np.stack(vectors).astype(dtype)).to(x.device))
 
 
@@ -188,11 +187,8 @@ def blend(running: Sequence[Any], batch: Sequence[np.ndarray], momentum: Any, ba
     wide = first.dtype
     if wide.itemsize < 4:
         wide = torch.float64 if has_float64(first) else torch.float32
-    dtype = "float32" if wide == torch.float32 else "float64"
-    if on_host(first):
-        news = [torch.from_numpy(vector.astype(dtype)) for vector in batch]
-    else:
-        news = near(first, *batch, dtype=dtype)
+    news = [torch.from_numpy(vector) for vector in batch] if on_host(first) else near(first, *batch)
+    news = [new.to(wide) for new in news]
     weight = momentum.to(wide) if hasattr(momentum, "ndim") else momentum
     with _all_or_nothing(*running, *(() if batches is None else (batches,))):
         for old, new in zip(running, news, strict=True):

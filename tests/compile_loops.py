@@ -22,7 +22,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from mpisyncbn.kernels import cuda, cuda_loops
+from mpisyncbn.kernels import cuda_loops, cuda_plans
 
 POINTERS = {torch.float64: "*fp64", torch.float32: "*fp32", torch.bfloat16: "*bf16"}
 VECTOR = "*fp64"
@@ -43,7 +43,7 @@ def arguments(dtype: torch.dtype, shape: tuple[int, int, int]) -> Iterator[tuple
     """Every kernel and option, with what it is called with; pointers by their type."""
     x = POINTERS[dtype]
     parameter = VECTOR if dtype == torch.float64 else "*fp32"
-    plan = cuda._sums_plan(*shape, dtype, MULTIPROCESSORS)
+    plan = cuda_plans.sums(*shape, dtype, MULTIPROCESSORS)
     named = ("rows", "width", "stride", "tiles", "share", "channels")
     sums = {
         "parts": VECTOR if plan.shares > 1 else None,
@@ -51,16 +51,21 @@ def arguments(dtype: torch.dtype, shape: tuple[int, int, int]) -> Iterator[tuple
         **dict(zip(named, plan.sizes, strict=True)),
     }
     vectors = {"mean": VECTOR, "invstd": VECTOR, "weight": parameter}
-    yield cuda_loops.moments, {"x": x, **sums, **plan.options}
+    yield cuda_loops.moments, {"x": x, "ONE": plan.one, **sums, **plan.options}
     for gate, y in ((False, None), (True, None), (True, x)):
         more = {"dy": x, "x": x, "y": y, "dz": y, **vectors, "bias": parameter, "GATE": gate}
-        yield cuda_loops.backward_sums, {**more, **sums, **cuda._sums_options(plan, y)}
-    merged = {"parts": VECTOR, "out": VECTOR, "shares": 7, **cuda._SMALL}
-    merged |= {"ROWS": cuda._PARTS, "COLUMNS": cuda._PART_COLUMNS}
+        yield cuda_loops.backward_sums, {**more, **sums, **plan.options}
+    merged = {"parts": VECTOR, "out": VECTOR, "shares": 7, **cuda_plans.merging(7, 512).options}
     yield cuda_loops.merge_sums, {"length": 512, **merged}
     yield cuda_loops.merge_moments, {"channels": 256, "SPLIT_MEAN": dtype == torch.float64, **merged}
-    _, sizes, options = cuda._small_plan(*shape, dtype)
-    small = {**dict(zip(("rows", "width", "channels", "column_tiles"), sizes, strict=True)), **options}
+    entering = cuda_plans.entering(256, 1.0, 0.1)
+    running = {"running_mean": parameter, "running_var": parameter, "batches": "*i64"}
+    named = ("channels", "to_unbiased", "momentum")
+    numbers = dict(zip(named, entering.sizes, strict=True))
+    yield cuda_loops.enter_batch, {**running, "mean": VECTOR, "var": VECTOR, **numbers, **entering.options}
+    plan = cuda_plans.elements(*shape, dtype, MULTIPROCESSORS)
+    named = ("rows", "width", "stride", "channels", "column_tiles")
+    small = {**dict(zip(named, plan.sizes, strict=True)), **plan.options}
     for residual, relu, bias in ((None, False, parameter), (x, True, None)):
         yield (
             cuda_loops.normalize,
@@ -82,7 +87,8 @@ def compiled(kernel: Any, values: dict[str, Any], architecture: int) -> Any:
             signature[parameter.name] = "constexpr"
             constants[parameter.name] = value
             continue
-        signature[parameter.name] = value if isinstance(value, str) else "i32"
+        wide = isinstance(value, int) and value >= 2**31
+        signature[parameter.name] = value if isinstance(value, str) else "i64" if wide else "i32"
         if isinstance(value, str) or (value % 16 == 0 and not plain):
             attributes[(place,)] = [["tt.divisibility", 16]]
     source = ASTSource(kernel, signature, constants, attributes)

@@ -175,18 +175,18 @@ class SlowDevice:
     def record(self, event: Event) -> None:
         self.queue.append(event)
 
-    def download(self, vector: Tensor, memory: Tensor) -> None:
+    def download(self, vectors: Any, memory: Tensor) -> None:
         memory.fill_(torch.nan)
-        values = vector.detach().clone()  # what runs later on a stream does not change what is read
+        values = torch.cat(tuple(vectors)).detach()  # what runs later on a stream changes nothing here
         self.queue.append(lambda: memory.copy_(values))
 
-    def upload(self, memory: Tensor, dtype: str) -> Tensor:
-        source = memory.view(getattr(torch, dtype))
-        vector = torch.full_like(source, torch.nan)
-        self.queue.append(lambda: vector.copy_(source))
+    def upload(self, memory: Tensor, rows: int) -> Any:
+        source = memory.view(rows, -1)
+        matrix = torch.full_like(source, torch.nan)
+        self.queue.append(lambda: matrix.copy_(source))
         if not self.lazy_uploads:
             self.run_until(None)
-        return vector
+        return matrix.unbind()
 
     def capturing(self) -> bool:
         return self.is_capturing

@@ -276,15 +276,15 @@ def test_buffers_are_not_used_too_early(device):
     device.lazy_uploads = True
     stage = staging.stage_of(torch.zeros(1))
     sent = [np.arange(4.0) + step for step in range(100)]
-    got = [stage.to_device([values, -values], "float32") for values in sent]
+    got = [stage.to_device([values, -values]) for values in sent]
     device.run_until(None)
     for values, (first, second) in zip(sent, got, strict=True):
         assert first.tolist() == values.tolist()
         assert second.tolist() == (-values).tolist()
     # and the test can fail
     for slot in stage._slots:
-        slot[2].synchronize = lambda: None
-    got = [stage.to_device([values], "float64")[0] for values in sent]
+        slot.event.synchronize = lambda: None
+    got = [stage.to_device([values])[0] for values in sent]
     device.run_until(None)
     assert [vector.tolist() for vector in got] != [values.tolist() for values in sent]
 
@@ -394,7 +394,7 @@ compile_loops.main([{architecture}], {shapes})
 """
     )
     lines = [line.split() for line in out.splitlines()]
-    assert len(lines) == 3 * len(shapes) * 10
+    assert len(lines) == 3 * len(shapes) * 11
     for line in lines:
         _, dtype, shape, kernel, *rest = line
         figures = dict(zip(rest[::2], map(int, rest[1::2]), strict=True))

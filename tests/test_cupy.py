@@ -241,13 +241,6 @@ def test_staged_to_the_device_and_not_waited_for(cupy, driver):
     assert all(right) if driver is staging._CuPy else not all(right)
 
 
-def test_staged_as_float32(cupy):
-    stage, rows = staging.Stage(staging._CuPy(cupy.cuda.Device(0))), np.arange(6.0).reshape(2, 3)
-    found = stage.to_device(list(rows), "float32")
-    assert [row.dtype for row in found] == [np.float32] * 2
-    assert np.array_equal([row.get() for row in found], rows)
-
-
 @pytest.mark.parametrize("waiting", [True, False])
 def test_a_message_is_whole_when_mpi_gets_it(cupy, monkeypatch, waiting):
     if not waiting:

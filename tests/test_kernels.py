@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from device import GPU, OnDevice, needs_triton
+from device import GPU, OnDevice, needs_triton, there
 from device import cuda as triton_kernels
 from hypothesis import given
 from hypothesis import strategies as st
@@ -630,10 +630,10 @@ def test_large_values_have_moments(kernels):
 )
 def test_how_sums_are_shared_out(samples, channels, length, dtype):
     """Every tile to one program; no more than float32 can add up, and no more programs than CUDA counts."""
-    plan = cuda.module._sums_plan(samples, channels, length, dtype, 132)
+    plan = cuda.module.cuda_plans.sums(samples, channels, length, dtype, 132)
     rows, width, _, tiles, share, _ = plan.sizes
     height, columns = plan.options["ROWS"], plan.options["COLUMNS"]
-    blocks, shares = plan.grid
+    blocks, shares, _ = plan.grid
     planes = plan.options["PLANES"]
     across = -(-width // columns)
     with together():
@@ -643,6 +643,77 @@ def test_how_sums_are_shared_out(samples, channels, length, dtype):
         assert shares <= 65535
         assert share <= 64 or shares > 65535 // 2
         assert height * columns <= 1 << 14
+
+
+@needs_triton
+@given(
+    st.integers(1, 1 << 33), st.integers(1, 5000), st.integers(1, 1 << 32), st.sampled_from(list(TOLERANCE))
+)
+def test_how_elements_are_shared_out(samples, channels, length, dtype):
+    """Each to one program, and none to a program that is beyond the last."""
+    plan = cuda.module.cuda_plans.elements(samples, channels, length, dtype, 132)
+    rows, width, stride, _, across = plan.sizes
+    planes, steps = plan.options["PLANES"], plan.options["STEPS"]
+    high, columns = plan.options["ROWS"] * steps, plan.options["COLUMNS"]
+    down = plan.grid[0] // across // (channels if planes else 1)
+    with together():
+        assert (rows, width) == (samples, length if planes else channels)
+        assert stride == channels * length
+        assert plan.grid == (down * across * (channels if planes else 1), 1, 1)
+        assert (down - 1) * high < rows <= down * high
+        assert (across - 1) * columns < width <= across * columns
+        assert plan.options["ROWS"] * columns <= 1 << 12
+        assert width < 1 << 30 or plan.options["INDEX"] == cuda.module.cuda_plans.tl.int64
+
+
+@needs_triton
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("shape", [(50, 2, 7, 7), (6, 2, 63, 65), (6200, 33)], ids=str)
+def test_many_tiles(shape, dtype):
+    """One tile, shares of tiles of planes and of rows, and several tiles for each program."""
+    x, dy = shard(shape, 1, 3.0, dtype), shard(shape, 2, 0.5, dtype)
+    weight = shard(shape[1:2], 3)
+    check(cuda, x, dy, weight, None)
+
+
+@needs_triton
+@pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
+@pytest.mark.parametrize("channels", [1, 3, 700])
+def test_a_batch_enters_in_one_kernel(channels, dtype):
+    mean, var = (shard((channels,), seed, dtype=torch.float64) for seed in (1, 2))
+    running = [shard((channels,), seed).to(dtype) for seed in (3, 4)]
+    expected = [old.double().lerp(new, 0.1) for old, new in zip(running, (mean, var * 1.25), strict=True)]
+    arguments = [there(each.clone()) for each in (*running, torch.tensor(7), mean, var)]
+    versions = [each._version for each in arguments]
+    entered = cuda.module.enter_batch(*arguments, 1.25, 0.1)
+    bar = {torch.float64: 1e-15, torch.float32: 1e-7}.get(dtype, 1e-2)
+    with together():
+        assert entered
+        assert arguments[2].item() == 8
+        for found, wanted in zip(arguments, expected, strict=False):
+            assert distance(found.cpu(), wanted) < bar
+        changed = [each._version > before for each, before in zip(arguments, versions, strict=True)]
+        assert changed == [True, True, True, False, False]
+
+
+@needs_triton
+def test_what_a_kernel_must_not_write_to():
+    mean, var = (there(shard((4,), seed, dtype=torch.float64)) for seed in (1, 2))
+    plain, count = there(torch.ones(4)), there(torch.tensor(7))
+    with torch.inference_mode():
+        inferred = plain.clone()
+    refused = (
+        (there(torch.ones(8))[::2], plain, count),
+        (plain, plain.clone().requires_grad_(), count),
+        (plain, torch.nn.Parameter(plain.clone(), requires_grad=False), count),
+        (plain, plain.clone(), torch.empty((), device="meta")),
+        (inferred, plain, count),
+    )
+    entered = [cuda.module.enter_batch(*each, mean, var, 1.0, 0.1) for each in refused]
+    with together():
+        assert not any(entered)
+        assert torch.equal(plain.cpu(), torch.ones(4))
+        assert count.item() == 7
 
 
 class NoFloat64(TorchDispatchMode):

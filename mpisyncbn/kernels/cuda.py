@@ -5,38 +5,18 @@ The other vectors come and go in float64, on the device of ``x``. Nothing here w
 
 from __future__ import annotations
 
-import math
 from contextlib import nullcontext
 from functools import lru_cache
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
-import triton
-import triton.language as tl
 from torch import Tensor
 
-from . import cuda_loops
+from . import cuda_loops, cuda_plans
+from .cuda_plans import Plan
 from .layout import dense, like
 
-__all__ = ["backward_elementwise", "backward_reduce", "local_moments", "normalize"]
-
-# Sums: few large programs, because what they find has to be put together.
-_WARPS = 16
-_BYTES = 32 * _WARPS * 32  # in a tile of a program: two loads of 16 bytes for each of its threads
-_UNROLL = 2  # tiles that a program has under way: memory answers late
-_PROGRAMS = 2  # for each multiprocessor
-_LONGEST = 64  # tiles in a share: float32 keeps its digits in a sum as long
-_SHORTEST = 4  # tiles in a share, but for the last: less is not worth a second kernel
-_MOST_SHARES = 65535  # what CUDA lets a grid's second axis count
-_LINE = 128  # bytes side by side in a tile of channels: a cache line
-# Their merging: the same number of values again, but of float64 vectors.
-_PARTS, _PART_COLUMNS = 64, 16
-# Element by element: many small programs.
-_SMALL_WARPS = 4
-_SMALL_BYTES = 32 * _SMALL_WARPS * 64
-_MOST_ROWS = 16
-_SMALL = {"num_warps": _SMALL_WARPS, "enable_fp_fusion": True}
-_STEPS = 4  # tiles one below the other for each program: it loads the vectors once
+__all__ = ["backward_elementwise", "backward_reduce", "enter_batch", "local_moments", "normalize"]
 
 
 def local_moments(x: Tensor) -> tuple[int, Tensor, Tensor]:
@@ -46,12 +26,14 @@ def local_moments(x: Tensor) -> tuple[int, Tensor, Tensor]:
         x, plan = _planned(x)
         parts = _parts_of(x, plan, 4)
         with _device_of(x):
-            cuda_loops.moments[plan.grid](x, parts, found, *plan.sizes, **plan.options)
+            _start(cuda_loops.moments, plan, x, parts, found, ONE=plan.one)
             if parts is not None:
-                cuda_loops.merge_moments[(triton.cdiv(channels, _PART_COLUMNS),)](
-                    parts, found, plan.shares, channels, exact, _PARTS, _PART_COLUMNS, **_SMALL
-                )
-    return x.numel() // channels, found[:2] if exact else found[0], found[-1]
+                merging = cuda_plans.merging(plan.shares, channels)
+                _start(cuda_loops.merge_moments, merging, parts, found, SPLIT_MEAN=exact)
+    if exact:
+        return x.numel() // channels, found[:2], found[2]
+    mean, m2 = found.unbind()
+    return x.numel() // channels, mean, m2
 
 
 def normalize(
@@ -67,12 +49,9 @@ def normalize(
     y = torch.empty_like(x)
     if x.numel():
         residual = None if residual is None else like(residual, x)
-        mean, invstd, weight, bias = map(_vector, (mean, invstd, weight, bias))
-        grid, sizes, options = _small_plan(*_matrix(x), x.dtype)
+        vectors = map(_vector, (mean, invstd, weight, bias))
         with _device_of(x):
-            cuda_loops.normalize[grid](
-                x, residual, y, mean, invstd, weight, bias, *sizes, RELU=relu, **options
-            )
+            _start(cuda_loops.normalize, _elements(x), x, residual, y, *vectors, RELU=relu)
     return y
 
 
@@ -86,31 +65,20 @@ def backward_reduce(
     if x.numel():
         x, plan = _planned(x)
         dy = dz = like(dy, x)
-        mean, invstd, weight, bias = map(_vector, (mean, invstd, weight, bias))
+        vectors = map(_vector, (mean, invstd, weight, bias))
+        out = None
         if y is not None:
             y, dz = like(y, x), torch.empty_like(x)
+            out = dz
         parts = _parts_of(x, plan, 2)
         with _device_of(x):
-            cuda_loops.backward_sums[plan.grid](
-                dy,
-                x,
-                y,
-                None if y is None else dz,
-                mean,
-                invstd,
-                weight,
-                bias,
-                parts,
-                found,
-                *plan.sizes,
-                GATE=gate is not None,
-                **_sums_options(plan, y),
+            _start(
+                cuda_loops.backward_sums, plan, dy, x, y, out, *vectors, parts, found, GATE=gate is not None
             )
             if parts is not None:
-                cuda_loops.merge_sums[(triton.cdiv(2 * channels, _PART_COLUMNS),)](
-                    parts, found, plan.shares, 2 * channels, _PARTS, _PART_COLUMNS, **_SMALL
-                )
-    return found[0], found[1], dz
+                _start(cuda_loops.merge_sums, cuda_plans.merging(plan.shares, 2 * channels), parts, found)
+    sum_dy, sum_dy_xmu = found.unbind()
+    return sum_dy, sum_dy_xmu, dz
 
 
 def backward_elementwise(
@@ -127,19 +95,65 @@ def backward_elementwise(
     dx = torch.empty_like(x)
     relu = gate is not None and gate.y is None
     if x.numel():
-        grid, sizes, options = _small_plan(*_matrix(x), x.dtype)
-        vectors = mean, invstd, weight, gate.bias if relu else None, mean_dy, mean_dy_xmu
+        vectors = map(_vector, (mean, invstd, weight, gate.bias if relu else None, mean_dy, mean_dy_xmu))
         with _device_of(x):
-            cuda_loops.backward_elementwise[grid](
-                like(dz, x),
-                x,
-                dx,
-                *map(_vector, vectors),
-                *sizes,
-                GATE=relu,
-                **options,
-            )
+            _start(cuda_loops.backward_elementwise, _elements(x), like(dz, x), x, dx, *vectors, GATE=relu)
     return dx
+
+
+def enter_batch(
+    running_mean: Tensor,
+    running_var: Tensor,
+    batches: Tensor | None,
+    mean: Tensor,
+    var: Tensor,
+    to_unbiased: float,
+    momentum: float,
+) -> bool:
+    """``running += momentum * (batch - running)``, ``var`` times ``to_unbiased``; and one more batch.
+
+    Returns False for tensors that only torch's own operations know how to write to, or have to refuse.
+    """
+    written = [each for each in (running_mean, running_var, batches) if each is not None]
+    if torch._C._are_functorch_transforms_active() or not all(_plain(each, mean) for each in written):
+        return False
+    torch._C._increment_version(written)  # as every operation in place tells autograd
+    plan = cuda_plans.entering(mean.shape[0], to_unbiased, momentum)
+    with _device_of(mean):
+        _start(cuda_loops.enter_batch, plan, running_mean, running_var, batches, mean, var)
+    return True
+
+
+def _plain(each: Tensor, mean: Tensor) -> bool:
+    kinds = type(each) is Tensor and each.device == mean.device
+    return kinds and each.is_contiguous() and not each.requires_grad and not each.is_inference()
+
+
+def try_out(device: torch.device) -> None:
+    """Raises where Triton cannot start a kernel: it needs a C compiler, and a driver that knows its code."""
+    ones = torch.ones((1, 1), dtype=torch.float64, device=device)
+    with _device_of(ones):
+        _start(cuda_loops.merge_sums, cuda_plans.merging(1, 1), ones, torch.empty_like(ones))
+
+
+def _start(kernel: Any, plan: Plan, *tensors: Tensor | None, **constants: Any) -> None:
+    """Start a kernel on the current stream.
+
+    Triton looks at every argument anew at each call, which takes the host longer than the start itself. The
+    sizes of a plan are the same each time; of tensors it is their dtype and alignment that matters.
+    """
+    seen = [None if each is None else (each.dtype, each.data_ptr() % 16) for each in tensors]
+    key = (id(kernel), tensors[0].device, *constants.values(), *seen)  # type: ignore[union-attr]
+    known = plan.started.get(key)
+    if known is not None:
+        again, rest = known
+        again(*tensors, *rest)
+        return
+    options = plan.options | constants
+    compiled = kernel[plan.grid](*tensors, *plan.sizes, **options)
+    if compiled is not None:  # there is nothing to keep in Triton's interpreter
+        last = kernel.params[len(tensors) + len(plan.sizes) :]
+        plan.started[key] = compiled[plan.grid], (*plan.sizes, *(options[each.name] for each in last))
 
 
 def _sums_of(x: Tensor, rows: int) -> Tensor:
@@ -148,103 +162,18 @@ def _sums_of(x: Tensor, rows: int) -> Tensor:
     return make((rows, x.shape[1]), dtype=torch.float64)
 
 
-def try_out(device: torch.device) -> None:
-    """Raises where Triton cannot start a kernel: it needs a C compiler, and a driver that knows its code."""
-    ones = torch.ones((1, 1), dtype=torch.float64, device=device)
-    with _device_of(ones):
-        cuda_loops.merge_sums[(1,)](ones, torch.empty_like(ones), 1, 1, _PARTS, _PART_COLUMNS, **_SMALL)
-
-
-class _Sums(NamedTuple):
-    """How the tiles of a tensor are shared out to programs that add them up, see cuda_loops.py."""
-
-    shares: int
-    grid: tuple[int, int]
-    sizes: tuple[int, ...]
-    options: dict[str, Any]
-
-
-def _parts_of(x: Tensor, plan: _Sums, rows: int) -> Tensor | None:
+def _parts_of(x: Tensor, plan: Plan, rows: int) -> Tensor | None:
     """Memory for what each program finds; None where one finds all."""
     return x.new_empty((plan.shares, rows, x.shape[1]), dtype=torch.float64) if plan.shares > 1 else None
 
 
-def _sums_options(plan: _Sums, y: Any) -> dict[str, Any]:
-    """Of backward_sums: with a third tensor to read, registers are for one tile at a time."""
-    return plan.options if y is None else plan.options | {"UNROLL": 1}
-
-
-def _planned(x: Tensor) -> tuple[Tensor, _Sums]:
+def _planned(x: Tensor) -> tuple[Tensor, Plan]:
     x = dense(x)
-    return x, _sums_plan(*_matrix(x), x.dtype, _multiprocessors(x.device))
+    return x, cuda_plans.sums(*_matrix(x), x.dtype, _multiprocessors(x.device))
 
 
-@lru_cache(maxsize=4096)
-def _sums_plan(samples: int, channels: int, length: int, dtype: torch.dtype, multiprocessors: int) -> _Sums:
-    planes = length > 1
-    width = length if planes else channels
-    values = _BYTES // dtype.itemsize
-    rows, columns = _tile(samples, width, values) if planes else _lines(samples, width, values, dtype)
-    down, across = triton.cdiv(samples, rows), triton.cdiv(width, columns)
-    tiles, blocks = (down * across, channels) if planes else (down, across)
-    wanted = max(1, _PROGRAMS * multiprocessors // blocks)
-    share = min(max(triton.cdiv(tiles, wanted), _SHORTEST), _LONGEST)
-    share = max(share, triton.cdiv(tiles, _MOST_SHARES))
-    shares = triton.cdiv(tiles, share)
-    sizes = samples, width, channels * length, tiles, share, channels
-    options = _options(planes, width, rows, columns, dtype, _WARPS) | {"UNROLL": _UNROLL}
-    return _Sums(shares, (blocks, shares), sizes, options)
-
-
-@lru_cache(maxsize=4096)
-def _small_plan(
-    samples: int, channels: int, length: int, dtype: torch.dtype
-) -> tuple[tuple[int], tuple[int, ...], dict[str, Any]]:
-    planes = length > 1
-    matrix = (samples * channels, length) if planes else (samples, channels)
-    values = _SMALL_BYTES // dtype.itemsize
-    rows, columns = _tile(*matrix, values) if planes else _lines(*matrix, values, dtype)
-    if planes:  # each row of a tile is of another channel, whose vectors take registers
-        rows = min(rows, _MOST_ROWS)
-    # Narrow tiles are high ones already.
-    steps = 1 if planes or columns < 16 else min(_STEPS, triton.cdiv(matrix[0], rows))
-    across = triton.cdiv(matrix[1], columns)
-    grid = (triton.cdiv(matrix[0], rows * steps) * across,)
-    options = _options(planes, matrix[1], rows, columns, dtype, _SMALL_WARPS) | {"STEPS": steps}
-    return grid, (*matrix, channels, across), options
-
-
-def _options(
-    planes: bool, width: int, rows: int, columns: int, dtype: torch.dtype, warps: int
-) -> dict[str, Any]:
-    return {
-        "ALIGN": math.gcd(width, 16),
-        "PLANES": planes,
-        "ROWS": rows,
-        "COLUMNS": columns,
-        "WIDE": tl.float64 if dtype == torch.float64 else tl.float32,
-        "num_warps": min(warps, max(1, rows * columns // 256)),  # of 32 threads, eight values each
-        "enable_fp_fusion": True,
-    }
-
-
-def _tile(rows: int, width: int, values: int) -> tuple[int, int]:
-    """Rows and columns, powers of two, of tiles of about ``values`` values of a matrix.
-
-    The wider the better for memory, but with few places beyond the edge of the matrix.
-    """
-    height = triton.next_power_of_2(rows)
-    least, most = max(32, values // height), triton.next_power_of_2(width)
-    widths = [1 << power for power in range(least.bit_length() - 1, values.bit_length())]
-    columns = min(widths, key=lambda c: triton.cdiv(width, c) * (c + 64))
-    columns = min(columns, most)
-    return min(height, values // columns), columns
-
-
-def _lines(rows: int, channels: int, values: int, dtype: torch.dtype) -> tuple[int, int]:
-    """The same where the columns are channels, whose sums are to be spread over programs."""
-    columns = min(triton.next_power_of_2(channels), _LINE // dtype.itemsize)
-    return min(triton.next_power_of_2(rows), values // columns), columns
+def _elements(x: Tensor) -> Plan:
+    return cuda_plans.elements(*_matrix(x), x.dtype, _multiprocessors(x.device))
 
 
 def _vector(values: Tensor | None) -> Any:

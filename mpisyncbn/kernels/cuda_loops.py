@@ -18,6 +18,7 @@ import triton.language as tl
 __all__ = [
     "backward_elementwise",
     "backward_sums",
+    "enter_batch",
     "merge_moments",
     "merge_sums",
     "moments",
@@ -37,29 +38,66 @@ def moments(
     share,
     channels,
     ALIGN: tl.constexpr,
+    INDEX: tl.constexpr,
     PLANES: tl.constexpr,
     ROWS: tl.constexpr,
     COLUMNS: tl.constexpr,
     WIDE: tl.constexpr,
-    UNROLL: tl.constexpr,
+    ONE: tl.constexpr,
 ):
     """Of each program's tiles: a value near the mean, what is missing to the mean, M2 and the count.
 
+    ``ONE``: each channel is a single tile.
     Grid: (channels or blocks of them, shares of tiles). ``parts``: (shares, 4, channels), float64; None where
     there is one share, and the result goes to ``out``, see merge_moments.
     """
     width, stride = _multiple(width, ALIGN), _multiple(stride, ALIGN)
     first = tl.program_id(1) * share
     last = tl.minimum(first + share, tiles)
-    values, _, count = _tile(x, first, rows, width, stride, PLANES, ROWS, COLUMNS)
+    values, mask, count = _tile(x, first, last, rows, width, stride, INDEX, PLANES, ROWS, COLUMNS)
     # Squares of distances from a value near the mean lose no digits.
-    near = (_down(values.to(tl.float64), PLANES) / count.to(tl.float64)).to(WIDE)
-    rest, m2, count = _about(x, near, first, last, rows, width, stride, PLANES, ROWS, COLUMNS, WIDE, UNROLL)
-    far = rest * rest * count > 4 * m2
-    if _any(far, PLANES):  # the first tile was not typical of the others: once more, about the mean
+    near = (_down(values.to(tl.float64), PLANES) * (1.0 / count.to(tl.float64))).to(WIDE)
+    rest, m2, total = _about(
+        x,
+        near,
+        values,
+        mask,
+        count,
+        first + 1,
+        last,
+        rows,
+        width,
+        stride,
+        ONE,
+        INDEX,
+        PLANES,
+        ROWS,
+        COLUMNS,
+        WIDE,
+    )
+    far = rest * rest * total > 4 * m2
+    if not ONE and _any(
+        far, PLANES
+    ):  # the first tile was not typical of the others: once more, about the mean
         near = tl.where(far, near + rest.to(WIDE), near)
-        rest, m2, count = _about(
-            x, near, first, last, rows, width, stride, PLANES, ROWS, COLUMNS, WIDE, UNROLL
+        values, mask, count = _tile(x, first, last, rows, width, stride, INDEX, PLANES, ROWS, COLUMNS)
+        rest, m2, total = _about(
+            x,
+            near,
+            values,
+            mask,
+            count,
+            first + 1,
+            last,
+            rows,
+            width,
+            stride,
+            ONE,
+            INDEX,
+            PLANES,
+            ROWS,
+            COLUMNS,
+            WIDE,
         )
     near = near.to(tl.float64)
     m2 = tl.where(m2 < 0, 0.0, m2)
@@ -72,7 +110,7 @@ def moments(
         tl.store(at, near, inside)
         tl.store(at + channels, rest, inside)
         tl.store(at + 2 * channels, m2, inside)
-        tl.store(at + 3 * channels, tl.zeros_like(rest) + count, inside)
+        tl.store(at + 3 * channels, tl.zeros_like(rest) + total, inside)
 
 
 @triton.jit(do_not_specialize=["shares"])
@@ -123,11 +161,11 @@ def backward_sums(
     channels,
     GATE: tl.constexpr,
     ALIGN: tl.constexpr,
+    INDEX: tl.constexpr,
     PLANES: tl.constexpr,
     ROWS: tl.constexpr,
     COLUMNS: tl.constexpr,
     WIDE: tl.constexpr,
-    UNROLL: tl.constexpr,
 ):
     """Of each program's tiles: the sums of ``dy`` and of ``dy * (x - mean)``.
 
@@ -144,8 +182,8 @@ def backward_sums(
     sum_dy_xmu = tl.zeros([ROWS, COLUMNS], WIDE)
     first = tl.program_id(1) * share
     last = tl.minimum(first + share, tiles)
-    for tile in tl.range(first, last, loop_unroll_factor=UNROLL):
-        offsets, mask, _ = _place(tile, rows, width, stride, PLANES, ROWS, COLUMNS)
+    for tile in range(first, last):
+        offsets, mask, _ = _place(tile, last, rows, width, stride, INDEX, PLANES, ROWS, COLUMNS)
         slope = tl.load(dy + offsets, mask, 0.0).to(WIDE)
         xmu = tl.load(x + offsets, mask, 0.0).to(WIDE) - high
         if GATE:
@@ -188,10 +226,12 @@ def normalize(
     bias,
     rows,
     width,
+    stride,
     channels,
     column_tiles,
     RELU: tl.constexpr,
     ALIGN: tl.constexpr,
+    INDEX: tl.constexpr,
     PLANES: tl.constexpr,
     STEPS: tl.constexpr,
     ROWS: tl.constexpr,
@@ -202,12 +242,14 @@ def normalize(
 
     Grid: the tiles, each of ``STEPS`` times ``ROWS`` rows.
     """
-    width = _multiple(width, ALIGN)
-    channel, inside = _channels(rows, width, channels, column_tiles, PLANES, ROWS, COLUMNS)
+    width, stride = _multiple(width, ALIGN), _multiple(stride, ALIGN)
+    channel, inside = _channels(width, channels, column_tiles, INDEX, PLANES, COLUMNS)
     high, rest = _center(mean, channel, inside, WIDE)
     scale, shift = _affine(invstd, weight, bias, rest, channel, inside, WIDE)
     for step in tl.static_range(STEPS):
-        offsets, mask = _elements(step, rows, width, column_tiles, STEPS, ROWS, COLUMNS)
+        offsets, mask = _elements(
+            step, rows, width, stride, channels, column_tiles, INDEX, PLANES, STEPS, ROWS, COLUMNS
+        )
         found = (tl.load(x + offsets, mask, 0.0).to(WIDE) - high) * scale + shift
         if residual is not None:
             found += tl.load(residual + offsets, mask, 0.0).to(WIDE)
@@ -229,10 +271,12 @@ def backward_elementwise(
     mean_dy_xmu,
     rows,
     width,
+    stride,
     channels,
     column_tiles,
     GATE: tl.constexpr,
     ALIGN: tl.constexpr,
+    INDEX: tl.constexpr,
     PLANES: tl.constexpr,
     STEPS: tl.constexpr,
     ROWS: tl.constexpr,
@@ -243,8 +287,8 @@ def backward_elementwise(
 
     With ``GATE``, ``dz`` is still what came into the ReLU. Grid: as that of ``normalize``.
     """
-    width = _multiple(width, ALIGN)
-    channel, inside = _channels(rows, width, channels, column_tiles, PLANES, ROWS, COLUMNS)
+    width, stride = _multiple(width, ALIGN), _multiple(stride, ALIGN)
+    channel, inside = _channels(width, channels, column_tiles, INDEX, PLANES, COLUMNS)
     high, rest = _center(mean, channel, inside, WIDE)
     scale, shift = _affine(invstd, weight, bias, rest, channel, inside, WIDE)
     inverse = tl.load(invstd + channel, inside, 0.0)
@@ -253,7 +297,9 @@ def backward_elementwise(
     rest_dy = (rest_dy - rest * slope).to(WIDE)
     slope = slope.to(WIDE)
     for step in tl.static_range(STEPS):
-        offsets, mask = _elements(step, rows, width, column_tiles, STEPS, ROWS, COLUMNS)
+        offsets, mask = _elements(
+            step, rows, width, stride, channels, column_tiles, INDEX, PLANES, STEPS, ROWS, COLUMNS
+        )
         xmu = tl.load(x + offsets, mask, 0.0).to(WIDE) - high
         found = tl.load(dz + offsets, mask, 0.0).to(WIDE)
         if GATE:
@@ -262,20 +308,65 @@ def backward_elementwise(
         tl.store(dx + offsets, found.to(dx.dtype.element_ty), mask)
 
 
+@triton.jit(do_not_specialize=["channels"])
+def enter_batch(
+    running_mean, running_var, batches, mean, var, channels, to_unbiased, momentum, COLUMNS: tl.constexpr
+):
+    """The running statistics moved towards those of a batch, and one more in ``batches``, if it is not None.
+
+    ``to_unbiased``, ``momentum``: the bits of float64 numbers.
+    """
+    channel = tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)
+    inside = channel < channels
+    _blend(running_mean, tl.load(mean + channel, inside, 0.0), momentum, channel, inside)
+    unbiased = tl.load(var + channel, inside, 0.0) * _number(to_unbiased)
+    _blend(running_var, unbiased, momentum, channel, inside)
+    if batches is not None:
+        tl.store(batches, tl.load(batches) + 1, tl.program_id(0) == 0)
+
+
 @triton.jit
-def _place(tile, rows, width, stride, PLANES: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
-    """Offsets, mask and number of values per channel of a tile of this program's channels."""
+def _blend(running, new, momentum, channel, inside):
+    old = tl.load(running + channel, inside, 0.0).to(tl.float64)
+    blended = old + _number(momentum) * (new - old)
+    if running.dtype.element_ty != tl.float64:
+        blended = blended.to(tl.float32)  # as torch does it on the way to half precision
+    tl.store(running + channel, blended.to(running.dtype.element_ty), inside)
+
+
+@triton.jit
+def _number(bits):
+    return tl.cast(tl.cast(bits, tl.int64), tl.float64, bitcast=True)
+
+
+@triton.jit
+def _place(
+    tile,
+    last,
+    rows,
+    width,
+    stride,
+    INDEX: tl.constexpr,
+    PLANES: tl.constexpr,
+    ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+):
+    """Offsets, mask and number of values per channel of a tile of this program's channels.
+
+    Nothing of a tile that is beyond the ``last``.
+    """
+    rows = tl.where(tile < last, rows, 0)
     if PLANES:
         column_tiles = tl.cdiv(width, COLUMNS)
         row = tl.cast(tile // column_tiles, tl.int64) * ROWS
-        column = (tile % column_tiles) * COLUMNS
+        column = tl.cast(tile % column_tiles, INDEX) * COLUMNS
         base = tl.program_id(0).to(tl.int64) * width
-        count = tl.minimum(rows - row, ROWS) * tl.minimum(width - column, COLUMNS)
+        count = tl.maximum(tl.minimum(rows - row, ROWS), 0) * tl.minimum(width - column, COLUMNS)
     else:
         row = tl.cast(tile, tl.int64) * ROWS
-        column = tl.program_id(0) * COLUMNS
+        column = tl.cast(tl.program_id(0), INDEX) * COLUMNS
         base = tl.zeros([], tl.int64)
-        count = tl.minimum(rows - row, ROWS)
+        count = tl.maximum(tl.minimum(rows - row, ROWS), 0)
     row += tl.arange(0, ROWS)
     column += tl.arange(0, COLUMNS)
     offsets = (base + row * stride)[:, None] + column[None, :]
@@ -283,8 +374,19 @@ def _place(tile, rows, width, stride, PLANES: tl.constexpr, ROWS: tl.constexpr, 
 
 
 @triton.jit
-def _tile(x, tile, rows, width, stride, PLANES: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
-    offsets, mask, count = _place(tile, rows, width, stride, PLANES, ROWS, COLUMNS)
+def _tile(
+    x,
+    tile,
+    last,
+    rows,
+    width,
+    stride,
+    INDEX: tl.constexpr,
+    PLANES: tl.constexpr,
+    ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+):
+    offsets, mask, count = _place(tile, last, rows, width, stride, INDEX, PLANES, ROWS, COLUMNS)
     return tl.load(x + offsets, mask, 0.0), mask, count
 
 
@@ -292,38 +394,52 @@ def _tile(x, tile, rows, width, stride, PLANES: tl.constexpr, ROWS: tl.constexpr
 def _about(
     x,
     near,
+    values,
+    mask,
+    count,
     first,
     last,
     rows,
     width,
     stride,
+    ONE: tl.constexpr,
+    INDEX: tl.constexpr,
     PLANES: tl.constexpr,
     ROWS: tl.constexpr,
     COLUMNS: tl.constexpr,
     WIDE: tl.constexpr,
-    UNROLL: tl.constexpr,
 ):
-    """Mean of ``x - near``, M2, and the count, of the tiles from ``first`` to ``last``; in float64."""
-    sums = tl.zeros([ROWS, COLUMNS], WIDE)
-    squares = tl.zeros([ROWS, COLUMNS], WIDE)
-    total = tl.zeros([], tl.int64)
-    for tile in tl.range(first, last, loop_unroll_factor=UNROLL):
-        values, mask, count = _tile(x, tile, rows, width, stride, PLANES, ROWS, COLUMNS)
-        distance = tl.where(mask, values.to(WIDE) - near, 0.0)
-        sums += distance
-        squares += distance * distance
-        total += count
+    """Mean of ``x - near``, M2, and the count, of a tile that is there and those from ``first`` to ``last``.
+
+    In float64.
+    """
+    sums = tl.where(mask, values.to(WIDE) - near, 0.0)
+    squares = sums * sums
+    total = count.to(tl.int64)
+    if not ONE:
+        for tile in range(first, last, 2):
+            # both are loaded before either is used: memory answers late
+            values, mask, count = _tile(x, tile, last, rows, width, stride, INDEX, PLANES, ROWS, COLUMNS)
+            more, more_mask, more_count = _tile(
+                x, tile + 1, last, rows, width, stride, INDEX, PLANES, ROWS, COLUMNS
+            )
+            distance = tl.where(mask, values.to(WIDE) - near, 0.0)
+            sums += distance
+            squares += distance * distance
+            distance = tl.where(more_mask, more.to(WIDE) - near, 0.0)
+            sums += distance
+            squares += distance * distance
+            total += count + more_count
     total = total.to(tl.float64)
     found = _down(sums.to(tl.float64), PLANES)
-    rest = found / total
+    rest = found * (1.0 / total)
     return rest, _down(squares.to(tl.float64), PLANES) - found * rest, total
 
 
 @triton.jit
 def _down(tile, PLANES: tl.constexpr):
     """Sums per channel: of all of a tile of planes, else of its columns."""
-    sums = tl.sum(tile, 0)
-    return tl.sum(sums, 0) if PLANES else sums
+    return tl.sum(tile) if PLANES else tl.sum(tile, 0)
 
 
 @triton.jit
@@ -342,21 +458,15 @@ def _channel(COLUMNS: tl.constexpr, PLANES: tl.constexpr):
 
 @triton.jit
 def _channels(
-    rows, width, channels, column_tiles, PLANES: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr
+    width, channels, column_tiles, INDEX: tl.constexpr, PLANES: tl.constexpr, COLUMNS: tl.constexpr
 ):
-    """The channels of an element-wise program and their mask, in the shape to broadcast against its tiles.
-
-    One tile of planes, or several of columns, which are of the same channels.
-    """
+    """The channel of an element-wise program, or those of its columns in the shape to broadcast; a mask."""
     tile = tl.program_id(0)
     if PLANES:
-        first = (tile // column_tiles).to(tl.int64) * ROWS
-        place = tl.arange(0, ROWS)
-        # 64 bits are divided once, for they take their time
-        channel = ((first % channels).to(tl.int32) + place) % channels
-        return channel[:, None], (first + place < rows)[:, None]
+        channel = (tile // column_tiles) % channels
+        return channel, channel < channels
     else:
-        column = (tile % column_tiles) * COLUMNS + tl.arange(0, COLUMNS)
+        column = tl.cast(tile % column_tiles, INDEX) * COLUMNS + tl.arange(0, COLUMNS)
         return column[None, :], (column < width)[None, :]
 
 
@@ -365,16 +475,25 @@ def _elements(
     step,
     rows,
     width,
+    stride,
+    channels,
     column_tiles,
+    INDEX: tl.constexpr,
+    PLANES: tl.constexpr,
     STEPS: tl.constexpr,
     ROWS: tl.constexpr,
     COLUMNS: tl.constexpr,
 ):
-    """Offsets and mask of an element-wise program's tile."""
+    """Offsets and mask of a tile of an element-wise program: one program after the other, as in memory."""
     tile = tl.program_id(0)
-    row = ((tile // column_tiles).to(tl.int64) * STEPS + step) * ROWS + tl.arange(0, ROWS)
-    column = (tile % column_tiles) * COLUMNS + tl.arange(0, COLUMNS)
-    return (row * width)[:, None] + column[None, :], (row < rows)[:, None] & (column < width)[None, :]
+    block = tile // column_tiles
+    column = tl.cast(tile % column_tiles, INDEX) * COLUMNS + tl.arange(0, COLUMNS)
+    base = tl.zeros([], tl.int64)
+    if PLANES:
+        base = (block % channels).to(tl.int64) * width
+        block = block // channels
+    row = (block.to(tl.int64) * STEPS + step) * ROWS + tl.arange(0, ROWS)
+    return (base + row * stride)[:, None] + column[None, :], (row < rows)[:, None] & (column < width)[None, :]
 
 
 @triton.jit

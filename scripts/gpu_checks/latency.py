@@ -15,7 +15,7 @@ from benchmarks.peers import gloo
 from benchmarks.timing import interleave
 
 import mpisyncbn
-from mpisyncbn import exchange, transport
+from mpisyncbn import exchange, functional, transport
 from mpisyncbn.diagnostics import Call
 from mpisyncbn.errors import TransportError
 
@@ -34,7 +34,7 @@ def _ours(group: Any, channels: int, context: Context) -> Callable[[], Any]:
 
     def whole() -> Any:
         _, merged, var = exchange.merge_moments(group, call, 100, mean, m2)
-        return transport.near(mean, merged, var, (var + 1e-5) ** -0.5)
+        return transport.near(mean, merged, var, functional.invstd_of(var, 1e-5))
 
     return whole
 

@@ -1,0 +1,144 @@
+"""How the loops of cuda_loops.py are shared out to programs, by the size of what they read."""
+
+from __future__ import annotations
+
+import math
+import struct
+from functools import lru_cache
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+
+__all__ = ["Plan", "elements", "entering", "merging", "sums"]
+
+# Sums: few large programs, because what they find has to be put together.
+_WARPS = 8
+_VALUES = 32 * _WARPS * 8  # in a tile of a program; half as many of float64
+_PROGRAMS = 4  # for each multiprocessor
+_LONGEST = 64  # tiles in a share: float32 keeps its digits in a sum as long
+_SHORTEST = 8  # tiles in a share, but for the last: less is not worth a second kernel
+_MOST_SHARES = 65535  # what CUDA lets a grid's second axis count
+_LINE = 128  # bytes side by side in a tile of channels: a cache line
+# Their merging: the same number of values again, but of float64 vectors.
+_PARTS, _PART_COLUMNS = 64, 16
+# Element by element: many small programs.
+_SMALL_WARPS = 4
+_SMALL_BYTES, _SMALL_VALUES = 64, 16  # at most, for each thread: four loads of 16 bytes, or 16 of a value
+_STEPS = 4  # tiles one below the other for each program, which loads the vectors once
+_ENOUGH = 12  # programs for each multiprocessor: as many there must be, before a program has several tiles
+_VECTOR = 512  # channels of a program where there is one row
+
+
+class Plan:
+    """The grid of a kernel, its sizes and options; and what was started by it, see cuda.py.
+
+    Of sums: how many ``shares`` the tiles of a channel are dealt out in, and whether there is but one tile.
+    """
+
+    __slots__ = ("grid", "one", "options", "shares", "sizes", "started")
+
+    def __init__(
+        self,
+        grid: tuple[int, ...],
+        sizes: tuple[int, ...],
+        options: dict[str, Any],
+        shares: int = 1,
+        one: bool = False,
+    ) -> None:
+        self.grid, self.sizes, self.options = (*grid, 1, 1)[:3], sizes, options
+        self.shares, self.one = shares, one
+        self.started: dict[Any, Any] = {}
+
+
+@lru_cache(maxsize=4096)
+def sums(samples: int, channels: int, length: int, dtype: torch.dtype, multiprocessors: int) -> Plan:
+    planes = length > 1
+    width = length if planes else channels
+    values = min(_VALUES, _VALUES * 4 // dtype.itemsize)
+    if planes and triton.next_power_of_2(samples) * triton.next_power_of_2(length) == 2 * values:
+        values *= 2  # a single tile, which needs no loop
+    rows, columns = _tile(samples, width, values) if planes else _lines(samples, width, values, dtype)
+    down, across = triton.cdiv(samples, rows), triton.cdiv(width, columns)
+    tiles, blocks = (down * across, channels) if planes else (down, across)
+    wanted = max(1, _PROGRAMS * multiprocessors // blocks)
+    share = min(max(triton.cdiv(tiles, wanted), _SHORTEST), _LONGEST)
+    share = max(share, triton.cdiv(tiles, _MOST_SHARES))
+    shares = triton.cdiv(tiles, share)
+    sizes = samples, width, channels * length, tiles, share, channels
+    options = _options(planes, width, rows, columns, dtype, _WARPS)
+    return Plan((blocks, shares), sizes, options, shares, tiles == 1)
+
+
+@lru_cache(maxsize=4096)
+def merging(shares: int, length: int) -> Plan:
+    return Plan(
+        (triton.cdiv(length, _PART_COLUMNS),),
+        (shares, length),
+        {"ROWS": _PARTS, "COLUMNS": _PART_COLUMNS, "num_warps": _SMALL_WARPS, "enable_fp_fusion": True},
+    )
+
+
+@lru_cache(maxsize=4096)
+def elements(samples: int, channels: int, length: int, dtype: torch.dtype, multiprocessors: int) -> Plan:
+    planes = length > 1
+    width = length if planes else channels
+    values = _SMALL_BYTES // dtype.itemsize
+    if math.gcd(width, 16) * dtype.itemsize < 16:
+        values = min(values, _SMALL_VALUES)
+    values *= 32 * _SMALL_WARPS
+    if planes:
+        columns = min(triton.next_power_of_2(width), values)
+        rows = min(triton.next_power_of_2(samples), values // columns)
+    else:
+        rows, columns = _lines(samples, width, values, dtype)
+    down, across = triton.cdiv(samples, rows), triton.cdiv(width, columns)
+    steps = 1 if planes or down * across < _STEPS * _ENOUGH * multiprocessors else _STEPS
+    grid = triton.cdiv(down, steps) * across * (channels if planes else 1)
+    sizes = samples, width, channels * length, channels, across
+    options = _options(planes, width, rows, columns, dtype, _SMALL_WARPS) | {"STEPS": steps}
+    return Plan((grid,), sizes, options)
+
+
+@lru_cache(maxsize=4096)
+def entering(channels: int, *numbers: float) -> Plan:
+    """The numbers as their bits: Triton would round them to float32."""
+    bits = struct.unpack(f"{len(numbers)}q", struct.pack(f"{len(numbers)}d", *numbers))
+    columns = min(_VECTOR, triton.next_power_of_2(channels))
+    options = {"COLUMNS": columns, "num_warps": _SMALL_WARPS, "enable_fp_fusion": True}
+    return Plan((triton.cdiv(channels, columns),), (channels, *bits), options)
+
+
+def _options(
+    planes: bool, width: int, rows: int, columns: int, dtype: torch.dtype, warps: int
+) -> dict[str, Any]:
+    return {
+        "ALIGN": math.gcd(width, 16),
+        "INDEX": tl.int64 if width > 1 << 30 else tl.int32,  # of a column
+        "PLANES": planes,
+        "ROWS": rows,
+        "COLUMNS": columns,
+        "WIDE": tl.float64 if dtype == torch.float64 else tl.float32,
+        "num_warps": min(warps, max(1, rows * columns // 256)),  # of 32 threads, eight values each
+        "enable_fp_fusion": True,
+    }
+
+
+def _tile(rows: int, width: int, values: int) -> tuple[int, int]:
+    """Rows and columns, powers of two, of tiles of about ``values`` values of a matrix.
+
+    The wider the better for memory, but with few places beyond the edge of the matrix.
+    """
+    height = triton.next_power_of_2(rows)
+    least, most = max(32, values // height), triton.next_power_of_2(width)
+    widths = [1 << power for power in range(least.bit_length() - 1, values.bit_length())]
+    columns = min(widths, key=lambda c: triton.cdiv(width, c) * (c + 64))
+    columns = min(columns, most)
+    return min(height, values // columns), columns
+
+
+def _lines(rows: int, channels: int, values: int, dtype: torch.dtype) -> tuple[int, int]:
+    """The same where the columns are channels, whose sums are to be spread over programs."""
+    columns = min(triton.next_power_of_2(channels), _LINE // dtype.itemsize)
+    return min(triton.next_power_of_2(rows), values // columns), columns
