@@ -101,13 +101,13 @@ def test_points() -> None:
     """Every function is there, and all the time limits together are known."""
     everything = list(points.chosen(list(points.NUMBERS), quick=False))
     assert [point.number for point in everything] == list(points.NUMBERS)
-    for point in everything:
+    for point in (*everything, points.TUNE):
         assert len({part.name for part in point.runs}) == len(point.runs)
         for part in point.runs:
             module, _, function = part.function.partition(".")
             path = ROOT / "scripts" / "gpu_checks" / f"{module}.py"
             assert f"\ndef {function}(context: Context" in path.read_text()
-            assert 30 <= part.limit <= 240
+            assert 30 <= part.limit <= (240 if point is not points.TUNE else 420)
 
 
 def written(
@@ -205,5 +205,6 @@ def test_name_of_the_file() -> None:
     import datetime
 
     date = datetime.datetime(2026, 3, 4)
-    name = gpu_check.default_name({"devices": ["NVIDIA H200"]}, date)
-    assert name == "docs/results/gpu-nvidia-h200-2026-03-04.json"
+    for numbers, part in ((list(points.NUMBERS), ""), ([2, 7], "-points-2-7"), ([9], "-tiles")):
+        name = gpu_check.default_name({"devices": ["NVIDIA H200"]}, date, numbers)
+        assert name == f"docs/results/gpu-nvidia-h200-2026-03-04{part}.json"

@@ -74,6 +74,8 @@ def _run(run: Run, device: str, quick: bool) -> dict[str, Any]:
         problem, printed = _finish([*start, *run.under, *worker], run, Path(folder))
         found = records.merged(Path(folder), max(run.ranks, 1))
     verdict, reason = records.verdict(found, problem)
+    if verdict == "failed" and run.refused and run.refused in printed and not found["checks"]:
+        verdict, reason = "skipped", f"it says: {run.refused}"
     result |= {"verdict": verdict, "reason": reason, "seconds": round(time.monotonic() - begin, 1), **found}
     if verdict == "failed":
         result["printed"] = _without_paths(printed)[-_TAIL:]

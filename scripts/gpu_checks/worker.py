@@ -51,6 +51,7 @@ def main() -> int:
 def probe(device: str) -> dict[str, Any]:
     """Device, driver and versions: no host name, no path."""
     from mpisyncbn.__main__ import _versions
+    from mpisyncbn.kernels import native
 
     facts: dict[str, Any] = {
         "python": platform.python_version(),
@@ -62,6 +63,7 @@ def probe(device: str) -> dict[str, Any]:
         import torch
     except ImportError as error:
         return {**facts, "devices": [], "why": str(error)}
+    facts["native kernels for the host"] = native() is not None
     facts |= {"cuda": torch.version.cuda, "hip": torch.version.hip}
     if device == "cpu":
         return {**facts, "devices": ["cpu"]}
