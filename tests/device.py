@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from batch_norm_operations import EMULATED
 from parallel import WORLD
 from torch import Tensor
 
@@ -70,75 +71,9 @@ def there(value: Any) -> Any:
     return torch.empty_strided(value.shape, value.stride(), dtype=value.dtype, device=DEVICE).copy_(value)
 
 
-def _per_channel(x: Tensor) -> tuple[list[int], tuple[int, ...]]:
-    assert x.is_contiguous(), "the fast code reads contiguous tensors"
-    return [d for d in range(x.ndim) if d != 1], (1, -1) + (1,) * (x.ndim - 2)
-
-
-def _stats(x: Tensor, eps: float) -> tuple[Tensor, Tensor]:
-    dims, view = _per_channel(x)
-    wide = x.double()
-    mean = wide.mean(dims)
-    var = (wide - mean.view(view)).square().mean(dims)
-    invstd = torch.where((var == 0) & (eps == 0), 0.0, (var + eps).rsqrt())
-    return mean.to(_working(x)), invstd.to(_working(x))
-
-
-def _elemt(
-    x: Tensor, weight: Tensor, bias: Tensor, mean: Tensor, invstd: Tensor, eps: float, *, out: Tensor
-) -> Tensor:
-    _, view = _per_channel(x)
-    assert {v.dtype for v in (weight, bias, mean, invstd)} == {_working(x)}
-    y = (x.to(_working(x)) - mean.view(view)) * (invstd * weight).view(view) + bias.view(view)
-    return out.copy_(y)
-
-
-def _reduce(
-    dy: Tensor, x: Tensor, mean: Tensor, invstd: Tensor, weight: Any, x_g: bool, weight_g: bool, bias_g: bool
-) -> tuple[Tensor, ...]:
-    dims, view = _per_channel(x)
-    assert dy.is_contiguous()
-    assert mean.dtype == invstd.dtype == _working(x)
-    wide = dy.double()
-    sum_dy_xmu = (wide * (x.double() - mean.double().view(view))).sum(dims)
-    none = mean.new_empty(0)
-    return wide.sum(dims).to(mean.dtype), sum_dy_xmu.to(mean.dtype), none, none
-
-
-def _backward_elemt(
-    dy: Tensor,
-    x: Tensor,
-    mean: Tensor,
-    invstd: Tensor,
-    weight: Tensor | None,
-    sum_dy: Tensor,
-    sum_dy_xmu: Tensor,
-    count: Tensor,
-) -> Tensor:
-    _, view = _per_channel(x)
-    assert dy.is_contiguous()
-    assert count.dtype == torch.int32
-    assert {v.dtype for v in (mean, invstd, sum_dy, sum_dy_xmu)} == {_working(x)}
-    wide, total = dy.to(mean.dtype), count.sum()
-    slope = invstd.square() * sum_dy_xmu / total
-    scale = invstd if weight is None else invstd * weight
-    xmu = x.to(mean.dtype) - mean.view(view)
-    return ((wide - (sum_dy / total).view(view) - xmu * slope.view(view)) * scale.view(view)).to(x.dtype)
-
-
-def _working(x: Tensor) -> torch.dtype:
-    return torch.float64 if x.dtype == torch.float64 else torch.float32
-
-
-_EMULATED = {
-    "batch_norm_stats": _stats,
-    "batch_norm_elemt.out": _elemt,
-    "batch_norm_backward_reduce": _reduce,
-    "batch_norm_backward_elemt": _backward_elemt,
-}
 if not GPU:
     _cuda_alone = torch.library.Library("aten", "IMPL")
-    for _name, _function in _EMULATED.items():
+    for _name, _function in EMULATED.items():
         _cuda_alone.impl(_name, _function, "CPU")
 
 

@@ -27,7 +27,7 @@ from parallel import (
 from singleton import run_alone
 
 import mpisyncbn
-from mpisyncbn import staging, transport
+from mpisyncbn import communicator, staging, transport
 from mpisyncbn.errors import CollectiveMismatchError, MPISyncBNError
 from mpisyncbn.kernels import aten_cuda, generic
 
@@ -37,7 +37,7 @@ KERNELS = [
     pytest.param(aten_cuda, id="aten_cuda"),
     pytest.param(generic, id="generic"),
 ]
-AWARE = not GPU or transport.chosen(mpisyncbn.communicator.mpi())[0] == "device"
+AWARE = not GPU or transport.chosen(communicator.mpi())[0] == "device"
 TRANSPORTS = [
     "host",
     pytest.param(
@@ -168,6 +168,7 @@ def test_fused(kernels):
                 assert distance(a, b) < 1e-5
 
 
+@pytest.mark.filterwarnings("ignore:Synchronization debug mode is a prototype")
 @pytest.mark.parametrize("group", TRANSPORTS, indirect=True)
 def test_one_wait_each_way(group, device, monkeypatch):
     """Whatever the options, the host waits for the device in the exchange alone, and once in each."""
@@ -242,6 +243,7 @@ def test_nothing_is_copied_while_a_graph_is_captured(device):
 
 
 @needs_gpu
+@pytest.mark.filterwarnings("ignore:The CUDA Graph is empty")
 @pytest.mark.parametrize("group", TRANSPORTS, indirect=True)
 def test_a_cuda_graph_is_refused(group):
     x = there(shard((local_batch(), 3, 4), 1))
