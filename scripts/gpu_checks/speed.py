@@ -48,6 +48,11 @@ def tiny(context: Context) -> None:
     steps = 50 if context.quick else 300
     for name, kind in (("ours", mpisyncbn.SyncBatchNorm), ("torch.nn.BatchNorm2d", torch.nn.BatchNorm2d)):
         step = _step(context, kind, _TINY, torch.float32)
+        try:
+            step()
+        except RuntimeError as error:  # of cuDNN, which scripts/standin has no stand-in for
+            context.records.skip(f"{name}, by cuDNN", summary(error))
+            torch.backends.cudnn.enabled = False
         for _ in range(20):
             step()
         context.synchronize()

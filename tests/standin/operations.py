@@ -90,7 +90,7 @@ def by_the_host(operation: Callable[..., Any], schema: Any = None) -> Callable[.
 def _as_declared(value: Any, argument: Any) -> Any:
     """Numbers come bare where a tensor is declared."""
     bare = isinstance(value, (bool, int, float)) and str(argument.type) == "Tensor"
-    return torch.tensor(value) if bare else value
+    return torch.tensor(value, dtype=torch.float64 if isinstance(value, float) else None) if bare else value
 
 
 def copy(self: Tensor, source: Tensor, non_blocking: bool = False) -> Tensor:
