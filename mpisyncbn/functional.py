@@ -208,14 +208,18 @@ def enter_batch(
         if not fits and not (np.abs(mean).max() <= limit and unbiased.max() <= limit):
             _warn_not_finite(on_rank())
             return False
-    enter = None
-    if near is not None and near.mean is not stats.mean and type(momentum) is float:
-        enter = getattr(kernels_for(running_mean), "enter_batch", None)  # in one kernel, without a copy
-    vectors = running_mean, running_var, batches
-    over = count / max(count - 1, 1)
-    if enter is None or not enter(*vectors, near.mean, near.var, over, momentum):  # type: ignore[union-attr]
+    there = near is not None and near.mean is not stats.mean and type(momentum) is float
+    if not (there and _in_one_kernel(running_mean, running_var, batches, near, momentum)):
         transport.blend((running_mean, running_var), (mean, unbiased), momentum, batches)
     return True
+
+
+def _in_one_kernel(running_mean: Any, running_var: Any, batches: Any, near: Any, momentum: float) -> bool:
+    """Without a copy, where the kernels for that device can. Returns whether it was done."""
+    enter = getattr(kernels_for(running_mean), "enter_batch", None)
+    over = near.count / max(near.count - 1, 1)
+    vectors = running_mean, running_var, batches, near.mean, near.var
+    return enter is not None and enter(*vectors, over, momentum)
 
 
 def _enter_unseen(running_mean: Any, running_var: Any, batches: Any, stats: BatchStats, momentum: Any) -> Any:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import inspect
 import io
 import itertools
 import pickle
@@ -19,6 +20,14 @@ import mpisyncbn
 LOCAL = {2: nn.BatchNorm1d, 3: nn.BatchNorm1d, 4: nn.BatchNorm2d, 5: nn.BatchNorm3d}
 
 
+HAS_BIAS = "bias" in inspect.signature(nn.BatchNorm1d).parameters
+WITHOUT_BIAS = pytest.param(
+    {"bias": False},
+    id="{'bias': False}",
+    marks=pytest.mark.skipif(not HAS_BIAS, reason="the layers of this torch have no such argument"),
+)
+
+
 def whole_batch(x: torch.Tensor) -> torch.Tensor:
     return torch.cat(WORLD.allgather(x.detach()))
 
@@ -31,7 +40,7 @@ def whole_batch(x: torch.Tensor) -> torch.Tensor:
         {"momentum": None},
         {"momentum": 1.0},
         {"affine": False},
-        {"bias": False},
+        WITHOUT_BIAS,
         {"track_running_stats": False},
         {"eps": 0.1},
     ],
@@ -208,7 +217,7 @@ def test_a_batch_that_is_not_finite_is_kept_out_everywhere():
 
 
 @pytest.mark.parametrize(
-    "options", [{}, {"affine": False}, {"bias": False}, {"track_running_stats": False}], ids=str
+    "options", [{}, {"affine": False}, WITHOUT_BIAS, {"track_running_stats": False}], ids=str
 )
 def test_state_dict_both_ways(options):
     ours, theirs = mpisyncbn.SyncBatchNorm(4, **options), nn.BatchNorm2d(4, **options)
@@ -223,11 +232,10 @@ def test_state_dict_both_ways(options):
 
 
 def test_the_constructor_is_torchs():
-    import inspect
-
     ours = inspect.signature(mpisyncbn.SyncBatchNorm).parameters
     theirs = inspect.signature(nn.SyncBatchNorm).parameters
-    assert [(p.name, p.default, p.kind) for p in ours.values() if p.name != "activation"] == [
+    more = {"activation"} if HAS_BIAS else {"activation", "bias"}
+    assert [(p.name, p.default, p.kind) for p in ours.values() if p.name not in more] == [
         (p.name, p.default, p.kind) for p in theirs.values()
     ]
     layer = mpisyncbn.SyncBatchNorm(3, device="meta", dtype=torch.float64)
@@ -235,6 +243,19 @@ def test_the_constructor_is_torchs():
     assert layer.running_var.dtype == torch.float64
     assert "3, eps=1e-05, momentum=0.1" in repr(layer)
     assert "process_group=Communicator" in repr(mpisyncbn.SyncBatchNorm(3, process_group=WORLD))
+
+
+def test_reset_without_a_bias():
+    layer = mpisyncbn.SyncBatchNorm(3, bias=False)
+    layer(shard((local_batch(), 3, 4), 1, 5.0))
+    with torch.no_grad():
+        layer.weight.fill_(7.0)
+    layer.reset_parameters()
+    with together():
+        assert layer.bias is None
+        assert layer.weight.tolist() == [1.0] * 3
+        assert layer.running_mean.tolist() == [0.0] * 3
+        assert list(layer.state_dict()) == ["weight", "running_mean", "running_var", "num_batches_tracked"]
 
 
 def test_copies_share_the_communicator_and_pickles_keep_the_world():

@@ -259,6 +259,20 @@ def test_a_cuda_graph_is_refused(group):
         assert "cannot be captured in a CUDA graph" in str(problem)
 
 
+@needs_gpu
+def test_buffers_outlive_inference_mode():
+    """Which makes tensors that cannot be written to when it is over."""
+    layer = mpisyncbn.SyncBatchNorm(700, device=DEVICE, track_running_stats=False)
+    x = shard((local_batch(), 700, 4), 1)
+    staging.stage_of(there(x))._slots[:] = [None] * len(staging.stage_of(there(x))._slots)
+    with torch.inference_mode():
+        inferred = layer(there(x)).cpu()
+    trained = layer(there(x).requires_grad_())
+    trained.sum().backward()
+    with together():
+        assert torch.equal(inferred, trained.detach().cpu())
+
+
 def test_a_wait_left_out_is_found_out(device, monkeypatch):
     """The tests above can fail: without the wait, values come from before the copy."""
     if device is None:

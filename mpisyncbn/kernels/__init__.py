@@ -1,6 +1,7 @@
 """The four verbs, one module of functions per place that data can live.
 
-Every kernel module has exactly these names, for ``x`` of shape ``(N, C, *)``:
+Every kernel module has these names, for ``x`` of shape ``(N, C, *)``; ``cuda`` has one more, ``enter_batch``,
+for running statistics:
 
 ``local_moments(x) -> count, mean, m2``
     Number of values per channel (an int), their mean and the sum of their squared deviations

@@ -76,9 +76,8 @@ def moments(
         WIDE,
     )
     far = rest * rest * total > 4 * m2
-    if not ONE and _any(
-        far, PLANES
-    ):  # the first tile was not typical of the others: once more, about the mean
+    # Where the first tile was not typical of the others, once more, about the mean.
+    if not ONE and _any(far, PLANES):
         near = tl.where(far, near + rest.to(WIDE), near)
         values, mask, count = _tile(x, first, last, rows, width, stride, INDEX, PLANES, ROWS, COLUMNS)
         rest, m2, total = _about(
