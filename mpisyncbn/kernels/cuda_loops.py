@@ -307,7 +307,7 @@ def backward_elementwise(
         tl.store(dx + offsets, found.to(dx.dtype.element_ty), mask)
 
 
-@triton.jit(do_not_specialize=["channels"])
+@triton.jit(do_not_specialize=["channels", "to_unbiased", "momentum"])
 def enter_batch(
     running_mean, running_var, batches, mean, var, channels, to_unbiased, momentum, COLUMNS: tl.constexpr
 ):
