@@ -666,6 +666,7 @@ def test_how_elements_are_shared_out(samples, channels, length, dtype):
         assert width < 1 << 30 or plan.options["INDEX"] == cuda.module.cuda_plans.tl.int64
 
 
+@no_exchange
 @needs_triton
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("shape", [(50, 2, 7, 7), (6, 2, 63, 65), (6200, 33)], ids=str)
@@ -676,6 +677,7 @@ def test_many_tiles(shape, dtype):
     check(cuda, x, dy, weight, None)
 
 
+@no_exchange
 @needs_triton
 @pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
 @pytest.mark.parametrize("channels", [1, 3, 700])
@@ -696,6 +698,7 @@ def test_a_batch_enters_in_one_kernel(channels, dtype):
         assert changed == [True, True, True, False, False]
 
 
+@no_exchange
 @needs_triton
 def test_what_a_kernel_must_not_write_to():
     mean, var = (there(shard((4,), seed, dtype=torch.float64)) for seed in (1, 2))
