@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import inspect
 import io
 import itertools
 import pickle
@@ -27,6 +28,8 @@ C = 3
 NDIM = {nn.BatchNorm1d: 3, nn.BatchNorm2d: 4, nn.BatchNorm3d: 5, nn.SyncBatchNorm: 4, BatchNorm: 4}
 LAZY = {nn.LazyBatchNorm1d: 3, nn.LazyBatchNorm2d: 4, nn.LazyBatchNorm3d: 5}
 OPTIONS = [{}, {"momentum": None}, {"affine": False}, {"bias": False}, {"track_running_stats": False}]
+if "bias" not in inspect.signature(nn.BatchNorm1d).parameters:  # of older torch
+    OPTIONS.remove({"bias": False})
 OPTIONS += [{"dtype": torch.float64}, {"dtype": torch.bfloat16}]
 
 
