@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Sequence
+from contextlib import nullcontext
 from typing import Any
 
 import numpy as np
@@ -28,6 +29,8 @@ class _Torch:
         self._streams: dict[Any, Any] = {}
 
     def current(self) -> Any:
+        if self.torch.cuda.current_device() == self.device.index:
+            return nullcontext()
         return self.torch.cuda.device(self.device)
 
     def empty(self, length: int) -> tuple[Any, int]:
@@ -67,8 +70,6 @@ class _Torch:
         return memory.view(rows, -1).to(self.device, non_blocking=True).unbind()
 
     def capturing(self) -> bool:
-        if self.torch.cuda.current_device() == self.device.index:
-            return self.torch.cuda.is_current_stream_capturing()
         with self.current():
             return self.torch.cuda.is_current_stream_capturing()
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -13,6 +14,7 @@ from mpi4py import MPI
 from torch import Tensor
 
 WORLD = MPI.COMM_WORLD
+HAS_BIAS = "bias" in inspect.signature(torch.nn.BatchNorm1d).parameters  # not in older torch
 
 
 def once(why: str) -> pytest.MarkDecorator:

@@ -12,7 +12,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from parallel import WORLD, bits_equal_on_all_ranks, distance, local_batch, oracle, shard, together
+from parallel import HAS_BIAS, WORLD, bits_equal_on_all_ranks, distance, local_batch, oracle, shard, together
 from torch import nn
 
 import mpisyncbn
@@ -20,7 +20,6 @@ import mpisyncbn
 LOCAL = {2: nn.BatchNorm1d, 3: nn.BatchNorm1d, 4: nn.BatchNorm2d, 5: nn.BatchNorm3d}
 
 
-HAS_BIAS = "bias" in inspect.signature(nn.BatchNorm1d).parameters
 WITHOUT_BIAS = pytest.param(
     {"bias": False},
     id="{'bias': False}",

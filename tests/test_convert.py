@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import gc
-import inspect
 import io
 import itertools
 import pickle
@@ -16,7 +15,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from parallel import WORLD, distance, local_batch, oracle, shard, together
+from parallel import HAS_BIAS, WORLD, distance, local_batch, oracle, shard, together
 from torch import nn
 from torch.nn.utils import fusion, parametrizations, parametrize, prune
 
@@ -28,7 +27,7 @@ C = 3
 NDIM = {nn.BatchNorm1d: 3, nn.BatchNorm2d: 4, nn.BatchNorm3d: 5, nn.SyncBatchNorm: 4, BatchNorm: 4}
 LAZY = {nn.LazyBatchNorm1d: 3, nn.LazyBatchNorm2d: 4, nn.LazyBatchNorm3d: 5}
 OPTIONS = [{}, {"momentum": None}, {"affine": False}, {"bias": False}, {"track_running_stats": False}]
-if "bias" not in inspect.signature(nn.BatchNorm1d).parameters:  # of older torch
+if not HAS_BIAS:
     OPTIONS.remove({"bias": False})
 OPTIONS += [{"dtype": torch.float64}, {"dtype": torch.bfloat16}]
 

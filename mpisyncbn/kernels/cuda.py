@@ -125,8 +125,8 @@ def enter_batch(
 
 
 def _plain(each: Tensor, mean: Tensor) -> bool:
-    kinds = type(each) is Tensor and each.device == mean.device
-    return kinds and each.is_contiguous() and not each.requires_grad and not each.is_inference()
+    in_place = type(each) is Tensor and each.device == mean.device
+    return in_place and each.is_contiguous() and not each.requires_grad and not each.is_inference()
 
 
 def try_out(device: torch.device) -> None:
@@ -136,14 +136,15 @@ def try_out(device: torch.device) -> None:
         _start(cuda_loops.merge_sums, cuda_plans.merging(1, 1), ones, torch.empty_like(ones))
 
 
-def _start(kernel: Any, plan: Plan, *tensors: Tensor | None, **constants: Any) -> None:
+def _start(kernel: Any, plan: Plan, first: Tensor, *others: Tensor | None, **constants: Any) -> None:
     """Start a kernel on the current stream.
 
     Triton looks at every argument anew at each call, which takes the host longer than the start itself. The
     sizes of a plan are the same each time; of tensors it is their dtype and alignment that matters.
     """
+    tensors = first, *others
     seen = [None if each is None else (each.dtype, each.data_ptr() % 16) for each in tensors]
-    key = (id(kernel), tensors[0].device, *constants.values(), *seen)  # type: ignore[union-attr]
+    key = (id(kernel), first.device, *constants.values(), *seen)
     known = plan.started.get(key)
     if known is not None:
         again, rest = known

@@ -1,9 +1,8 @@
-"""Other tiles for the kernels, beside those in use: what cuda_plans.py has been told by a GPU."""
+"""Other tiles for the kernels, beside those in use: for a GPU to say what cuda_plans.py should have."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from functools import cache
 from typing import Any
 from unittest import mock
 
@@ -58,36 +57,21 @@ def _for_elements(warps: int, bytes: int, steps: int) -> dict[str, int]:
 
 def _under(plans: Any, settings: dict[str, int], call: Any) -> Any:
     """The call with plans made by other settings; made once, for they are what is timed after."""
-    kept = {name: getattr(plans, name).__wrapped__ for name in ("sums", "elements")}
-    made: dict[Any, Any] = {}
 
-    @contextmanager
-    def other() -> Iterator[None]:
-        with ExitStack() as stack:
-            for name, value in settings.items():
-                stack.enter_context(mock.patch.object(plans, name, value))
-            yield
+    def made(name: str) -> Any:
+        make = getattr(plans, name).__wrapped__
 
-    def remembered(name: str) -> Any:
+        @cache
         def plan(*arguments: Any) -> Any:
-            key = name, *arguments
-            if key not in made:
-                with other():
-                    made[key] = kept[name](*arguments)
-            return made[key]
+            with mock.patch.multiple(plans, **settings):
+                return make(*arguments)
 
         return plan
 
-    replaced = {name: remembered(name) for name in kept}
+    replaced = {name: made(name) for name in ("sums", "elements")}
 
     def whole() -> None:
-        before = {name: getattr(plans, name) for name in replaced}
-        for name, plan in replaced.items():
-            setattr(plans, name, plan)
-        try:
+        with mock.patch.multiple(plans, **replaced):
             call()
-        finally:
-            for name, plan in before.items():
-                setattr(plans, name, plan)
 
     return whole
