@@ -7,8 +7,9 @@
 
 Every backend finds its ranks through MPI: there is no address to give. The ranks share out each batch; images
 are shifted at random by DataLoader's worker processes. Each epoch ends with a line on rank 0, and with a
-checkpoint, from which --resume goes on as if nothing had happened: to the bit, and at another number of ranks
-to rounding, since the batches stay the same.
+checkpoint, from which --resume goes on as if nothing had happened. At the same number of ranks the results
+are the same bits, where MPI adds up the same gradients to the same bits: Open MPI and MPICH do, Intel MPI
+does with I_MPI_CBWR=1, which this script sets. At another number of ranks they are the same up to rounding.
 
 With --checkpoint, SIGUSR1 on any rank (Slurm's word that time is nearly up) lets all ranks finish their step,
 write a checkpoint in mid-epoch, and leave. scripts/slurm/train.sbatch starts such a job anew.
@@ -43,6 +44,8 @@ import mpisyncbn
 import mpisyncbn.distributed  # registers the backend mpi4py; MPI itself starts with the process group
 
 TRY_AGAIN = 75
+# Intel MPI otherwise orders a long sum by processor and buffers. It reads this variable as it starts.
+os.environ.setdefault("I_MPI_CBWR", "1")
 _signalled = threading.Event()
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import os
 import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -10,8 +11,11 @@ from typing import Any, NamedTuple
 
 import pytest
 import torch
-from mpi4py import MPI
 from torch import Tensor
+
+# Before MPI starts: tests/test_train.py compares runs to the bit, see scripts/train.py.
+os.environ.setdefault("I_MPI_CBWR", "1")
+from mpi4py import MPI
 
 WORLD = MPI.COMM_WORLD
 HAS_BIAS = "bias" in inspect.signature(torch.nn.BatchNorm1d).parameters  # not in older torch

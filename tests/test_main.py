@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 
+import numpy as np
 import pytest
+from mpi4py import MPI
 from parallel import WORLD
 
 from mpisyncbn import __main__ as report
@@ -21,6 +23,7 @@ def test_report_says_what_would_be_used_and_why():
     assert facts["versions"]["torch"][0].isdigit()
     assert 0 < facts["exchange"]["minimum, us"] <= facts["exchange"]["median, us"]
     assert json.loads(json.dumps(facts)) == facts
+    assert facts["mpi"]["sums"] == "the same bits on all ranks and in all buffers"
 
 
 def test_report_says_which_kernels_serve(monkeypatch):
@@ -52,6 +55,42 @@ def test_only_rank_zero_prints(capsys, monkeypatch):
         assert json.loads(out)["ranks"]["world size"] == WORLD.size
     else:
         assert out == ""
+
+
+class Library:
+    """An MPI whose sums are what ``result(rank, call)`` adds to them."""
+
+    IN_PLACE = MPI.IN_PLACE
+
+    def __init__(self, vendor, result):
+        self.COMM_WORLD, self.rank = self, WORLD.rank
+        self.vendor, self.result, self.calls = vendor, result, 0
+
+    def get_vendor(self):
+        return self.vendor, (1, 0)
+
+    def Allreduce(self, _, values):
+        self.calls += 1
+        values += self.result(self.rank, self.calls)
+
+    def allgather(self, value):
+        return WORLD.allgather(value)
+
+
+@pytest.mark.parametrize(
+    ("vendor", "said"), [("Intel MPI", "lie elsewhere: set I_MPI_CBWR=1"), ("Other", "lie elsewhere")]
+)
+def test_sums_that_depend_on_the_buffer_are_reported(vendor, said, monkeypatch):
+    monkeypatch.setattr("numpy.random.default_rng", lambda _: np.random.Generator(np.random.PCG64(0)))
+    assert report._sums(Library(vendor, lambda rank, call: float(call == 4))).endswith(said)
+    assert report._sums(Library(vendor, lambda rank, call: 1.0)).endswith("in all buffers")
+
+
+@pytest.mark.skipif(WORLD.size == 1, reason="one rank cannot differ from others")
+def test_sums_that_differ_between_ranks_are_reported(monkeypatch):
+    monkeypatch.setattr("numpy.random.default_rng", lambda _: np.random.Generator(np.random.PCG64(0)))
+    found = report._sums(Library("Other", lambda rank, call: float(rank)))
+    assert found == "other bits on some ranks: running statistics may drift apart"
 
 
 def test_a_transport_that_cannot_be_had_is_reported(monkeypatch):

@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 import torch
 from parallel import WORLD, starts_mpiexec, together
-from singleton import for_jobs
+from singleton import for_jobs, unlaunched
 
 pytest.importorskip("sklearn")
 sys.path.insert(0, str(Path(__file__).parent.parent / "scripts"))  # where worker processes find it too
@@ -62,6 +62,20 @@ def test_resuming_changes_nothing(shared: Path) -> None:
         a, b = (torch.load(path) for path in (whole, halves))
         for name, value in a["net"].items():
             assert torch.equal(value, b["net"][name]), name
+
+
+@starts_mpiexec
+def test_the_reproducible_mode_is_asked_for_before_mpi_starts() -> None:
+    print_it = "import os, sys, train; print(os.environ['I_MPI_CBWR'], 'mpi4py.MPI' in sys.modules)"
+    done = subprocess.run(
+        [sys.executable, "-c", print_it],
+        cwd=Path(train.__file__).parent,
+        env=unlaunched(),
+        capture_output=True,
+        text=True,
+        timeout=100,
+    )
+    assert done.stdout.split() == ["1", "False"], done.stderr
 
 
 @pytest.fixture
