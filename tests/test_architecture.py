@@ -172,3 +172,22 @@ def test_code_in_the_documentation_runs(name, tmp_path, monkeypatch, capsys):
     assert found or name != "README.md"
     for number, code in enumerate(found):
         exec(compile(code, f"{name}, block {number + 1}", "exec"), {"__name__": "__main__"})
+
+
+def table(name: str, heading: str) -> list[list[str]]:
+    """The cells of the first table after a heading, line by line."""
+    text = (ROOT / name).read_text().partition(heading)[2]
+    lines = re.findall(r"^\| (.*) \|$", text.partition("\n\n## ")[0], re.MULTILINE)
+    return [line.split(" | ") for line in lines[1:] if not line.startswith("---")]
+
+
+def test_each_claim_of_the_comparison_names_tests_that_exist():
+    shown = dict(table("docs/comparison.md", "# The comparison"))
+    assert list(shown) == [claim for claim, *_ in table("README.md", "## Beside torch.nn.SyncBatchNorm")]
+    for claim, tests in shown.items():
+        files = re.split(r"`(test_\w+\.py)`", tests)[1:]
+        assert files, claim
+        for file, rest in zip(files[::2], files[1::2], strict=True):
+            functions = {node.name for node in tree(ROOT / "tests" / file).body if hasattr(node, "name")}
+            named = set(re.findall(r"`(test_\w+)`", rest))
+            assert named <= functions, f"{claim}: {file} has no {named - functions}"
