@@ -8,10 +8,14 @@ zeros of the same size, and a forward that meets a backward is found out rather 
 direction  collective  after the fingerprint                        float64 values sent
 =========  ==========  ===========================================  ===================
 forward    Allreduce   count, count * mean, M2 + count * mean**2    2C + 3
+once more  Allreduce   the same, of distances from the group's mean 2C + 3
 forward,   Allgather   count, mean, M2                              3C + 3
 float64               (the mean in two rows: see kernels/)
 backward   Allreduce   0, sum_dy, sum_dy_xmu                        2C + 3
 =========  ==========  ===========================================  ===================
+
+"Once more" comes after a forward whose sums show that they lost the digits of a variance, and then only.
+Sums decide that, which MPI requires to be identical on all ranks, so all ranks decide alike.
 """
 
 from __future__ import annotations
@@ -29,6 +33,10 @@ from .errors import CollectiveMismatchError, MPISyncBNError
 __all__ = ["answer", "merge_moments", "reduce_sums"]
 
 _SUM, _GATHER = 1, 2  # kinds of messages, as a joined rank is told of them
+# A variance below _LOST * mean**2 has lost digits in the sums. Of no variance they leave _ROUNDING * mean**2.
+_LOST, _ROUNDING = 1e-8, 1e-15
+# What a rank adds to the first word if its M2 will not show in the sums. 131,072 of them are less than 1.
+_HIDDEN = 2.0**-18
 _NO_DATA = Call("no layer, for want of data", "answer", 0, "any")
 
 
@@ -37,10 +45,11 @@ def merge_moments(
 ) -> tuple[int, np.ndarray, np.ndarray]:
     """Count, mean and biased variance of the whole group from the moments of its ranks.
 
-    float32 layers: sums of ``count * mean`` and ``M2 + count * mean**2`` in float64, whose error of
-    2e-16 * (mean / std)**2 is no more than rounding the float32 input did already, in a message
-    whose size does not grow with the number of ranks. float64 layers: all moments to all ranks,
-    merged in rank order (Chan, Golub and LeVeque 1979, eq. 2.1), which does not cancel.
+    float32 layers: sums of ``count * mean`` and ``M2 + count * mean**2`` in float64, in a message whose
+    size does not grow with the number of ranks. Their error is 2e-16 * (mean / std)**2 of the variance:
+    where mean / std is beyond 1e4 in some channel that is not constant, they are summed once more, about
+    the mean. float64 layers: all moments to all ranks, merged in rank order (Chan, Golub and LeVeque 1979,
+    eq. 2.1), which does not cancel.
 
     Args:
         count: values per channel on this rank; 0 for an empty batch.
@@ -76,7 +85,7 @@ def reduce_sums(group: Communicator, call: Call, *sums: Any) -> tuple[np.ndarray
             finally:
                 group.presence.doing = None
         return totals[0], totals[1]
-    return tuple(_exchanged(group, call, _SUM, 0, *vectors)[1:].reshape(len(sums), -1))
+    return tuple(_exchanged(group, call, _SUM, 0, *vectors)[3:].reshape(len(sums), -1))
 
 
 def _where_sent(group: Communicator, *vectors: Any) -> Sequence[Any]:
@@ -94,32 +103,82 @@ def _where_sent(group: Communicator, *vectors: Any) -> Sequence[Any]:
 def _sum_moments(
     group: Communicator, call: Call, count: int, mean: Any, m2: Any
 ) -> tuple[int, np.ndarray, np.ndarray]:
-    channels = len(mean)
-    if group.link is not None and type(mean) is np.ndarray:
-        found = np.empty((2, channels))
-        with group.lock:
+    with group.lock:  # nothing comes between the two messages
+        if group.link is not None and type(mean) is np.ndarray:
+            found = np.empty((2, len(mean)))
             try:
                 total = group.link.sum_moments(_sign(group, call, 3 + found.size), count, mean, m2, found)
                 if total < 0:
                     _raise_problem(group, call, total)
             finally:
                 group.presence.doing = None
-        return total, found[0], found[1]
-    first = mean * count
-    totals = _exchanged(group, call, _SUM, count, first, mean * first + m2)
-    total = int(totals[0])
-    merged, var = totals[1:].reshape(2, channels) / max(total, 1)
+            merged, var, lost, hidden = found[0], found[1], group.link.lost, group.link.hidden
+        else:
+            first = mean * count
+            second = mean * first + m2
+            mark = _HIDDEN * _hides(m2, second)
+            totals = _exchanged(group, call, _SUM, count, first, second, mark=mark)
+            total, merged, var, lost = _merged(totals)
+            hidden = totals[0] % 1 > 0
+        if lost:
+            merged, var = _restored(group, call, (count, mean, m2), merged, var, hidden)
+        return total, merged, var
+
+
+def _hides(m2: Any, second: Any) -> bool:
+    """Whether this rank has deviations in some channel that are lost when ``second`` is added up."""
+    if type(m2) is not np.ndarray:
+        return False  # on a device that would take more time than the rest of the message
+    little = m2 < _LOST * second
+    return bool(np.count_nonzero(little) and m2[little].any())
+
+
+def _merged(totals: np.ndarray) -> tuple[int, np.ndarray, np.ndarray, bool]:
+    """Count, mean and variance of the group, and whether some variance has lost digits."""
+    total, channels = int(totals[2]), len(totals) // 2 - 1
+    means = totals[3:] / max(total, 1)
+    merged, var = means[:channels], means[channels:]
     square = merged * merged
     var -= square
-    # What is left of a constant channel is rounding, of either sign; it has no variance. (NaN stays NaN.)
-    var *= var > 1e-15 * square
-    return total, merged, var
+    return total, merged, var, bool(np.count_nonzero(var < _LOST * square))
+
+
+def _restored(
+    group: Communicator,
+    call: Call,
+    moments: tuple[Any, ...],
+    merged: np.ndarray,
+    var: np.ndarray,
+    hidden: bool,
+) -> tuple[np.ndarray, np.ndarray]:
+    """Mean and variance of the group where digits were lost: by sums about the mean, unless all is constant.
+
+    ``hidden``: whether a rank said that it has deviations which do not show. Where none has, a channel is
+    constant if its mean is a number of float32, which few others are, and only rounding is left of its
+    variance. And about such a number the sums of a constant channel are exactly 0.
+    """
+    square = merged * merged
+    lost = var < _LOST * square
+    near = merged.astype(np.float32).astype(float)
+    constant = (abs(var) <= _ROUNDING * square) & (abs(merged - near) <= _ROUNDING * abs(merged))
+    if not hidden and constant[lost].all():
+        return merged, np.where(lost, 0.0, var)
+    origin = np.where(lost, near, 0.0)
+    count, *vectors = moments
+    mean, m2 = transport.to_host(*vectors)
+    distance = mean - origin
+    first = distance * count
+    again = call._replace(direction=f"{call.direction} once more")
+    _, distance, var, _ = _merged(_exchanged(group, again, _SUM, count, first, distance * first + m2))
+    # What is left where all means are equal is rounding, of either sign. (NaN stays NaN.)
+    var *= var > _ROUNDING * (distance * distance)
+    return origin + distance, var
 
 
 def _gather_moments(
     group: Communicator, call: Call, count: int, near: Any, rest: Any, m2: Any
 ) -> tuple[int, np.ndarray, np.ndarray]:
-    gathered = _exchanged(group, call, _GATHER, count, near, rest, m2)
+    gathered = _exchanged(group, call, _GATHER, count, near, rest, m2)[:, 2:]
     counts = gathered[:, :1]
     nears, rests, m2s = np.split(gathered[:, 1:], 3, axis=1)
     total = int(counts.sum())
@@ -132,23 +191,28 @@ def _gather_moments(
     return total, origin + merged, var
 
 
-def _exchanged(group: Communicator, call: Call, kind: int, count: int, *vectors: Any) -> np.ndarray:
-    """``count`` and vectors, as one vector: summed over the group, or a row of each rank. On the host."""
+def _exchanged(
+    group: Communicator, call: Call, kind: int, count: int, *vectors: Any, mark: float = 0.0
+) -> np.ndarray:
+    """What comes of messages with ``count`` and vectors: their sum, or a row of each rank. On the host.
+
+    ``mark``, less than 1, is added to the first word. What reads the fingerprint cuts it off.
+    """
     with group.lock:
         try:
             length = 3 + sum(len(vector) for vector in vectors)
             h = _sign(group, call, length, kind)
-            return _COLLECTIVES[kind](group, call, *_packed(group, h, count, vectors, length))[..., 2:].copy()
+            header = np.array([h + mark, h * h, count], float)
+            return _COLLECTIVES[kind](group, call, *_packed(group, header, vectors, length)).copy()
         finally:
             group.presence.doing = None
 
 
-def _packed(group: Communicator, h: int, count: int, vectors: Sequence[Any], length: int) -> tuple[Any, Any]:
+def _packed(group: Communicator, header: Any, vectors: Sequence[Any], length: int) -> tuple[Any, Any]:
     """A message, as array and as MPI wants it, where the vectors are.
 
     The fingerprint stands first, so that it arrives even where another rank sent a shorter message.
     """
-    header = np.array([h, h * h, count], float)
     if type(vectors[0]) is not np.ndarray:
         on_device = group.device_message(1, length, vectors[0])
         on_device.pack(header, vectors)
@@ -231,7 +295,8 @@ def answer(group: Communicator) -> None:
                 kind, length, h = (int(word) for word in _announce(group, 0, 0, 0))
                 if not kind:
                     return
-                message = _packed(group, h, 0, [np.zeros(length - 3)], length)
+                header = np.array([h, h * h, 0], float)
+                message = _packed(group, header, [np.zeros(length - 3)], length)
                 _COLLECTIVES[kind](group, _NO_DATA, *message)
             finally:
                 group.presence.doing = None

@@ -61,7 +61,7 @@ class Outcome(NamedTuple):
     test: str = ""  # the one that failed
 
 
-FEW = ("exchange", "diagnostics", "remaining", "functional", "arguments")
+FEW = ("exchange", "digits", "diagnostics", "remaining", "functional", "arguments")
 MORE = ("state", "batchnorm", "autograd", "fused", "fuzz", "cupy", "communicator", "transport")
 REST = ("distributed", "ddp", "compile", "cuda")
 STAGES = (

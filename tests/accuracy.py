@@ -13,7 +13,7 @@ from parallel import WORLD, bits_equal_on_all_ranks, distance, oracle, shard
 
 import mpisyncbn
 
-RATIOS = (0.0, 1.0, 10.0, 30.0, 100.0, 1e3)
+RATIOS = (0.0, 1.0, 10.0, 30.0, 100.0, 1e3, 1e4, 1e5, 1e6)
 FORMATS = {"contiguous": torch.contiguous_format, "channels_last": torch.channels_last}
 SHAPE = (4 + WORLD.rank, 16, 56, 56)
 

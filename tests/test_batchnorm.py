@@ -108,7 +108,7 @@ def test_running_statistics_are_the_same_bits_everywhere_after_100_uneven_steps(
     assert layer.num_batches_tracked == 100
 
 
-@pytest.mark.parametrize("ratio", [0.0, 1.0, 30.0, 1e3])
+@pytest.mark.parametrize("ratio", [0.0, 1.0, 30.0, 1e3, 1e6])
 @pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last], ids=str)
 def test_accuracy_in_float32(ratio, memory_format):
     """Variance within 1e-6, y and dx within 1e-5 of their scale."""

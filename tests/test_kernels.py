@@ -412,8 +412,26 @@ def test_constant_channels_have_no_variance(kernels, shape, value):
     x = torch.full(shape, value)
     for laid in (x, layouts(x)["channels last"]):
         _, mean, m2 = kernels.local_moments(laid)
-        assert np.allclose(mean, x.flatten()[0].item(), rtol=1e-12)
-        assert m2.max() / (x.numel() // x.shape[1]) <= 1e-14 * value * value
+        assert set(mean.tolist()) == {x.flatten()[0].item()}
+        assert not m2.any()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("shape", [(400, 1), (20, 3, 5), (2, 70, 4, 4)], ids=str)
+@pytest.mark.parametrize("kernels", [*HOST, pytest.param(generic, id="generic")])
+def test_a_spread_of_single_roundings(kernels, shape, dtype):
+    """The least that there is: one value, and some, are the next number of the dtype."""
+    one = torch.full(shape, 1e6 if dtype == torch.float32 else 1.9).to(dtype)
+    step = torch.finfo(dtype).eps * (2**19 if dtype == torch.float32 else 1)
+    for values in (1, shape[0] // 2):
+        x = one.clone()
+        x.view(*shape[:2], -1)[:values, :, 0] += step
+        for laid in (x, layouts(x)["channels last"]):
+            _, mean, m2 = kernels.local_moments(laid)
+            dims, center = (0, *range(2, x.ndim)), one.flatten()[0].double()
+            far = laid.double() - center
+            assert np.allclose(mean, center + far.mean(dims), rtol=1e-14)
+            assert np.allclose(m2, far.var(dims, correction=0) * (x.numel() // x.shape[1]), rtol=1e-6, atol=0)
 
 
 @pytest.mark.parametrize("shape", [(0, 3), (0, 3, 4, 4), (2, 3, 0), (0, 3, 2, 2, 2)], ids=str)

@@ -426,8 +426,10 @@ NB_MODULE(_cpu, m) {
             "__init__",
             [](Link *link, uintptr_t function, uintptr_t comm, uintptr_t datatype, uintptr_t op, intptr_t in_place,
                bool int_handles, int size) {
-                new (link) Link{function, comm, datatype, op, (uintptr_t)in_place, int_handles, size, {}};
+                new (link) Link{function, comm, datatype, op, (uintptr_t)in_place, int_handles, size, {}, false, false};
             })
+        .def_ro("lost", &Link::lost)
+        .def_ro("hidden", &Link::hidden)
         .def("sum_moments", &Link::sum_moments)
         .def("sum_vectors", &Link::sum_vectors);
     m.def("update_running_stats", &update_running_stats, given, given, maybe, maybe, given, given, given, given);

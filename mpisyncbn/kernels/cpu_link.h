@@ -12,13 +12,34 @@
 #define WITH_AVX
 #endif
 
-WITH_AVX void mean_and_var(size_t channels, double count, const double *__restrict sums, const double *__restrict squares,
+// What exchange.py calls _LOST and _HIDDEN.
+constexpr double LOST = 1e-8, HIDDEN = 0x1p-18;
+
+// Returns whether some variance has lost digits.
+WITH_AVX bool mean_and_var(size_t channels, double count, const double *__restrict sums, const double *__restrict squares,
                            double *__restrict mean, double *__restrict var) {
+    int64_t lost = 0;
     for (size_t c = 0; c < channels; ++c) {
         const double center = sums[c] / count, square = center * center, rest = squares[c] / count - square;
         mean[c] = center;
-        var[c] = rest <= 1e-15 * square ? 0.0 : rest;  // no more than rounding, see exchange.py; NaN stays NaN
+        var[c] = rest;
+        lost |= rest < LOST * square ? 1 : 0;
     }
+    return lost;
+}
+
+// Packs a rank's moments. Returns whether some M2 will not show in the sums. One array after the other:
+// stores to addresses 4096 bytes apart from what is loaded hold the loads up.
+WITH_AVX bool pack(size_t channels, double count, const double *__restrict mean, const double *__restrict m2,
+                   double *__restrict first, double *__restrict second) {
+    for (size_t c = 0; c < channels; ++c) first[c] = mean[c] * count;
+    int64_t hides = 0;
+    for (size_t c = 0; c < channels; ++c) {
+        const double sum = mean[c] * first[c] + m2[c];
+        second[c] = sum;
+        hides |= (m2[c] < LOST * sum ? 1 : 0) & (m2[c] != 0 ? 1 : 0);
+    }
+    return hides;
 }
 
 WITH_AVX void inverse_roots(size_t channels, const double *__restrict var, double eps, double *__restrict out) {
@@ -37,12 +58,13 @@ struct Link {
     bool int_handles;
     int size;
     std::vector<double> message;
+    bool lost, hidden;  // of the last sum_moments: whether digits were, whether some rank said that it hides more
 
     enum { MISMATCH = -1, FAILED = -2 };  // what a call returns instead of a count; FAILED - n: MPI's error code n
 
-    // Sums `message` over the ranks, its first two words h and h * h. Returns 0 where all sent the same h.
-    long sum(long h) {
-        message[0] = (double)h, message[1] = (double)h * (double)h;
+    // Sums `message` over the ranks, its first two words h + mark and h * h. Returns 0 where all sent the same h.
+    long sum(long h, double mark = 0) {
+        message[0] = (double)h + mark, message[1] = (double)h * (double)h;
         const int length = (int)message.size();
         int code;
         {
@@ -73,18 +95,17 @@ struct Link {
     }
 
     // Fills the mean and the biased variance of the group, from count, mean and M2 of this rank. Returns the count.
+    // What follows where digits were lost is Python's.
     long sum_moments(long h, long count, const Vector &mean, const Vector &m2, const Output &merged) {
         const size_t channels = mean.size();
         message.resize(3 + 2 * channels);
         message[2] = (double)count;
-        double *__restrict first = message.data() + 3, *__restrict second = first + channels;
-        const double *mean_in = mean.data(), *m2_in = m2.data();
-        // One array after the other: stores to addresses 4096 bytes apart from what is loaded hold the loads up.
-        for (size_t c = 0; c < channels; ++c) first[c] = mean_in[c] * (double)count;
-        for (size_t c = 0; c < channels; ++c) second[c] = mean_in[c] * first[c] + m2_in[c];
-        if (const long problem = sum(h)) return problem;
+        double *const first = message.data() + 3, *const second = first + channels;
+        const double mark = pack(channels, (double)count, mean.data(), m2.data(), first, second) ? HIDDEN : 0;
+        if (const long problem = sum(h, mark)) return problem;
+        hidden = std::fmod(message[0], 1) > 0;
         const double total = message[2], divisor = std::max(total, 1.0);
-        mean_and_var(channels, divisor, first, second, merged.data(), merged.data() + channels);
+        lost = mean_and_var(channels, divisor, first, second, merged.data(), merged.data() + channels);
         return (long)total;
     }
 
