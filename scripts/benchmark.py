@@ -2,6 +2,7 @@
 
     mpiexec -n 2 python scripts/benchmark.py            about ten minutes on two cores
     mpiexec -n 2 python scripts/benchmark.py --quick    under two
+    python scripts/benchmark.py --threads 2             one rank with two threads, beside torch with two
     python scripts/benchmark.py --scaling               2 to 64 ranks; starts mpiexec itself
     python scripts/benchmark.py --from-json a.json b.json --plot . --tables tables.md
 
@@ -9,7 +10,8 @@ Where each rank has a core of its own, MPI's part of an exchange halves if ranks
 
     OMPI_MCA_mpi_yield_when_idle=0 mpiexec --bind-to core -n 2 python scripts/benchmark.py
 
-One thread a rank. Every figure is that of the slowest rank: the median and, in parentheses, the minimum.
+One thread a rank, unless --threads is given. Every figure is that of the slowest rank: the median and, in
+parentheses, the minimum.
 The cases are in benchmarks/cases.py; the last lines hold the figures that matter beside their bars.
 
 glibc gives large blocks back to the system when they are freed, and getting them again costs as much
@@ -35,6 +37,7 @@ from benchmarks import model, scaling
 # Section, and the module of its function.
 SECTIONS = {
     "layer": "layers",
+    "threads": "layers",
     "verbs": "verbs",
     "exchange": "exchanges",
     "watchdog": "watchdog",
@@ -63,6 +66,9 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     )
     parser.add_argument("--quick", action="store_true", help="fewer cases, less time for each")
     parser.add_argument("--only", metavar="SECTIONS", help=f"some of {','.join(SECTIONS)}")
+    parser.add_argument(
+        "--threads", type=int, default=1, metavar="N", help="of each rank; above 1, the section threads alone"
+    )
     parser.add_argument("--scaling", action="store_true", help="exchanges at 2 to 64 ranks, and the model")
     parser.add_argument("--json", metavar="PATH", help="also write the figures and the environment there")
     parser.add_argument("--plot", metavar="DIR", help="also draw ratios.png and growth.png there")
@@ -70,7 +76,8 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--from-json", metavar="PATH", nargs="+", help="measure nothing: take these files")
     parser.add_argument("--default-allocator", action="store_true", help="let glibc give freed memory back")
     options = parser.parse_args(arguments)
-    options.only = options.only.split(",") if options.only else list(SECTIONS)
+    usual = ["threads"] if options.threads > 1 else [name for name in SECTIONS if name != "threads"]
+    options.only = options.only.split(",") if options.only else usual
     if unknown := set(options.only) - set(SECTIONS):
         parser.error(f"--only takes some of {','.join(SECTIONS)}, got {','.join(sorted(unknown))}")
     return options
@@ -86,7 +93,7 @@ def measure(options: argparse.Namespace) -> None:
     if not options.scaling:
         import torch
 
-        torch.set_num_threads(1)
+        torch.set_num_threads(options.threads)
     allocator = "default" if options.default_allocator else "keeps freed memory"
     results: Results = {"environment": environment.facts(allocator), "sections": {}}
     started = time.monotonic()

@@ -27,7 +27,19 @@ def load_benchmark() -> ModuleType:
 
 
 benchmark = load_benchmark()
-from benchmarks import cases, exchanges, layers, model, native, peers, resnet, scaling, summary, timing  # noqa: E402
+from benchmarks import (  # noqa: E402
+    cases,
+    exchanges,
+    layers,
+    model,
+    native,
+    peers,
+    resnet,
+    scaling,
+    summary,
+    tables,
+    timing,
+)
 
 
 @pytest.mark.parametrize("quick", [False, True])
@@ -214,6 +226,23 @@ def test_summary_of_layers() -> None:
     assert str(worst).endswith("MISSED")
     assert [line.met for line in half] == [None] * 4
     assert "not measured" in str(half[0])
+
+
+def test_summary_of_threads() -> None:
+    """The bars of the layer, in a run of its own, and in tables of their own."""
+    row = layer_row(0.6, ranks=1, threads=2)
+    row["us"] = {name: {"median": 3.0, "minimum": 2.0} for name in ("local", "ours")}
+    contiguous, channels_last, *_ = summary.summarize({"threads": [row]})
+    assert contiguous.what.startswith("1 rank with 2 threads, layer over local, 6 MB and more, float32")
+    assert (contiguous.bar, channels_last.bar) == (0.65, 0.9)
+    assert contiguous.met
+    assert "## The layer with several threads a rank" in tables.markdown({"threads": [row]})
+
+
+def test_threads_are_a_run_of_their_own() -> None:
+    assert "threads" not in benchmark.parse([]).only
+    assert benchmark.parse(["--threads", "2"]).only == ["threads"]
+    assert benchmark.parse(["--threads", "2", "--only", "tiny"]).only == ["tiny"]
 
 
 def test_summary_of_exchanges() -> None:

@@ -262,6 +262,28 @@ def test_the_same_bits_at_any_number_of_threads(shape, dtype):
 
 
 @needs_native
+@pytest.mark.parametrize("shape", [(8, 32, 64, 64), (2, 3, 300, 301), (4, 64, 80, 80), (400, 1024)], ids=str)
+def test_every_thread_stores_past_the_cache(shape):
+    """The values are the same, and only the time is not: so they are counted."""
+    x, ones = shard(shape, 1), np.ones(shape[1])
+    for laid in (x.contiguous(), layouts(x)["channels last"]):
+        verbs = (
+            lambda x=laid: cpu.normalize(x, ones, ones, None, None),
+            lambda x=laid: cpu.backward_elementwise(x, x, ones, ones, None, ones, ones),
+        )
+        for verb in verbs:
+            streamed = set()
+            for threads in (1, 2, 3):
+                with native_settings(threads=threads, stream_from=0):
+                    cpu._cpu.streamed_values()
+                    out = verb()
+                    assert out.data_ptr() % 64 == 0
+                    streamed.add(cpu._cpu.streamed_values())
+            assert len(streamed) == 1
+            assert streamed.pop() > 0.9 * laid.numel()
+
+
+@needs_native
 def test_one_channel_done_again_leaves_the_others_alone():
     """Whichever channels share a tile with it: with more threads, others do."""
     x = shard((600, 2048), 1)

@@ -14,6 +14,7 @@
 #include <nanobind/ndarray.h>
 
 #include <algorithm>
+#include <atomic>
 #include <cmath>
 #include <cstdint>
 #include <cstdlib>
@@ -98,12 +99,15 @@ struct Operands {
 struct Tile {
     long n0, n1, c0, c1, s0, s1;
     long slot;  // tiles of one slot have the same values per channel, of different channels
+    long count() const { return (n1 - n0) * (s1 - s0); }  // of values per channel
 };
 
 constexpr long MAX_CHANNELS = 256;  // of a tile of planes
 constexpr int NDIM = 64;              // as many as NumPy has at most; torch may have more, which are refused
 
 long padded(long length) { return (length + 15) / 16 * 16; }
+
+std::atomic<long> streamed_values{0};  // for the tests: the values are the same
 
 void fence() {
 #if defined(__x86_64__)
@@ -286,37 +290,30 @@ long local_moments(nb::handle x_object, const Output &out, int threads) {
     const bool done = by_dtype(x.dtype, [&](auto type) {
         using T = decltype(type);
         using W = work_of<T>;
-        static thread_local Plan<T> plan;
-        if (!plan_for(x, none, none, none, threads, plan)) return false;
-        const Partials<T> found(plan, 3);  // shift, sum of x - shift, sum of its square
+        const Plan<T> *const plan = plan_for<T>(x, none, none, none, threads);
+        if (!plan) return false;
+        const Partials<T> found(*plan, 3);  // shift, sum of x - shift, sum of its square
         const auto &loops = best_loops<T>();
         const Unlocked unlocked(x);
-        static thread_local std::vector<W> shifts;
-        shifts.resize(padded(plan.way[0].columns) + 16);
-        static thread_local std::vector<long> counts[2];  // values per channel of a slot
-        for (int i = 0; i < plan.ways; ++i) {
-            counts[i].resize(plan.way[i].slots);
-            for (const Tile &t : plan.way[i].tiles) counts[i][t.slot] = plan.count(t);
-        }
-        const Way<T> &most = plan.way[0];
-        W *const given = shifts.data();
+        const Way<T> &most = plan->way[0];
+        W *const given = kept<W>(padded(most.columns) + 16);
         if (most.rows) loops.row_shifts(most.on, most.count, most.columns, given);
-        every_tile(plan, Direction::down, [&](const Way<T> &way, const Tile &t, int i) {
-            loops.moments(way.on, t, way.rows, plan.count(t), given + t.c0, scratch<W>(3 * padded(t.c1 - t.c0)),
+        every_tile(*plan, Direction::down, [&](const Way<T> &way, const Tile &t, int i) {
+            loops.moments(way.on, t, way.rows, t.count(), given + t.c0, scratch<W>(3 * padded(t.c1 - t.c0)),
                           found.at(i, t, 0), found.at(i, t, 1), found.at(i, t, 2));
         });
         // Merged in a fixed order (Chan, Golub and LeVeque 1979), as distances from the first shift.
-        const long channels = plan.channels, total = x.size() / channels;
+        const long channels = plan->channels, total = x.size() / channels;
         double *__restrict near = out.data(), *__restrict rest = near + channels, *__restrict m2 = rest + channels;
         std::copy(found.memory, found.memory + channels, near);
         std::fill(rest, rest + 2 * channels, 0.0);
         found.in_order([&](int i, long slot, const double *shift, long columns) {
-            const double n = (double)counts[i][slot], *const first = shift + columns;
+            const double n = (double)plan->way[i].counts[slot], *const first = shift + columns;
             for (long c = 0; c < channels; ++c) rest[c] += (shift[c] - near[c]) * n + first[c];
         });
         for (long c = 0; c < channels; ++c) rest[c] /= (double)total;
         found.in_order([&](int i, long slot, const double *shift, long columns) {
-            const double n = (double)counts[i][slot], per = 1 / n, *const first = shift + columns, *const second = first + columns;
+            const double n = (double)plan->way[i].counts[slot], per = 1 / n, *const first = shift + columns, *const second = first + columns;
             for (long c = 0; c < channels; ++c) {
                 const double from_shift = first[c] * per, from_mean = (shift[c] - near[c]) + from_shift - rest[c];
                 m2[c] += std::max(second[c] - first[c] * from_shift, 0.0) + n * from_mean * from_mean;
@@ -338,14 +335,14 @@ bool normalize(nb::handle x_object, const Vector &mean, const Vector &invstd, nb
     if (x.size() == 0) return true;
     return by_dtype(x.dtype, [&](auto type) {
         using T = decltype(type);
-        static thread_local Plan<T> plan;
-        if (!plan_for(x, Array{}, residual, y, threads, plan)) return false;
-        const auto *all = numbers(plan, mean, invstd, weight, bias, nullptr, nullptr);
-        const long stride = padded(plan.way[0].columns);
+        const Plan<T> *const plan = plan_for<T>(x, Array{}, residual, y, threads);
+        if (!plan) return false;
+        const auto *all = numbers(*plan, mean, invstd, weight, bias, nullptr, nullptr);
+        const long stride = padded(plan->way[0].columns);
         const auto &loops = best_loops<T>();
         const Unlocked unlocked(x);
-        every_tile(plan, Direction::up, [&](const Way<T> &way, const Tile &t, int i) {
-            loops.normalize(way.on, t, way.rows, plan.stream && i == 0, all + t.c0, stride, residual.data, relu);
+        every_tile(*plan, Direction::up, [&](const Way<T> &way, const Tile &t, int i) {
+            loops.normalize(way.on, t, way.rows, way.stream, all + t.c0, stride, residual.data, relu);
         });
         return true;
     });
@@ -366,14 +363,14 @@ bool backward_reduce(nb::handle dy_object, nb::handle x_object, const Vector &me
     return by_dtype(x.dtype, [&](auto type) {
         using T = decltype(type);
         using W = work_of<T>;
-        static thread_local Plan<T> plan;
-        if (!plan_for(x, dy, y, dz, threads, plan)) return false;
-        const auto *all = numbers(plan, mean, invstd, weight, bias, nullptr, nullptr);
-        const long stride = padded(plan.way[0].columns), channels = plan.channels;
+        const Plan<T> *const plan = plan_for<T>(x, dy, y, dz, threads);
+        if (!plan) return false;
+        const auto *all = numbers(*plan, mean, invstd, weight, bias, nullptr, nullptr);
+        const long stride = padded(plan->way[0].columns), channels = plan->channels;
         const auto &loops = best_loops<T>();
         const Unlocked unlocked(x);
-        const Partials<T> found(plan, 2);
-        every_tile(plan, Direction::down, [&](const Way<T> &way, const Tile &t, int i) {
+        const Partials<T> found(*plan, 2);
+        every_tile(*plan, Direction::down, [&](const Way<T> &way, const Tile &t, int i) {
             loops.reduce(way.on, t, way.rows, gate, all + t.c0, stride, scratch<W>(3 * padded(t.c1 - t.c0)),
                          found.at(i, t, 0), found.at(i, t, 1));
         });
@@ -399,14 +396,14 @@ bool backward_elementwise(nb::handle dy_object, nb::handle x_object, const Vecto
     if (x.size() == 0) return true;
     return by_dtype(x.dtype, [&](auto type) {
         using T = decltype(type);
-        static thread_local Plan<T> plan;
-        if (!plan_for(x, dy, Array{}, dx, threads, plan)) return false;
-        const auto *all = numbers(plan, mean, invstd, weight, bias, mean_dy.data(), mean_dy_xmu.data());
-        const long stride = padded(plan.way[0].columns);
+        const Plan<T> *const plan = plan_for<T>(x, dy, Array{}, dx, threads);
+        if (!plan) return false;
+        const auto *all = numbers(*plan, mean, invstd, weight, bias, mean_dy.data(), mean_dy_xmu.data());
+        const long stride = padded(plan->way[0].columns);
         const auto &loops = best_loops<T>();
         const Unlocked unlocked(x);
-        every_tile(plan, Direction::up, [&](const Way<T> &way, const Tile &t, int i) {
-            loops.elementwise(way.on, t, way.rows, plan.stream && i == 0, all + t.c0, stride, relu);
+        every_tile(*plan, Direction::up, [&](const Way<T> &way, const Tile &t, int i) {
+            loops.elementwise(way.on, t, way.rows, way.stream, all + t.c0, stride, relu);
         });
         return true;
     });
@@ -448,4 +445,5 @@ NB_MODULE(_cpu, m) {
     m.attr("most_dimensions") = NDIM;
     m.def("limit", [](int highest) { highest_level = (Level)highest; });
     m.def("stream_from", [](long bytes) { stream_from = bytes; });
+    m.def("streamed_values", [] { return streamed_values.exchange(0); });
 }

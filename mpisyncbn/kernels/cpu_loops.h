@@ -392,6 +392,7 @@ static void tile_reduce(const Operands<T> &on, const Tile &t, bool rows, Gate ga
 template <class T, class F>
 static void tile_pass(const Operands<T> &on, const Tile &t, bool rows, bool stream, const work<T> *numbers, long stride,
                       F f) {
+    if (stream) streamed_values.fetch_add((t.c1 - t.c0) * t.count(), std::memory_order_relaxed);
     if (rows)
         stream ? pass_rows<true>(on, t, numbers, stride, f) : pass_rows<false>(on, t, numbers, stride, f);
     else

@@ -54,28 +54,34 @@ struct Way {
     bool rows;
     long columns;  // channels, several times over where rows of few channels are taken together
     long count;    // of rows
+    bool stream;   // its output goes past the cache
     long slots;
+    std::vector<long> counts;  // values per channel of each slot
     std::vector<Tile> tiles;
+    void count_values() {
+        counts.resize(slots);
+        for (const Tile &t : tiles) counts[t.slot] = t.count();
+    }
 };
 
 template <class T>
 struct Plan {
     long channels;
     int threads;
-    bool stream;
     int ways;
     Way<T> way[2];  // the second: rows left over by the first
-    long count(const Tile &t) const { return (t.n1 - t.n0) * (t.s1 - t.s0); }
 };
 
-// x decides; then dy, what else is read, and what is written.
+// x decides; then dy, what else is read, and what is written. Null where somebody has to copy first. The plan lasts until
+// the next one of this thread.
 template <class T>
-bool plan_for(const Array &x, const Array &dy, const Array &extra, const Array &out, int threads, Plan<T> &plan) {
+const Plan<T> *plan_for(const Array &x, const Array &dy, const Array &extra, const Array &out, int threads) {
+    static thread_local Plan<T> plan;
     Layout lay;
-    if (!lay_out({&x, &dy, &extra, &out}, lay)) return false;
+    if (!lay_out({&x, &dy, &extra, &out}, lay)) return nullptr;
     plan.channels = lay.channels;
     plan.threads = x.size() < PARALLEL ? 1 : threads > 0 ? threads : default_threads();
-    plan.stream = out.data && x.size() * (long)sizeof(T) >= stream_from && (uintptr_t)out.data % 64 == 0;
+    const bool large = out.data && x.size() * (long)sizeof(T) >= stream_from && (uintptr_t)out.data % 64 == 0;
     plan.ways = 1;
     Way<T> &way = plan.way[0];
     way.rows = lay.rows;
@@ -91,9 +97,11 @@ bool plan_for(const Array &x, const Array &dy, const Array &extra, const Array &
               {lay.channel[1], lay.channel[0], lay.channel[2], lay.channel[3]}};
     way.columns = lay.channels;
     way.tiles.clear();
+    way.stream = large;
     if (!lay.rows) {
         way.slots = cut_planes(lay.samples, lay.channels, lay.positions, way.tiles);
-        return true;
+        way.count_values();
+        return &plan;
     }
     // Several short rows make one that is whole vectors.
     const bool dense = std::all_of(lay.outer, lay.outer + 4, [&](long pitch) { return pitch == lay.channels; });
@@ -107,16 +115,18 @@ bool plan_for(const Array &x, const Array &dy, const Array &extra, const Array &
     if (const long left = lay.positions % together) {
         plan.ways = 2;
         Way<T> &rest = plan.way[1];
-        rest.on = way.on, rest.rows = true, rest.columns = lay.channels, rest.slots = 1;
+        rest.on = way.on, rest.rows = true, rest.columns = lay.channels, rest.stream = false, rest.slots = 1;
         rest.tiles.assign(1, {0, 1, 0, lay.channels, rows * together, rows * together + left, 0});
+        rest.count_values();
     }
     auto &pitch = way.on.outer;
     pitch.dy *= together, pitch.x *= together, pitch.extra *= together, pitch.out *= together;
     way.columns *= together, way.count = rows;
     way.slots = cut_rows(rows, way.columns, plan.threads, way.tiles);
+    way.count_values();
     // a row must begin at a multiple of a vector for its stores to pass the cache
-    plan.stream = plan.stream && lay.outer[3] * together * (long)sizeof(T) % 64 == 0;
-    return true;
+    way.stream = large && lay.outer[3] * together * (long)sizeof(T) % 64 == 0;
+    return &plan;
 }
 
 // Lets Python's other threads run while there is much to do.
@@ -165,7 +175,8 @@ W *kept(size_t length) {
     return memory.data();
 }
 
-// Calls f(way, tile, i) for every tile of way i of a plan.
+// Calls f(way, tile, i) for every tile of way i of a plan, on every thread. f must not name a thread_local variable: on the
+// other threads it is another one. So these are all inside functions, and what f needs of them is bound to a local name.
 template <class T, class F>
 void every_tile(const Plan<T> &plan, Direction direction, F f) {
     for (int i = 0; i < plan.ways; ++i) {

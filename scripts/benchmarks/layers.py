@@ -1,4 +1,4 @@
-"""Whole layers, forward and backward: sections layer, tiny, peers and relu."""
+"""Whole layers, forward and backward: sections layer, threads, tiny, peers and relu."""
 
 from __future__ import annotations
 
@@ -25,6 +25,12 @@ TENSORS = 8
 def layer(quick: bool) -> Iterator[dict[str, Any]]:
     for case in cases(LAYERS, quick):
         yield _measure(case, _local_and_ours(case), seconds=0.4 if quick else 2.5, with_copy=True)
+
+
+def threads(quick: bool) -> Iterator[dict[str, Any]]:
+    """The layer with more than one thread a rank, ours and torch's alike."""
+    for row in layer(quick):
+        yield {**row, "ranks": WORLD.size, "threads": torch.get_num_threads()}
 
 
 def tiny(quick: bool) -> Iterator[dict[str, Any]]:

@@ -40,17 +40,18 @@ class Line(NamedTuple):
 
     def __str__(self) -> str:
         if not self.value:
-            return f"{self.what:<80} not measured: {self.note}"
+            return f"{self.what:<96} not measured: {self.note}"
         verdict = "met" if self.met else "MISSED"
         value = f"{_digits(self.value['median']):>7} ({_digits(self.value['minimum'])}) {self.unit}"
         bar = f"bar: at {'most' if self.at_most else 'least'} {self.bar:g}"
-        return f"{self.what:<80} {value:<20} {bar:<20} {verdict}"
+        return f"{self.what:<96} {value:<20} {bar:<20} {verdict}"
 
 
 def summarize(sections: dict[str, list[Row]]) -> list[Line]:
     """What can be said of the sections that were run."""
     judges = {
         "layer": _layer,
+        "threads": _threads,
         "verbs": _verbs,
         "exchange": _exchange,
         "watchdog": _watchdog,
@@ -75,7 +76,7 @@ def over(combine: Callable[[list[float]], float], figures: Iterable[Figures]) ->
     return {label: combine([one[label] for one in every]) for label in STATISTICS} if every else {}
 
 
-def _layer(rows: list[Row]) -> list[Line]:
+def _layer(rows: list[Row], name: str = "layer over local") -> list[Line]:
     def ratios(dtype: str, formats: tuple[str, ...], size: str = "values") -> list[Figures]:
         least = LARGE_VALUES if size == "values" else 4 * LARGE_VALUES
         chosen = (
@@ -84,7 +85,7 @@ def _layer(rows: list[Row]) -> list[Line]:
         return [row["ours to"]["local"] for row in chosen]
 
     both = ("contiguous", "channels_last")
-    name, lines = "layer over local, 6 MB and more", []
+    name, lines = f"{name}, 6 MB and more", []
     for which, bar in zip(both, (0.65, 0.90), strict=True):
         what = f"{name}, float32, {which}, geometric mean"
         lines.append(Line(what, over(geometric_mean, ratios("float32", (which,))), bar))
@@ -95,6 +96,11 @@ def _layer(rows: list[Row]) -> list[Line]:
         lines.append(Line(f"{name}, {label}, geometric mean", over(geometric_mean, half), 0.9))
         lines.append(Line(f"{name}, {label}, worst", over(max, half), 0.9))
     return lines
+
+
+def _threads(rows: list[Row]) -> list[Line]:
+    ranks, threads = rows[0]["ranks"], rows[0]["threads"]
+    return _layer(rows, f"{ranks} rank{'s' * (ranks > 1)} with {threads} threads, layer over local")
 
 
 def _verbs(rows: list[Row]) -> list[Line]:

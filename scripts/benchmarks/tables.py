@@ -93,6 +93,7 @@ def _reductions(rows: list[Row]) -> str:
 # Title, how to make it, and the sections it takes.
 _TABLES: tuple[tuple[str, Callable[[list[Row]], str], tuple[str, ...]], ...] = (
     ("The layer", _layer, ("layer", "tiny")),
+    ("The layer with several threads a rank", _layer, ("threads",)),
     ("The verbs", _verbs, ("verbs",)),
     ("The exchange", _exchange, ("exchange",)),
     ("Slow peers, the compiler, a whole step, and ReLU", _peers, ("peers", "resnet", "relu")),
