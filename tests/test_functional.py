@@ -13,7 +13,9 @@ from parallel import WORLD, bits_equal_on_all_ranks, distance, oracle, shard, to
 
 from mpisyncbn import functional
 from mpisyncbn.functional import BatchStats
+from mpisyncbn.kernels import native
 
+needs_native = pytest.mark.skipif(native() is None, reason="the native kernels were not built")
 KINDS = {"numpy": lambda t: t.numpy(), "torch": lambda t: t}
 
 
@@ -166,6 +168,63 @@ def test_momentum_of_any_kind(momentum):
         assert functional.update_running_stats(*running, stats, momentum)
         assert running[0].tolist() == [0.25, 0.5]
         assert running[1].tolist() == [2.0, 3.25]
+
+
+@needs_native
+@pytest.mark.parametrize("momentum", [0.0, 0.1, 0.5, 1 / 3, 1.0])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_half_precision_running_statistics_in_native_code(dtype, momentum, monkeypatch):
+    """The values of torch's operations: rounded once, after the sum; what overflows the dtype stays out."""
+    limit, n = torch.finfo(dtype).max, 1 << 14
+    mean, var = (shard((n,), seed, 1.0, torch.float64).numpy() for seed in (1, 2))
+    mean[:8] = 0, 1e-30, -1e-7, 2**-24, 2**-25, 1 + 2**-9, limit, -limit
+    start = [shard((n,), seed, 1.0).to(dtype) for seed in (3, 4)]
+    start[0][8:12] = torch.tensor([torch.inf, torch.nan, limit, 0.0])
+    found = []
+    for host in (native(), None):
+        monkeypatch.setattr(functional, "native", lambda host=host: host)
+        running, batches = [each.clone() for each in start], torch.tensor(0)
+        taken = BatchStats(mean, abs(var), None, 5)
+        arrays = *running, batches, None, taken.mean, taken.var
+        assert host is None or host.update_running_stats(*arrays, 1.25, momentum)
+        assert host is not None or functional.enter_batch(*running, batches, taken, momentum)
+        found.append((*running, batches))
+    for one, other in zip(*found, strict=True):
+        assert torch.equal(one.nan_to_num(7.0), other.nan_to_num(7.0))
+        assert torch.equal(one.isnan(), other.isnan())
+
+    arrays = start[0], start[1].abs(), None, None
+    ones = np.ones(n)
+    for mean, var in ((ones * limit * (1 + 1e-9), ones), (ones, ones * limit), (ones * np.nan, ones)):
+        before = [each.clone() for each in start]
+        assert not native().update_running_stats(*arrays, mean, var, 1.25, momentum)
+        assert all(
+            torch.equal(a.nan_to_num(7.0), b.nan_to_num(7.0)) for a, b in zip(start, before, strict=True)
+        )
+
+
+def test_a_momentum_of_one_forgets():
+    """Also what is so large that the batch is lost beside it."""
+    for dtype in (torch.float32, torch.float64, torch.bfloat16):
+        running = torch.full((2,), 1e30, dtype=dtype), torch.full((2,), 1e30, dtype=dtype)
+        assert functional.update_running_stats(*running, BatchStats(*np.ones((2, 2)), None, 2**60), 1.0)
+        assert torch.equal(torch.stack(running), torch.ones(2, 2, dtype=dtype))
+
+
+@needs_native
+def test_dtypes_that_are_taken_at_a_glance():
+    """All of the input's, or all float32 beside half precision; others are looked at more closely."""
+    halves = torch.bfloat16, torch.float16
+    for x in (*halves, torch.float32, torch.float64):
+        for first in (*halves, torch.float32, torch.float64):
+            for second in (*halves, torch.float32, torch.float64):
+                vectors = [torch.ones(3, dtype=each) for each in (first, first, second, second)]
+                fits = first == second and (first == x or (x in halves and first == torch.float32))
+                assert native().fits(torch.ones(2, 3, dtype=x), *vectors) == fits
+        plain = torch.ones(2, 3, dtype=x)
+        assert native().fits(plain, None, None, None, None)
+        ones = torch.ones(3, dtype=torch.float32)
+        assert native().fits(plain, None, None, ones, ones) == (x != torch.float64)
 
 
 @pytest.mark.parametrize(

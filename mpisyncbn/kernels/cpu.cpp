@@ -211,6 +211,20 @@ const Loops<T> &best_loops() {
 #include "cpu_arrays.h"
 #include "cpu_tiles.h"
 
+// The largest number of a dtype.
+double largest(DType dtype) {
+    return dtype == DType::f16    ? 65504.0
+           : dtype == DType::bf16 ? 0x1.fep127
+           : dtype == DType::f32  ? 0x1.fffffep127
+                                  : 0x1.fffffffffffffp1023;
+}
+
+// A number rounded to what there is room for: to half precision by way of float32, as torch does.
+void put(double &to, double v) { to = v; }
+void put(float &to, double v) { to = (float)v; }
+void put(bfloat16 &to, double v) { baseline::store_part(&to, baseline::vec<bfloat16>{(float)v}, 1); }
+void put(float16 &to, double v) { baseline::store_part(&to, baseline::vec<float16>{(float)v}, 1); }
+
 using Vector = nb::ndarray<const double, nb::ndim<1>, nb::c_contig, nb::device::cpu>;
 using Output = nb::ndarray<double, nb::ndim<2>, nb::c_contig, nb::device::cpu>;
 

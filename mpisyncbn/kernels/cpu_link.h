@@ -134,45 +134,50 @@ bool update_running_stats(nb::handle running_mean_object, nb::handle running_var
     const long channels = (long)mean.size();
     for (const Array &array : running)
         if (array.ndim != 1 || array.shape[0] != channels || array.stride[0] != 1 || array.dtype != running[0].dtype) return false;
-    const double *const means_in = mean.data(), *const vars_in = var.data();
-    const double limit = running[0].dtype == DType::f32 ? 3.4028234663852886e38 : 1.7976931348623157e308;
-    if (running[0].dtype != DType::f32 && running[0].dtype != DType::f64) return false;
+    const DType dtype = running[0].dtype;
+    // NumPy rounds its float16 from float64, torch by way of float32, as is done here.
+    if (dtype == DType::f16 && PyObject_CheckBuffer(running_mean_object.ptr())) return false;
+    const double *const means_in = mean.data(), *const vars_in = var.data(), limit = largest(dtype);
     bool fit = true;
     for (long c = 0; c < channels; ++c) fit &= std::fabs(means_in[c]) <= limit && vars_in[c] * to_unbiased <= limit;
     if (!fit) return false;
     // What may raise comes before anything is written.
     if (!batches.is_none()) batches.attr("add_")(1);
     if (!changed.is_none()) changed(nb::make_tuple(running_mean_object, running_var_object));
-    auto move = [&](auto *__restrict means, auto *__restrict vars) {
-        using W = std::remove_reference_t<decltype(*means)>;
-        for (long c = 0; c < channels; ++c) {
-            means[c] = (W)(means[c] + momentum * (means_in[c] - means[c]));
-            vars[c] = (W)(vars[c] + momentum * (vars_in[c] * to_unbiased - vars[c]));
-        }
+    const auto moved = [&](double old, double batch) {  // from the nearer end, as torch's lerp: a momentum of 1 gives batch
+        return momentum < 0.5 ? old + momentum * (batch - old) : batch - (1 - momentum) * (batch - old);
     };
-    if (running[0].dtype == DType::f32)
-        move((float *)running[0].data, (float *)running[1].data);
-    else
-        move((double *)running[0].data, (double *)running[1].data);
-    return true;
+    return by_dtype(dtype, [&](auto type) {
+        using T = decltype(type);
+        T *__restrict means = (T *)running[0].data, *__restrict vars = (T *)running[1].data;
+        for (long c = 0; c < channels; ++c) {
+            put(means[c], moved(value(means[c]), means_in[c]));
+            put(vars[c], moved(value(vars[c]), vars_in[c] * to_unbiased));
+        }
+        return true;
+    });
 }
 
 void invstd(const Vector &var, double eps, nb::ndarray<double, nb::ndim<1>, nb::c_contig, nb::device::cpu> out) {
     inverse_roots(var.size(), var.data(), eps, out.data());
 }
 
-// Whether per-channel vectors belong to an input as they should: x with at least 2 dimensions and a channel, all of
-// the dtype of x and of its length. Where not, functional.check_arguments finds out what is wrong, if anything is.
+// Whether per-channel vectors belong to an input as they should: x with at least 2 dimensions and a channel, all of its
+// length and of one dtype, that of x or float32 for a half-precision x. Where not, functional.check_arguments finds out what is wrong, if anything is.
 bool fits(nb::handle x_object, nb::handle weight_object, nb::handle bias_object, nb::handle running_mean_object,
           nb::handle running_var_object) {
     Array x;
     if (!describe(x_object, x) || x.ndim < 2 || x.shape[1] == 0) return false;
     if (running_mean_object.is_none() != running_var_object.is_none()) return false;
+    const bool half = x.dtype == DType::f16 || x.dtype == DType::bf16;
+    DType dtype = DType::none;  // that of the first of them
     for (const nb::handle object : {weight_object, bias_object, running_mean_object, running_var_object}) {
         Array vector;
         if (PyObject_CheckBuffer(object.ptr()) || !describe(object, vector)) return false;
+        if (object.is_none()) continue;
+        if (dtype == DType::none) dtype = vector.dtype;
         // One of length 0 has no data either, and is refused.
-        if (!object.is_none() && (vector.dtype != x.dtype || vector.ndim != 1 || vector.shape[0] != x.shape[1])) return false;
+        if (vector.dtype != dtype || vector.ndim != 1 || vector.shape[0] != x.shape[1]) return false;
     }
-    return true;
+    return dtype == DType::none || dtype == x.dtype || (half && dtype == DType::f32);
 }
