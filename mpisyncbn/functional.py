@@ -257,8 +257,9 @@ def invstd_of(var: Any, eps: float) -> Any:
         host.invstd(var, eps, found)
         return found
     if eps == 0:
-        # A constant channel gives 0, so that y is its bias and dx is 0, not NaN.
-        constant = var == 0
+        # A constant channel gives 0, so that y is its bias and dx is 0, not NaN. So does a variance that
+        # float64 has no digits for.
+        constant = var < sys.float_info.min
         return (var + constant) ** -0.5 * ~constant
     return (var + eps) ** -0.5
 

@@ -16,6 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from . import extremes
 from .layout import dense, like, rows
 
 __all__ = ["backward_elementwise", "backward_reduce", "local_moments", "normalize"]
@@ -41,7 +42,12 @@ def local_moments(x: Tensor) -> tuple[int, np.ndarray, np.ndarray]:
         near, rest, m2 = _small_moments(x, count)
     else:
         near, rest, m2 = _large_moments(x, count)
-    return count, np.stack((near, rest)) if x.dtype == torch.float64 else near + rest, m2
+    if x.dtype == torch.float64:
+        return count, np.stack((near, rest)), m2
+    mean = near + rest
+    if count:
+        extremes.local_moments(local_moments, x, count, mean, m2)
+    return count, mean, m2
 
 
 def normalize(
@@ -59,7 +65,10 @@ def normalize(
     y = _affine(x if residual is None else x.to(_working_dtype(x)), mean, invstd, scale, shift)
     if residual is not None:
         y = y.add_(residual)
-    return (y.relu_() if relu else y).to(x.dtype)
+    y = (y.relu_() if relu else y).to(x.dtype)
+    if x.dtype == torch.float64 or not x.numel():
+        return y
+    return extremes.normalize(normalize, y, x, mean, invstd, weight, bias, residual, relu)
 
 
 def backward_reduce(
@@ -68,7 +77,10 @@ def backward_reduce(
     if gate is not None:
         y = normalize(x, mean, invstd, gate.weight, gate.bias) if gate.y is None else gate.y
         dy = dy.masked_fill(y <= 0, 0)
-    return *_sums(dy, x, mean), dy
+    sums = np.stack(_sums(dy, x, mean))
+    if x.dtype != torch.float64 and x.numel():
+        extremes.backward_reduce(backward_reduce, sums, dy, x, mean, invstd, None)
+    return sums[0], sums[1], dy
 
 
 def backward_elementwise(
@@ -84,9 +96,13 @@ def backward_elementwise(
     scale = invstd if weight is None else invstd * _numpy(weight)
     # bfloat16 and float16 are rounded once, at the end.
     wide = x.to(_working_dtype(x))
-    slope = invstd * invstd * mean_dy_xmu
+    slope = invstd * (invstd * mean_dy_xmu)
     dx = _affine(wide, mean, invstd, scale * -slope, scale * -mean_dy)
-    return dx.addcmul_(dz.to(dx.dtype), _channels(_vector(scale, x), x)).to(x.dtype)
+    dx = dx.addcmul_(dz.to(dx.dtype), _channels(_vector(scale, x), x)).to(x.dtype)
+    if x.dtype == torch.float64 or not x.numel():
+        return dx
+    means = mean_dy, mean_dy_xmu
+    return extremes.backward_elementwise(backward_elementwise, dx, dz, x, mean, invstd, weight, means, gate)
 
 
 def _sums(dy: Tensor, x: Tensor, mean: Any) -> tuple[np.ndarray, np.ndarray]:

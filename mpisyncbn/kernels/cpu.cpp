@@ -241,11 +241,21 @@ const double *values_of(const Array &vector, long length, int which) {
     return values;
 }
 
+// What the verbs return: extreme where the values of some channels are beyond what float32 can compute with, and
+// extremes.py has to do these again.
+enum { REFUSED, DONE, EXTREME };
+
+int outcome(bool done, bool extreme) { return !done ? REFUSED : extreme ? EXTREME : DONE; }
+
+// Where x - mean, times invstd, times invstd, stays within float32, whatever dy is. 0 stands for a constant channel.
+bool is_ordinary(double invstd) { return invstd == 0 || (invstd >= 0x1p-30 && invstd <= 0x1p30); }
+bool fits_float(double number) { return std::fabs(number) < 0x1p127; }
+
 // What the loops take per channel, from what the formulas take, in double and rounded once.
 // x - mean is x - MEAN exactly where it matters, and what rounding the mean left goes into SHIFT and REST.
 template <class T>
 const work_of<T> *numbers(const Plan<T> &plan, const Vector &mean, const Vector &invstd, const Array &weight,
-                          const Array &bias, const double *mean_dy, const double *mean_dy_xmu) {
+                          const Array &bias, const double *mean_dy, const double *mean_dy_xmu, bool &extreme) {
     using W = work_of<T>;
     const long columns = plan.way[0].columns, stride = padded(columns);
     W *const all = kept<W>(KINDS * stride);
@@ -253,20 +263,24 @@ const work_of<T> *numbers(const Plan<T> &plan, const Vector &mean, const Vector 
     W *__restrict shifts = all + SHIFT * stride, *__restrict slopes = all + SLOPE * stride, *__restrict rests = all + REST * stride;
     const double *const means = mean.data(), *const invstds = invstd.data();
     const double *const weights = values_of(weight, plan.channels, 0), *const biases = values_of(bias, plan.channels, 1);
+    bool beyond = false;
     for (long c = 0; c < plan.channels; ++c) {
         const W center = (W)means[c];
         const double rest = means[c] - (double)center, scale = weights ? invstds[c] * weights[c] : invstds[c];
         near[c] = center;
         scales[c] = (W)scale;
         shifts[c] = (W)((biases ? biases[c] : 0.0) - rest * scale);
+        if (sizeof(W) < 8) beyond |= !is_ordinary(invstds[c]) | !fits_float(scale);
     }
     if (mean_dy)
         for (long c = 0; c < plan.channels; ++c) {
             const double rest = means[c] - (double)near[c], scale = weights ? invstds[c] * weights[c] : invstds[c];
-            const double slope = -scale * invstds[c] * invstds[c] * mean_dy_xmu[c];
+            const double slope = -scale * (invstds[c] * (invstds[c] * mean_dy_xmu[c]));
             slopes[c] = (W)slope;
             rests[c] = (W)(-scale * mean_dy[c] - rest * slope);
+            if (sizeof(W) < 8) beyond |= !fits_float(slope);
         }
+    extreme = beyond;
     for (int kind = 0; kind < (mean_dy ? KINDS : SLOPE); ++kind) {
         W *row = all + kind * stride;
         for (long c = plan.channels; c < columns; ++c) row[c] = row[c - plan.channels];
@@ -294,6 +308,7 @@ bool same_kind(const Array &x, std::initializer_list<const Array *> others) {
            });
 }
 
+// Returns the count; -1 for what is refused, and -2 - count for what is extreme.
 long local_moments(nb::handle x_object, const Output &out, int threads) {
     Array x, none;
     if (!describe(x_object, x) || !same_kind(x, {})) return -1;
@@ -301,6 +316,7 @@ long local_moments(nb::handle x_object, const Output &out, int threads) {
         std::fill(out.data(), out.data() + out.size(), 0.0);
         return 0;
     }
+    bool extreme = false;
     const bool done = by_dtype(x.dtype, [&](auto type) {
         using T = decltype(type);
         using W = work_of<T>;
@@ -335,23 +351,29 @@ long local_moments(nb::handle x_object, const Output &out, int threads) {
         });
         if (!std::is_same_v<T, double>)
             for (long c = 0; c < channels; ++c) near[c] += rest[c];
+        // Squares of distances below 2**-50 and above 2**50 may not be there, or be infinite. (Those of float16 are.)
+        const double least = 0x1p-100 * (double)total, most_squares = 0x1p100 * (double)total;
+        if (std::is_same_v<T, float> || std::is_same_v<T, bfloat16>)
+            for (long c = 0; c < channels; ++c) extreme |= !(m2[c] >= least && m2[c] <= most_squares);
         return true;
     });
-    return done ? x.size() / x.shape[1] : -1;
+    const long count = x.size() / x.shape[1];
+    return !done ? -1 : extreme ? -2 - count : count;
 }
 
-bool normalize(nb::handle x_object, const Vector &mean, const Vector &invstd, nb::handle weight_object,
+int normalize(nb::handle x_object, const Vector &mean, const Vector &invstd, nb::handle weight_object,
                nb::handle bias_object, nb::handle residual_object, nb::handle y_object, bool relu, int threads) {
     Array x, weight, bias, residual, y;
     if (!describe(x_object, x) || !describe(weight_object, weight) || !describe(bias_object, bias) ||
         !describe(residual_object, residual) || !describe(y_object, y) || !same_kind(x, {&residual, &y}))
-        return false;
-    if (x.size() == 0) return true;
-    return by_dtype(x.dtype, [&](auto type) {
+        return REFUSED;
+    if (x.size() == 0) return DONE;
+    bool extreme = false;
+    const bool done = by_dtype(x.dtype, [&](auto type) {
         using T = decltype(type);
         const Plan<T> *const plan = plan_for<T>(x, Array{}, residual, y, threads);
         if (!plan) return false;
-        const auto *all = numbers(*plan, mean, invstd, weight, bias, nullptr, nullptr);
+        const auto *all = numbers(*plan, mean, invstd, weight, bias, nullptr, nullptr, extreme);
         const long stride = padded(plan->way[0].columns);
         const auto &loops = best_loops<T>();
         const Unlocked unlocked(x);
@@ -360,26 +382,28 @@ bool normalize(nb::handle x_object, const Vector &mean, const Vector &invstd, nb
         });
         return true;
     });
+    return outcome(done, extreme);
 }
 
-bool backward_reduce(nb::handle dy_object, nb::handle x_object, const Vector &mean, const Vector &invstd,
+int backward_reduce(nb::handle dy_object, nb::handle x_object, const Vector &mean, const Vector &invstd,
                      nb::handle weight_object, nb::handle bias_object, nb::handle y_object, nb::handle dz_object,
                      bool relu, const Output &out, int threads) {
     Array dy, x, weight, bias, y, dz;
     if (!describe(dy_object, dy) || !describe(x_object, x) || !describe(weight_object, weight) ||
         !describe(bias_object, bias) || !describe(y_object, y) || !describe(dz_object, dz) || !same_kind(x, {&dy, &y, &dz}))
-        return false;
+        return REFUSED;
     if (x.size() == 0) {
         std::fill(out.data(), out.data() + out.size(), 0.0);
-        return true;
+        return DONE;
     }
+    bool extreme = false;
     const Gate gate = y.data ? Gate::saved : relu ? Gate::recomputed : Gate::none;
-    return by_dtype(x.dtype, [&](auto type) {
+    const bool done = by_dtype(x.dtype, [&](auto type) {
         using T = decltype(type);
         using W = work_of<T>;
         const Plan<T> *const plan = plan_for<T>(x, dy, y, dz, threads);
         if (!plan) return false;
-        const auto *all = numbers(*plan, mean, invstd, weight, bias, nullptr, nullptr);
+        const auto *all = numbers(*plan, mean, invstd, weight, bias, nullptr, nullptr, extreme);
         const long stride = padded(plan->way[0].columns), channels = plan->channels;
         const auto &loops = best_loops<T>();
         const Unlocked unlocked(x);
@@ -396,23 +420,32 @@ bool backward_reduce(nb::handle dy_object, nb::handle x_object, const Vector &me
         });
         for (long c = 0; c < channels; ++c)
             sum_dy_xmu[c] -= (means[c] - (double)(W)means[c]) * sum_dy[c];
+        // Products so small may have lost digits, if there were any; those of an infinite sum were too large.
+        const double least = 0x1p-100 * (double)(x.size() / channels);
+        if (sizeof(W) < 8)
+            for (long c = 0; c < channels; ++c) {
+                const bool none = sum_dy[c] == 0 && sum_dy_xmu[c] == 0, small = !(std::fabs(sum_dy_xmu[c]) >= least);
+                extreme |= (small && !none) | !std::isfinite(sum_dy_xmu[c]);
+            }
         return true;
     });
+    return outcome(done, extreme);
 }
 
-bool backward_elementwise(nb::handle dy_object, nb::handle x_object, const Vector &mean, const Vector &invstd,
+int backward_elementwise(nb::handle dy_object, nb::handle x_object, const Vector &mean, const Vector &invstd,
                           nb::handle weight_object, nb::handle bias_object, const Vector &mean_dy,
                           const Vector &mean_dy_xmu, nb::handle dx_object, bool relu, int threads) {
     Array dy, x, weight, bias, dx;
     if (!describe(dy_object, dy) || !describe(x_object, x) || !describe(weight_object, weight) ||
         !describe(bias_object, bias) || !describe(dx_object, dx) || !same_kind(x, {&dy, &dx}))
-        return false;
-    if (x.size() == 0) return true;
-    return by_dtype(x.dtype, [&](auto type) {
+        return REFUSED;
+    if (x.size() == 0) return DONE;
+    bool extreme = false;
+    const bool done = by_dtype(x.dtype, [&](auto type) {
         using T = decltype(type);
         const Plan<T> *const plan = plan_for<T>(x, dy, Array{}, dx, threads);
         if (!plan) return false;
-        const auto *all = numbers(*plan, mean, invstd, weight, bias, mean_dy.data(), mean_dy_xmu.data());
+        const auto *all = numbers(*plan, mean, invstd, weight, bias, mean_dy.data(), mean_dy_xmu.data(), extreme);
         const long stride = padded(plan->way[0].columns);
         const auto &loops = best_loops<T>();
         const Unlocked unlocked(x);
@@ -421,6 +454,7 @@ bool backward_elementwise(nb::handle dy_object, nb::handle x_object, const Vecto
         });
         return true;
     });
+    return outcome(done, extreme);
 }
 
 #include "cpu_link.h"

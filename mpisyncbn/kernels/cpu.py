@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from ..errors import MPISyncBNError, on_rank
-from . import _cpu, loaded_torch
+from . import _cpu, extremes, loaded_torch
 from ._cpu import Link, fits, instruction_set, invstd, most_dimensions, threads, update_running_stats
 
 __all__ = ["backward_elementwise", "backward_reduce", "local_moments", "normalize"]
@@ -19,14 +19,19 @@ __all__ = ["backward_elementwise", "backward_reduce", "local_moments", "normaliz
 __all__ += ["Link", "fits", "invstd", "update_running_stats"]
 __all__ += ["instruction_set", "most_dimensions", "threads"]
 
+_REFUSED = -1
+
 
 def local_moments(x: Any) -> tuple[int, np.ndarray, np.ndarray]:
     found = np.empty((3, x.shape[1]))
     count = _cpu.local_moments(x, found, _threads(x))
-    if count < 0:
+    if count == _REFUSED:
         count = _cpu.local_moments(_dense(x), found, _threads(x))
-    if count < 0:
+    if count == _REFUSED:
         raise _refused()
+    if count < 0:
+        count = -2 - count
+        extremes.local_moments(local_moments, x, count, found[0], found[2])
     return count, found[:2] if x.dtype.itemsize == 8 else found[0], found[2]
 
 
@@ -35,8 +40,9 @@ def normalize(
 ) -> Any:
     for near, like in _attempts(x, residual):
         y = _empty_like(near)
-        if _cpu.normalize(near, mean, invstd, weight, bias, *like, y, relu, _threads(x)):
-            return y
+        vectors = mean, invstd, weight, bias
+        if done := _cpu.normalize(near, *vectors, *like, y, relu, _threads(x)):
+            return y if done == 1 else extremes.normalize(normalize, y, x, *vectors, residual, relu)
     raise _refused()
 
 
@@ -48,7 +54,9 @@ def backward_reduce(
     for near, (dz, y) in _attempts(x, dy, saved):
         out = None if y is None else _empty_like(near)
         vectors = mean, invstd, weight, bias
-        if _cpu.backward_reduce(dz, near, *vectors, y, out, gate is not None, sums, _threads(x)):
+        if done := _cpu.backward_reduce(dz, near, *vectors, y, out, gate is not None, sums, _threads(x)):
+            if done > 1:
+                extremes.backward_reduce(backward_reduce, sums, dy, x, mean, invstd, gate)
             return sums[0], sums[1], dz if out is None else out
     raise _refused()
 
@@ -60,7 +68,12 @@ def backward_elementwise(
     vectors = mean, invstd, weight, gate.bias if relu else None, mean_dy, mean_dy_xmu
     for near, like in _attempts(x, dz):
         dx = _empty_like(near)
-        if _cpu.backward_elementwise(*like, near, *vectors, dx, relu, _threads(x)):
+        if done := _cpu.backward_elementwise(*like, near, *vectors, dx, relu, _threads(x)):
+            if done > 1:
+                means = mean_dy, mean_dy_xmu
+                extremes.backward_elementwise(
+                    backward_elementwise, dx, dz, x, mean, invstd, weight, means, gate
+                )
             return dx
     raise _refused()
 

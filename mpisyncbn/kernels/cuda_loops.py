@@ -60,6 +60,7 @@ def moments(
     rest, m2, total = _about(
         x,
         near,
+        1.0,
         values,
         mask,
         count,
@@ -83,6 +84,7 @@ def moments(
         rest, m2, total = _about(
             x,
             near,
+            1.0,
             values,
             mask,
             count,
@@ -98,6 +100,34 @@ def moments(
             COLUMNS,
             WIDE,
         )
+    if WIDE == tl.float32:
+        # Squares below 1e-30 may have lost digits, those above 1e30 be infinite: once more, in other units.
+        beyond = (m2 < total * 2.0**-100) | ~(m2 <= total * 2.0**100)
+        if _any(beyond, PLANES):
+            unit = tl.where(m2 < total, 2.0**90, 2.0**-90)
+            unit = tl.where(beyond, unit, 1.0).to(WIDE)
+            values, mask, count = _tile(x, first, last, rows, width, stride, INDEX, PLANES, ROWS, COLUMNS)
+            rest, m2, total = _about(
+                x,
+                near,
+                unit,
+                values,
+                mask,
+                count,
+                first + 1,
+                last,
+                rows,
+                width,
+                stride,
+                ONE,
+                INDEX,
+                PLANES,
+                ROWS,
+                COLUMNS,
+                WIDE,
+            )
+            per = 1.0 / unit.to(tl.float64)
+            rest, m2 = rest * per, m2 * per * per
     near = near.to(tl.float64)
     m2 = tl.where(m2 < 0, 0.0, m2)
     channel = _channel(COLUMNS, PLANES)
@@ -176,7 +206,9 @@ def backward_sums(
     channel = _channel(COLUMNS, PLANES)
     inside = channel < channels
     high, rest = _center(mean, channel, inside, WIDE)
-    scale, shift = _affine(invstd, weight, bias, rest, channel, inside, WIDE)
+    inverse, factor, shift = _affine(invstd, weight, bias, rest, channel, inside, WIDE)
+    # Products of dy and x - mean may be beyond float32: these are in units of the standard deviation.
+    unit = tl.where(inverse == 0, 1.0, inverse)
     sum_dy = tl.zeros([ROWS, COLUMNS], WIDE)
     sum_dy_xmu = tl.zeros([ROWS, COLUMNS], WIDE)
     first = tl.program_id(1) * share
@@ -187,18 +219,19 @@ def backward_sums(
         xmu = tl.load(x + offsets, mask, 0.0).to(WIDE) - high
         if GATE:
             if y is None:
-                closed = xmu * scale + shift <= 0
+                closed = xmu * inverse * factor + shift <= 0
             else:
                 closed = tl.load(y + offsets, mask, 0.0) <= 0
             slope = tl.where(closed, 0.0, slope)
             if y is not None:
                 tl.store(dz + offsets, slope.to(dz.dtype.element_ty), mask)
         sum_dy += slope
-        sum_dy_xmu += tl.where(mask, slope * xmu, 0.0)
+        sum_dy_xmu += tl.where(mask, slope * (xmu * unit), 0.0)
     total_dy = _down(sum_dy.to(tl.float64), PLANES)
     at = (out if parts is None else parts + tl.program_id(1) * 2 * channels) + channel
     tl.store(at, total_dy, inside)
-    tl.store(at + channels, _down(sum_dy_xmu.to(tl.float64), PLANES) - rest * total_dy, inside)
+    total_dy_xmu = _down(sum_dy_xmu.to(tl.float64), PLANES) / unit.to(tl.float64)
+    tl.store(at + channels, total_dy_xmu - rest * total_dy, inside)
 
 
 @triton.jit(do_not_specialize=["shares"])
@@ -244,12 +277,12 @@ def normalize(
     width, stride = _multiple(width, ALIGN), _multiple(stride, ALIGN)
     channel, inside = _channels(width, channels, column_tiles, INDEX, PLANES, COLUMNS)
     high, rest = _center(mean, channel, inside, WIDE)
-    scale, shift = _affine(invstd, weight, bias, rest, channel, inside, WIDE)
+    inverse, factor, shift = _affine(invstd, weight, bias, rest, channel, inside, WIDE)
     for step in tl.static_range(STEPS):
         offsets, mask = _elements(
             step, rows, width, stride, channels, column_tiles, INDEX, PLANES, STEPS, ROWS, COLUMNS
         )
-        found = (tl.load(x + offsets, mask, 0.0).to(WIDE) - high) * scale + shift
+        found = (tl.load(x + offsets, mask, 0.0).to(WIDE) - high) * inverse * factor + shift
         if residual is not None:
             found += tl.load(residual + offsets, mask, 0.0).to(WIDE)
         if RELU:
@@ -289,11 +322,11 @@ def backward_elementwise(
     width, stride = _multiple(width, ALIGN), _multiple(stride, ALIGN)
     channel, inside = _channels(width, channels, column_tiles, INDEX, PLANES, COLUMNS)
     high, rest = _center(mean, channel, inside, WIDE)
-    scale, shift = _affine(invstd, weight, bias, rest, channel, inside, WIDE)
-    inverse = tl.load(invstd + channel, inside, 0.0)
-    slope = inverse * inverse * tl.load(mean_dy_xmu + channel, inside, 0.0)
+    inverse, factor, shift = _affine(invstd, weight, bias, rest, channel, inside, WIDE)
+    exact = tl.load(invstd + channel, inside, 0.0)
+    slope = exact * tl.load(mean_dy_xmu + channel, inside, 0.0)
     high_dy, rest_dy = _center(mean_dy, channel, inside, WIDE)
-    rest_dy = (rest_dy - rest * slope).to(WIDE)
+    rest_dy = (rest_dy - rest * exact * slope).to(WIDE)
     slope = slope.to(WIDE)
     for step in tl.static_range(STEPS):
         offsets, mask = _elements(
@@ -302,8 +335,8 @@ def backward_elementwise(
         xmu = tl.load(x + offsets, mask, 0.0).to(WIDE) - high
         found = tl.load(dz + offsets, mask, 0.0).to(WIDE)
         if GATE:
-            found = tl.where(xmu * scale + shift <= 0, 0.0, found)
-        found = (((found - high_dy) - xmu * slope) - rest_dy) * scale
+            found = tl.where(xmu * inverse * factor + shift <= 0, 0.0, found)
+        found = (((found - high_dy) - xmu * inverse * slope) - rest_dy) * factor * inverse
         tl.store(dx + offsets, found.to(dx.dtype.element_ty), mask)
 
 
@@ -393,6 +426,7 @@ def _tile(
 def _about(
     x,
     near,
+    unit,
     values,
     mask,
     count,
@@ -408,11 +442,12 @@ def _about(
     COLUMNS: tl.constexpr,
     WIDE: tl.constexpr,
 ):
-    """Mean of ``x - near``, M2, and the count, of a tile that is there and those from ``first`` to ``last``.
+    """Mean of ``(x - near) * unit``, M2, and the count, of a tile that is there and those up to ``last``.
 
-    In float64.
+    In float64. ``unit`` is a power of two.
     """
-    sums = tl.where(mask, values.to(WIDE) - near, 0.0)
+    near = near * unit
+    sums = tl.where(mask, values.to(WIDE) * unit - near, 0.0)
     squares = sums * sums
     total = count.to(tl.int64)
     if not ONE:
@@ -422,10 +457,10 @@ def _about(
             more, more_mask, more_count = _tile(
                 x, tile + 1, last, rows, width, stride, INDEX, PLANES, ROWS, COLUMNS
             )
-            distance = tl.where(mask, values.to(WIDE) - near, 0.0)
+            distance = tl.where(mask, values.to(WIDE) * unit - near, 0.0)
             sums += distance
             squares += distance * distance
-            distance = tl.where(more_mask, more.to(WIDE) - near, 0.0)
+            distance = tl.where(more_mask, more.to(WIDE) * unit - near, 0.0)
             sums += distance
             squares += distance * distance
             total += count + more_count
@@ -531,14 +566,15 @@ def _center(mean, channel, inside, WIDE: tl.constexpr):
 
 @triton.jit
 def _affine(invstd, weight, bias, rest, channel, inside, WIDE: tl.constexpr):
-    """What ``x - high`` is multiplied by, and what is added then."""
-    scale = tl.load(invstd + channel, inside, 0.0)
+    """What ``x - high`` is multiplied by, first invstd and then the weight, and what is added then."""
+    inverse = tl.load(invstd + channel, inside, 0.0)
+    factor = tl.zeros_like(inverse) + 1.0
     if weight is not None:
-        scale *= tl.load(weight + channel, inside, 0.0).to(tl.float64)
-    shift = -rest * scale
+        factor = tl.load(weight + channel, inside, 0.0).to(tl.float64)
+    shift = -rest * inverse * factor
     if bias is not None:
         shift += tl.load(bias + channel, inside, 0.0).to(tl.float64)
-    return scale.to(WIDE), shift.to(WIDE)
+    return inverse.to(WIDE), factor.to(WIDE), shift.to(WIDE)
 
 
 @triton.jit

@@ -1,8 +1,9 @@
 """The four verbs for any array: NumPy, CuPy, or torch on any device. The reference.
 
 Written with operators and methods that all three share, so one source serves them all, and
-torch can differentiate through it any number of times, forward and backward. Sums are taken in
-float64, on devices that have it; element-wise work stays in float32 (float64 for float64 input).
+torch can differentiate through it any number of times, forward and backward. Products and sums are
+taken in float64, on devices that have it; element-wise work stays in float32 (float64 for float64 input),
+and multiplies by invstd, never by its square, so that it stays in the range of float32.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ def local_moments(x: Any) -> tuple[int, Any, Any]:
     # A sum over nothing is 0, so an empty batch needs no branch: only the division must be kept whole.
     mean = _sum(x) / max(count, 1)
     xmu = _center(x, mean)
-    m2 = _sum(xmu * xmu)
+    m2 = _dot(xmu, xmu)
     if str(x.dtype).endswith("float64"):
         mean = _stack(mean, _sum(xmu) / max(count, 1))
     return count, mean, m2
@@ -28,8 +29,9 @@ def local_moments(x: Any) -> tuple[int, Any, Any]:
 def normalize(
     x: Any, mean: Any, invstd: Any, weight: Any, bias: Any, residual: Any = None, relu: bool = False
 ) -> Any:
-    scale = invstd if weight is None else invstd * _cast(weight, invstd.dtype)
-    y = _center(x, mean) * _channels(scale, x)
+    y = _center(x, mean) * _channels(invstd, x)
+    if weight is not None:
+        y = y * _channels(weight, x)
     if bias is not None:
         y = y + _channels(bias, x)
     if residual is not None:
@@ -48,16 +50,17 @@ def backward_reduce(dy: Any, x: Any, mean: Any, invstd: Any, gate: Any = None) -
             if hasattr(dy, "masked_fill")
             else np.where(y <= 0, dy.dtype.type(0), dy)
         )
-    return _sum(dz), _sum(_cast(dz, _working_dtype(x)) * _center(x, mean)), dz
+    return _sum(dz), _dot(dz, _center(x, mean)), dz
 
 
 def backward_elementwise(
     dz: Any, x: Any, mean: Any, invstd: Any, weight: Any, mean_dy: Any, mean_dy_xmu: Any, gate: Any = None
 ) -> Any:
-    scale = invstd if weight is None else invstd * _cast(weight, invstd.dtype)
-    slope = invstd * invstd * mean_dy_xmu
-    dx = _center(dz, mean_dy) - _center(x, mean) * _channels(slope, x)
-    return _cast(dx * _channels(scale, x), x.dtype)
+    xhat = _center(x, mean) * _channels(invstd, x)
+    dx = _center(dz, mean_dy) - xhat * _channels(invstd * mean_dy_xmu, x)
+    if weight is not None:
+        dx = dx * _channels(weight, x)
+    return _cast(dx * _channels(invstd, x), x.dtype)
 
 
 def _values_per_channel(x: Any) -> int:
@@ -89,7 +92,16 @@ def _stack(first: Any, second: Any) -> Any:
 def _sum(x: Any) -> Any:
     """Per channel, in float64."""
     axes = (0, *range(2, x.ndim))
-    return x.sum(axes, dtype=_named_dtype(x, "float64" if has_float64(x) else "float32"))
+    return x.sum(axes, dtype=_sum_dtype(x))
+
+
+def _dot(a: Any, b: Any) -> Any:
+    """The sum of products per channel, in float64: those of float32 may be beyond its range."""
+    return _sum(_cast(a, _sum_dtype(b)) * _cast(b, _sum_dtype(b)))
+
+
+def _sum_dtype(x: Any) -> Any:
+    return _named_dtype(x, "float64" if has_float64(x) else "float32")
 
 
 def has_float64(x: Any) -> bool:
