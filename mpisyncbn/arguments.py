@@ -7,6 +7,7 @@ came, on which rank, and the cure.
 from __future__ import annotations
 
 import math
+import sys
 from typing import Any
 
 import numpy as np
@@ -240,7 +241,39 @@ def _check_array(label: str, value: Any) -> None:
     """Of values in memory, one beside the other or with strides: what kernels can read."""
     if not hasattr(value, "ndim") or not hasattr(value, "dtype"):
         raise TypeError(f"expected {label} to be an array, got {type(value).__name__}{on_rank()}")
-    if hasattr(value, "is_cpu") and value.layout is not loaded_torch().strided:
+    if hasattr(value, "is_cpu"):
+        _check_tensor(label, value)
+    elif isinstance(value, np.ndarray):
+        _check_numpy(label, value)
+    elif not isinstance(value, getattr(sys.modules.get("cupy"), "ndarray", ())):
+        # others have other methods, and values that may not be in memory at all
+        raise TypeError(
+            f"expected {label} to be an array of NumPy, CuPy or torch, got {type(value).__module__}."
+            f"{type(value).__qualname__}{on_rank()}: convert it first, numpy.asarray()"
+        )
+
+
+def _check_numpy(label: str, value: Any) -> None:
+    """Of a NumPy array. A subclass may do something else by ``sum`` and ``*``."""
+    if hasattr(type(value), "mask"):  # numpy.ma's, and those of other libraries
+        raise TypeError(
+            f"expected {label} to be a plain array, got a masked one, {type(value).__name__}{on_rank()}: "
+            "leave those samples out, or fill them first, .filled(); what fills them counts in the statistics"
+        )
+    if isinstance(value, np.matrix):
+        raise TypeError(
+            f"expected {label} to be a plain array, got a matrix{on_rank()}: convert it first, "
+            "numpy.asarray()"
+        )
+
+
+def _check_tensor(label: str, value: Any) -> None:
+    if type(value).__name__ == "MaskedTensor":
+        raise TypeError(
+            f"expected {label} to be a plain tensor, got a MaskedTensor{on_rank()}: leave those samples out, "
+            "or fill them first, .to_tensor(value); what fills them counts in the statistics"
+        )
+    if value.layout is not loaded_torch().strided:
         raise TypeError(
             f"expected {label} to be a dense tensor, got one of layout {value.layout}{on_rank()}: "
             "convert it first, .to_dense()"

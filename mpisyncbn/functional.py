@@ -93,6 +93,7 @@ def batch_norm_forward(
 
     Raises:
         ValueError, TypeError: an argument is of the wrong shape, dtype or device.
+        TypeError: an argument is a masked array, a matrix, or an array of another library.
         ValueError: on every rank, where the group has a single value per channel.
         CollectiveMismatchError: on every rank, if the ranks were in different calls.
 

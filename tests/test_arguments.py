@@ -329,6 +329,12 @@ def layer_with(**buffers: torch.Tensor) -> SyncBatchNorm:
     return layer
 
 
+class LikeAnArray:
+    """As those of xarray, JAX and others seem to be."""
+
+    shape, ndim, dtype = (4, 3), 2, np.dtype("float32")
+
+
 ROWS, STATS = torch.ones(4, 3), BatchStats(np.zeros(3), np.ones(3), np.ones(3), 4)
 update = partial(functional.update_running_stats, np.zeros(3), np.ones(3))
 OF_ANOTHER_KIND = {
@@ -347,6 +353,14 @@ OF_ANOTHER_KIND = {
     "a list for an array": (
         lambda: functional.batch_norm_forward([[1.0]]),
         "expected input to be an array, got list{}",
+    ),
+    "an array of another library": (
+        lambda: functional.batch_norm_forward(LikeAnArray()),
+        f"expected input to be an array of NumPy, CuPy or torch, got {__name__}.LikeAnArray{{}}: convert it",
+    ),
+    "a vector of another library": (
+        lambda: functional.batch_norm_forward(ROWS.numpy(), LikeAnArray()),
+        f"expected weight to be an array of NumPy, CuPy or torch, got {__name__}.LikeAnArray{{}}: convert it",
     ),
     "a list for a vector": (
         lambda: functional.batch_norm_forward(ROWS.numpy(), [1.0] * 3),
@@ -429,6 +443,64 @@ def test_what_is_of_another_kind(case):
     call, words = OF_ANOTHER_KIND[case]
     with pytest.raises(TypeError, match=re.escape(words.format(HERE))):
         call()
+
+
+MASKED = "got a masked one, MaskedArray{}: leave those samples out, or fill them first, .filled()"
+MATRIX = "got a matrix{}: convert it first, numpy.asarray()"
+X2 = ROWS.numpy()
+# where an array of the user comes in, and how it is called there
+PLACES = {
+    "input": lambda one: functional.batch_norm_forward(one(X2)),
+    "weight": lambda one: functional.batch_norm_forward(X2, one(X2[0])),
+    "bias": lambda one: functional.batch_norm_forward(X2, None, one(X2[0])),
+    "dy": lambda one: functional.batch_norm_backward(one(X2), X2, STATS),
+    "input ": lambda one: functional.batch_norm_backward(X2, one(X2), STATS),
+    "weight ": lambda one: functional.batch_norm_backward(X2, X2, STATS, one(X2[0])),
+    "stats.mean": lambda one: functional.batch_norm_backward(X2, X2, STATS._replace(mean=one(STATS.mean))),
+    "stats.invstd": lambda one: functional.batch_norm_backward(
+        X2, X2, STATS._replace(invstd=one(STATS.mean))
+    ),
+    "stats.var": lambda one: update(STATS._replace(var=one(STATS.var)), 0.1),
+    "stats.count": lambda one: update(STATS._replace(count=one(np.array(4))), 0.1),
+    "running_mean": lambda one: functional.update_running_stats(one(np.zeros(3)), np.ones(3), STATS, 0.1),
+    "running_var": lambda one: functional.update_running_stats(np.zeros(3), one(np.ones(3)), STATS, 0.1),
+    "momentum": lambda one: update(STATS, one(np.array(0.1))),
+}
+
+
+@pytest.mark.filterwarnings("ignore:the matrix subclass:PendingDeprecationWarning")
+@pytest.mark.parametrize(
+    ("one", "words", "place"),
+    # a matrix has two dimensions: it is refused for that where a number is expected
+    [(np.ma.array, MASKED, place) for place in PLACES]
+    + [(np.matrix, MATRIX, place) for place in PLACES if place not in ("stats.count", "momentum")],
+)
+def test_arrays_whose_operators_mean_something_else(one, words, place):
+    expected = f"expected {place.strip()} to be a plain array, {words.format(HERE)}"
+    with pytest.raises(TypeError, match=re.escape(expected)):
+        PLACES[place](one)
+
+
+@pytest.mark.filterwarnings("ignore:The PyTorch API of MaskedTensors:UserWarning")
+@pytest.mark.parametrize("place", ["input", "residual", "weight", "running_mean", "num_batches_tracked"])
+def test_masked_tensors(place):
+    def one(tensor):
+        return torch.masked.masked_tensor(tensor, tensor < 2)
+
+    words = (
+        f"expected {place} to be a plain tensor, got a MaskedTensor{HERE}: leave those samples out, or fill"
+    )
+    inputs = {"input": (one(ROWS),), "residual": (ROWS, one(ROWS))}.get(place, (ROWS,))
+    layer = SyncBatchNorm(3)
+    if place == "weight":
+        del layer.weight
+        layer.weight = one(torch.ones(3))
+    elif len(inputs) == 1 and place != "input":
+        setattr(layer, place, one(getattr(layer, place).clone()))
+    for training in (True, False):
+        if training or place != "num_batches_tracked":
+            with pytest.raises(TypeError, match=re.escape(words)):
+                layer.train(training)(*inputs)
 
 
 def test_a_negative_count():
