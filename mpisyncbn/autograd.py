@@ -19,7 +19,6 @@ from typing import Any
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.utils._python_dispatch import _disable_current_modes
@@ -29,6 +28,7 @@ from .arguments import check_arguments, check_count, check_fused, check_tensor
 from .communicator import Communicator, by_handle, resolve
 from .diagnostics import Call
 from .errors import on_rank
+from .evaluation import evaluate, finish
 from .functional import BatchStats
 from .kernels import Gate, generic, kernels_for, native
 
@@ -79,8 +79,12 @@ def sync_batch_norm(
     if not training:
         check_arguments(input, weight, bias, running_mean, running_var, momentum=momentum, eps=eps)
         check_fused(activation, residual, input)
-        y = F.batch_norm(input, running_mean, running_var, weight, bias, False, momentum, eps)
-        return finish(y, activation, residual)
+        if running_mean is None:
+            raise ValueError(
+                f"expected running_mean and running_var in evaluation, got neither{on_rank()}: hand them "
+                "over, or set training to True for the statistics of the batch"
+            )
+        return evaluate(input, running_mean, running_var, weight, bias, eps, activation, residual)
     if momentum is None:
         raise TypeError(
             f"expected momentum to be a number, got None{on_rank()}: only a layer counts the batches that a "
@@ -164,13 +168,6 @@ def _fits(
         and 0.0 <= momentum <= 1.0
         and host.fits(x, weight, bias, running_mean, running_var)
     )
-
-
-def finish(y: Tensor, activation: str | None, residual: Tensor | None) -> Tensor:
-    """Residual and activation as operations of their own, where nothing fuses them with the rest."""
-    if residual is not None:
-        y = y + residual
-    return F.relu(y) if activation else y
 
 
 def _handle(process_group: Any) -> str:

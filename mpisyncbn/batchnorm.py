@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from . import autograd, convert, functional
 from .arguments import check_arguments, check_batches, check_fused
+from .evaluation import evaluate
 from .kernels import has_float64
 
 __all__ = ["SyncBatchNorm"]
@@ -73,15 +74,14 @@ class SyncBatchNorm(convert.Synchronized):
 
     def forward(self, input: Tensor, residual: Tensor | None = None) -> Tensor:
         activation = self.activation
+        self._check_input_dim(input)
         if not self.training:
+            tensors = input, self.running_mean, self.running_var, self.weight, self.bias
             if not torch.jit.is_tracing():
-                check_arguments(
-                    input, self.weight, self.bias, self.running_mean, self.running_var, eps=self.eps
-                )
+                check_arguments(input, *tensors[3:], *tensors[1:3], eps=self.eps)
                 check_fused(activation, residual, input)
             # local: batch norm in evaluation needs nobody else
-            return autograd.finish(super().forward(input), activation, residual)
-        self._check_input_dim(input)
+            return evaluate(*tensors, self.eps, activation, residual)
         running_mean = running_var = None
         if self.track_running_stats:
             running_mean = _tensor(self, self._buffers, "running_mean")

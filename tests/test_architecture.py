@@ -27,6 +27,7 @@ ORDER = [
     "batchnorm",
     "convert",
     "autograd",
+    "evaluation",
     "functional",
     "arguments",
     "exchange",

@@ -503,6 +503,12 @@ def test_masked_tensors(place):
                 layer.train(training)(*inputs)
 
 
+def test_evaluation_by_a_function_without_statistics():
+    words = f"expected running_mean and running_var in evaluation, got neither{HERE}: hand them over, or"
+    with pytest.raises(ValueError, match=re.escape(words)):
+        mpisyncbn.sync_batch_norm(ROWS, None, None, training=False)
+
+
 def test_a_negative_count():
     with pytest.raises(ValueError, match=re.escape(f"expected stats.count to be at least 0, got -1{HERE}")):
         update(STATS._replace(count=-1), 0.1)

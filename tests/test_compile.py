@@ -8,9 +8,11 @@ import shutil
 
 import pytest
 import torch
+from functorch.compile import make_boxed_func, min_cut_rematerialization_partition
 from parallel import WORLD, distance, shard
 from singleton import run_alone
 from torch import nn
+from torch._dynamo.backends.common import aot_autograd
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.checkpoint import checkpoint
 
@@ -68,6 +70,24 @@ def test_all_the_way_to_machine_code():
     expected.square().sum().backward()
     assert distance(y.detach(), expected.detach()) < 1e-6
     assert distance(compiled, x.grad) < 1e-5
+
+
+def test_evaluation_and_training_before_one_backward():
+    """Split as Inductor splits, which computes cheap operations a second time in the backward."""
+
+    def as_it_is(graph, inputs):
+        return make_boxed_func(graph.forward)
+
+    backend = aot_autograd(
+        fw_compiler=as_it_is, bw_compiler=as_it_is, partition_fn=min_cut_rematerialization_partition
+    )
+    layer, x = mpisyncbn.SyncBatchNorm(3), shard((4, 3), 1).requires_grad_()
+    compiled = torch.compile(layer, fullgraph=True, backend=backend)
+    expected = torch.autograd.grad(nn.functional.batch_norm(x, torch.zeros(3), torch.ones(3)).sum(), x)[0]
+    y = compiled.eval()(x)
+    compiled.train()(shard((2 + WORLD.rank, 3), 2, 5.0))
+    y.sum().backward()
+    assert distance(x.grad, expected) < 1e-6
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
@@ -191,6 +211,7 @@ def test_the_operations_are_well_described():
     merge, reduce = torch.ops.mpisyncbn.merge_moments.default, torch.ops.mpisyncbn.reduce_sums.default
     torch.library.opcheck(merge, (ones, ones, 4, token, *call, "float32"), test_utils=checks)
     torch.library.opcheck(reduce, (ones, token, *call, "backward", "float32"), test_utils=checks)
+    torch.library.opcheck(torch.ops.mpisyncbn.keep.default, (ones, ones.float()))
 
 
 def test_shapes_without_data():
