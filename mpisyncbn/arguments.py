@@ -61,7 +61,8 @@ def check_arguments(
             f"expected input of dtype {', '.join(FLOATING)}, got {name}{on_rank()}: convert it first"
         )
     _check_number("eps", eps, "to be finite and at least 0", math.inf)
-    _check_number("momentum", momentum, "from 0 to 1, or None", 1.0)
+    if momentum is not None:
+        _check_momentum(momentum, "from 0 to 1, or None", x)
     if (running_mean is None) != (running_var is None):
         missing = "running_mean" if running_mean is None else "running_var"
         raise ValueError(
@@ -192,16 +193,7 @@ def check_running(running_mean: Any, running_var: Any, momentum: Any) -> None:
             f"{dtype_name(running_mean.dtype)} of shape {tuple(running_mean.shape)} and "
             f"{dtype_name(running_var.dtype)} of shape {tuple(running_var.shape)}{on_rank()}"
         )
-    if (
-        isinstance(momentum, _NUMBER)
-        or getattr(momentum, "ndim", None) != 0
-        or isinstance(momentum, np.generic)
-    ):
-        _check_number("momentum", momentum, "from 0 to 1, or a 0-d tensor", 1.0)
-        return
-    _check_kind("momentum", momentum, "running_mean", running_mean)
-    if dtype_name(momentum.dtype) not in FLOATING:
-        raise TypeError(f"expected momentum to be floating point, got {momentum.dtype}{on_rank()}")
+    _check_momentum(momentum, "from 0 to 1, or a 0-d tensor", running_mean)
 
 
 def check_count(count: int, x: Any) -> None:
@@ -228,6 +220,29 @@ def check_timeout(timeout: Any) -> None:
 def dtype_name(dtype: Any) -> str:
     """``float32`` for ``torch.float32`` and ``numpy.dtype("float32")`` alike."""
     return str(dtype).rpartition(".")[2]
+
+
+def _check_momentum(momentum: Any, expected: str, like: Any) -> None:
+    """A number, or an array of no dimensions. No device is waited for to learn its value."""
+    if isinstance(momentum, _NUMBER) or getattr(momentum, "ndim", None) != 0:
+        _check_number("momentum", momentum, expected, 1.0)
+        return
+    _check_kind("momentum", momentum, "the other arguments", like)
+    if dtype_name(momentum.dtype) not in FLOATING:
+        raise TypeError(f"expected momentum to be floating point, got {momentum.dtype}{on_rank()}")
+    if getattr(momentum, "requires_grad", False):
+        raise TypeError(
+            f"expected momentum without a gradient, got a tensor that requires one{on_rank()}: "
+            "hand over momentum.detach()"
+        )
+    if transport.known(momentum):
+        _check_number("momentum", float(momentum), expected, 1.0)
+    elif _place(momentum) not in (_place(like), " on cpu"):
+        where = "" if transport.on_host(like) else f", or{_place(like)}"
+        raise ValueError(
+            f"expected momentum in host memory{where}, got a tensor{_place(momentum)}{on_rank()}: move it "
+            "there, momentum.cpu()"
+        )
 
 
 def _check_number(label: str, value: Any, expected: str, limit: float) -> None:

@@ -42,7 +42,7 @@ def sync_batch_norm(
     weight: Tensor | None = None,
     bias: Tensor | None = None,
     training: bool = True,
-    momentum: float = 0.1,
+    momentum: float | Tensor = 0.1,
     eps: float = 1e-5,
     process_group: Any = None,
     *,
@@ -57,7 +57,8 @@ def sync_batch_norm(
         running_mean, running_var: of length C, updated in place while training; or None.
         weight, bias: of length C, or None. With half-precision input they may be float32.
         training: if False, normalize with the running statistics, without communication.
-        momentum: weight of this batch in the running statistics, from 0 to 1.
+        momentum: weight of this batch in the running statistics, from 0 to 1: a number, or a 0-d tensor in
+            host memory or on their device.
         eps: added to the variance, at least 0.
         process_group: the ranks to normalize over: an mpi4py communicator, a Communicator, or None
             for the world.
@@ -114,7 +115,7 @@ def batch_norm(
     running_var: Tensor | None,
     weight: Tensor | None,
     bias: Tensor | None,
-    momentum: float | None,
+    momentum: float | Tensor | None,
     eps: float,
     process_group: Any,
     layer: str,

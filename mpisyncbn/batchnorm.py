@@ -24,12 +24,14 @@ class SyncBatchNorm(convert.Synchronized):
     Args:
         num_features: the number of channels C of an input of shape ``(N, C, *)``.
         eps: added to the variance, at least 0.
-        momentum: weight of a batch in the running statistics, from 0 to 1; None: cumulative average.
+        momentum: weight of a batch in the running statistics, from 0 to 1: a number, or a 0-d tensor in host
+            memory or on the layer's device; None: cumulative average.
         affine: if True, the layer has learnable per-channel weight and bias.
         track_running_stats: if True, keeps running statistics for evaluation; if False, batch
             statistics are used in evaluation too, then of this rank alone.
-        process_group: the ranks to normalize over: an mpi4py communicator, a Communicator, or None
-            for the world.
+        process_group: the ranks to normalize over: an mpi4py communicator, a Communicator, a process group
+            of torch.distributed, or None for the world. As an attribute it is what was given, and may
+            be set; ``communicator`` beside it is the Communicator that stands for it, None for the world.
         device, dtype: of parameters and buffers.
         bias: if False, there is no bias even if ``affine``.
         activation: "relu" if the layer ends in max(., 0), which then costs no pass over memory of its
@@ -48,7 +50,7 @@ class SyncBatchNorm(convert.Synchronized):
         self,
         num_features: int,
         eps: float = 1e-5,
-        momentum: float | None = 0.1,
+        momentum: float | Tensor | None = 0.1,
         affine: bool = True,
         track_running_stats: bool = True,
         process_group: Any = None,
@@ -58,7 +60,7 @@ class SyncBatchNorm(convert.Synchronized):
         bias: bool = True,
         activation: str | None = None,
     ) -> None:
-        super().__init__(num_features, eps, momentum, affine, track_running_stats, device, dtype)
+        super().__init__(num_features, eps, momentum, affine, track_running_stats, device, dtype)  # type: ignore[arg-type]
         if not bias:  # by hand: of older torch, 2.11 for one, the base class has no such argument
             self.register_parameter("bias", None)
         self.activation = activation
@@ -96,7 +98,7 @@ class SyncBatchNorm(convert.Synchronized):
             _tensor(self, self._parameters, "bias"),
             self.momentum,
             self.eps,
-            self.process_group,
+            self.communicator,
             self.layer_name or self._key,
             activation,
             residual,
@@ -110,7 +112,7 @@ class SyncBatchNorm(convert.Synchronized):
         return y
 
     def extra_repr(self) -> str:
-        more = {"process_group": self.process_group, "activation": self.activation}
+        more = {"process_group": self.communicator, "activation": self.activation}
         return super().extra_repr() + "".join(f", {k}={v!r}" for k, v in more.items() if v is not None)
 
     @classmethod

@@ -7,6 +7,7 @@ attributes, parametrizations and every reference to the layer survive, because i
 from __future__ import annotations
 
 import itertools
+import sys
 from collections import Counter
 from functools import cache
 from itertools import pairwise
@@ -19,7 +20,7 @@ from torch.nn.modules.lazy import LazyModuleMixin
 from torch.nn.utils import parametrize
 
 from .arguments import check_activation, check_module, check_tensor
-from .communicator import resolve
+from .communicator import Communicator, resolve
 from .errors import on_rank
 
 __all__ = [
@@ -44,16 +45,33 @@ class BatchNorm(_BatchNorm):
 class Synchronized(BatchNorm):
     """What conversion writes on a layer, and reverting takes off again."""
 
-    process_group: Any = None
+    communicator: Communicator | None = None  # of the ranks to normalize over; None: the world
+    _given: _Given | None = None  # the process_group, where it is another object than that
     activation: str | None = None  # "relu", where the layer does that too
     layer_name: str | None = None  # its qualified name in the converted model
     _key: str = "#"  # known by while it has no name, to this process only
     _converted_from: tuple[type, dict[str, Any]] | None = None  # class, and attributes that were replaced
 
+    @property
+    def process_group(self) -> Any:
+        """As it was given: an mpi4py communicator, a process group of torch, a Communicator, or None."""
+        return self.communicator if self._given is None else self._given.process_group
+
+    @process_group.setter
+    def process_group(self, process_group: Any) -> None:
+        # A Communicator at once: the user may free what was given.
+        communicator = None if process_group is None else resolve(process_group)
+        for name in ("communicator", "_given"):
+            vars(self).pop(name, None)
+        if communicator is not None:
+            self.communicator = communicator
+            if process_group is not communicator:
+                self._given = _Given(process_group, communicator)
+
     def __setattr__(self, name: str, value: Any) -> None:
-        # A Communicator at once: copying and pickling a layer needs one, mpi4py's own objects know neither.
-        if name == "process_group" and value is not None:
-            value = resolve(value)
+        if name == "process_group":
+            object.__setattr__(self, name, value)  # nn.Module would keep some values itself
+            return
         if name == "activation":
             check_activation(value)
         super().__setattr__(name, value)
@@ -63,7 +81,28 @@ class Synchronized(BatchNorm):
         self._key = new_key()  # copied or loaded, it is another layer
 
 
-_WRITTEN = ("process_group", "activation", "layer_name", "_key", "_converted_from")
+class _Given:
+    """A process group as the user gave it. Neither mpi4py nor torch can copy theirs: copies share it."""
+
+    def __init__(self, process_group: Any, communicator: Communicator | None = None) -> None:
+        self.process_group, self.communicator = process_group, communicator
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> _Given:
+        return self
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        if self.communicator is None:
+            raise TypeError(
+                f"cannot pickle a layer that had a process_group of torch before it was converted{on_rank()}:"
+                " it exists only in this run. Save the state_dict instead of the module"
+            )
+        # Only the world gets here. mpi4py knows its own by name, torch's has no other name than None.
+        MPI = sys.modules.get("mpi4py.MPI")
+        kept = self.process_group if MPI and isinstance(self.process_group, MPI.Comm) else None
+        return _Given, (kept, self.communicator)
+
+
+_WRITTEN = ("process_group", "communicator", "_given", "activation", "layer_name", "_key", "_converted_from")
 _keys = itertools.count()
 # Their behaviour is all in forward, so nothing is lost with their class.
 _KNOWN = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm, BatchNorm)
@@ -101,7 +140,8 @@ def convert_sync_batchnorm(
     Not collective.
     """
     check_module(module)
-    group = None if process_group is None else resolve(process_group)
+    if process_group is not None:
+        resolve(process_group)  # before any layer is changed
     layers = [(name, layer) for name, layer in module.named_modules() if isinstance(layer, _BatchNorm)]
     _refuse_own_activation(layers)
     _refuse_own_forward(layers)
@@ -111,13 +151,13 @@ def convert_sync_batchnorm(
             _revert(layer)  # converted to another class before
         if not isinstance(layer, Synchronized):
             original = parametrize.type_before_parametrizations(layer)
-            replaced = {key: vars(layer)[key] for key in _WRITTEN if key in vars(layer)}
+            replaced = {key: vars(layer).pop(key) for key in _WRITTEN if key in vars(layer)}
+            if replaced.get("process_group") is not None:  # torch.nn.SyncBatchNorm's
+                replaced["process_group"] = _Given(replaced["process_group"])
             _change_class(layer, _synchronized(to, original))
             layer = cast(Synchronized, layer)
             layer._converted_from = (original, replaced)
-            if "activation" in replaced:
-                layer.activation = None  # it meant something else
-        layer.process_group = group
+        layer.process_group = process_group
         layer.layer_name = name or None
         layer._key = new_key()
     if fuse_relu:
@@ -136,10 +176,11 @@ def set_process_group(module: nn.Module, process_group: Any) -> None:
     Not collective.
     """
     check_module(module)
-    group = None if process_group is None else resolve(process_group)
+    if process_group is not None:
+        resolve(process_group)  # before any layer is changed
     for layer in module.modules():
         if isinstance(layer, Synchronized):
-            layer.process_group = group
+            layer.process_group = process_group
 
 
 def revert_sync_batchnorm(module: nn.Module) -> nn.Module:
@@ -209,7 +250,8 @@ def _revert(layer: Synchronized) -> None:
     _change_class(layer, original)
     for key in _WRITTEN:
         vars(layer).pop(key, None)
-    vars(layer).update(replaced)
+    for key, value in replaced.items():
+        vars(layer)[key] = value.process_group if isinstance(value, _Given) else value
 
 
 def _change_class(layer: nn.Module, cls: type) -> None:

@@ -151,7 +151,8 @@ def update_running_stats(running_mean: Any, running_var: Any, stats: BatchStats,
 
     Args:
         running_mean, running_var: of length C, floating point, any array.
-        momentum: weight of this batch, from 0 to 1; a number, or a 0-d tensor on their device.
+        momentum: weight of this batch, from 0 to 1: a number, or a 0-d array of their kind, in host memory or
+            on their device.
 
     Returns:
         Whether they were updated; as a 0-d array where that is known on a device alone, which is not
@@ -175,6 +176,8 @@ def enter_batch(
     ``near``: the same statistics where the input is, if they are known there.
     """
     count = stats.count
+    if momentum.__class__ is not float and transport.known(momentum):
+        momentum = float(momentum)
     if (
         type(stats.mean) is np.ndarray
         and type(stats.var) is np.ndarray
@@ -192,7 +195,6 @@ def enter_batch(
             if batches is not None and batches._version - running_mean._version > written:
                 batches.sub_(1)  # counted, and then something went wrong
             raise
-    momentum = float(momentum) if isinstance(momentum, np.generic) else momentum
     count = int(count) if isinstance(count, np.generic) else count
     if isinstance(count, int) and count == 0:
         return False

@@ -45,7 +45,7 @@ def join(
             "mpi4py.rc.thread_level to 'multiple', its default"
         )
     layers = [layer for layer in model.modules() if enable and isinstance(layer, Synchronized)]
-    groups = list(dict.fromkeys(resolve(layer.process_group) for layer in layers))
+    groups = list(dict.fromkeys(resolve(layer.communicator) for layer in layers))
     # Where the first to be through ends it for all, nobody is left to answer.
     answers = [] if throw_on_early_termination else [_Answers(group) for group in groups]
     try:

@@ -28,6 +28,7 @@ __all__ = [
     "device_of",
     "direct",
     "from_host",
+    "known",
     "near",
     "on_device",
     "on_host",
@@ -126,6 +127,16 @@ def on_host(array: Any) -> bool:
     return isinstance(array, np.ndarray) or getattr(array, "is_cpu", False)
 
 
+def known(number: Any) -> bool:
+    """Whether the value of a number, or of an array of no dimensions, can be looked at without waiting."""
+    if not hasattr(number, "is_cpu"):
+        return on_host(number) or not hasattr(number, "ndim") or isinstance(number, np.generic)
+    torch = loaded_torch()
+    if torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack() or not number.is_cpu:
+        return False  # where shapes alone are computed, there are no values
+    return type(number) in (torch.Tensor, torch.nn.Parameter)
+
+
 def on_device(array: Any) -> bool:
     """Whether its values are in memory whose pointer a CUDA-aware MPI takes."""
     return not on_host(array) and stage_of(array) is not None
@@ -189,7 +200,7 @@ def blend(running: Sequence[Any], batch: Sequence[np.ndarray], momentum: Any, ba
         wide = torch.float64 if has_float64(first) else torch.float32
     news = [torch.from_numpy(vector) for vector in batch] if on_host(first) else near(first, *batch)
     news = [new.to(wide) for new in news]
-    weight = momentum.to(wide) if hasattr(momentum, "ndim") else momentum
+    weight = momentum.to(first.device, wide) if hasattr(momentum, "ndim") else momentum
     with _all_or_nothing(*running, *(() if batches is None else (batches,))):
         for old, new in zip(running, news, strict=True):
             if old.dtype == wide:

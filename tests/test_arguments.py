@@ -110,6 +110,25 @@ for momentum in (-0.1, 1.1, 2, float("nan")):
     BAD[f"momentum {momentum}"] = bad(RUNNING, words, momentum=momentum)
 
 
+for momentum in (torch.tensor(1.5), torch.tensor(-0.1)):
+    words = f"expected momentum from 0 to 1, or None, got {momentum:.1f}"
+    BAD[str(momentum)] = bad(RUNNING, words, momentum=momentum)
+BAD["momentum with gradient"] = bad(
+    RUNNING,
+    "expected momentum without a gradient, got a tensor that requires one",
+    TypeError,
+    momentum=torch.tensor(0.1, requires_grad=True),
+)
+BAD["momentum on another device"] = bad(
+    RUNNING,
+    "expected momentum in host memory, got a tensor on meta",
+    momentum=torch.tensor(0.1, device="meta"),
+)
+BAD["momentum of one dimension"] = bad(
+    RUNNING, "expected momentum from 0 to 1, or None, got Tensor", TypeError, momentum=torch.ones(1)
+)
+
+
 @pytest.mark.parametrize(("name", "call"), [(name, call) for name, row in BAD.items() for call in row[0]])
 def test_a_bad_argument(name, call):
     _, words, error, x, options = BAD[name]

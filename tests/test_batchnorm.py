@@ -9,6 +9,7 @@ import itertools
 import pickle
 from functools import partial
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given
@@ -187,6 +188,37 @@ def test_empty_batches():
     assert same
     assert distance(x.grad, expected.dx) < 1e-5
     assert distance(only.running_var, 0.9 + 0.1 * expected.var * 64 / 63) < 1e-6
+
+
+@pytest.mark.parametrize(
+    "momentum",
+    [
+        *(torch.tensor(0.25, dtype=dtype) for dtype in (torch.float32, torch.float64, torch.bfloat16)),
+        nn.Parameter(torch.tensor(0.25), requires_grad=False),
+        np.float32(0.25),
+    ],
+    ids=lambda m: f"{type(m).__name__} {m.dtype}",
+)
+def test_a_momentum_that_is_a_tensor(momentum):
+    """By the layer, its copies and functions: the same as by the number, as with torch's layers."""
+    layer, expected = mpisyncbn.SyncBatchNorm(3, momentum=momentum), nn.BatchNorm1d(3, momentum=momentum)
+    pickled, running = pickle.loads(pickle.dumps(layer)), (torch.zeros(3), torch.ones(3))
+    copied, updated = copy.deepcopy(layer), (torch.zeros(3), torch.ones(3))
+    for seed in (1, 2):
+        x = shard((local_batch(), 3, 4), seed, 2.0)
+        for each in (layer, copied, pickled):
+            each(x)
+        mpisyncbn.sync_batch_norm(x, *running, momentum=momentum)
+        _, stats = mpisyncbn.functional.batch_norm_forward(x)
+        mpisyncbn.functional.update_running_stats(*updated, stats, momentum)
+        expected(whole_batch(x))
+    assert distance(layer.running_var, expected.running_var) < 1e-6
+    assert list(layer.state_dict()) == list(expected.state_dict())
+    for other in (copied, pickled):
+        assert torch.equal(other.running_var, layer.running_var)
+    for mean, var in (running, updated):
+        assert distance(mean, layer.running_mean) < 1e-6
+        assert distance(var, layer.running_var) < 1e-6
 
 
 @pytest.mark.parametrize("momentum", [0.1, None])

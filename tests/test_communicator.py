@@ -134,7 +134,7 @@ def test_a_communicator_resolves_to_the_same_group_always() -> None:
     exchange(comm)
     copied = comm.Dup()  # attributes may be copied by this
     assert resolve(comm) is group
-    assert SyncBatchNorm(3, process_group=comm).process_group is group
+    assert SyncBatchNorm(3, process_group=comm).communicator is group
     assert resolve(MPI.Comm.fromhandle(comm.handle)) is group
     assert resolve(another) is not group
     assert resolve(copied) is not group

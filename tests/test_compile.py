@@ -105,6 +105,18 @@ def test_other_dtypes(dtype):
         assert distance(a, b) < (1e-12 if dtype == torch.float64 else 2e-2)
 
 
+def test_a_momentum_that_is_a_tensor():
+    """It stays one in the graph, and on fake tensors, where it has no value to be looked at."""
+    layer, x = mpisyncbn.SyncBatchNorm(3, momentum=torch.tensor(0.25)), shard((4, 3), 1, 2.0)
+    eager = copy.deepcopy(layer)
+    torch.compile(layer, fullgraph=True, backend=BACKEND)(x)
+    eager(x)
+    assert distance(layer.running_var, eager.running_var) < 1e-6
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        y = mpisyncbn.SyncBatchNorm(3, momentum=torch.tensor(0.25))(torch.zeros(2, 3))
+    assert y.shape == (2, 3)
+
+
 def test_no_exchange_is_dropped_or_merged():
     """An unused result, and the same layer twice on the same input."""
     layer = mpisyncbn.SyncBatchNorm(3)

@@ -8,19 +8,23 @@ import itertools
 import pickle
 import re
 import weakref
+from copy import copy as shallow_copy
 from copy import deepcopy
 from functools import partial
+from threading import Lock
 
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from mpi4py import MPI
 from parallel import HAS_BIAS, WORLD, distance, local_batch, oracle, shard, together
 from torch import nn
 from torch.nn.utils import fusion, parametrizations, parametrize, prune
 
 import mpisyncbn
-from mpisyncbn import SyncBatchNorm, convert_sync_batchnorm, revert_sync_batchnorm
+from mpisyncbn import Communicator, SyncBatchNorm, convert_sync_batchnorm, revert_sync_batchnorm
+from mpisyncbn.communicator import resolve
 from mpisyncbn.convert import BatchNorm
 
 C = 3
@@ -145,7 +149,6 @@ def test_only_the_class_changes(kind, options):
     assert type(layer) is SyncBatchNorm
     assert contents(layer)[1] == before[1]
     assert vars(layer).keys() - before[0][0].keys() <= {
-        "process_group",
         "layer_name",
         "_key",
         "_converted_from",
@@ -438,6 +441,48 @@ def test_a_private_group_is_shared_by_copies_and_refuses_to_pickle():
     group.free()
     assert {m.process_group for m in layers(twin)} == {group}
     assert pickle.dumps(convert_sync_batchnorm(net))
+
+
+@pytest.mark.parametrize("make", [lambda: WORLD, WORLD.Dup, Communicator, lambda: None])
+def test_the_process_group_is_the_one_that_was_given(make):
+    """In every way to give it, and in copies. The Communicator stands beside it."""
+    group = make()
+    built, set_later, changed, net = (
+        SyncBatchNorm(C, process_group=group),
+        SyncBatchNorm(C),
+        Named(),
+        network(),
+    )
+    set_later.process_group = group
+    mpisyncbn.set_process_group(convert_sync_batchnorm(changed, MPI.COMM_SELF), group)
+    convert_sync_batchnorm(net, group)
+    everyone = [built, set_later, changed, *layers(net)]
+    everyone += [copied for each in everyone for copied in (deepcopy(each), shallow_copy(each))]
+    communicator = None if group is None else resolve(group)
+    assert all(each.process_group is group for each in everyone)
+    assert all(each.communicator is communicator for each in everyone)
+    assert "process_group=Communicator(" in repr(built) or group is None
+    if group is None or group is WORLD:
+        assert all(through_pickle(each).process_group == group for each in everyone)
+    elif not isinstance(group, Communicator):
+        with pytest.raises(TypeError, match="a private group exists only in this run"):
+            pickle.dumps(built)
+    with pytest.raises(TypeError, match="expected process_group to be"):
+        built.process_group = nn.Parameter(torch.ones(2))
+    assert built.process_group is group
+    plain = vars(revert_sync_batchnorm(changed)).keys()
+    assert plain == vars(Named()).keys()
+
+
+def test_the_group_of_a_layer_of_torch_comes_back():
+    group = Lock()  # as torch's, it cannot be copied
+    layer = convert_sync_batchnorm(nn.SyncBatchNorm(C, process_group=group), WORLD)
+    twin = deepcopy(layer)
+    with pytest.raises(TypeError, match="cannot pickle a layer that had a process_group of torch before"):
+        pickle.dumps(layer)
+    assert layer.process_group is twin.process_group is WORLD
+    assert revert_sync_batchnorm(layer).process_group is group
+    assert revert_sync_batchnorm(twin).process_group is group
 
 
 # --- What it computes

@@ -500,8 +500,9 @@ def test_layers_in_groups_of_torch(backend: str) -> None:
 
     with together():
         if layer is not None:
-            assert layer.process_group is again.process_group
-            assert layer.process_group.size == len(ranks)
+            assert layer.process_group is again.process_group is group
+            assert layer.communicator is again.communicator
+            assert layer.communicator.size == len(ranks)
             weights = torch.tensor([rank + 2.0 for rank in ranks])
             mean = (weights * torch.tensor(ranks)).sum() / weights.sum()
             torch.testing.assert_close(layer.running_mean, mean.expand(3))

@@ -443,7 +443,7 @@ def test_a_duplicate_outlives_the_communicator_it_was_made_of():
     comm.Free()
     Communicator().ready()
     layer(x)
-    kept = layer.process_group.presence
+    kept = layer.communicator.presence
     del layer
     Communicator().ready()
     assert kept.comm is None
