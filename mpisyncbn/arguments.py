@@ -7,16 +7,18 @@ came, on which rank, and the cure.
 from __future__ import annotations
 
 import math
-import sys
 from typing import Any
 
 import numpy as np
 
 from . import transport
+from .arrays import check_array, check_kind
 from .errors import on_rank
 from .kernels import loaded_torch
 
 __all__ = [
+    "UNNAMED",
+    "at",
     "check_activation",
     "check_arguments",
     "check_batches",
@@ -32,7 +34,8 @@ __all__ = [
 
 FLOATING = ("float16", "bfloat16", "float32", "float64")
 _COUNTING = ("int8", "int16", "int32", "int64", "uint8", *FLOATING)
-_ALTERNATIVE = {"float16": " or float32", "bfloat16": " or float32"}
+_HALVES = ("float16", "bfloat16")
+UNNAMED = "a function call"  # in place of the name of a layer
 _NUMBER = (int, float, np.integer, np.floating)
 
 
@@ -45,20 +48,25 @@ def check_arguments(
     *,
     momentum: Any = 0.1,
     eps: float = 1e-5,
+    layer: str | None = None,
 ) -> None:
-    """Of a forward pass. ``x`` is an array of any kind, the others are like it."""
-    _check_array("input", x)
+    """Of a forward pass. ``x`` is an array of any kind, the others are like it. Errors name the ``layer``."""
+    check_array("input", x)
     if x.ndim < 2:
-        raise ValueError(f"expected at least 2D input, (N, C, *), got {x.ndim}D input{on_rank()}")
+        raise ValueError(
+            f"expected at least 2D input, (N, C, *), got {x.ndim}D input{at(layer)}: "
+            "one sample alone is x[None]"
+        )
     channels = x.shape[1]
     if channels == 0:
         raise ValueError(
-            f"expected a non-zero number of input channels, got shape {tuple(x.shape)}{on_rank()}"
+            f"expected a non-zero number of input channels, got shape {tuple(x.shape)}{at(layer)}: "
+            "dimension 1 is that of the channels"
         )
     name = dtype_name(x.dtype)
     if name not in FLOATING:
         raise TypeError(
-            f"expected input of dtype {', '.join(FLOATING)}, got {name}{on_rank()}: convert it first"
+            f"expected input of dtype {', '.join(FLOATING)}, got {name}{at(layer)}: convert it first"
         )
     _check_number("eps", eps, "to be finite and at least 0", math.inf)
     if momentum is not None:
@@ -66,34 +74,53 @@ def check_arguments(
     if (running_mean is None) != (running_var is None):
         missing = "running_mean" if running_mean is None else "running_var"
         raise ValueError(
-            f"expected running_mean and running_var both or neither, got no {missing}{on_rank()}"
+            f"expected running_mean and running_var both or neither, got no {missing}{at(layer)}: hand over "
+            "the other one too, or none"
         )
+    given = {"weight": weight, "bias": bias, "running_mean": running_mean, "running_var": running_var}
+    _check_vectors({label: vector for label, vector in given.items() if vector is not None}, x, layer)
+
+
+def _check_vectors(vectors: dict[str, Any], x: Any, layer: str | None) -> None:
+    """Of one value per channel of ``x``."""
+    channels = x.shape[1]
     first = None
-    for label, vector in (
-        ("weight", weight),
-        ("bias", bias),
-        ("running_mean", running_mean),
-        ("running_var", running_var),
-    ):
-        if vector is None:
-            continue
-        _check_kind(label, vector, "the input", x)
+    for label, vector in vectors.items():
+        check_kind(label, vector, "the input", x)
         if vector.ndim != 1 or vector.shape[0] != channels:
             raise ValueError(
                 f"expected {label} of shape ({channels},), one value per channel of the input "
-                f"{tuple(x.shape)}, got {tuple(vector.shape)}{on_rank()}"
+                f"{tuple(x.shape)}, got {tuple(vector.shape)}{at(layer)}: an input is (N, C, *), with the "
+                "channels in dimension 1"
             )
         if getattr(vector, "device", None) != getattr(x, "device", None):
             raise ValueError(
-                f"expected {label} on the input's device, {x.device}, got {vector.device}{on_rank()}: "
+                f"expected {label} on the input's device, {x.device}, got {vector.device}{at(layer)}: "
                 "move the module or the input with .to(device)"
             )
         first = vector.dtype if first is None else first
-        if vector.dtype != first or (first != x.dtype and not _is_mixed(name, first)):
-            raise TypeError(
-                f"expected {label} of dtype {name}{_ALTERNATIVE.get(name, '')}, the same for all, "
-                f"got {dtype_name(vector.dtype)}{on_rank()}: convert the module with .to(dtype)"
-            )
+        if vector.dtype != first or (first != x.dtype and not _is_mixed(dtype_name(x.dtype), first)):
+            raise TypeError(_of_other_dtypes(label, first, {"input": x, **vectors}, layer))
+
+
+def _of_other_dtypes(label: str, first: Any, arrays: dict[str, Any], layer: str | None) -> str:
+    """Which array has which dtype, where that of one cannot go with the others."""
+    name = dtype_name(arrays["input"].dtype)
+    possible = [name, "float32"] if name in _HALVES else [name]
+    wanted = possible if arrays[label].dtype == first else [dtype_name(first)]
+    found = ", ".join(f"{each} {dtype_name(array.dtype)}" for each, array in arrays.items())
+    cure = ".to(torch.{})" if hasattr(arrays["input"], "is_cpu") else ".astype('{}')"
+    return (
+        f"expected {label} of dtype {' or '.join(wanted)}, the same for all, got "
+        f"{dtype_name(arrays[label].dtype)}{at(layer)}. They are: {found}. Convert the module, or the "
+        f"arrays, with {' or '.join(cure.format(each) for each in possible)}"
+    )
+
+
+def at(layer: str | None) -> str:
+    """Where an error happened: `` in layer bn.1 (on rank 2 of 4)``, if the layer has a name of its own."""
+    named = layer is not None and not layer.startswith("#") and layer != UNNAMED
+    return f" in layer {layer}{on_rank()}" if named else on_rank()
 
 
 def check_tensor(x: Any) -> None:
@@ -110,18 +137,19 @@ def check_activation(activation: Any) -> None:
         raise ValueError(f"expected activation to be 'relu' or None, got {activation!r}{on_rank()}")
 
 
-def check_fused(activation: str | None, residual: Any, x: Any) -> None:
+def check_fused(activation: str | None, residual: Any, x: Any, layer: str | None = None) -> None:
     """Whether these can follow the normalization of a tensor ``x``."""
     check_activation(activation)
     if residual is None:
         return
     if not isinstance(residual, loaded_torch().Tensor):
         raise TypeError(f"expected residual to be a tensor, got {type(residual).__name__}{on_rank()}")
-    _check_array("residual", residual)
+    check_array("residual", residual)
     if residual.shape != x.shape or residual.dtype != x.dtype or residual.device != x.device:
         raise ValueError(
             f"expected residual like the input, {tuple(x.shape)} {x.dtype} on {x.device}, got "
-            f"{tuple(residual.shape)} {residual.dtype} on {residual.device}{on_rank()}"
+            f"{tuple(residual.shape)} {residual.dtype} on {residual.device}{at(layer)}: "
+            "convert or expand it first"
         )
 
 
@@ -135,12 +163,12 @@ def check_batches(batches: Any) -> None:
         raise TypeError(
             f"expected num_batches_tracked to be a tensor of whole numbers, got {found}{on_rank()}"
         )
-    _check_array("num_batches_tracked", batches)
+    check_array("num_batches_tracked", batches)
 
 
 def check_gradient(dy: Any, x: Any) -> None:
     """Of a backward pass by arrays."""
-    _check_kind("dy", dy, "the input", x)
+    check_kind("dy", dy, "the input", x)
     if dy.shape != x.shape or dy.dtype != x.dtype or _place(dy) != _place(x):
         raise ValueError(
             f"expected dy like x, {tuple(x.shape)} {x.dtype}{_place(x)}, got {tuple(dy.shape)} "
@@ -152,10 +180,10 @@ def check_stats(stats: Any, names: tuple[str, ...], channels: int, like: Any) ->
     """Some vectors of a BatchStats, and its count. Native code trusts their lengths."""
     first = getattr(stats, names[0])
     if not transport.on_host(first):
-        _check_kind(f"stats.{names[0]}", first, "the other arguments", like)
+        check_kind(f"stats.{names[0]}", first, "the other arguments", like)
     for name in names:
         vector = getattr(stats, name)
-        _check_kind(f"stats.{name}", vector, f"stats.{names[0]}", first)
+        check_kind(f"stats.{name}", vector, f"stats.{names[0]}", first)
         if tuple(vector.shape) != (channels,):
             raise ValueError(
                 f"expected stats.{name} of {channels} channels, got shape {tuple(vector.shape)}{on_rank()}"
@@ -171,7 +199,7 @@ def check_stats(stats: Any, names: tuple[str, ...], channels: int, like: Any) ->
             raise TypeError(
                 f"expected stats.count to be a whole number, got {type(count).__name__}{on_rank()}"
             )
-        _check_kind("stats.count", count, f"stats.{names[0]}", first)
+        check_kind("stats.count", count, f"stats.{names[0]}", first)
         if dtype_name(count.dtype) not in _COUNTING:
             raise TypeError(f"expected stats.count to be a whole number, got {count.dtype}{on_rank()}")
     elif count < 0:
@@ -180,8 +208,8 @@ def check_stats(stats: Any, names: tuple[str, ...], channels: int, like: Any) ->
 
 def check_running(running_mean: Any, running_var: Any, momentum: Any) -> None:
     """Of an update of running statistics by arrays."""
-    _check_array("running_mean", running_mean)
-    _check_kind("running_var", running_var, "running_mean", running_mean)
+    check_array("running_mean", running_mean)
+    check_kind("running_var", running_var, "running_mean", running_mean)
     if (
         running_var.shape != running_mean.shape
         or running_var.dtype != running_mean.dtype
@@ -196,12 +224,12 @@ def check_running(running_mean: Any, running_var: Any, momentum: Any) -> None:
     _check_momentum(momentum, "from 0 to 1, or a 0-d tensor", running_mean)
 
 
-def check_count(count: int, x: Any) -> None:
+def check_count(count: int, x: Any, layer: str | None = None) -> None:
     """Raise on every rank where one value is all that the group has: its variance says nothing."""
     if count == 1:
         raise ValueError(
             f"expected more than 1 value per channel over the whole group when training, "
-            f"got input of shape {tuple(x.shape)}{on_rank()}: use a larger batch or eval mode"
+            f"got input of shape {tuple(x.shape)}{at(layer)}: use a larger batch or eval mode"
         )
 
 
@@ -227,7 +255,7 @@ def _check_momentum(momentum: Any, expected: str, like: Any) -> None:
     if isinstance(momentum, _NUMBER) or getattr(momentum, "ndim", None) != 0:
         _check_number("momentum", momentum, expected, 1.0)
         return
-    _check_kind("momentum", momentum, "the other arguments", like)
+    check_kind("momentum", momentum, "the other arguments", like)
     if dtype_name(momentum.dtype) not in FLOATING:
         raise TypeError(f"expected momentum to be floating point, got {momentum.dtype}{on_rank()}")
     if getattr(momentum, "requires_grad", False):
@@ -252,61 +280,8 @@ def _check_number(label: str, value: Any, expected: str, limit: float) -> None:
         raise ValueError(f"expected {label} {expected}, got {value}{on_rank()}")
 
 
-def _check_array(label: str, value: Any) -> None:
-    """Of values in memory, one beside the other or with strides: what kernels can read."""
-    if not hasattr(value, "ndim") or not hasattr(value, "dtype"):
-        raise TypeError(f"expected {label} to be an array, got {type(value).__name__}{on_rank()}")
-    if hasattr(value, "is_cpu"):
-        _check_tensor(label, value)
-    elif isinstance(value, np.ndarray):
-        _check_numpy(label, value)
-    elif not isinstance(value, getattr(sys.modules.get("cupy"), "ndarray", ())):
-        # others have other methods, and values that may not be in memory at all
-        raise TypeError(
-            f"expected {label} to be an array of NumPy, CuPy or torch, got {type(value).__module__}."
-            f"{type(value).__qualname__}{on_rank()}: convert it first, numpy.asarray()"
-        )
-
-
-def _check_numpy(label: str, value: Any) -> None:
-    """Of a NumPy array. A subclass may do something else by ``sum`` and ``*``."""
-    if hasattr(type(value), "mask"):  # numpy.ma's, and those of other libraries
-        raise TypeError(
-            f"expected {label} to be a plain array, got a masked one, {type(value).__name__}{on_rank()}: "
-            "leave those samples out, or fill them first, .filled(); what fills them counts in the statistics"
-        )
-    if isinstance(value, np.matrix):
-        raise TypeError(
-            f"expected {label} to be a plain array, got a matrix{on_rank()}: convert it first, "
-            "numpy.asarray()"
-        )
-
-
-def _check_tensor(label: str, value: Any) -> None:
-    if type(value).__name__ == "MaskedTensor":
-        raise TypeError(
-            f"expected {label} to be a plain tensor, got a MaskedTensor{on_rank()}: leave those samples out, "
-            "or fill them first, .to_tensor(value); what fills them counts in the statistics"
-        )
-    if value.layout is not loaded_torch().strided:
-        raise TypeError(
-            f"expected {label} to be a dense tensor, got one of layout {value.layout}{on_rank()}: "
-            "convert it first, .to_dense()"
-        )
-
-
-def _check_kind(label: str, value: Any, whose: str, like: Any) -> None:
-    """An array, and one of torch exactly where the other is."""
-    if not hasattr(value, "ndim") or hasattr(value, "is_cpu") != hasattr(like, "is_cpu"):
-        raise TypeError(
-            f"expected {label} to be {type(like).__name__} like {whose}, got {type(value).__name__}"
-            f"{on_rank()}"
-        )
-    _check_array(label, value)
-
-
 def _is_mixed(name: str, parameters: Any) -> bool:
-    return name in _ALTERNATIVE and dtype_name(parameters) == "float32"
+    return name in _HALVES and dtype_name(parameters) == "float32"
 
 
 def _place(array: Any) -> str:

@@ -24,7 +24,7 @@ from torch._subclasses.fake_tensor import FakeTensor
 from torch.utils._python_dispatch import _disable_current_modes
 
 from . import exchange, functional, transport
-from .arguments import check_arguments, check_count, check_fused, check_tensor
+from .arguments import UNNAMED, check_arguments, check_count, check_fused, check_tensor
 from .communicator import Communicator, by_handle, resolve
 from .diagnostics import Call
 from .errors import on_rank
@@ -32,7 +32,7 @@ from .evaluation import evaluate, finish
 from .functional import BatchStats
 from .kernels import Gate, generic, kernels_for, native
 
-__all__ = ["batch_norm", "sync_batch_norm"]
+__all__ = ["batch_norm", "fits", "sync_batch_norm"]
 
 
 def sync_batch_norm(
@@ -100,7 +100,7 @@ def sync_batch_norm(
         momentum,
         eps,
         process_group,
-        "a function call",
+        UNNAMED,
         activation,
         residual,
     )
@@ -128,18 +128,19 @@ def batch_norm(
     repeats an earlier one the statistics have a count of 0, so that they are not entered twice.
     """
     traced = torch.compiler.is_compiling() or x.is_meta or isinstance(x, FakeTensor)
-    if traced or not _fits(x, weight, bias, running_mean, running_var, momentum, eps):
+    if traced or not fits(x, weight, bias, running_mean, running_var, momentum, eps):
         check_arguments(
             x,
             weight,
             bias,
             running_mean,
             running_var,
-            momentum=0.0 if momentum is None else momentum,
+            momentum=momentum,
             eps=eps,
+            layer=layer,
         )
     if activation is not None or residual is not None:
-        check_fused(activation, residual, x)
+        check_fused(activation, residual, x, layer)
     dtype = functional.layer_dtype(x, weight, bias, running_mean)
     if traced:
         # What is traced knows a group by its handle, because a graph can hold no object.
@@ -152,23 +153,26 @@ def batch_norm(
     step = _Step(group, group.name_of(layer), x.shape[1], dtype, eps, activation == "relu")
     function = _Transformable if torch._C._are_functorch_transforms_active() else _SyncBatchNorm
     y = function.apply(x, weight, bias, residual, step)
-    check_count(step.stats.count, x)
+    check_count(step.stats.count, x, layer)
     return y, step.stats._replace(count=0) if _recomputing() else step.stats, step.near
 
 
-def _fits(
+def fits(
     x: Tensor, weight: Any, bias: Any, running_mean: Any, running_var: Any, momentum: Any, eps: Any
 ) -> bool:
     """The usual case, seen at a glance. What does not pass may still be right: check_arguments says."""
     host = native()
-    return (
-        host is not None
-        and eps.__class__ is float
-        and 0.0 <= eps < math.inf
-        and momentum.__class__ is float
-        and 0.0 <= momentum <= 1.0
-        and host.fits(x, weight, bias, running_mean, running_var)
-    )
+    try:
+        return (
+            host is not None
+            and eps.__class__ is float
+            and 0.0 <= eps < math.inf
+            and momentum.__class__ is float
+            and 0.0 <= momentum <= 1.0
+            and host.fits(x, weight, bias, running_mean, running_var)
+        )
+    except AttributeError:  # of a nested tensor, which has no lengths
+        return False
 
 
 def _handle(process_group: Any) -> str:

@@ -80,8 +80,10 @@ class SyncBatchNorm(convert.Synchronized):
         if not self.training:
             tensors = input, self.running_mean, self.running_var, self.weight, self.bias
             if not torch.jit.is_tracing():
-                check_arguments(input, *tensors[3:], *tensors[1:3], eps=self.eps)
-                check_fused(activation, residual, input)
+                vectors, layer = (*tensors[3:], *tensors[1:3]), self.layer_name
+                if torch.compiler.is_compiling() or not autograd.fits(input, *vectors, 0.0, self.eps):
+                    check_arguments(input, *vectors, eps=self.eps, layer=layer)
+                check_fused(activation, residual, input, layer)
             # local: batch norm in evaluation needs nobody else
             return evaluate(*tensors, self.eps, activation, residual)
         running_mean = running_var = None

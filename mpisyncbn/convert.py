@@ -19,7 +19,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.lazy import LazyModuleMixin
 from torch.nn.utils import parametrize
 
-from .arguments import check_activation, check_module, check_tensor
+from .arguments import at, check_activation, check_module, check_tensor
 from .communicator import Communicator, resolve
 from .errors import on_rank
 
@@ -39,7 +39,10 @@ class BatchNorm(_BatchNorm):
     def _check_input_dim(self, input: torch.Tensor) -> None:
         check_tensor(input)
         if input.ndim < 2:
-            raise ValueError(f"expected at least 2D input, (N, C, *), got {input.ndim}D input{on_rank()}")
+            raise ValueError(
+                f"expected at least 2D input, (N, C, *), got {input.ndim}D input"
+                f"{at(getattr(self, 'layer_name', None))}: one sample alone is x[None]"
+            )
 
 
 class Synchronized(BatchNorm):
@@ -208,7 +211,7 @@ def revert_sync_batchnorm(module: nn.Module) -> nn.Module:
     ]
     if lost:
         raise TypeError(
-            f"cannot revert layers whose activation would be lost: {', '.join(lost)}{on_rank()}. Put an "
+            f"cannot revert layers whose activation would be lost: {_first_of(lost)}{on_rank()}. Put an "
             "nn.ReLU behind such a layer and set its activation to None; no layer was changed"
         )
     for layer in module.modules():
@@ -293,14 +296,15 @@ def _rebuild(to: type, original: type) -> Any:
 
 
 def _refuse_own_forward(layers: list[tuple[str, Any]]) -> None:
-    lost = [
-        f"{_said(name)} ({type(layer).__module__}.{type(layer).__qualname__})"
-        for name, layer in layers
-        if not isinstance(layer, Synchronized) and _has_own_forward(layer)
-    ]
+    lost: dict[str, list[str]] = {}
+    for name, layer in layers:
+        if not isinstance(layer, Synchronized) and _has_own_forward(layer):
+            cls = f"{type(layer).__module__}.{type(layer).__qualname__}"
+            lost.setdefault(cls, []).append(_said(name))
     if lost:
+        found = ", ".join(f"{_first_of(names)} ({cls})" for cls, names in lost.items())
         raise TypeError(
-            f"cannot convert layers whose own forward() would be lost: {', '.join(lost)}{on_rank()}. Rewrite "
+            f"cannot convert layers whose own forward() would be lost: {found}{on_rank()}. Rewrite "
             "such a layer to call a BatchNorm layer that it holds, or replace it before converting; no layer "
             "was changed"
         )
@@ -315,7 +319,7 @@ def _refuse_own_activation(layers: list[tuple[str, Any]]) -> None:
     ]
     if taken:
         raise TypeError(
-            f"cannot convert layers that hold something named activation: {', '.join(taken)}{on_rank()}. A "
+            f"cannot convert layers that hold something named activation: {_first_of(taken)}{on_rank()}. A "
             "synchronized layer has an attribute of that name; rename yours; no layer was changed"
         )
 
@@ -333,6 +337,11 @@ def _refuse_scripted(module: nn.Module) -> None:
                 f"cannot convert {_said(name)}: it is compiled by torch.jit{on_rank()}. "
                 "Convert the model before compiling it; no layer was changed"
             )
+
+
+def _first_of(names: list[str]) -> str:
+    """A model may have hundreds of them."""
+    return names[0] if len(names) == 1 else f"{names[0]}, and {len(names) - 1} more"
 
 
 def _said(name: str) -> str:

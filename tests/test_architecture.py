@@ -30,6 +30,7 @@ ORDER = [
     "evaluation",
     "functional",
     "arguments",
+    "arrays",
     "exchange",
     "nodes",
     "communicator",

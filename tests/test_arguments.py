@@ -522,6 +522,107 @@ def test_masked_tensors(place):
                 layer.train(training)(*inputs)
 
 
+@pytest.mark.parametrize("training", [True, False])
+def test_which_tensor_has_which_dtype(training):
+    module = SyncBatchNorm(3).to(torch.bfloat16).train(training)
+    module.running_mean, module.running_var = torch.zeros(3), torch.ones(3)
+    said = (
+        f"expected running_mean of dtype bfloat16, the same for all, got float32{HERE}. They are: input "
+        "bfloat16, weight bfloat16, bias bfloat16, running_mean float32, running_var float32. Convert the "
+        "module, or the arrays, with .to(torch.bfloat16) or .to(torch.float32)"
+    )
+    with pytest.raises(TypeError, match=re.escape(said)):
+        module(ROWS.bfloat16())
+    with pytest.raises(
+        TypeError, match=re.escape("float64. Convert the module, or the arrays, with .astype('float32')")
+    ):
+        functional.batch_norm_forward(X2, np.ones(3))
+
+
+class Wrapper(torch.Tensor):
+    """A tensor that holds its values in another, as torchao's and others do."""
+
+    @staticmethod
+    def __new__(cls, held):
+        return torch.Tensor._make_wrapper_subclass(cls, held.shape, dtype=held.dtype, strides=held.stride())
+
+    def __init__(self, held):
+        self.held = held
+
+    @classmethod
+    def __torch_dispatch__(cls, function, types, args=(), kwargs=None):
+        found = function(*(each.held if isinstance(each, cls) else each for each in args), **(kwargs or {}))
+        return cls(found) if isinstance(found, torch.Tensor) else found
+
+
+NESTED = "nested tensor{}: hand over its .values(), or .to_padded_tensor(value); what pads it counts"
+ODD_TENSORS = {
+    "jagged": (lambda one: torch.nested.nested_tensor([one, one], layout=torch.jagged), NESTED),
+    "nested": (lambda one: torch.nested.nested_tensor([one, one]), NESTED),
+    "quantized": (
+        lambda one: torch.quantize_per_tensor(one, 1.0, 0, torch.quint8),
+        "quantized tensor{}: convert it first, .dequantize()",
+    ),
+    "wrapper": (
+        Wrapper,
+        f"{__name__}.Wrapper, which has no memory of its own{{}}: hand over a tensor that holds",
+    ),
+}
+
+
+@pytest.mark.filterwarnings("ignore:.*nested tensors:UserWarning", "ignore:.*quantize:UserWarning")
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("kind", ODD_TENSORS)
+def test_a_tensor_that_is_not_plain_is_named(kind, training):
+    make, words = ODD_TENSORS[kind]
+    module = SyncBatchNorm(3).train(training)
+    odd = SyncBatchNorm(3).train(training)
+    del odd.weight
+    odd.weight = make(torch.ones(3))
+    for place, call in {
+        "input": lambda: module(make(ROWS)),
+        "residual": lambda: module(ROWS, make(ROWS)),
+        "weight": lambda: odd(ROWS),
+        "dy": lambda: functional.batch_norm_backward(make(ROWS), ROWS, STATS),
+    }.items():
+        with pytest.raises(
+            TypeError, match=re.escape(f"expected {place} to be a plain tensor, got a {words}".format(HERE))
+        ):
+            call()
+
+
+def test_vectors_that_are_copied_before_they_are_read():
+    """A sign that is yet to be changed, zeros without memory, values at odd addresses."""
+    x, odd = ROWS + torch.arange(4.0)[:, None], torch.ones(3)
+    for weight in (torch._neg_view(odd), torch._efficientzerotensor(3)):
+        y = mpisyncbn.sync_batch_norm(x, None, None, weight)
+        assert torch.equal(y, mpisyncbn.sync_batch_norm(x, None, None, weight.clone()))
+    weight = np.frombuffer(b"\0" + np.arange(3.0, dtype="f4").tobytes(), np.uint8)[1:].view("f4")
+    assert not weight.flags.aligned
+    y, _ = functional.batch_norm_forward(x.numpy(), weight)
+    assert np.array_equal(y, functional.batch_norm_forward(x.numpy(), weight.copy())[0])
+
+
+def test_a_converted_layer_is_named():
+    net = nn.Sequential(nn.Identity(), nn.ModuleDict({"bn": nn.BatchNorm1d(3)}))
+    mpisyncbn.convert_sync_batchnorm(net)
+    bn = net[1]["bn"]
+    where = f" in layer 1.bn{HERE}"
+    cases = {
+        f"of the input (4, 5), got (3,){where}: an input is (N, C, *), with": (torch.ones(4, 5),),
+        f"got 1D input{where}: one sample": (torch.ones(3),),
+        f"on cpu{where}: convert or expand": (ROWS, ROWS[:1]),
+    }
+    alone = torch.ones(1 if RANK == 0 else 0, 3)
+    for training in (True, False):
+        bn.train(training)
+        for words, inputs in cases.items():
+            with pytest.raises(ValueError, match=re.escape(words)):
+                bn(*inputs)
+    with pytest.raises(ValueError, match=re.escape(f"got input of shape {tuple(alone.shape)}{where}")):
+        bn.train()(alone)
+
+
 def test_evaluation_by_a_function_without_statistics():
     words = f"expected running_mean and running_var in evaluation, got neither{HERE}: hand them over, or"
     with pytest.raises(ValueError, match=re.escape(words)):

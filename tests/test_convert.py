@@ -383,6 +383,26 @@ def test_a_forward_of_its_own_is_refused_by_name(make):
         convert_sync_batchnorm(layer)
 
 
+def test_many_layers_are_refused_in_one_line():
+    """As a model of timm has them: how many of each class, and one name."""
+
+    class Other(OwnForward):
+        pass
+
+    net = nn.Sequential(*(OwnForward(C) for _ in range(40)), nn.Sequential(Other(C), nn.BatchNorm2d(C)))
+    found = f"0, and 39 more ({__name__}.OwnForward), 40.0 ({__name__}.{Other.__qualname__}) (on rank"
+    with pytest.raises(TypeError, match=re.escape(f"would be lost: {found}")):
+        convert_sync_batchnorm(net)
+    synchronized = nn.Sequential(*(SyncBatchNorm(C, activation="relu") for _ in range(3)))
+    with pytest.raises(TypeError, match=re.escape("activation would be lost: 0, and 2 more (on rank")):
+        revert_sync_batchnorm(synchronized)
+    taken = nn.Sequential(*(nn.BatchNorm2d(C) for _ in range(3)))
+    for layer in taken:
+        layer.activation = nn.ReLU()
+    with pytest.raises(TypeError, match=re.escape("something named activation: 0, and 2 more (on rank")):
+        convert_sync_batchnorm(taken)
+
+
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")
 def test_compiled_by_jit_is_refused():
     compiled = torch.jit.script(nn.Sequential(nn.BatchNorm2d(C)).eval())

@@ -549,6 +549,25 @@ def test_what_torch_builds_on_a_group(tmp_path: Any) -> None:
         assert torch.equal(restored, torch.arange(3.0 * SIZE))
 
 
+def test_distributed_tensors_are_no_input_of_a_layer() -> None:
+    """Nor a weight; what a functional collective gives is, once its values are there."""
+    sharded = distribute_tensor(torch.ones(2 * SIZE, 3), init_device_mesh("cpu", (SIZE,)), [Shard(0)])
+    pending = functional_collectives.all_reduce(torch.ones(4, 3), "sum", dist.group.WORLD)
+    layer = mpisyncbn.SyncBatchNorm(3)
+    y, local = layer(pending), layer(sharded.to_local())
+    words = (
+        rf"to be a plain tensor, got a DTensor \(on rank {RANK} of {SIZE}\): hand over .*\.to_local\(\), or"
+    )
+    with together():
+        assert y.shape == (4, 3)
+        assert local.shape == (2, 3)
+        for training in (True, False):
+            with pytest.raises(TypeError, match=f"expected input {words}"):
+                layer.train(training)(sharded)
+        with pytest.raises(TypeError, match=f"expected weight {words}"):
+            mpisyncbn.sync_batch_norm(torch.ones(2, 3), None, None, sharded)
+
+
 def test_layers_in_a_group_that_is_gone() -> None:
     group = dist.new_group(use_local_synchronization=True)
     dist.destroy_process_group(group)

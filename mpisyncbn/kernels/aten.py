@@ -250,7 +250,7 @@ def _numpy_dtype(x: Tensor) -> Any:
 
 
 def _numpy(vector: Tensor) -> np.ndarray:
-    vector = vector.detach()
+    vector = vector.detach().clone()  # where its sign, or all its zeros, are but said
     return (vector if vector.dtype in (torch.float32, torch.float64) else vector.float()).numpy()
 
 

@@ -28,7 +28,7 @@ def local_moments(x: Any) -> tuple[int, np.ndarray, np.ndarray]:
     if count == _REFUSED:
         count = _cpu.local_moments(_dense(x), found, _threads(x))
     if count == _REFUSED:
-        raise _refused()
+        raise _refused(x)
     if count < 0:
         count = -2 - count
         extremes.local_moments(local_moments, x, count, found[0], found[2])
@@ -38,12 +38,12 @@ def local_moments(x: Any) -> tuple[int, np.ndarray, np.ndarray]:
 def normalize(
     x: Any, mean: Any, invstd: Any, weight: Any, bias: Any, residual: Any = None, relu: bool = False
 ) -> Any:
-    for near, like in _attempts(x, residual):
+    for near, vectors, like in _attempts(x, (mean, invstd, weight, bias), residual):
         y = _empty_like(near)
-        vectors = mean, invstd, weight, bias
         if done := _cpu.normalize(near, *vectors, *like, y, relu, _threads(x)):
-            return y if done == 1 else extremes.normalize(normalize, y, x, *vectors, residual, relu)
-    raise _refused()
+            given = mean, invstd, weight, bias
+            return y if done == 1 else extremes.normalize(normalize, y, x, *given, residual, relu)
+    raise _refused(x, mean, invstd, weight, bias, residual)
 
 
 def backward_reduce(
@@ -51,14 +51,13 @@ def backward_reduce(
 ) -> tuple[np.ndarray, np.ndarray, Any]:
     sums = np.empty((2, x.shape[1]))
     weight, bias, saved = gate or (None, None, None)
-    for near, (dz, y) in _attempts(x, dy, saved):
+    for near, vectors, (dz, y) in _attempts(x, (mean, invstd, weight, bias), dy, saved):
         out = None if y is None else _empty_like(near)
-        vectors = mean, invstd, weight, bias
         if done := _cpu.backward_reduce(dz, near, *vectors, y, out, gate is not None, sums, _threads(x)):
             if done > 1:
                 extremes.backward_reduce(backward_reduce, sums, dy, x, mean, invstd, gate)
             return sums[0], sums[1], dz if out is None else out
-    raise _refused()
+    raise _refused(dy, x, mean, invstd, weight, bias)
 
 
 def backward_elementwise(
@@ -66,29 +65,35 @@ def backward_elementwise(
 ) -> Any:
     relu = gate is not None and gate.y is None
     vectors = mean, invstd, weight, gate.bias if relu else None, mean_dy, mean_dy_xmu
-    for near, like in _attempts(x, dz):
+    for near, those, like in _attempts(x, vectors, dz):
         dx = _empty_like(near)
-        if done := _cpu.backward_elementwise(*like, near, *vectors, dx, relu, _threads(x)):
+        if done := _cpu.backward_elementwise(*like, near, *those, dx, relu, _threads(x)):
             if done > 1:
                 means = mean_dy, mean_dy_xmu
                 extremes.backward_elementwise(
                     backward_elementwise, dx, dz, x, mean, invstd, weight, means, gate
                 )
             return dx
-    raise _refused()
+    raise _refused(dz, x, *vectors)
 
 
-def _attempts(x: Any, *others: Any) -> Iterator[tuple[Any, Any]]:
-    """``x`` and the others as they are; then in the memory format of ``x``; then all without gaps."""
-    yield x, others
-    yield x, [None if other is None else _like(other, x) for other in others]
+def _attempts(x: Any, vectors: Any, *others: Any) -> Iterator[tuple[Any, Any, Any]]:
+    """``x``, vectors of length C and the others as they are; then the others in the memory format of ``x``;
+    then copies of all without gaps, such as of what is not aligned, or has its values elsewhere."""
+    yield x, vectors, others
+    yield x, vectors, [None if other is None else _like(other, x) for other in others]
     x = _dense(x)
-    yield x, [None if other is None else _like(other, x) for other in others]
+    vectors = [None if vector is None else _dense(vector) for vector in vectors]
+    yield x, vectors, [None if other is None else _like(other, x) for other in others]
 
 
-def _refused() -> MPISyncBNError:
+def _refused(*arrays: Any) -> MPISyncBNError:
+    found = ", ".join(
+        f"{type(each).__name__} of {each.dtype} {tuple(each.shape)}" for each in arrays if each is not None
+    )
     return MPISyncBNError(
-        f"expected arrays in host memory, of one shape and dtype, got one that cannot be read{on_rank()}"
+        f"expected arrays in host memory, of one shape and dtype, got one that cannot be read among {found}"
+        f"{on_rank()}: hand over plain arrays"
     )
 
 

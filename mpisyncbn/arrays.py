@@ -1,0 +1,97 @@
+"""Which kinds of arrays are taken: those whose values kernels can read, and whose sums are plain sums."""
+
+from __future__ import annotations
+
+import sys
+from typing import Any
+
+import numpy as np
+
+from .errors import on_rank
+from .kernels import loaded_torch
+
+__all__ = ["check_array", "check_kind"]
+
+_COUNTS = "counts in the statistics"
+# Tensors that hold their values in others, by the name of the class; and what to hand over instead.
+_WRAPPERS = {
+    "DTensor": "hand over the part of this rank, .to_local(), or all of it, .full_tensor()",
+    "MaskedTensor": "leave those samples out, or fill them first, .to_tensor(value); what fills them "
+    f"{_COUNTS}",
+    "nested tensor": f"hand over its .values(), or .to_padded_tensor(value); what pads it {_COUNTS}",
+    "quantized tensor": "convert it first, .dequantize()",
+}
+
+
+def check_array(label: str, value: Any) -> None:
+    """Of values in memory, one beside the other or with strides: what kernels can read."""
+    if not hasattr(value, "ndim") or not hasattr(value, "dtype"):
+        raise TypeError(
+            f"expected {label} to be an array, got {type(value).__name__}{on_rank()}: convert it first, "
+            "numpy.asarray() or torch.tensor()"
+        )
+    if hasattr(value, "is_cpu"):
+        _check_tensor(label, value)
+    elif isinstance(value, np.ndarray):
+        _check_numpy(label, value)
+    elif not isinstance(value, getattr(sys.modules.get("cupy"), "ndarray", ())):
+        # others have other methods, and values that may not be in memory at all
+        raise TypeError(
+            f"expected {label} to be an array of NumPy, CuPy or torch, got {type(value).__module__}."
+            f"{type(value).__qualname__}{on_rank()}: convert it first, numpy.asarray()"
+        )
+
+
+def check_kind(label: str, value: Any, whose: str, like: Any) -> None:
+    """An array, and one of torch exactly where the other is."""
+    if not hasattr(value, "ndim") or hasattr(value, "is_cpu") != hasattr(like, "is_cpu"):
+        raise TypeError(
+            f"expected {label} to be {type(like).__name__} like {whose}, got {type(value).__name__}"
+            f"{on_rank()}: convert it first"
+        )
+    check_array(label, value)
+
+
+def _check_numpy(label: str, value: Any) -> None:
+    """Of a NumPy array. A subclass may do something else by ``sum`` and ``*``."""
+    if hasattr(type(value), "mask"):  # numpy.ma's, and those of other libraries
+        raise TypeError(
+            f"expected {label} to be a plain array, got a masked one, {type(value).__name__}{on_rank()}: "
+            f"leave those samples out, or fill them first, .filled(); what fills them {_COUNTS}"
+        )
+    if isinstance(value, np.matrix):
+        raise TypeError(
+            f"expected {label} to be a plain array, got a matrix{on_rank()}: convert it first, "
+            "numpy.asarray()"
+        )
+
+
+def _check_tensor(label: str, value: Any) -> None:
+    kind = type(value).__name__
+    kind = "nested tensor" if value.is_nested else "quantized tensor" if value.is_quantized else kind
+    if kind in _WRAPPERS:
+        raise TypeError(f"expected {label} to be a plain tensor, got a {kind}{on_rank()}: {_WRAPPERS[kind]}")
+    if value.layout is not loaded_torch().strided:
+        raise TypeError(
+            f"expected {label} to be a dense tensor, got one of layout {value.layout}{on_rank()}: "
+            "convert it first, .to_dense()"
+        )
+    if not _has_values(value):
+        raise TypeError(
+            f"expected {label} to be a plain tensor, got a {type(value).__module__}.{kind}, which has no "
+            f"memory of its own{on_rank()}: hand over a tensor that holds its values"
+        )
+
+
+def _has_values(value: Any) -> bool:
+    """Whether a tensor, or a copy of it, has them in memory."""
+    torch = loaded_torch()
+    cls = type(value)
+    if cls.__torch_dispatch__ is torch.Tensor.__torch_dispatch__ or torch.compiler.is_compiling():
+        return True
+    if value.is_meta or cls.__module__.startswith("torch._subclasses"):  # shapes alone, on purpose
+        return True
+    try:
+        return value.numel() == 0 or value.data_ptr() != 0 or type(value[:1].clone()) is torch.Tensor
+    except RuntimeError:  # "cannot access data pointer of Tensor that doesn't have storage"
+        return False
