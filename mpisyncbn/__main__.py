@@ -44,7 +44,7 @@ def main() -> None:
 def report() -> dict[str, Any]:
     """The facts, nested by topic. Collective."""
     MPI = mpi()
-    group = Communicator()
+    group = Communicator(MPI.COMM_WORLD.Dup())  # not the world, which may refuse to work
     facts = {
         "versions": {
             "mpisyncbn": sys.modules["mpisyncbn"].__version__,

@@ -60,7 +60,6 @@ def mpi() -> Any:
             f"({MPI.THREAD_SERIALIZED}), because autograd may run backward on another thread{on_rank()}: "
             "ask for it with mpi4py.rc.thread_level or MPI.Init_thread"
         )
-    launcher.warn_if_alone(MPI)
     return MPI
 
 
@@ -135,6 +134,11 @@ class Communicator:
         elif self._is_finalized():
             mpi()  # says so
         return self
+
+    def check_world(self) -> None:
+        """Before training: raise MPISyncBNError if this is the world, and something knows of more ranks."""
+        if self._is_world:
+            launcher.compare(mpi)
 
     def _make(self) -> MPI.Intracomm:
         """A communicator that nobody else knows. Collective."""
@@ -353,9 +357,16 @@ class _OfTorch(Communicator):
     def _make(self) -> MPI.Intracomm:
         from torch.distributed import all_gather_object
 
+        if self.size > 1:
+            launcher.refuse_if_apart(mpi())
         world = mpi().COMM_WORLD
         ranks: list[Any] = [None] * self.size
         all_gather_object(ranks, world.rank, group=self._group)
+        if len(set(ranks)) < self.size:
+            raise MPISyncBNError(
+                f"expected a process group of ranks of one MPI job, got one of {self.size} that MPI knows as "
+                f"ranks {ranks} of a world of {world.size}{on_rank()}: start all of them with one mpiexec"
+            )
         self._group = None  # which may end before this does
         return subset(world, ranks)
 
@@ -453,8 +464,10 @@ def new_group(ranks: Iterable[int], comm: Any = None) -> Communicator | None:
     Raises:
         ValueError: on every rank, where ``ranks`` is empty, names a rank twice or one that does not
             exist, or differs between ranks.
+        MPISyncBNError: ``comm`` is the world, and torch.distributed or a launcher knows of more ranks.
     """
     parent = resolve(comm)
+    parent.check_world()
 
     def read() -> list[int]:
         chosen = sorted(int(index(rank)) for rank in ranks)
@@ -481,8 +494,10 @@ def new_subgroups(group_size: int | None = None, comm: Any = None) -> Communicat
     Raises:
         ValueError: on every rank, where ``group_size`` does not divide the number of ranks, or
             differs between ranks.
+        MPISyncBNError: ``comm`` is the world, and torch.distributed or a launcher knows of more ranks.
     """
     parent = resolve(comm)
+    parent.check_world()
 
     def read() -> int | None:
         size = None if group_size is None else int(index(group_size))

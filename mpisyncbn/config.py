@@ -12,14 +12,19 @@ from .errors import on_rank
 __all__ = [
     "debug",
     "device_aware",
+    "in_batch_script",
     "launched",
     "own_rank",
     "rank_of",
     "rendezvous_given",
+    "started",
     "tasks",
     "timeout",
     "transport",
 ]
+
+
+_PROC = Path("/proc")
 
 
 def _choice(name: str, default: str, choices: tuple[str, ...]) -> str:
@@ -68,21 +73,54 @@ _SIZES = (
     "SLURM_STEP_NUM_TASKS",
 )
 _RANKS = ("PMIX_RANK", "PMI_RANK", "PALS_RANKID", "SLURM_PROCID")
+_WITHOUT_SIZE = ("PMIX_RANK", "PALS_RANKID")  # of launchers that give no size
+# Of launchers that tell MPI nothing. One variable alone may be left over from anything, so all must be set.
+_NOT_OF_MPI = (("WORLD_SIZE", "RANK", "LOCAL_RANK"), ("HOROVOD_SIZE", "HOROVOD_RANK", "HOROVOD_LOCAL_RANK"))
 
 
 def tasks() -> tuple[int, str]:
-    """How many ranks the launcher started, and the variable that says so; 1 and nothing where none does."""
-    for name in _SIZES:
-        value = os.environ.get(name, "")
-        if value.isdigit():
-            return int(value), name
-    return 1, ""
+    """How many ranks a launcher of MPI started, and the variable that says so; 1 and nothing if none does."""
+    return _sizes()[0]
+
+
+def started(size: int) -> tuple[int, str]:
+    """The same of any launcher, if MPI has a world of ``size``: of one that started more, if there is one."""
+    given = _sizes()
+    if size > 1:  # some launcher told MPI so; variables of another one are left over
+        return next((each for each in given if each[0] == size), given[0])
+    ranks, variable = given[0]
+    # mpiexec -n 1 may be all that has started this process, but torchrun's own mark has no other source
+    unknown = not variable or variable.startswith("SLURM_")
+    unknown = unknown and not any(name in os.environ for name in _WITHOUT_SIZE)
+    for names in _NOT_OF_MPI if unknown or "TORCHELASTIC_RUN_ID" in os.environ else ():
+        values = [os.environ.get(name, "") for name in names]
+        if all(value.isdigit() for value in values) and int(values[0]) > max(1, *map(int, values[1:])):
+            return int(values[0]), names[0]
+    return ranks, variable
+
+
+def _sizes() -> list[tuple[int, str]]:
+    """What each launcher of MPI says."""
+    given = [(os.environ.get(name, ""), name) for name in _SIZES]
+    return [(int(value), name) for value, name in given if value.isdigit()] or [(1, "")]
 
 
 def launched() -> bool:
     """Whether a launcher started this process as one of several ranks, as far as the environment says."""
-    # of launchers that give no size
-    return tasks()[0] > 1 or any(name in os.environ for name in ("PMIX_RANK", "PALS_RANKID"))
+    return tasks()[0] > 1 or any(name in os.environ for name in _WITHOUT_SIZE)
+
+
+def in_batch_script() -> bool:
+    """Whether this process belongs to the script of a batch job of Slurm, which is one task.
+
+    Variables of a step may be left over there, from the shell in which the job was submitted.
+    """
+    try:
+        stat = (_PROC / os.environ["SLURM_TASK_PID"] / "stat").read_text()
+        parent = stat.rpartition(")")[2].split()[1]
+        return ".batch]" in (_PROC / parent / "cmdline").read_text()
+    except (KeyError, OSError, IndexError):
+        return False
 
 
 def own_rank() -> int | None:
@@ -93,7 +131,7 @@ def own_rank() -> int | None:
 def rank_of(process: int) -> int | None:
     """The rank that a launcher gave to a process of this host, if it did and the process may be looked at."""
     try:
-        given = Path(f"/proc/{process}/environ").read_bytes()
+        given = (_PROC / str(process) / "environ").read_bytes()
     except OSError:
         return None
     text = given.decode(errors="replace")

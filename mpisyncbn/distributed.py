@@ -29,7 +29,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from . import buffers, diagnostics, rendezvous
+from . import buffers, diagnostics, launcher, rendezvous
 from .arguments import check_timeout
 from .collectives import Collectives
 from .communicator import Communicator, mpi, resolve, subset
@@ -283,10 +283,12 @@ def init_process_group(comm: Any = None, timeout: timedelta | None = None) -> No
         ValueError: it is initialized already, or ``comm`` does not contain all ranks:
             torch.distributed.new_group() makes groups of some.
         TypeError: ``comm`` is not an mpi4py communicator.
+        MPISyncBNError: torch.distributed or a launcher knows of more ranks than MPI.
 
     Collective: every rank must call.
     """
     MPI = mpi()
+    launcher.refuse_if_apart(MPI)
     source = Communicator(comm)._source
     if MPI.Comm.Compare(source, MPI.COMM_WORLD) == MPI.UNEQUAL:
         raise ValueError(
@@ -318,6 +320,7 @@ def monitored_barrier(
 
 def _create(options: Any, _: Any) -> ProcessGroup:
     """For torch.distributed, on the ranks of a new group."""
+    launcher.refuse_if_apart(mpi())
     source, ranks = rendezvous.source(), list(options.global_ranks_in_group)
     rank, size = (source.rank, source.size) if not ranks else (ranks.index(source.rank), len(ranks))
     if (options.group_rank, options.group_size) != (rank, size):

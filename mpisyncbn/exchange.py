@@ -61,9 +61,11 @@ def merge_moments(
 
     Raises:
         CollectiveMismatchError: on every rank, if the ranks were not all in the same call.
+        MPISyncBNError: the group is the world, and torch.distributed or a launcher knows of more ranks.
 
     Collective: every rank of the group must call.
     """
+    group.check_world()
     if call.dtype == "float64":
         return _gather_moments(group, call, count, *_where_sent(group, *mean, m2))
     return _sum_moments(group, call, count, *_where_sent(group, mean, m2))

@@ -7,6 +7,7 @@ import socket
 from pathlib import Path
 from typing import Any
 
+from . import launcher
 from .communicator import mpi, resolve
 
 __all__ = ["local_rank"]
@@ -27,6 +28,8 @@ def local_rank(comm: Any = None) -> int:
     Collective: every rank of ``comm`` must call.
     """
     group = resolve(comm).ready()
+    if group is resolve(None):
+        launcher.warn_if_apart(mpi())
     with group.taking_part("finding the ranks of each machine"):
         shared = group.comm.Split_type(mpi().COMM_TYPE_SHARED, key=group.rank)
         first = shared.bcast(group.rank)

@@ -13,7 +13,7 @@ from urllib.parse import parse_qs, urlparse
 
 import torch.distributed as dist
 
-from . import config
+from . import config, launcher
 from .communicator import mpi
 
 __all__ = ["forget", "over", "register", "source"]
@@ -67,6 +67,7 @@ def _over_mpi(
     url: str, timeout: timedelta = timedelta(minutes=30), **_: Any
 ) -> Iterator[tuple[Any, int, int]]:
     comm = source()
+    launcher.refuse_if_apart(mpi())
     given = {name: int(value[0]) for name, value in parse_qs(urlparse(url).query).items()}
     if (given.get("rank", comm.rank), given.get("world_size", comm.size)) != (comm.rank, comm.size):
         raise ValueError(

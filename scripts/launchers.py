@@ -34,12 +34,14 @@ EXPECTED = {
     "impi 2021": (ONE, ONE, ONE),
 }
 LIMIT = 40  # seconds for a job
-WARNING = "is alone in its world"
+REFUSAL = "MPI has a world of"
 RANK = """
-import warnings
-import mpisyncbn
+import numpy as np, mpisyncbn
 from mpi4py import MPI
-comm = mpisyncbn.Communicator()  # which warns where the launcher has started more than this world has
+try:
+    mpisyncbn.functional.batch_norm_forward(np.ones((2, 3)))
+except mpisyncbn.MPISyncBNError as error:  # where the launcher has started more ranks than this world has
+    print(error)
 print(f"world of {MPI.COMM_WORLD.size}", flush=True)
 """
 
@@ -86,14 +88,14 @@ def expected_of(library: libraries.Library) -> tuple[str, str, str]:
 
 def cell(cluster: Slurm, library: libraries.Library, index: int) -> tuple[bool, str]:
     """Whether the job's outcome is the expected one, and what the table says of it."""
-    outcome, warned = run(cluster, library, LAUNCHERS[index])
+    outcome, refused = run(cluster, library, LAUNCHERS[index])
     expected = expected_of(library)[index]
-    said = f"{outcome}, warned" if warned else outcome
+    said = f"{outcome}, refused" if refused else outcome
     return outcome == expected, said if outcome == expected else f"**{said}, expected {expected}**"
 
 
 def run(cluster: Slurm, library: libraries.Library, launcher: str) -> tuple[str, bool]:
-    """How the job ended, and whether it was warned that its ranks are alone."""
+    """How the job ended, and whether its ranks were refused to train, each by itself."""
     start = f"{library.mpiexec} -n {TASKS}" if launcher == "mpiexec" else f"{launcher} --kill-on-bad-exit=1"
     program, script = cluster.folder / "rank.py", cluster.folder / "job.sh"
     program.write_text(RANK)
@@ -111,7 +113,7 @@ def run(cluster: Slurm, library: libraries.Library, launcher: str) -> tuple[str,
     except TimeoutError:
         status = "over time"
     output = (cluster.folder / f"{job}.out").read_text(errors="replace")
-    sizes = [int(size) for size in re.findall(r"world of (\d+)", output)]
+    sizes = [int(size) for size in re.findall(r"^world of (\d+)$", output, re.MULTILINE)]
     whole = sizes == [TASKS] * TASKS
     if status == "over time":
         outcome = "hang, after one world" if whole else "hang"
@@ -121,7 +123,7 @@ def run(cluster: Slurm, library: libraries.Library, launcher: str) -> tuple[str,
         outcome = ONE
     else:
         outcome = SINGLE if sizes == [1] * TASKS else f"worlds of {sizes}"
-    return outcome, WARNING in output
+    return outcome, REFUSAL in output
 
 
 if __name__ == "__main__":

@@ -18,7 +18,10 @@ from fault_cases.libraries import Library
 from slurm import Unavailable
 
 pytestmark = once("its jobs are made up")
-WORLD_OF_4, ALONE = "world of 4\n", "UserWarning: rank 0 is alone in its world\nworld of 1\n"
+WORLD_OF_4, ALONE = (
+    "world of 4\n",
+    "the launcher started 4 ranks (PMI_SIZE=4), MPI has a world of 1: ...\nworld of 1\n",
+)
 
 
 class Jobs:
@@ -50,7 +53,7 @@ def library(name: str = "openmpi", version: str = "5.0.8", **variables: str) -> 
 
 
 @pytest.mark.parametrize(
-    ("output", "status", "outcome", "warned"),
+    ("output", "status", "outcome", "refused"),
     [
         (WORLD_OF_4 * 4, "0:0", "one world", False),
         (ALONE * 4, "0:0", "4 singletons", True),
@@ -64,9 +67,9 @@ def library(name: str = "openmpi", version: str = "5.0.8", **variables: str) -> 
         (ALONE, "", "hang", True),
     ],
 )
-def test_the_outcome_of_a_job(output: str, status: str, outcome: str, warned: bool, tmp_path: Path) -> None:
+def test_the_outcome_of_a_job(output: str, status: str, outcome: str, refused: bool, tmp_path: Path) -> None:
     jobs: Any = Jobs(tmp_path, {"/there/mpiexec": (output, status)})
-    assert launchers.run(jobs, library(), "mpiexec") == (outcome, warned)
+    assert launchers.run(jobs, library(), "mpiexec") == (outcome, refused)
 
 
 def test_what_a_job_is_given(tmp_path: Path) -> None:
@@ -104,15 +107,15 @@ def test_the_table(
         "srun --mpi=pmix": (WORLD_OF_4 * 4, "0:0"),
         "srun --mpi=pmi2": (ALONE * 4, "0:0"),
     }
-    as_expected = "| MPI 5.0.8 | 1 | one world | one world | 4 singletons, warned |"
+    as_expected = "| MPI 5.0.8 | 1 | one world | one world | 4 singletons, refused |"
     assert table(monkeypatch, capsys, Jobs(tmp_path, ends), library()) == (0, [as_expected])
     # One cell that differs fails the whole, be it in the first of two rows.
     different = (
-        "| MPI 4.1 | 1 | one world | one world | **4 singletons, warned, expected error** |",
+        "| MPI 4.1 | 1 | one world | one world | **4 singletons, refused, expected error** |",
         "| MPI 9 | 1 | "
         + " | ".join(
             f"**{said}, expected nothing known**"
-            for said in ("one world", "one world", "4 singletons, warned")
+            for said in ("one world", "one world", "4 singletons, refused")
         )
         + " |",
     )

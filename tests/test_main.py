@@ -10,6 +10,7 @@ from mpi4py import MPI
 from parallel import WORLD
 
 from mpisyncbn import __main__ as report
+from mpisyncbn import config
 from mpisyncbn.kernels import native
 
 
@@ -106,3 +107,13 @@ def test_a_variable_that_nothing_understands(monkeypatch, capsys):
     with pytest.raises(SystemExit, match="2"):
         report.main()
     assert "MPISYNCBN_TRANSPORT must be one of auto, host, device, got 'pigeon'" in capsys.readouterr().err
+
+
+def test_report_says_that_the_ranks_are_apart(monkeypatch):
+    """And measures all the same."""
+    monkeypatch.setattr(config, "started", lambda size: (size + 1, "PMI_SIZE"))
+    facts = report.report()
+    more = WORLD.size + 1
+    sizes = f"the launcher started {more} ranks (PMI_SIZE={more}), MPI has a world of {WORLD.size}: "
+    assert facts["ranks"]["APART"].startswith(sizes)
+    assert facts["exchange"]["median, us"] > 0

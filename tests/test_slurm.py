@@ -197,3 +197,33 @@ def test_time_limit(limited: int, jobs: Jobs) -> None:
         f"started: {program} --resume --seed 3",
     ]
     assert f"train.sbatch: interrupted (status 75), job {limited} starts again" in output
+
+
+TRAIN = """
+import numpy as np, mpisyncbn
+try:
+    mpisyncbn.functional.batch_norm_forward(np.ones((2, 3)))
+    print("trained")
+except mpisyncbn.MPISyncBNError as error:
+    print("refused:", str(error).partition(",")[0])
+"""
+
+
+def test_who_trains_apart(jobs: Jobs) -> None:
+    """Four tasks that MPI does not know; not a batch script, whichever shell it was submitted in."""
+    program = jobs.folder / "apart.py"
+    program.write_text(TRAIN)
+    text = f"python {program}\nsrun --mpi=none python {program}"
+    left_over = {"SLURM_STEP_NUM_TASKS": "3", "SLURM_STEP_ID": "0", "SLURM_PTY_PORT": "40961"}
+    job = jobs.submit(1, jobs.script(text), **left_over)
+    refused = "refused: the launcher started 4 ranks (SLURM_STEP_NUM_TASKS=4)"
+    assert jobs.completed(job, 60).splitlines() == ["trained", *[refused] * 4]
+
+
+def test_a_shell_of_several_tasks_is_no_task(jobs: Jobs) -> None:
+    program = jobs.folder / "interactive.py"
+    program.write_text(TRAIN)
+    shell = f"srun --mpi=none --ntasks=2 --pty {sys.executable} {program}"
+    output = jobs.cluster.run("script", "--quiet", "--return", "--command", shell, os.devnull)
+    assert "RuntimeWarning: the launcher started 2 ranks (SLURM_STEP_NUM_TASKS=2)" in output
+    assert "trained" in output
