@@ -8,7 +8,7 @@ from __future__ import annotations
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
-from . import config, exits
+from . import ancestors, config, exits
 from .errors import CollectiveMismatchError, CollectiveTimeoutError, MPISyncBNError, TransportError
 
 if TYPE_CHECKING:
@@ -44,6 +44,7 @@ __all__ = [
 
 if config.launched():
     exits.install()
+ancestors.guard()
 
 # Where each name is, imported when it is first used.
 _HOME = {

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
-from . import attendance, config, launcher, leftovers, transport, watchdog
+from . import ancestors, attendance, config, launcher, leftovers, transport, watchdog
 from .errors import MPISyncBNError, TransportError, on_rank
 from .presence import Presence, agreed_timeout
 from .staging import DeviceMessage, device_key
@@ -42,6 +42,8 @@ def mpi() -> Any:
             "this is a worker process of a rank of MPI, and no rank itself: synchronized batch norm works in "
             "training mode on the ranks that the launcher started"
         )
+    if "mpi4py.MPI" not in sys.modules and (rank := ancestors.rank_above()) is not None:
+        raise MPISyncBNError(ancestors.of_child(rank))
     from mpi4py import MPI
 
     if MPI.Is_finalized():

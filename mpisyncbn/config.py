@@ -10,11 +10,14 @@ from pathlib import Path
 from .errors import on_rank
 
 __all__ = [
+    "PROC",
     "debug",
     "device_aware",
+    "identity",
     "in_batch_script",
     "launched",
     "own_rank",
+    "parent_of",
     "rank_of",
     "rendezvous_given",
     "started",
@@ -24,7 +27,7 @@ __all__ = [
 ]
 
 
-_PROC = Path("/proc")
+PROC = Path("/proc")
 
 
 def _choice(name: str, default: str, choices: tuple[str, ...]) -> str:
@@ -74,6 +77,9 @@ _SIZES = (
 )
 _RANKS = ("PMIX_RANK", "PMI_RANK", "PALS_RANKID", "SLURM_PROCID")
 _WITHOUT_SIZE = ("PMIX_RANK", "PALS_RANKID")  # of launchers that give no size
+# By which MPI takes a process for one rank of one job.
+_IDENTITY: tuple[str, ...] = ("PMIX_NAMESPACE", "PMIX_RANK", "PMI_FD", "PMI_PORT", "PMI_ID", "PMI_RANK")
+_IDENTITY += ("PALS_APID", "PALS_RANKID")
 # Of launchers that tell MPI nothing. One variable alone may be left over from anything, so all must be set.
 _NOT_OF_MPI = (("WORLD_SIZE", "RANK", "LOCAL_RANK"), ("HOROVOD_SIZE", "HOROVOD_RANK", "HOROVOD_LOCAL_RANK"))
 
@@ -115,11 +121,10 @@ def in_batch_script() -> bool:
 
     Variables of a step may be left over there, from the shell in which the job was submitted.
     """
+    parent = parent_of(os.environ.get("SLURM_TASK_PID", ""))
     try:
-        stat = (_PROC / os.environ["SLURM_TASK_PID"] / "stat").read_text()
-        parent = stat.rpartition(")")[2].split()[1]
-        return ".batch]" in (_PROC / parent / "cmdline").read_text()
-    except (KeyError, OSError, IndexError):
+        return ".batch]" in (PROC / str(parent) / "cmdline").read_text()
+    except OSError:
         return False
 
 
@@ -130,12 +135,31 @@ def own_rank() -> int | None:
 
 def rank_of(process: int) -> int | None:
     """The rank that a launcher gave to a process of this host, if it did and the process may be looked at."""
+    return _rank_in(_variables_of(process))
+
+
+def parent_of(process: int | str) -> int:
+    """The process that started another one of this host; 0 if that is not known."""
     try:
-        given = (_PROC / str(process) / "environ").read_bytes()
+        return int((PROC / str(process) / "stat").read_text().rpartition(")")[2].split()[1])
+    except (OSError, IndexError, ValueError):
+        return 0
+
+
+def identity(process: int | None = None) -> dict[str, str]:
+    """By which MPI is one certain rank of one certain job, in this process or another one of this host."""
+    variables = os.environ if process is None else _variables_of(process)
+    return {name: variables.get(name, "") for name in _IDENTITY}
+
+
+def _variables_of(process: int) -> dict[str, str]:
+    """With which a process was started; none if it may not be looked at."""
+    try:
+        given = (PROC / str(process) / "environ").read_bytes()
     except OSError:
-        return None
+        return {}
     text = given.decode(errors="replace")
-    return _rank_in(dict(each.split("=", 1) for each in text.split("\0") if "=" in each))
+    return dict(each.split("=", 1) for each in text.split("\0") if "=" in each)
 
 
 def _rank_in(variables: Mapping[str, str]) -> int | None:

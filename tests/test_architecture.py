@@ -38,6 +38,7 @@ ORDER = [
     "watchdog",
     "presence",
     "attendance",
+    "ancestors",
     "transport",
     "staging",
     "diagnostics",

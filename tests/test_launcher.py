@@ -161,7 +161,7 @@ def test_a_batch_script_has_variables_of_the_shell_that_submitted_it(variables, 
         (tmp_path / process).mkdir()
         (tmp_path / process / "stat").write_text(words)
         (tmp_path / process / "cmdline").write_text(words)
-    monkeypatch.setattr(config, "_PROC", tmp_path)
+    monkeypatch.setattr(config, "PROC", tmp_path)
     launcher.refuse_if_apart(library())
     (tmp_path / "4/cmdline").write_text("slurmstepd: [7.0]")
     with pytest.raises(mpisyncbn.MPISyncBNError, match="started 4 ranks"):
