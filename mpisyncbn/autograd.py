@@ -206,13 +206,15 @@ class _Step:
         self.near: BatchStats  # where the input is
 
     def call(self, direction: str) -> Call:
-        return _call(self.layer, direction, self.channels, self.dtype)
+        return _call(self.layer, direction, self.channels, self.dtype, self.eps)
 
     def exchange(self, verb: Any, direction: str) -> Any:
         return partial(verb, self.group, self.call(direction))
 
 
-_call = lru_cache(maxsize=4096)(Call)  # making one takes ten times as long
+@lru_cache(maxsize=4096)  # making one takes ten times as long
+def _call(layer: str, direction: str, channels: int, dtype: str, eps: float) -> Call:
+    return Call(layer, direction, channels, dtype, float(eps))  # 0 on one rank is 0.0 on another
 
 
 class _SyncBatchNorm(torch.autograd.Function):
@@ -438,22 +440,23 @@ def _token(x: Tensor) -> Tensor:
 _LIBRARY = torch.library.Library("mpisyncbn", "DEF")
 _HOST_TAKES_PART = (torch.Tag.cudagraph_unsafe,)
 _LIBRARY.define(
-    "merge_moments(Tensor mean, Tensor m2, SymInt count, Tensor(a!) token, str group, str layer, str dtype)"
-    " -> (Tensor, Tensor, Tensor, Tensor)",
+    "merge_moments(Tensor mean, Tensor m2, SymInt count, Tensor(a!) token, str group, str layer, str dtype, "
+    "float eps) -> (Tensor, Tensor, Tensor, Tensor)",
     tags=_HOST_TAKES_PART,
 )
 _LIBRARY.define(
-    "reduce_sums(Tensor sums, Tensor(a!) token, str group, str layer, str direction, str dtype) -> Tensor",
+    "reduce_sums(Tensor sums, Tensor(a!) token, str group, str layer, str direction, str dtype, float eps) "
+    "-> Tensor",
     tags=_HOST_TAKES_PART,
 )
 
 
 def _merge_moments_op(
-    mean: Tensor, m2: Tensor, count: int, token: Tensor, group: str, layer: str, dtype: str
+    mean: Tensor, m2: Tensor, count: int, token: Tensor, group: str, layer: str, dtype: str, eps: float
 ) -> Any:
     with np.errstate(all="ignore"):
         communicator = by_handle(group)
-        call = Call(communicator.name_of(layer), "forward", m2.shape[-1], dtype)
+        call = _call(communicator.name_of(layer), "forward", m2.shape[-1], dtype, eps)
         total, merged, var = exchange.merge_moments(communicator, call, count, mean, m2)
         merged, var = (transport.from_host(vector, m2) for vector in (merged, var))
     check_count(total, m2)
@@ -463,10 +466,10 @@ def _merge_moments_op(
 
 
 def _reduce_sums_op(
-    sums: Tensor, token: Tensor, group: str, layer: str, direction: str, dtype: str
+    sums: Tensor, token: Tensor, group: str, layer: str, direction: str, dtype: str, eps: float
 ) -> Tensor:
     communicator = by_handle(group)
-    call = Call(communicator.name_of(layer), direction, sums.shape[-1], dtype)
+    call = _call(communicator.name_of(layer), direction, sums.shape[-1], dtype, eps)
     (total,) = exchange.reduce_sums(communicator, call, sums.reshape(-1))
     return transport.from_host(total, sums).reshape(sums.shape)
 
@@ -503,14 +506,14 @@ class _Traced(torch.autograd.Function):
 
         def merge_moments(count: int, mean: Tensor, m2: Tensor) -> tuple[Tensor, ...]:
             *merged, first = torch.ops.mpisyncbn.merge_moments(
-                mean, m2, count, _token(x), group, layer, dtype
+                mean, m2, count, _token(x), group, layer, dtype, eps
             )
             first_time.append(first)
             return tuple(merged)
 
         y, stats, _ = functional.forward(x, weight, bias, eps, generic, merge_moments)
         ctx.save_for_backward(x, weight, *stats)
-        ctx.exchange = group, layer, dtype
+        ctx.exchange = group, layer, dtype, eps
         ctx.bias_dtype = None if bias is None else bias.dtype
         ctx.mark_non_differentiable(*stats, *first_time)
         return y, *stats, *first_time
@@ -518,11 +521,11 @@ class _Traced(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, dy: Tensor, *_: Any) -> tuple[Any, ...]:
         x, weight, *stats = ctx.saved_tensors
-        group, layer, dtype = ctx.exchange
+        group, layer, dtype, eps = ctx.exchange
 
         def reduce_sums(*sums: Tensor) -> tuple[Tensor, ...]:
             total = torch.ops.mpisyncbn.reduce_sums(
-                torch.stack(sums), _token(x), group, layer, "backward", dtype
+                torch.stack(sums), _token(x), group, layer, "backward", dtype, eps
             )
             return total.unbind()
 

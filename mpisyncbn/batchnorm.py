@@ -119,7 +119,12 @@ class SyncBatchNorm(convert.Synchronized):
 
     @classmethod
     def convert_sync_batchnorm(
-        cls, module: nn.Module, process_group: Any = None, *, fuse_relu: bool = False
+        cls,
+        module: nn.Module,
+        process_group: Any = None,
+        *,
+        name: str | None = None,
+        fuse_relu: bool = False,
     ) -> nn.Module:
         """Turn every ``BatchNorm*d`` of a model into this class, in place, as torch spells it.
 
@@ -130,6 +135,8 @@ class SyncBatchNorm(convert.Synchronized):
             module: a model, or a single layer.
             process_group: the ranks to normalize over: an mpi4py communicator, a Communicator, or None
                 for the world.
+            name: of the model, the same on every rank; None: the name of its class. Give models of one class
+                different names: ranks that use different layers in one exchange are told so by them.
             fuse_relu: let a layer do the work of an ``nn.ReLU`` that follows it in an ``nn.Sequential``.
 
         Returns:
@@ -138,8 +145,9 @@ class SyncBatchNorm(convert.Synchronized):
         Raises:
             TypeError: some layer, named in the message, has a ``forward`` of its own, which would be
                 lost, or is compiled by torch.jit. No layer is changed then.
+            TypeError, ValueError: ``name`` is no text, or begins with ``#``.
         """
-        return convert.convert_sync_batchnorm(module, process_group, fuse_relu=fuse_relu, to=cls)
+        return convert.convert_sync_batchnorm(module, process_group, name=name, fuse_relu=fuse_relu, to=cls)
 
 
 # nn.Module looks for an attribute everywhere else before it looks where it keeps its tensors.

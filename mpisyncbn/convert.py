@@ -51,7 +51,7 @@ class Synchronized(BatchNorm):
     communicator: Communicator | None = None  # of the ranks to normalize over; None: the world
     _given: _Given | None = None  # the process_group, where it is another object than that
     activation: str | None = None  # "relu", where the layer does that too
-    layer_name: str | None = None  # its qualified name in the converted model
+    layer_name: str | None = None  # on all ranks: the name of the model and its own in it
     _key: str = "#"  # known by while it has no name, to this process only
     _converted_from: tuple[type, dict[str, Any]] | None = None  # class, and attributes that were replaced
 
@@ -107,6 +107,7 @@ class _Given:
 
 _WRITTEN = ("process_group", "communicator", "_given", "activation", "layer_name", "_key", "_converted_from")
 _keys = itertools.count()
+_WRAPPED = ("module", "_orig_mod", "_fsdp_wrapped_module")  # as torch's wrappers call the model in them
 # Their behaviour is all in forward, so nothing is lost with their class.
 _KNOWN = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm, BatchNorm)
 
@@ -120,7 +121,12 @@ class FusedReLU(nn.Identity):
 
 
 def convert_sync_batchnorm(
-    module: nn.Module, process_group: Any = None, *, fuse_relu: bool = False, to: type[Synchronized]
+    module: nn.Module,
+    process_group: Any = None,
+    *,
+    name: str | None = None,
+    fuse_relu: bool = False,
+    to: type[Synchronized],
 ) -> nn.Module:
     """Turn every ``BatchNorm*d`` (also lazy ones, and ``torch.nn.SyncBatchNorm``) of a model into ``to``.
 
@@ -128,6 +134,8 @@ def convert_sync_batchnorm(
         module: a model, or a single layer.
         process_group: the ranks to normalize over: an mpi4py communicator, a Communicator, or None
             for the world. Layers that are synchronized already get it too.
+        name: of the model, the same on every rank; None: the name of its class. Ranks that use layers of
+            different names in one exchange are told so: give models of one class different names.
         fuse_relu: let a layer do the work of an ``nn.ReLU`` that follows it in an ``nn.Sequential``, at no
             pass over memory of its own. Only where nothing else could tell: no hooks on either, and
             the layer stands nowhere else in the model.
@@ -139,17 +147,20 @@ def convert_sync_batchnorm(
     Raises:
         TypeError: some layer, named in the message, has a ``forward`` of its own, which would be
             lost, or is compiled by torch.jit. No layer is changed then.
+        TypeError, ValueError: ``name`` is no text, or begins with ``#``.
 
     Not collective.
     """
     check_module(module)
+    _check_name(name)
     if process_group is not None:
         resolve(process_group)  # before any layer is changed
-    layers = [(name, layer) for name, layer in module.named_modules() if isinstance(layer, _BatchNorm)]
+    layers = [(place, layer) for place, layer in module.named_modules() if isinstance(layer, _BatchNorm)]
     _refuse_own_activation(layers)
     _refuse_own_forward(layers)
     _refuse_scripted(module)
-    for name, layer in layers:
+    model = _class_name(module) if name is None else name
+    for place, layer in layers:
         if isinstance(layer, Synchronized) and layer._converted_from and not isinstance(layer, to):
             _revert(layer)  # converted to another class before
         if not isinstance(layer, Synchronized):
@@ -161,7 +172,7 @@ def convert_sync_batchnorm(
             layer = cast(Synchronized, layer)
             layer._converted_from = (original, replaced)
         layer.process_group = process_group
-        layer.layer_name = name or None
+        layer.layer_name = f"{model}: {place}" if place else name
         layer._key = new_key()
     if fuse_relu:
         _fuse_relu(module)
@@ -239,6 +250,23 @@ def _has_hooks(module: Any) -> bool:
     return any(
         hooks for key, hooks in vars(module).items() if key.endswith("_hooks") and "state_dict" not in key
     )
+
+
+def _check_name(name: Any) -> None:
+    if name is not None and not isinstance(name, str):
+        raise TypeError(f"expected name to be a str or None, got {type(name).__name__}{on_rank()}")
+    if name is not None and (not name or name.startswith("#")):
+        raise ValueError(f"expected a name that is not empty and begins with no #, got {name!r}{on_rank()}")
+
+
+def _class_name(model: nn.Module) -> str:
+    """As in ``DistributedDataParallel(Generator)``: of a wrapper, with that of the model in it."""
+    own = parametrize.type_before_parametrizations(model).__name__
+    if len(model._modules) == 1:
+        ((name, inner),) = model._modules.items()
+        if name in _WRAPPED and inner is not None:
+            return f"{own}({_class_name(inner)})"
+    return own
 
 
 def new_key() -> str:

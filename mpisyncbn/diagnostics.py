@@ -35,9 +35,11 @@ class Call(NamedTuple):
     direction: str
     channels: int
     dtype: str  # of the layer, "float32" or "float64"
+    eps: float | None = None  # None: the call does not know it
 
     def __str__(self) -> str:
-        return f"{self.direction} of {self.layer} ({self.channels} channels, {self.dtype})"
+        eps = "" if self.eps in (None, 1e-5) else f", eps {self.eps}"
+        return f"{self.direction} of {self.layer} ({self.channels} channels, {self.dtype}{eps})"
 
 
 @lru_cache(maxsize=4096)

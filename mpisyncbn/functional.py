@@ -100,7 +100,7 @@ def batch_norm_forward(
     Collective: every rank of the group must call.
     """
     check_arguments(x, weight, bias, eps=eps)
-    group, call = resolve(process_group), _call(x, weight, bias, "forward")
+    group, call = resolve(process_group), _call(x, weight, bias, "forward", float(eps))
     with _quietly(x):
         y, stats, near = forward(
             x, weight, bias, eps, kernels_for(x), partial(exchange.merge_moments, group, call)
@@ -273,8 +273,8 @@ def layer_dtype(x: Any, *parameters: Any) -> str:
     return "float64" if decides.dtype.itemsize == 8 else "float32"
 
 
-def _call(x: Any, weight: Any, bias: Any, direction: str) -> Call:
-    return Call("functional.batch_norm", direction, x.shape[1], layer_dtype(x, weight, bias))
+def _call(x: Any, weight: Any, bias: Any, direction: str, eps: float | None = None) -> Call:
+    return Call("functional.batch_norm", direction, x.shape[1], layer_dtype(x, weight, bias), eps)
 
 
 def _largest(dtype: Any) -> float:

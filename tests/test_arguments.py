@@ -607,7 +607,7 @@ def test_a_converted_layer_is_named():
     net = nn.Sequential(nn.Identity(), nn.ModuleDict({"bn": nn.BatchNorm1d(3)}))
     mpisyncbn.convert_sync_batchnorm(net)
     bn = net[1]["bn"]
-    where = f" in layer 1.bn{HERE}"
+    where = f" in layer Sequential: 1.bn{HERE}"
     cases = {
         f"of the input (4, 5), got (3,){where}: an input is (N, C, *), with": (torch.ones(4, 5),),
         f"got 1D input{where}: one sample": (torch.ones(3),),

@@ -73,6 +73,12 @@ class LazyOwnForward(nn.LazyBatchNorm2d):
     cls_to_become = OwnForward
 
 
+class Generator(nn.Sequential):
+    def __init__(self):
+        super().__init__(nn.BatchNorm2d(C))
+        self.scale = nn.Parameter(torch.ones(2))
+
+
 class Twice(nn.Module):
     def forward(self, x):
         return 2 * x
@@ -217,12 +223,47 @@ def test_aliases_stay_one_and_layers_take_their_first_name():
     before = places(wrapper)
     convert_sync_batchnorm(wrapper)
     assert places(wrapper) == before
-    assert [m.layer_name for m in layers(wrapper)] == ["module.0.inner.a", "module.2"]
+    assert [m.layer_name for m in layers(wrapper)] == [
+        f"Module(Sequential): module.{place}" for place in ("0.inner.a", "2")
+    ]
     convert_sync_batchnorm(wrapper.module)
-    assert [m.layer_name for m in layers(wrapper)] == ["0.inner.a", "2"]
+    assert [m.layer_name for m in layers(wrapper)] == ["Sequential: 0.inner.a", "Sequential: 2"]
     assert convert_sync_batchnorm(shared).layer_name is None
     assert layers(revert_sync_batchnorm(wrapper)) == []
     assert places(wrapper) == before
+
+
+def test_the_name_of_a_model():
+    def name(model, **given):
+        return layers(convert_sync_batchnorm(model, **given))[0].layer_name
+
+    assert name(Generator()) == "Generator: 0"
+    assert name(parametrize.register_parametrization(Generator(), "scale", Twice())) == "Generator: 0"
+    assert name(nn.DataParallel(Generator())) == "DataParallel(Generator): module.0"
+    assert name(torch.compile(Generator())) == "OptimizedModule(Generator): _orig_mod.0"
+    assert name(torch.optim.swa_utils.AveragedModel(Generator())) == "AveragedModel(Generator): module.0"
+    net = nn.ModuleDict({"module": Generator(), "other": Generator()})
+    assert name(net) == "ModuleDict: module.0"
+    assert name(net, name="a teacher") == "a teacher: module.0"
+    assert name(deepcopy(net)["module"]) == "Generator: 0"  # by the last conversion
+    assert [layers(copy(net))[1].layer_name for copy in (deepcopy, through_pickle)] == [
+        "a teacher: other.0"
+    ] * 2
+    assert name(revert_sync_batchnorm(net)) == "ModuleDict: module.0"
+    assert (
+        name(SyncBatchNorm.convert_sync_batchnorm(nn.Sequential(net), name="G")) == "Sequential: 0.module.0"
+    )
+    assert SyncBatchNorm.convert_sync_batchnorm(nn.BatchNorm2d(C), name="alone").layer_name == "alone"
+
+
+@pytest.mark.parametrize(("name", "kind"), [(3, TypeError), ("", ValueError), ("#1", ValueError)])
+def test_a_wrong_name_changes_nothing(name, kind):
+    net = network()
+    with pytest.raises(
+        kind, match=r"expected (name to be a str or None|a name that is not empty .*), got .*on rank"
+    ):
+        convert_sync_batchnorm(net, name=name)
+    assert layers(net) == []
 
 
 def test_state_dicts_load_strictly_both_ways():

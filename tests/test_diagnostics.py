@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import gc
+import pickle
 import socket
 from types import SimpleNamespace
 from unittest.mock import patch
@@ -18,7 +19,14 @@ from parallel import WORLD, distance, local_batch, oracle, shard
 from torch import nn
 
 import mpisyncbn
-from mpisyncbn import CollectiveMismatchError, Communicator, MPISyncBNError, SyncBatchNorm, diagnostics
+from mpisyncbn import (
+    CollectiveMismatchError,
+    Communicator,
+    MPISyncBNError,
+    SyncBatchNorm,
+    diagnostics,
+    functional,
+)
 from mpisyncbn.diagnostics import Call, check, fingerprint
 
 RANK, SIZE = WORLD.rank, WORLD.size
@@ -71,12 +79,12 @@ def test_fingerprints_are_18_bits_and_tell_exchanges_apart(exchanges, later):
 
 
 def test_every_field_of_a_call_counts():
-    others = ["another layer", "backward", 4, "float64"]
+    others = ["another layer", "backward", 4, "float64", 1e-3]
     calls = [
         CALL,
         *(CALL._replace(**{name: other}) for name, other in zip(Call._fields, others, strict=True)),
     ]
-    assert len({fingerprint(call, 1) for call in calls}) == 5
+    assert len({fingerprint(call, 1) for call in calls}) == 6
 
 
 class Recorder:
@@ -151,7 +159,7 @@ class Model:
 
 # What one rank calls, what all others do, and how the error names both. Messages of other lengths, and
 # another collective, need the agreement that MPISYNCBN_DEBUG=1 makes first.
-A, B = "forward of a (3 channels, float32)", "forward of b (3 channels, float32)"
+A, B = "forward of ModuleDict: a (3 channels, float32)", "forward of ModuleDict: b (3 channels, float32)"
 CASES = {
     "skips a layer": ("b", "a", B, A, "01"),
     "skips a layer without a name": (
@@ -159,8 +167,8 @@ CASES = {
         *("forward of the layer first used in exchange number 1 (3 channels, float32)", "01"),
     ),
     "calls the function": ("function", "a", "forward of a function call (3 channels, float32)", A, "01"),
-    "is in backward": ("backward", "a", "backward of a (3 channels, float32)", A, "01"),
-    "has other channels": ("wide", "a", "forward of wide (4 channels, float32)", A, "1"),
+    "is in backward": ("backward", "a", "backward of ModuleDict: a (3 channels, float32)", A, "01"),
+    "has other channels": ("wide", "a", "forward of ModuleDict: wide (4 channels, float32)", A, "1"),
     "has another dtype": ("float64", "a", "(3 channels, float64)", A, "1"),
 }
 
@@ -215,6 +223,95 @@ def test_two_layers_swapped_on_one_rank(debug, monkeypatch):
     assert all(torch.equal(before[key], after[key]) for key in before)
 
 
+class Generator(nn.Sequential):
+    pass
+
+
+def small(kind=nn.Sequential, **options):
+    return kind(nn.BatchNorm1d(3, **options))
+
+
+def converted(group, *pairs):
+    return [mpisyncbn.convert_sync_batchnorm(net, group, name=name) for net, name in pairs]
+
+
+# Two nets, layers or functions, and the names of their first calls, which rank 0 makes in another order.
+SWAPPED = {
+    "classes": (
+        lambda group: converted(group, (small(Generator), None), (small(), None)),
+        *("Generator: 0 (3 channels, float32)", "Sequential: 0 (3 channels, float32)"),
+    ),
+    "names": (
+        lambda group: converted(group, (small(), "teacher"), (small(), "student")),
+        *("teacher: 0 (3 channels, float32)", "student: 0 (3 channels, float32)"),
+    ),
+    "names of layers": (
+        lambda group: converted(group, (nn.BatchNorm1d(3), "teacher"), (nn.BatchNorm1d(3), "student")),
+        *("teacher (3 channels, float32)", "student (3 channels, float32)"),
+    ),
+    "eps, where the names are the same": (
+        lambda group: converted(group, (small(), None), (small(eps=1e-3), None)),
+        *("Sequential: 0 (3 channels, float32)", "Sequential: 0 (3 channels, float32, eps 0.001)"),
+    ),
+    "eps, without names": (
+        lambda group: [SyncBatchNorm(3, eps, process_group=group) for eps in (0, 1e-3)],
+        "the layer first used in exchange number 1 (3 channels, float32, eps 0.0)",
+        "the layer first used in exchange number 1 (3 channels, float32, eps 0.001)",
+    ),
+    "eps of functions": (
+        lambda group: [
+            lambda x, e=e: mpisyncbn.sync_batch_norm(x, None, None, eps=e, process_group=group)
+            for e in (0, 1)
+        ],
+        *("a function call (3 channels, float32, eps 0.0)", "a function call (3 channels, float32, eps 1.0)"),
+    ),
+    "eps of functions for arrays": (
+        lambda group: [
+            lambda x, e=e: functional.batch_norm_forward(x.numpy(), eps=e, process_group=group)
+            for e in (0, 1)
+        ],
+        "functional.batch_norm (3 channels, float32, eps 0.0)",
+        "functional.batch_norm (3 channels, float32, eps 1.0)",
+    ),
+}
+
+
+@needs_two_ranks
+@pytest.mark.parametrize("what", SWAPPED)
+def test_models_in_another_order_on_one_rank(what):
+    make, *names = SWAPPED[what]
+    calls, x = make(Communicator()), shard((local_batch(), 3))
+    messages = []
+    for call in calls if RANK == 0 else calls[::-1]:
+        with pytest.raises(CollectiveMismatchError) as caught:
+            call(x)
+        messages.append(str(caught.value))
+    for message, (first, others) in zip(messages, (names, names[::-1]), strict=True):
+        lines = message.replace("exchange number 2", "exchange number 1").splitlines()[1:-1]
+        assert lines[0].endswith(f": forward of {first}")
+        assert all(line.endswith(f": forward of {others}") for line in lines[1:])
+    for net in calls:
+        assert not isinstance(net, nn.Module) or not next(net.buffers()).any()
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # torch's compiler warns about itself
+@pytest.mark.parametrize("debug", ["0", "1"])
+def test_eps_of_another_type_is_the_same(debug, monkeypatch):
+    """And the same whether compiled or not, since one rank may compile a layer for itself."""
+    monkeypatch.setenv("MPISYNCBN_DEBUG", debug)
+    layer = SyncBatchNorm(
+        3, 0 if RANK == SIZE - 1 else [0.0, np.float64(0)][RANK % 2], process_group=Communicator()
+    )
+    x = shard((local_batch(), 3))
+    leaf = x.clone().requires_grad_()
+    call = torch.compile(layer, backend="eager") if RANK == SIZE - 1 else layer
+    y = call(leaf)
+    y.pow(3).sum().backward()
+    expected = oracle(x, 3 * y.detach() ** 2, eps=0)
+    assert distance(y, expected.y) < 1e-5
+    assert distance(leaf.grad, expected.dx) < 1e-4
+
+
 @pytest.mark.parametrize("debug", ["0", "1"])
 def test_ranks_may_differ_in_what_they_build(debug, monkeypatch):
     monkeypatch.setenv("MPISYNCBN_DEBUG", debug)
@@ -232,12 +329,26 @@ def test_ranks_may_differ_in_what_they_build(debug, monkeypatch):
         ema(x)
         alone = mpisyncbn.convert_sync_batchnorm(nn.Sequential(nn.BatchNorm1d(3)), MPI.COMM_SELF)
         alone(leaf).sum().backward()
+        mpisyncbn.convert_sync_batchnorm(nn.Sequential(nn.BatchNorm1d(3)), group, name="of rank 0 alone")
     y.sum().backward()
     for name in ("b", "c", "a"):
         layers[name](x)
     expected = oracle(x, x)
     for layer in layers.values():
         assert distance(layer.running_mean, expected.mean) < 1e-5
+
+
+@pytest.mark.parametrize("debug", ["0", "1"])
+@pytest.mark.parametrize("own", [copy.deepcopy, lambda net: pickle.loads(pickle.dumps(net))])
+def test_one_rank_may_go_on_with_a_copy(own, debug, monkeypatch):
+    monkeypatch.setenv("MPISYNCBN_DEBUG", debug)
+    net = mpisyncbn.convert_sync_batchnorm(small(momentum=1.0))
+    x = shard((local_batch(), 3))
+    net(x)
+    if RANK == 0:
+        net = own(net)
+    net(x + 1)
+    assert distance(net[0].running_mean, oracle(x + 1, x).mean) < 1e-5
 
 
 def test_ranks_may_collect_garbage_at_different_times():

@@ -236,7 +236,7 @@ def serialized(job: Job) -> None:
     says=[
         *waits(0, 2, 3),
         *missing(1, "sleep"),
-        r"number \d+, backward of first \(3 channels",
+        r"number \d+, backward of ModuleDict: first \(3 channels",
         traceback("hook"),
     ],
     **_deadline(),

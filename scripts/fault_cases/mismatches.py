@@ -11,6 +11,7 @@ from .job import Job
 
 _DEBUG = {"MPISYNCBN_DEBUG": "1"}
 _MISMATCH = r"CollectiveMismatchError: expected all 4 ranks of the group to make the same call"
+_FORWARD = "forward of ModuleDict: "
 
 
 def _does(rank: int, what: str) -> str:
@@ -21,7 +22,7 @@ def _call(direction: str, channels: int = 3, dtype: str = "float32") -> str:
     return rf"{direction} of functional\.batch_norm \({channels} channels, {dtype}\)"
 
 
-@case(2, says=[_MISMATCH, _does(2, "forward of second"), _does(0, "forward of first")], status=1)
+@case(2, says=[_MISMATCH, _does(2, f"{_FORWARD}second"), _does(0, f"{_FORWARD}first")], status=1)
 def other_layer(job: Job) -> None:
     """runs another layer than the others"""
     import torch
