@@ -21,6 +21,15 @@ from torch.nn.utils import parametrize
 
 from .arguments import at, check_activation, check_module, check_tensor
 from .communicator import Communicator, resolve
+from .convertible import (
+    check_name,
+    first_of,
+    refuse_own_activation,
+    refuse_own_forward,
+    refuse_scripted,
+    said,
+    warn_of_others,
+)
 from .errors import on_rank
 
 __all__ = [
@@ -149,16 +158,21 @@ def convert_sync_batchnorm(
             lost, or is compiled by torch.jit. No layer is changed then.
         TypeError, ValueError: ``name`` is no text, or begins with ``#``.
 
+    Warns:
+        UserWarning: the model holds batch norms that are none of torch's, and stay local.
+
     Not collective.
     """
     check_module(module)
-    _check_name(name)
+    check_name(name)
     if process_group is not None:
         resolve(process_group)  # before any layer is changed
     layers = [(place, layer) for place, layer in module.named_modules() if isinstance(layer, _BatchNorm)]
-    _refuse_own_activation(layers)
-    _refuse_own_forward(layers)
-    _refuse_scripted(module)
+    plain = [(place, layer) for place, layer in layers if not isinstance(layer, Synchronized)]
+    refuse_own_activation(plain)
+    refuse_own_forward(plain)
+    refuse_scripted(module)
+    warn_of_others(module)
     model = _class_name(module) if name is None else name
     for place, layer in layers:
         if isinstance(layer, Synchronized) and layer._converted_from and not isinstance(layer, to):
@@ -216,13 +230,13 @@ def revert_sync_batchnorm(module: nn.Module) -> nn.Module:
     check_module(module)
     fused = {id(vars(each)["_layer"]) for each in module.modules() if isinstance(each, FusedReLU)}
     lost = [
-        _said(name)
+        said(name)
         for name, layer in module.named_modules()
         if isinstance(layer, Synchronized) and layer.activation and id(layer) not in fused
     ]
     if lost:
         raise TypeError(
-            f"cannot revert layers whose activation would be lost: {_first_of(lost)}{on_rank()}. Put an "
+            f"cannot revert layers whose activation would be lost: {first_of(lost)}{on_rank()}. Put an "
             "nn.ReLU behind such a layer and set its activation to None; no layer was changed"
         )
     for layer in module.modules():
@@ -250,13 +264,6 @@ def _has_hooks(module: Any) -> bool:
     return any(
         hooks for key, hooks in vars(module).items() if key.endswith("_hooks") and "state_dict" not in key
     )
-
-
-def _check_name(name: Any) -> None:
-    if name is not None and not isinstance(name, str):
-        raise TypeError(f"expected name to be a str or None, got {type(name).__name__}{on_rank()}")
-    if name is not None and (not name or name.startswith("#")):
-        raise ValueError(f"expected a name that is not empty and begins with no #, got {name!r}{on_rank()}")
 
 
 def _class_name(model: nn.Module) -> str:
@@ -321,56 +328,3 @@ def _reduce_mixed(layer: Any, protocol: Any) -> tuple[Any, ...]:
 def _rebuild(to: type, original: type) -> Any:
     cls: Any = _mixed(to, original)
     return cls.__new__(cls)
-
-
-def _refuse_own_forward(layers: list[tuple[str, Any]]) -> None:
-    lost: dict[str, list[str]] = {}
-    for name, layer in layers:
-        if not isinstance(layer, Synchronized) and _has_own_forward(layer):
-            cls = f"{type(layer).__module__}.{type(layer).__qualname__}"
-            lost.setdefault(cls, []).append(_said(name))
-    if lost:
-        found = ", ".join(f"{_first_of(names)} ({cls})" for cls, names in lost.items())
-        raise TypeError(
-            f"cannot convert layers whose own forward() would be lost: {found}{on_rank()}. Rewrite "
-            "such a layer to call a BatchNorm layer that it holds, or replace it before converting; no layer "
-            "was changed"
-        )
-
-
-def _refuse_own_activation(layers: list[tuple[str, Any]]) -> None:
-    taken = [
-        _said(name)
-        for name, layer in layers
-        if not isinstance(layer, Synchronized)
-        and "activation" in {**layer._modules, **layer._parameters, **layer._buffers}
-    ]
-    if taken:
-        raise TypeError(
-            f"cannot convert layers that hold something named activation: {_first_of(taken)}{on_rank()}. A "
-            "synchronized layer has an attribute of that name; rename yours; no layer was changed"
-        )
-
-
-def _has_own_forward(layer: Any) -> bool:
-    classes = [type(layer), getattr(layer, "cls_to_become", None)]  # a lazy layer becomes another
-    known = (None, _BatchNorm.forward, nn.SyncBatchNorm.forward)
-    return "forward" in vars(layer) or any(getattr(cls, "forward", None) not in known for cls in classes)
-
-
-def _refuse_scripted(module: nn.Module) -> None:
-    for name, layer in module.named_modules():
-        if isinstance(layer, torch.jit.ScriptModule) and "BatchNorm" in layer.original_name:
-            raise TypeError(
-                f"cannot convert {_said(name)}: it is compiled by torch.jit{on_rank()}. "
-                "Convert the model before compiling it; no layer was changed"
-            )
-
-
-def _first_of(names: list[str]) -> str:
-    """A model may have hundreds of them."""
-    return names[0] if len(names) == 1 else f"{names[0]}, and {len(names) - 1} more"
-
-
-def _said(name: str) -> str:
-    return name or "the module itself"

@@ -26,6 +26,7 @@ ORDER = [
     "joining",
     "batchnorm",
     "convert",
+    "convertible",
     "autograd",
     "evaluation",
     "functional",

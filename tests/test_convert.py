@@ -7,6 +7,7 @@ import io
 import itertools
 import pickle
 import re
+import warnings
 import weakref
 from copy import copy as shallow_copy
 from copy import deepcopy
@@ -461,6 +462,55 @@ def test_a_wrong_group_changes_nothing():
     with pytest.raises(TypeError, match="process_group to be"):
         convert_sync_batchnorm(layer, "world")
     assert type(layer) is nn.BatchNorm2d
+
+
+class BatchNorms:
+    """Layers that are no BatchNorm of torch's, as other libraries have them."""
+
+    class BatchNorm(nn.Module):  # e3nn's
+        def __init__(self, mean=True):
+            super().__init__()
+            self.register_buffer("running_mean", torch.zeros(C) if mean else None)
+            self.scale = nn.Parameter(torch.ones(C))
+
+    class Derived(BatchNorm):
+        pass
+
+    class ComplexBatchNorm2d(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.running_mean = nn.Parameter(torch.zeros(C), requires_grad=False)
+
+    class FrozenBatchNorm2d(BatchNorm):  # torchvision's, detectron2's
+        pass
+
+    class HoldsBatchNorm(nn.Module):  # PyTorch Geometric's
+        def __init__(self):
+            super().__init__()
+            self.module = nn.BatchNorm1d(C)
+
+        @property
+        def running_mean(self):
+            return self.module.running_mean
+
+
+def test_batch_norms_that_are_not_torchs_are_named_once():
+    silent = BatchNorms.FrozenBatchNorm2d(), BatchNorms.HoldsBatchNorm(), BatchNorms.BatchNorm(mean=False)
+    tracked = nn.InstanceNorm2d(C, track_running_stats=True), nn.LazyBatchNorm2d(), SyncBatchNorm(C), Named()
+    parametrized = parametrize.register_parametrization(BatchNorms.BatchNorm(), "scale", Twice())
+    others = BatchNorms.BatchNorm(), BatchNorms.Derived(), BatchNorms.ComplexBatchNorm2d(), parametrized
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        convert_sync_batchnorm(nn.Sequential(*silent, *tracked))
+    net = nn.Sequential(nn.BatchNorm2d(C), nn.Sequential(*others))
+    with pytest.warns(UserWarning, match="no BatchNorm of torch's") as caught:
+        convert_sync_batchnorm(net)
+    kinds = "BatchNorm", "Derived", "ComplexBatchNorm2d", "BatchNorm"
+    names = ", ".join(f"1.{i} ({__name__}.BatchNorms.{kind})" for i, kind in enumerate(kinds))
+    assert len(caught) == 1
+    assert f"stay local to each rank: {names} (on rank {WORLD.rank} of" in str(caught[0].message)
+    assert caught[0].filename == __file__
+    assert len(layers(net)) == 1
 
 
 # --- Copies

@@ -1,0 +1,111 @@
+"""What conversion refuses before it changes anything, and what it warns of."""
+
+from __future__ import annotations
+
+import warnings
+from typing import Any
+
+import torch
+from torch import nn
+from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.utils import parametrize
+
+from .errors import on_rank
+
+__all__ = [
+    "check_name",
+    "first_of",
+    "refuse_own_activation",
+    "refuse_own_forward",
+    "refuse_scripted",
+    "said",
+    "warn_of_others",
+]
+
+
+def check_name(name: Any) -> None:
+    if name is not None and not isinstance(name, str):
+        raise TypeError(f"expected name to be a str or None, got {type(name).__name__}{on_rank()}")
+    if name is not None and (not name or name.startswith("#")):
+        raise ValueError(f"expected a name that is not empty and begins with no #, got {name!r}{on_rank()}")
+
+
+def refuse_own_forward(layers: list[tuple[str, Any]]) -> None:
+    lost = [(name, type(layer)) for name, layer in layers if _has_own_forward(layer)]
+    if lost:
+        raise TypeError(
+            f"cannot convert layers whose own forward() would be lost: {_by_class(lost)}{on_rank()}. Rewrite "
+            "such a layer to call a BatchNorm layer that it holds, or replace it before converting; no layer "
+            "was changed"
+        )
+
+
+def refuse_own_activation(layers: list[tuple[str, Any]]) -> None:
+    taken = [
+        said(name)
+        for name, layer in layers
+        if "activation" in {**layer._modules, **layer._parameters, **layer._buffers}
+    ]
+    if taken:
+        raise TypeError(
+            f"cannot convert layers that hold something named activation: {first_of(taken)}{on_rank()}. A "
+            "synchronized layer has an attribute of that name; rename yours; no layer was changed"
+        )
+
+
+def _has_own_forward(layer: Any) -> bool:
+    classes = [type(layer), getattr(layer, "cls_to_become", None)]  # a lazy layer becomes another
+    known = (None, _BatchNorm.forward, nn.SyncBatchNorm.forward)
+    return "forward" in vars(layer) or any(getattr(cls, "forward", None) not in known for cls in classes)
+
+
+def refuse_scripted(module: nn.Module) -> None:
+    for name, layer in module.named_modules():
+        if isinstance(layer, torch.jit.ScriptModule) and "BatchNorm" in layer.original_name:
+            raise TypeError(
+                f"cannot convert {said(name)}: it is compiled by torch.jit{on_rank()}. "
+                "Convert the model before compiling it; no layer was changed"
+            )
+
+
+def warn_of_others(module: nn.Module) -> None:
+    others = []
+    for name, each in module.named_modules():
+        cls = parametrize.type_before_parametrizations(each)
+        named = [kind.__name__ for kind in cls.__mro__]
+        # A tensor of its own: a wrapper may show that of a layer that it holds, which is converted.
+        own = {
+            **vars(each),
+            **dict(each.named_parameters(recurse=False)),
+            **dict(each.named_buffers(recurse=False)),
+        }
+        if (
+            isinstance(own.get("running_mean"), torch.Tensor)
+            and any("BatchNorm" in kind for kind in named)
+            and not any("Frozen" in kind for kind in named)  # which has no batch statistics
+            and not isinstance(each, _BatchNorm)
+        ):
+            others.append(f"{said(name)} ({cls.__module__}.{cls.__qualname__})")
+    if others:
+        warnings.warn(
+            "layers that are no BatchNorm of torch's stay local to each rank: "
+            f"{', '.join(others)}{on_rank()}. Replace them, or let them call mpisyncbn.sync_batch_norm",
+            stacklevel=4,
+        )
+
+
+def _by_class(layers: list[tuple[str, type]]) -> str:
+    """One of each class by name, and how many more there are."""
+    names: dict[str, list[str]] = {}
+    for name, cls in layers:
+        names.setdefault(f"{cls.__module__}.{cls.__qualname__}", []).append(said(name))
+    return ", ".join(f"{first_of(some)} ({cls})" for cls, some in names.items())
+
+
+def first_of(names: list[str]) -> str:
+    """A model may have hundreds of them."""
+    return names[0] if len(names) == 1 else f"{names[0]}, and {len(names) - 1} more"
+
+
+def said(name: str) -> str:
+    return name or "the module itself"
