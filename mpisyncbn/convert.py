@@ -19,6 +19,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.lazy import LazyModuleMixin
 from torch.nn.utils import parametrize
 
+from . import tracing
 from .arguments import at, check_activation, check_module, check_tensor
 from .communicator import Communicator, resolve
 from .convertible import (
@@ -41,17 +42,18 @@ __all__ = [
 ]
 
 
-class BatchNorm(_BatchNorm):
+class BatchNorm(tracing.Leaf, _BatchNorm):
     """Batch norm of this rank alone for input of any dimension: what reverting makes of a layer
     that was never anything but synchronized."""
 
     def _check_input_dim(self, input: torch.Tensor) -> None:
-        check_tensor(input)
-        if input.ndim < 2:
-            raise ValueError(
-                f"expected at least 2D input, (N, C, *), got {input.ndim}D input"
-                f"{at(getattr(self, 'layer_name', None))}: one sample alone is x[None]"
-            )
+        if not torch.jit.is_scripting():  # what is in here torch.jit.script leaves out
+            check_tensor(input)
+            if input.ndim < 2:
+                raise ValueError(
+                    f"expected at least 2D input, (N, C, *), got {input.ndim}D input"
+                    f"{at(getattr(self, 'layer_name', None))}: one sample alone is x[None]"
+                )
 
 
 class Synchronized(BatchNorm):
@@ -92,6 +94,16 @@ class Synchronized(BatchNorm):
         super().__setstate__(state)
         self._key = new_key()  # copied or loaded, it is another layer
 
+    def _slow_forward(
+        self, *args: Any, **kwargs: Any
+    ) -> Any:  # called in place of forward by torch.jit.trace
+        if self.training:
+            tracing.refuse("torch.jit.trace", self.layer_name)
+        return super()._slow_forward(*args, **kwargs)
+
+    def __prepare_scriptable__(self) -> Any:  # called by torch.jit.script
+        tracing.refuse("torch.jit.script", self.layer_name)
+
 
 class _Given:
     """A process group as the user gave it. Neither mpi4py nor torch can copy theirs: copies share it."""
@@ -121,7 +133,7 @@ _WRAPPED = ("module", "_orig_mod", "_fsdp_wrapped_module")  # as torch's wrapper
 _KNOWN = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm, BatchNorm)
 
 
-class FusedReLU(nn.Identity):
+class FusedReLU(tracing.Leaf, nn.Identity):
     """Stands where a ReLU stood that the layer before it has taken over; reverting puts it back."""
 
     def __init__(self, layer: nn.Module, relu: nn.Module) -> None:

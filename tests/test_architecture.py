@@ -27,6 +27,7 @@ ORDER = [
     "batchnorm",
     "convert",
     "convertible",
+    "tracing",
     "autograd",
     "evaluation",
     "functional",

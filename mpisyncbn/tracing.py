@@ -1,0 +1,35 @@
+"""How torch.fx and torch.jit see the layers: as one step of a model, or not at all."""
+
+from __future__ import annotations
+
+from typing import Any, NoReturn
+
+from torch import Tensor, nn
+from torch.fx import Proxy, Tracer
+
+from .errors import on_rank
+
+__all__ = ["Leaf", "refuse"]
+
+_call_module = nn.Module._call_impl  # super() takes longer
+
+
+class Leaf(nn.Module):
+    """A module that torch.fx does not trace into, as it does not trace into modules of torch.nn."""
+
+    def _call_impl(self, *args: Any, **kwargs: Any) -> Any:
+        # Not in forward: while a model is traced, hooks of its layers must not run.
+        if kwargs or len(args) != 1 or args[0].__class__ is not Tensor:  # not the usual call
+            for value in (*args, *kwargs.values()):
+                if isinstance(value, Proxy) and isinstance(value.tracer, Tracer):
+                    target = value.tracer.path_of_module(self)
+                    return value.tracer.create_proxy("call_module", target, args, kwargs)
+        return _call_module(self, *args, **kwargs)
+
+
+def refuse(tool: str, layer: str | None) -> NoReturn:
+    raise TypeError(
+        f"{tool} cannot compile what a synchronized layer sends to other ranks"
+        f"{f': {layer}' if layer else ''}{on_rank()}. Revert the model or a copy of it first, "
+        "mpisyncbn.revert_sync_batchnorm(copy.deepcopy(model))"
+    )
