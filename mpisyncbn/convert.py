@@ -9,7 +9,7 @@ from __future__ import annotations
 import itertools
 import sys
 from collections import Counter
-from functools import cache
+from collections.abc import Iterator
 from itertools import pairwise
 from typing import Any, cast
 
@@ -27,6 +27,7 @@ from .convertible import (
     first_of,
     refuse_own_activation,
     refuse_own_forward,
+    refuse_replacement,
     refuse_scripted,
     said,
     warn_of_others,
@@ -94,6 +95,11 @@ class Synchronized(BatchNorm):
         super().__setstate__(state)
         self._key = new_key()  # copied or loaded, it is another layer
 
+    def named_children(self) -> Iterator[tuple[str, nn.Module]]:
+        if not torch.compiler.is_compiling():
+            refuse_replacement(sys._getframe(1), self.layer_name)
+        return super().named_children()
+
     def _slow_forward(
         self, *args: Any, **kwargs: Any
     ) -> Any:  # called in place of forward by torch.jit.trace
@@ -129,8 +135,9 @@ class _Given:
 _WRITTEN = ("process_group", "communicator", "_given", "activation", "layer_name", "_key", "_converted_from")
 _keys = itertools.count()
 _WRAPPED = ("module", "_orig_mod", "_fsdp_wrapped_module")  # as torch's wrappers call the model in them
-# Their behaviour is all in forward, so nothing is lost with their class.
-_KNOWN = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm, BatchNorm)
+# Nothing asks for these by class, or, as DistributedDataParallel on CPUs, only to refuse them.
+_KNOWN = (nn.SyncBatchNorm, BatchNorm)
+_PLAIN = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)  # which add nothing to show
 
 
 class FusedReLU(tracing.Leaf, nn.Identity):
@@ -160,7 +167,7 @@ def convert_sync_batchnorm(
         fuse_relu: let a layer do the work of an ``nn.ReLU`` that follows it in an ``nn.Sequential``, at no
             pass over memory of its own. Only where nothing else could tell: no hooks on either, and
             the layer stands nowhere else in the model.
-        to: the class of the new layers. A layer of a subclass of a BatchNorm gets a class that is both.
+        to: the class of the new layers. Each stays an instance of the class that it had, such as BatchNorm2d.
 
     Returns:
         ``module`` itself, its layers changed in place.
@@ -316,9 +323,11 @@ def _synchronized(to: type, original: type) -> type:
     return to if original in _KNOWN else _mixed(to, original)
 
 
-@cache
 def _mixed(to: type, original: Any) -> type:
-    """A class that behaves like ``original``, a subclass of some BatchNorm, but has the forward of ``to``."""
+    """A class that behaves like ``original``, some BatchNorm, but has the forward of ``to``."""
+    for cls in original.__subclasses__():  # which holds none of them that nobody uses
+        if vars(cls).get("_mixed") == (to, original):
+            return cls
     members = {"__module__": original.__module__, "__reduce_ex__": _reduce_mixed, "_mixed": (to, original)}
     if issubclass(original, LazyModuleMixin):
         members["initialize_parameters"] = lambda self, input, residual=None: original.initialize_parameters(
@@ -328,7 +337,10 @@ def _mixed(to: type, original: Any) -> type:
         members["cls_to_become"] = become and _synchronized(to, become)
     if original._check_input_dim.__module__ != _BatchNorm.__module__:
         members["_check_input_dim"] = original._check_input_dim  # not torch's: the class means it
-    return type(f"{to.__name__}{original.__name__}", (to, original), members)
+    name = f"{to.__name__}{original.__name__}"
+    if original in _PLAIN:
+        name, members["__module__"] = to.__name__, to.__module__
+    return type(name, (to, original), members)
 
 
 def _reduce_mixed(layer: Any, protocol: Any) -> tuple[Any, ...]:

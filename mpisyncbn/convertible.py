@@ -17,10 +17,12 @@ __all__ = [
     "first_of",
     "refuse_own_activation",
     "refuse_own_forward",
+    "refuse_replacement",
     "refuse_scripted",
     "said",
     "warn_of_others",
 ]
+_CONVERTERS = ("convert_sync_batchnorm", "convert_syncbn_model")
 
 
 def check_name(name: Any) -> None:
@@ -66,6 +68,20 @@ def refuse_scripted(module: nn.Module) -> None:
                 f"cannot convert {said(name)}: it is compiled by torch.jit{on_rank()}. "
                 "Convert the model before compiling it; no layer was changed"
             )
+
+
+def refuse_replacement(caller: Any, layer: str | None) -> None:
+    """Where ``caller``, the frame that asks a synchronized layer for its children, is another converter.
+
+    They take any ``_BatchNorm`` for a local one, make a layer of their own, and ask for the children last.
+    """
+    library = caller.f_globals.get("__name__", "").partition(".")[0]
+    if caller.f_code.co_name in _CONVERTERS and library in ("torch", "timm", "apex"):
+        raise TypeError(
+            f"{library}'s {caller.f_code.co_name} would replace a layer that mpisyncbn synchronizes"
+            f"{f', {layer},' if layer else ''} by one that does not use MPI{on_rank()}: leave that call out, "
+            "or revert the model first, mpisyncbn.revert_sync_batchnorm(model)"
+        )
 
 
 def warn_of_others(module: nn.Module) -> None:

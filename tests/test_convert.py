@@ -153,7 +153,10 @@ def test_only_the_class_changes(kind, options):
     layer = randomize(kind(C, eps=1e-3, **options)).eval()
     plain, before = deepcopy(layer), contents(layer)
     assert convert_sync_batchnorm(layer) is layer
-    assert type(layer) is SyncBatchNorm
+    if kind in (nn.SyncBatchNorm, BatchNorm):
+        assert type(layer) is SyncBatchNorm
+    else:
+        assert type(layer).__bases__ == (SyncBatchNorm, kind)
     assert contents(layer)[1] == before[1]
     assert vars(layer).keys() - before[0][0].keys() <= {
         "layer_name",
@@ -387,7 +390,9 @@ def test_a_subclass_of_ours_is_what_its_method_makes():
     net = MySync.convert_sync_batchnorm(nn.Sequential(nn.BatchNorm2d(C), Named(), nn.LazyBatchNorm2d()))
     net(data())
     plain = [nn.Sequential, nn.BatchNorm2d, Named, nn.BatchNorm2d]
-    assert type(net[0]) is type(net[2]) is MySync
+    assert type(net[0]) is type(net[2])
+    assert type(net[0]).__bases__ == (MySync, nn.BatchNorm2d)
+    assert repr(net[0]) == repr(MySync(C))
     assert isinstance(net[1], MySync)
     assert isinstance(net[1], Named)
     assert kinds(convert_sync_batchnorm(deepcopy(net))) == kinds(net)  # they are SyncBatchNorm already

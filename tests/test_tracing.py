@@ -185,7 +185,7 @@ def test_torch_jit_is_told_to_revert():
         torch.jit.trace(SyncBatchNorm(C), x)
     expected = net(x)  # in evaluation it can
     assert torch.equal(torch.jit.trace(net, x)(x), expected)
-    assert type(layer[0]) is SyncBatchNorm
+    assert isinstance(layer[0], SyncBatchNorm)
     plain = revert_sync_batchnorm(net[1:3])
     expected = plain(x)
     for compiled in (torch.jit.trace(plain, x), torch.jit.script(plain)):
