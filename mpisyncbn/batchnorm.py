@@ -11,6 +11,7 @@ from . import autograd, convert, functional
 from .arguments import check_arguments, check_batches, check_fused
 from .evaluation import evaluate
 from .kernels import has_float64
+from .names import new_key
 
 __all__ = ["SyncBatchNorm"]
 
@@ -65,7 +66,7 @@ class SyncBatchNorm(convert.Synchronized):
             self.register_parameter("bias", None)
         self.activation = activation
         self.process_group = process_group
-        self._key = convert.new_key()
+        self._key = new_key(self)
 
     def reset_parameters(self) -> None:
         self.reset_running_stats()

@@ -17,6 +17,7 @@ import numpy as np
 
 from . import ancestors, attendance, config, launcher, leftovers, transport, watchdog
 from .errors import MPISyncBNError, TransportError, on_rank
+from .names import FirstUses
 from .presence import Presence, agreed_timeout
 from .staging import DeviceMessage, device_key
 
@@ -118,7 +119,7 @@ class Communicator:
         self.transport = "host"  # of data on a device, agreed on with the duplicate
         self._messages: dict[int, np.ndarray] = {}
         self._device_messages: dict[Any, DeviceMessage] = {}
-        self._names: dict[str, str] = {}
+        self._names = FirstUses()
 
     @property
     def exchanges(self) -> int:
@@ -226,6 +227,7 @@ class Communicator:
         """The float64 buffer for messages of ``length`` values. Reused: copy what must stay."""
         buffer = self._messages.get(length)
         if buffer is None:
+            _make_room(self._messages)
             buffer = self._messages[length] = np.zeros(length)
         return buffer
 
@@ -234,6 +236,7 @@ class Communicator:
         key = copies, length, device_key(like)
         message = self._device_messages.get(key)
         if message is None:
+            _make_room(self._device_messages)
             message = self._device_messages[key] = DeviceMessage(mpi(), copies, length, like)
         return message
 
@@ -248,7 +251,7 @@ class Communicator:
             return layer
         name = self._names.get(layer)
         if name is None:
-            name = self._names[layer] = f"the layer first used in exchange number {self.exchanges + 1}"
+            name = self._names.add(layer, self.exchanges + 1)
         return name
 
     def forget_names(self) -> None:
@@ -280,6 +283,7 @@ class Communicator:
             with self.taking_part("freeing the communicator"):
                 leftovers.give_back(self.presence)
             self.comm = self.link = None
+            self._messages.clear()
             self._device_messages.clear()
 
     def __repr__(self) -> str:
@@ -299,6 +303,11 @@ class Communicator:
             "of the module, or set process_group to None (the world) before pickling and hand the group back "
             "after loading"
         )
+
+
+def _make_room(buffers: dict[Any, Any]) -> None:
+    if len(buffers) >= 256:  # more than the numbers of channels that a model has: they come and go
+        buffers.clear()
 
 
 _one_at_a_time = threading.RLock()

@@ -6,7 +6,6 @@ attributes, parametrizations and every reference to the layer survive, because i
 
 from __future__ import annotations
 
-import itertools
 import sys
 from collections import Counter
 from collections.abc import Iterator
@@ -33,6 +32,7 @@ from .convertible import (
     warn_of_others,
 )
 from .errors import on_rank
+from .names import give_up_key, new_key
 
 __all__ = [
     "BatchNorm",
@@ -93,7 +93,7 @@ class Synchronized(BatchNorm):
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
-        self._key = new_key()  # copied or loaded, it is another layer
+        self._key = new_key(self)  # copied or loaded, it is another layer
 
     def named_children(self) -> Iterator[tuple[str, nn.Module]]:
         if not torch.compiler.is_compiling():
@@ -133,7 +133,6 @@ class _Given:
 
 
 _WRITTEN = ("process_group", "communicator", "_given", "activation", "layer_name", "_key", "_converted_from")
-_keys = itertools.count()
 _WRAPPED = ("module", "_orig_mod", "_fsdp_wrapped_module")  # as torch's wrappers call the model in them
 # Nothing asks for these by class, or, as DistributedDataParallel on CPUs, only to refuse them.
 _KNOWN = (nn.SyncBatchNorm, BatchNorm)
@@ -204,9 +203,9 @@ def convert_sync_batchnorm(
             _change_class(layer, _synchronized(to, original))
             layer = cast(Synchronized, layer)
             layer._converted_from = (original, replaced)
+            layer._key = new_key(layer)
         layer.process_group = process_group
         layer.layer_name = f"{model}: {place}" if place else name
-        layer._key = new_key()
     if fuse_relu:
         _fuse_relu(module)
     return module
@@ -295,15 +294,12 @@ def _class_name(model: nn.Module) -> str:
     return own
 
 
-def new_key() -> str:
-    return f"#{next(_keys)}"
-
-
 def _revert(layer: Synchronized) -> None:
     original: Any
     original, replaced = layer._converted_from or (BatchNorm, {})
     if issubclass(original, LazyModuleMixin) and not isinstance(layer, LazyModuleMixin):
         original = original.cls_to_become  # has seen its first input in the meantime
+    give_up_key(layer)
     _change_class(layer, original)
     for key in _WRITTEN:
         vars(layer).pop(key, None)

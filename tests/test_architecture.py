@@ -36,6 +36,7 @@ ORDER = [
     "exchange",
     "nodes",
     "communicator",
+    "names",
     "leftovers",
     "watchdog",
     "presence",

@@ -1,0 +1,43 @@
+"""Names for layers that were given none: after the exchange in which each was first used."""
+
+from __future__ import annotations
+
+import itertools
+import weakref
+from typing import Any
+
+__all__ = ["FirstUses", "give_up_key", "new_key"]
+
+_numbers = itertools.count()
+_layers: weakref.WeakValueDictionary[str, Any] = weakref.WeakValueDictionary()
+# A compiled backward pass may still ask for the name of a layer that was dropped after forward.
+_KEPT = 256
+
+
+def new_key(layer: Any) -> str:
+    """A key for ``layer``, which only this process knows: it begins with ``#``, as no name does."""
+    key = f"#{next(_numbers)}"
+    _layers[key] = layer
+    return key
+
+
+def give_up_key(layer: Any) -> None:
+    """``layer`` will have another key, or none."""
+    key = layer._key
+    if _layers.get(key) is layer:
+        del _layers[key]
+
+
+class FirstUses(dict[str, str]):
+    """Names of layers by their keys, for one communicator. Those of dropped layers are forgotten in time."""
+
+    _room = 2 * _KEPT
+
+    def add(self, key: str, exchange: int) -> str:
+        if len(self) >= self._room:
+            dropped = [key for key in list(self) if key not in _layers]  # in order of their first use
+            for each in dropped[:-_KEPT]:
+                self.pop(each, None)
+            self._room = 2 * (len(self) + _KEPT)
+        name = self[key] = f"the layer first used in exchange number {exchange}"
+        return name
