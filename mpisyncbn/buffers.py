@@ -11,6 +11,7 @@ from contextlib import contextmanager
 from functools import lru_cache
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.distributed import ReduceOp
@@ -20,7 +21,7 @@ from .communicator import mpi
 __all__ = ["Reduction", "contiguous", "gathered", "like", "name_of", "put_back", "reduction", "staged"]
 
 LIMIT = 1 << 30  # values or bytes in one call
-_HALF_PIECE = 1 << 22  # values of half precision widened at a time
+_WIDE_PIECE = 1 << 22  # values widened at a time
 
 _MPI_NAMES = {
     torch.float32: "FLOAT",
@@ -63,9 +64,10 @@ class Reduction:
     """An operation of torch.distributed on tensors of one dtype.
 
     Half precision is widened to float32 and rounded once, at the end. Bool is reduced logically: SUM and MAX
-    are "or". Use ``reduction``, which makes each once.
+    are "or". AVG of integers is their SUM, overflow included, divided and truncated towards zero, as in NCCL.
+    Use ``reduction``, which makes each once.
 
-    Raises TypeError for what has no meaning: averages of integers, order of complex numbers, bits of floats.
+    Raises TypeError for what has no meaning: averages of bool, order of complex numbers, bits of floats.
     """
 
     def __init__(self, name: str, dtype: torch.dtype) -> None:
@@ -74,7 +76,7 @@ class Reduction:
             raise TypeError(f"MPI has no {dtype} to reduce: send it as another dtype")
         inexact = dtype.is_floating_point or dtype.is_complex
         if (
-            (name == "AVG" and not inexact)
+            (name == "AVG" and dtype is torch.bool)
             or (name in ("BAND", "BOR", "BXOR") and inexact)
             or (name in ("MIN", "MAX") and dtype.is_complex)
         ):
@@ -119,7 +121,7 @@ class Reduction:
 
     def _pieces(self, values: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
         half = self.wire is not self.dtype
-        most = _HALF_PIECE if half else LIMIT
+        most = _WIDE_PIECE if half else LIMIT
         if values.numel() > most:
             for piece in values.view(-1).split(most):
                 yield piece, piece.to(self.wire)
@@ -128,12 +130,23 @@ class Reduction:
 
     def _finish(self, comm: Any, piece: Tensor, wire: Tensor) -> None:
         if self.name == "AVG":
-            wire /= comm.size
+            _divide(wire, comm.size)
         if wire is not piece and wire.data_ptr() != piece.data_ptr():
             piece.copy_(wire)
 
 
 reduction = lru_cache(maxsize=None)(Reduction)
+
+
+def _divide(values: Tensor, size: int) -> None:
+    """In place; integers towards zero."""
+    if values.dtype.is_floating_point or values.dtype.is_complex:
+        values /= size
+    elif values.dtype is torch.uint64:  # which torch does not divide, and int64 does not hold
+        values.numpy()[...] //= np.uint64(size)
+    else:
+        for piece in values.view(-1).split(_WIDE_PIECE):  # int8 does not hold the size of a large group
+            piece.copy_(piece.to(torch.int64).div_(size, rounding_mode="trunc"))
 
 
 def broadcast(comm: Any, values: Tensor, root: int) -> None:

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
-from parallel import WORLD, together
+from parallel import WORLD, no_exchange, together
 from torch import Tensor, nn
 from torch.distributed import ReduceOp, checkpoint
 from torch.distributed import _functional_collectives as functional_collectives
@@ -29,7 +29,7 @@ INTEGERS = [torch.int8, torch.uint8, torch.int16, torch.int32, torch.int64]
 DTYPES = [*FLOATS, *COMPLEX, *INTEGERS, torch.bool]
 OPERATIONS = {
     "SUM": lambda all: all.sum(0),
-    "AVG": lambda all: all.mean(0),
+    "AVG": lambda all: average(all),
     "PRODUCT": lambda all: all.prod(0),
     "MIN": lambda all: all.amin(0),
     "MAX": lambda all: all.amax(0),
@@ -37,6 +37,12 @@ OPERATIONS = {
     "BOR": lambda all: bits(all, torch.bitwise_or),
     "BXOR": lambda all: bits(all, torch.bitwise_xor),
 }
+
+
+def average(all: Tensor) -> Tensor:
+    if all.dtype.is_floating_point or all.dtype.is_complex:
+        return all.mean(0)
+    return all.sum(0).to(all.dtype).long().div(len(all), rounding_mode="trunc")
 
 
 def bits(all: Tensor, operation: Any) -> Tensor:
@@ -49,7 +55,7 @@ def bits(all: Tensor, operation: Any) -> Tensor:
 def defined(name: str, dtype: torch.dtype) -> bool:
     inexact = dtype.is_floating_point or dtype.is_complex
     return not (
-        (name == "AVG" and not inexact)
+        (name == "AVG" and dtype is torch.bool)
         or (name in ("BAND", "BOR", "BXOR") and inexact)
         or (name in ("MIN", "MAX") and dtype.is_complex)
     )
@@ -72,7 +78,7 @@ def limit(request: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """What is longer than MPI can count goes in pieces: here what is longer than 24 values."""
     if request.param == "in pieces":
         monkeypatch.setattr(buffers, "LIMIT", 24)
-        monkeypatch.setattr(buffers, "_HALF_PIECE", 5)
+        monkeypatch.setattr(buffers, "_WIDE_PIECE", 5)
 
 
 def values(dtype: torch.dtype, *shape: int, rank: int = RANK, seed: int = 0) -> Tensor:
@@ -186,8 +192,6 @@ def test_moving(dtype: torch.dtype, gloo: Any, limit: None) -> None:
 @pytest.mark.parametrize("dtype", [*FLOATS, torch.int64], ids=names_of([*FLOATS, torch.int64]))
 @pytest.mark.parametrize("name", ["SUM", "AVG", "MAX"])
 def test_reduce_scatter(name: str, dtype: torch.dtype, limit: None) -> None:
-    if not defined(name, dtype):
-        return
     operation = getattr(ReduceOp, name)
     out = torch.zeros(3, 5, dtype=dtype)
     dist.reduce_scatter_tensor(out, values(dtype, 3 * SIZE, 5), operation)
@@ -199,6 +203,45 @@ def test_reduce_scatter(name: str, dtype: torch.dtype, limit: None) -> None:
         rows = slice(3 * RANK, 3 * RANK + 3)
         torch.testing.assert_close(out, reduced(name, everyone(dtype, 3 * SIZE, 5))[rows])
         torch.testing.assert_close(uneven, reduced(name, everyone(dtype, RANK + 1, 2, seed=RANK)))
+
+
+UNSIGNED = [torch.uint16, torch.uint32, torch.uint64]
+
+
+@pytest.mark.parametrize("dtype", [*INTEGERS, *UNSIGNED], ids=names_of([*INTEGERS, *UNSIGNED]))
+def test_average_of_integers(dtype: torch.dtype, limit: None) -> None:
+    """The sum, which overflows as SUM does, then divided towards zero: of -7 on two ranks -3."""
+    limits = torch.iinfo(dtype)
+    own = [3 + RANK, -3 - RANK, limits.max - RANK, limits.min + RANK, 0]
+    bits = 8 * dtype.itemsize
+    x = torch.tensor([number % 2**bits for number in own], dtype=torch.uint64).to(dtype)
+    all, at_root, later, coalesced, functional = (x.clone() for _ in range(5))
+    dist.all_reduce(all, ReduceOp.AVG)
+    dist.reduce(at_root, SIZE - 1, ReduceOp.AVG)
+    work = dist.all_reduce(later, ReduceOp.AVG, async_op=True)
+    with dist._coalescing_manager():
+        dist.all_reduce(coalesced, ReduceOp.AVG)
+    part, single = torch.zeros_like(x), torch.zeros_like(x)
+    dist.reduce_scatter(part, [x] * SIZE, ReduceOp.AVG)
+    dist.reduce_scatter_tensor(single, x.repeat(SIZE), ReduceOp.AVG)
+    functional = functional_collectives.all_reduce(x, "avg", dist.group.WORLD)
+    work.wait()
+
+    with together():
+        sums = [3 * SIZE + sum(range(SIZE)), 0, limits.max * SIZE - sum(range(SIZE)), 0, 0]
+        sums[1], sums[3] = -sums[0], limits.min * SIZE + sum(range(SIZE))
+        held = [(total - limits.min) % 2**bits + limits.min for total in sums]
+        expected = [abs(total) // SIZE * (1 if total > 0 else -1) for total in held]
+        for found in (all, later, coalesced, part, single, functional):
+            assert found.tolist() == expected
+        assert at_root.tolist() == (expected if RANK == SIZE - 1 else x.tolist())
+
+
+@no_exchange
+def test_average_in_a_group_larger_than_int8() -> None:
+    values = torch.tensor([-128, 127, -1], dtype=torch.int8)
+    buffers._divide(values, 128)
+    assert values.tolist() == [-1, 0, 0]
 
 
 def test_lists_of_uneven_tensors(limit: None) -> None:
@@ -392,8 +435,8 @@ def test_a_receive_that_is_given_up() -> None:
 
 
 def test_errors_wait_for_whoever_waits() -> None:
-    work = dist.all_reduce(torch.zeros(3, dtype=torch.int32), ReduceOp.AVG, async_op=True)
-    with pytest.raises(TypeError, match=r"AVG of torch\.int32 is not defined"):
+    work = dist.all_reduce(torch.zeros(3, dtype=torch.bool), ReduceOp.AVG, async_op=True)
+    with pytest.raises(TypeError, match=r"AVG of torch\.bool is not defined"):
         work.wait()
     with together():
         assert isinstance(work.exception(), TypeError)
@@ -595,7 +638,7 @@ def mismatched() -> dict[str, Any]:
         "roots": lambda: dist.broadcast(torch.zeros(3), 0 if first else 1),
         "collectives": lambda: dist.barrier() if first else dist.all_reduce(torch.zeros(3)),
         "one rank refuses": lambda: dist.all_reduce(
-            torch.zeros(3, dtype=torch.int32), ReduceOp.AVG if first else ReduceOp.SUM
+            torch.zeros(3, dtype=torch.bool), ReduceOp.AVG if first else ReduceOp.SUM
         ),
     }
 
