@@ -179,6 +179,7 @@ def device_aware(kind: str) -> str | None:
     return None
 
 
-def rendezvous_given() -> bool:
-    """Whether the variables are set by which torch's own launchers tell ranks of each other."""
-    return any(name in os.environ for name in ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"))
+def rendezvous_given() -> dict[str, str]:
+    """Those variables that are set by which torch's own launchers tell ranks of each other."""
+    names = "RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"
+    return {name: os.environ[name] for name in names if os.environ.get(name)}

@@ -9,7 +9,7 @@ from contextlib import contextmanager
 from datetime import timedelta
 from importlib import import_module
 from typing import Any
-from urllib.parse import parse_qs, urlparse
+from urllib.parse import parse_qs, urlencode, urlparse
 
 import torch.distributed as dist
 
@@ -18,6 +18,8 @@ from .communicator import mpi
 
 __all__ = ["forget", "over", "register", "source"]
 
+_GIVEN = "rank", "world_size"
+_ALL = {"RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"}
 _source: Any = None
 _kept: list[Any] = []  # gloo on other ranks may want the store of rank 0 even while it ends
 
@@ -49,30 +51,39 @@ def forget() -> None:
 
 
 def register() -> None:
-    """The address ``mpi4py://``; and ``env://``, torch's default, where its variables are not set."""
+    """The address ``mpi4py://``; and ``env://``, torch's default, unless its variables are all set."""
     dist.register_rendezvous_handler("mpi4py", _over_mpi)
     handlers = import_module("torch.distributed.rendezvous")._rendezvous_handlers
     from_environment = handlers["env"]
 
     def env(url: str, *args: Any, **kwargs: Any) -> Any:
-        if config.rendezvous_given():
+        variables, arguments = config.rendezvous_given(), _rank_and_size(url)
+        if variables.keys() | {name.upper() for name in arguments} == _ALL:
             return from_environment(url, *args, **kwargs)
         forget()
-        return _over_mpi(url, *args, **kwargs)
+        if source().size == 1:  # MPI may not know of the ranks that the variables speak of
+            arguments = {name: int(variables.get(name.upper(), -1)) for name in _GIVEN} | arguments
+        return _over_mpi(f"mpi4py://?{urlencode(arguments)}", *args, **kwargs)
 
     handlers["env"] = env
+
+
+def _rank_and_size(url: str) -> dict[str, int]:
+    """``rank`` and ``world_size``, where torch was given them."""
+    given = {name: int(value[0]) for name, value in parse_qs(urlparse(url).query).items() if name in _GIVEN}
+    return {name: value for name, value in given.items() if value != -1}
 
 
 def _over_mpi(
     url: str, timeout: timedelta = timedelta(minutes=30), **_: Any
 ) -> Iterator[tuple[Any, int, int]]:
-    comm = source()
+    comm, given = source(), _rank_and_size(url)
     launcher.refuse_if_apart(mpi())
-    given = {name: int(value[0]) for name, value in parse_qs(urlparse(url).query).items()}
     if (given.get("rank", comm.rank), given.get("world_size", comm.size)) != (comm.rank, comm.size):
         raise ValueError(
             f"expected rank {comm.rank} of {comm.size}, as MPI counts, got {given}: leave rank and "
-            "world_size out, or set MASTER_ADDR and MASTER_PORT for ranks that MPI does not know"
+            "world_size, or RANK and WORLD_SIZE, out, or set MASTER_ADDR and MASTER_PORT too for ranks that "
+            "MPI does not know"
         )
     store = _store(comm, timeout)
     _kept.append(store)

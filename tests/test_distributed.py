@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator
 from datetime import timedelta
 from typing import Any
@@ -616,6 +617,49 @@ def test_layers_in_a_group_that_is_gone() -> None:
     dist.destroy_process_group(group)
     with together(), pytest.raises(MPISyncBNError, match="was freed"):
         mpisyncbn.SyncBatchNorm(3, process_group=group)
+
+
+VARIABLES = {"RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0"}
+SUBSETS = [names for count in range(5) for names in itertools.combinations(VARIABLES, count)]
+
+
+def rendezvous(**given: int) -> tuple[int, int]:
+    """Rank and size, as torch finds them by default."""
+    _, rank, size = next(dist.rendezvous("env://", **given))
+    return rank, size
+
+
+@pytest.mark.parametrize("names", SUBSETS, ids=lambda names: " ".join(names) or "none")
+def test_variables_of_other_launchers(names: tuple[str, ...], monkeypatch: pytest.MonkeyPatch) -> None:
+    """All four are torchrun's, whose ranks MPI does not know; where one is missing, MPI knows better."""
+    for name, value in VARIABLES.items():
+        monkeypatch.setenv(name, value if name in names else "")  # empty is not set, to torch too
+    found = rendezvous()
+    with together():
+        assert found == ((0, 1) if len(names) == 4 else (RANK, SIZE))
+
+
+def test_rank_and_size_as_arguments(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in VARIABLES:
+        monkeypatch.delenv(name, raising=False)
+    agreeing = rendezvous(rank=RANK, world_size=SIZE)
+    errors = []
+    for given in ({"rank": RANK + 1}, {"rank": RANK, "world_size": SIZE + 1}):
+        with pytest.raises(ValueError, match=f"expected rank {RANK} of {SIZE}, as MPI counts") as error:
+            rendezvous(**given)
+        errors.append(error)
+    monkeypatch.setenv("MASTER_ADDR", "127.0.0.1")
+    monkeypatch.setenv("MASTER_PORT", "0")
+    addressed = rendezvous(rank=0, world_size=1)
+    monkeypatch.delenv("MASTER_ADDR")
+    monkeypatch.setenv("WORLD_SIZE", str(SIZE + 1))
+    if SIZE == 1:  # there MPI may not know better: somebody counts on more ranks
+        with pytest.raises(ValueError, match="as MPI counts"):
+            rendezvous()
+    with together():
+        assert agreeing == (RANK, SIZE)
+        assert len(errors) == 2
+        assert addressed == (0, 1), "torch's own rendezvous"
 
 
 # What must not hang.
