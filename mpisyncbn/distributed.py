@@ -42,7 +42,6 @@ __all__ = ["BACKEND", "ProcessGroup", "init_process_group", "join", "monitored_b
 
 BACKEND = "mpi4py"
 _NOTE = np.zeros(1, np.uint8)  # that a rank is here
-_keeping = threading.Lock()
 
 
 class ProcessGroup(Collectives):
@@ -61,7 +60,7 @@ class ProcessGroup(Collectives):
         super().__init__(comm, timeout)
         self._is_world = is_world
         self._communicator: Communicator | None = None
-        self._messages: list[Message] = []
+        self._messages: set[Message] = set()  # under way
         self._name = self._description = ""
 
     @property
@@ -96,10 +95,10 @@ class ProcessGroup(Collectives):
         what = Step(operation, ("to" if sends else "from", who, "of", *seen([tensor]), "with tag", tag))
         with self._beside():
             requests = self._call(what, lambda comm: start(comm, host, peer, tag))
-        # Kept until it has gone, also where the caller drops it: MPI still reads there.
         message = Message(self, what, requests, host, None if sends else tensor)
-        with _keeping:
-            self._messages = [each for each in self._messages if not each.is_completed()] + [message]
+        for other in list(self._messages):
+            other.is_completed()
+        self._messages.add(message)  # until it has gone, also where the caller drops it: MPI reads there
         return message
 
     def _beside(self) -> Any:
@@ -145,7 +144,7 @@ class ProcessGroup(Collectives):
             return
         self._engine.close()
         abandoned = bool(self._unusable)
-        diagnostics.abandon(*[message for message in self._messages if not message.is_completed()])
+        diagnostics.abandon(*[message for message in list(self._messages) if not message.is_completed()])
         self._unusable = self._unusable or "this process group was destroyed"
         if abandoned:
             return  # messages are still under way in it
@@ -260,6 +259,10 @@ class Message(Work):
                 buffers.put_back(self._host, self._tensor)
         self.finish(error)
 
+    def finish(self, error: BaseException | None = None) -> None:
+        self._group._messages.discard(self)
+        super().finish(error)
+
     def wait(self, timeout: timedelta | None = None) -> bool:
         seconds = (timeout if timeout and timeout > timedelta(0) else self._group._timeout).total_seconds()
         if not patiently(self.is_completed, seconds):
@@ -332,6 +335,17 @@ def _create(options: Any, _: Any) -> ProcessGroup:
     return ProcessGroup(comm, options.timeout, is_world=not ranks)
 
 
+def _keep_works_of_reducers() -> None:
+    """DistributedDataParallel.join() hands a Work to its reducer, in C++, and drops it."""
+    hand_over = dist.Reducer._set_forward_pass_work_handle
+
+    def keeping(reducer: Any, work: Any, use_static_world_size: bool) -> None:
+        hand_over(reducer, work.kept() if isinstance(work, Work) else work, use_static_world_size)
+
+    dist.Reducer._set_forward_pass_work_handle = keeping
+
+
 if BACKEND not in dist.Backend.backend_list:
     dist.Backend.register_backend(BACKEND, _create, extended_api=True, devices=["cpu", "cuda"])
     rendezvous.register()
+    _keep_works_of_reducers()

@@ -11,6 +11,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch.distributed import Work as _Work
 
 from . import exits
@@ -128,6 +129,13 @@ class Work(_Work):
         else:
             future.fail(self._error)
 
+    def kept(self) -> _Work:
+        """As a Work of C++ that keeps this alive, which C++ alone does not do with an object of Python."""
+        return dist.ProcessGroup.barrier(_Returning(self), dist.BarrierOptions())
+
+    def boxed(self) -> Any:
+        return self.kept().boxed()
+
     def is_completed(self) -> bool:
         return self._over.is_set()
 
@@ -146,6 +154,17 @@ class Work(_Work):
     source_rank = _source_rank
 
 
+class _Returning(dist.ProcessGroup):
+    """A group for torch's own remedy: what a method of a group in Python returns to C++ is kept there."""
+
+    def __init__(self, work: Work) -> None:
+        super().__init__(0, 1)  # type: ignore[call-arg]
+        self._work = work
+
+    def barrier(self, _: Any) -> Work:  # type: ignore[override]
+        return self._work
+
+
 class Engine:
     """Runs what it is given in order, on a thread of its own, which starts with the first."""
 
@@ -154,7 +173,7 @@ class Engine:
         self._tasks: queue.SimpleQueue[tuple[Callable[[], None], Work] | None] = queue.SimpleQueue()
         self._thread: threading.Thread | None = None
         self._process = os.getpid()
-        self._last: Work | None = None
+        self._last = _OVER  # what was given last is over: not the Work, nor the tensors that it holds
 
     def submit(self, run: Callable[[], None], work: Work) -> Work:
         if self._process != os.getpid():
@@ -163,7 +182,7 @@ class Engine:
             self._thread = threading.Thread(target=self._loop, name=self._name, daemon=True)
             self._thread.start()
             atexit.register(self._at_exit)  # before MPI ends
-        self._last = work
+        self._last = work._over
         self._tasks.put((run, work))
         return work
 
@@ -173,11 +192,8 @@ class Engine:
 
     def drain(self) -> None:
         """Wait for everything that was given so far."""
-        last = self._last
-        if last is not None and self._process == os.getpid():
-            last._over.wait()
-            if self._last is last:
-                self._last = None
+        if self._process == os.getpid():
+            self._last.wait()
 
     def _at_exit(self) -> None:
         if exits.status() == 0:  # else the job ends, and nobody comes

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import gc
+import weakref
 from collections.abc import Iterator
 from datetime import timedelta
 from typing import Any
@@ -216,6 +218,20 @@ def test_join_where_all_have_the_same() -> None:
         assert distance(net, in_one_process()) < 1e-9
 
 
+@pytest.mark.parametrize("join", [mpisyncbn.distributed.join, DistributedDataParallel.join])
+def test_join_that_divides_by_the_ranks_with_data(join: Any) -> None:
+    """Rank r has r + 1 batches of ones. The reducer, in C++, asks a Work for how many ranks have one."""
+    net = nn.Linear(2, 1, bias=False)
+    seen = []
+    with join(ddp := DistributedDataParallel(net), divide_by_initial_world_size=False):
+        for _ in range(RANK + 1):
+            net.zero_grad()
+            ddp(torch.ones(1, 2)).sum().backward()
+            seen.append(net.weight.grad.tolist())
+    with together():
+        assert seen == [[[1.0, 1.0]]] * (RANK + 1)
+
+
 @pytest.mark.skipif(SIZE < 2, reason="needs two ranks to disagree")
 def test_a_failed_reduction_is_an_error_of_backward() -> None:
     ddp = DistributedDataParallel(nn.Linear(3, 3))
@@ -242,3 +258,50 @@ def test_join_that_ends_with_the_first() -> None:
     net(batches(RANK, 9)[0])  # the layers still exchange
     with together():
         assert error is not None
+
+
+# What torch keeps in C++.
+
+
+def registered(x: Tensor, work: Any) -> Any:
+    torch._C._distributed_c10d._register_work(x, work)
+    return lambda: torch.ops._c10d_functional.wait_tensor(x)
+
+
+def boxed(_: Tensor, work: Any) -> Any:
+    box = work.boxed()
+    return lambda: (dist.Work.unbox(box).wait(), dist.Work.unbox(box).get_future().wait())
+
+
+def future(_: Tensor, work: Any) -> Any:
+    return work.get_future().wait
+
+
+@pytest.mark.parametrize("keep", [registered, boxed, future])
+def test_what_cpp_keeps(keep: Any) -> None:
+    """It keeps a Work and not the object of Python; once it lets go, nothing of it is left."""
+    x = torch.ones(2)
+    work = dist.all_reduce(x, async_op=True)
+    seen, wait = weakref.ref(work), keep(x, work)
+    del work
+    wait()
+    del wait
+    dist.barrier(async_op=True).wait()  # which the group's thread begins once it has let go of the Work
+    gc.collect()
+    with together():
+        assert (x == SIZE).all()
+        assert seen() is None
+
+
+@pytest.mark.skipif(SIZE < 2, reason="needs two ranks")
+def test_messages_that_have_come_are_let_go() -> None:
+    x = torch.full((2,), float(RANK))
+    out = torch.zeros(2)
+    sent, received = dist.isend(x, (RANK + 1) % SIZE), dist.irecv(out, (RANK - 1) % SIZE)
+    seen = [weakref.ref(sent), weakref.ref(received)]
+    sent.wait()
+    received.wait()
+    del sent, received
+    with together():
+        assert (out == (RANK - 1) % SIZE).all()
+        assert [ref() for ref in seen] == [None, None]
