@@ -276,12 +276,18 @@ class Communicator:
         )
 
     def free(self) -> None:
-        """Give the duplicate back to MPI. Collective: every rank of the group must call."""
+        """Give the duplicate back to MPI, unless MPI_Finalize has taken it already.
+
+        Collective: every rank of the group must call.
+        """
         self._freed = True
         if self.comm is not None:
-            mpi()
-            with self.taking_part("freeing the communicator"):
-                leftovers.give_back(self.presence)
+            if self._is_finalized():
+                self.presence.end()
+            else:
+                mpi()
+                with self.taking_part("freeing the communicator"):
+                    leftovers.give_back(self.presence)
             self.comm = self.link = None
             self._messages.clear()
             self._device_messages.clear()

@@ -83,6 +83,7 @@ class ProcessGroup(Collectives):
 
     def _message(self, operation: str, tensors: Any, peer: int, tag: int) -> Work:
         self._check_usable(operation)
+        self._wire.ready()
         (tensor,) = listed(tensors)
         if peer != mpi().ANY_SOURCE and not 0 <= peer < self.size():
             raise ValueError(
@@ -139,14 +140,20 @@ class ProcessGroup(Collectives):
     # The group itself.
 
     def shutdown(self) -> None:
-        """Wait for what was begun, and free the communicators. Collective: every rank must call."""
+        """Wait for what was begun, and free the communicators, which MPI_Finalize may have done already.
+
+        Collective: every rank must call.
+        """
         if self._wire.comm is None:
             return
         self._engine.close()
         abandoned = bool(self._unusable)
-        diagnostics.abandon(*[message for message in list(self._messages) if not message.is_completed()])
+        for message in list(self._messages):
+            if self._wire._is_finalized() or not message.is_completed():
+                diagnostics.abandon(message)
         self._unusable = self._unusable or "this process group was destroyed"
         if abandoned:
+            self._wire.presence.end()  # others may have freed it: nobody waits for anybody there
             return  # messages are still under way in it
         if self._communicator is not None and not self._is_world:
             self._communicator.free()

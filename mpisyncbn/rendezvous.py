@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import socket
+import sys
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -26,7 +27,8 @@ _kept: list[Any] = []  # gloo on other ranks may want the store of rank 0 even w
 
 def source() -> Any:
     """The communicator whose ranks are torch's: that of ``over``, else the world."""
-    return mpi().COMM_WORLD if _source is None else _source
+    world = mpi().COMM_WORLD  # or an error that says why MPI cannot be used
+    return world if _source is None else _source
 
 
 @contextmanager
@@ -46,7 +48,8 @@ def forget() -> None:
     """Make the world the source. Collective, after ``over``."""
     global _source
     if _source is not None:
-        _source.Free()
+        if not sys.modules["mpi4py.MPI"].Is_finalized():
+            _source.Free()
         _source = None
 
 
