@@ -22,6 +22,7 @@ import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.utils._python_dispatch import _disable_current_modes
+from torch.utils.checkpoint import CheckpointPolicy, _CachingTorchDispatchMode
 
 from . import exchange, functional, transport
 from .arguments import UNNAMED, check_arguments, check_count, check_fused, check_tensor
@@ -428,13 +429,14 @@ def _as(vector: Any, dtype: torch.dtype) -> Tensor:
 
 # torch.compile: the exchanges as operations that it does not look into. It would drop one whose
 # result is unused, or run two equal ones once, and then ranks wait for each other for ever;
-# changing a tensor that outlives the graph keeps every one of them, and in order.
+# changing a tensor that outlives the graph keeps every one of them, and in order. One for each
+# direction: a graph that saved what the next forward changes would refuse its backward pass.
 with torch.inference_mode(False), _disable_current_modes():  # whatever mode the first import happens in
-    _TOKEN = torch.from_numpy(np.zeros(()))
+    _FORWARD, _BACKWARD = torch.from_numpy(np.zeros(())), torch.from_numpy(np.zeros(()))
 
 
-def _token(x: Tensor) -> Tensor:
-    return _TOKEN if torch.compiler.is_compiling() else x.new_zeros(())  # meta and fake: of their own kind
+def _token(token: Tensor, x: Tensor) -> Tensor:
+    return token if torch.compiler.is_compiling() else x.new_zeros(())  # meta and fake: of their own kind
 
 
 _LIBRARY = torch.library.Library("mpisyncbn", "DEF")
@@ -478,7 +480,7 @@ _LIBRARY.impl("merge_moments", _merge_moments_op, "CompositeExplicitAutograd")
 _LIBRARY.impl("reduce_sums", _reduce_sums_op, "CompositeExplicitAutograd")
 torch.library.register_fake(
     "mpisyncbn::merge_moments",
-    lambda mean, m2, *_: (
+    lambda mean, m2, *_: _kept(
         m2.new_empty(()),
         torch.empty_like(m2),
         torch.empty_like(m2),
@@ -486,6 +488,20 @@ torch.library.register_fake(
     ),
 )
 torch.library.register_fake("mpisyncbn::reduce_sums", lambda sums, *_: torch.empty_like(sums))
+
+
+def _kept(*results: Tensor) -> tuple[Tensor, ...]:
+    """Results of what is being traced, which a checkpoint inside the graph is to keep (torch 2.11)."""
+    meta = torch.fx.traceback.current_meta
+    if "recompute" in meta:
+        meta["recompute"] = CheckpointPolicy.MUST_SAVE
+    return results
+
+
+@torch.ops.mpisyncbn.merge_moments.default.py_impl(_CachingTorchDispatchMode)
+def _pass_by(_: Any, *args: Any) -> Any:
+    """For torch 2.13, in which this mode has a checkpoint inside the graph repeat everything."""
+    return torch.ops.mpisyncbn.merge_moments(*args)
 
 
 class _Traced(torch.autograd.Function):
@@ -506,13 +522,14 @@ class _Traced(torch.autograd.Function):
 
         def merge_moments(count: int, mean: Tensor, m2: Tensor) -> tuple[Tensor, ...]:
             *merged, first = torch.ops.mpisyncbn.merge_moments(
-                mean, m2, count, _token(x), group, layer, dtype, eps
+                mean, m2, count, _token(_FORWARD, x), group, layer, dtype, eps
             )
             first_time.append(first)
             return tuple(merged)
 
         y, stats, _ = functional.forward(x, weight, bias, eps, generic, merge_moments)
         ctx.save_for_backward(x, weight, *stats)
+        ctx.token = _token(_BACKWARD, x)  # this way, nobody asks whether another graph has changed it
         ctx.exchange = group, layer, dtype, eps
         ctx.bias_dtype = None if bias is None else bias.dtype
         ctx.mark_non_differentiable(*stats, *first_time)
@@ -525,7 +542,7 @@ class _Traced(torch.autograd.Function):
 
         def reduce_sums(*sums: Tensor) -> tuple[Tensor, ...]:
             total = torch.ops.mpisyncbn.reduce_sums(
-                torch.stack(sums), _token(x), group, layer, "backward", dtype, eps
+                torch.stack(sums), ctx.token, group, layer, "backward", dtype, eps
             )
             return total.unbind()
 

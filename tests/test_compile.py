@@ -14,9 +14,10 @@ from singleton import run_alone
 from torch import nn
 from torch._dynamo.backends.common import aot_autograd
 from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.utils.checkpoint import checkpoint
+from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
 import mpisyncbn
+from mpisyncbn import exchange
 from mpisyncbn.communicator import resolve
 
 # Tracing is what is tested; "aot_eager" splits and functionalizes the graph as Inductor does, in a
@@ -60,16 +61,94 @@ def test_fullgraph_training_is_the_same():
         assert distance(a, b, b.abs().max().double().clamp_min(1.0)) < 1e-5
 
 
+def forwards(layer, forward, x):
+    """Three forward passes, then two backward passes of the same: what comes of it for x and the layer."""
+    x = x.clone().requires_grad_()
+    first, second = forward(x), forward(x + 1)
+    with torch.no_grad():
+        forward(x + 2)
+    loss = first.pow(3).sum() + second.pow(2).mul(second.sin()).sum()
+    loss.backward(retain_graph=True)
+    forward(x)
+    loss.backward()
+    return [x.grad, layer.weight.grad, layer.bias.grad, layer.running_mean, layer.running_var]
+
+
+def same(got, expected) -> bool:
+    return all(distance(a, b, b.abs().clamp_min(1.0)) < 2e-5 for a, b in zip(got, expected, strict=True))
+
+
+@pytest.mark.parametrize("kind", ["layer", "function", "two groups", "graph break"])
+def test_several_forwards_before_a_backward(kind):
+    layer, other = mpisyncbn.SyncBatchNorm(3), mpisyncbn.SyncBatchNorm(3)
+    if kind == "two groups":
+        other.process_group = mpisyncbn.new_subgroups(1)
+
+    def function(x):
+        if kind == "function":
+            return mpisyncbn.sync_batch_norm(
+                x, layer.running_mean, layer.running_var, layer.weight, layer.bias
+            )
+        y = layer(x)
+        if kind == "graph break":
+            torch._dynamo.graph_break()
+        return y if kind == "layer" else y.sin() + other(x)
+
+    eager = copy.deepcopy(layer.state_dict())
+    x = shard((5 + WORLD.rank, 3), 1)
+    compiled = torch.compile(function, fullgraph=kind != "graph break", backend=BACKEND)
+    got = [value.clone() for value in forwards(layer, compiled, x)]
+    layer.load_state_dict(eager)
+    layer.zero_grad()
+    assert same(got, forwards(layer, function, x))
+
+
+def test_graphs_that_take_turns():
+    """Layers compiled one by one, and a net that a loss goes through twice, as in a GAN."""
+
+    def gradients(compiled):
+        torch.manual_seed(0)
+        layers = nn.Sequential(
+            mpisyncbn.SyncBatchNorm(3), nn.Linear(3, 3), mpisyncbn.SyncBatchNorm(3)
+        ).double()
+        net = nn.Sequential(nn.Linear(3, 4), mpisyncbn.SyncBatchNorm(4)).double()
+        first, last, judge = compiled(layers[0]), compiled(layers[2]), compiled(net)
+        x = shard((5 + WORLD.rank, 3), 1, dtype=torch.float64)
+        y = last(layers[1](first(x)).sin()).exp()
+        (judge(x).sin().sum() - judge(y.detach()).pow(3).sum()).backward()
+        (judge(y).pow(3).sum() + judge(y[1:]).sin().sum()).backward()  # another shape: compiled again
+        return [p.grad for p in (*layers.parameters(), *net.parameters())]
+
+    assert same(gradients(lambda net: torch.compile(net, backend=BACKEND)), gradients(lambda net: net))
+
+
 @pytest.mark.skipif(shutil.which("g++") is None, reason="Inductor compiles C++, and there is no g++")
-def test_all_the_way_to_machine_code():
-    layer, x = mpisyncbn.SyncBatchNorm(2), shard((2 + WORLD.rank, 2, 3), 1).requires_grad_()
-    y = torch.compile(layer, fullgraph=True)(x).relu()
-    y.square().sum().backward()
-    compiled, x.grad = x.grad, None
-    expected = copy.deepcopy(layer)(x).relu()
-    expected.square().sum().backward()
-    assert distance(y.detach(), expected.detach()) < 1e-6
-    assert distance(compiled, x.grad) < 1e-5
+def test_all_the_way_to_machine_code(monkeypatch):
+    """Results are right, and every exchange happens, in order, used or not."""
+    layers = nn.ModuleList(mpisyncbn.SyncBatchNorm(2) for _ in range(3))
+    calls = []
+
+    def watched(original):
+        return lambda group, call, *rest: (calls.append(call), original(group, call, *rest))[1]
+
+    for name in ("merge_moments", "reduce_sums"):
+        monkeypatch.setattr(exchange, name, watched(getattr(exchange, name)))
+
+    def function(x):
+        layers[0](x)  # its result is not used
+        return layers[2](x * 3).relu() + layers[1](x) * layers[2](x * 3)
+
+    x, results = shard((4 + WORLD.rank, 2, 3), 1).requires_grad_(), []
+    for forward in (function, torch.compile(function, fullgraph=True)):
+        x.grad = None
+        calls.clear()
+        y = forward(x), forward(x + 1)
+        (y[0].square().sum() + y[1].pow(3).sum()).backward()
+        results.append((*y, x.grad, [(call.layer, call.direction) for call in calls]))
+    *values, order = zip(*results, strict=True)
+    assert order[0] == order[1]
+    for eager, compiled in values:
+        assert distance(compiled.detach(), eager.detach()) < 1e-5
 
 
 def test_evaluation_and_training_before_one_backward():
@@ -161,15 +240,16 @@ def test_errors_under_compilation():
 
 
 def test_the_first_import_may_happen_in_any_mode():
-    """The token is made then, and must be an ordinary tensor all the same."""
+    """The tokens are made then, and must be ordinary tensors all the same."""
     out = run_alone("""
 import torch, warnings
 from torch._subclasses.fake_tensor import FakeTensorMode
 with torch.device("meta"), torch.inference_mode(), FakeTensorMode():
-    from mpisyncbn.autograd import _TOKEN
-print(type(_TOKEN) is torch.Tensor, _TOKEN.device, _TOKEN.is_inference())
+    from mpisyncbn.autograd import _BACKWARD, _FORWARD
+for token in (_FORWARD, _BACKWARD):
+    print(type(token) is torch.Tensor, token.device, token.is_inference())
 """)
-    assert out.split() == ["True", "cpu", "False"]
+    assert out.split() == ["True", "cpu", "False"] * 2
 
 
 def test_groups():
@@ -197,19 +277,35 @@ def test_one_value_per_channel_is_refused():
     assert layer.num_batches_tracked == 0
 
 
-@pytest.mark.parametrize("inside", [True, False])
-def test_checkpointing(inside):
-    """Inside the graph and around it: the statistics are updated once."""
+def everything_again(context, operation, *args, **kwargs):
+    return CheckpointPolicy.MUST_RECOMPUTE
+
+
+def context_of(*chosen):
+    """A new function each time: torch wants one that it can call."""
+    return lambda: create_selective_checkpoint_contexts(*chosen)
+
+
+@pytest.mark.parametrize("kind", ["inside", "outside", "some operations", "every operation"])
+def test_checkpointing(kind):
+    """Inside the graph, which keeps what it exchanged, and around it: the statistics are updated once."""
     net, eager = model(), model()
     x = shard((2 + WORLD.rank, 2, 6, 6), 1)
     compiling = {"fullgraph": True, "backend": BACKEND}
-    if inside:
-        forward = torch.compile(lambda x: checkpoint(net, x, use_reentrant=False), **compiling)
-        y = forward(x)
+    options = {"use_reentrant": False}
+    if kind == "some operations":
+        options["context_fn"] = context_of([torch.ops.aten.convolution.default])
+    if kind == "every operation":
+        options["context_fn"] = context_of(everything_again)
+    if kind == "outside":
+        compiled = torch.compile(net, **compiling)
+        forward = lambda x: checkpoint(compiled, x, **options)  # noqa: E731
     else:
-        y = checkpoint(torch.compile(net, **compiling), x, use_reentrant=False)
-    y.square().mean().backward()
-    eager(x).square().mean().backward()
+        forward = torch.compile(lambda x: checkpoint(net, x, **options), **compiling)
+    before = resolve(None).exchanges
+    (forward(x).square().mean() + forward(x + 1).square().mean()).backward()
+    assert resolve(None).exchanges - before == (12 if kind == "outside" else 8)
+    (eager(x).square().mean() + eager(x + 1).square().mean()).backward()
     for a, b in zip(net.buffers(), eager.buffers(), strict=True):
         assert distance(a, b, torch.ones(1)) < 1e-5
     for a, b in zip(net.parameters(), eager.parameters(), strict=True):
@@ -217,12 +313,11 @@ def test_checkpointing(inside):
 
 
 def test_the_operations_are_well_described():
-    """torch's own checks of schema, fake results and what is changed in place."""
+    """torch's own checks of schema, fake results, what is changed in place, and compiled results."""
     ones, token, call = torch.ones(3).double(), torch.zeros(()), ("", "a layer")
-    checks = ("test_schema", "test_faketensor")
     merge, reduce = torch.ops.mpisyncbn.merge_moments.default, torch.ops.mpisyncbn.reduce_sums.default
-    torch.library.opcheck(merge, (ones, ones, 4, token, *call, "float32", 1e-5), test_utils=checks)
-    torch.library.opcheck(reduce, (ones, token, *call, "backward", "float32", 1e-5), test_utils=checks)
+    torch.library.opcheck(merge, (ones, ones, 4, token, *call, "float32", 1e-5))
+    torch.library.opcheck(reduce, (ones, token, *call, "backward", "float32", 1e-5))
     torch.library.opcheck(torch.ops.mpisyncbn.keep.default, (ones, ones.float()))
 
 
