@@ -234,12 +234,12 @@ def _enter_unseen(running_mean: Any, running_var: Any, batches: Any, stats: Batc
     limit = _largest(running_var.dtype)
     updated = (count > 0) & (abs(mean).max() <= limit) & (unbiased.max() <= limit)
     for running, new in ((running_mean, mean), (running_var, unbiased)):
-        old = running.double() if hasattr(running, "double") and has_float64(running) else running
-        blended = old + momentum * (new - old)
         if hasattr(running, "copy_"):  # torch
-            running.copy_(blended.where(updated, old))
+            wide = "double" if has_float64(running) else "float"
+            old, new = getattr(running, wide)(), getattr(new, wide)()
+            running.copy_(transport.lerp(old, new, momentum).where(updated, old))
         else:
-            running[...] = np.where(updated, blended, old)
+            running[...] = np.where(updated, transport.lerp(running, new, momentum), running)
     if batches is not None:
         batches.add_(updated)
     return updated

@@ -188,7 +188,7 @@ def blend(running: Sequence[Any], batch: Sequence[np.ndarray], momentum: Any, ba
     first = running[0]
     if not hasattr(first, "lerp_"):  # NumPy, CuPy
         news = near(first, *batch)
-        blended = [old + momentum * (new - old) for old, new in zip(running, news, strict=True)]
+        blended = [lerp(old, new, momentum) for old, new in zip(running, news, strict=True)]
         with _all_or_nothing(*running):
             for old, value in zip(running, blended, strict=True):
                 old[...] = value
@@ -209,6 +209,20 @@ def blend(running: Sequence[Any], batch: Sequence[np.ndarray], momentum: Any, ba
                 old.copy_(old.to(wide).lerp_(new, weight))
         if batches is not None:
             batches.add_(1)
+
+
+def lerp(old: Any, new: Any, momentum: Any) -> Any:
+    """``(1 - momentum) * old + momentum * new``, rounded as by ``torch.lerp``: a step from the nearer end.
+
+    So a momentum of 1 gives ``new``, also if it is lost in ``new - old``.
+    """
+    if hasattr(old, "lerp"):
+        return old.lerp(new, momentum.to(old.device, old.dtype) if hasattr(momentum, "ndim") else momentum)
+    step = new - old
+    from_old, from_new = old + momentum * step, new - (1 - momentum) * step
+    if known(momentum):
+        return from_old if momentum < 0.5 else from_new
+    return np.where(momentum < 0.5, from_old, from_new)
 
 
 @contextmanager

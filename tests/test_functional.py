@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from parallel import WORLD, bits_equal_on_all_ranks, distance, oracle, shard, together
 
-from mpisyncbn import functional
+from mpisyncbn import functional, transport
 from mpisyncbn.functional import BatchStats
 from mpisyncbn.kernels import native
 
@@ -209,6 +209,31 @@ def test_a_momentum_of_one_forgets():
         running = torch.full((2,), 1e30, dtype=dtype), torch.full((2,), 1e30, dtype=dtype)
         assert functional.update_running_stats(*running, BatchStats(*np.ones((2, 2)), None, 2**60), 1.0)
         assert torch.equal(torch.stack(running), torch.ones(2, 2, dtype=dtype))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("seen", [True, False])
+@pytest.mark.parametrize("momentum", [0.0, 0.3, 0.5, 0.9, 1.0])
+def test_running_statistics_are_rounded_as_by_torchs_lerp(kind, seen, momentum, monkeypatch):
+    """Without native code; and as on a device, where the host does not see the statistics."""
+    monkeypatch.setattr(functional, "native", lambda: None)
+    make = KINDS[kind]
+    means, variances = [1e30, -1e30, 1e-30, 3.0, 0.0], [1e30, 7.0, 1e-9, 0.0, 1.0]
+    start = [torch.tensor(each, dtype=torch.float64) for each in (means, variances)]
+    batch = shard((5,), 1, 1.0, torch.float64), shard((5,), 2).double().square()
+    for number in (momentum, make(torch.tensor(momentum, dtype=torch.float64))):
+        running = [make(each.clone()) for each in start]
+        if seen:
+            stats = BatchStats(*(each.numpy() for each in batch), None, 2**60)
+            assert functional.update_running_stats(*running, stats, number)
+        else:
+            monkeypatch.setattr(transport, "known", lambda number: False)
+            stats = BatchStats(*map(make, batch), None, 2**60)
+            assert functional._enter_unseen(*running, None, stats, number)
+        for found, old, new in zip(running, start, batch, strict=True):
+            # but for one rounding: torch's may be a multiply-add
+            assert np.allclose(found, old.lerp(new, momentum), rtol=4e-16, atol=0)
+            assert momentum < 1 or torch.equal(torch.as_tensor(found), new)
 
 
 @needs_native

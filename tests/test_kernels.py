@@ -740,6 +740,18 @@ def test_a_batch_enters_in_one_kernel(channels, dtype):
 
 
 @needs_triton
+def test_a_momentum_of_one_forgets_in_one_kernel():
+    """Also what is so large that the batch is lost beside it."""
+    for dtype in (torch.float32, torch.float64, torch.bfloat16):
+        running = [there(torch.full((3,), 1e30, dtype=dtype)) for _ in range(2)]
+        mean, var = (there(torch.ones(3, dtype=torch.float64)) for _ in range(2))
+        entered = cuda.module.enter_batch(*running, None, mean, var, 1.0, 1.0)
+        with together():
+            assert entered
+            assert torch.equal(torch.stack(running).cpu(), torch.ones(2, 3, dtype=dtype))
+
+
+@needs_triton
 def test_what_a_kernel_must_not_write_to():
     mean, var = (there(shard((4,), seed, dtype=torch.float64)) for seed in (1, 2))
     plain, count = there(torch.ones(4)), there(torch.tensor(7))

@@ -110,7 +110,7 @@ def enter_batch(
     to_unbiased: float,
     momentum: float,
 ) -> bool:
-    """``running += momentum * (batch - running)``, ``var`` times ``to_unbiased``; and one more batch.
+    """Move the running statistics to those of a batch, of variance ``var * to_unbiased``; and one more batch.
 
     Returns False for tensors that only torch's own operations know how to write to, or have to refuse.
     """

@@ -360,7 +360,9 @@ def enter_batch(
 @triton.jit
 def _blend(running, new, momentum, channel, inside):
     old = tl.load(running + channel, inside, 0.0).to(tl.float64)
-    blended = old + _number(momentum) * (new - old)
+    weight, step = _number(momentum), new - old
+    # from the nearer end, as torch.lerp: a momentum of 1 gives the batch
+    blended = tl.where(weight < 0.5, old + weight * step, new - (1 - weight) * step)
     if running.dtype.element_ty != tl.float64:
         blended = blended.to(tl.float32)  # as torch does it on the way to half precision
     tl.store(running + channel, blended.to(running.dtype.element_ty), inside)
