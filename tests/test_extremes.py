@@ -10,6 +10,7 @@ import torch
 from parallel import distance, no_exchange, oracle, shard, together
 from test_kernels import (
     EVERY,
+    LEVELS,
     Gate,
     as_tensor,
     cpu,
@@ -21,6 +22,7 @@ from test_kernels import (
 )
 
 import mpisyncbn
+from mpisyncbn.kernels import extremes
 
 # (The CUDA operations of torch itself keep their moments in float32.)
 EVERY = [each for each in EVERY if each.id != "aten_cuda"]
@@ -114,6 +116,52 @@ def test_alternating_and_late_values(kernels: Any) -> None:
             expected = laid.double().var((0, 2, 3), correction=0)
             assert distance(as_tensor(m2) / (x.numel() // 3), expected) < 1e-5
             assert abs(mean[2] / scale - 1) < 1e-6
+
+
+def done_again(x: Any, monkeypatch: Any) -> list[int]:
+    """The channels that native code leaves to float64. Looks at what comes out."""
+    chosen: list[int] = []
+    with monkeypatch.context() as patch:
+        wide = extremes._wide
+        patch.setattr(extremes, "_wide", lambda x, some: chosen.extend(some.tolist()) or wide(x, some))
+        _, mean, m2 = cpu.local_moments(x)
+    values = torch.as_tensor(x).double()
+    dims, count = (0, *range(2, x.ndim)), values[:, 0].numel()
+    expected = values.var(dims, correction=0) * count
+    assert np.allclose(m2, expected, rtol=1e-5, atol=0)
+    assert np.allclose(mean, values.mean(dims), rtol=1e-6, atol=1e-6 * expected.max().sqrt())
+    return chosen
+
+
+@needs_native
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("shape", [(2, 6, 3, 3), (3, 6), (2, 6, 100, 120)], ids=str)
+@no_exchange
+def test_native_code_tells_constant_channels_from_tiny_ones(shape: Any, dtype: Any, monkeypatch: Any) -> None:
+    dead = shard(shape, 1, 1.0).to(dtype)
+    for channel, value in enumerate((0.0, 1000.1, 1e-30, -1e-42, 1e37), 1):
+        dead[:, channel] = value
+    signs = torch.zeros(shape, dtype=dtype)
+    signs[0] *= -1
+    tiny = dead.clone()
+    tiny[:, 1], tiny[:, 3] = 1.0, 1e-30
+    tiny[-1, 1].view(-1)[-1] = 1 + 2**-7
+    tiny[-1, 3].view(-1)[-1] = 1.1e-30
+    # squares that are 0 beside one that is not
+    mixed = dead.clone()
+    mixed[:, 0] = shard(shape, 2).to(dtype)[:, 0] * 1e-25
+    mixed[-1, 0].view(-1)[-1] = 1.0
+    # each sample is constant, and not that of another
+    steps = dead.clone()
+    steps[:, 2] = torch.arange(float(shape[0])).view(-1, *[1] * (len(shape) - 2))
+    steps[:, 3] = steps[:, 2] * 1e-30
+    for level in LEVELS:
+        with native_settings(level, threads=1 + level):
+            for x, those in ((dead, []), (signs, []), (tiny, [3]), (mixed, []), (steps, [3])):
+                for laid in layouts(x).values():
+                    assert done_again(laid, monkeypatch) == those
+                if dtype == torch.float32:
+                    assert done_again(x.numpy(), monkeypatch) == those
 
 
 @needs_native

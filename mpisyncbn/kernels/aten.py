@@ -46,6 +46,7 @@ def local_moments(x: Tensor) -> tuple[int, np.ndarray, np.ndarray]:
         return count, np.stack((near, rest)), m2
     mean = near + rest
     if count:
+        _mark_unseen(x, m2)
         extremes.local_moments(local_moments, x, count, mean, m2)
     return count, mean, m2
 
@@ -165,6 +166,15 @@ def _moments_about(
     second = _numpy(torch.cat(squares)).sum(0, dtype=np.float64)
     rest = first / count
     return _numpy(shift).astype(np.float64), rest, second - first * rest
+
+
+def _mark_unseen(x: Tensor, m2: np.ndarray) -> None:
+    """Make ``m2`` NaN for channels whose squares are all 0, but that are not constant."""
+    chosen = np.flatnonzero(m2 == 0)
+    if len(chosen):
+        part = x if len(chosen) == len(m2) else x[:, torch.from_numpy(chosen)]
+        axes = (0, *range(2, x.ndim))
+        m2[chosen[(part.amax(axes) != part.amin(axes)).numpy()]] = np.nan
 
 
 def _total(block: Tensor) -> Tensor:

@@ -15,6 +15,8 @@
 
 #include <algorithm>
 #include <atomic>
+#include <cfenv>
+#include <cfloat>
 #include <cmath>
 #include <cstdint>
 #include <cstdlib>
@@ -102,6 +104,8 @@ struct Tile {
     long count() const { return (n1 - n0) * (s1 - s0); }  // of values per channel
 };
 
+// In place of a sum of squares: these are 0 in float32, but the differences are not.
+constexpr double UNSEEN = -1;
 constexpr long MAX_CHANNELS = 256;  // of a tile of planes
 constexpr int NDIM = 64;              // as many as NumPy has at most; torch may have more, which are refused
 
@@ -346,15 +350,17 @@ long local_moments(nb::handle x_object, const Output &out, int threads) {
             const double n = (double)plan->way[i].counts[slot], per = 1 / n, *const first = shift + columns, *const second = first + columns;
             for (long c = 0; c < channels; ++c) {
                 const double from_shift = first[c] * per, from_mean = (shift[c] - near[c]) + from_shift - rest[c];
-                m2[c] += std::max(second[c] - first[c] * from_shift, 0.0) + n * from_mean * from_mean;
+                const double about_mean = second[c] == UNSEEN ? DBL_MIN : std::max(second[c] - first[c] * from_shift, 0.0);
+                m2[c] += about_mean + n * from_mean * from_mean;
             }
         });
         if (!std::is_same_v<T, double>)
             for (long c = 0; c < channels; ++c) near[c] += rest[c];
         // Squares of distances below 2**-50 and above 2**50 may not be there, or be infinite. (Those of float16 are.)
+        // Without any distance, the channel is constant.
         const double least = 0x1p-100 * (double)total, most_squares = 0x1p100 * (double)total;
         if (std::is_same_v<T, float> || std::is_same_v<T, bfloat16>)
-            for (long c = 0; c < channels; ++c) extreme |= !(m2[c] >= least && m2[c] <= most_squares);
+            for (long c = 0; c < channels; ++c) extreme |= m2[c] != 0 && !(m2[c] >= least && m2[c] <= most_squares);
         return true;
     });
     const long count = x.size() / x.shape[1];

@@ -346,17 +346,33 @@ static void plane_shifts(const Operands<T> &on, const Tile &t, work<T> *shifts) 
 template <class T>
 static void row_shifts(const Operands<T> &on, long rows, long columns, work<T> *shifts) {
     constexpr long W = Lane<T>::width;
-    const long few = std::min(8L, rows);
+    long few = 8;  // a power of two, added up in pairs: the shift of a constant channel is its value
+    while (few > rows) few /= 2;
     for (long j = 0; j < columns; j += W) {
         const Part l{std::min(W, columns - j)};
-        vec<T> sum{};
-        for (long i = 0; i < few; ++i) sum += l.get(on.at(i * rows / few, j, 0).x) / (work<T>)few;
-        write<false>(shifts + j, sum);
+        vec<T> sums[8];
+        for (long i = 0; i < few; ++i) sums[i] = l.get(on.at(i * rows / few, j, 0).x) / (work<T>)few;
+        for (long half = few / 2; half; half /= 2)
+            for (long i = 0; i < half; ++i) sums[i] += sums[i + half];
+        write<false>(shifts + j, sums[0]);
     }
 }
 
-// For each channel of a tile: a shift near its mean, the sum of x - shift, and that of its square. `shifts` and
-// `scratch` are padded to whole vectors.
+// Whether a channel of a tile has one value only.
+template <class T>
+static bool is_constant(const Operands<T> &on, const Tile &t, bool rows, long c) {
+    const long n0 = rows ? t.s0 : t.n0, n1 = rows ? t.s1 : t.n1, s0 = rows ? 0 : t.s0, s1 = rows ? 1 : t.s1;
+    const auto first = value(on.at(n0, c, s0).x[0]);
+    for (long n = n0; n < n1; ++n) {
+        const T *const x = on.at(n, c, 0).x;
+        for (long s = s0; s < s1; ++s)
+            if (value(x[s]) != first) return false;
+    }
+    return true;
+}
+
+// For each channel of a tile: a shift near its mean, the sum of x - shift, and that of its square, or UNSEEN. `shifts`
+// and `scratch` are padded to whole vectors.
 template <class T>
 static void tile_moments(const Operands<T> &on, const Tile &t, bool rows, long count, const work<T> *given,
                          work<T> *scratch, double *shift, double *first, double *second) {
@@ -367,6 +383,7 @@ static void tile_moments(const Operands<T> &on, const Tile &t, bool rows, long c
     else
         plane_shifts(on, t, shifts);
     for (int turn = 0; turn < 2; ++turn) {
+        if (std::fetestexcept(FE_UNDERFLOW)) std::feclearexcept(FE_UNDERFLOW);  // the second is slow
         tile_sums(on, t, rows, shifts, 0, Moments<T>{}, scratch, first, second);
         for (long c = 0; c < channels; ++c) shift[c] = shifts[c];
         // Where the shift is more than two standard deviations from the mean, the squares have lost digits: once
@@ -378,6 +395,17 @@ static void tile_moments(const Operands<T> &on, const Tile &t, bool rows, long c
         for (long c = 0; c < channels; ++c)
             if (lost(c) && std::isfinite(first[c])) shifts[c] += (work<T>)(first[c] / count);
     }
+    if (sizeof(work<T>) == 8 || std::is_same_v<T, float16>) return;
+    // Squares that sum to 0 are those of a constant channel, unless one became 0: then the processor has set its flag.
+    const bool underflow = std::fetestexcept(FE_UNDERFLOW);
+    const auto unclear = [&](long c) {
+        return (second[c] * count <= first[c] * first[c]) & (underflow | (second[c] > 0));
+    };
+    bool any = false;
+    for (long c = 0; c < channels; ++c) any |= unclear(c);
+    if (any)
+        for (long c = 0; c < channels; ++c)
+            if (unclear(c) && !is_constant(on, t, rows, t.c0 + c)) second[c] = UNSEEN;
 }
 
 template <class T>

@@ -23,10 +23,9 @@ _FLOAT = 2.0**127
 
 
 def local_moments(verb: Any, x: Any, count: int, mean: np.ndarray, m2: np.ndarray) -> None:
-    """Mend ``mean`` and ``m2``, found by ``verb``."""
+    """Mend ``mean`` and ``m2``, found by ``verb``. An ``m2`` of 0 says that the channel is constant."""
     with np.errstate(all="ignore"):
-        chosen = np.flatnonzero(~((m2 >= count * _LEAST) & (m2 <= count * _MOST)))
-    chosen = np.setdiff1d(chosen, _constant(x, np.flatnonzero(m2 == 0)))
+        chosen = np.flatnonzero(~((m2 >= count * _LEAST) & (m2 <= count * _MOST)) & (m2 != 0))
     if len(chosen):
         _, found, m2[chosen] = verb(_wide(x, chosen))
         mean[chosen] = found.sum(0)
@@ -77,29 +76,16 @@ def _beyond(invstd: np.ndarray, weight: Any, mean_dy_xmu: Any = 0.0) -> np.ndarr
         return np.flatnonzero(~(_is_ordinary(invstd) & (largest < _FLOAT)))
 
 
-def _constant(x: Any, chosen: np.ndarray) -> np.ndarray:
-    """Those of the chosen channels that have one value only."""
-    if not len(chosen):
-        return chosen
-    part = x if len(chosen) == x.shape[1] else _take(x, chosen)
-    axes = (0, *range(2, x.ndim))
-    if isinstance(x, np.ndarray):
-        return chosen[part.max(axes) == part.min(axes)]
-    return chosen[(part.amax(axes) == part.amin(axes)).numpy()]
-
-
-def _take(x: Any, chosen: np.ndarray) -> Any:
-    if isinstance(x, np.ndarray):
-        return np.take(np.asarray(x), chosen, 1)
-    return x[:, loaded_torch().from_numpy(chosen)]
-
-
 def _double(x: Any) -> Any:
     return x.astype(np.float64) if isinstance(x, np.ndarray) else x.detach().double()
 
 
 def _wide(x: Any, chosen: np.ndarray) -> Any:
-    return None if x is None else _double(_take(x, chosen))
+    if x is None:
+        return None
+    if isinstance(x, np.ndarray):
+        return _double(np.take(np.asarray(x), chosen, 1))
+    return _double(x[:, loaded_torch().from_numpy(chosen)])
 
 
 def _some(vector: Any, chosen: np.ndarray) -> Any:
