@@ -171,7 +171,8 @@ class Communicator:
         self.link = link if all(each.has_link for each in settings) else None
         self.comm = comm
         presence = self.presence
-        presence.limit = agreed_timeout([each.timeout for each in settings])
+        presence.limit = presence.last_limit = agreed_timeout([each.timeout for each in settings])
+        presence.all_native = self.link is not None
         presence.homes = [each.home for each in settings]
         presence.comm = presence.channel = comm
         leftovers.free(each.dropped for each in settings)

@@ -152,9 +152,9 @@ class ProcessGroup(Collectives):
             if self._wire._is_finalized() or not message.is_completed():
                 diagnostics.abandon(message)
         self._unusable = self._unusable or "this process group was destroyed"
-        if abandoned:
-            self._wire.presence.end()  # others may have freed it: nobody waits for anybody there
-            return  # messages are still under way in it
+        if abandoned:  # messages are still under way in it
+            self._wire.presence.end()  # other ranks may have freed it: nobody waits for them at the end
+            return
         if self._communicator is not None and not self._is_world:
             self._communicator.free()
         self._wire.free()

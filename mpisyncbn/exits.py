@@ -2,25 +2,28 @@
 
 A rank that fails prints its traceback, and then Python calls MPI_Finalize, in which it waits for the others,
 as they wait for it in a collective: a hang, unless the program was started with ``python -m mpi4py``. Here is
-the same for programs that were not. No hook is replaced: how the program ended is read off at its very end.
+the same for programs that were not: at the end of Python it is known how the program ended, and mpi4py is
+told to end the job, which it does after all that others have registered for the end.
 """
 
 from __future__ import annotations
 
 import atexit
+import ctypes
 import dis
 import functools
+import gc
 import os
 import socket
 import sys
 import threading
-from types import FrameType, TracebackType
+from types import FrameType
 from typing import Any
 
 __all__ = ["install", "is_over", "status"]
 
 _installed_in = 0  # the process; a forked child is no rank
-_exit: tuple[SystemExit, FrameType] | None = None  # what sys.exit raised last, and the program it was in
+_code: Any = None  # of the SystemExit that Python ends with, if it does
 
 
 def install() -> None:
@@ -28,8 +31,7 @@ def install() -> None:
     global _installed_in
     if not _installed_in:
         _installed_in = os.getpid()
-        # Python forgets this exception before it calls anything at exit, so somebody has to remember it.
-        sys.exit = _noting(sys.exit)
+        _note_exits()
         atexit.register(_at_exit)
 
 
@@ -48,53 +50,60 @@ def is_over() -> bool:
 
 def _ending() -> tuple[int, str]:
     """The status, and why."""
-    if hasattr(sys, "ps1") or sys.flags.inspect or sys.flags.interactive:
-        return 0, "somebody sits there, and goes on after an exception"
+    if _code is not None:
+        return (_code and (_code & 255 or 1)) if isinstance(_code, int) else 1, "sys.exit, or SystemExit"
+    if hasattr(sys, "ps1") or sys.flags.inspect or sys.flags.interactive or not sys.orig_argv:
+        return 0, "somebody sits there, or a program around Python, and goes on after an exception"
     error, trace = getattr(sys, "last_value", None), getattr(sys, "last_traceback", None)
-    if error is not None and trace is not None and _was_ended(trace.tb_frame, trace):
+    if error is not None and trace is not None and _was_left(trace.tb_frame):
         return 130 if isinstance(error, KeyboardInterrupt) else 1, "the exception above"
-    if _exit is not None and _was_ended(_exit[1], _exit[0].__traceback__):
-        code = _exit[0].code
-        return (code and (code & 255 or 1)) if isinstance(code, int) else int(code is not None), "sys.exit"
     return 0, "nothing"
 
 
-def _noting(original: Any) -> Any:
+def _note_exits() -> None:
+    """Note the status of a SystemExit that nothing has caught: Python itself reads the ``code`` of that.
+
+    No code in Python runs then any more, and when exit handlers run the exception is forgotten.
+    """
+    attributes = gc.get_referents(SystemExit.__dict__)[0]  # itself; SystemExit.__dict__ cannot be changed
+    member = attributes["code"]
+
+    def read(error: SystemExit) -> Any:
+        global _code
+        code = member.__get__(error)
+        if sys._getframe().f_back is None and threading.get_ident() == threading.main_thread().ident:
+            _code = code
+        return code
+
+    attributes["code"] = property(read, member.__set__, member.__delete__, member.__doc__)
+    ctypes.pythonapi.PyType_Modified(ctypes.py_object(SystemExit))
+    if sys.version_info < (3, 12):  # there an exception of C is no object until somebody looks at it
+        sys.exit = _looking_at(sys.exit)
+
+
+def _looking_at(original: Any) -> Any:
     @functools.wraps(original)
-    def exit(status: Any = None, /) -> None:
-        global _exit
+    def exit(status: Any = None, /) -> Any:
         try:
             original(status)
-        except SystemExit as error:
-            frame = sys._getframe()
-            while frame.f_back is not None:
-                frame = frame.f_back
-            _exit = error, frame
-            raise
+        finally:
+            pass
 
     return exit
 
 
-def _was_ended(program: FrameType, trace: TracebackType | None) -> bool:
-    """Whether an exception with this traceback is what ended the program.
+def _was_left(frame: FrameType) -> bool:
+    """Whether an exception has left the program by this frame, the outermost of a traceback.
 
-    Others see an exception too: pytest sets sys.last_value, and what sys.exit raises may be caught. The frame
-    that caught it, the outermost of the traceback, goes on and returns.
+    Others see an exception too, and set sys.last_value: pytest, the module code, the program itself. A frame
+    that caught it goes on, and returns.
     """
-    return (
-        trace is not None
-        and _is_program(program)
-        and not _returned(program)
-        and not _returned(trace.tb_frame)
-    )
+    ended = not dis.opname[frame.f_code.co_code[frame.f_lasti]].startswith("RETURN")
+    return frame.f_back is None and _is_program(frame) and ended
 
 
 def _is_program(frame: FrameType) -> bool:
     return frame.f_globals.get("__name__") in ("__main__", "runpy")
-
-
-def _returned(frame: FrameType) -> bool:
-    return dis.opname[frame.f_code.co_code[frame.f_lasti]].startswith("RETURN")
 
 
 def _at_exit() -> None:

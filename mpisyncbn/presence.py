@@ -33,7 +33,7 @@ DEFAULT_TIMEOUT = 600.0
 TIMED_OUT, STRANDED = 124, 1  # statuses of the job; the first is what timeout(1) says
 ASKING, ANSWERING, ENDING = 1.0, 2.0, 1.0  # seconds at most, after the limit
 _FORWARDING = 0.25  # seconds for the launcher: what it has not passed on when the job ends may be lost
-_ASK, _ANSWER, _LEFT = 1, 2, 3  # tags; exchanges use none
+_ASK, _ANSWER, _LEFT = 1, 2, 3  # tags; exchanges use none; kernels/cpu_leave.h sends the last
 _LENGTH = 1024  # bytes of a message
 
 _lock = threading.Lock()
@@ -62,6 +62,8 @@ class Presence:
         self.exchanges = 0  # begun so far
         self.doing: Any = None  # what this rank is in: a Call, or words
         self.limit = DEFAULT_TIMEOUT  # seconds, 0: none
+        self.last_limit = DEFAULT_TIMEOUT  # the same for the end of the program
+        self.all_native = False  # whether every rank has native code
         self.homes: list[tuple[str, int]] = []  # host and process of each rank
         self.world: list[int] = []  # the ranks in the world, where they are known before that
         self.deaf = False  # nobody listens here any more
@@ -144,6 +146,7 @@ class Presence:
         """Hear what other ranks have to say, and answer."""
         MPI = sys.modules["mpi4py.MPI"]
         heard, status = np.zeros(_LENGTH, np.uint8), MPI.Status()
+        # Python may end this thread between two calls: a message that is only seen stays for native code.
         while self.channel.Iprobe(MPI.ANY_SOURCE, MPI.ANY_TAG, status):
             source, tag = status.Get_source(), status.Get_tag()
             self.channel.Recv(heard, source, tag)
@@ -161,29 +164,7 @@ class Presence:
             self._ask_at, self._asked_at = None, time.monotonic()
             for rank in range(self.size):
                 if rank != self.rank:
-                    self._send(rank, _ASK, "")
-
-    def leave(self) -> Callable[[], bool]:
-        """Tell the neighbours that this rank has come to its end. What it returns says whether all have.
-
-        The neighbours are those at distances of powers of two: few, and where some ranks have left and others
-        not, two of them are neighbours. Each message has arrived before its sender enters the barrier, so
-        there are none left when that is over (Hoefler, Siebert and Lumsdaine 2010).
-        """
-        distance = 1
-        while distance < self.size:
-            self._send((self.rank + distance) % self.size, _LEFT, str(self.exchanges))
-            distance *= 2
-        barrier: Any = None
-
-        def all_have() -> bool:
-            nonlocal barrier
-            self.listen()
-            if barrier is None and not self._sends:
-                barrier = self.channel.Ibarrier()
-            return barrier is not None and barrier.Test()
-
-        return all_have
+                    self._send(rank, _ASK, str(self.rank))
 
     def _send(self, rank: int, tag: int, text: str) -> None:
         message = np.frombuffer(text.encode()[:_LENGTH].ljust(_LENGTH, b"\0"), np.uint8)

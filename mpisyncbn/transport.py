@@ -22,12 +22,14 @@ from .kernels import has_float64, loaded_torch, native
 from .staging import device_of, stage_of
 
 __all__ = [
+    "addresses",
     "blend",
     "changed",
     "chosen",
     "device_of",
     "direct",
     "from_host",
+    "handle",
     "known",
     "near",
     "on_device",
@@ -114,12 +116,25 @@ def direct(comm: Any, MPI: Any) -> Any:
     if kernels is None:
         return None
     try:
-        function = ctypes.CDLL(MPI.__file__).MPI_Allreduce
+        (address,) = addresses(MPI, "MPI_Allreduce")
     except (AttributeError, OSError):
         return None
-    address = ctypes.cast(function, ctypes.c_void_p).value
-    handles = [MPI._handleof(each) & _WORD for each in (comm, MPI.DOUBLE, MPI.SUM)]
+    handles = [handle(MPI, each) for each in (comm, MPI.DOUBLE, MPI.SUM)]
     return kernels.Link(address, *handles, int(MPI.IN_PLACE), MPI._sizeof(comm) == 4, comm.Get_size())
+
+
+def addresses(MPI: Any, *names: str) -> list[Any]:
+    """Of functions of the library that mpi4py is linked with.
+
+    Raises AttributeError or OSError where one is not there.
+    """
+    library = ctypes.CDLL(MPI.__file__)
+    return [ctypes.cast(getattr(library, name), ctypes.c_void_p).value for name in names]
+
+
+def handle(MPI: Any, thing: Any) -> int:
+    """MPI's handle for an object of mpi4py, as native code takes it."""
+    return MPI._handleof(thing) & _WORD
 
 
 def on_host(array: Any) -> bool:

@@ -6,24 +6,27 @@ listener answers the questions of other ranks, through the communicator of the g
 that an exchange pays for this is two assignments.
 
 A rank that comes to the end of its program tells its neighbours in each group, and waits until all ranks have
-come there, as it would in MPI_Finalize. One that waits in an exchange for a rank that has left then knows
-that it waits in vain, and ends the job.
+come there. It does so in MPI_Finalize, by native code (kernels/cpu_leave.h), after all that the program has
+registered for its end. One that waits in an exchange for a rank that has left then knows that it waits in
+vain, and ends the job.
 """
 
 from __future__ import annotations
 
 import atexit
+import gc
 import os
 import sys
 import threading
 import time
-from collections.abc import Callable
+from contextlib import suppress
 from typing import Any
 
-from . import exits, presence
+from . import exits, presence, transport
+from .kernels import native
 from .presence import Presence, everyone
 
-__all__ = ["leave", "watch"]
+__all__ = ["watch"]
 
 _TICK = 0.25  # seconds between two looks
 _JUMP = 5.0  # of a longer time between two looks no more counts: this process was stopped
@@ -40,9 +43,10 @@ def watch(group: Presence) -> None:
     global _keyval
     with _lock:
         if _keyval is None:
-            # MPI calls this at the beginning of MPI_Finalize, which a program may call itself.
             MPI = sys.modules["mpi4py.MPI"]
-            _keyval = MPI.Comm.Create_keyval(delete_fn=lambda *_: leave())
+            _prepare_end(MPI)
+            # MPI calls this at the beginning of MPI_Finalize, where the program calls that itself.
+            _keyval = MPI.Comm.Create_keyval(delete_fn=lambda *_: _finalizing())
             MPI.COMM_SELF.Set_attr(_keyval, True)
         if group.size > 1:
             group.begin()
@@ -96,44 +100,47 @@ def _listen() -> None:
                         group.deaf = True
 
 
-def _at_exit() -> None:
-    if exits.status() == 0:
-        leave()
-
-
-def leave() -> None:
-    """At the end of the program: wait until all ranks of all groups have come there. Once.
-
-    Collective, as MPI_Finalize is, which follows.
-    """
-    MPI = sys.modules["mpi4py.MPI"]
-    if _stop.is_set() or MPI.Is_finalized():
+def _prepare_end(MPI: Any) -> None:
+    """Let MPI_Finalize call native code, ahead of everything else that it does."""
+    kernels = native()
+    if kernels is None:
         return
-    _stop.set()
-    for thread in _threads:
-        if thread is not threading.current_thread():
-            thread.join(presence.ENDING)
-    waiting = [_leaving(group, MPI) for group in everyone() if group.channel is not None and not group.deaf]
-    pause = 1e-5
-    while waiting := [all_have for all_have in waiting if not all_have()]:
-        time.sleep(pause)
-        pause = min(2 * pause, 0.01)
+    names = "Comm_create_keyval", "Comm_set_attr", "Issend", "Improbe", "Mrecv", "Ibarrier", "Test", "Abort"
+    with suppress(AttributeError, OSError):  # as in transport.direct: then no rank leaves by native code
+        functions = transport.addresses(MPI, *[f"MPI_{name}" for name in names])
+        handles = [transport.handle(MPI, each) for each in (MPI.COMM_SELF, MPI.COMM_WORLD, MPI.BYTE)]
+        kernels.leave_in_finalize(functions, *handles, MPI.ANY_SOURCE, MPI._sizeof(MPI.COMM_SELF) == 4)
 
 
-def _leaving(group: Presence, MPI: Any) -> Callable[[], bool]:
-    """Whether all ranks of a group have come to their end, or MPI says that this will never be."""
-    try:
-        all_have = group.leave()
-    except MPI.Exception:
-        return lambda: True
+def _at_exit() -> None:
+    # Others may have registered more, and use groups there. When all is done, Python collects garbage.
+    gc.enable()
+    gc.callbacks.append(_at_last)
 
-    def is_over() -> bool:
-        try:
-            return all_have()
-        except MPI.Exception:  # a rank is dead, and this MPI lives on
-            return True
 
-    return is_over
+def _at_last(*_: Any) -> None:
+    if sys.is_finalizing():  # the threads are gone
+        gc.callbacks.remove(_at_last)
+        _hand_over()
+
+
+def _finalizing() -> None:
+    if not _stop.is_set():
+        _stop.set()
+        for thread in _threads:
+            if thread is not threading.current_thread():
+                thread.join(presence.ENDING)
+        _hand_over()
+
+
+def _hand_over() -> None:
+    """Tell native code which groups this rank is about to leave, and after how many exchanges."""
+    kernels = native()
+    for group in everyone():
+        if kernels is not None and group.channel is not None and group.all_native and not group.deaf:
+            hosts = [host for host, _ in group.homes]
+            channel = transport.handle(sys.modules["mpi4py.MPI"], group.channel)
+            kernels.about_to_leave(channel, group.rank, group.exchanges, group.last_limit, hosts)
 
 
 def _in_child() -> None:

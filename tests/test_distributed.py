@@ -760,6 +760,10 @@ def test_an_interrupted_collective_ends_its_group(monkeypatch: pytest.MonkeyPatc
     with pytest.raises(MPISyncBNError, match=r"unusable since all_reduce SUM .* was interrupted"):
         dist.all_reduce(torch.zeros(3), group=group)
     assert len(mpisyncbn.diagnostics._abandoned) == abandoned + 1, "MPI may write there still"
+    watched = [group._wire.presence in mpisyncbn.presence.everyone()]
+    dist.destroy_process_group(group)
+    watched.append(group._wire.presence in mpisyncbn.presence.everyone())
+    assert watched == [SIZE > 1, False], "at its end a rank must not wait for others in it"
 
 
 def test_monitored_barrier() -> None:

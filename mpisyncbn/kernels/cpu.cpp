@@ -3,7 +3,7 @@
 // Takes NumPy arrays and torch tensors alike, by address, shape and strides, so one build serves every torch.
 // Here is what Python calls. cpu_arrays.h finds out how arrays lie in memory, cpu_tiles.h cuts the work into tiles;
 // cpu_loops.h has the loops over a tile and cpu_lanes.h the vectors, both compiled once per instruction set, and the
-// processor chooses at run time. cpu_link.h has what an exchange does.
+// processor chooses at run time. cpu_link.h has what an exchange does, cpu_leave.h what a rank does at its end.
 //
 // The tiles depend on the shape alone, and their sums are added up in a fixed order: the same bits come out
 // at any number of threads.
@@ -12,18 +12,28 @@
 
 #include <nanobind/nanobind.h>
 #include <nanobind/ndarray.h>
+#include <nanobind/stl/string.h>
+#include <nanobind/stl/vector.h>
 
 #include <algorithm>
+#include <array>
 #include <atomic>
 #include <cfenv>
 #include <cfloat>
+#include <chrono>
 #include <cmath>
+#include <csignal>
 #include <cstdint>
+#include <cstdio>
 #include <cstdlib>
 #include <cstring>
+#include <list>
 #include <numeric>
 #include <optional>
+#include <string>
+#include <thread>
 #include <type_traits>
+#include <unistd.h>
 #include <vector>
 #if defined(__x86_64__)
 #include <immintrin.h>
@@ -464,6 +474,7 @@ int backward_elementwise(nb::handle dy_object, nb::handle x_object, const Vector
 }
 
 #include "cpu_link.h"
+#include "cpu_leave.h"
 
 }  // namespace
 
@@ -483,6 +494,16 @@ NB_MODULE(_cpu, m) {
         .def_ro("hidden", &Link::hidden)
         .def("sum_moments", &Link::sum_moments)
         .def("sum_vectors", &Link::sum_vectors);
+    m.def("leave_in_finalize", [](const std::vector<uintptr_t> &functions, uintptr_t self, uintptr_t world, uintptr_t byte,
+                                  int any_source, bool int_handles) {
+        mpi = {functions.at(2), functions.at(3), functions.at(4), functions.at(5), functions.at(6), functions.at(7),
+               world, byte, any_source, int_handles};
+        const auto attach = int_handles ? leave_in_finalize<int> : leave_in_finalize<void *>;
+        return attach(functions[0], functions[1], self);
+    });
+    m.def("about_to_leave", [](uintptr_t comm, int rank, long exchanges, double limit, const std::vector<std::string> &hosts) {
+        groups.push_back({comm, rank, exchanges, limit, hosts});
+    });
     m.def("update_running_stats", &update_running_stats, given, given, maybe, maybe, given, given, given, given);
     m.def("invstd", &invstd);
     m.def("fits", &fits, given, maybe, maybe, maybe, maybe);

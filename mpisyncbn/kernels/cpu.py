@@ -12,11 +12,21 @@ import numpy as np
 
 from ..errors import MPISyncBNError, on_rank
 from . import _cpu, extremes, loaded_torch
-from ._cpu import Link, fits, instruction_set, invstd, most_dimensions, threads, update_running_stats
+from ._cpu import (
+    Link,
+    about_to_leave,
+    fits,
+    instruction_set,
+    invstd,
+    leave_in_finalize,
+    most_dimensions,
+    threads,
+    update_running_stats,
+)
 
 __all__ = ["backward_elementwise", "backward_reduce", "local_moments", "normalize"]
-# Not verbs, but native as well: what comes before and between them, see cpu_link.h.
-__all__ += ["Link", "fits", "invstd", "update_running_stats"]
+# Not verbs, but native as well: what comes before, between and after them, see cpu_link.h and cpu_leave.h.
+__all__ += ["Link", "about_to_leave", "fits", "invstd", "leave_in_finalize", "update_running_stats"]
 __all__ += ["instruction_set", "most_dimensions", "threads"]
 
 _REFUSED = -1

@@ -8,12 +8,12 @@ from typing import Any, NamedTuple
 
 from .job import Job
 
-TOPICS = "absences", "mismatches", "exceptions", "endings", "signals", "training", "setups"
+TOPICS = "absences", "mismatches", "exceptions", "endings", "signals", "training", "setups", "completions"
 NOT_ZERO = range(1, 256)
 
 
 class Case(NamedTuple):
-    """One fault. Its job must end within ``limit`` seconds of it, with one of ``statuses``."""
+    """One fault, or good end. Its job must end within ``limit`` seconds of it, with one of ``statuses``."""
 
     program: Callable[[Job], object]
     at_fault: tuple[int, ...]  # ranks

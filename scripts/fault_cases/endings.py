@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import builtins
 import os
 import sys
+import threading
+from typing import NoReturn
 
-from .case import NOT_ZERO, case, ends_job, has_left, waits
-from .job import Job
+from .case import NOT_ZERO, case, ends_job, has_left, missing, waits
+from .job import Job, sleep
 
 
 def _after_steps(job: Job) -> bool:
@@ -15,6 +18,13 @@ def _after_steps(job: Job) -> bool:
     if job.is_at_fault:
         job.fault()
     return job.is_at_fault
+
+
+def _not_there(rank: int) -> list[str]:
+    return [
+        "mpisyncbn: the other ranks could not be asked before the first exchange\n"
+        rf"  rank {rank} (has not come: its process \d+ is|may have come, on another host: no process of it) "
+    ]
 
 
 @case(1, says=[ends_job(1, 5)], status=5)
@@ -42,12 +52,96 @@ def exit_text(job: Job) -> None:
     job.train()
 
 
-@case(2, says=[has_left(2)], status=1)
+@case(2, says=[ends_job(2, 3)], status=3)
 def raise_exit_3(job: Job) -> None:
     """raises SystemExit(3)"""
     if _after_steps(job):
         raise SystemExit(3)
     job.train()
+
+
+def _raise_exit_7(job: Job) -> None:
+    if _after_steps(job):
+        raise SystemExit(7)
+    job.world.barrier()
+
+
+@case(1, says=[ends_job(1, 7)], status=7)
+def raise_exit_7(job: Job) -> None:
+    """raises SystemExit(7); the others wait in their own COMM_WORLD.barrier"""
+    _raise_exit_7(job)
+
+
+@case(1, says=[ends_job(1, 7)], status=7, under=("-m", "mpi4py"))
+def raise_exit_7_under_mpi4py(job: Job) -> None:
+    """raises SystemExit(7), under python -m mpi4py; the others wait in their own COMM_WORLD.barrier"""
+    _raise_exit_7(job)
+
+
+@case(3, says=["no such data", ends_job(3)], status=1)
+def raise_exit_text(job: Job) -> None:
+    """raises SystemExit("no such data"); the others wait in their own COMM_WORLD.barrier"""
+    if _after_steps(job):
+        raise SystemExit("no such data")
+    job.world.barrier()
+
+
+@case(0, says=[ends_job(0, 7)], status=7)
+def raise_exit_7_first(job: Job) -> None:
+    """raises SystemExit(7) before its first exchange"""
+    if job.is_at_fault:
+        job.fault()
+        raise SystemExit(7)
+    job.train()
+
+
+@case(2, says=[ends_job(2, 7)], status=7)
+def builtin_exit(job: Job) -> None:
+    """calls the builtin exit(7); the others wait in their own COMM_WORLD.barrier"""
+    if _after_steps(job):
+        builtins.exit(7)
+    job.world.barrier()
+
+
+@case(0, says=["ZeroDivisionError", ends_job(0, 3)], status=3)
+def hook_exits(job: Job) -> None:
+    """raises, with a sys.excepthook that calls sys.exit(3); the others wait in their own barrier"""
+
+    def hook(kind: type[BaseException], *_: object) -> NoReturn:
+        print(kind.__name__, file=sys.stderr, flush=True)
+        sys.exit(3)
+
+    sys.excepthook = hook
+    if _after_steps(job):
+        1 / 0  # noqa: B018
+    job.world.barrier()
+
+
+@case(1, says=[r"(?i:abort).*rank 1\b|MPI_Abort\(MPI_COMM_WORLD, 7\) - process 1"], status=7)
+def abort_status(job: Job) -> None:
+    """calls mpi4py.run.set_abort_status(7) and ends; the others wait in their own COMM_WORLD.barrier"""
+    if _after_steps(job):
+        from mpi4py.run import set_abort_status
+
+        set_abort_status(7)
+    else:
+        job.world.barrier()
+
+
+@case(
+    3,
+    says=[
+        r"^mpisyncbn: rank [012] of 4 on \S+ has waited [\d.]+ s \(the limit is 3 s, MPISYNCBN_TIMEOUT\) "
+        "at the end of its program for other ranks of its group$",
+        *missing(3, "sleep"),
+    ],
+    status=124,
+    variables={"MPISYNCBN_TIMEOUT": "3"},
+)
+def never_ends(job: Job) -> None:
+    """sleeps where the others have come to their end"""
+    if _after_steps(job):
+        sleep()
 
 
 @case(1, says=[has_left(1)], status=1)
@@ -61,11 +155,7 @@ def exit_0(job: Job) -> None:
 @case(
     0,
     # nobody can be told, or asked, before the group has met
-    says=[
-        *waits(1, 2, 3),
-        "mpisyncbn: the other ranks could not be asked before the first exchange\n"
-        r"  rank 0 (has not come: its process \d+ is|may have come, on another host: no process of it) ",
-    ],
+    says=[*waits(1, 2, 3), *_not_there(0)],
     status=124,
     variables={"MPISYNCBN_TIMEOUT": "3"},
 )
@@ -75,6 +165,28 @@ def exit_0_first(job: Job) -> None:
         job.fault()
         sys.exit(0)
     job.train()
+
+
+@case(
+    2,
+    # to Python this is a good end: its status is 0
+    says=[*waits(0, 1, 3), "RuntimeError: no more of it", *_not_there(2)],
+    status=124,
+    variables={"MPISYNCBN_TIMEOUT": "3"},
+)
+def thread_first(job: Job) -> None:
+    """raises in a thread before its first exchange, and comes to its end"""
+
+    def fail() -> NoReturn:
+        raise RuntimeError("no more of it")
+
+    if job.is_at_fault:
+        job.fault()
+        thread = threading.Thread(target=fail)
+        thread.start()
+        thread.join()
+    else:
+        job.train()
 
 
 @case(2, says=[has_left(2)], status=1)

@@ -46,7 +46,7 @@ def markdown(outcomes: list[Outcome]) -> str:
 def verdict(outcomes: list[Outcome]) -> str:
     right = sum(each.ok for each in outcomes)
     hung = sum(each.seconds is not None and each.status is None for each in outcomes)
-    silent = sum(each.status == 0 for each in outcomes)
+    silent = sum(each.status == 0 and not each.ok for each in outcomes)
     return f"{right} of {len(outcomes)} as they should be, {hung} hung, {silent} with status 0"
 
 
