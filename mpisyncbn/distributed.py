@@ -55,10 +55,11 @@ class ProcessGroup(Collectives):
         CollectiveTimeoutError: the other ranks did not come within the group's timeout.
     """
 
-    def __init__(self, comm: Any, timeout: timedelta, *, is_world: bool = False) -> None:
+    def __init__(self, comm: Any, timeout: timedelta, *, is_world: bool = False, store: Any = None) -> None:
         check_timeout(timeout)
         super().__init__(comm, timeout)
         self._is_world = is_world
+        self._store = rendezvous.late_store(store)  # torch keeps its C++ half alone
         self._communicator: Communicator | None = None
         self._messages: set[Message] = set()  # under way
         self._name = self._description = ""
@@ -146,6 +147,8 @@ class ProcessGroup(Collectives):
         """
         if self._wire.comm is None:
             return
+        if self._is_world and self._store is not None:
+            self._store.close()
         self._engine.close()
         abandoned = bool(self._unusable)
         for message in list(self._messages):
@@ -339,7 +342,7 @@ def _create(options: Any, _: Any) -> ProcessGroup:
             f"{size}: unset RANK and WORLD_SIZE, or start the ranks with mpiexec or srun alone"
         )
     comm = source.Dup() if not ranks else subset(source, ranks)
-    return ProcessGroup(comm, options.timeout, is_world=not ranks)
+    return ProcessGroup(comm, options.timeout, is_world=not ranks, store=options.store)
 
 
 def _keep_works_of_reducers() -> None:
@@ -354,5 +357,5 @@ def _keep_works_of_reducers() -> None:
 
 if BACKEND not in dist.Backend.backend_list:
     dist.Backend.register_backend(BACKEND, _create, extended_api=True, devices=["cpu", "cuda"])
-    rendezvous.register()
+    rendezvous.register(BACKEND)
     _keep_works_of_reducers()

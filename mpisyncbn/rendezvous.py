@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import socket
+import functools
+import inspect
 import sys
-import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import timedelta
@@ -14,15 +14,16 @@ from urllib.parse import parse_qs, urlencode, urlparse
 
 import torch.distributed as dist
 
-from . import config, launcher
-from .communicator import mpi
+from . import config, diagnostics, launcher
+from .communicator import mpi, subset
+from .progress import patiently
+from .store import LateStore, shared_store
 
-__all__ = ["forget", "over", "register", "source"]
+__all__ = ["forget", "late_store", "over", "register", "source"]
 
 _GIVEN = "rank", "world_size"
 _ALL = {"RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"}
 _source: Any = None
-_kept: list[Any] = []  # gloo on other ranks may want the store of rank 0 even while it ends
 
 
 def source() -> Any:
@@ -53,8 +54,13 @@ def forget() -> None:
         _source = None
 
 
-def register() -> None:
-    """The address ``mpi4py://``; and ``env://``, torch's default, unless its variables are all set."""
+def register(backend: str) -> None:
+    """The address ``mpi4py://``; and ``env://``, torch's default, unless its variables are all set.
+
+    Groups of backends other than ``backend``, which is ours, get a store when torch makes them.
+    """
+    torchs: Any = import_module("torch.distributed.distributed_c10d")
+    torchs._new_process_group_helper = _with_stores(torchs._new_process_group_helper, backend)
     dist.register_rendezvous_handler("mpi4py", _over_mpi)
     handlers = import_module("torch.distributed.rendezvous")._rendezvous_handlers
     from_environment = handlers["env"]
@@ -69,6 +75,45 @@ def register() -> None:
         return _over_mpi(f"mpi4py://?{urlencode(arguments)}", *args, **kwargs)
 
     handlers["env"] = env
+
+
+def _with_stores(make: Any, ours: str) -> Any:
+    """Torch's own way to make a group, on each of its ranks, with a store of the group for other backends."""
+    signature = inspect.signature(make)
+
+    @functools.wraps(make)
+    def make_with_store(*args: Any, **kwargs: Any) -> Any:
+        call = signature.bind(*args, **kwargs)
+        given, ranks = call.arguments, call.arguments["global_ranks_in_group"]
+        late = late_store(given["store"])
+        if late is None or (ranks and source().rank not in ranks) or _backends(given["backend"]) == {ours}:
+            return make(*args, **kwargs)
+        comm, timeout = subset(source(), list(ranks) or list(range(source().size))), given["timeout"]
+        given["store"] = dist.PrefixStore("default_pg", shared_store(comm, timeout))
+        if not ranks:
+            late.close()  # the default group has this one now
+        group = make(*call.args, **call.kwargs)
+        # The first rank has the store, and must not end while others still look for something in it.
+        everyone = comm.Ibarrier()
+        if patiently(everyone.Test, timeout.total_seconds()):
+            comm.Free()
+        else:
+            diagnostics.abandon(everyone)
+        return group
+
+    return make_with_store
+
+
+def _backends(given: Any) -> set[str]:
+    """Those that torch would make for the devices of a group."""
+    config: Any = import_module("torch.distributed.distributed_c10d").BackendConfig(given)
+    return set(config.get_device_backend_map().values())
+
+
+def late_store(store: Any) -> LateStore | None:
+    """The LateStore under torch's prefixes, if it is one."""
+    under = getattr(store, "_underlying_non_prefix_store", store)
+    return under if isinstance(under, LateStore) else None
 
 
 def _rank_and_size(url: str) -> dict[str, int]:
@@ -88,44 +133,6 @@ def _over_mpi(
             "world_size, or RANK and WORLD_SIZE, out, or set MASTER_ADDR and MASTER_PORT too for ranks that "
             "MPI does not know"
         )
-    store = _store(comm, timeout)
-    _kept.append(store)
-    yield store, comm.rank, comm.size
+    store = LateStore(comm, timeout) if comm.size > 1 else dist.HashStore()
+    yield store, comm.rank, comm.size  # and this frame keeps it until the group does
     raise RuntimeError("MPI cannot find other ranks than it has found")
-
-
-def _store(comm: Any, timeout: timedelta) -> Any:
-    """For groups of other backends, gloo and nccl: a TCPStore on rank 0. Ours needs none.
-
-    Where rank 0 cannot be reached, every rank has a store of its own, which is of no use to others.
-    Collective: every rank of ``comm`` must call.
-    """
-
-    def connect(host: str, port: int, is_master: bool) -> Any:
-        patience = min(timeout, timedelta(seconds=60))
-        return dist.TCPStore(host, port, comm.size, is_master, patience, wait_for_workers=False)
-
-    one_host = len(set(comm.allgather(socket.gethostname()))) == 1
-    store, problem = None, None
-    try:
-        store = connect("127.0.0.1", 0, True) if comm.rank == 0 else None
-    except RuntimeError as error:
-        problem = error
-    address = comm.bcast(store and ("127.0.0.1" if one_host else socket.gethostname(), store.port))
-    try:
-        if address and comm.rank > 0:
-            store = connect(address[0], address[1], False)
-    except RuntimeError as error:
-        problem = error
-    problems = [
-        f"rank {rank}: {what}" for rank, what in enumerate(comm.allgather(problem and str(problem))) if what
-    ]
-    if not problems:
-        return store
-    if comm.rank == 0:
-        warnings.warn(
-            "torch.distributed has no store that all ranks reach, so backends other than mpi4py cannot be "
-            f"used: {problems[0]}",
-            stacklevel=2,
-        )
-    return dist.HashStore()

@@ -21,6 +21,7 @@ ORDER = [
     "collectives",
     "steps",
     "rendezvous",
+    "store",
     "buffers",
     "progress",
     "joining",

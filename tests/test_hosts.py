@@ -151,6 +151,7 @@ CORE = [
     "test_exchange.py",
     "test_functional.py",
     "test_diagnostics.py",
+    "test_store.py",
     "test_batchnorm.py::test_like_torch_on_the_whole_batch",
     "test_batchnorm.py::test_running_statistics_are_the_same_bits_everywhere_after_100_uneven_steps",
     "test_batchnorm.py::test_any_split_shape_dtype_and_layout",
