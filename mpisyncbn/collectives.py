@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from . import buffers
+from .compiling import opaque_methods
 from .errors import on_rank
 from .progress import Work
 from .steps import DEFAULT, Action, Stepwise, listed, same, seen
@@ -20,6 +21,7 @@ __all__ = ["Collectives"]
 Prepared = tuple[tuple[Any, ...], Action]
 
 
+@opaque_methods
 class Collectives(Stepwise):
     """Each method prepares on the caller's thread, where a GPU's values come to host memory in the order of
     its stream, and acts once the ranks agree: see Stepwise._run."""

@@ -33,6 +33,7 @@ from . import buffers, diagnostics, launcher, rendezvous
 from .arguments import check_timeout
 from .collectives import Collectives
 from .communicator import Communicator, mpi, resolve, subset
+from .compiling import opaque, opaque_methods
 from .errors import CollectiveTimeoutError, MPISyncBNError, on_rank
 from .joining import join
 from .progress import Work, patiently
@@ -44,6 +45,7 @@ BACKEND = "mpi4py"
 _NOTE = np.zeros(1, np.uint8)  # that a rank is here
 
 
+@opaque_methods
 class ProcessGroup(Collectives):
     """The ranks of an MPI communicator as a process group of torch.distributed, which makes it.
 
@@ -226,6 +228,7 @@ class _OfGroup(Communicator):
             return super()._make()
 
 
+@opaque_methods
 class Message(Work):
     """Messages under way from one rank to another; they go on whenever MPI is called."""
 
@@ -317,6 +320,7 @@ def init_process_group(comm: Any = None, timeout: timedelta | None = None) -> No
         dist.init_process_group(BACKEND, init_method="mpi4py://", timeout=timeout)
 
 
+@opaque()
 def monitored_barrier(
     group: Any = None, timeout: timedelta | None = None, wait_all_ranks: bool = False
 ) -> None:

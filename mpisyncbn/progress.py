@@ -15,6 +15,7 @@ import torch.distributed as dist
 from torch.distributed import Work as _Work
 
 from . import exits
+from .compiling import opaque_methods
 from .errors import CollectiveTimeoutError, MPISyncBNError, on_rank
 
 __all__ = ["Engine", "Work", "patiently"]
@@ -58,6 +59,7 @@ def _raise(failed: _Failed) -> None:
     raise failed.error
 
 
+@opaque_methods
 class _Future(torch.futures.Future):
     """What comes after it comes on the thread that says so, and not whenever it is done.
 
@@ -77,6 +79,7 @@ class _Future(torch.futures.Future):
         super().add_done_callback(callback)
 
 
+@opaque_methods
 class Work(_Work):
     """A collective that was begun, as torch.distributed knows it."""
 

@@ -47,6 +47,7 @@ ORDER = [
     "staging",
     "diagnostics",
     "kernels",
+    "compiling",
     "exits",
     "launcher",
     "config",

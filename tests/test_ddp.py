@@ -13,6 +13,7 @@ import torch
 import torch.distributed as dist
 from parallel import WORLD, together
 from torch import Tensor, nn
+from torch.distributed import _functional_collectives as functional_collectives
 from torch.distributed.algorithms.ddp_comm_hooks import default_hooks, powerSGD_hook
 from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
@@ -305,3 +306,76 @@ def test_messages_that_have_come_are_let_go() -> None:
     with together():
         assert (out == (RANK - 1) % SIZE).all()
         assert [ref() for ref in seen] == [None, None]
+
+
+# torch.compile. What it says of itself is no concern of these.
+compiles = pytest.mark.filterwarnings("ignore")
+BACKEND = "aot_eager"
+
+
+@pytest.fixture
+def fresh_compiler() -> Iterator[None]:
+    torch._dynamo.reset()
+    yield
+    torch._dynamo.reset()
+
+
+@compiles
+@pytest.mark.parametrize("name", ["plain", "static graph", "unused parameters", "inside", "whole graph"])
+def test_compiled(name: str, fresh_compiler: None) -> None:
+    """Buckets are rebuilt in the second step of four."""
+    net = network()
+    if name == "inside":
+        ddp: Any = DistributedDataParallel(torch.compile(net, backend=BACKEND))
+    else:
+        ddp = torch.compile(DistributedDataParallel(net, **OPTIONS.get(name, {})), backend=BACKEND)
+    with torch._dynamo.config.patch(optimize_ddp=name != "whole graph"):
+        train(ddp, steps=4)
+    with together():
+        assert distance(net, in_one_process(steps=4)) < 1e-9
+
+
+@compiles
+@pytest.mark.parametrize("whole", [True, False])
+def test_compiled_collectives(whole: bool, fresh_compiler: None) -> None:
+    """As with gloo: in one graph those that torch has graph operations for, and all with graph breaks."""
+
+    def traceable(x: Tensor, group: Any) -> list[Tensor]:
+        total, everyone, part = x * 2, x.new_zeros(2 * SIZE, 3), x.new_zeros(2, 3)
+        dist.all_reduce(total, group=group)
+        dist.all_gather_into_tensor(everyone, x, group=group)
+        dist.reduce_scatter_tensor(part, everyone + total.sum(), group=group)
+        return [total, everyone, part, functional_collectives.all_reduce(x + 1, "max", group)]
+
+    def anything(x: Tensor, group: Any) -> list[Tensor]:
+        total, sent, parts = x * 2, x + 1, [torch.zeros_like(x) for _ in range(SIZE)]
+        works = [
+            dist.all_reduce(total, group=group, async_op=True),
+            dist.all_gather(parts, x, group=group, async_op=True),
+        ]
+        for work in works:
+            work.wait()
+        dist.broadcast(sent, SIZE - 1, group=group)
+        dist.barrier(group=group)
+        return [total, sent, *parts]
+
+    gloo, x = (
+        dist.new_group(backend="gloo"),
+        batches(RANK, 1, 2)[0][:, 0, 0, :3].mul(10).round(),
+    )  # exact in any order
+    compiled = torch.compile(traceable if whole else anything, backend=BACKEND, fullgraph=whole)
+    expected, got = compiled(x, gloo), compiled(x, dist.group.WORLD)
+    with together():
+        assert all(torch.equal(a, b) for a, b in zip(got, expected, strict=True))
+
+
+@compiles
+def test_a_barrier_that_tells_amid_what_is_compiled(fresh_compiler: None) -> None:
+    @torch.compile(backend=BACKEND)
+    def function(x: Tensor) -> Tensor:
+        mpisyncbn.distributed.monitored_barrier()
+        return x + 1
+
+    y = function(torch.ones(2))
+    with together():
+        assert torch.equal(y, torch.full((2,), 2.0))
