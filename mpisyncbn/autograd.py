@@ -24,7 +24,7 @@ from torch._subclasses.fake_tensor import FakeTensor
 from torch.utils._python_dispatch import _disable_current_modes
 from torch.utils.checkpoint import CheckpointPolicy, _CachingTorchDispatchMode
 
-from . import exchange, functional, transport
+from . import exchange, functional, profiling, transport
 from .arguments import UNNAMED, check_arguments, check_count, check_fused, check_tensor
 from .communicator import Communicator, by_handle, resolve
 from .diagnostics import Call
@@ -34,6 +34,8 @@ from .functional import BatchStats
 from .kernels import Gate, generic, kernels_for, native
 
 __all__ = ["batch_norm", "fits", "sync_batch_norm"]
+
+profiling.find_torch()
 
 
 def sync_batch_norm(

@@ -29,14 +29,14 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from . import buffers, diagnostics, launcher, rendezvous
+from . import buffers, diagnostics, launcher, profiling, rendezvous
 from .arguments import check_timeout
 from .collectives import Collectives
 from .communicator import Communicator, mpi, resolve, subset
 from .compiling import opaque, opaque_methods
 from .errors import CollectiveTimeoutError, MPISyncBNError, on_rank
 from .joining import join
-from .progress import Work, patiently
+from .progress import Work, keep_works_of_reducers, patiently
 from .steps import Step, listed, seen
 
 __all__ = ["BACKEND", "ProcessGroup", "init_process_group", "join", "monitored_barrier"]
@@ -238,6 +238,8 @@ class Message(Work):
         super().__init__([host if tensor is None else tensor], what)
         self._polling = threading.Lock()
         self._group, self._requests, self._host, self._tensor = group, requests, host, tensor
+        profiled = profiling.profiler._is_profiler_enabled
+        self._end = profiling.begin(f"mpi4py:{what.operation}") if profiled else None
 
     def is_completed(self) -> bool:
         with self._polling:  # MPI lets one thread at a time ask for a request
@@ -274,6 +276,8 @@ class Message(Work):
 
     def finish(self, error: BaseException | None = None) -> None:
         self._group._messages.discard(self)
+        if self._end is not None:
+            self._end()
         super().finish(error)
 
     def wait(self, timeout: timedelta | None = None) -> bool:
@@ -332,7 +336,8 @@ def monitored_barrier(
     group = dist.group.WORLD if group is None else group
     if not isinstance(group, ProcessGroup):
         raise TypeError(f"expected a group of backend {BACKEND}, got {group!r}{on_rank()}")
-    group.monitored_barrier(timeout, wait_all_ranks)
+    with profiling.record("mpi4py:monitored_barrier"):
+        group.monitored_barrier(timeout, wait_all_ranks)
 
 
 def _create(options: Any, _: Any) -> ProcessGroup:
@@ -349,17 +354,7 @@ def _create(options: Any, _: Any) -> ProcessGroup:
     return ProcessGroup(comm, options.timeout, is_world=not ranks, store=options.store)
 
 
-def _keep_works_of_reducers() -> None:
-    """DistributedDataParallel.join() hands a Work to its reducer, in C++, and drops it."""
-    hand_over = dist.Reducer._set_forward_pass_work_handle
-
-    def keeping(reducer: Any, work: Any, use_static_world_size: bool) -> None:
-        hand_over(reducer, work.kept() if isinstance(work, Work) else work, use_static_world_size)
-
-    dist.Reducer._set_forward_pass_work_handle = keeping
-
-
 if BACKEND not in dist.Backend.backend_list:
     dist.Backend.register_backend(BACKEND, _create, extended_api=True, devices=["cpu", "cuda"])
     rendezvous.register(BACKEND)
-    _keep_works_of_reducers()
+    keep_works_of_reducers()

@@ -25,7 +25,7 @@ from typing import Any, NoReturn
 
 import numpy as np
 
-from . import diagnostics, transport
+from . import diagnostics, profiling, transport
 from .communicator import Communicator
 from .diagnostics import Call
 from .errors import CollectiveMismatchError, MPISyncBNError
@@ -66,9 +66,15 @@ def merge_moments(
     Collective: every rank of the group must call.
     """
     group.check_world()
+    merge: Any
     if call.dtype == "float64":
-        return _gather_moments(group, call, count, *_where_sent(group, *mean, m2))
-    return _sum_moments(group, call, count, *_where_sent(group, mean, m2))
+        merge, vectors = _gather_moments, _where_sent(group, *mean, m2)
+    else:
+        merge, vectors = _sum_moments, _where_sent(group, mean, m2)
+    if profiling.profiler._is_profiler_enabled:
+        with profiling.record("mpisyncbn:merge_moments"):
+            return merge(group, call, count, *vectors)
+    return merge(group, call, count, *vectors)
 
 
 def reduce_sums(group: Communicator, call: Call, *sums: Any) -> tuple[np.ndarray, ...]:
@@ -77,9 +83,12 @@ def reduce_sums(group: Communicator, call: Call, *sums: Any) -> tuple[np.ndarray
     Collective: every rank of the group must call.
     """
     vectors = _where_sent(group, *sums)
+    lock: Any = group.lock
+    if profiling.profiler._is_profiler_enabled:
+        lock = profiling.recorded("mpisyncbn:reduce_sums", lock)
     if group.link is not None and len(sums) == 2 and type(vectors[0]) is np.ndarray:
         totals = np.empty((2, len(sums[0])))
-        with group.lock:
+        with lock:
             try:
                 problem = group.link.sum_vectors(_sign(group, call, 3 + totals.size), *vectors, totals)
                 if problem:
@@ -87,7 +96,8 @@ def reduce_sums(group: Communicator, call: Call, *sums: Any) -> tuple[np.ndarray
             finally:
                 group.presence.doing = None
         return totals[0], totals[1]
-    return tuple(_exchanged(group, call, _SUM, 0, *vectors)[3:].reshape(len(sums), -1))
+    with lock:
+        return tuple(_exchanged(group, call, _SUM, 0, *vectors)[3:].reshape(len(sums), -1))
 
 
 def _where_sent(group: Communicator, *vectors: Any) -> Sequence[Any]:

@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from . import exchange, transport
+from . import exchange, profiling, transport
 from .arguments import check_arguments, check_count, check_gradient, check_running, check_stats
 from .communicator import resolve
 from .diagnostics import Call
@@ -274,6 +274,7 @@ def layer_dtype(x: Any, *parameters: Any) -> str:
 
 
 def _call(x: Any, weight: Any, bias: Any, direction: str, eps: float | None = None) -> Call:
+    profiling.find_torch()  # which may have been imported since
     return Call("functional.batch_norm", direction, x.shape[1], layer_dtype(x, weight, bias), eps)
 
 

@@ -18,7 +18,7 @@ from . import exits
 from .compiling import opaque_methods
 from .errors import CollectiveTimeoutError, MPISyncBNError, on_rank
 
-__all__ = ["Engine", "Work", "patiently"]
+__all__ = ["Engine", "Work", "keep_works_of_reducers", "patiently"]
 
 _SPINS = 100  # about as long as a message takes where the others are there already
 
@@ -220,3 +220,13 @@ class Engine:
                 error = problem
             work.finish(error)
             del task, run, work  # and the tensors they hold
+
+
+def keep_works_of_reducers() -> None:
+    """DistributedDataParallel.join() hands a Work to its reducer, in C++, and drops it."""
+    hand_over = dist.Reducer._set_forward_pass_work_handle
+
+    def keeping(reducer: Any, work: Any, use_static_world_size: bool) -> None:
+        hand_over(reducer, work.kept() if isinstance(work, Work) else work, use_static_world_size)
+
+    dist.Reducer._set_forward_pass_work_handle = keeping  # type: ignore[method-assign, assignment]

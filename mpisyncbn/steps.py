@@ -11,7 +11,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from . import diagnostics, watchdog
+from . import diagnostics, profiling, watchdog
 from .communicator import Communicator, mpi
 from .errors import CollectiveTimeoutError, MPISyncBNError, on_rank
 from .progress import Engine, Work, patiently
@@ -61,6 +61,7 @@ class _Options:
 
 DEFAULT = _Options()
 _NONE = timedelta(0)
+profiling.find_torch()
 
 
 class Stepwise(dist.ProcessGroup):
@@ -118,9 +119,15 @@ class Stepwise(dist.ProcessGroup):
 
         if not self._engine.is_here():
             if opts.asyncOp and self._threads:
+                if profiling.profiler._is_profiler_enabled:
+                    perform = profiling.in_background(f"mpi4py:{operation}", perform)
                 return self._engine.submit(perform, Work(result, step))
             self._engine.drain()
-        perform()
+        if profiling.profiler._is_profiler_enabled:
+            with profiling.record(f"mpi4py:{operation}"):
+                perform()
+        else:
+            perform()
         return Work.done(result, step)
 
     def _meet(self, step: Step, seconds: float) -> None:

@@ -48,6 +48,7 @@ ORDER = [
     "diagnostics",
     "kernels",
     "compiling",
+    "profiling",
     "exits",
     "launcher",
     "config",

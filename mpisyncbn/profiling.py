@@ -1,0 +1,57 @@
+"""Names of collectives and exchanges in torch.profiler. Without one, it costs a look at a flag."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+__all__ = ["begin", "find_torch", "in_background", "profiler", "record", "recorded"]
+
+
+class _NoTorch:
+    _is_profiler_enabled = False
+
+
+profiler: Any = _NoTorch  # torch.autograd.profiler, whose flag is for such questions
+
+
+def find_torch() -> None:
+    """From here on heed torch's profiler, if torch has been imported."""
+    global profiler
+    if "torch.autograd.profiler" in sys.modules:
+        profiler = sys.modules["torch.autograd.profiler"]
+
+
+def record(name: str) -> Any:
+    """A context manager for what ``name`` stands for."""
+    return profiler.record_function(name)
+
+
+@contextmanager
+def recorded(name: str, lock: Any) -> Iterator[None]:
+    """``lock``, recorded from when it is waited for until it is released."""
+    with record(name), lock:
+        yield
+
+
+def begin(name: str) -> Callable[[], None]:
+    """Begin a record; calling what this returns ends it, on any thread. Only while a profiler is enabled."""
+    recording, over = record(name), sys.modules["torch"].futures.Future()
+    recording.__enter__()
+    recording._call_end_callbacks_on_future(over)  # in which the profiler of this thread is known
+    return lambda: over.set_result(None)
+
+
+def in_background(name: str, run: Callable[[], None]) -> Callable[[], None]:
+    """``run`` for another thread: recorded from now on to its end. Only while a profiler is enabled."""
+    end = begin(name)
+
+    def run_and_end() -> None:
+        try:
+            run()
+        finally:
+            end()
+
+    return run_and_end
