@@ -43,7 +43,7 @@ def test_aborted() -> None:
     out = run_alone(
         BEGIN
         + """
-layer.process_group.free()
+layer.communicator.free()
 del group, layer
 gc.collect()
 dist.distributed_c10d._abort_process_group()

@@ -448,8 +448,7 @@ def _about(
 
     In float64. ``unit`` is a power of two.
     """
-    near = near * unit
-    sums = tl.where(mask, values.to(WIDE) * unit - near, 0.0)
+    sums = tl.where(mask, values.to(WIDE) - near, 0.0) * unit
     squares = sums * sums
     total = count.to(tl.int64)
     if not ONE:
@@ -459,10 +458,10 @@ def _about(
             more, more_mask, more_count = _tile(
                 x, tile + 1, last, rows, width, stride, INDEX, PLANES, ROWS, COLUMNS
             )
-            distance = tl.where(mask, values.to(WIDE) * unit - near, 0.0)
+            distance = tl.where(mask, values.to(WIDE) - near, 0.0) * unit
             sums += distance
             squares += distance * distance
-            distance = tl.where(more_mask, more.to(WIDE) * unit - near, 0.0)
+            distance = tl.where(more_mask, more.to(WIDE) - near, 0.0) * unit
             sums += distance
             squares += distance * distance
             total += count + more_count
