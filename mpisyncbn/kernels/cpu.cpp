@@ -261,9 +261,10 @@ enum { REFUSED, DONE, EXTREME };
 
 int outcome(bool done, bool extreme) { return !done ? REFUSED : extreme ? EXTREME : DONE; }
 
-// Where x - mean, times invstd, times invstd, stays within float32, whatever dy is. 0 stands for a constant channel.
-bool is_ordinary(double invstd) { return invstd == 0 || (invstd >= 0x1p-30 && invstd <= 0x1p30); }
-bool fits_float(double number) { return std::fabs(number) < 0x1p127; }
+// Where x - mean, times invstd, times invstd, stays within float32, whatever dy is. 0 stands for a constant channel, and
+// NaN for one whose values are not finite, which no wider type can mend.
+bool is_ordinary(double invstd) { return invstd == 0 || !(invstd < 0x1p-30 || invstd > 0x1p30); }
+bool fits_float(double number) { return !(std::fabs(number) >= 0x1p127); }
 
 // What the loops take per channel, from what the formulas take, in double and rounded once.
 // x - mean is x - MEAN exactly where it matters, and what rounding the mean left goes into SHIFT and REST.
@@ -292,7 +293,7 @@ const work_of<T> *numbers(const Plan<T> &plan, const Vector &mean, const Vector 
             const double slope = -scale * (invstds[c] * (invstds[c] * mean_dy_xmu[c]));
             slopes[c] = (W)slope;
             rests[c] = (W)(-scale * mean_dy[c] - rest * slope);
-            if (sizeof(W) < 8) beyond |= !fits_float(slope);
+            if (sizeof(W) < 8) beyond |= std::isfinite(mean_dy_xmu[c]) && !fits_float(slope);
         }
     extreme = beyond;
     for (int kind = 0; kind < (mean_dy ? KINDS : SLOPE); ++kind) {
@@ -370,7 +371,8 @@ long local_moments(nb::handle x_object, const Output &out, int threads) {
         // Without any distance, the channel is constant.
         const double least = 0x1p-100 * (double)total, most_squares = 0x1p100 * (double)total;
         if (std::is_same_v<T, float> || std::is_same_v<T, bfloat16>)
-            for (long c = 0; c < channels; ++c) extreme |= m2[c] != 0 && !(m2[c] >= least && m2[c] <= most_squares);
+            for (long c = 0; c < channels; ++c)
+                extreme |= m2[c] != 0 && !std::isnan(near[c]) && !(m2[c] >= least && m2[c] <= most_squares);
         return true;
     });
     const long count = x.size() / x.shape[1];
@@ -424,9 +426,12 @@ int backward_reduce(nb::handle dy_object, nb::handle x_object, const Vector &mea
         const auto &loops = best_loops<T>();
         const Unlocked unlocked(x);
         const Partials<T> found(*plan, 2);
+        std::atomic<bool> underflow{false};
         every_tile(*plan, Direction::down, [&](const Way<T> &way, const Tile &t, int i) {
+            if (std::fetestexcept(FE_UNDERFLOW)) std::feclearexcept(FE_UNDERFLOW);  // the second is slow
             loops.reduce(way.on, t, way.rows, gate, all + t.c0, stride, scratch<W>(3 * padded(t.c1 - t.c0)),
                          found.at(i, t, 0), found.at(i, t, 1));
+            if (std::fetestexcept(FE_UNDERFLOW)) underflow = true;
         });
         double *__restrict sum_dy = out.data(), *__restrict sum_dy_xmu = sum_dy + channels;
         const double *const means = mean.data();
@@ -436,12 +441,14 @@ int backward_reduce(nb::handle dy_object, nb::handle x_object, const Vector &mea
         });
         for (long c = 0; c < channels; ++c)
             sum_dy_xmu[c] -= (means[c] - (double)(W)means[c]) * sum_dy[c];
-        // Products so small may have lost digits, if there were any; those of an infinite sum were too large.
+        // Products so small may have lost digits, if one has underflown: those of a constant channel are 0. Those of an
+        // infinite sum were too large, if dy and x are finite.
         const double least = 0x1p-100 * (double)(x.size() / channels);
         if (sizeof(W) < 8)
             for (long c = 0; c < channels; ++c) {
-                const bool none = sum_dy[c] == 0 && sum_dy_xmu[c] == 0, small = !(std::fabs(sum_dy_xmu[c]) >= least);
-                extreme |= (small && !none) | !std::isfinite(sum_dy_xmu[c]);
+                const bool small = underflow && std::fabs(sum_dy_xmu[c]) < least;
+                const bool finite = std::isfinite(sum_dy[c]) && std::isfinite(means[c]);
+                extreme |= finite && (small || !std::isfinite(sum_dy_xmu[c]));
             }
         return true;
     });

@@ -65,15 +65,16 @@ def backward_elementwise(
 
 
 def _is_ordinary(invstd: np.ndarray) -> np.ndarray:
-    return (invstd == 0) | ((invstd >= _SMALL) & (invstd <= _LARGE))
+    return (invstd == 0) | ~((invstd < _SMALL) | (invstd > _LARGE))
 
 
 def _beyond(invstd: np.ndarray, weight: Any, mean_dy_xmu: Any = 0.0) -> np.ndarray:
     """Channels whose numbers, or what comes of them, may be beyond float32. cpu.cpp knows the same rule."""
     with np.errstate(all="ignore"):
         scale = invstd if weight is None else invstd * np.asarray(_double(weight))
-        largest = np.maximum(np.abs(scale), np.abs(scale * (invstd * (invstd * mean_dy_xmu))))
-        return np.flatnonzero(~(_is_ordinary(invstd) & (largest < _FLOAT)))
+        slope = np.where(np.isfinite(mean_dy_xmu), scale * (invstd * (invstd * mean_dy_xmu)), 0.0)
+        largest = np.maximum(np.abs(scale), np.abs(slope))
+        return np.flatnonzero(~_is_ordinary(invstd) | (largest >= _FLOAT))
 
 
 def _double(x: Any) -> Any:
