@@ -257,7 +257,9 @@ def _check_momentum(momentum: Any, expected: str, like: Any) -> None:
         return
     check_kind("momentum", momentum, "the other arguments", like)
     if dtype_name(momentum.dtype) not in FLOATING:
-        raise TypeError(f"expected momentum to be floating point, got {momentum.dtype}{on_rank()}")
+        raise TypeError(
+            f"expected momentum to be floating point, got {momentum.dtype}{on_rank()}: hand over a float"
+        )
     if getattr(momentum, "requires_grad", False):
         raise TypeError(
             f"expected momentum without a gradient, got a tensor that requires one{on_rank()}: "

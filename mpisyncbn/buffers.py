@@ -39,6 +39,7 @@ _MPI_NAMES = {
     torch.complex128: "C_DOUBLE_COMPLEX",
 }
 _HALF = (torch.float16, torch.bfloat16)
+_SHORT = (torch.int8, torch.int16, torch.uint8, torch.uint16)
 _OPERATIONS = ("SUM", "AVG", "PRODUCT", "MIN", "MAX", "BAND", "BOR", "BXOR")
 _OF_BOOL = {
     "SUM": "LOR",
@@ -64,7 +65,8 @@ class Reduction:
     """An operation of torch.distributed on tensors of one dtype.
 
     Half precision is widened to float32 and rounded once, at the end. Bool is reduced logically: SUM and MAX
-    are "or". AVG of integers is their SUM, overflow included, divided and truncated towards zero, as in NCCL.
+    are "or". AVG of integers is their sum, divided and truncated towards zero, as in NCCL. That of 8 and 16
+    bits is taken in 32: MPI libraries do not agree on overflow, Open MPI's vectors saturate.
     Use ``reduction``, which makes each once.
 
     Raises TypeError for what has no meaning: averages of bool, order of complex numbers, bits of floats.
@@ -72,6 +74,8 @@ class Reduction:
 
     def __init__(self, name: str, dtype: torch.dtype) -> None:
         wire = torch.float32 if dtype in _HALF else dtype
+        if name == "AVG" and dtype in _SHORT:
+            wire = torch.int32
         if wire not in _MPI_NAMES:
             raise TypeError(f"MPI has no {dtype} to reduce: send it as another dtype")
         inexact = dtype.is_floating_point or dtype.is_complex

@@ -77,7 +77,7 @@ _SIZES = (
 )
 _RANKS = ("PMIX_RANK", "PMI_RANK", "PALS_RANKID", "SLURM_PROCID")
 _WITHOUT_SIZE = ("PMIX_RANK", "PALS_RANKID")  # of launchers that give no size
-# By which MPI takes a process for one rank of one job.
+# The variables by which MPI knows which rank of which job a process is.
 _IDENTITY: tuple[str, ...] = ("PMIX_NAMESPACE", "PMIX_RANK", "PMI_FD", "PMI_PORT", "PMI_ID", "PMI_RANK")
 _IDENTITY += ("PALS_APID", "PALS_RANKID")
 # Of launchers that tell MPI nothing. One variable alone may be left over from anything, so all must be set.

@@ -33,7 +33,8 @@ from .errors import CollectiveMismatchError, MPISyncBNError
 __all__ = ["answer", "merge_moments", "reduce_sums"]
 
 _SUM, _GATHER = 1, 2  # kinds of messages, as a joined rank is told of them
-# A variance below _LOST * mean**2 has lost digits in the sums. Of no variance they leave _ROUNDING * mean**2.
+# A variance below _LOST * mean**2 has lost digits in the sums. If there is none, rounding leaves up to
+# _ROUNDING * mean**2.
 _LOST, _ROUNDING = 1e-8, 1e-15
 # What a rank adds to the first word if its M2 will not show in the sums. 131,072 of them are less than 1.
 _HIDDEN = 2.0**-18

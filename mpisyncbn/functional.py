@@ -96,6 +96,7 @@ def batch_norm_forward(
         TypeError: an argument is a masked array, a matrix, or an array of another library.
         ValueError: on every rank, where the group has a single value per channel.
         CollectiveMismatchError: on every rank, if the ranks were in different calls.
+        MPISyncBNError: the group is the world, and torch.distributed or a launcher knows of more ranks.
 
     Collective: every rank of the group must call.
     """

@@ -89,9 +89,10 @@ def _with_stores(make: Any, ours: str) -> Any:
         if late is None or (ranks and source().rank not in ranks) or _backends(given["backend"]) == {ours}:
             return make(*args, **kwargs)
         comm, timeout = subset(source(), list(ranks) or list(range(source().size))), given["timeout"]
-        given["store"] = dist.PrefixStore("default_pg", shared_store(comm, timeout))
+        store = shared_store(comm, timeout)
+        given["store"] = dist.PrefixStore("default_pg", store)
         if not ranks:
-            late.close()  # the default group has this one now
+            late.become(store)  # torch may meet once more in the one that it was given
         group = make(*call.args, **call.kwargs)
         # The first rank has the store, and must not end while others still look for something in it.
         everyone = comm.Ibarrier()

@@ -71,6 +71,12 @@ class LateStore(dist.Store):
                 os.close(self._socket)
             self._socket, self._store, self._address = -1, None, "its process group was destroyed"
 
+    def become(self, store: Any) -> None:
+        """Be another store from now on, and give the port back."""
+        self.close()
+        with self._lock:
+            self._store = store
+
     def __del__(self) -> None:
         self.close()
 

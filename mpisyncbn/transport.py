@@ -144,6 +144,8 @@ def on_host(array: Any) -> bool:
 
 def known(number: Any) -> bool:
     """Whether the value of a number, or of an array of no dimensions, can be looked at without waiting."""
+    if isinstance(number, (int, float)):  # also one that torch.compile traces: it has no attributes
+        return True
     if not hasattr(number, "is_cpu"):
         return on_host(number) or not hasattr(number, "ndim") or isinstance(number, np.generic)
     torch = loaded_torch()
@@ -215,7 +217,7 @@ def blend(running: Sequence[Any], batch: Sequence[np.ndarray], momentum: Any, ba
         wide = torch.float64 if has_float64(first) else torch.float32
     news = [torch.from_numpy(vector) for vector in batch] if on_host(first) else near(first, *batch)
     news = [new.to(wide) for new in news]
-    weight = momentum.to(first.device, wide) if hasattr(momentum, "ndim") else momentum
+    weight = momentum if isinstance(momentum, (int, float)) else momentum.to(first.device, wide)
     with _all_or_nothing(*running, *(() if batches is None else (batches,))):
         for old, new in zip(running, news, strict=True):
             if old.dtype == wide:
@@ -232,7 +234,8 @@ def lerp(old: Any, new: Any, momentum: Any) -> Any:
     So a momentum of 1 gives ``new``, also if it is lost in ``new - old``.
     """
     if hasattr(old, "lerp"):
-        return old.lerp(new, momentum.to(old.device, old.dtype) if hasattr(momentum, "ndim") else momentum)
+        is_number = isinstance(momentum, (int, float))
+        return old.lerp(new, momentum if is_number else momentum.to(old.device, old.dtype))
     step = new - old
     from_old, from_new = old + momentum * step, new - (1 - momentum) * step
     if known(momentum):

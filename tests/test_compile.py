@@ -61,6 +61,19 @@ def test_fullgraph_training_is_the_same():
         assert distance(a, b, b.abs().max().double().clamp_min(1.0)) < 1e-5
 
 
+def test_a_momentum_that_changes_from_step_to_step():
+    """The compiler makes a symbol of it, which has no value and no attributes."""
+    layer = mpisyncbn.SyncBatchNorm(3)
+    eager, x = copy.deepcopy(layer), shard((3 + WORLD.rank, 3), 1, 2.0)
+    compiled = torch.compile(layer, fullgraph=True, dynamic=True, backend=BACKEND)
+    for momentum in (0.1, 0.3, 1.0, 0.7):
+        layer.momentum = eager.momentum = momentum
+        compiled(x)
+        eager(x)
+    assert distance(layer.running_mean, eager.running_mean) < 1e-6
+    assert distance(layer.running_var, eager.running_var) < 1e-6
+
+
 def forwards(layer, forward, x):
     """Three forward passes, then two backward passes of the same: what comes of it for x and the layer."""
     x = x.clone().requires_grad_()
