@@ -11,13 +11,10 @@ import os
 import zlib
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
-from pathlib import Path
 
 from . import config
 
 __all__ = ["absent", "mark", "state_of"]
-
-_PROC = Path("/proc")
 
 
 @contextmanager
@@ -68,7 +65,7 @@ def _name(ranks: Sequence[int]) -> str:
 def _has_come(process: int, ranks: Sequence[int]) -> bool:
     mark = f"/memfd:{_name(ranks)}"
     with suppress(OSError):
-        for file in (_PROC / str(process) / "fd").iterdir():
+        for file in (config.PROC / str(process) / "fd").iterdir():
             with suppress(OSError):
                 if os.readlink(file).startswith(mark):
                     return True
@@ -78,7 +75,7 @@ def _has_come(process: int, ranks: Sequence[int]) -> bool:
 def _processes() -> Iterator[tuple[int, int]]:
     """Rank in the world and process, of this job on this host."""
     job = _job(os.getpid())
-    for folder in _PROC.glob("[0-9]*"):
+    for folder in config.PROC.glob("[0-9]*"):
         process = int(folder.name)
         rank = config.rank_of(process)
         if rank is not None and _job(process) == job:
@@ -87,9 +84,8 @@ def _processes() -> Iterator[tuple[int, int]]:
 
 def _job(process: int) -> int:
     """What started the ranks of a job on this host: the nearest process above that is no rank itself."""
-    with suppress(OSError, IndexError):
-        while config.rank_of(process) is not None:
-            process = int(_stat(process)[1])
+    while config.rank_of(process) is not None:
+        process = config.parent_of(process)
     return process
 
 
@@ -103,4 +99,4 @@ def _age(process: int) -> int:
 
 def _stat(process: int) -> list[str]:
     """State, parent and so on: see proc(5), from the third field on."""
-    return (_PROC / str(process) / "stat").read_text().rpartition(")")[2].split()
+    return (config.PROC / str(process) / "stat").read_text().rpartition(")")[2].split()

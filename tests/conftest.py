@@ -17,6 +17,8 @@ import torch
 from hypothesis import HealthCheck, settings
 from parallel import WORLD, together
 
+from mpisyncbn import Communicator
+
 # The same examples on every rank, none of them remembered between runs, and no limit on their
 # time: an oversubscribed rank waits for the others.
 settings.register_profile(
@@ -63,6 +65,16 @@ def pytest_runtest_logreport(report: Any) -> None:
 def pytest_collectreport(report: Any) -> None:
     if WORLD.rank > 0 and report.failed:
         print(f"rank {WORLD.rank}, {report.nodeid}:\n{report.longreprtext}", file=sys.__stderr__, flush=True)
+
+
+@pytest.fixture(params=["native", "plain"])
+def group(request: Any) -> Iterator[Communicator]:
+    """A group of all ranks, with native exchanges and without."""
+    made = Communicator().ready()
+    if request.param == "plain":
+        made.link = None
+    yield made
+    made.free()
 
 
 @pytest.hookimpl(wrapper=True)

@@ -83,15 +83,6 @@ def exact(x):
     return mean, m2 / len(x)
 
 
-@pytest.fixture(params=["native", "plain"])
-def group(request):
-    made = Communicator().ready()
-    if request.param == "plain":
-        made.link = None
-    yield made
-    made.free()
-
-
 @pytest.fixture
 def recorded():
     made = Communicator()

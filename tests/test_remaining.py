@@ -34,15 +34,6 @@ WIDE = CALL._replace(dtype="float64")
 LARGEST = float(np.finfo(np.float32).max)
 
 
-@pytest.fixture(params=["native", "plain"])
-def group(request):
-    made = Communicator().ready()
-    if request.param == "plain":
-        made.link = None
-    yield made
-    made.free()
-
-
 @pytest.mark.parametrize("wide", [False, True])
 def test_the_mean_of_one_value_is_that_value(group, wide):
     """It is refused for a whole batch, and is what one with data on a single rank may be merged from."""
