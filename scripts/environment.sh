@@ -200,7 +200,7 @@ mpi_variables() {
                     ln -sf "$library" "$venv/system/lib/libmpi.so.12"
                     variables+=("LD_LIBRARY_PATH=$venv/system/lib${LD_LIBRARY_PATH:+:$LD_LIBRARY_PATH}")
                     yielding=$venv/system/lib/yielding.so
-                    if "${CC:-cc}" -O2 -shared -fPIC "$root/tests/yielding.c" -o "$yielding" -ldl; then
+                    if "${CC:-cc}" -O2 -shared -fPIC "$root/scripts/yielding.c" -o "$yielding" -ldl; then
                         variables+=("LD_PRELOAD=$yielding${LD_PRELOAD:+:$LD_PRELOAD}")
                     fi
                 fi

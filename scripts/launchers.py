@@ -20,8 +20,8 @@ sys.path.insert(0, str(Path(__file__).parent))
 sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
 
 from fault_cases import libraries
-from singleton import for_jobs
-from slurm import Slurm, Unavailable, slurm
+from support.jobs import for_jobs
+from support.slurm import Slurm, Unavailable, slurm
 
 TASKS = 4
 LAUNCHERS = ("mpiexec", "srun --mpi=pmix", "srun --mpi=pmi2")
@@ -58,7 +58,9 @@ def main(arguments: list[str] | None = None) -> int:
     rows = list(installed())
     try:
         for nodes in options.nodes:
-            with slurm(for_jobs() | {"NO_COLOR": "1", "OMP_NUM_THREADS": "1"}, nodes) as cluster:
+            with slurm(
+                for_jobs(oversubscribe=False) | {"NO_COLOR": "1", "OMP_NUM_THREADS": "1"}, nodes
+            ) as cluster:
                 for row in rows:
                     cells = [cell(cluster, row, index) for index in range(len(LAUNCHERS))]
                     right = right and all(expected for expected, _ in cells)

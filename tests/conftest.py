@@ -8,16 +8,18 @@ from __future__ import annotations
 import os
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from hypothesis import HealthCheck, settings
-from parallel import WORLD, together
 
+from fault_cases.libraries import Library
 from mpisyncbn import Communicator
+from support import jobs
+from support.ranks import WORLD, together
 
 # The same examples on every rank, none of them remembered between runs, and no limit on their
 # time: an oversubscribed rank waits for the others.
@@ -75,6 +77,35 @@ def group(request: Any) -> Iterator[Communicator]:
         made.link = None
     yield made
     made.free()
+
+
+@pytest.fixture
+def run_job(tmp_path: Path) -> Callable[..., jobs.End]:
+    """``run_job("-c", code, ranks=4)``: how Python ends on so many ranks of a job of its own.
+
+    Without ``ranks``, without mpiexec. ``launcher`` is the command that ``-n`` follows, mpiexec unless it is
+    given. A job runs in this test's ``tmp_path`` unless ``folder`` is given. ``jobs.run`` takes the rest.
+    """
+
+    def run(
+        *arguments: str,
+        ranks: int = 0,
+        launcher: Sequence[str] = (),
+        library: Library | None = None,
+        folder: Path = tmp_path,
+        variables: Mapping[str, str] | None = None,
+        **rest: Any,
+    ) -> jobs.End:
+        start: list[str] = []
+        if ranks:
+            mpiexec = library.mpiexec if library else jobs.find_mpiexec()
+            if not (launcher or mpiexec):
+                pytest.skip("no mpiexec")
+            start = [*(launcher or [mpiexec]), "-n", str(ranks)]
+        environment = {**jobs.for_jobs(), **(library.variables if library else {}), **(variables or {})}
+        return jobs.run([*start, sys.executable, *arguments], folder, variables=environment, **rest)
+
+    return run
 
 
 @pytest.hookimpl(wrapper=True)

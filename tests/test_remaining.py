@@ -9,7 +9,6 @@ import pytest
 import torch
 import torch.distributed as dist
 from mpi4py import MPI
-from parallel import WORLD, distance, local_batch, oracle, shard, together
 from torch import nn
 
 import mpisyncbn
@@ -28,6 +27,8 @@ from mpisyncbn.communicator import by_handle, resolve
 from mpisyncbn.diagnostics import Call, fingerprint
 from mpisyncbn.functional import BatchStats, update_running_stats
 from mpisyncbn.progress import Work
+from support.oracle import distance, local_batch, oracle, shard
+from support.ranks import WORLD, together
 
 CALL = Call("a layer", "forward", 3, "float32")
 WIDE = CALL._replace(dtype="float64")

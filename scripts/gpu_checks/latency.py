@@ -11,10 +11,10 @@ from typing import Any
 import numpy as np
 import torch
 import torch.distributed as dist
-from benchmarks.peers import gloo
-from benchmarks.timing import interleave
 
 import mpisyncbn
+from benchmarks.peers import gloo
+from benchmarks.timing import interleave
 from mpisyncbn import exchange, functional, transport
 from mpisyncbn.diagnostics import Call
 from mpisyncbn.errors import TransportError

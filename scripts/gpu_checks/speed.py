@@ -7,10 +7,10 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from benchmarks.peers import gloo
-from benchmarks.timing import interleave
 
 import mpisyncbn
+from benchmarks.peers import gloo
+from benchmarks.timing import interleave
 
 from .context import Context
 from .records import summary

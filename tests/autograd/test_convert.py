@@ -1,0 +1,669 @@
+"""Conversion changes a layer's class and nothing else, and reverting leaves no trace of it."""
+
+from __future__ import annotations
+
+import gc
+import io
+import itertools
+import pickle
+import re
+import warnings
+import weakref
+from copy import copy as shallow_copy
+from copy import deepcopy
+from functools import partial
+from threading import Lock
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from mpi4py import MPI
+from torch import nn
+from torch.nn.utils import fusion, parametrizations, parametrize, prune
+
+import mpisyncbn
+from mpisyncbn import Communicator, SyncBatchNorm, convert_sync_batchnorm, revert_sync_batchnorm
+from mpisyncbn.communicator import resolve
+from mpisyncbn.convert import BatchNorm
+from support.oracle import HAS_BIAS, distance, local_batch, oracle, shard
+from support.ranks import WORLD, together
+
+C = 3
+NDIM = {nn.BatchNorm1d: 3, nn.BatchNorm2d: 4, nn.BatchNorm3d: 5, nn.SyncBatchNorm: 4, BatchNorm: 4}
+LAZY = {nn.LazyBatchNorm1d: 3, nn.LazyBatchNorm2d: 4, nn.LazyBatchNorm3d: 5}
+OPTIONS = [{}, {"momentum": None}, {"affine": False}, {"bias": False}, {"track_running_stats": False}]
+if not HAS_BIAS:
+    OPTIONS.remove({"bias": False})
+OPTIONS += [{"dtype": torch.float64}, {"dtype": torch.bfloat16}]
+
+
+class Named(nn.BatchNorm2d):
+    """A subclass that adds to a BatchNorm but leaves its forward alone."""
+
+    _version = 7
+
+    def __init__(self, title="a title"):
+        super().__init__(C)
+        self.title = title
+
+    def shout(self):
+        return self.title.upper()
+
+    def extra_repr(self):
+        return f"{self.title}, {super().extra_repr()}"
+
+
+class NamedSync(nn.SyncBatchNorm):
+    pass
+
+
+class LazyNamed(nn.LazyBatchNorm2d):
+    cls_to_become = Named
+
+
+class MySync(SyncBatchNorm):
+    pass
+
+
+class OwnForward(nn.BatchNorm2d):
+    def forward(self, input):
+        return super().forward(input).relu()
+
+
+class LazyOwnForward(nn.LazyBatchNorm2d):
+    cls_to_become = OwnForward
+
+
+class Generator(nn.Sequential):
+    def __init__(self):
+        super().__init__(nn.BatchNorm2d(C))
+        self.scale = nn.Parameter(torch.ones(2))
+
+
+class Twice(nn.Module):
+    def forward(self, x):
+        return 2 * x
+
+    def right_inverse(self, x):
+        return x / 2
+
+
+def network():
+    def block(bn):
+        return nn.Sequential(nn.Conv2d(C, C, 1, bias=False), bn, nn.ReLU())
+
+    first, last = nn.BatchNorm2d(C), nn.BatchNorm1d(C)
+    return nn.Sequential(first, block(nn.BatchNorm2d(C)), block(Named()), nn.Flatten(2), last)
+
+
+def data(ndim=4, dtype=torch.float32):
+    return shard((local_batch(), C, *(4, 3, 2)[: ndim - 2]), mean=0.5, dtype=dtype).requires_grad_()
+
+
+def randomize(module):
+    generator = torch.Generator().manual_seed(5)
+    with torch.no_grad():
+        for tensor in module.state_dict().values():
+            if tensor.is_floating_point():
+                tensor.copy_(torch.rand(tensor.shape, generator=generator) + 0.5)
+    return module
+
+
+def places(module):
+    return [(name, id(m)) for name, m in module.named_modules(remove_duplicate=False)]
+
+
+def contents(module):
+    """Every attribute and every tensor by identity: what an optimizer holds, for one."""
+    attributes = [{k: id(v) for k, v in vars(m).items()} for m in module.modules()]
+    return attributes, [(k, id(v)) for k, v in module.state_dict(keep_vars=True).items()]
+
+
+def kinds(module):
+    return [parametrize.type_before_parametrizations(m) for m in module.modules()]
+
+
+def layers(module):
+    return [m for m in module.modules() if isinstance(m, SyncBatchNorm)]
+
+
+def step(module, x):
+    """All that a training step leaves: output, gradients, buffers."""
+    y = module(x)
+    gradients = torch.autograd.grad(y.pow(3).sum(), [x, *module.parameters()])
+    return [y, *gradients, *(b.clone() for b in module.buffers())]
+
+
+def equal(actual, expected):
+    return all(torch.equal(one, other) for one, other in zip(actual, expected, strict=True))
+
+
+def close(actual, expected, tolerance):
+    pairs = zip(actual, expected, strict=True)
+    return all(torch.allclose(one, other, rtol=tolerance, atol=tolerance) for one, other in pairs)
+
+
+# --- What stays
+
+
+@pytest.mark.parametrize("options", OPTIONS, ids=str)
+@pytest.mark.parametrize("kind", NDIM)
+def test_only_the_class_changes(kind, options):
+    x = data(NDIM[kind], options.get("dtype", torch.float32))
+    layer = randomize(kind(C, eps=1e-3, **options)).eval()
+    plain, before = deepcopy(layer), contents(layer)
+    assert convert_sync_batchnorm(layer) is layer
+    if kind in (nn.SyncBatchNorm, BatchNorm):
+        assert type(layer) is SyncBatchNorm
+    else:
+        assert type(layer).__bases__ == (SyncBatchNorm, kind)
+    assert contents(layer)[1] == before[1]
+    assert vars(layer).keys() - before[0][0].keys() <= {
+        "layer_name",
+        "_key",
+        "_converted_from",
+    }
+    assert torch.equal(layer(x), plain(x))
+    assert revert_sync_batchnorm(layer) is layer
+    assert type(layer) is kind
+    assert contents(layer) == before
+    assert equal(step(layer.train(), x), step(plain.train(), x))
+
+
+def test_attributes_groups_devices_and_shared_parameters():
+    net = nn.Sequential(
+        nn.BatchNorm2d(C, device="meta"), Named(), nn.SyncBatchNorm(C, process_group="torch's")
+    )
+    net[0].requires_grad_(False)
+    net[0].weight, net[0].qconfig, net[0].layer_name = net[1].weight, object(), "the user's own"
+    before = contents(net)
+    convert_sync_batchnorm(net)
+    assert net[0].weight is net[1].weight
+    assert net[0].running_mean.is_meta
+    assert not net[0].bias.requires_grad
+    assert net[2].process_group is None
+    assert contents(revert_sync_batchnorm(net)) == before
+
+
+def test_other_layers_are_left_alone():
+    norms = nn.InstanceNorm2d(C, affine=True), nn.LazyInstanceNorm2d(), nn.GroupNorm(1, C), nn.LayerNorm(C)
+    net = nn.Sequential(*norms, nn.Conv2d(C, C, 1), nn.Identity())
+    before = places(net), kinds(net), contents(net)
+    for change in (convert_sync_batchnorm, revert_sync_batchnorm):
+        assert change(net) is net
+        assert (places(net), kinds(net), contents(net)) == before
+
+
+@pytest.mark.filterwarnings("ignore:Using a non-full backward hook")
+def test_hooks_fire_converted_and_reverted():
+    def note(what, *_, **__):
+        fired.append(what)
+
+    layer, other = nn.BatchNorm2d(C), nn.BatchNorm2d(C)
+    kinds = "forward_pre", "forward", "full_backward_pre", "full_backward"
+    kinds += "state_dict_pre", "state_dict_post", "load_state_dict_pre", "load_state_dict_post"
+    for kind in kinds:
+        getattr(layer, f"register_{kind}_hook")(partial(note, kind))
+    layer.weight.register_hook(partial(note, "weight"))
+    other.register_backward_hook(partial(note, "backward"))
+    net = nn.Sequential(layer, other)
+    rounds = []
+    for change in (nn.Identity(), convert_sync_batchnorm, revert_sync_batchnorm, convert_sync_batchnorm):
+        fired = []
+        change(net)(data()).pow(3).sum().backward()
+        net.load_state_dict(net.state_dict())
+        rounds.append(sorted(fired))
+    assert rounds == [sorted([*kinds, "weight", "backward"])] * 4
+
+
+def test_aliases_stay_one_and_layers_take_their_first_name():
+    class Parent(nn.Module):
+        def __init__(self, shared):
+            super().__init__()
+            self.inner, self.again = nn.ModuleDict({"a": shared}), shared
+
+    shared, wrapper = nn.BatchNorm2d(C), nn.Module()
+    wrapper.module = nn.Sequential(Parent(shared), Parent(shared), nn.BatchNorm2d(C))
+    before = places(wrapper)
+    convert_sync_batchnorm(wrapper)
+    assert places(wrapper) == before
+    assert [m.layer_name for m in layers(wrapper)] == [
+        f"Module(Sequential): module.{place}" for place in ("0.inner.a", "2")
+    ]
+    convert_sync_batchnorm(wrapper.module)
+    assert [m.layer_name for m in layers(wrapper)] == ["Sequential: 0.inner.a", "Sequential: 2"]
+    assert convert_sync_batchnorm(shared).layer_name is None
+    assert layers(revert_sync_batchnorm(wrapper)) == []
+    assert places(wrapper) == before
+
+
+def test_the_name_of_a_model():
+    def name(model, **given):
+        return layers(convert_sync_batchnorm(model, **given))[0].layer_name
+
+    assert name(Generator()) == "Generator: 0"
+    assert name(parametrize.register_parametrization(Generator(), "scale", Twice())) == "Generator: 0"
+    assert name(nn.DataParallel(Generator())) == "DataParallel(Generator): module.0"
+    assert name(torch.compile(Generator())) == "OptimizedModule(Generator): _orig_mod.0"
+    assert name(torch.optim.swa_utils.AveragedModel(Generator())) == "AveragedModel(Generator): module.0"
+    net = nn.ModuleDict({"module": Generator(), "other": Generator()})
+    assert name(net) == "ModuleDict: module.0"
+    assert name(net, name="a teacher") == "a teacher: module.0"
+    assert name(deepcopy(net)["module"]) == "Generator: 0"  # by the last conversion
+    assert [layers(copy(net))[1].layer_name for copy in (deepcopy, through_pickle)] == [
+        "a teacher: other.0"
+    ] * 2
+    assert name(revert_sync_batchnorm(net)) == "ModuleDict: module.0"
+    assert (
+        name(SyncBatchNorm.convert_sync_batchnorm(nn.Sequential(net), name="G")) == "Sequential: 0.module.0"
+    )
+    assert SyncBatchNorm.convert_sync_batchnorm(nn.BatchNorm2d(C), name="alone").layer_name == "alone"
+
+
+@pytest.mark.parametrize(("name", "kind"), [(3, TypeError), ("", ValueError), ("#1", ValueError)])
+def test_a_wrong_name_changes_nothing(name, kind):
+    net = network()
+    with pytest.raises(
+        kind, match=r"expected (name to be a str or None|a name that is not empty .*), got .*on rank"
+    ):
+        convert_sync_batchnorm(net, name=name)
+    assert layers(net) == []
+
+
+def test_state_dicts_load_strictly_both_ways():
+    plain, converted, again = randomize(network()), convert_sync_batchnorm(network()), network()
+    converted.load_state_dict(plain.state_dict())
+    again.load_state_dict(converted.state_dict())
+    assert list(converted.state_dict()) == list(plain.state_dict())
+    assert converted.state_dict()._metadata == plain.state_dict()._metadata
+    assert equal(again.state_dict().values(), plain.state_dict().values())
+
+
+# --- Parametrized, pruned, fused, lazy
+
+
+def test_parametrizations_in_any_order():
+    def operate(operation, name):
+        if operation == "register":
+            parametrize.register_parametrization(layer, name, Twice())
+        elif operation == "remove":
+            parametrize.remove_parametrizations(layer, name)
+        else:
+            {"convert": convert_sync_batchnorm, "revert": revert_sync_batchnorm}[operation](layer)
+
+    x, makers = data(), itertools.cycle([partial(nn.BatchNorm2d, C), Named, partial(nn.SyncBatchNorm, C)])
+    starts = [("convert", ""), ("register", "weight"), ("register", "bias")]
+    ends = [("revert", ""), ("remove", "weight"), ("remove", "bias")]
+    for order in itertools.permutations(starts + ends):
+        if any(order.index(start) > order.index(end) for start, end in zip(starts, ends, strict=True)):
+            continue
+        layer = randomize(next(makers)()).eval()
+        kind, expected, active = type(layer), layer(x), set()
+        for operation, name in order:
+            operate(operation, name)
+            active ^= {name}
+            assert isinstance(layer, SyncBatchNorm) == ("" in active), order
+            assert isinstance(layer, kind) or "" in active, order
+            assert parametrize.is_parametrized(layer, "bias") == ("bias" in active), order
+            assert torch.equal(layer(x), expected), order
+        assert type(layer) is kind, order
+
+
+def test_parametrized_copies_are_converted_apart_and_not_kept_alive():
+    layer = parametrize.register_parametrization(nn.BatchNorm2d(C), "weight", Twice())
+    copy = convert_sync_batchnorm(deepcopy(layer))
+    assert isinstance(deepcopy(copy), SyncBatchNorm)
+    assert not isinstance(layer, SyncBatchNorm)
+    parametrize.remove_parametrizations(copy, "weight")
+    assert parametrize.is_parametrized(layer, "weight")
+    watch = weakref.ref(convert_sync_batchnorm(layer))
+    del layer
+    gc.collect()
+    assert watch() is None
+
+
+def test_weight_norm_trains():
+    weight_norm = partial(parametrizations.weight_norm, dim=None)
+    first = weight_norm(convert_sync_batchnorm(nn.BatchNorm2d(C)))
+    second = convert_sync_batchnorm(weight_norm(nn.BatchNorm2d(C)))
+    for layer in (first, second):
+        layer(data()).pow(3).sum().backward()
+    assert {type(layer).__name__ for layer in (first, second)} == {"ParametrizedSyncBatchNorm"}
+    assert all(p.grad.any() for layer in (first, second) for p in layer.parameters())
+
+
+def test_pruning_survives():
+    layer = prune.l1_unstructured(randomize(nn.BatchNorm2d(C)), "weight", amount=1)
+    y = convert_sync_batchnorm(layer)(data())
+    prune.remove(revert_sync_batchnorm(layer), "weight")
+    pruned = layer.weight == 0
+    assert pruned.sum() == 1
+    assert torch.equal((y == layer.bias.view(-1, 1, 1)).all(dim=(0, 2, 3)), pruned)
+
+
+def test_fusing_with_a_convolution():
+    conv, bn, x = nn.Conv2d(C, C, 1).eval(), randomize(nn.BatchNorm2d(C)).eval(), data()
+    expected = fusion.fuse_conv_bn_eval(conv, bn)(x)
+    for change in (convert_sync_batchnorm, revert_sync_batchnorm):
+        assert torch.equal(fusion.fuse_conv_bn_eval(conv, change(bn))(x), expected)
+
+
+@pytest.mark.parametrize("kind", [*LAZY, LazyNamed])
+@pytest.mark.parametrize("load", [False, True])
+def test_lazy(kind, load):
+    layer, early, x = convert_sync_batchnorm(kind()), kind(), data(LAZY.get(kind, 4))
+    assert isinstance(layer, SyncBatchNorm)
+    assert isinstance(layer, kind)
+    if load:
+        layer.load_state_dict(randomize(nn.BatchNorm1d(C)).state_dict())
+    layer = pickle.loads(pickle.dumps(layer))
+    expected = oracle(x, x, *(layer.parameters() if load else ()))
+    y = layer(x)
+    revert_sync_batchnorm(convert_sync_batchnorm(early))(x)
+    assert isinstance(layer, SyncBatchNorm)
+    assert not isinstance(layer, kind)
+    assert distance(y, expected.y) < 1e-5
+    assert layer.num_batches_tracked == 1
+    assert type(layer) is type(convert_sync_batchnorm(early))
+    assert type(revert_sync_batchnorm(layer)) is type(revert_sync_batchnorm(early)) is kind.cls_to_become
+
+
+# --- Subclasses
+
+
+@pytest.mark.parametrize("make", [Named, partial(NamedSync, C)])
+def test_a_subclass_keeps_all_but_its_forward(make):
+    layer, x = make(), data()
+    kind, text = type(layer), repr(layer)
+    expected = oracle(x, x)
+    y = convert_sync_batchnorm(layer)(x)
+    assert isinstance(layer, SyncBatchNorm)
+    assert isinstance(layer, kind)
+    assert distance(y, expected.y) < 1e-5
+    assert type(layer) is type(convert_sync_batchnorm(make()))
+    assert repr(layer) == f"SyncBatchNorm{text}"
+    assert kind is NamedSync or (layer.shout(), layer._version) == ("A TITLE", 7)
+    assert type(revert_sync_batchnorm(layer)) is kind
+
+
+def test_a_subclass_of_ours_is_what_its_method_makes():
+    net = MySync.convert_sync_batchnorm(nn.Sequential(nn.BatchNorm2d(C), Named(), nn.LazyBatchNorm2d()))
+    net(data())
+    plain = [nn.Sequential, nn.BatchNorm2d, Named, nn.BatchNorm2d]
+    assert type(net[0]) is type(net[2])
+    assert type(net[0]).__bases__ == (MySync, nn.BatchNorm2d)
+    assert repr(net[0]) == repr(MySync(C))
+    assert isinstance(net[1], MySync)
+    assert isinstance(net[1], Named)
+    assert kinds(convert_sync_batchnorm(deepcopy(net))) == kinds(net)  # they are SyncBatchNorm already
+    assert kinds(revert_sync_batchnorm(net)) == plain
+    MySync.convert_sync_batchnorm(convert_sync_batchnorm(net))
+    assert all(isinstance(layer, MySync) for layer in net)
+    assert kinds(revert_sync_batchnorm(net)) == plain
+
+
+def test_built_synchronized_and_reverted():
+    layer = revert_sync_batchnorm(SyncBatchNorm(C, process_group=WORLD))
+    assert type(layer) is BatchNorm
+    assert "process_group" not in vars(layer)
+    assert [layer(data(ndim)).ndim for ndim in (2, 3, 4, 5)] == [2, 3, 4, 5]
+    with pytest.raises(ValueError, match=r"expected at least 2D input, \(N, C, \*\), got 1D input \(on rank"):
+        layer(torch.ones(C))
+
+
+# --- What is refused
+
+
+@pytest.mark.parametrize("make", [partial(OwnForward, C), LazyOwnForward, partial(nn.BatchNorm2d, C)])
+def test_a_forward_of_its_own_is_refused_by_name(make):
+    layer = make()
+    if type(layer) is nn.BatchNorm2d:
+        layer.forward = torch.relu
+    net = nn.ModuleDict({"good": nn.BatchNorm2d(C), "bad": nn.Sequential(Named(), layer)})
+    before = kinds(net), contents(net)
+    name = f"({type(layer).__module__}.{type(layer).__name__}) (on rank {WORLD.rank} of {WORLD.size})"
+    lost = "cannot convert layers whose own forward() would be lost:"
+    with pytest.raises(TypeError, match=re.escape(f"{lost} bad.1 {name}") + ".*no layer was changed"):
+        convert_sync_batchnorm(net)
+    assert (kinds(net), contents(net)) == before
+    with pytest.raises(TypeError, match=re.escape(f"{lost} the module itself {name}")):
+        convert_sync_batchnorm(layer)
+
+
+def test_many_layers_are_refused_in_one_line():
+    """As a model of timm has them: how many of each class, and one name."""
+
+    class Other(OwnForward):
+        pass
+
+    net = nn.Sequential(*(OwnForward(C) for _ in range(40)), nn.Sequential(Other(C), nn.BatchNorm2d(C)))
+    found = f"0, and 39 more ({__name__}.OwnForward), 40.0 ({__name__}.{Other.__qualname__}) (on rank"
+    with pytest.raises(TypeError, match=re.escape(f"would be lost: {found}")):
+        convert_sync_batchnorm(net)
+    synchronized = nn.Sequential(*(SyncBatchNorm(C, activation="relu") for _ in range(3)))
+    with pytest.raises(TypeError, match=re.escape("activation would be lost: 0, and 2 more (on rank")):
+        revert_sync_batchnorm(synchronized)
+    taken = nn.Sequential(*(nn.BatchNorm2d(C) for _ in range(3)))
+    for layer in taken:
+        layer.activation = nn.ReLU()
+    with pytest.raises(TypeError, match=re.escape("something named activation: 0, and 2 more (on rank")):
+        convert_sync_batchnorm(taken)
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+def test_compiled_by_jit_is_refused():
+    compiled = torch.jit.script(nn.Sequential(nn.BatchNorm2d(C)).eval())
+    net = nn.Sequential(nn.BatchNorm2d(C), compiled)
+    message = re.escape(f"it is compiled by torch.jit (on rank {WORLD.rank} of {WORLD.size})")
+    with pytest.raises(TypeError, match=f"cannot convert 1.0: {message}.*no layer was changed"):
+        convert_sync_batchnorm(net)
+    assert type(net[0]) is nn.BatchNorm2d
+    with pytest.raises(TypeError, match=f"cannot convert the module itself: {message}"):
+        convert_sync_batchnorm(getattr(compiled, "0"))
+
+
+def test_a_wrong_group_changes_nothing():
+    layer = nn.BatchNorm2d(C)
+    with pytest.raises(TypeError, match="process_group to be"):
+        convert_sync_batchnorm(layer, "world")
+    assert type(layer) is nn.BatchNorm2d
+
+
+class BatchNorms:
+    """Layers that are no BatchNorm of torch's, as other libraries have them."""
+
+    class BatchNorm(nn.Module):  # e3nn's
+        def __init__(self, mean=True):
+            super().__init__()
+            self.register_buffer("running_mean", torch.zeros(C) if mean else None)
+            self.scale = nn.Parameter(torch.ones(C))
+
+    class Derived(BatchNorm):
+        pass
+
+    class ComplexBatchNorm2d(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.running_mean = nn.Parameter(torch.zeros(C), requires_grad=False)
+
+    class FrozenBatchNorm2d(BatchNorm):  # torchvision's, detectron2's
+        pass
+
+    class HoldsBatchNorm(nn.Module):  # PyTorch Geometric's
+        def __init__(self):
+            super().__init__()
+            self.module = nn.BatchNorm1d(C)
+
+        @property
+        def running_mean(self):
+            return self.module.running_mean
+
+
+def test_batch_norms_that_are_not_torchs_are_named_once():
+    silent = BatchNorms.FrozenBatchNorm2d(), BatchNorms.HoldsBatchNorm(), BatchNorms.BatchNorm(mean=False)
+    tracked = nn.InstanceNorm2d(C, track_running_stats=True), nn.LazyBatchNorm2d(), SyncBatchNorm(C), Named()
+    parametrized = parametrize.register_parametrization(BatchNorms.BatchNorm(), "scale", Twice())
+    others = BatchNorms.BatchNorm(), BatchNorms.Derived(), BatchNorms.ComplexBatchNorm2d(), parametrized
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        convert_sync_batchnorm(nn.Sequential(*silent, *tracked))
+    net = nn.Sequential(nn.BatchNorm2d(C), nn.Sequential(*others))
+    with pytest.warns(UserWarning, match="no BatchNorm of torch's") as caught:
+        convert_sync_batchnorm(net)
+    kinds = "BatchNorm", "Derived", "ComplexBatchNorm2d", "BatchNorm"
+    names = ", ".join(f"1.{i} ({__name__}.BatchNorms.{kind})" for i, kind in enumerate(kinds))
+    assert len(caught) == 1
+    assert f"stay local to each rank: {names} (on rank {WORLD.rank} of" in str(caught[0].message)
+    assert caught[0].filename == __file__
+    assert len(layers(net)) == 1
+
+
+# --- Copies
+
+
+def through_torch(module):
+    torch.save(module, file := io.BytesIO())
+    return torch.load(io.BytesIO(file.getvalue()), weights_only=False)
+
+
+def through_pickle(module, protocol=pickle.HIGHEST_PROTOCOL):
+    return pickle.loads(pickle.dumps(module, protocol))
+
+
+@pytest.mark.parametrize(
+    "copy", [deepcopy, through_torch, through_pickle, partial(through_pickle, protocol=1)]
+)
+@pytest.mark.parametrize("group", [None, WORLD])
+def test_copies(copy, group):
+    net = convert_sync_batchnorm(nn.Sequential(network(), NamedSync(C)), group)
+    twin = copy(net)
+    assert kinds(twin) == kinds(net)
+    assert equal(twin.state_dict().values(), net.state_dict().values())
+    assert not {*map(id, twin.parameters())} & {*map(id, net.parameters())}
+    assert [m.process_group for m in layers(twin)] == [m.process_group for m in layers(net)]
+    assert layers(revert_sync_batchnorm(twin)) == []
+    assert type(twin[1]) is NamedSync
+    assert len(layers(net)) == 5
+
+
+def test_a_private_group_is_shared_by_copies_and_refuses_to_pickle():
+    group = mpisyncbn.new_subgroups(1)
+    net = convert_sync_batchnorm(network(), group)
+    twin = deepcopy(net)
+    with pytest.raises(
+        TypeError, match=r"a private group exists only in this run.*set process_group to None"
+    ):
+        pickle.dumps(net)
+    group.free()
+    assert {m.process_group for m in layers(twin)} == {group}
+    assert pickle.dumps(convert_sync_batchnorm(net))
+
+
+@pytest.mark.parametrize("make", [lambda: WORLD, WORLD.Dup, Communicator, lambda: None])
+def test_the_process_group_is_the_one_that_was_given(make):
+    """In every way to give it, and in copies. The Communicator stands beside it."""
+    group = make()
+    built, set_later, changed, net = (
+        SyncBatchNorm(C, process_group=group),
+        SyncBatchNorm(C),
+        Named(),
+        network(),
+    )
+    set_later.process_group = group
+    mpisyncbn.set_process_group(convert_sync_batchnorm(changed, MPI.COMM_SELF), group)
+    convert_sync_batchnorm(net, group)
+    everyone = [built, set_later, changed, *layers(net)]
+    everyone += [copied for each in everyone for copied in (deepcopy(each), shallow_copy(each))]
+    communicator = None if group is None else resolve(group)
+    assert all(each.process_group is group for each in everyone)
+    assert all(each.communicator is communicator for each in everyone)
+    assert "process_group=Communicator(" in repr(built) or group is None
+    if group is None or group is WORLD:
+        assert all(through_pickle(each).process_group == group for each in everyone)
+    elif not isinstance(group, Communicator):
+        with pytest.raises(TypeError, match="a private group exists only in this run"):
+            pickle.dumps(built)
+    with pytest.raises(TypeError, match="expected process_group to be"):
+        built.process_group = nn.Parameter(torch.ones(2))
+    assert built.process_group is group
+    plain = vars(revert_sync_batchnorm(changed)).keys()
+    assert plain == vars(Named()).keys()
+
+
+def test_the_group_of_a_layer_of_torch_comes_back():
+    group = Lock()  # as torch's, it cannot be copied
+    layer = convert_sync_batchnorm(nn.SyncBatchNorm(C, process_group=group), WORLD)
+    twin = deepcopy(layer)
+    with pytest.raises(TypeError, match="cannot pickle a layer that had a process_group of torch before"):
+        pickle.dumps(layer)
+    assert layer.process_group is twin.process_group is WORLD
+    assert revert_sync_batchnorm(layer).process_group is group
+    assert revert_sync_batchnorm(twin).process_group is group
+
+
+# --- What it computes
+
+
+def test_converting_again_hands_over_the_group():
+    net, x, group = network(), data(), mpisyncbn.new_subgroups(1)
+    alone = step(deepcopy(net), x)
+    converted = step(convert_sync_batchnorm(convert_sync_batchnorm(net), group), x)
+    group.free()
+    assert {m.process_group for m in layers(net)} == {group}
+    assert close(converted, alone, 1e-3)
+    assert {m.process_group for m in layers(convert_sync_batchnorm(net))} == {None}
+
+
+def test_the_ranks_compute_what_one_computes_of_the_whole_batch():
+    net, x = randomize(network()).double(), data(dtype=torch.float64)
+    shards, parameters = WORLD.allgather(x.detach()), len([*net.parameters()])
+    whole_y, whole_dx, *whole = step(deepcopy(net), torch.cat(shards).requires_grad_())
+    y, dx, *rest = step(convert_sync_batchnorm(net), x)
+    gradients = [sum(WORLD.allgather(gradient)) for gradient in rest[:parameters]]
+    start = sum(map(len, shards[: WORLD.rank]))
+    mine = slice(start, start + len(x))
+    assert close([y, dx], [whole_y[mine], whole_dx[mine]], 1e-10)
+    assert close(gradients + rest[parameters:], whole, 1e-10)
+
+
+# --- Any model
+
+POOL = [partial(kind, C, **options) for kind, options in zip(NDIM, OPTIONS, strict=False)]
+POOL += [*LAZY, Named, LazyNamed, partial(NamedSync, C), partial(nn.InstanceNorm2d, C), nn.Identity]
+POOL += [lambda: parametrize.register_parametrization(Named(), "weight", Twice())]
+TREES = st.recursive(st.integers(0, len(POOL) - 1), partial(st.lists, max_size=4), max_leaves=12)
+
+
+@given(TREES, st.booleans(), st.sampled_from([SyncBatchNorm, MySync]))
+def test_any_model_there_and_back(tree, twice, to):
+    def build(tree):  # the same number again is the same layer again
+        return pool[tree] if isinstance(tree, int) else nn.Sequential(*map(build, tree))
+
+    pool = [make() for make in POOL]
+    net = build(tree)
+    before = places(net), kinds(net), contents(net)
+    with together():
+        for _ in range(1 + twice):
+            to.convert_sync_batchnorm(net)
+        assert places(net) == before[0]
+        assert contents(net)[1] == before[2][1]
+        for kind, module in zip(before[1], net.modules(), strict=True):
+            batch_norm = issubclass(kind, nn.modules.batchnorm._BatchNorm)
+            assert isinstance(module, to) if batch_norm else type(module) is kind
+        revert_sync_batchnorm(net)
+        assert (places(net), kinds(net), contents(net)) == before
+
+
+class Strict(nn.BatchNorm2d):
+    def _check_input_dim(self, input):
+        if input.shape[-1] != 4:
+            raise ValueError("expected 4 columns")
+
+
+def test_a_check_of_the_users_own_is_kept():
+    layer = mpisyncbn.convert_sync_batchnorm(Strict(3))
+    for training in (True, False):
+        layer.train(training)(torch.randn(2, 3, 4, 4))
+        with pytest.raises(ValueError, match="expected 4 columns"):
+            layer(torch.randn(2, 3, 4, 5))

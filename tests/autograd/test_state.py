@@ -1,0 +1,292 @@
+"""Running statistics are as they were or wholly new, wherever a training step is interrupted."""
+
+from __future__ import annotations
+
+import contextlib
+import signal
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import numpy as np
+import pytest
+import torch
+from mpi4py import MPI
+from torch import Tensor
+
+import mpisyncbn
+from mpisyncbn import Communicator, SyncBatchNorm, autograd, exchange, functional, kernels, transport
+from support.ranks import WORLD, no_exchange, together
+
+RANK, SIZE = WORLD.rank, WORLD.size
+PACKAGE = str(Path(mpisyncbn.__file__).parent)
+State = tuple[bytes, ...]
+# There is no way out of a generator that is being closed.
+closing = pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+
+
+@pytest.fixture(autouse=True)
+def modes() -> Iterator[None]:
+    """An interrupt may come where Python leaves torch.no_grad, which then stays."""
+    with torch.set_grad_enabled(True), np.errstate():
+        yield
+
+
+class Step:
+    """A training step by the layer, the function or functional.py, on its running statistics."""
+
+    def __init__(self, path: str, dtype: torch.dtype, group: Any) -> None:
+        self.path, self.group = path, group
+        self.layer = SyncBatchNorm(3, process_group=group, dtype=dtype)
+        if path == "cumulative layer":
+            self.layer.momentum = None
+
+    def run(self, x: Tensor) -> None:
+        layer = self.layer
+        if "layer" in self.path:
+            layer(x)
+            return
+        running = layer.running_mean, layer.running_var
+        if self.path == "function":
+            mpisyncbn.sync_batch_norm(x, *running, process_group=self.group)
+            return
+        if self.path == "NumPy":
+            x, *running = (each.numpy() for each in (x, *running))
+        _, stats = functional.batch_norm_forward(x, process_group=self.group)
+        functional.update_running_stats(*running, stats, 0.1)
+
+    def tensors(self) -> list[Tensor]:
+        return list(self.layer.buffers())
+
+    def state(self) -> State:
+        return tuple(buffer.reshape(-1).view(torch.uint8).numpy().tobytes() for buffer in self.tensors())
+
+    def reset(self) -> None:
+        self.layer.reset_running_stats()
+
+
+PATHS = ("layer", "cumulative layer", "function", "torch", "NumPy")
+DTYPES = (torch.float32, torch.float16)
+
+
+@contextlib.contextmanager
+def without_native() -> Iterator[None]:
+    with contextlib.ExitStack() as stack:
+        for module in (kernels, functional, autograd, transport):
+            stack.enter_context(mock.patch.object(module, "native", return_value=None))
+        yield
+
+
+@pytest.fixture(params=[True, False], ids=["native", "no native code"])
+def native(request: pytest.FixtureRequest) -> Iterator[None]:
+    if request.param:
+        if kernels.native() is None:
+            pytest.skip("the native kernels were not built")
+        yield
+    else:
+        with without_native():
+            yield
+
+
+def prepared(path: str, dtype: torch.dtype) -> tuple[Step, Callable[[], None], State, State]:
+    """A step that this rank takes alone, and the states before and after it."""
+    step = Step(path, dtype, Communicator(MPI.COMM_SELF).ready())
+    x = torch.linspace(-3.0, 5.0, 36).reshape(4, 3, 3).to(dtype)
+    step.run(x)  # what is imported, looked up and made at first use is there
+    step.reset()
+    before = step.state()
+    step.run(x)
+    after = step.state()
+    step.reset()
+    return step, lambda: step.run(x), before, after
+
+
+class Interrupted(BaseException):
+    """As KeyboardInterrupt, which nothing but its sender may catch."""
+
+
+def at_moment(run: Callable[[], None], moment: int, error: type[BaseException]) -> str:
+    """Where ``error`` came, at line, call or return number ``moment`` of the package; "" where none is."""
+    seen, where = 0, ""
+
+    def now(frame: Any, event: str, arg: Any) -> Any:
+        nonlocal seen, where
+        if not frame.f_code.co_filename.startswith(PACKAGE):
+            return None
+        seen += event != "exception"
+        if seen == moment and not where:
+            where = f"{event} in {frame.f_code.co_name}, line {frame.f_lineno} of {frame.f_code.co_filename}"
+            raise error
+        return now
+
+    def in_c(frame: Any, event: str, arg: Any) -> None:
+        if event.startswith("c_"):
+            now(frame, event, arg)
+
+    before = sys.gettrace(), sys.getprofile()
+    try:
+        sys.settrace(now)
+        sys.setprofile(in_c)
+        run()
+    except error:
+        pass
+    finally:
+        sys.settrace(before[0])
+        sys.setprofile(before[1])
+    return where
+
+
+@closing
+@no_exchange
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("path", PATHS)
+@pytest.mark.usefixtures("native")
+def test_an_error_at_any_moment(path: str, dtype: torch.dtype) -> None:
+    step, run, before, after = prepared(path, dtype)
+    torn, found, moment = [], [], 0
+    error = MemoryError if dtype == torch.float16 else Interrupted
+    while where := at_moment(run, moment := moment + 1, error):
+        found.append(step.state())
+        if found[-1] not in (before, after):
+            torn.append(where)
+        step.reset()
+    last = step.state()  # of the run in which there was none
+    step.group.free()
+    assert not torn, "\n".join(torn)
+    assert moment > 20
+    assert before in found
+    assert last == after
+
+
+@closing
+@no_exchange
+@pytest.mark.untraced  # a lock of coverage.py's stays closed when an exception comes from within
+@pytest.mark.parametrize("path", PATHS)
+@pytest.mark.usefixtures("native")
+def test_a_signal_at_any_moment(path: str) -> None:
+    step, run, before, after = prepared(path, torch.float32)
+    start = time.perf_counter()
+    for _ in range(20):
+        run()
+    usual = (time.perf_counter() - start) / 20
+    step.reset()
+    armed, torn = [True], []
+
+    def interrupt(*_: Any) -> None:
+        if armed:
+            raise KeyboardInterrupt
+
+    previous = signal.signal(signal.SIGALRM, interrupt)
+    try:
+        for turn in range(1, 201):
+            try:
+                signal.setitimer(signal.ITIMER_REAL, usual * turn / 160)
+                run()
+                armed.clear()
+            except KeyboardInterrupt:
+                pass
+            armed.clear()
+            signal.setitimer(signal.ITIMER_REAL, 0)
+            if step.state() not in (before, after):
+                torn.append(turn)
+            step.reset()
+            armed.append(True)
+    finally:
+        armed.clear()
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, previous)
+    run()
+    last = step.state()
+    step.group.free()
+    assert not torn
+    assert last == after
+
+
+# Whatever these may be called by, they are what a step is made of.
+PARTS: dict[str, tuple[Any, str]] = {
+    "moments": (exchange, "merge_moments"),
+    "kernels": (functional, "forward"),
+    "count": (autograd, "check_count"),
+    "update": (functional, "enter_batch"),
+    "blend": (transport, "blend"),
+    "changed": (transport, "changed"),
+    "allocation": (np, "empty"),
+    "lerp": (torch.Tensor, "lerp_"),
+    "copy": (torch.Tensor, "copy_"),
+    "counter": (torch.Tensor, "add_"),
+}
+
+
+@no_exchange
+@pytest.mark.parametrize("late", [False, True], ids=["instead", "afterwards"])
+@pytest.mark.parametrize("part", PARTS)
+def test_a_part_that_fails(part: str, late: bool) -> None:
+    """In every path that has it, at its first and at its second call."""
+    owner, name = PARTS[part]
+    real, torn, failed = getattr(owner, name), [], 0
+    for path in PATHS:
+        for dtype in DTYPES:
+            step, run, before, after = prepared(path, dtype)
+            for number in (1, 2):
+                calls = []
+
+                def fails(*args: Any, _calls: list[int] = calls, _number: int = number, **kwargs: Any) -> Any:
+                    _calls.append(1)
+                    if len(_calls) != _number:
+                        return real(*args, **kwargs)
+                    if late:
+                        real(*args, **kwargs)
+                    raise MemoryError
+
+                with mock.patch.object(owner, name, fails):
+                    try:
+                        run()
+                    except MemoryError:
+                        failed += 1
+                if step.state() not in (before, after):
+                    torn.append((path, dtype, number))
+                step.reset()
+            step.group.free()
+    assert not torn
+    assert failed or part in ("changed", "count") or kernels.native() is None
+
+
+NOT_FINITE = (float("nan"), float("inf"), float("-inf"))
+LARGE = 400.0  # the square is more than float16 has
+
+
+@pytest.mark.filterwarnings("ignore:a batch whose mean or variance is not finite")
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64], ids=str)
+@pytest.mark.parametrize("path", PATHS)
+@pytest.mark.usefixtures("native")
+def test_what_is_not_finite_on_one_rank_enters_on_none(path: str, dtype: torch.dtype) -> None:
+    if path == "NumPy" and dtype == torch.bfloat16:
+        pytest.skip("NumPy has no bfloat16")
+    step = Step(path, dtype, Communicator())
+    x = torch.linspace(-3.0, 5.0, 9 * (3 + RANK)).reshape(3 + RANK, 3, 3).to(dtype)
+    step.run(x)
+    states = [step.state()]
+    for value in NOT_FINITE:
+        bad = x.clone()
+        if RANK == SIZE - 1:
+            bad[1, 1, 1] = value
+        step.run(bad)
+        states.append(step.state())
+    large = x.clone()
+    large[:, 1] = LARGE * torch.tensor([-1.0, 0.0, 1.0])
+    step.run(large)
+    states.append(step.state())
+    step.run(x)
+    states.append(step.state())
+    same = [len(set(WORLD.allgather(state))) == 1 for state in states]
+    finite = all(torch.isfinite(buffer).all() for buffer in step.tensors())
+    step.group.free()
+    with together():
+        assert set(states[:-2]) == {states[0]}
+        assert (states[-2] == states[0]) == (dtype == torch.float16)
+        assert states[-1] not in (states[0], states[-2])
+        assert finite
+        assert all(same)

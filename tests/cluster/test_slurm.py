@@ -1,0 +1,228 @@
+"""Jobs of a Slurm of one's own: one world under each launcher, and the batch scripts of scripts/slurm."""
+
+from __future__ import annotations
+
+import functools
+import json
+import os
+import re
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+import pytest
+from mpi4py import MPI
+
+from support.jobs import ROOT, for_jobs
+from support.ranks import once
+from support.slurm import Slurm, Unavailable, slurm
+
+pytestmark = [
+    once("it starts jobs itself"),
+    pytest.mark.timeout(400),
+]
+# The plug-in of srun that the library in use speaks with; the other one makes worlds of one of it, or fails.
+PMI = "pmix" if MPI.get_vendor()[0] == "Open MPI" else "pmi2"
+LAUNCHERS = ["mpiexec", f"srun --mpi={PMI}"]
+FLAGS = ["--float64", "--workers", "0", "--epochs", "2"]
+WHO = """
+from mpi4py import MPI
+import os
+line = f"{MPI.COMM_WORLD.rank} of {MPI.COMM_WORLD.size} on {MPI.Get_processor_name()}\\n"
+os.write(1, line.encode())  # in one piece
+"""
+
+
+class Jobs:
+    """What tests do with a cluster: jobs in a folder of their own."""
+
+    def __init__(self, cluster: Slurm, folder: Path) -> None:
+        self.cluster, self.folder = cluster, folder
+
+    def submit(self, nodes: int, *arguments: str, tasks: int = 4, **variables: str) -> int:
+        if nodes > len(self.cluster.nodes):
+            pytest.skip("two nodes on one host take root")
+        where = [f"--nodes={nodes}", f"--ntasks-per-node={tasks // nodes}", f"--chdir={ROOT}"]
+        output = f"--output={self.folder}/%j.out"
+        return self.cluster.submit(*where, output, *arguments, **variables)
+
+    def said(self, job: int | str) -> str:
+        file = self.folder / f"{job}.out"
+        return file.read_text() if file.exists() else ""
+
+    def completed(self, job: int, limit: float) -> str:
+        """What the job has said."""
+        shown = self.cluster.wait(job, limit)
+        assert (shown["JobState"], shown["ExitCode"]) == ("COMPLETED", "0:0"), self.said(job)
+        return self.said(job)
+
+    def until(self, job: int, what: str, ready: Any, limit: float) -> None:
+        deadline = time.monotonic() + limit
+        while not ready():
+            assert time.monotonic() < deadline, f"not {what} in {limit:g} s: {self.said(job)}"
+            time.sleep(0.1)
+
+    def restarted(self, job: int, limit: float) -> None:
+        """Once it is back in the queue and its processes have ended; by itself it would wait two minutes."""
+
+        def queued() -> bool:
+            shown = self.cluster.show(job)
+            waits = shown["JobState"] == "PENDING"
+            return shown["Restarts"] == "1" and not (waits and self.cluster.steps(job))
+
+        self.until(job, "requeued", queued, limit)
+        with suppress(subprocess.CalledProcessError):  # it has waited, and started
+            self.cluster.run("scontrol", "update", f"JobId={job}", "StartTime=now+5")
+
+    def script(self, text: str) -> str:
+        path = self.folder / "job.sh"
+        path.write_text(f"#!/bin/bash\n{text}\n")
+        return str(path)
+
+
+@pytest.fixture(scope="module")
+def jobs(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Jobs]:
+    try:
+        path = f"{Path(sys.executable).parent}:{os.environ.get('PATH', '')}"
+        variables = {"PATH": path, "NO_COLOR": "1", "OMP_NUM_THREADS": "1"}
+        with slurm(for_jobs(oversubscribe=False) | variables, 2 if os.geteuid() == 0 else 1) as cluster:
+            yield Jobs(cluster, tmp_path_factory.mktemp("jobs"))
+    except Unavailable as error:
+        pytest.skip(str(error))
+
+
+@pytest.fixture(scope="module", autouse=True)
+def limited(jobs: Jobs) -> int:
+    """A job that the time limit stops, which Slurm sees to every half minute; while it waits, the others run.
+
+    In the place of mpiexec is a program that trains for ever, until a signal comes.
+    """
+    launcher = jobs.folder / "launcher"
+    launcher.write_text("""#!/bin/bash
+echo "started: $*"
+[[ $SLURM_RESTART_COUNT -gt 0 ]] && exit 0
+trap 'touch "$CHECKPOINT"; exit 75' USR1
+while :; do sleep 0.1; done
+""")
+    launcher.chmod(0o755)
+    variables = {"LAUNCH": str(launcher), "CHECKPOINT": f"{jobs.folder}/limited.pt"}
+    limit = ["--time=1", "--signal=B:USR1@50"]
+    return jobs.submit(1, *limit, f"{ROOT}/scripts/slurm/train.sbatch", "--seed", "3", tasks=1, **variables)
+
+
+def start(launcher: str) -> str:
+    return launcher if launcher.startswith("srun") else f"{launcher} -n $SLURM_NTASKS"
+
+
+def need(jobs: Jobs, launcher: str) -> None:
+    """Skips where srun lacks what this launcher takes."""
+    if launcher.startswith("srun"):
+        try:
+            jobs.cluster.run(*launcher.split(), "true")
+        except subprocess.CalledProcessError as error:
+            pytest.skip(f"{launcher}: {' '.join(error.stderr.splitlines()[:1])}")
+
+
+@pytest.mark.parametrize("launcher", LAUNCHERS)
+@pytest.mark.parametrize("nodes", [1, 2])
+def test_one_world(nodes: int, launcher: str, jobs: Jobs) -> None:
+    need(jobs, launcher)
+    job = jobs.submit(nodes, jobs.script(f"{start(launcher)} python -c '{WHO}'"))
+    found = re.findall(r"(\d) of (\d) on (\S+)", jobs.completed(job, 60))
+    assert sorted(rank for rank, _, _ in found) == list("0123")
+    assert {size for _, size, _ in found} == {"4"}
+    assert len({host for _, _, host in found}) == nodes
+
+
+def test_an_array_of_two(jobs: Jobs) -> None:
+    text = f"{start('mpiexec')} python -c '{WHO}' | sed s/^/$SLURM_ARRAY_TASK_ID:/"
+    job = jobs.submit(
+        1, "--array=0-1", f"--output={jobs.folder}/array.out", "--open-mode=append", jobs.script(text)
+    )
+    for task in (0, 1):
+        shown = jobs.cluster.wait(f"{job}_{task}", 60)
+        assert shown["JobState"] == "COMPLETED", jobs.said("array")
+    found = re.findall(r"(\d):(\d) of 4 ", jobs.said("array"))
+    assert sorted(found) == [(task, rank) for task in "01" for rank in "0123"]
+
+
+def test_worlds_of_one_are_no_test(jobs: Jobs) -> None:
+    """test.sbatch looks at the size first."""
+    job = jobs.submit(1, f"{ROOT}/scripts/slurm/test.sbatch", "--co", LAUNCH="srun --mpi=none")
+    assert jobs.cluster.wait(job, 60)["JobState"] == "FAILED"
+    assert "expected one world of 4 ranks, got one of 1: choose another LAUNCH" in jobs.said(job)
+
+
+@pytest.mark.parametrize("launcher", LAUNCHERS)
+def test_training_goes_on_after_a_signal(launcher: str, jobs: Jobs) -> None:
+    """On two nodes, where they can be, and to the same loss as of one rank that nobody stopped."""
+    pytest.importorskip("sklearn")
+    need(jobs, launcher)
+    report, checkpoint = (jobs.folder / f"{launcher.split()[0]}.{kind}" for kind in ("json", "pt"))
+    arguments = [*FLAGS, "--batch", "16", "--json", str(report)]
+    variables = {"LAUNCH": launcher, "CHECKPOINT": str(checkpoint)}
+    nodes = len(jobs.cluster.nodes)
+    job = jobs.submit(nodes, f"{ROOT}/scripts/slurm/train.sbatch", *arguments, **variables)
+    jobs.until(job, "through an epoch", lambda: "epoch 1" in jobs.said(job), 120)
+    jobs.cluster.run("scancel", "--batch", "--signal=USR1", str(job))
+    jobs.restarted(job, 90)
+    output = jobs.completed(job, 120)
+
+    assert "train.sbatch: interrupted" in output
+    assert re.findall(r"^epoch (\d): loss", output, re.MULTILINE) == ["1", "2"], output
+    found = json.loads(report.read_text())
+    assert found["ranks"] == 4
+    losses = [epoch["loss"] for epoch in found["epochs"]]
+    assert losses == pytest.approx(expected_losses(), rel=1e-10)
+
+
+@functools.cache
+def expected_losses() -> list[float]:
+    import train
+
+    return [epoch["loss"] for epoch in train.main(["--no-progress", *FLAGS, "--batch", "64"])]
+
+
+def test_time_limit(limited: int, jobs: Jobs) -> None:
+    jobs.restarted(limited, 100)
+    output = jobs.completed(limited, 60)
+    program = f"-n 1 python scripts/train.py --no-progress --checkpoint {jobs.folder}/limited.pt"
+    assert [line for line in output.splitlines() if line.startswith("started")] == [
+        f"started: {program} --seed 3",
+        f"started: {program} --resume --seed 3",
+    ]
+    assert f"train.sbatch: interrupted (status 75), job {limited} starts again" in output
+
+
+TRAIN = """
+import numpy as np, mpisyncbn
+try:
+    mpisyncbn.functional.batch_norm_forward(np.ones((2, 3)))
+    print("trained")
+except mpisyncbn.MPISyncBNError as error:
+    print("refused:", str(error).partition(",")[0])
+"""
+
+
+def test_who_trains_apart(jobs: Jobs) -> None:
+    """Four tasks that MPI does not know; not a batch script, whichever shell it was submitted in."""
+    program = jobs.folder / "apart.py"
+    program.write_text(TRAIN)
+    text = f"python {program}\nsrun --mpi=none python {program}"
+    left_over = {"SLURM_STEP_NUM_TASKS": "3", "SLURM_STEP_ID": "0", "SLURM_PTY_PORT": "40961"}
+    job = jobs.submit(1, jobs.script(text), **left_over)
+    refused = "refused: the launcher started 4 ranks (SLURM_STEP_NUM_TASKS=4)"
+    assert jobs.completed(job, 60).splitlines() == ["trained", *[refused] * 4]
+
+
+def test_a_shell_of_several_tasks_is_no_task(jobs: Jobs) -> None:
+    program = jobs.folder / "interactive.py"
+    program.write_text(TRAIN)
+    shell = f"srun --mpi=none --ntasks=2 --pty {sys.executable} {program}"
+    output = jobs.cluster.run("script", "--quiet", "--return", "--command", shell, os.devnull)
+    assert "RuntimeWarning: the launcher started 2 ranks (SLURM_STEP_NUM_TASKS=2)" in output
+    assert "trained" in output

@@ -1,0 +1,302 @@
+"""What is said of launchers that MPI knows nothing of, and which ranks are on one machine."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import warnings
+from types import SimpleNamespace
+
+import pytest
+import torch
+import torch.distributed as dist
+from mpi4py import MPI
+from torch.testing._internal.distributed.fake_pg import FakeStore
+
+import mpisyncbn
+from mpisyncbn import communicator, config, launcher, nodes
+from support.jobs import unlaunched
+from support.ranks import WORLD, once, together
+
+SIZES = ("OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "MV2_COMM_WORLD_SIZE", "FLUX_JOB_SIZE", "JSM_NAMESPACE_SIZE")
+SIZES += ("SLURM_STEP_NUM_TASKS",)
+RANKS = ("PMIX_RANK", "PMI_RANK", "PALS_RANKID", "SLURM_PROCID")
+TORCHRUN = {"WORLD_SIZE": "2", "RANK": "1", "LOCAL_RANK": "1"}
+ELASTIC = {**TORCHRUN, "TORCHELASTIC_RUN_ID": "none"}
+HOROVODRUN = {"HOROVOD_SIZE": "2", "HOROVOD_RANK": "0", "HOROVOD_LOCAL_RANK": "0"}
+
+
+@pytest.fixture
+def variables(monkeypatch):
+    """Sets them, and takes away what this job's own launcher has set."""
+    for name in (*SIZES, *RANKS, *ELASTIC, *HOROVODRUN, "SLURM_TASK_PID"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr(launcher, "_has_terminal", lambda: False)
+    monkeypatch.setattr(launcher, "_torch_group", lambda: None)
+    launcher._warn.cache_clear()
+    return lambda **given: [monkeypatch.setenv(name, value) for name, value in given.items()]
+
+
+def library(vendor="Open MPI", size=1, parent=None):
+    world, comm = SimpleNamespace(Get_size=lambda: size), SimpleNamespace(Get_parent=lambda: parent)
+    return SimpleNamespace(
+        COMM_WORLD=world, COMM_NULL=None, Comm=comm, get_vendor=lambda: (vendor, (5, 0, 11))
+    )
+
+
+@pytest.mark.parametrize("name", SIZES)
+def test_every_launcher_says_how_many_tasks_it_started(name, variables):
+    assert config.tasks() == (1, "")
+    assert not config.launched()
+    variables(**{name: "4"})
+    assert config.tasks() == config.started(1) == (4, name)
+    assert config.launched()
+
+
+def test_the_launcher_nearest_to_the_rank_counts(variables):
+    """mpiexec -n 1 in a job, whose daemons srun has started on two nodes."""
+    variables(OMPI_COMM_WORLD_SIZE="1", SLURM_STEP_NUM_TASKS="2")
+    assert config.tasks() == (1, "OMPI_COMM_WORLD_SIZE")
+    launcher.refuse_if_apart(library())
+
+
+def test_a_job_without_steps_is_one_task(variables):
+    """The batch script itself, where python was started by nothing but bash."""
+    variables(SLURM_NTASKS="4", SLURM_JOB_ID="7")
+    assert config.tasks() == (1, "")
+
+
+@pytest.mark.parametrize("name", RANKS)
+def test_the_rank_that_a_launcher_gave(name, variables):
+    assert config.own_rank() is None
+    variables(**{name: "3"})
+    assert config.own_rank() == 3
+
+
+@pytest.mark.parametrize(
+    ("vendor", "given", "words"),
+    [
+        (
+            "Open MPI",
+            "SLURM_STEP_NUM_TASKS",
+            "Use srun --mpi=pmix (srun --mpi=list says what there is)",
+        ),
+        ("MPICH", "SLURM_STEP_NUM_TASKS", "Use srun --mpi=pmi2 "),
+        ("Intel MPI", "SLURM_STEP_NUM_TASKS", "Use srun --mpi=pmi2 "),
+        ("another", "SLURM_STEP_NUM_TASKS", "Use srun --mpi=pmix, or --mpi=pmi2 "),
+        ("Open MPI", "PMI_SIZE", "Start the ranks with the mpiexec that comes with Open MPI 5.0.11"),
+        ("MPICH", "OMPI_COMM_WORLD_SIZE", "Start the ranks with the mpiexec that comes with MPICH 5.0.11"),
+    ],
+)
+def test_ranks_that_mpi_does_not_know_are_told_the_cure(vendor, given, words, variables):
+    variables(**{given: "4"})
+    for _ in range(2):  # and not the first time alone
+        with pytest.raises(mpisyncbn.MPISyncBNError, match=r"such as MPI\.COMM_SELF") as said:
+            launcher.refuse_if_apart(library(vendor))
+    text = str(said.value)
+    assert text.startswith(f"the launcher started 4 ranks ({given}=4), MPI has a world of 1: ")
+    assert words in text
+    assert words in launcher.describe(library(vendor))["APART"]
+
+
+@pytest.mark.parametrize("given", [TORCHRUN, ELASTIC, HOROVODRUN, {**ELASTIC, "OMPI_COMM_WORLD_SIZE": "1"}])
+def test_launchers_that_tell_mpi_nothing(given, variables):
+    variables(**given)
+    with pytest.raises(
+        mpisyncbn.MPISyncBNError, match=r"started 2 ranks .* world of 1: torchrun, .* mpiexec"
+    ):
+        launcher.refuse_if_apart(library())
+    assert launcher.describe(library())["launcher"].startswith("2 ranks (")
+
+
+@pytest.mark.parametrize(
+    ("size", "given"),
+    [
+        (1, {"PMI_SIZE": "1"}),
+        (4, {"PMI_SIZE": "4"}),
+        (2, ELASTIC),  # as many torchruns as ranks
+        (1, {"WORLD_SIZE": "2"}),  # left over from something
+        (1, {"WORLD_SIZE": "2", "RANK": "0"}),
+        (1, {"WORLD_SIZE": "2", "RANK": "2", "LOCAL_RANK": "0"}),
+        (1, {"WORLD_SIZE": "2", "RANK": "", "LOCAL_RANK": "0"}),
+        (1, {**ELASTIC, "WORLD_SIZE": "1", "RANK": "0"}),
+        (1, {**TORCHRUN, "OMPI_COMM_WORLD_SIZE": "1"}),
+        (1, {**TORCHRUN, "PMIX_RANK": "0"}),
+        (2, {**ELASTIC, "WORLD_SIZE": "8"}),
+        (2, {"OMPI_COMM_WORLD_SIZE": "8", "PMI_SIZE": "2"}),  # the mpiexec of another library inside
+    ],
+)
+def test_nothing_is_said_where_the_launcher_of_mpi_agrees(size, given, variables):
+    variables(**given)
+    launcher.refuse_if_apart(library(size=size))
+    assert "APART" not in launcher.describe(library(size=size))
+
+
+def test_sizes_are_compared(variables):
+    """Not whether the world has one rank."""
+    variables(PMI_SIZE="8")
+    with pytest.raises(mpisyncbn.MPISyncBNError, match=r"started 8 ranks .* world of 4"):
+        launcher.refuse_if_apart(library(size=4))
+    launcher.refuse_if_apart(library(size=4, parent="another world"))  # spawned by it
+
+
+def test_in_a_shell_of_slurm_it_is_a_warning(variables, monkeypatch):
+    """Which srun --pty has started, one for each task."""
+    variables(SLURM_STEP_NUM_TASKS="4", SLURM_PROCID="0")
+    monkeypatch.setattr(launcher, "_has_terminal", lambda: True)
+    with pytest.warns(RuntimeWarning, match="started 4 ranks"):
+        launcher.refuse_if_apart(library())
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        launcher.refuse_if_apart(library())  # not again
+    monkeypatch.setattr(launcher, "_torch_group", lambda: "a group")
+    monkeypatch.setitem(sys.modules, "torch.distributed", SimpleNamespace(get_world_size=lambda: 2))
+    with pytest.raises(mpisyncbn.MPISyncBNError, match=r"torch\.distributed has 2 ranks, MPI a world of 1: "):
+        launcher.refuse_if_apart(library())  # whoever sits there: ranks that know each other are no shells
+
+
+def test_a_batch_script_has_variables_of_the_shell_that_submitted_it(variables, tmp_path, monkeypatch):
+    variables(SLURM_STEP_NUM_TASKS="4", SLURM_TASK_PID="5")
+    for process, words in (("5", "5 (bash) S 4 5 5"), ("4", "slurmstepd: [7.batch]")):
+        (tmp_path / process).mkdir()
+        (tmp_path / process / "stat").write_text(words)
+        (tmp_path / process / "cmdline").write_text(words)
+    monkeypatch.setattr(config, "PROC", tmp_path)
+    launcher.refuse_if_apart(library())
+    (tmp_path / "4/cmdline").write_text("slurmstepd: [7.0]")
+    with pytest.raises(mpisyncbn.MPISyncBNError, match="started 4 ranks"):
+        launcher.refuse_if_apart(library())
+
+
+def test_one_of_them_says_it_for_all(variables):
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        variables(SLURM_STEP_NUM_TASKS="4", SLURM_PROCID="1")
+        launcher.warn_if_apart(library())
+
+
+@pytest.fixture
+def larger():
+    """Makes torch.distributed one rank larger than the world of MPI, as torchrun would."""
+    yield lambda: dist.init_process_group("fake", rank=0, world_size=WORLD.size + 1, store=FakeStore())
+    dist.destroy_process_group()
+
+
+X = torch.arange(12.0).reshape(4, 3)
+TRAINING = {
+    "the world": lambda net: net(X),
+    "compiled": lambda net: torch.compile(net, backend="eager", fullgraph=True)(X),
+    "a function": lambda _: mpisyncbn.sync_batch_norm(X, None, None),
+    "NumPy": lambda _: mpisyncbn.functional.batch_norm_forward(X.double().numpy()),
+    "COMM_WORLD": lambda _: mpisyncbn.SyncBatchNorm(3, process_group=WORLD)(X),
+    "Communicator": lambda _: mpisyncbn.SyncBatchNorm(3, process_group=mpisyncbn.Communicator())(X),
+    "torch's group": lambda _: mpisyncbn.SyncBatchNorm(3, process_group=dist.group.WORLD)(X),
+    "new_group": lambda _: mpisyncbn.new_group([0]),
+    "new_subgroups": lambda _: mpisyncbn.new_subgroups(),
+    "init_process_group": lambda _: mpisyncbn.init_process_group(),
+    "a group of backend mpi4py": lambda _: dist.new_group([0], backend="mpi4py"),
+}
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # torch's own, while it compiles
+@pytest.mark.parametrize("train", TRAINING.values(), ids=TRAINING)
+def test_training_apart_is_refused(train, larger):
+    """Also if torch.distributed was initialized after the first step."""
+    net = mpisyncbn.convert_sync_batchnorm(torch.nn.Sequential(torch.nn.BatchNorm1d(3)))
+    net(X)
+    larger()
+    for _ in range(2):
+        with pytest.raises(mpisyncbn.MPISyncBNError) as said:
+            train(net)
+        sizes = (
+            f"torch.distributed has {WORLD.size + 1} ranks, MPI a world of {WORLD.size}: torchrun, mp.spawn"
+        )
+        assert str(said.value).startswith(sizes)
+    assert net[0].num_batches_tracked == 1
+
+
+def test_apart_on_purpose(larger):
+    alone, outer = mpisyncbn.SyncBatchNorm(3, process_group=MPI.COMM_SELF), mpisyncbn.SyncBatchNorm(3)
+    larger()
+    alone(X)
+    outer.eval()(X)
+    mpisyncbn.SyncBatchNorm(3, process_group=dist.group.WORLD).eval()(X)
+    launcher._warn.cache_clear()
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
+        mpisyncbn.local_rank()
+    dist.destroy_process_group()
+    outer.train()(X)  # when it is over
+    larger()
+    with together():
+        assert torch.allclose(alone.running_mean, outer.running_mean)
+        assert len(said) == (WORLD.rank == 0)
+
+
+def test_a_torch_group_of_several_mpi_jobs(monkeypatch):
+    """Each of them with a rank 0."""
+    group = SimpleNamespace(rank=lambda: 0, size=lambda: 2)
+    monkeypatch.setattr(
+        dist, "all_gather_object", lambda ranks, *_, **__: ranks.__setitem__(slice(None), [0, 0])
+    )
+    with pytest.raises(mpisyncbn.MPISyncBNError, match=r"knows as ranks \[0, 0\] of .* with one mpiexec"):
+        communicator._OfTorch(group).ready()
+
+
+@once("it starts torchrun itself")
+def test_torchrun(tmp_path):
+    program = tmp_path / "apart.py"
+    program.write_text("""
+import sys
+import torch, torch.distributed as dist, mpisyncbn
+
+def error(process_group=None):
+    try:
+        mpisyncbn.SyncBatchNorm(3, process_group=process_group)(torch.ones(4, 3))
+    except mpisyncbn.MPISyncBNError as error:
+        return str(error).partition(",")[0]
+
+first = error()
+dist.init_process_group("gloo")
+found = [first, error(), error(dist.group.WORLD), error(dist.new_subgroups(1)[0])]
+sys.stdout.write(f"{found}\\n")
+dist.destroy_process_group()
+""")
+    command = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        "--nproc-per-node=2",
+        str(program),
+    ]
+    done = subprocess.run(command, env=unlaunched(), capture_output=True, text=True, timeout=100)
+    said = ["the launcher started 2 ranks (WORLD_SIZE=2)", *["torch.distributed has 2 ranks"] * 2, None]
+    assert done.stdout.splitlines() == [str(said)] * 2, done.stderr
+
+
+def test_local_rank():
+    shared = WORLD.Split_type(MPI.COMM_TYPE_SHARED)
+    expected = shared.rank
+    shared.Free()
+    half = WORLD.Split(WORLD.rank % 2, key=-WORLD.rank)
+    found = mpisyncbn.local_rank(), mpisyncbn.local_rank(half)
+    with together():
+        assert found == (expected, half.rank)  # all ranks of the suite are on one machine
+    half.Free()
+
+
+@pytest.mark.parametrize(
+    ("everyone", "beside"),
+    [
+        ([(0, "a"), (0, "a"), (2, "b"), (2, "b")], {0: [0, 1], 3: [2, 3]}),
+        ([(0, "a"), (1, "b"), (0, "a"), (1, "b")], {2: [0, 2], 1: [1, 3]}),
+        # containers that share no memory, on one machine
+        ([(0, "a"), (1, "a"), (2, "b")], {0: [0, 1], 1: [0, 1], 2: [2]}),
+        # containers that do, each with a name of its own
+        ([(0, "a"), (0, "b"), (2, "c"), (2, "b")], {0: [0, 1, 2, 3]}),
+    ],
+)
+def test_ranks_beside(everyone, beside):
+    for rank, ranks in beside.items():
+        assert nodes._ranks_beside(everyone, rank) == ranks

@@ -1,0 +1,133 @@
+"""Which transport is chosen, by what MPI libraries say of themselves; none of them has to be there."""
+
+from __future__ import annotations
+
+import ctypes
+import shutil
+import subprocess
+from types import SimpleNamespace
+
+import pytest
+import torch
+from mpi4py import MPI
+
+from mpisyncbn import transport
+from mpisyncbn.errors import TransportError
+from support.ranks import WORLD
+
+needs_compiler = pytest.mark.skipif(shutil.which("cc") is None, reason="there is no C compiler")
+VARIABLES = (
+    "MPICH_GPU_SUPPORT_ENABLED",
+    "MV2_USE_CUDA",
+    "MV2_USE_ROCM",
+    "I_MPI_OFFLOAD",
+    "OMPI_MCA_opal_cuda_support",
+    "MPISYNCBN_TRANSPORT",
+)
+GPU_QUERY = "int MPIX_GPU_query_support(int kind, int *yes) { *yes = kind == %d; return 0; }"
+
+
+@pytest.fixture
+def library(tmp_path, monkeypatch):
+    """An MPI library with what a C text defines, and what mpi4py would say of it."""
+    for name in VARIABLES:
+        monkeypatch.delenv(name, raising=False)
+
+    def make(text="", vendor=("Some MPI", (1, 2, 3)), kinds=None):
+        number = len(list(tmp_path.iterdir()))  # a path is loaded once
+        source, path = tmp_path / "mpi.c", tmp_path / f"libmpi-{WORLD.rank}-{number}.so"
+        source.write_text(text + "\nint nothing;\n")
+        subprocess.run(["cc", "-shared", "-fPIC", "-o", path, source], check=True)
+        said = SimpleNamespace(Get=lambda key: {"mpi_memory_alloc_kinds": kinds}[key], Free=lambda: None)
+        world = SimpleNamespace(Get_info=lambda: said)
+        return SimpleNamespace(__file__=str(path), get_vendor=lambda: vendor, COMM_WORLD=world)
+
+    return make
+
+
+def answers(query, value):
+    return f"int MPIX_Query_{query}_support(void) {{ return {value}; }}"
+
+
+@needs_compiler
+@pytest.mark.parametrize(
+    ("text", "vendor", "kinds", "variable", "expected", "because"),
+    [
+        (answers("cuda", 1), "Open MPI", None, None, "device", "MPIX_Query_cuda_support() says yes"),
+        (answers("cuda", 0), "Open MPI", None, None, "host", "MPIX_Query_cuda_support() says no"),
+        # what the library says of itself counts, and not what somebody set
+        (answers("cuda", 0), "MPICH", "mpi,system,cuda", "MV2_USE_CUDA", "host", "says no"),
+        (GPU_QUERY % 0, "MPICH", None, None, "device", "MPIX_GPU_query_support() says yes"),
+        (GPU_QUERY % 2, "MPICH", None, None, "host", "MPIX_GPU_query_support() says no"),
+        ("", "MPICH", "mpi,system,cuda:device", None, "device", "mpi_memory_alloc_kinds is"),
+        ("", "MPICH", "mpi,system", None, "host", "mpi_memory_alloc_kinds is 'mpi,system'"),
+        ("", "Open MPI", "mpi,system,cuda", None, "host", "none is there"),  # it repeats what was asked for
+        ("", "MVAPICH2", None, "MV2_USE_CUDA", "device", "MV2_USE_CUDA is set"),
+        ("", "MPICH", None, "MPICH_GPU_SUPPORT_ENABLED", "device", "MPICH_GPU_SUPPORT_ENABLED is set"),
+        ("", "MVAPICH2", None, "MV2_USE_ROCM", "host", "none is there"),
+        ("", "MPICH", None, None, "host", "were looked for, and none is there"),
+    ],
+)
+def test_detection(text, vendor, kinds, variable, expected, because, library, monkeypatch):
+    if variable:
+        monkeypatch.setenv(variable, "1")
+    found, reason = transport.chosen(library(text, (vendor, (5, 0, 11)), kinds))
+    assert found == expected
+    assert because in reason
+
+
+@needs_compiler
+def test_a_variable_that_is_off(library, monkeypatch):
+    monkeypatch.setenv("MPICH_GPU_SUPPORT_ENABLED", "0")
+    assert transport.chosen(library())[0] == "host"
+
+
+@needs_compiler
+def test_open_mpi_from_6_on_is_believed(library):
+    assert transport.chosen(library(vendor=("Open MPI", (6, 0, 0)), kinds="mpi,cuda"))[0] == "device"
+
+
+@needs_compiler
+def test_rocm_is_not_cuda(library, monkeypatch):
+    monkeypatch.setattr(torch.version, "hip", "7.0")
+    text = answers("cuda", 1) + answers("rocm", 0)
+    assert transport.chosen(library(text)) == ("host", "MPIX_Query_rocm_support() says no")
+    assert transport.chosen(library(GPU_QUERY % 2))[0] == "device"
+    assert transport.chosen(library(GPU_QUERY % 0))[0] == "host"
+    assert transport.chosen(library(kinds="mpi,rocm"))[0] == "device"
+
+
+def test_a_library_that_cannot_be_opened(monkeypatch):
+    monkeypatch.delenv("MPISYNCBN_TRANSPORT", raising=False)
+    gone = SimpleNamespace(__file__="/nowhere/MPI.so", get_vendor=lambda: ("Open MPI", (5, 0, 0)))
+    assert transport.chosen(gone)[0] == "host"
+
+
+@needs_compiler
+def test_the_user_has_the_last_word(library, monkeypatch):
+    monkeypatch.setenv("MPISYNCBN_TRANSPORT", "host")
+    aware = library(answers("cuda", 1))
+    assert transport.chosen(aware) == ("host", "MPISYNCBN_TRANSPORT=host")
+    monkeypatch.setenv("MPISYNCBN_TRANSPORT", "device")
+    assert transport.chosen(aware)[0] == "device"
+
+
+@needs_compiler
+def test_a_forced_transport_that_is_not_there(library, monkeypatch):
+    monkeypatch.setenv("MPISYNCBN_TRANSPORT", "device")
+    words = (
+        r"asks for messages in device memory, but Some MPI 1.2.3 cannot take them \(on rank \d+ of \d+\): "
+        "MPIX_Query_cuda_support, MPIX_GPU_query_support, mpi_memory_alloc_kinds and the variables of .* "
+        "were looked for, and none is there. Use an MPI library built for cuda"
+    )
+    with pytest.raises(TransportError, match=words):
+        transport.chosen(library())
+
+
+def test_the_library_of_this_job():
+    """Its answer is one of two, and the query is where it is looked for."""
+    found, reason = transport.chosen(MPI)
+    assert found in ("host", "device")
+    assert reason
+    if MPI.get_vendor()[0] in ("Open MPI", "MPICH", "Intel MPI"):
+        assert hasattr(ctypes.CDLL(MPI.__file__), "MPIX_Query_cuda_support")

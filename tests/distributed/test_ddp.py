@@ -1,0 +1,381 @@
+"""Training with torch.distributed over MPI: DistributedDataParallel, sharding, ranks that run out of data."""
+
+from __future__ import annotations
+
+import gc
+import weakref
+from collections.abc import Iterator
+from datetime import timedelta
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed import _functional_collectives as functional_collectives
+from torch.distributed.algorithms.ddp_comm_hooks import default_hooks, powerSGD_hook
+from torch.distributed.fsdp import fully_shard
+from torch.nn.parallel import DistributedDataParallel
+
+import mpisyncbn
+import mpisyncbn.distributed
+from support.ranks import WORLD, together
+
+RANK, SIZE = WORLD.rank, WORLD.size
+STEPS = 20
+pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning")  # torch 2.13 renames options
+
+
+@pytest.fixture(scope="module", autouse=True)
+def world() -> Iterator[None]:
+    mpisyncbn.init_process_group(timeout=timedelta(seconds=60))
+    yield
+    dist.destroy_process_group()
+
+
+def network(synchronized: bool = True) -> nn.Module:
+    torch.manual_seed(0)
+    net = nn.Sequential(
+        nn.Conv2d(2, 6, 3, bias=False),
+        nn.BatchNorm2d(6),
+        nn.SiLU(),
+        nn.Conv2d(6, 8, 3),
+        nn.BatchNorm2d(8),
+        nn.Flatten(),
+        nn.Linear(8 * 16, 5),
+    ).double()
+    return mpisyncbn.convert_sync_batchnorm(net) if synchronized else net
+
+
+def batches(rank: int, step: int, samples: int | None = None) -> tuple[Tensor, Tensor]:
+    """Uneven: rank r has r + 2 samples."""
+    generator = torch.Generator().manual_seed(1000 * step + rank)
+    samples = rank + 2 if samples is None else samples
+    x = torch.randn(samples, 2, 8, 8, generator=generator, dtype=torch.float64) + rank
+    return x, torch.randint(5, (samples,), generator=generator)
+
+
+def loss_of(net: nn.Module, x: Tensor, labels: Tensor, total: int) -> Tensor:
+    return nn.functional.cross_entropy(net(x), labels, reduction="sum") / total
+
+
+def optimizer_of(net: nn.Module) -> torch.optim.Optimizer:
+    return torch.optim.SGD(net.parameters(), lr=0.05, momentum=0.9)
+
+
+def in_one_process(steps: int = STEPS, accumulate: int = 1) -> nn.Module:
+    """What all ranks together must come to: torch's own layers on the whole batch."""
+    net = network(synchronized=False)
+    optimizer = optimizer_of(net)
+    for step in range(steps):
+        parts = [batches(rank, step) for rank in range(SIZE)]
+        x, labels = (torch.cat(each) for each in zip(*parts, strict=True))
+        loss_of(net, x, labels, len(x)).backward()
+        if (step + 1) % accumulate == 0:
+            optimizer.step()
+            optimizer.zero_grad()
+    return net
+
+
+def train(ddp: nn.Module, steps: int = STEPS, accumulate: int = 1) -> None:
+    optimizer = optimizer_of(ddp)
+    total = sum(rank + 2 for rank in range(SIZE))
+    for step in range(steps):
+        x, labels = batches(RANK, step)
+        last = (step + 1) % accumulate == 0
+        ddp.require_backward_grad_sync = last  # what no_sync() sets
+        # DistributedDataParallel takes the average over ranks, and the loss is a sum over them.
+        (loss_of(ddp, x, labels, total) * SIZE).backward()
+        if last:
+            optimizer.step()
+            optimizer.zero_grad()
+
+
+def distance(one: nn.Module, other: nn.Module) -> float:
+    pairs = zip(one.state_dict().values(), other.state_dict().values(), strict=True)
+    return max((a.double() - b.double()).abs().max().item() for a, b in pairs)
+
+
+OPTIONS: dict[str, dict[str, Any]] = {
+    "plain": {},
+    "static graph": {"static_graph": True},
+    "unused parameters": {"find_unused_parameters": True},
+    "views": {"gradient_as_bucket_view": True, "bucket_cap_mb": 0.001},
+    "own buffers": {"broadcast_buffers": False},
+}
+
+
+@pytest.mark.parametrize("name", OPTIONS)
+def test_equals_one_process(name: str) -> None:
+    net = network()
+    train(DistributedDataParallel(net, **OPTIONS[name]))
+    with together():
+        assert distance(net, in_one_process()) < 1e-9
+
+
+def test_accumulated_gradients() -> None:
+    net = network()
+    train(DistributedDataParallel(net), accumulate=3)
+    with together():
+        assert distance(net, in_one_process(accumulate=3)) < 1e-9
+
+
+@pytest.mark.parametrize("hook", ["half", "PowerSGD"])
+def test_compressed_gradients(hook: str) -> None:
+    net = network()
+    ddp = DistributedDataParallel(net)
+    if hook == "half":
+        ddp.register_comm_hook(None, default_hooks.fp16_compress_hook)
+    else:
+        state = powerSGD_hook.PowerSGDState(None, matrix_approximation_rank=2, start_powerSGD_iter=4)
+        ddp.register_comm_hook(state, powerSGD_hook.powerSGD_hook)
+    train(ddp)
+    parameters = torch.cat([parameter.detach().view(-1) for parameter in net.parameters()])
+    everyones = WORLD.allgather(parameters)
+
+    with together():
+        assert all(torch.equal(each, everyones[0]) for each in everyones), "the same on every rank"
+        assert all(each.isfinite().all() for each in everyones)
+        if hook == "half":  # PowerSGD goes another way
+            assert 0 < distance(net, in_one_process()) < 0.1
+
+
+def test_sharded() -> None:
+    net = network()
+    fully_shard(net)
+    optimizer = torch.optim.SGD(net.parameters(), lr=0.05, momentum=0.9)
+    total = sum(rank + 2 for rank in range(SIZE))
+    for step in range(STEPS):
+        x, labels = batches(RANK, step)
+        (loss_of(net, x, labels, total) * SIZE).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    whole = [parameter.full_tensor() for parameter in net.parameters()]
+
+    with together():
+        expected = in_one_process()
+        for actual, parameter in zip(whole, expected.parameters(), strict=True):
+            torch.testing.assert_close(actual, parameter, rtol=0, atol=1e-9)
+
+
+def test_the_documented_example() -> None:
+    """As torch documents SyncBatchNorm, but for who makes the layer and the backend."""
+    parts = [[rank for rank in range(SIZE) if rank % 2 == part] for part in range(min(SIZE, 2))]
+    process_group = [dist.new_group(ranks) for ranks in parts][RANK % 2]
+    network = nn.Sequential(nn.BatchNorm3d(4), nn.Flatten(), nn.Linear(4 * 8, 2))
+    layer = mpisyncbn.SyncBatchNorm(4, process_group=process_group)
+    layer(torch.randn(3, 4, 2, 2, 2))
+    sync_bn_network = mpisyncbn.SyncBatchNorm.convert_sync_batchnorm(network, process_group)
+    ddp_sync_bn_network = DistributedDataParallel(sync_bn_network)
+    ddp_sync_bn_network(torch.randn(3, 4, 2, 2, 2)).sum().backward()
+    gradients = WORLD.allgather(network[2].weight.grad)
+
+    with together():
+        assert all(torch.equal(each, gradients[0]) for each in gradients)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+def test_join(dtype: torch.dtype) -> None:
+    """5, 3, 0 batches and so on: ranks without data answer the others' layers until all are through."""
+    have = [5, 3, 0, 4][:SIZE]
+    samples = [sum(rank + 2 for rank in range(SIZE) if have[rank] > step) for step in range(5)]
+    net = network().to(dtype)
+    ddp = DistributedDataParallel(net)
+    optimizer = optimizer_of(ddp)
+    with mpisyncbn.distributed.join(ddp):
+        for step in range(have[RANK]):
+            x, labels = batches(RANK, step)
+            (loss_of(ddp, x.to(dtype), labels, samples[step]) * SIZE).backward()
+            optimizer.step()
+            optimizer.zero_grad()
+    exchanges = WORLD.allgather(net[1].process_group.exchanges if net[1].process_group else 0)
+    net.eval()
+    after = net(batches(RANK, 99)[0].to(dtype))  # and the layers are as they were
+    net.train()
+    net(batches(RANK, 99)[0].to(dtype))
+
+    with together():
+        expected = network(synchronized=False)
+        optimizer = optimizer_of(expected)
+        for step in range(5):
+            parts = [batches(rank, step) for rank in range(SIZE) if have[rank] > step]
+            x, labels = (torch.cat(each) for each in zip(*parts, strict=True))
+            loss_of(expected, x, labels, len(x)).backward()
+            optimizer.step()
+            optimizer.zero_grad()
+        assert len(set(exchanges)) == 1
+        expected.eval()
+        reference = expected(batches(RANK, 99)[0])
+        torch.testing.assert_close(
+            after.double(), reference, rtol=0, atol=1e-9 if dtype is torch.float64 else 1e-3
+        )
+
+
+def test_join_where_all_have_the_same() -> None:
+    net = network()
+    with mpisyncbn.distributed.join(ddp := DistributedDataParallel(net)):
+        train(ddp)
+    with together():
+        assert distance(net, in_one_process()) < 1e-9
+
+
+@pytest.mark.parametrize("join", [mpisyncbn.distributed.join, DistributedDataParallel.join])
+def test_join_that_divides_by_the_ranks_with_data(join: Any) -> None:
+    """Rank r has r + 1 batches of ones. The reducer, in C++, asks a Work for how many ranks have one."""
+    net = nn.Linear(2, 1, bias=False)
+    seen = []
+    with join(ddp := DistributedDataParallel(net), divide_by_initial_world_size=False):
+        for _ in range(RANK + 1):
+            net.zero_grad()
+            ddp(torch.ones(1, 2)).sum().backward()
+            seen.append(net.weight.grad.tolist())
+    with together():
+        assert seen == [[[1.0, 1.0]]] * (RANK + 1)
+
+
+@pytest.mark.skipif(SIZE < 2, reason="needs two ranks to disagree")
+def test_a_failed_reduction_is_an_error_of_backward() -> None:
+    ddp = DistributedDataParallel(nn.Linear(3, 3))
+    loss = ddp(torch.ones(2, 3)).sum()
+    error = None
+    try:
+        loss.backward() if RANK == 0 else dist.all_reduce(torch.ones(5))
+    except RuntimeError as problem:
+        error = str(problem)
+    with together():
+        assert "made different ones" in str(error)
+
+
+@pytest.mark.skipif(SIZE < 2, reason="needs a rank that is through before another")
+def test_join_that_ends_with_the_first() -> None:
+    net = network()
+    error = None
+    try:
+        with mpisyncbn.distributed.join(ddp := DistributedDataParallel(net), throw_on_early_termination=True):
+            for step in range(1 if RANK == 0 else 2):
+                ddp(batches(RANK, step)[0]).sum().backward()
+    except RuntimeError as problem:
+        error = str(problem)
+    net(batches(RANK, 9)[0])  # the layers still exchange
+    with together():
+        assert error is not None
+
+
+# What torch keeps in C++.
+
+
+def registered(x: Tensor, work: Any) -> Any:
+    torch._C._distributed_c10d._register_work(x, work)
+    return lambda: torch.ops._c10d_functional.wait_tensor(x)
+
+
+def boxed(_: Tensor, work: Any) -> Any:
+    box = work.boxed()
+    return lambda: (dist.Work.unbox(box).wait(), dist.Work.unbox(box).get_future().wait())
+
+
+def future(_: Tensor, work: Any) -> Any:
+    return work.get_future().wait
+
+
+@pytest.mark.parametrize("keep", [registered, boxed, future])
+def test_what_cpp_keeps(keep: Any) -> None:
+    """It keeps a Work and not the object of Python; once it lets go, nothing of it is left."""
+    x = torch.ones(2)
+    work = dist.all_reduce(x, async_op=True)
+    seen, wait = weakref.ref(work), keep(x, work)
+    del work
+    wait()
+    del wait
+    dist.barrier(async_op=True).wait()  # which the group's thread begins once it has let go of the Work
+    gc.collect()
+    with together():
+        assert (x == SIZE).all()
+        assert seen() is None
+
+
+@pytest.mark.skipif(SIZE < 2, reason="needs two ranks")
+def test_messages_that_have_come_are_let_go() -> None:
+    x = torch.full((2,), float(RANK))
+    out = torch.zeros(2)
+    sent, received = dist.isend(x, (RANK + 1) % SIZE), dist.irecv(out, (RANK - 1) % SIZE)
+    seen = [weakref.ref(sent), weakref.ref(received)]
+    sent.wait()
+    received.wait()
+    del sent, received
+    with together():
+        assert (out == (RANK - 1) % SIZE).all()
+        assert [ref() for ref in seen] == [None, None]
+
+
+# torch.compile. What it says of itself is no concern of these.
+compiles = pytest.mark.filterwarnings("ignore")
+BACKEND = "aot_eager"
+
+
+@pytest.fixture
+def fresh_compiler() -> Iterator[None]:
+    torch._dynamo.reset()
+    yield
+    torch._dynamo.reset()
+
+
+@compiles
+@pytest.mark.parametrize("name", ["plain", "static graph", "unused parameters", "inside", "whole graph"])
+def test_compiled(name: str, fresh_compiler: None) -> None:
+    """Buckets are rebuilt in the second step of four."""
+    net = network()
+    if name == "inside":
+        ddp: Any = DistributedDataParallel(torch.compile(net, backend=BACKEND))
+    else:
+        ddp = torch.compile(DistributedDataParallel(net, **OPTIONS.get(name, {})), backend=BACKEND)
+    with torch._dynamo.config.patch(optimize_ddp=name != "whole graph"):
+        train(ddp, steps=4)
+    with together():
+        assert distance(net, in_one_process(steps=4)) < 1e-9
+
+
+@compiles
+@pytest.mark.parametrize("whole", [True, False])
+def test_compiled_collectives(whole: bool, fresh_compiler: None) -> None:
+    """As with gloo: in one graph those that torch has graph operations for, and all with graph breaks."""
+
+    def traceable(x: Tensor, group: Any) -> list[Tensor]:
+        total, everyone, part = x * 2, x.new_zeros(2 * SIZE, 3), x.new_zeros(2, 3)
+        dist.all_reduce(total, group=group)
+        dist.all_gather_into_tensor(everyone, x, group=group)
+        dist.reduce_scatter_tensor(part, everyone + total.sum(), group=group)
+        return [total, everyone, part, functional_collectives.all_reduce(x + 1, "max", group)]
+
+    def anything(x: Tensor, group: Any) -> list[Tensor]:
+        total, sent, parts = x * 2, x + 1, [torch.zeros_like(x) for _ in range(SIZE)]
+        works = [
+            dist.all_reduce(total, group=group, async_op=True),
+            dist.all_gather(parts, x, group=group, async_op=True),
+        ]
+        for work in works:
+            work.wait()
+        dist.broadcast(sent, SIZE - 1, group=group)
+        dist.barrier(group=group)
+        return [total, sent, *parts]
+
+    gloo, x = (
+        dist.new_group(backend="gloo"),
+        batches(RANK, 1, 2)[0][:, 0, 0, :3].mul(10).round(),
+    )  # exact in any order
+    compiled = torch.compile(traceable if whole else anything, backend=BACKEND, fullgraph=whole)
+    expected, got = compiled(x, gloo), compiled(x, dist.group.WORLD)
+    with together():
+        assert all(torch.equal(a, b) for a, b in zip(got, expected, strict=True))
+
+
+@compiles
+def test_a_barrier_that_tells_amid_what_is_compiled(fresh_compiler: None) -> None:
+    @torch.compile(backend=BACKEND)
+    def function(x: Tensor) -> Tensor:
+        mpisyncbn.distributed.monitored_barrier()
+        return x + 1
+
+    y = function(torch.ones(2))
+    with together():
+        assert torch.equal(y, torch.full((2,), 2.0))

@@ -1,0 +1,54 @@
+"""Process groups after MPI_Finalize: what tears a finished program down must not fail."""
+
+from __future__ import annotations
+
+from support.jobs import run_alone
+
+BEGIN = """
+import gc, torch, torch.distributed as dist, mpisyncbn
+from mpi4py import MPI
+mpisyncbn.init_process_group()
+world, group, x = dist.group.WORLD, dist.new_group(), torch.ones(2)
+dist.all_reduce(x, group=group, async_op=True).wait()  # its thread is there from now on
+layer = mpisyncbn.SyncBatchNorm(2, process_group=group)
+layer(torch.randn(3, 2))
+world.send([torch.ones(1)], 0, 5)
+world.recv([torch.zeros(1)], 0, 5)  # a message that nobody has waited for
+MPI.Finalize()
+"""
+
+
+def test_destroyed() -> None:
+    """Each use says why it cannot be, and the end is silent, of a group by itself too."""
+    out = run_alone(
+        BEGIN
+        + """
+for use in (
+    dist.new_group, dist.barrier, lambda: world.send([x], 0), lambda: layer(torch.randn(3, 2)),
+    lambda: dist.all_reduce(x, async_op=True).wait(), mpisyncbn.distributed.monitored_barrier,
+):
+    try:
+        use()
+    except mpisyncbn.MPISyncBNError as error:
+        print("MPI is already finalized" in str(error))
+dist.destroy_process_group(group)
+dist.destroy_process_group()
+"""
+    )
+    assert out.split() == ["True"] * 6
+
+
+def test_aborted() -> None:
+    """After a layer's communicator was freed, and with references that are dropped."""
+    out = run_alone(
+        BEGIN
+        + """
+layer.communicator.free()
+del group, layer
+gc.collect()
+dist.distributed_c10d._abort_process_group()
+del world
+gc.collect()
+"""
+    )
+    assert out == ""

@@ -1,0 +1,323 @@
+"""scripts/benchmark.py: its peers compute what ours does, and its arithmetic is right. No times."""
+
+from __future__ import annotations
+
+import copy
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+import benchmark
+import mpisyncbn
+from benchmarks import (
+    cases,
+    exchanges,
+    layers,
+    model,
+    native,
+    peers,
+    resnet,
+    scaling,
+    summary,
+    tables,
+    timing,
+)
+from support.oracle import distance, local_batch, oracle, shard
+from support.ranks import WORLD, together
+
+
+@pytest.mark.parametrize("quick", [False, True])
+def test_cases(quick: bool) -> None:
+    for table in (cases.LAYERS, cases.TINY, cases.RELU):
+        chosen = list(cases.cases(table, quick))
+        assert {case.dtype for case in chosen} == {"float32", "bfloat16"}
+        assert {case.format for case in chosen} == {"contiguous", "channels_last"}
+        assert len(set(chosen)) == len(chosen)
+        assert all(case.format == "contiguous" or len(case.shape) in (4, 5) for case in chosen)
+    assert all(case.bytes >= cases.LARGE_VERB_BYTES for case in cases.verb_cases(quick))
+    # 6 MB of float32, in every family but the tiny ones
+    large = {case.family for case in cases.cases(cases.LAYERS, quick) if case.values >= cases.LARGE_VALUES}
+    assert large == {"ResNet-50", "segmentation", "3-D U-Net", "1-D"}
+
+
+@pytest.mark.parametrize("shape", [(2, 3, 4, 5), (2, 3, 4, 5, 6)])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_data_is_laid_out_as_the_case_says(shape: tuple[int, ...], dtype: str) -> None:
+    for memory_format in cases.FORMATS:
+        x, dy = layers.data(cases.Case("test", shape, dtype, memory_format))
+        assert x.requires_grad
+        assert x.stride() == dy.stride()
+        assert x.dtype == getattr(torch, dtype)
+        channels_last = memory_format == "channels_last"
+        assert x.movedim(1, -1).is_contiguous() == channels_last
+        assert x.is_contiguous() != channels_last
+
+
+@pytest.mark.parametrize(("wire", "tolerance"), [("float64", 1e-12), ("float32", 1e-5)])
+def test_gather_and_merge(wire: str, tolerance: float) -> None:
+    x = shard((local_batch(), 5, 7), mean=3.0, dtype=torch.float64)
+    mean = x.mean((0, 2))
+    m2 = (x - mean[:, None]).square().sum((0, 2))
+
+    total, merged, var = exchanges.gather_and_merge(WORLD, x.numel() // 5, mean, m2, wire)
+    expected = oracle(x, x)
+
+    with together():
+        assert total == expected.count
+        assert distance(torch.from_numpy(merged), expected.mean) < tolerance
+        assert distance(torch.from_numpy(var), expected.var) < tolerance
+
+
+def test_every_exchange_says_the_same() -> None:
+    x = shard((local_batch(), 5, 7), mean=3.0)
+    group = mpisyncbn.Communicator().ready()
+    said = {name: once() for name, once in exchanges.exchanges(group, x).items()}
+    group.free()
+
+    with together():
+        count, mean, var = said["merge_moments"]
+        for name in cases.GATHERS:
+            assert said[name][0] == count
+            np.testing.assert_allclose(said[name][1], mean, rtol=1e-5)
+            np.testing.assert_allclose(said[name][2], var, rtol=1e-5)
+
+
+def test_naive_layer() -> None:
+    """Batches of one size: with others it is wrong, as its users found out."""
+    x, dy = shard((3, 5, 4, 4), mean=0.5), shard((3, 5, 4, 4), seed=1)
+    x.requires_grad_()
+    layer = peers.NaiveSyncBatchNorm(5)
+    with peers.gloo():
+        y = layer(x)
+        y.backward(dy)
+    expected = oracle(x, dy)
+
+    with together():
+        assert distance(y, expected.y) < 1e-5
+        assert distance(x.grad, expected.dx) < 1e-5
+        assert distance(layer.running_mean, 0.1 * expected.mean) < 1e-5
+
+
+def test_the_loop_in_c_sums() -> None:
+    loaded, reason = native.library()
+    if loaded is None:
+        pytest.skip(reason)
+    message = np.arange(4.0)
+    code = loaded.allreduce_loop(native.pointer(WORLD), native.buffer(message), 4, 2)
+
+    with together():
+        assert code == 0
+        np.testing.assert_array_equal(message, np.arange(4.0) * WORLD.size**2)
+
+
+def test_copies() -> None:
+    x = torch.randn(2, 3, 4, 4).contiguous(memory_format=torch.channels_last)
+    for call in peers.copies(x).values():
+        call()
+    target = peers.copies(x)["copy_"]()
+    assert torch.equal(target, x)
+    assert target.stride() == x.stride()
+
+
+def test_peers_take_turns_and_ranks_agree() -> None:
+    order: list[str] = []
+    calls = {name: lambda name=name: order.append(name) for name in "ab"}
+    figures = timing.interleave(calls, 0.0, reset=lambda: order.append("-"), warm=1, fewest=3)
+
+    everyone = WORLD.allgather(figures)
+    with together():
+        assert order == ["a", "-", "b", "-"] * 4
+        assert everyone == [figures] * WORLD.size
+        assert all(0 < figures[name]["minimum"] <= figures[name]["median"] for name in "ab")
+
+
+def test_copy_fraction() -> None:
+    times = {"copy_": 4.0, "memmove": 3.0, "verb": 2.0}
+    figures = {name: {"median": 2 * time, "minimum": time} for name, time in times.items()}
+    # a copy moves two tensors in 3, the verb one in 2
+    assert timing.copy_fraction(figures, "verb", 1) == {"median": 0.75, "minimum": 0.75}
+
+
+def test_resnet() -> None:
+    net = resnet.resnet50()
+    norms = [layer for layer in net.modules() if isinstance(layer, torch.nn.BatchNorm2d)]
+    assert sum(parameter.numel() for parameter in net.parameters()) == 25_557_032  # torchvision's
+    assert sorted(layer.num_features for layer in norms) == sorted(model.RESNET50)
+    assert len(norms) == 53
+
+
+def test_models_do_the_same_step() -> None:
+    """All ranks have the same images here, so that the batch of all has the statistics of each."""
+    torch.manual_seed(0)
+    blocks = resnet.Bottleneck(3, 4, 2), resnet.Bottleneck(16, 4, 1)
+    head = torch.nn.AdaptiveAvgPool2d(1), torch.nn.Flatten(), torch.nn.Linear(16, 3)
+    local = torch.nn.Sequential(*blocks, *head)
+    images, labels = torch.randn(2, 3, 16, 16), torch.tensor([0, 2])
+    others = [
+        mpisyncbn.convert_sync_batchnorm(copy.deepcopy(local)),
+        mpisyncbn.convert_sync_batchnorm(copy.deepcopy(local), fuse_relu=True),
+        resnet.waiting(copy.deepcopy(local)),
+    ]
+    for net in (local, *others):
+        resnet.training_step(net, images, labels)()
+
+    with together():
+        for net in others:
+            for (name, expected), actual in zip(local.named_parameters(), net.parameters(), strict=True):
+                assert distance(actual, expected) < 1e-4, name
+
+
+def test_model_by_hand() -> None:
+    assert len(model.RESNET50) == 53
+    assert sum(model.RESNET50) == 26_560
+    # 8 ranks are three messages: 3 us for no bytes, 9 us for 2,000 bytes
+    network = model.fit(8, 3.0, 9.0, size=2000, least=0)
+    assert network == pytest.approx((1.0, 0.001))
+    assert model.allreduce_costs(8, 800) == [(3, 2400), (6, 1400)]
+    assert model.allgather_costs(8, 800) == [(3, 5600), (7, 5600)]
+    # recursive doubling 3 + 2.4, Rabenseifner 6 + 1.4; ten times longer 3 + 24 against 6 + 14
+    assert model.fastest(model.allreduce_costs(8, 800), network) == pytest.approx(5.4)
+    assert model.fastest(model.allreduce_costs(8, 8000), network) == pytest.approx(20.0)
+    # one layer of 10 channels: twice 184 bytes; 84 bytes gathered, and 80 summed
+    step = model.step_ms(8, network, [10])
+    assert step["ours"] == pytest.approx(2 * (3 + 3 * 0.184) / 1000)
+    assert step["all-gather"] == pytest.approx((3 + 7 * 0.084 + 3 + 3 * 0.080) / 1000)
+
+
+def layer_row(value: float, **changes: Any) -> dict[str, Any]:
+    row = {"family": "f", "shape": [8, 64, 56, 56], "dtype": "float32", "format": "contiguous"}
+    row |= {"values": 1_605_632, "bytes": 6_422_528, "us": {}}
+    return row | {"ours to": {"local": {"median": value, "minimum": value / 2}}} | changes
+
+
+def test_summary_of_layers() -> None:
+    rows = [
+        layer_row(0.5),
+        layer_row(0.8),
+        layer_row(1.1, format="channels_last"),
+        layer_row(9.0, values=802_816),  # too small to count
+    ]
+    lines = summary.summarize({"layer": rows})
+    geometric, channels_last, worst, *half = lines
+
+    assert geometric.value == pytest.approx({"median": math.sqrt(0.4), "minimum": math.sqrt(0.1)})
+    assert geometric.met
+    assert channels_last.value["median"] == pytest.approx(1.1)
+    assert not channels_last.met
+    assert worst.value == {"median": 1.1, "minimum": 0.55}
+    assert not worst.met, "the medians decide"
+    assert "1.10 (0.55)" in str(worst)
+    assert str(worst).endswith("MISSED")
+    assert [line.met for line in half] == [None] * 4
+    assert "not measured" in str(half[0])
+
+
+def test_summary_of_threads() -> None:
+    """The bars of the layer, in a run of its own, and in tables of their own."""
+    row = layer_row(0.6, ranks=1, threads=2)
+    row["us"] = {name: {"median": 3.0, "minimum": 2.0} for name in ("local", "ours")}
+    contiguous, channels_last, *_ = summary.summarize({"threads": [row]})
+    assert contiguous.what.startswith("1 rank with 2 threads, layer over local, 6 MB and more, float32")
+    assert (contiguous.bar, channels_last.bar) == (0.65, 0.9)
+    assert contiguous.met
+    assert "## The layer with several threads a rank" in tables.markdown({"threads": [row]})
+
+
+def test_threads_are_a_run_of_their_own() -> None:
+    assert "threads" not in benchmark.parse([]).only
+    assert benchmark.parse(["--threads", "2"]).only == ["threads"]
+    assert benchmark.parse(["--threads", "2", "--only", "tiny"]).only == ["tiny"]
+
+
+def test_summary_of_exchanges() -> None:
+    def row(channels: int, ours: float, floor: float) -> dict[str, Any]:
+        names = (*cases.WHOLE, cases.BARE)
+        us = {name: {"median": ours, "minimum": ours} for name in names}
+        us[cases.FLOOR] = {"median": floor, "minimum": floor}
+        return {"channels": channels, "us": us, "left out": {}}
+
+    short, long, *_ = summary.summarize(
+        {"exchange": [row(1, 1.0, 0.75), row(64, 2.0, 1.0), row(512, 6.0, 4.0)]}
+    )
+    assert short.value["median"] == 1.0  # microseconds more, at most
+    assert long.value["median"] == 1.5  # times
+    assert (short.met, long.met) == (False, False)
+
+    without = {"channels": 1, "us": {}, "left out": {cases.FLOOR: "no mpicc"}}
+    (line,) = summary.summarize({"exchange": [without]})
+    assert "no mpicc" in str(line)
+
+
+def test_summary_of_slower_peers() -> None:
+    """At least, not at most; and times slower is the inverse of the ratio in the rows."""
+    ratios = {"naive over gloo": {"median": 0.125, "minimum": 0.25}}
+    mean, worst, *tiny = summary.summarize({"peers": [layer_row(1.0, **{"ours to": ratios})]})
+    assert mean.value == pytest.approx({"median": 8.0, "minimum": 4.0})
+    assert worst.met
+    assert [line.met for line in tiny] == [None, None]
+
+
+def test_summary_of_what_this_version_lacks() -> None:
+    ratios = {"ours, then relu": {"median": 0.5, "minimum": 0.5}}
+    with_it = layer_row(1.0, **{"ours to": ratios})
+    without = {"us": {}, "left out": {"ours": "not in this version"}}
+    assert all(line.met for line in summary.summarize({"relu": [with_it]}))
+    (line,) = summary.summarize({"relu": [without]})
+    assert line.met is None
+    assert "not in this version" in str(line)
+
+
+def test_launched(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in scaling._LAUNCHED:
+        monkeypatch.delenv(name, raising=False)
+    assert not scaling.launched()
+    monkeypatch.setenv("PMI_RANK", "0")
+    assert scaling.launched()
+
+
+def test_environment_keeps_what_is_set(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("OMPI_MCA_mpi_yield_when_idle", "0")
+    monkeypatch.delenv("PRTE_MCA_hwloc_default_binding_policy", raising=False)
+    variables = scaling.environment()
+    assert variables["OMPI_MCA_mpi_yield_when_idle"] == "0"
+    assert variables["PRTE_MCA_hwloc_default_binding_policy"] == "none"
+
+
+def test_unknown_section(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        benchmark.parse(["--only", "layer,speed"])
+    assert "got speed" in capsys.readouterr().err
+
+
+def test_a_run_and_its_files(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(layers, "TINY", [("tiny", (2, 64, 8, 8), True)])
+    monkeypatch.setattr(layers, "interleave", lambda *args, **kw: timing.interleave(args[0], 0.0, warm=1))
+    report = tmp_path / "report.json"
+    threads = torch.get_num_threads()
+    benchmark.main(["--quick", "--only", "tiny", "--default-allocator", "--json", str(report)])
+    torch.set_num_threads(threads)
+
+    printed = capsys.readouterr().out
+    with together():
+        if WORLD.rank > 0:
+            assert printed == ""
+            assert not list(tmp_path.iterdir())
+            return
+        assert "tiny (2, 64, 8, 8) float32 channels_last:" in printed
+        written = json.loads(report.read_text())
+        assert len(written["sections"]["tiny"]) == 4
+        assert written["environment"]["ranks"] == WORLD.size
+        assert [line["bar"] for line in written["summary"]] == [2.5, 2.5]
+
+        table = tmp_path / "tables.md"
+        benchmark.main(["--from-json", str(report), "--plot", str(tmp_path), "--tables", str(table)])
+        assert "tiny layer over local" in capsys.readouterr().out
+        assert (tmp_path / "ratios.png").read_bytes().startswith(b"\x89PNG")
+        assert "| (2, 64, 8, 8) | bfloat16, contiguous |" in table.read_text()

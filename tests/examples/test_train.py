@@ -1,0 +1,184 @@
+"""scripts/train.py: the same run whoever sums the gradients, and again from any checkpoint."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from support.jobs import for_jobs, unlaunched
+from support.ranks import WORLD, starts_mpiexec, together
+
+pytest.importorskip("sklearn")
+
+import train
+
+pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning")
+QUICK = ["--no-progress", "--batch", "64", "--workers", "0"]
+
+
+@pytest.fixture(autouse=True)
+def threads() -> Any:
+    before = torch.get_num_threads()
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture
+def shared(tmp_path: Path) -> Path:
+    """A folder of rank 0 that all ranks use."""
+    return WORLD.bcast(tmp_path)
+
+
+def test_the_same_curve_with_every_backend(shared: Path) -> None:
+    report = shared / "report.json"
+    ours = train.main([*QUICK, "--epochs", "2", "--json", str(report)])
+    gloo = train.main([*QUICK, "--epochs", "2", "--ddp", "gloo"])
+
+    with together():
+        assert [each["epoch"] for each in ours] == [1, 2]
+        assert ours[1]["loss"] < ours[0]["loss"] < 3
+        assert [each["loss"] for each in gloo] == pytest.approx([each["loss"] for each in ours], rel=1e-3)
+        assert json.loads(report.read_text())["epochs"] == ours
+
+
+def test_resuming_changes_nothing(shared: Path) -> None:
+    whole, halves = shared / "whole.pt", shared / "halves.pt"
+    expected = train.main([*QUICK, "--epochs", "2", "--checkpoint", str(whole)])
+    train.main([*QUICK, "--epochs", "2", "--checkpoint", str(halves), "--stop-after", "1"])
+    resumed = train.main([*QUICK, "--epochs", "2", "--checkpoint", str(halves), "--resume"])
+
+    with together():
+        assert resumed == expected
+        a, b = (torch.load(path) for path in (whole, halves))
+        for name, value in a["net"].items():
+            assert torch.equal(value, b["net"][name]), name
+
+
+@starts_mpiexec
+def test_the_reproducible_mode_is_asked_for_before_mpi_starts() -> None:
+    print_it = "import os, sys, train; print(os.environ['I_MPI_CBWR'], 'mpi4py.MPI' in sys.modules)"
+    done = subprocess.run(
+        [sys.executable, "-c", print_it],
+        cwd=Path(train.__file__).parent,
+        env=unlaunched(),
+        capture_output=True,
+        text=True,
+        timeout=100,
+    )
+    assert done.stdout.split() == ["1", "False"], done.stderr
+
+
+@pytest.fixture
+def signal_at(monkeypatch: pytest.MonkeyPatch) -> Any:
+    """``signal_at(step)``: the last rank gets SIGUSR1 there, in its forward pass."""
+
+    def install(step: int) -> None:
+        loss, steps = train.Trainer.loss, iter(range(1, step + 1))
+
+        def signalled(self: train.Trainer, *batch: torch.Tensor) -> torch.Tensor:
+            if next(steps, None) == step and WORLD.rank == WORLD.size - 1:
+                os.kill(os.getpid(), signal.SIGUSR1)
+            return loss(self, *batch)
+
+        monkeypatch.setattr(train.Trainer, "loss", signalled)
+
+    before = signal.getsignal(signal.SIGUSR1)
+    yield install
+    signal.signal(signal.SIGUSR1, before)
+    train._signalled.clear()
+
+
+# Of 1,437 samples, the last batch has so few that at 4 ranks some have none.
+EXACT = ["--no-progress", "--float64", "--workers", "0", "--epochs", "1", "--accumulate", "2"]
+BATCH = ["--batch", str(1436 // WORLD.size // 4)]
+
+
+def test_a_signal_in_mid_epoch_changes_nothing(shared: Path, signal_at: Any) -> None:
+    here, there, report = shared / "here.pt", shared / "there.pt", shared / "report.json"
+    expected = train.main([*EXACT, *BATCH])
+    signal_at(3)  # between two updates: all go on to the next
+    with pytest.raises(train.Interrupted):
+        train.main([*EXACT, *BATCH, "--checkpoint", str(here)])
+    parts, found = torch.load(here), None
+    if WORLD.rank == 0:  # at another number of ranks
+        shutil.copy(here, there)
+        launcher = ["mpiexec", "-n", "2"] if WORLD.size == 1 else []
+        done = run(launcher, *EXACT, "--checkpoint", str(there), "--resume", "--json", str(report))
+        found = json.loads(report.read_text()) if done.returncode == 0 else done
+    train._signalled.clear()
+    resumed = train.main([*EXACT, *BATCH, "--checkpoint", str(here), "--resume"])
+    found = WORLD.bcast(found)
+
+    with together():
+        assert (len(parts["metrics"]), parts["step"]) == (0, 4)
+        assert resumed == expected
+        assert isinstance(found, dict), found
+        assert found["ranks"] == (2 if WORLD.size == 1 else 1)
+        assert found["epochs"][0]["loss"] == pytest.approx(expected[0]["loss"], rel=1e-10)
+
+
+@starts_mpiexec
+def test_exit_status(shared: Path) -> None:
+    """75 from every launcher of MPI, without a word of a rank that failed."""
+    program = shared / "program.py"
+    program.write_text(SIGNALLED.format(folder=str(Path(train.__file__).parent)))
+    done = run(["mpiexec", "-n", "2"], *QUICK, "--checkpoint", str(shared / "run.pt"), program=program)
+    assert done.returncode == train.TRY_AGAIN
+    assert "mpisyncbn" not in done.stderr
+    assert torch.load(shared / "run.pt")["step"] == 1
+
+
+# Every rank is told before its first step; the script is run as __main__.
+SIGNALLED = """
+import os, runpy, signal, sys
+import torch
+sys.path.insert(0, {folder!r})
+class Told(torch.optim.SGD):
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, **kwargs)
+        os.kill(os.getpid(), signal.SIGUSR1)
+torch.optim.SGD = Told
+runpy.run_path({folder!r} + "/train.py", run_name="__main__")
+"""
+
+
+def run(launcher: list[str], *arguments: str, program: Path = Path(train.__file__)) -> Any:
+    """train.py in a job of its own."""
+    return subprocess.run(
+        [*launcher, sys.executable, str(program), *arguments],
+        env=for_jobs() | {"PRTE_MCA_rmaps_default_mapping_policy": ":oversubscribe"},
+        capture_output=True,
+        text=True,
+        timeout=100,
+    )
+
+
+imports = pytest.mark.skipif(WORLD.size > 2, reason="each worker imports torch: too slow for many ranks")
+
+
+@pytest.mark.parametrize("start", ["fork", pytest.param("spawn", marks=imports)])
+def test_worker_processes(start: str) -> None:
+    flags = [*QUICK, "--epochs", "1", "--workers", "1", "--start-method", start]
+    with_workers = train.main([*flags, "--amp", "--accumulate", "2"])
+    without = train.main([*QUICK, "--epochs", "1", "--amp", "--accumulate", "2"])
+
+    with together():
+        assert with_workers == without
+
+
+def test_options(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        train.parse(["--resume"])
+    with together():
+        assert "--resume needs --checkpoint" in capsys.readouterr().err
+        assert isinstance(train.parse([]), argparse.Namespace)

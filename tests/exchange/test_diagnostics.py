@@ -1,0 +1,474 @@
+"""Ranks that are not in the same call find out, all of them, and nothing is changed."""
+
+from __future__ import annotations
+
+import copy
+import gc
+import pickle
+import socket
+from types import SimpleNamespace
+from unittest.mock import patch
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import example, given
+from hypothesis import strategies as st
+from mpi4py import MPI
+from torch import nn
+
+import mpisyncbn
+from mpisyncbn import (
+    CollectiveMismatchError,
+    Communicator,
+    MPISyncBNError,
+    SyncBatchNorm,
+    diagnostics,
+    functional,
+)
+from mpisyncbn.diagnostics import Call, check, fingerprint
+from support.oracle import distance, local_batch, oracle, shard
+from support.ranks import WORLD
+
+RANK, SIZE = WORLD.rank, WORLD.size
+LARGEST = 2**18 - 1
+CALL = Call("a layer", "forward", 3, "float32")
+needs_two_ranks = pytest.mark.skipif(SIZE < 2, reason="one rank cannot disagree with itself")
+
+
+def agree(size, sum_h, sum_hh):
+    group = SimpleNamespace(size=size)
+    with patch.object(diagnostics, "mismatch", side_effect=CollectiveMismatchError):
+        try:
+            check(group, sum_h, sum_hh, CALL)
+        except CollectiveMismatchError:
+            return False
+    return True
+
+
+@given(
+    st.lists(st.integers(0, LARGEST), min_size=1, max_size=40)
+    | st.integers(0, LARGEST).map(lambda h: [h] * 9)
+)
+def test_the_sums_tell_whether_all_are_equal(values):
+    h = np.array(values, float)
+    assert agree(len(h), h.sum(), (h * h).sum()) == (len(set(values)) == 1)
+
+
+@given(st.integers(1, 131072), st.integers(0, 131072), st.integers(0, LARGEST), st.integers(0, LARGEST))
+@example(131072, 1, LARGEST, LARGEST - 1)
+@example(131072, 131071, LARGEST, LARGEST - 1)
+@example(131072, 0, LARGEST, 0)
+def test_one_rank_of_many_is_noticed(size, others, h, other):
+    others = min(others, size)
+    sum_h = (size - others) * h + others * other
+    sum_hh = (size - others) * h**2 + others * other**2
+    assert (float(sum_h), float(sum_hh)) == (sum_h, sum_hh), "float64 holds the sums exactly"
+    assert agree(size, float(sum_h), float(sum_hh)) == (h == other or others in (0, size))
+
+
+@pytest.mark.parametrize("sums", [(np.nan, 1.0), (1.0, np.inf), (np.nan, np.nan)])
+def test_sums_that_are_not_finite_are_a_mismatch(sums):
+    assert not agree(2, *sums)
+
+
+@given(st.integers(0, 2**40), st.integers(1, LARGEST))
+def test_fingerprints_are_18_bits_and_tell_exchanges_apart(exchanges, later):
+    one, other = fingerprint(CALL, exchanges), fingerprint(CALL, exchanges + later)
+    assert 0 <= one <= LARGEST
+    assert one != other
+
+
+def test_every_field_of_a_call_counts():
+    others = ["another layer", "backward", 4, "float64", 1e-3]
+    calls = [
+        CALL,
+        *(CALL._replace(**{name: other}) for name, other in zip(Call._fields, others, strict=True)),
+    ]
+    assert len({fingerprint(call, 1) for call in calls}) == 6
+
+
+class Recorder:
+    """The communicator of a group, with every message noted on its way."""
+
+    def __init__(self, comm):
+        self.comm, self.messages = comm, []
+
+    def Allreduce(self, in_place, message):
+        self.messages.append(message.copy())
+        self.comm.Allreduce(in_place, message)
+
+    def Allgather(self, message, gathered):
+        self.messages.append(message.copy())
+        self.comm.Allgather(message, gathered)
+
+    def __getattr__(self, name):
+        return getattr(self.comm, name)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_every_message_is_signed(dtype):
+    group = Communicator().ready()
+    group.comm = recorder = Recorder(group.comm)
+    group.link = None  # native code goes past the recorder
+    layer = SyncBatchNorm(3, process_group=group, dtype=dtype)
+    x = shard((local_batch(), 3, 2), dtype=dtype).requires_grad_()
+    layer(x).pow(3).sum().backward()
+    first_order = len(recorder.messages)
+    (gradient,) = torch.autograd.grad(layer(x).pow(3).sum(), x, create_graph=True)
+    gradient.pow(2).sum().backward()
+    signatures = [tuple(message[:2]) for message in recorder.messages]
+    same = len(set(WORLD.allgather(tuple(signatures)))) == 1
+    assert first_order == 2
+    assert len(signatures) > 4
+    assert same
+    assert len(set(signatures)) == len(signatures)
+    for h, square in signatures:
+        assert h == int(h)
+        assert 0 <= h <= LARGEST
+        assert square == h * h
+
+
+class Model:
+    """Layers known by their name, of 3 channels (``wide``: 4), and two known by their first use."""
+
+    def __init__(self, group):
+        self.group = group
+        layers = {name: nn.BatchNorm1d(4 if name == "wide" else 3) for name in ("a", "b", "wide")}
+        self.layers = mpisyncbn.convert_sync_batchnorm(nn.ModuleDict(layers), group)
+        self.layers["float64"] = SyncBatchNorm(3, process_group=group, dtype=torch.float64)
+        self.layers.update({name: SyncBatchNorm(3, process_group=group) for name in ("first", "second")})
+        self.x = shard((local_batch(), 3, 4))
+        for name in ("first", "second"):
+            self.forward(name)
+        y = self.layers["a"](self.x.clone().requires_grad_())
+        self.backward = y.sum().backward
+
+    def forward(self, name):
+        x = self.x.repeat(1, 2, 1)[:, : self.layers[name].num_features]
+        return self.layers[name](x.double() if name == "float64" else x)
+
+    def function(self):
+        return mpisyncbn.sync_batch_norm(self.x, None, None, process_group=self.group)
+
+    def call(self, what):
+        {"backward": self.backward, "function": self.function}.get(what, lambda: self.forward(what))()
+
+    def state(self):
+        return {key: value.clone() for key, value in self.layers.state_dict().items()}
+
+
+# What one rank calls, what all others do, and how the error names both. Messages of other lengths, and
+# another collective, need the agreement that MPISYNCBN_DEBUG=1 makes first.
+A, B = "forward of ModuleDict: a (3 channels, float32)", "forward of ModuleDict: b (3 channels, float32)"
+CASES = {
+    "skips a layer": ("b", "a", B, A, "01"),
+    "skips a layer without a name": (
+        *("second", "first", "forward of the layer first used in exchange number 2 (3 channels, float32)"),
+        *("forward of the layer first used in exchange number 1 (3 channels, float32)", "01"),
+    ),
+    "calls the function": ("function", "a", "forward of a function call (3 channels, float32)", A, "01"),
+    "is in backward": ("backward", "a", "backward of ModuleDict: a (3 channels, float32)", A, "01"),
+    "has other channels": ("wide", "a", "forward of ModuleDict: wide (4 channels, float32)", A, "1"),
+    "has another dtype": ("float64", "a", "(3 channels, float64)", A, "1"),
+}
+
+
+@needs_two_ranks
+@pytest.mark.parametrize("odd", [0, SIZE - 1])
+@pytest.mark.parametrize(("case", "debug"), [(case, debug) for case in CASES for debug in CASES[case][-1]])
+def test_a_mismatch_is_an_error_on_every_rank(case, debug, odd, monkeypatch):
+    monkeypatch.setenv("MPISYNCBN_DEBUG", debug)
+    mine, theirs, my_call, their_call, _ = CASES[case]
+    model = Model(Communicator())
+    before = model.state()
+    error = None
+    try:
+        model.call(mine if odd == RANK else theirs)
+    except CollectiveMismatchError as caught:
+        error = caught
+    after = model.state()
+    errors = WORLD.allgather(str(error))
+    hosts = WORLD.allgather(socket.gethostname())
+    for layer in model.layers.values():
+        layer.momentum = 1.0
+    right = model.forward("b"), model.forward("second")
+    expected = oracle(model.x, model.x)
+
+    assert error is not None
+    assert all(torch.equal(before[key], after[key]) for key in before)
+    for rank, (host, message) in enumerate(zip(hosts, errors, strict=True)):
+        calls = [line for line in errors[RANK].splitlines() if line.startswith(f"  rank {rank} on {host}: ")]
+        assert len(calls) == 1
+        assert calls[0].endswith(my_call if rank == odd else their_call)
+        assert f"expected all {SIZE} ranks of the group to make the same call" in message
+        assert f"This is rank {rank}. Every rank must run the same layers" in message
+    assert distance(right[0], expected.y) < 1e-5
+    assert distance(right[1], expected.y) < 1e-5
+    assert distance(model.layers["second"].running_mean, expected.mean) < 1e-5
+
+
+@needs_two_ranks
+@pytest.mark.parametrize("debug", ["0", "1"])
+def test_two_layers_swapped_on_one_rank(debug, monkeypatch):
+    monkeypatch.setenv("MPISYNCBN_DEBUG", debug)
+    model = Model(Communicator())
+    before, caught = model.state(), []
+    for name in ("a", "b") if RANK else ("b", "a"):
+        try:
+            model.forward(name)
+        except CollectiveMismatchError as error:
+            caught.append(error)
+    after = model.state()
+    assert len(caught) == 2
+    assert all(torch.equal(before[key], after[key]) for key in before)
+
+
+class Generator(nn.Sequential):
+    pass
+
+
+def small(kind=nn.Sequential, **options):
+    return kind(nn.BatchNorm1d(3, **options))
+
+
+def converted(group, *pairs):
+    return [mpisyncbn.convert_sync_batchnorm(net, group, name=name) for net, name in pairs]
+
+
+# Two nets, layers or functions, and the names of their first calls, which rank 0 makes in another order.
+SWAPPED = {
+    "classes": (
+        lambda group: converted(group, (small(Generator), None), (small(), None)),
+        *("Generator: 0 (3 channels, float32)", "Sequential: 0 (3 channels, float32)"),
+    ),
+    "names": (
+        lambda group: converted(group, (small(), "teacher"), (small(), "student")),
+        *("teacher: 0 (3 channels, float32)", "student: 0 (3 channels, float32)"),
+    ),
+    "names of layers": (
+        lambda group: converted(group, (nn.BatchNorm1d(3), "teacher"), (nn.BatchNorm1d(3), "student")),
+        *("teacher (3 channels, float32)", "student (3 channels, float32)"),
+    ),
+    "eps, where the names are the same": (
+        lambda group: converted(group, (small(), None), (small(eps=1e-3), None)),
+        *("Sequential: 0 (3 channels, float32)", "Sequential: 0 (3 channels, float32, eps 0.001)"),
+    ),
+    "eps, without names": (
+        lambda group: [SyncBatchNorm(3, eps, process_group=group) for eps in (0, 1e-3)],
+        "the layer first used in exchange number 1 (3 channels, float32, eps 0.0)",
+        "the layer first used in exchange number 1 (3 channels, float32, eps 0.001)",
+    ),
+    "eps of functions": (
+        lambda group: [
+            lambda x, e=e: mpisyncbn.sync_batch_norm(x, None, None, eps=e, process_group=group)
+            for e in (0, 1)
+        ],
+        *("a function call (3 channels, float32, eps 0.0)", "a function call (3 channels, float32, eps 1.0)"),
+    ),
+    "eps of functions for arrays": (
+        lambda group: [
+            lambda x, e=e: functional.batch_norm_forward(x.numpy(), eps=e, process_group=group)
+            for e in (0, 1)
+        ],
+        "functional.batch_norm (3 channels, float32, eps 0.0)",
+        "functional.batch_norm (3 channels, float32, eps 1.0)",
+    ),
+}
+
+
+@needs_two_ranks
+@pytest.mark.parametrize("what", SWAPPED)
+def test_models_in_another_order_on_one_rank(what):
+    make, *names = SWAPPED[what]
+    calls, x = make(Communicator()), shard((local_batch(), 3))
+    messages = []
+    for call in calls if RANK == 0 else calls[::-1]:
+        with pytest.raises(CollectiveMismatchError) as caught:
+            call(x)
+        messages.append(str(caught.value))
+    for message, (first, others) in zip(messages, (names, names[::-1]), strict=True):
+        lines = message.replace("exchange number 2", "exchange number 1").splitlines()[1:-1]
+        assert lines[0].endswith(f": forward of {first}")
+        assert all(line.endswith(f": forward of {others}") for line in lines[1:])
+    for net in calls:
+        assert not isinstance(net, nn.Module) or not next(net.buffers()).any()
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # torch's compiler warns about itself
+@pytest.mark.parametrize("debug", ["0", "1"])
+def test_eps_of_another_type_is_the_same(debug, monkeypatch):
+    """And the same whether compiled or not, since one rank may compile a layer for itself."""
+    monkeypatch.setenv("MPISYNCBN_DEBUG", debug)
+    layer = SyncBatchNorm(
+        3, 0 if RANK == SIZE - 1 else [0.0, np.float64(0)][RANK % 2], process_group=Communicator()
+    )
+    x = shard((local_batch(), 3))
+    leaf = x.clone().requires_grad_()
+    call = torch.compile(layer, backend="eager") if RANK == SIZE - 1 else layer
+    y = call(leaf)
+    y.pow(3).sum().backward()
+    expected = oracle(x, 3 * y.detach() ** 2, eps=0)
+    assert distance(y, expected.y) < 1e-5
+    assert distance(leaf.grad, expected.dx) < 1e-4
+
+
+@pytest.mark.parametrize("debug", ["0", "1"])
+def test_ranks_may_differ_in_what_they_build(debug, monkeypatch):
+    monkeypatch.setenv("MPISYNCBN_DEBUG", debug)
+    group = Communicator()
+    layers = {}
+    for name in ("a", "b", "c") if RANK else ("c", "b", "a"):
+        layers[name] = SyncBatchNorm(3, momentum=1.0, process_group=group)
+        if RANK == 0:
+            SyncBatchNorm(3, process_group=group)
+    x = shard((local_batch(), 3, 4))
+    leaf = x.clone().requires_grad_()
+    y = layers["a"](leaf)
+    if RANK == 0:
+        ema = copy.deepcopy(layers["a"]).eval()
+        ema(x)
+        alone = mpisyncbn.convert_sync_batchnorm(nn.Sequential(nn.BatchNorm1d(3)), MPI.COMM_SELF)
+        alone(leaf).sum().backward()
+        mpisyncbn.convert_sync_batchnorm(nn.Sequential(nn.BatchNorm1d(3)), group, name="of rank 0 alone")
+    y.sum().backward()
+    for name in ("b", "c", "a"):
+        layers[name](x)
+    expected = oracle(x, x)
+    for layer in layers.values():
+        assert distance(layer.running_mean, expected.mean) < 1e-5
+
+
+@pytest.mark.parametrize("debug", ["0", "1"])
+@pytest.mark.parametrize("own", [copy.deepcopy, lambda net: pickle.loads(pickle.dumps(net))])
+def test_one_rank_may_go_on_with_a_copy(own, debug, monkeypatch):
+    monkeypatch.setenv("MPISYNCBN_DEBUG", debug)
+    net = mpisyncbn.convert_sync_batchnorm(small(momentum=1.0))
+    x = shard((local_batch(), 3))
+    net(x)
+    if RANK == 0:
+        net = own(net)
+    net(x + 1)
+    assert distance(net[0].running_mean, oracle(x + 1, x).mean) < 1e-5
+
+
+def test_ranks_may_collect_garbage_at_different_times():
+    group = Communicator()
+    x = shard((local_batch(), 3, 4))
+    layers = [SyncBatchNorm(3, process_group=group) for _ in range(2)]
+    for layer in layers:
+        layer(x)
+    del layer
+    if RANK == 0:
+        del layers[0]
+        gc.collect()
+    new = SyncBatchNorm(3, process_group=group)
+    assert new(x).shape == x.shape
+
+
+@pytest.mark.parametrize("debug", ["0", "1"])
+def test_ranks_may_differ_in_the_dtype_of_their_input(debug, monkeypatch):
+    monkeypatch.setenv("MPISYNCBN_DEBUG", debug)
+    layer = SyncBatchNorm(3, process_group=Communicator())
+    bfloat16 = RANK == 0
+    x = (torch.ones(4, 3).bfloat16() if bfloat16 else torch.ones(0, 3)).requires_grad_()
+    y = layer(x)
+    y.sum().backward()
+    assert y.dtype == x.grad.dtype == (torch.bfloat16 if bfloat16 else torch.float32)
+
+
+@needs_two_ranks
+def test_debug_mode_on_one_rank_is_on_everywhere(monkeypatch):
+    """Open MPI hands the environment to the ranks of the first host only."""
+    monkeypatch.setenv("MPISYNCBN_DEBUG", "1" if RANK == 0 else "0")
+    group = Communicator()
+    y = SyncBatchNorm(3, process_group=group)(shard((local_batch(), 3)))
+    assert group.debug
+    assert y.shape == (local_batch(), 3)
+
+
+class Failing:
+    """A communicator in which something fails."""
+
+    def __init__(self, comm, **failures):
+        self.comm = comm
+        vars(self).update(failures)
+
+    def __getattr__(self, name):
+        return getattr(self.comm, name)
+
+
+def fails(error):
+    def call(*_):
+        raise MPI.Exception(error)
+
+    return call
+
+
+@pytest.mark.parametrize(("dtype", "verb"), [(torch.float32, "Allreduce"), (torch.float64, "Allgather")])
+def test_an_error_of_mpi_says_where(dtype, verb):
+    layer = SyncBatchNorm(3, process_group=Communicator().ready(), dtype=dtype)
+    group = layer.process_group
+    group.comm, group.link = Failing(group.comm, **{verb: fails(MPI.ERR_INTERN)}), None
+    match = (
+        rf"MPI failed in rank {RANK} of {SIZE}, exchange number 1 of this communicator, forward of the layer"
+    )
+    with pytest.raises(MPISyncBNError, match=match) as caught:
+        layer(torch.ones(2, 3, dtype=dtype))
+    assert not isinstance(caught.value, CollectiveMismatchError)
+    assert isinstance(caught.value.__cause__, MPI.Exception)
+    assert layer.num_batches_tracked == 0
+
+
+def test_a_message_of_another_length_is_a_mismatch():
+    layer = SyncBatchNorm(3, process_group=Communicator().ready())
+    layer.process_group.comm = Failing(layer.process_group.comm, Allreduce=fails(MPI.ERR_TRUNCATE))
+    layer.process_group.link = None
+    with pytest.raises(CollectiveMismatchError, match=rf"rank {RANK} .*forward of the layer"):
+        layer(torch.ones(2, 3))
+
+
+def test_an_error_of_mpi_in_debug_mode_and_before_it(monkeypatch):
+    monkeypatch.setenv("MPISYNCBN_DEBUG", "1")
+    group = Communicator().ready()
+    layer = SyncBatchNorm(3, process_group=group)
+    group.comm = Failing(group.comm, allgather=fails(MPI.ERR_INTERN))
+    with pytest.raises(MPISyncBNError, match=f"MPI failed before the forward of .* on rank {RANK}"):
+        layer(torch.ones(2, 3))
+    unready = Communicator()
+    unready._source = Failing(WORLD, Dup=fails(MPI.ERR_INTERN))
+    with (
+        patch.object(mpisyncbn.communicator, "_check"),
+        pytest.raises(MPISyncBNError, match=rf"MPI failed to duplicate .* \(on rank {RANK} of {SIZE}\)"),
+    ):
+        unready.ready()
+
+
+def test_a_rank_that_does_not_answer_is_not_waited_for(monkeypatch):
+    """As where MPI has left it waiting for the rest of a longer message."""
+    monkeypatch.setattr(diagnostics, "_PATIENCE", 0.01)
+    monkeypatch.setattr(diagnostics, "_abandoned", [])
+    pending = SimpleNamespace(Test=lambda: False)
+    group = Communicator(MPI.COMM_SELF).ready()
+    group.size, group.comm = 2, SimpleNamespace(Iallgather=lambda *_: pending)
+    with pytest.raises(
+        CollectiveMismatchError, match=r"rank 0 on .*: forward of a layer[^$]*rank 1 no answer in"
+    ):
+        diagnostics.mismatch(group, CALL)
+    assert diagnostics._abandoned[0][0] is pending
+
+
+@pytest.mark.parametrize("looks", [1, 2, 5])
+def test_an_answer_that_takes_a_moment_is_waited_for(looks, monkeypatch):
+    """Asleep, since the rank that answers may share the core; but not for long."""
+    naps, answers = [], iter([False] * (looks - 1) + [True])
+    clock = SimpleNamespace(sleep=naps.append, monotonic=lambda: sum(naps))
+    monkeypatch.setattr(diagnostics, "time", clock)
+    monkeypatch.setattr(diagnostics, "_abandoned", [])
+    group = Communicator(MPI.COMM_SELF).ready()
+    group.comm = SimpleNamespace(Iallgather=lambda *_: SimpleNamespace(Test=lambda: next(answers)))
+    with pytest.raises(CollectiveMismatchError, match=r"rank 0 on .*: forward of a layer"):
+        diagnostics.mismatch(group, CALL)
+    assert len(naps) == looks - 1
+    assert all(0 < nap <= 0.01 for nap in naps)
+    assert not diagnostics._abandoned

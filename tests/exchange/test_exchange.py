@@ -1,0 +1,422 @@
+"""What goes on the wire."""
+
+from __future__ import annotations
+
+import ctypes
+from itertools import combinations
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from mpi4py import MPI
+
+from mpisyncbn import exchange, kernels, transport
+from mpisyncbn.communicator import Communicator, resolve
+from mpisyncbn.diagnostics import Call, fingerprint
+from mpisyncbn.errors import CollectiveMismatchError, MPISyncBNError
+from support.device import GPU, pretend
+from support.ranks import WORLD, together
+
+needs_native = pytest.mark.skipif(kernels.native() is None, reason="the native kernels were not built")
+ALLREDUCE = ctypes.CFUNCTYPE(
+    ctypes.c_int, ctypes.c_void_p, ctypes.c_void_p, ctypes.c_int, *[ctypes.c_void_p] * 3
+)
+CALL = Call("a layer", "forward", 3, "float32")
+WIDE = CALL._replace(dtype="float64")
+
+
+class Recorder:
+    """The communicator of a group, with every message noted on its way, and what its rank would say then."""
+
+    def __init__(self, group):
+        self.comm, self.presence, self.messages, self.states = group.ready().comm, group.presence, [], []
+
+    def note(self, name, message):
+        self.messages.append((name, message))
+        self.states.append(self.presence.state())
+
+    def Allreduce(self, in_place, message, **options):
+        self.note("Allreduce", message.copy())
+        self.comm.Allreduce(in_place, message, **options)
+
+    def Allgather(self, message, gathered):
+        self.note("Allgather", message.copy())
+        self.comm.Allgather(message, gathered)
+
+    def allgather(self, value):
+        self.note("allgather", value)
+        return self.comm.allgather(value)
+
+    def __getattr__(self, name):
+        return getattr(self.comm, name)
+
+
+@pytest.fixture
+def recorder():
+    group = Communicator()
+    recorder = Recorder(group)
+    group.comm, group.link = recorder, None
+    recorder.group = group
+    yield recorder
+    group.free()
+
+
+@pytest.fixture
+def recorded(recorder):
+    return recorder.group, recorder.messages
+
+
+def test_the_messages(recorded):
+    """Fingerprint first, then exactly what the module's table says; one collective each."""
+    group, messages = recorded
+    mean, m2 = np.array([1.0, 2.0, -3.0]) + WORLD.rank, np.array([4.0, 5.0, 6.0])
+    exchange.merge_moments(group, CALL, 7, mean, m2)
+    exchange.merge_moments(group, WIDE, 7, np.stack((mean, mean * 0)), m2)
+    exchange.reduce_sums(group, CALL._replace(direction="backward"), mean, m2)
+    signatures = [
+        (fingerprint(call, i + 1)) for i, call in enumerate((CALL, WIDE, CALL._replace(direction="backward")))
+    ]
+    bodies = [[7, *(7 * mean), *(m2 + 7 * mean**2)], [7, *mean, 0, 0, 0, *m2], [0, *mean, *m2]]
+    assert [name for name, _ in messages] == ["Allreduce", "Allgather", "Allreduce"]
+    for (_, message), h, body in zip(messages, signatures, bodies, strict=True):
+        assert message.dtype == np.float64
+        assert message.tolist() == [h, h * h, *body]
+
+
+def test_a_rank_without_data_sends_as_much(recorded):
+    group, messages = recorded
+    n = 4 if WORLD.rank == 0 else 0
+    for call, mean in ((CALL, np.ones(3)), (WIDE, np.ones((2, 3)))):
+        exchange.merge_moments(group, call, n, mean * (n > 0), np.ones(3) * (n > 0))
+    assert [len(m) for _, m in messages] == [2 * 3 + 3, 3 * 3 + 3]
+
+
+def fake_allreduce(code, messages):
+    """MPI_Allreduce of a world of one, that notes what it gets and returns ``code``."""
+
+    def allreduce(in_place, message, length, *handles):
+        messages.append((in_place, ctypes.cast(message, ctypes.POINTER(ctypes.c_double))[:length], handles))
+        return code
+
+    return ALLREDUCE(allreduce)
+
+
+@needs_native
+def test_native_code_sends_the_same_message():
+    messages = []
+    function = fake_allreduce(0, messages)
+    address = ctypes.cast(function, ctypes.c_void_p).value
+    mean, m2, merged = np.array([1.0, 2.0, -3.0]), np.array([4.0, 5.0, 6.0]), np.empty((2, 3))
+    for int_handles in (True, False):
+        link = kernels.native().Link(address, 11, 12, 13, 99, int_handles, 1)
+        assert link.sum_moments(5, 7, mean, m2, merged) == 7
+        assert np.allclose(merged, [mean, m2 / 7])
+        assert link.sum_vectors(5, mean, m2, merged) == 0
+        assert merged.tolist() == [mean.tolist(), m2.tolist()]
+    bodies = [[7, *(7 * mean), *(m2 + 7 * mean**2)], [0, *mean, *m2]] * 2
+    # in the order of MPI: datatype, operation, communicator
+    assert messages == [(99, [5, 25, *body], (12, 13, 11)) for body in bodies]
+
+
+@needs_native
+@pytest.mark.parametrize(
+    ("code", "error", "match"),
+    [
+        (MPI.ERR_INTERN, MPISyncBNError, "MPI failed in rank"),
+        (MPI.ERR_TRUNCATE, CollectiveMismatchError, "but in exchange"),
+    ],
+)
+def test_an_error_in_native_code(code, error, match):
+    group = Communicator().ready()
+    function = fake_allreduce(code, [])
+    address = ctypes.cast(function, ctypes.c_void_p).value
+    group.link = kernels.native().Link(address, 0, 0, 0, 0, False, group.size)
+    for exchanging in (
+        lambda: exchange.merge_moments(group, CALL, 7, np.ones(3), np.ones(3)),
+        lambda: exchange.reduce_sums(group, CALL, np.ones(3), np.ones(3)),
+    ):
+        with pytest.raises(error, match=match):
+            exchanging()
+    group.free()
+
+
+@needs_native
+@pytest.mark.parametrize("channels", [1, 3, 64, 1000])
+def test_native_code_gives_the_same_bits(channels, monkeypatch):
+    monkeypatch.setenv("MPISYNCBN_TRANSPORT", "host")  # with messages on a device, there is no native code
+    native, plain = Communicator().ready(), Communicator().ready()
+    assert native.link is not None
+    plain.link = None
+    rng = np.random.default_rng(WORLD.rank)
+    for scale in (0.0, 1.0, 1e8, np.inf):
+        with np.errstate(all="ignore"):
+            mean, m2, count = rng.normal(scale, 1, channels), rng.random(channels) * 100, 5 * WORLD.rank
+            mean, m2 = mean * (count > 0), m2 * (count > 0)
+            both = [exchange.merge_moments(group, CALL, count, mean, m2) for group in (native, plain)]
+            sums = [exchange.reduce_sums(group, CALL, mean, m2) for group in (native, plain)]
+        assert both[0][0] == both[1][0]
+        for ours, theirs in ((both[0][1:], both[1][1:]), sums):
+            assert np.array_equal(ours, theirs, equal_nan=True)
+    native.free()
+    plain.free()
+
+
+@needs_native
+def test_where_one_rank_has_no_native_code_none_uses_it(monkeypatch):
+    if WORLD.rank == 0:
+        monkeypatch.setattr(transport, "native", lambda: None)
+    group = Communicator().ready()
+    assert group.link is None
+    group.free()
+
+
+@needs_native
+@pytest.mark.parametrize("garbage", [np.nan, np.inf, -1.0, 2.0**60])
+def test_a_sum_that_is_no_fingerprint_is_a_mismatch(garbage):
+    def allreduce(in_place, message, *_):
+        ctypes.cast(message, ctypes.POINTER(ctypes.c_double))[0] = garbage
+        return 0
+
+    function = ALLREDUCE(allreduce)
+    link = kernels.native().Link(ctypes.cast(function, ctypes.c_void_p).value, 0, 0, 0, 0, False, 1)
+    assert link.sum_vectors(5, np.ones(2), np.ones(2), np.empty((2, 2))) == -1
+
+
+def whole_batch(values: list[np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
+    everything = np.concatenate(values).astype(np.longdouble)
+    return everything.mean(axis=0), everything.var(axis=0)
+
+
+@given(
+    counts=st.lists(st.integers(0, 6), min_size=4, max_size=4).filter(lambda c: c[0] > 1),
+    ratio=st.sampled_from([0.0, 1.0, 1e3, 1e6]),
+    seed=st.integers(0, 100),
+    wide=st.booleans(),
+)
+def test_merging_is_the_whole_batch(counts, ratio, seed, wide):
+    n = counts[WORLD.rank % 4]
+    x = np.random.default_rng([seed, WORLD.rank]).normal(ratio, 1.0, (n, 3))
+    mean = x.mean(axis=0) if n else np.zeros(3)
+    m2 = ((x - mean) ** 2).sum(axis=0)
+    if wide:
+        mean = np.stack((mean, (x - mean).mean(axis=0) if n else np.zeros(3)))
+    total, merged, var = exchange.merge_moments(resolve(None), WIDE if wide else CALL, n, mean, m2)
+    values = WORLD.allgather(x)
+    same = len(set(WORLD.allgather((total, merged.tobytes(), var.tobytes())))) == 1
+    expected_mean, expected_var = whole_batch(values)
+    with together():
+        assert same
+        assert total == sum(len(v) for v in values)
+        assert np.allclose(merged.astype(float), expected_mean.astype(float), rtol=1e-14, atol=1e-14)
+        error = np.abs((var - expected_var) / expected_var).max()
+        if wide:
+            assert error < 1e-12 or np.abs(var - expected_var).max() < 1e-13
+        else:  # about 2e-16 * (mean / std)**2
+            assert np.abs(var - expected_var).max() < 1e-14 * (1 + ratio**2)
+
+
+def test_nobody_has_data():
+    for call, mean in ((CALL, np.zeros(3)), (WIDE, np.zeros((2, 3)))):
+        total, merged, var = exchange.merge_moments(resolve(None), call, 0, mean, np.zeros(3))
+        assert total == 0
+        assert not merged.any()
+        assert not var.any()
+
+
+@pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
+@pytest.mark.parametrize("wide", [False, True])
+def test_what_is_not_finite_stays_in_its_channel_and_reaches_every_rank(bad, wide):
+    mean, m2 = np.zeros((2, 3)) if wide else np.zeros(3), np.ones(3)
+    if WORLD.rank == WORLD.size - 1:
+        mean[..., 1] = bad
+        m2[1] = np.nan
+    with np.errstate(all="ignore"):
+        total, merged, var = exchange.merge_moments(resolve(None), WIDE if wide else CALL, 2, mean, m2)
+    assert total == 2 * WORLD.size
+    assert np.isfinite(merged).tolist() == [True, False, True]
+    assert np.isfinite(var).tolist() == [True, False, True]
+
+
+def test_results_outlive_the_next_message():
+    """The buffer is reused; what was returned is not."""
+    group, one = resolve(None), np.ones(3)
+    first = exchange.merge_moments(group, CALL, 1, one, one)
+    sums = exchange.reduce_sums(group, CALL, one, one)
+    kept = [v.copy() for v in (*first[1:], *sums)]
+    exchange.merge_moments(group, CALL, 1, one * 5, one * 7)
+    exchange.reduce_sums(group, CALL, one * 5, one * 7)
+    for before, after in zip(kept, (*first[1:], *sums), strict=True):
+        assert np.array_equal(before, after)
+
+
+def test_counts_are_whole_numbers_beyond_half_precision():
+    total, _, _ = exchange.merge_moments(resolve(None), CALL, 2**40 + WORLD.rank, np.zeros(3), np.zeros(3))
+    assert total == WORLD.size * 2**40 + sum(range(WORLD.size))
+
+
+def test_what_a_rank_that_waits_would_say(recorder):
+    """To the others, when one of them has waited too long (presence.py)."""
+    group, one = recorder.group, np.ones(3)
+    exchange.merge_moments(group, CALL, 1, one, one)
+    exchange.merge_moments(group, WIDE, 1, np.ones((2, 3)), one)
+    exchange.reduce_sums(group, CALL._replace(direction="backward"), one, one)
+    exchange.answer(group)
+    doing = [
+        "forward of a layer (3 channels, float32)",
+        "forward of a layer (3 channels, float64)",
+        "backward of a layer (3 channels, float32)",
+        "answer of no layer, for want of data (0 channels, any)",
+    ]
+    said = [state.rpartition(", for ")[0] for state in recorder.states]
+    assert said == [f"waits in exchange number {i + 1}, {what}" for i, what in enumerate(doing)]
+
+
+@pytest.mark.parametrize("linked", [True, False])
+def test_sums_of_any_number_of_vectors(linked):
+    group = Communicator().ready()
+    group.link = group.link if linked else None
+    vectors = [np.arange(3.0) + 10 * i + WORLD.rank for i in range(4)]
+    sums = [exchange.reduce_sums(group, CALL, *vectors[:n]) for n in (1, 2, 3, 4)]
+    group.free()
+    ranks = sum(range(WORLD.size))
+    expected = [(WORLD.size * (np.arange(3) + 10 * i) + ranks).tolist() for i in range(4)]
+    assert [[v.tolist() for v in each] for each in sums] == [expected[:n] for n in (1, 2, 3, 4)]
+
+
+@pytest.mark.parametrize("linked", [True, False])
+@pytest.mark.parametrize("kind", ["float32", "float64", "sums"])
+def test_ranks_in_different_layers_find_out(kind, linked):
+    """All of them, whatever the message; and the next exchange is as any other."""
+    group = Communicator().ready()
+    group.link = group.link if linked else None
+    one = np.ones(3)
+
+    def attempt(layer):
+        call = (WIDE if kind == "float64" else CALL)._replace(layer=layer)
+        if kind == "sums":
+            return exchange.reduce_sums(group, call, one, one)[0]
+        return exchange.merge_moments(group, call, 1, np.ones((2, 3)) if kind == "float64" else one, one)[1]
+
+    error = None
+    try:
+        attempt("the last" if WORLD.rank == WORLD.size - 1 else "another")
+    except CollectiveMismatchError as problem:
+        error = problem
+    after = attempt("the same")
+    group.free()
+    assert (error is not None) == (WORLD.size > 1)
+    if error is not None:
+        assert str(error).count("forward of the last (") == 1
+        assert str(error).count("forward of another (") == WORLD.size - 1
+    assert after.tolist() == [{"sums": WORLD.size, "float32": 1, "float64": 2}[kind]] * 3
+
+
+STEPS = (3, 0, 1, 2)  # of the ranks, before they have no more data
+
+
+@pytest.mark.parametrize("debug", ["0", "1"])
+@pytest.mark.parametrize("linked", [True, False])
+def test_ranks_without_data_answer_the_others(linked, debug, monkeypatch):
+    """What comes of each exchange is that of the ranks with data."""
+    monkeypatch.setenv("MPISYNCBN_DEBUG", debug)
+    group = Communicator().ready()
+    group.link = group.link if linked else None
+    group.joining = True
+    mean, m2, count = np.arange(3.0) + 1 + WORLD.rank, np.arange(3.0), 2 + WORLD.rank
+    found = []
+    for step in range(STEPS[WORLD.rank % 4]):
+        if step == 0:
+            found.append(exchange.merge_moments(group, CALL, count, mean, m2))
+        elif step == 1:
+            found.append(exchange.reduce_sums(group, CALL, mean, m2))
+        else:
+            found.append(exchange.merge_moments(group, WIDE, count, np.stack((mean, mean * 0)), m2))
+    exchange.answer(group)
+    exchanges = WORLD.allgather(group.exchanges)
+    group.joining = False
+    exchange.reduce_sums(group, CALL, mean)
+    group.free()
+    with together():
+        assert exchanges == [4] * WORLD.size
+        for step, results in enumerate(found):
+            those = [rank for rank in range(WORLD.size) if STEPS[rank % 4] > step]
+            counts = np.array([2.0 + rank for rank in those])[:, None]
+            means = np.array([np.arange(3.0) + 1 + rank for rank in those])
+            total, whole = counts.sum(), (counts * means).sum(0) / counts.sum()
+            var = (len(those) * np.arange(3.0) + (counts * (means - whole) ** 2).sum(0)) / total
+            expected = (means.sum(0), len(those) * np.arange(3.0)) if step == 1 else (total, whole, var)
+            for ours, theirs in zip(results, expected, strict=True):
+                assert np.allclose(ours, theirs, rtol=1e-13, atol=1e-13)
+
+
+def test_a_fingerprint_may_be_zero(monkeypatch):
+    """A rank that joins hears of one as of any other."""
+    monkeypatch.setattr(exchange.diagnostics, "fingerprint", lambda call, exchanges: 0)
+    group = Communicator().ready()
+    group.joining = True
+    total = None
+    if WORLD.rank == 0:
+        total, _, _ = exchange.merge_moments(group, CALL, 5, np.ones(3), np.ones(3))
+    exchange.answer(group)
+    group.free()
+    assert total == (5 if WORLD.rank == 0 else None)
+
+
+@pytest.fixture(params=["host", "device"])
+def far(request, monkeypatch):
+    """A group for tensors on a device that is made up, and that device. Its ranks have not met."""
+    monkeypatch.setattr(transport, "chosen", lambda MPI: (request.param, "the test says so"))
+    device, group = pretend(monkeypatch), Communicator()
+    group.waits = {"host": 1, "device": 2}[request.param]  # in an exchange: for MPI, and for what comes of it
+    yield group, device
+    group.free()
+
+
+without_gpu = pytest.mark.skipif(GPU, reason="test_cuda.py has its own")
+
+
+@without_gpu
+@pytest.mark.parametrize("first", range(5))
+def test_every_message_goes_where_the_group_agreed(first, far):
+    """The first one of a group is no exception."""
+    group, device = far
+    mean, m2 = torch.arange(3.0).double() + WORLD.rank, torch.ones(3).double()
+    exchanges = [
+        lambda: exchange.merge_moments(group, CALL, 2, mean, m2)[1],
+        lambda: exchange.merge_moments(group, WIDE, 2, torch.stack((mean, mean * 0)), m2)[1],
+        *(lambda n=n: exchange.reduce_sums(group, CALL, *[mean, m2, m2][:n])[0] for n in (1, 2, 3)),
+    ]
+    found, waits = [], [device.waits]
+    for number in (first, *range(5)):
+        found.append(exchanges[number]() / (WORLD.size if number > 1 else 1))
+        waits.append(device.waits)
+    expected = np.arange(3.0) + (WORLD.size - 1) / 2
+    assert np.allclose(found, expected)
+    assert np.diff(waits).tolist() == [group.waits] * 6
+
+
+class Buffers(Recorder):
+    """Notes the memory that MPI gets, in bytes from and to."""
+
+    def Allgather(self, message, gathered):
+        given = [each for each in (message, gathered) if each is not MPI.IN_PLACE]
+        memory = [each[0] if isinstance(each, list) else each for each in given]
+        addresses = [np.frombuffer(each, np.uint8) for each in memory]
+        self.messages += [(each.ctypes.data, each.ctypes.data + each.nbytes) for each in addresses]
+        self.comm.Allgather(message, gathered)
+
+
+@without_gpu
+@pytest.mark.parametrize("where", ["near", "far"])
+def test_mpi_gets_no_memory_twice(where, far):
+    """Which it forbids, and a few libraries refuse."""
+    group, _ = far
+    group.comm = recorder = Buffers(group)
+    mean, m2 = np.ones((2, 3)), np.ones(3)
+    if where == "far":
+        mean, m2 = torch.from_numpy(mean), torch.from_numpy(m2)
+    exchange.merge_moments(group, WIDE, 2, mean, m2)
+    assert recorder.messages
+    assert all(a[1] <= b[0] or b[1] <= a[0] for a, b in combinations(recorder.messages, 2))

@@ -1,0 +1,465 @@
+"""Arguments of every odd kind, everywhere: a result, or an error that is documented and changes nothing."""
+
+from __future__ import annotations
+
+import copy
+import math
+import traceback
+import warnings
+from collections.abc import Callable
+from datetime import timedelta
+from fractions import Fraction
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from mpi4py import MPI
+from torch import Tensor, nn
+
+import mpisyncbn
+from mpisyncbn import Communicator, MPISyncBNError, SyncBatchNorm, distributed, functional
+from support.ranks import WORLD, no_exchange, together
+
+RANK, SIZE = WORLD.rank, WORLD.size
+DOCUMENTED = (ValueError, TypeError, MPISyncBNError)
+# What torch's autograd refuses of any operation, in its own words.
+TORCHS = (
+    "leaf Variable that requires grad",
+    "nference tensor",
+    "is not differentiable with respect to argument 'running_",
+    "more than one element of the written-to tensor",
+)
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:a batch whose mean or variance is not finite"),
+    pytest.mark.filterwarnings("ignore::UserWarning:torch"),
+]
+C, SHAPE = 3, (4, 3, 2)
+Odd = dict[str, Callable[[], Any]]
+
+
+class OfTensor(Tensor):
+    pass
+
+
+class OfArray(np.ndarray):
+    pass
+
+
+def tensors(good: Tensor) -> Odd:
+    """What is not quite a tensor like ``good``."""
+    longer = (*good.shape, 2)
+    with torch.inference_mode():
+        inference = good.clone()
+    odd: Odd = {
+        "requires grad": lambda: good.clone().requires_grad_(),
+        "of a graph": lambda: good.clone().requires_grad_() * 1,
+        "inference": lambda: inference,
+        "parameter": lambda: nn.Parameter(good.clone()),
+        "subclass": lambda: good.clone().as_subclass(OfTensor),
+        "meta": lambda: good.to("meta"),
+        "sparse": lambda: good.to_sparse(),
+        "sparse rows": lambda: good.reshape(len(good), -1).to_sparse_csr(),
+        "transposed": lambda: good.clone().movedim(0, -1),
+        "strided": lambda: good.repeat_interleave(2, -1)[..., ::2],
+        "overlapping": lambda: good[:1].expand(good.shape),
+        "one value for all": lambda: good.flatten()[0].clone().expand(good.shape),
+        "conjugate": lambda: good.to(torch.complex64).conj(),
+        "negative": lambda: good.to(torch.complex64).conj().imag,
+        "0-d": lambda: torch.tensor(1.0),
+        "1-d": lambda: good.flatten()[:1].clone(),
+        "longer": lambda: good.repeat(*[1] * (good.ndim - 1), 2),
+        "more dimensions": lambda: good.unsqueeze(-1).expand(longer).clone(),
+        "no batch": lambda: good[:0].clone(),
+        "nothing": lambda: good[..., :0].clone(),
+        "NaN": lambda: good * math.nan,
+        "infinite": lambda: good + math.inf,
+        "huge": lambda: good.new_full(good.shape, torch.finfo(good.dtype).max),
+    }
+    for dtype in (torch.float64, torch.float16, torch.bfloat16, torch.int64, torch.bool, torch.complex64):
+        odd[str(dtype)] = lambda dtype=dtype: good.to(dtype)
+    if torch.backends.mkldnn.is_available():
+        odd["mkldnn"] = lambda: good.float().to_mkldnn()
+    odd["torch.float8"] = lambda: good.to(torch.float8_e4m3fn)
+    return odd
+
+
+def arrays(good: np.ndarray) -> Odd:
+    """What is not quite an array like ``good``."""
+    records = np.dtype([("a", "f4"), ("b", "f4")])
+
+    def readonly() -> np.ndarray:
+        values = good.copy()
+        values.flags.writeable = False
+        return values
+
+    odd: Odd = {
+        "read-only": readonly,
+        "broadcast": lambda: np.broadcast_to(good[:1], good.shape),
+        "reversed": lambda: good[::-1],
+        "transposed": lambda: np.moveaxis(good.copy(), 0, -1),
+        "Fortran": lambda: np.asfortranarray(good),
+        "unaligned": lambda: np.frombuffer(b"x" + good.tobytes(), good.dtype, offset=1).reshape(good.shape),
+        "subclass": lambda: good.copy().view(OfArray),
+        "masked": lambda: np.ma.masked_array(good.copy(), good > 1),
+        "matrix": lambda: np.asmatrix(good.reshape(len(good), -1)),
+        "objects": lambda: good.astype(object),
+        "words": lambda: good.astype(str),
+        "bytes": lambda: good.astype("S8"),
+        "dates": lambda: good.astype(int).astype("M8[s]"),
+        "records": lambda: np.zeros(good.shape, records),
+        "0-d": lambda: np.array(1.0, good.dtype),
+        "scalar": lambda: np.float32(1.0),
+        "longer": lambda: np.concatenate((good, good)),
+        "more dimensions": lambda: np.stack((good, good), -1),
+        "no batch": lambda: good[:0],
+        "nothing": lambda: good[..., :0],
+        "NaN": lambda: good * math.nan,
+        "huge": lambda: np.full_like(good, np.finfo(good.dtype).max),
+    }
+    for code in (">f4", ">f8", "f2", "g", "i8", "u1", "?", "c8"):
+        odd[f"dtype {code}"] = lambda code=code: good.astype(code)
+    return odd
+
+
+def objects() -> Odd:
+    freed = WORLD.Dup()
+    freed.Free()
+    return {
+        "None": lambda: None,
+        "object": object,
+        "class": lambda: Tensor,
+        "function": lambda: len,
+        "word": lambda: "relu or what",
+        "bytes": lambda: b"x",
+        "list": lambda: [1.0, 2.0, 3.0],
+        "nested list": lambda: [[1.0, 2.0, 3.0]] * 4,
+        "dict": lambda: {"a": 1},
+        "iterator": lambda: iter([0]),
+        "ellipsis": lambda: ...,
+        "freed communicator": lambda: freed,
+        "no communicator": lambda: MPI.COMM_NULL,
+        "MPI group": lambda: WORLD.group,
+        "MPI datatype": lambda: MPI.DOUBLE,
+        "module": lambda: nn.Linear(3, 3),
+    }
+
+
+def numbers() -> Odd:
+    values = (
+        *(0, 1, -1, 2**70, -0.0, 1e-45, 0.5, 1.5, -0.5, 1e300, math.nan, math.inf, -math.inf, True, 1j),
+        *(np.float32(0.5), np.float64(math.nan), np.int8(-3), np.bool_(True), np.array(0.5), np.ones(3)),
+        *(torch.tensor(0.5), torch.tensor(math.nan), torch.ones(3)),
+        *(Fraction(1, 3), timedelta(seconds=1), "0.1"),
+    )
+    return {repr(value): lambda value=value: copy.copy(value) for value in values}
+
+
+X, VECTOR = torch.linspace(-2.0, 3.0, 24).reshape(SHAPE), torch.linspace(0.5, 1.5, C)
+TENSORS, VECTORS = {**tensors(X), **objects()}, {**tensors(VECTOR), **objects()}
+ARRAYS, ARRAY_VECTORS = ({**arrays(good.numpy()), **objects()} for good in (X, VECTOR))
+MIXED = {**{f"array {k}": v for k, v in arrays(X.numpy()).items()}, **numbers()}
+MIXED_VECTORS = {**{f"array {k}": v for k, v in arrays(VECTOR.numpy()).items()}, **numbers()}
+GROUPS = {**objects(), **numbers(), **{key: TENSORS[key] for key in ("meta", "1-d")}}
+ANYTHING = {**objects(), **numbers(), **tensors(VECTOR)}
+
+
+def layer(group: Any, **attributes: Any) -> SyncBatchNorm:
+    module = SyncBatchNorm(C, process_group=group)
+    for name, value in attributes.items():
+        setattr(module, name, value)
+    return module
+
+
+Keep = Callable[[Any], Any]
+Target = Callable[[Any, Any, Keep], Any]
+
+
+def backward(y: Tensor) -> None:
+    if y.requires_grad:
+        y.sum().backward()
+
+
+def by_layer(training: bool, residual: bool) -> Target:
+    def call(group: Any, odd: Any, keep: Keep) -> None:
+        module = layer(group, activation="relu").train(training)
+        keep(list(module.state_dict().values()))
+        backward(module(keep(X.clone()), odd) if residual else module(odd))
+
+    return call
+
+
+def by_attribute(name: str, training: bool) -> Target:
+    def call(group: Any, odd: Any, keep: Keep) -> None:
+        module = layer(group).train(training)
+        if name in ("weight", "bias") and isinstance(odd, Tensor):  # past the checks of nn.Module
+            module._parameters[name] = odd
+        else:
+            setattr(module, name, odd)
+        keep(list(module.state_dict().values()))
+        backward(module(X.clone().requires_grad_()))
+
+    return call
+
+
+def by_constructor(name: str) -> Target:
+    def call(group: Any, odd: Any, keep: Keep) -> None:
+        module = SyncBatchNorm(**{"num_features": C, "process_group": group, name: odd})
+        module(X)
+
+    return call
+
+
+BY_CHANNEL = ("running_mean", "running_var", "weight", "bias")
+ARGUMENTS = {
+    "input": lambda: X.clone(),
+    **dict.fromkeys(BY_CHANNEL, lambda: VECTOR.clone()),
+    "training": lambda: True,
+    "momentum": lambda: 0.1,
+    "eps": lambda: 1e-5,
+    "activation": lambda: "relu",
+    "residual": lambda: X.clone(),
+}
+
+
+def by_function(name: str, training: bool = True) -> Target:
+    def call(group: Any, odd: Any, keep: Keep) -> None:
+        arguments = {key: keep(make()) for key, make in ARGUMENTS.items()}
+        arguments |= {"training": training, "process_group": group, name: odd}
+        backward(mpisyncbn.sync_batch_norm(**arguments))
+
+    return call
+
+
+def by_arrays(function: str, name: str, is_torch: bool) -> Target:
+    """Of functional.py; stats.FIELD for a field of stats."""
+
+    def call(group: Any, odd: Any, keep: Keep) -> None:
+        x, vector = (each.clone() if is_torch else each.numpy().copy() for each in (X, VECTOR))
+        _, stats = functional.batch_norm_forward(x, process_group=group)
+        options = {"process_group": group}
+        arguments = {
+            "batch_norm_forward": {"x": x, "weight": vector, "bias": vector, "eps": 1e-5, **options},
+            "batch_norm_backward": {"dy": x, "x": x, "stats": stats, "weight": vector, **options},
+            "update_running_stats": {
+                "running_mean": vector,
+                "running_var": vector + 1,
+                "stats": stats,
+                "momentum": 0.1,
+            },
+        }[function]
+        keep([each for each in arguments.values() if hasattr(each, "ndim")])
+        if name.startswith("stats."):
+            arguments["stats"] = stats._replace(**{name[6:]: odd})
+        else:
+            arguments[name] = odd
+        getattr(functional, function)(**arguments)
+
+    return call
+
+
+def by_conversion(group: Any, odd: Any, keep: Keep) -> None:
+    model = nn.Sequential(nn.BatchNorm1d(C))
+    try:
+        mpisyncbn.convert_sync_batchnorm(model, odd)
+    except DOCUMENTED:
+        assert type(model[0]) is nn.BatchNorm1d
+        raise
+
+
+def by_group(group: Any, odd: Any, keep: Keep) -> None:
+    made = Communicator(odd)
+    made.ready().free()
+
+
+def freeing(make: Callable[..., Any]) -> Target:
+    def call(group: Any, odd: Any, keep: Keep) -> None:
+        made = make(group, odd)
+        if made is not None:
+            made.free()
+
+    return call
+
+
+def by_process_group(group: Any, odd: Any, keep: Keep) -> None:
+    comm = group.comm.Dup()
+    try:
+        made = distributed.ProcessGroup(comm, odd)
+    except DOCUMENTED:
+        comm.Free()
+        raise
+    made.barrier()
+    made.shutdown()
+
+
+def barrier(group: Any, odd: Any, keep: Keep) -> None:
+    made = distributed.ProcessGroup(group.comm.Dup(), timedelta(seconds=60))
+    try:
+        distributed.monitored_barrier(made, odd)
+    finally:
+        made.shutdown()
+
+
+def joined(group: Any, odd: Any, keep: Keep) -> None:
+    with distributed.join(odd):
+        pass
+
+
+TARGETS: dict[str, tuple[Odd, Target]] = {
+    **{
+        f"layer, {'residual' if residual else 'input'}, {'train' if training else 'eval'}": (
+            {**TENSORS, **MIXED},
+            by_layer(training, residual),
+        )
+        for training in (True, False)
+        for residual in (True, False)
+    },
+    **{
+        f"layer.{name}, {'train' if training else 'eval'}": (
+            {**VECTORS, **MIXED_VECTORS},
+            by_attribute(name, training),
+        )
+        for name in (*BY_CHANNEL, "num_batches_tracked", "momentum", "eps", "activation", "process_group")
+        for training in (True, False)
+    },
+    **{
+        f"SyncBatchNorm({name}=)": (ANYTHING, by_constructor(name))
+        for name in ("eps", "momentum", "process_group", "activation")
+    },
+    **{
+        f"sync_batch_norm({name}=), {'train' if training else 'eval'}": (
+            {**TENSORS, **MIXED} if name in ("input", "residual") else {**VECTORS, **MIXED_VECTORS},
+            by_function(name, training),
+        )
+        for name in (*ARGUMENTS, "process_group")
+        if name != "training"  # of which all that counts is whether it is true
+        for training in (True, False)
+    },
+    **{
+        f"{function}({name}=), {kind}": (
+            {**(VECTORS if is_torch else ARRAY_VECTORS), **(TENSORS if is_torch else ARRAYS), **numbers()},
+            by_arrays(function, name, is_torch),
+        )
+        for function, names in (
+            ("batch_norm_forward", "x weight bias eps process_group"),
+            ("batch_norm_backward", "dy x stats stats.mean stats.invstd stats.count weight process_group"),
+            (
+                "update_running_stats",
+                "running_mean running_var stats stats.mean stats.var stats.count momentum",
+            ),
+        )
+        for name in names.split()
+        for kind, is_torch in (("torch", True), ("NumPy", False))
+    },
+    "convert_sync_batchnorm(process_group=)": (GROUPS, by_conversion),
+    "convert_sync_batchnorm(module=)": (
+        ANYTHING,
+        lambda group, odd, keep: mpisyncbn.convert_sync_batchnorm(odd, group),
+    ),
+    "revert_sync_batchnorm(module=)": (
+        ANYTHING,
+        lambda group, odd, keep: mpisyncbn.revert_sync_batchnorm(odd),
+    ),
+    "Communicator(comm=)": (GROUPS, by_group),
+    "Communicator.message(length=)": (ANYTHING, lambda group, odd, keep: group.message(odd)),
+    "new_group(ranks=)": (ANYTHING, freeing(lambda group, odd: mpisyncbn.new_group(odd, group))),
+    "new_group(comm=)": (GROUPS, freeing(lambda group, odd: mpisyncbn.new_group([0], odd))),
+    "new_subgroups(group_size=)": (ANYTHING, freeing(lambda group, odd: mpisyncbn.new_subgroups(odd, group))),
+    "new_subgroups(comm=)": (GROUPS, freeing(lambda group, odd: mpisyncbn.new_subgroups(1, odd))),
+    "ProcessGroup(timeout=)": (ANYTHING, by_process_group),
+    "ProcessGroup(comm=)": (
+        {key: make for key, make in GROUPS.items() if key != "None"},
+        lambda group, odd, keep: distributed.ProcessGroup(odd, timedelta(seconds=60)),
+    ),
+    "init_process_group(comm=)": (
+        {key: make for key, make in GROUPS.items() if key != "None"},
+        lambda group, odd, keep: mpisyncbn.init_process_group(odd),
+    ),
+    "monitored_barrier(group=)": (ANYTHING, lambda group, odd, keep: distributed.monitored_barrier(odd)),
+    "monitored_barrier(timeout=)": (ANYTHING, barrier),
+    "join(model=)": (ANYTHING, joined),
+}
+
+
+def bits(value: Any) -> Any:
+    """What changes where a value does; of what has no values in memory, nothing."""
+    if isinstance(value, (list, tuple)):
+        return [bits(each) for each in value]
+    if isinstance(value, Tensor):
+        if type(value) not in (Tensor, nn.Parameter) or value.is_meta or value.layout != torch.strided:
+            return None
+        return (
+            value.dtype,
+            value.shape,
+            value.detach().resolve_conj().resolve_neg().to(torch.complex128).numpy().tobytes(),
+        )
+    return value.tobytes() if isinstance(value, np.ndarray) else None
+
+
+def problem_of(call: Target, group: Any, make: Callable[[], Any]) -> str:
+    """What is wrong with how ``call`` takes an odd value, or ""."""
+    kept: list[tuple[Any, Any]] = []
+
+    def keep(value: Any) -> Any:
+        kept.append((value, bits(value)))
+        return value
+
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            odd = make()
+            call(group, odd, keep)
+    except Exception as error:
+        said = f"{type(error).__name__}: {str(error)[:150]}"
+        if any(bits(value) != before for value, before in kept):
+            return f"something changed in spite of {said}"
+        if not isinstance(error, DOCUMENTED) and not any(words in str(error) for words in TORCHS):
+            last = traceback.extract_tb(error.__traceback__)[-1]
+            return f"{said} ({last.name}, line {last.lineno})"
+    return ""
+
+
+def works(group: Communicator) -> bool:
+    y, stats = functional.batch_norm_forward(np.full((2, 3), float(RANK)), process_group=group)
+    return y.shape == (2, 3) and stats.count == 2 * group.size
+
+
+@pytest.mark.parametrize("where", ["alone", "world"])
+@pytest.mark.parametrize("target", TARGETS)
+def test_odd_arguments(target: str, where: str) -> None:
+    """Ranks that are alone take another value each at any time, the world takes each on all ranks."""
+    odd, call = TARGETS[target]
+    group = Communicator(MPI.COMM_SELF if where == "alone" else None).ready()
+    names = list(odd)
+    turn = RANK if where == "alone" else 0
+    problems = []
+    for name in names[turn:] + names[:turn]:
+        problem = problem_of(call, group, odd[name])
+        if problem:
+            problems.append(f"{name}: {problem}")
+        if not works(group):
+            problems.append(f"{name}: the group does not work any more")
+    group.free()
+    with together():
+        assert len(names) > 10
+        assert not problems, "\n".join(problems)
+
+
+@no_exchange
+@pytest.mark.parametrize("is_torch", [True, False], ids=["torch", "NumPy"])
+@pytest.mark.parametrize("length", [0, 1, C - 1, C + 1, 1000])
+@pytest.mark.parametrize("name", ["mean", "var", "invstd"])
+def test_stats_of_another_length(name: str, length: int, is_torch: bool) -> None:
+    """Native code would read beyond their end."""
+    x, running = (each.clone() if is_torch else each.numpy().copy() for each in (X, VECTOR))
+    _, stats = functional.batch_norm_forward(x, process_group=MPI.COMM_SELF)
+    odd = np.ones(length)
+    wrong = stats._replace(**{name: torch.from_numpy(odd) if is_torch else odd})
+    before = bits(running)
+    if name != "var":
+        with pytest.raises(ValueError, match="expected"):
+            functional.batch_norm_backward(x, x, wrong, process_group=MPI.COMM_SELF)
+    if name != "invstd":
+        with pytest.raises(ValueError, match="expected"):
+            functional.update_running_stats(running, running + 1, wrong, 0.1)
+    assert bits(running) == before

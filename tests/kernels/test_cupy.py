@@ -1,0 +1,296 @@
+"""CuPy arrays, in the device memory that fake_cupy.py makes up, and by way of an MPI that knows it."""
+
+from __future__ import annotations
+
+import shutil
+
+import numpy as np
+import pytest
+import torch
+from mpi4py import MPI
+
+from mpisyncbn import functional, kernels, staging, transport
+from mpisyncbn.communicator import Communicator
+from mpisyncbn.errors import CollectiveMismatchError, MPISyncBNError
+from mpisyncbn.functional import BatchStats
+from mpisyncbn.kernels import generic
+from support import fake_cupy
+from support.oracle import bits_equal_on_all_ranks, distance, oracle, shard
+from support.ranks import WORLD, together
+
+AWARE, WHY = transport._is_aware(MPI, "cuda")
+pytestmark = [
+    pytest.mark.skipif(
+        torch.cuda.is_available(), reason="this stand-in for CuPy is for machines without a GPU"
+    ),
+    pytest.mark.skipif(
+        not fake_cupy.SHARED and not shutil.which(fake_cupy.COMPILER[0]),
+        reason=f"no C compiler {fake_cupy.COMPILER[0]} for mock_cuda.c",
+    ),
+]
+needs_device_messages = pytest.mark.skipif(
+    not (fake_cupy.SHARED and AWARE),
+    reason=f"{MPI.get_vendor()[0]} does not take pointers to the memory of mock_cuda.c: "
+    + (WHY if fake_cupy.SHARED else "I_MPI_OFFLOAD_CUDA_LIBRARY is not set"),
+)
+
+
+@pytest.fixture(scope="module")
+def cupy(tmp_path_factory):
+    with fake_cupy.installed(tmp_path_factory.mktemp("cuda")) as module:
+        yield module
+
+
+@pytest.fixture
+def group(cupy, monkeypatch):
+    # An MPI library that knows CUDA, but not this one's memory, must not see pointers to it.
+    monkeypatch.setenv("MPISYNCBN_TRANSPORT", "auto" if fake_cupy.SHARED or not AWARE else "host")
+    group = Communicator().ready()
+    yield group
+    group.free()
+
+
+def there(tensor):
+    import cupy
+
+    return None if tensor is None else cupy.asarray(tensor.numpy())
+
+
+def back(array):
+    return torch.from_numpy(array.get())
+
+
+def run(group, x, dy, weight=None, bias=None):
+    """Forward and backward on the device; the results as torch tensors."""
+    x, dy, weight, bias = map(there, (x, dy, weight, bias))
+    assert kernels.kernels_for(x) is generic
+    y, stats = functional.batch_norm_forward(x, weight, bias, process_group=group)
+    gradients = functional.batch_norm_backward(dy, x, stats, weight, process_group=group)
+    for result in (y, *stats[:3], *gradients):
+        assert type(result) is type(x)
+    assert y.dtype == gradients[0].dtype == x.dtype
+    return *map(back, (y, *stats[:3], *gradients)), stats.count
+
+
+DTYPES = [torch.float16, torch.float32, torch.float64]
+MIXED = (torch.float16, torch.float32)
+
+
+@pytest.mark.parametrize(
+    ("dtype", "affine"), [(d, affine) for d in DTYPES for affine in (d, None)] + [MIXED], ids=str
+)
+@pytest.mark.parametrize("shape", [(3,), (4, 7), (5, 4, 6)], ids=str)
+def test_uneven_batches(group, shape, dtype, affine):
+    x, dy = (shard((2 + WORLD.rank, *shape), seed, 2.0, dtype) for seed in (1, 2))
+    parameters = None, None
+    if affine is not None:
+        parameters = torch.arange(1, shape[0] + 1).to(affine), torch.ones(shape[0], dtype=affine)
+    y, mean, var, invstd, dx, dweight, dbias, count = run(group, x, dy, *parameters)
+    expected = oracle(x, dy, *parameters)
+    sums = WORLD.allreduce(torch.stack([dweight, dbias]))
+    same = [bits_equal_on_all_ranks(v) for v in (mean, var, invstd)]
+    exact = 1e-12 if dtype == torch.float64 else 1e-6
+    rounded = max(exact, torch.finfo(dtype).eps)
+    assert all(same)
+    assert count == expected.count
+    assert mean.dtype == var.dtype == invstd.dtype == dweight.dtype == dbias.dtype == torch.float64
+    assert distance(var, expected.var) < exact
+    assert distance(mean, expected.mean, expected.var.sqrt()) < exact
+    assert distance(y, expected.y) < rounded
+    assert distance(dx, expected.dx, dy / expected.var.sqrt().min()) < 10 * rounded
+    assert distance(sums[0], expected.dweight, dy.double().abs().sum()) < exact
+    assert distance(sums[1], expected.dbias, dy.double().abs().sum()) < exact
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+def test_empty_batches(group, dtype):
+    """Rank 0 has data; with four ranks so has rank 2."""
+    n = 5 if WORLD.rank % 2 == 0 else 0
+    x, dy = shard((n, 3, 4), 1, dtype=dtype), shard((n, 3, 4), 2, dtype=dtype)
+    y, _, var, _, dx, dweight, dbias, count = run(group, x, dy)
+    expected = oracle(x, dy)
+    assert count == expected.count
+    assert distance(var, expected.var) < 1e-6
+    assert distance(y, expected.y) < 1e-6
+    assert distance(dx, expected.dx) < 1e-5
+    assert n or not (dweight.any() or dbias.any())
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+def test_nobody_has_data(group, cupy, dtype):
+    x = torch.zeros(0, 3, 4, dtype=dtype)
+    y, mean, var, _, dx, _, _, count = run(group, x, x)
+    running = cupy.asarray(np.ones(3)), cupy.asarray(np.ones(3))
+    stats = BatchStats(there(mean), there(var), None, count)
+    updated = functional.update_running_stats(*running, stats, 0.5)
+    assert not updated
+    assert count == 0
+    assert y.shape == dx.shape == x.shape
+    assert (running[0].get() == 1).all()
+    assert (running[1].get() == 1).all()
+
+
+def test_eps_zero_and_a_constant_channel(group, cupy):
+    x = cupy.asarray(np.full((3 + WORLD.rank, 2, 5), 0.1, "f4"))
+    y, stats = functional.batch_norm_forward(x, eps=0.0, process_group=group)
+    dx, *_ = functional.batch_norm_backward(x, x, stats, process_group=group)
+    assert not y.get().any()
+    assert not dx.get().any()
+
+
+@needs_device_messages
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+def test_mpi_copies_from_the_device(group, dtype):
+    before = fake_cupy.calls("cuMemcpyAsync")
+    x = shard((2 + WORLD.rank, 3, 5), 1, dtype=dtype)
+    run(group, x, x)
+    copies = fake_cupy.calls("cuMemcpyAsync") - before
+    assert group.transport == "device"
+    assert copies > 0 or WORLD.size == 1
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+def test_some_ranks_have_their_data_in_host_memory(group, dtype):
+    x, dy = (shard((2 + WORLD.rank, 3, 5), seed, 2.0, dtype) for seed in (1, 2))
+    if WORLD.rank == 0:
+        y, stats = functional.batch_norm_forward(x, process_group=group)
+        dx, *_ = functional.batch_norm_backward(dy, x, stats, process_group=group)
+        mean = stats.mean
+    else:
+        y, mean, _, _, dx, *_ = run(group, x, dy)
+    expected, same = oracle(x, dy), bits_equal_on_all_ranks(mean)
+    assert same
+    assert distance(y, expected.y) < 1e-6
+    assert distance(dx, expected.dx) < 1e-5
+
+
+@pytest.mark.skipif(WORLD.size == 1, reason="one rank agrees with itself")
+def test_ranks_in_different_calls(group, cupy):
+    x, vectors = cupy.zeros((2, 3), "f4"), [cupy.zeros(3)] * 3
+    arguments = (x,) if WORLD.rank == 0 else (x, x, BatchStats(*vectors, 4))
+    called = functional.batch_norm_forward if WORLD.rank == 0 else functional.batch_norm_backward
+    with pytest.raises(CollectiveMismatchError, match="to make the same call"):
+        called(*arguments, process_group=group)
+
+
+@pytest.mark.parametrize("dtype", ["f2", "f4", "f8"])
+@pytest.mark.parametrize("where", ["device", "host"])
+def test_running_statistics(cupy, where, dtype):
+    """Those of functions are on the device, those of layers on the host."""
+    kind = np.asarray if where == "host" else cupy.asarray
+    stats = BatchStats(kind(np.array([1.0, -2.0])), kind(np.array([4.0, 8.0])), None, 5)
+    running = cupy.asarray(np.zeros(2, dtype)), cupy.asarray(np.ones(2, dtype))
+    updated = functional.update_running_stats(*running, stats, 0.25)
+    assert updated
+    assert running[0].dtype == running[1].dtype == dtype
+    assert running[0].get().tolist() == [0.25, -0.5]
+    assert running[1].get().tolist() == [2.0, 3.25]
+
+
+@pytest.mark.parametrize("bad", [np.nan, np.inf, 1e39])
+def test_what_is_not_finite_never_enters_the_running_statistics(cupy, bad):
+    stats = BatchStats(cupy.asarray(np.ones(2)), cupy.asarray(np.array([1.0, bad])), None, 5)
+    running = cupy.asarray(np.zeros(2, "f4")), cupy.asarray(np.ones(2, "f4"))
+    updated = functional.update_running_stats(*running, stats, 0.1)
+    assert not updated
+    assert running[0].get().tolist() == [0, 0]
+    assert running[1].get().tolist() == [1, 1]
+
+
+class Hasty(staging._CuPy):
+    """A driver that does not wait for copies."""
+
+    def event(self):
+        event = super().event()
+        event.synchronize = lambda: None
+        return event
+
+
+DRIVERS = pytest.mark.parametrize("driver", [staging._CuPy, Hasty])
+
+
+@DRIVERS
+def test_staged_to_the_host(cupy, driver):
+    stage, numbers = staging.Stage(driver(cupy.cuda.Device(0))), np.random.default_rng(0)
+    right = []
+    for length in (3, 1000, 1, 70):
+        vectors = [numbers.normal(size=length) for _ in range(3)]
+        found = stage.to_host([cupy.asarray(vector) for vector in vectors])
+        right.append(np.array_equal(found, vectors))
+    assert all(right) if driver is staging._CuPy else not any(right)
+
+
+@pytest.mark.parametrize("dtype", ["f2", "f4"])
+def test_staged_to_the_host_in_float64(cupy, dtype):
+    stage, values = staging.Stage(staging._CuPy(cupy.cuda.Device(0))), np.arange(5, dtype=dtype)
+    strided = cupy.asarray(np.arange(10, dtype=dtype))[::2]
+    found = stage.to_host([cupy.asarray(values), strided])
+    assert found[0].dtype == found[1].dtype == np.float64
+    assert np.array_equal(found, [values, 2 * values])
+
+
+@DRIVERS
+def test_staged_to_the_device_and_not_waited_for(cupy, driver):
+    """More copies than there are buffers: none is filled again before it was read."""
+    stage, numbers = staging.Stage(driver(cupy.cuda.Device(0))), np.random.default_rng(0)
+    vectors = [numbers.normal(size=(2, length)) for length in (3, 600, 1, 70, 2000) * 10]
+    uploaded = [stage.to_device(list(rows)) for rows in vectors]
+    right = [
+        np.array_equal([row.get() for row in found], rows)
+        for found, rows in zip(uploaded, vectors, strict=True)
+    ]
+    assert all(right) if driver is staging._CuPy else not all(right)
+
+
+@pytest.mark.parametrize("waiting", [True, False])
+def test_a_message_is_whole_when_mpi_gets_it(cupy, monkeypatch, waiting):
+    if not waiting:
+        monkeypatch.setattr(cupy.cuda.Event, "synchronize", lambda self: None)
+    message = staging.DeviceMessage(MPI, 1, 5, cupy.zeros(2))
+    message.pack(np.array([1.0, 2.0, 3.0]), [cupy.asarray(np.array([4.0])), cupy.asarray(np.array([5.0]))])
+    seen = message.values._now().copy()  # by who knows of no queue
+    assert np.array_equal(seen, [1, 2, 3, 4, 5]) is waiting
+
+
+def test_no_graph_is_captured(cupy, monkeypatch):
+    monkeypatch.setattr(cupy.Stream, "is_capturing", lambda self: True)
+    with pytest.raises(MPISyncBNError, match="cannot be captured in a CUDA graph"):
+        transport.to_host(cupy.zeros(3))
+
+
+def test_the_stand_in_refuses_what_cupy_refuses(cupy):
+    ours, theirs = cupy.zeros((2, 3)), np.zeros((2, 3))
+    with together():
+        for refused in (
+            lambda: ours + theirs,
+            lambda: theirs + ours,
+            lambda: np.asarray(ours),
+            lambda: np.stack((ours, theirs)),
+            lambda: cupy.concatenate((ours, theirs)),
+            lambda: ours.set(theirs.astype("f4")),
+            lambda: ours.get(out=theirs.astype("f4")),
+            lambda: hash(ours.device),
+        ):
+            with pytest.raises(TypeError):
+                refused()
+        for refused in (
+            lambda: ours.set(theirs[0]),
+            lambda: ours.get(out=theirs[0]),
+            lambda: ours.__setitem__(0, theirs[0]),
+        ):
+            with pytest.raises(ValueError, match=r"Shape mismatch|non-scalar"):
+                refused()
+
+
+def test_running_statistics_elsewhere(cupy):
+    """Running ones in host memory, those of the batch on the device; and the other way round."""
+    mean, var = np.array([1.0, 2.0]), np.array([3.0, 4.0])
+    far = functional.BatchStats(cupy.asarray(mean), cupy.asarray(var), cupy.asarray(var), 3)
+    near = functional.BatchStats(mean, var, var, 3)
+    here = [np.zeros(2), np.ones(2)]
+    there = [cupy.zeros(2), cupy.asarray(np.ones(2))]
+    with together():
+        assert functional.update_running_stats(*here, far, 0.5) is True
+        assert functional.update_running_stats(*there, near, 0.5) is True
+        for found in (here, [vector.get() for vector in there]):
+            assert np.allclose(found, [mean / 2, 0.5 + var * 1.5 / 2])

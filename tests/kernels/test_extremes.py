@@ -1,0 +1,204 @@
+"""Tiny and huge values, whose squares float32 cannot hold, against float64, in every module of kernels."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from test_kernels import (
+    EVERY,
+    LEVELS,
+    Gate,
+    as_tensor,
+    cpu,
+    interpreted,
+    layouts,
+    native_settings,
+    needs_native,
+    vectors_for,
+)
+
+import mpisyncbn
+from mpisyncbn.kernels import extremes
+from support.oracle import distance, oracle, shard
+from support.ranks import no_exchange, together
+
+# (The CUDA operations of torch itself keep their moments in float32.)
+EVERY = [each for each in EVERY if each.id != "aten_cuda"]
+SCALES = (1e-37, 1e-30, 1e-23, 1e-19, 1e-12, 1e9, 1e19, 1e23, 1e30, 1e37)
+TOLERANCE = {torch.float64: 1e-10, torch.float32: 1e-5, torch.bfloat16: 2e-2}
+
+
+def expected_of(x: Any, dy: Any, weight: Any, bias: Any, eps: float) -> Any:
+    x, dy, weight, bias = (each.double() for each in (x, dy, weight, bias))
+    dims, view = (0, *range(2, x.ndim)), (1, -1) + (1,) * (x.ndim - 2)
+    mean = x.mean(dims)
+    xmu = x - mean.view(view)
+    var = xmu.square().mean(dims)
+    invstd = (var + eps).rsqrt()
+    xhat = xmu * invstd.view(view)
+    y = xhat * weight.view(view) + bias.view(view)
+    means = dy.mean(dims), (dy * xmu).mean(dims)
+    inner = dy - means[0].view(view) - xhat * (invstd * means[1]).view(view)
+    return mean, var, invstd, y, *means, inner * (invstd * weight).view(view)
+
+
+@np.errstate(all="ignore")  # as the callers of kernels have it
+def check(kernels: Any, x: Any, dy: Any, weight: Any, bias: Any, eps: float) -> None:
+    near, count = vectors_for(kernels, x), x.numel() // x.shape[1]
+    mean, var, invstd, y, mean_dy, mean_dy_xmu, dx = expected_of(x, dy, weight, bias, eps)
+    bar, std = TOLERANCE[x.dtype], var.sqrt()
+    got_count, got_mean, m2 = kernels.local_moments(x)
+    got_mean = as_tensor(got_mean)
+    got_mean = got_mean.sum(0) if x.dtype == torch.float64 else got_mean
+    assert got_count == count
+    assert ((got_mean - mean).abs() / std).max() < 1e-5
+    assert ((as_tensor(m2) / count - var).abs() / var).max() < 1e-5
+    vectors = near(mean), near(invstd)
+    assert distance(as_tensor(kernels.normalize(x, *vectors, weight, bias)), y) < bar
+    sum_dy, sum_dy_xmu, _ = kernels.backward_reduce(dy, x, *vectors)
+    assert distance(as_tensor(sum_dy) / count, mean_dy, dy) < 1e-5
+    assert distance(as_tensor(sum_dy_xmu) / count / std, mean_dy_xmu / std, dy) < 1e-5
+    got = kernels.backward_elementwise(dy, x, *vectors, weight, near(mean_dy), near(mean_dy_xmu))
+    assert distance(as_tensor(got), dx) < bar
+
+    # with a ReLU, and with a residual
+    gate, z = Gate(weight, bias, None), kernels.normalize(x, *vectors, weight, bias, x * 0 + 1, True)
+    assert distance(as_tensor(z), (y + 1).relu()) < bar
+    open_ = y > bar * y.abs().max()
+    sums = kernels.backward_reduce(dy * (open_ | (y < -bar * y.abs().max())), x, *vectors, gate)
+    xmu = x.double() - mean.view(1, -1, 1, 1)
+    products = (dy.double() * open_ * (xmu / std.view(1, -1, 1, 1))).mean((0, 2, 3))
+    assert distance(as_tensor(sums[1]) / count / std, products, dy) < 1e-5
+
+
+@pytest.mark.parametrize("scale", SCALES)
+@pytest.mark.parametrize("kernels", EVERY)
+@no_exchange
+def test_against_float64(kernels: Any, scale: float) -> None:
+    shape = (3, 4, 12, 11)
+    weight, bias = shard(shape[1:2], 3).abs() + 0.5, shard(shape[1:2], 4)
+    slow = interpreted(kernels)
+    if slow and scale not in (1e-37, 1e-23, 1e19, 1e37):
+        pytest.skip("an interpreter takes its time")
+    for dtype in (torch.float32, torch.bfloat16)[: 1 if slow else 2]:  # it takes subnormal bfloat16 for 0
+        for mean in (0.0, 2.5)[slow:]:
+            x, dy = shard(shape, 1, mean, torch.float64), shard(shape, 2, 0.3).to(dtype)
+            x[:, 1:] *= scale  # beside a channel like any other
+            for name, laid in layouts(x.to(dtype)).items():
+                if name in ("contiguous", "channels last", "sliced")[: 2 if slow else 3]:
+                    for eps in (0.0, 1e-5):
+                        check(kernels, laid, layouts(dy)[name], weight, bias, eps)
+
+
+@pytest.mark.parametrize("scale", [1e-150, 1e-100, 1e100, 1e150])
+@pytest.mark.parametrize("kernels", EVERY)
+@no_exchange
+def test_float64(kernels: Any, scale: float) -> None:
+    """As far as float64 holds the squares, which are what travels."""
+    x, dy = (shard((3, 4, 12, 11), seed, 0.3, torch.float64) for seed in (1, 2))
+    weight, bias = (shard((4,), seed, 1.0, torch.float64) for seed in (3, 4))
+    check(kernels, x * scale, dy, weight, bias, 0.0)
+
+
+@pytest.mark.parametrize("kernels", EVERY)
+@no_exchange
+def test_alternating_and_late_values(kernels: Any) -> None:
+    """Sums that vanish although the values do not, and values that the first ones do not foretell."""
+    for scale in (1e-23, 1e-37):
+        x = torch.full((2, 3, 80, 70), scale)
+        x[..., ::2] *= -1
+        x[:, 1, :40] = 0
+        x[:, 2] = scale  # constant
+        for laid in (x, layouts(x)["channels last"]):
+            _, mean, m2 = kernels.local_moments(laid)
+            expected = laid.double().var((0, 2, 3), correction=0)
+            assert distance(as_tensor(m2) / (x.numel() // 3), expected) < 1e-5
+            assert abs(mean[2] / scale - 1) < 1e-6
+
+
+def done_again(x: Any, monkeypatch: Any) -> list[int]:
+    """The channels that native code leaves to float64. Looks at what comes out."""
+    chosen: list[int] = []
+    with monkeypatch.context() as patch:
+        wide = extremes._wide
+        patch.setattr(extremes, "_wide", lambda x, some: chosen.extend(some.tolist()) or wide(x, some))
+        _, mean, m2 = cpu.local_moments(x)
+    values = torch.as_tensor(x).double()
+    dims, count = (0, *range(2, x.ndim)), values[:, 0].numel()
+    expected = values.var(dims, correction=0) * count
+    assert np.allclose(m2, expected, rtol=1e-5, atol=0)
+    assert np.allclose(mean, values.mean(dims), rtol=1e-6, atol=1e-6 * expected.max().sqrt())
+    return chosen
+
+
+@needs_native
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("shape", [(2, 6, 3, 3), (3, 6), (2, 6, 100, 120)], ids=str)
+@no_exchange
+def test_native_code_tells_constant_channels_from_tiny_ones(shape: Any, dtype: Any, monkeypatch: Any) -> None:
+    dead = shard(shape, 1, 1.0).to(dtype)
+    for channel, value in enumerate((0.0, 1000.1, 1e-30, -1e-42, 1e37), 1):
+        dead[:, channel] = value
+    signs = torch.zeros(shape, dtype=dtype)
+    signs[0] *= -1
+    tiny = dead.clone()
+    tiny[:, 1], tiny[:, 3] = 1.0, 1e-30
+    tiny[-1, 1].view(-1)[-1] = 1 + 2**-7
+    tiny[-1, 3].view(-1)[-1] = 1.1e-30
+    # squares that are 0 beside one that is not
+    mixed = dead.clone()
+    mixed[:, 0] = shard(shape, 2).to(dtype)[:, 0] * 1e-25
+    mixed[-1, 0].view(-1)[-1] = 1.0
+    # each sample is constant, and not that of another
+    steps = dead.clone()
+    steps[:, 2] = torch.arange(float(shape[0])).view(-1, *[1] * (len(shape) - 2))
+    steps[:, 3] = steps[:, 2] * 1e-30
+    for level in LEVELS:
+        with native_settings(level, threads=1 + level):
+            for x, those in ((dead, []), (signs, []), (tiny, [3]), (mixed, []), (steps, [3])):
+                for laid in layouts(x).values():
+                    assert done_again(laid, monkeypatch) == those
+                if dtype == torch.float32:
+                    assert done_again(x.numpy(), monkeypatch) == those
+
+
+@needs_native
+@no_exchange
+def test_large_tensors_and_numpy() -> None:
+    for threads in (1, 3):
+        with native_settings(threads=threads):
+            x = (shard((4, 8, 120, 120), 1, 1.0, torch.float64) * 1e-25).float()
+            dy, ones = shard(x.shape, 2), torch.ones(8)
+            check(cpu, x, dy, ones, ones, 0.0)
+            check(cpu, layouts(x)["channels last"], dy, ones, ones, 0.0)
+    _, mean, m2 = cpu.local_moments(x.numpy())
+    again = cpu.local_moments(x)
+    assert np.array_equal(mean, again[1])
+    assert np.array_equal(m2, again[2])
+    y = cpu.normalize(x.numpy(), mean, np.full(8, 1e25), None, None)
+    assert np.array_equal(y, cpu.normalize(x, mean, np.full(8, 1e25), None, None).numpy())
+
+
+@pytest.mark.parametrize("eps", [0.0, 1e-5])
+@pytest.mark.parametrize("scale", [1e-23, 1e-37, 1e23, 1e37])
+def test_layer(scale: float, eps: float) -> None:
+    x = (shard((3, 4, 5, 6), 1, 0.5, torch.float64) * scale).float().requires_grad_()
+    dy = shard((3, 4, 5, 6), 2)
+    layer = mpisyncbn.SyncBatchNorm(4, eps=eps, track_running_stats=False)
+    y = layer(x)
+    y.backward(dy)
+    expected = oracle(x, dy, eps=eps)
+    with together():
+        assert distance(y, expected.y) < 1e-5
+        assert distance(x.grad, expected.dx) < 1e-5
+
+
+def test_a_variance_that_float64_cannot_hold_counts_as_none() -> None:
+    x = shard((3, 4, 5), 1, dtype=torch.float64) * 1e-160
+    y, stats = mpisyncbn.functional.batch_norm_forward(x, eps=0.0)
+    with together():
+        assert not y.any()
+        assert not stats.invstd.any()

@@ -1,0 +1,196 @@
+"""setup.py: the install succeeds with and without a compiler, and the package works without native kernels.
+
+No compiler is started: what passes for one writes down how it was called, and touches what it should make.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+import sysconfig
+import tarfile
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from support.jobs import ROOT, run_alone
+from support.ranks import once
+
+pytestmark = once("setup.py is no MPI program")
+
+SUFFIX = sysconfig.get_config_var("EXT_SUFFIX")
+NATIVE = sorted(
+    str(path.relative_to(ROOT))
+    for path in (ROOT / "mpisyncbn" / "kernels").iterdir()
+    if path.suffix in (".cpp", ".h")
+)
+COMPILER = """\
+#!/bin/sh
+echo "$@" >>{folder}/calls
+if {fails}; then echo "no such luck" >&2; exit 1; fi
+while [ $# -gt 1 ]; do if [ "$1" = -o ]; then : >"$2"; fi; shift; done
+"""
+NO_OPENMP = 'case "$*" in *-fopenmp*) true;; *) false;; esac'
+
+
+class Tree:
+    """The sources in a folder of their own, a nanobind that is a name only, and a compiler."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.sources = folder / "sources"
+        ignore = shutil.ignore_patterns("*.so", "__pycache__")
+        shutil.copytree(ROOT / "mpisyncbn", self.sources / "mpisyncbn", ignore=ignore)
+        for name in ("setup.py", "setup.cfg", "pyproject.toml", "MANIFEST.in", "README.md", "LICENSE"):
+            shutil.copy2(ROOT / name, self.sources)
+        (folder / "nanobind.py").write_text(
+            f"__version__ = '3'\ndef include_dir():\n    return {str(folder / 'nanobind/include')!r}\n"
+        )
+
+    def setup(self, *arguments: str, fails: str = "false", **variables: str) -> str:
+        compiler = self.folder / "compiler"
+        compiler.write_text(COMPILER.format(folder=self.folder, fails=fails))
+        compiler.chmod(0o755)
+        (self.folder / "calls").write_text("")
+        kept = {name: os.environ[name] for name in ("PATH", "HOME", "LD_LIBRARY_PATH") if name in os.environ}
+        chosen = {"CC": str(compiler), "CXX": str(compiler), "PYTHONPATH": str(self.folder), **variables}
+        done = subprocess.run(
+            [sys.executable, "setup.py", *arguments],
+            cwd=self.sources,
+            env=kept | chosen,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            timeout=60,
+            check=False,
+        )
+        assert done.returncode == 0, done.stdout
+        return done.stdout
+
+    def calls(self) -> list[str]:
+        """How the compiler was called for the kernels themselves."""
+        lines = (self.folder / "calls").read_text().splitlines()
+        return [line for line in lines if "kernels" in line]
+
+    def built(self) -> list[Path]:
+        return list(self.sources.rglob("*.so"))
+
+
+@pytest.fixture
+def tree(tmp_path: Path) -> Tree:
+    return Tree(tmp_path)
+
+
+def lines_about_native(output: str) -> list[str]:
+    return [
+        line for line in output.splitlines() if line.startswith("mpisyncbn: native kernels were not built")
+    ]
+
+
+@pytest.mark.parametrize(
+    ("variables", "reason"),
+    [
+        ({"CC": "/nowhere/cc", "CXX": "/nowhere/c++"}, "/nowhere/c++"),
+        ({"fails": "true"}, "compiler"),
+        ({"MPISYNCBN_NO_NATIVE": "1"}, "(MPISYNCBN_NO_NATIVE is set)"),
+        (None, "(nanobind is not there)"),
+    ],
+    ids=["no compiler", "one that fails", "not wanted", "no nanobind"],
+)
+def test_without_native_kernels(tree: Tree, variables: dict[str, str] | None, reason: str) -> None:
+    if variables is None:
+        (tree.folder / "nanobind.py").write_text("raise ImportError\n")
+    stale = tree.sources / "mpisyncbn" / "kernels" / f"_cpu{SUFFIX}"
+    stale.touch()
+
+    for arguments in (["build_ext", "--inplace"], ["build"]):
+        (said,) = lines_about_native(tree.setup(*arguments, **variables or {}))
+        assert reason in said
+        assert len(said) < 400
+        assert "The cure: install a C++17 compiler" in said
+        assert tree.built() == []
+
+
+def test_with_native_kernels(tree: Tree) -> None:
+    output = tree.setup("build_ext", "--inplace", CXXFLAGS="-O1 -DMINE", LDFLAGS="-Wl,-z,now")
+    assert "mpisyncbn: " not in output
+    assert {path.name for path in tree.built()} == {f"_cpu{SUFFIX}"}
+    compiled, linked = tree.calls()
+    assert compiled.index("-O3") < compiled.rindex("-O1 -DMINE"), "what was asked for comes last"
+    assert "-fopenmp" in compiled
+    assert "-fopenmp" in linked
+    assert "-Wl,-z,now" in linked
+    assert "-ffast-math" not in compiled
+
+    tree.setup("build_ext", "--inplace", CXXFLAGS="-O1 -DMINE", LDFLAGS="-Wl,-z,now")
+    assert tree.calls() == [], "nothing had changed"
+    tree.setup("build_ext", "--inplace")
+    assert len(tree.calls()) == 2, "the flags had"
+    for name in (
+        "mpisyncbn/kernels/cpu.cpp",
+        "mpisyncbn/kernels/cpu_lanes.h",
+        "mpisyncbn/kernels/cpu_loops.h",
+    ):
+        later = max(path.stat().st_mtime for path in tree.built()) + 1
+        os.utime(tree.sources / name, (later, later))
+        tree.setup("build_ext", "--inplace")
+        assert len(tree.calls()) == 2, f"{name} had"
+        os.utime(tree.sources / name, (0, 0))
+
+    # What was built of other sources must not be taken for what these say.
+    assert lines_about_native(tree.setup("build_ext", "--inplace", "--force", fails="true"))
+    assert tree.built() == []
+
+
+def test_a_compiler_without_openmp(tree: Tree) -> None:
+    output = tree.setup("build", fails=NO_OPENMP)
+    assert "mpisyncbn: the compiler has no OpenMP" in output
+    assert lines_about_native(output) == []
+    assert len(tree.built()) == 1
+    assert "-fopenmp" not in "".join(tree.calls())
+
+
+def test_sources_are_distributed(tree: Tree) -> None:
+    tree.setup("-q", "sdist", "--formats=tar", MPISYNCBN_NO_NATIVE="1")
+    (archive,) = tree.sources.glob("dist/*.tar")
+    with tarfile.open(archive) as file:
+        names = {name.partition("/")[2] for name in file.getnames()}
+    assert {"setup.py", *NATIVE} <= names
+
+
+RESULTS = """
+import json, sys
+if {blocked}:
+    sys.modules["mpisyncbn.kernels._cpu"] = None  # importing it fails
+import numpy as np, torch, mpisyncbn
+from mpisyncbn import kernels
+from mpisyncbn.kernels import generic
+found = []
+rng = np.random.default_rng(0)
+for shape in ((6, 3), (5, 7, 4), (3, 5, 6, 7)):
+    x, dy = rng.normal(1, 2, (2, *shape)).astype("f4")
+    weight, bias = rng.normal(size=(2, shape[1])).astype("f4")
+    y, stats = mpisyncbn.functional.batch_norm_forward(x, weight, bias)
+    found += [y, *mpisyncbn.functional.batch_norm_backward(dy, x, stats, weight)]
+    layer = mpisyncbn.SyncBatchNorm(shape[1])
+    t = torch.from_numpy(x).requires_grad_()
+    out = layer(t)
+    out.backward(torch.from_numpy(dy))
+    found += [out.detach().numpy(), t.grad.numpy(), layer.weight.grad.numpy(), layer.running_var.numpy()]
+if {blocked}:
+    assert kernels.native() is None
+    assert kernels.kernels_for(x) is generic
+    assert kernels.kernels_for(t).__name__ == "mpisyncbn.kernels.aten"
+print(json.dumps([np.asarray(values).ravel().tolist() for values in found]))
+"""
+
+
+def test_without_the_extension_results_are_the_same() -> None:
+    with_it, without = (json.loads(run_alone(RESULTS.format(blocked=blocked))) for blocked in (False, True))
+    assert len(with_it) == len(without) > 0
+    for one, other in zip(with_it, without, strict=True):
+        assert np.abs(np.subtract(one, other)).max() <= 1e-6 * max(1.0, np.abs(one).max())

@@ -1,0 +1,193 @@
+"""How a program is about to end, as told at its very end; and what of it ends the job."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from support.jobs import ROOT, unlaunched
+from support.ranks import once
+
+one_rank = once("it starts a program of its own")
+
+BEGINNING = """
+import atexit, sys
+from mpisyncbn import exits
+exits.install()
+atexit.register(lambda: print("status", exits.status()))
+def leave(status):
+    try:
+        sys.exit(status)
+    finally:
+        pass
+"""
+CATCHING = """
+def careful(error):
+    try:
+        raise error
+    except type(error) as caught:
+        return getattr(caught, "code", None)
+"""
+# The end of a program, what it tells of its status, and what Python makes of it.
+PROGRAMS = {
+    "comes to its end": ("", 0, 0),
+    "sys.exit(5)": ("sys.exit(5)", 5, 5),
+    "sys.exit(5), with a finally": ("leave(5)", 5, 5),
+    "sys.exit(0)": ("sys.exit(0)", 0, 0),
+    "sys.exit(None)": ("sys.exit(None)", 0, 0),
+    "sys.exit()": ("sys.exit()", 0, 0),
+    "sys.exit('why')": ("sys.exit('why')", 1, 1),
+    "sys.exit(''), which is a text": ("sys.exit('')", 1, 1),
+    "sys.exit(256), of which nothing is left": ("sys.exit(256)", 1, 0),
+    "sys.exit(-1)": ("sys.exit(-1)", 255, 255),
+    "sys.exit(True)": ("sys.exit(True)", 1, 1),
+    "sys.exit(1.0), which is no status": ("sys.exit(1.0)", 1, 1),
+    "raise SystemExit(7)": ("raise SystemExit(7)", 7, 7),
+    "raise SystemExit": ("raise SystemExit", 0, 0),
+    "raise SystemExit(0)": ("raise SystemExit(0)", 0, 0),
+    "raise SystemExit('why')": ("raise SystemExit('why')", 1, 1),
+    "raise SystemExit(1, 2)": ("raise SystemExit(1, 2)", 1, 1),
+    "exit(7)": ("exit(7)", 7, 7),
+    "quit(7)": ("quit(7)", 7, 7),
+    "a SystemExit of its own": ("class Done(SystemExit): pass\nraise Done(7)", 7, 7),
+    "another code": ("try:\n    leave(5)\nexcept SystemExit as error:\n    error.code = 6\n    raise", 6, 6),
+    "a caught sys.exit": (CATCHING + "careful(SystemExit(5))", 0, 0),
+    "a caught sys.exit, at the top": ("try:\n    leave(5)\nexcept SystemExit:\n    pass\nx = 1", 0, 0),
+    "a caught sys.exit that is kept": ("try:\n    leave(5)\nexcept SystemExit as e:\n    kept = e", 0, 0),
+    "a caught sys.exit before another end": (CATCHING + "careful(SystemExit(5))\nraise SystemExit(0)", 0, 0),
+    "an exception": ("1 / 0", 1, 1),
+    "an exception with a finally": ("try:\n    1 / 0\nfinally:\n    x = 1", 1, 1),
+    "an exception raised again": ("try:\n    1 / 0\nexcept ZeroDivisionError:\n    raise", 1, 1),
+    "an interrupt": ("raise KeyboardInterrupt", 130, -2),
+    "an exception for a hook of the program's": ("sys.excepthook = lambda *_: print('mine')\n1 / 0", 1, 1),
+    "an exception, and a hook that exits": ("sys.excepthook = lambda *_: sys.exit(3)\n1 / 0", 3, 3),
+    "an exception that somebody only looked at": (
+        "try:\n    1 / 0\nexcept ZeroDivisionError as error:\n"
+        "    sys.last_value, sys.last_traceback = error, error.__traceback__\nx = 1",
+        0,
+        0,
+    ),
+    "an exception in a console of the program's": (
+        "import code, io\nsys.stdin = io.StringIO('1 / 0')\nsys.ps1 = ''\ncode.interact(local=globals())\n"
+        "del sys.ps1, sys.ps2",
+        0,
+        0,
+    ),
+    "an exception in a thread": (
+        "import threading\nthread = threading.Thread(target=lambda: 1 / 0)\nthread.start()\nthread.join()",
+        0,
+        0,
+    ),
+    "sys.exit in a thread": (
+        "import threading\nthread = threading.Thread(target=leave, args=(5,))\n"
+        "thread.start()\nthread.join()\nraise SystemExit(0)",
+        0,
+        0,
+    ),
+    "an exception at a prompt": ("sys.ps1 = '> '\n1 / 0", 0, 1),
+    "an exception for a program around Python": ("sys.orig_argv.clear()\n1 / 0", 0, 1),
+}
+
+
+@one_rank
+@pytest.mark.parametrize("name", PROGRAMS)
+def test_a_program_knows_how_it_ends(name, tmp_path):
+    text, told, status = PROGRAMS[name]
+    done = run(BEGINNING + text, tmp_path)
+    assert f"status {told}" in done.stdout.splitlines()
+    assert done.returncode == status
+    assert ("mine" in done.stdout.splitlines()) == ("for a hook" in name)
+
+
+@one_rank
+@pytest.mark.parametrize("way", ["module", "command"])
+@pytest.mark.parametrize(
+    "name", ["sys.exit(5)", "raise SystemExit('why')", "an exception raised again", "a caught sys.exit"]
+)
+def test_a_program_run_otherwise_knows_how_it_ends(name, way, tmp_path):
+    text, told, status = PROGRAMS[name]
+    done = run(BEGINNING + text, tmp_path, way)
+    assert (done.stdout, done.returncode) == (f"status {told}\n", status)
+
+
+@one_rank
+def test_under_i_nothing_is_over(tmp_path):
+    for text in ("1 / 0", "raise SystemExit(7)"):
+        done = run(BEGINNING + text, tmp_path, "inspected")
+        assert (done.stdout, done.returncode) == ("status 0\n", 0)
+
+
+@one_rank
+def test_the_code_of_an_exit_is_what_it_was(tmp_path):
+    """In all that a program may do with it."""
+    text = """
+error = SystemExit(7)
+print(error.code, SystemExit().code, SystemExit(1, 2).code, SystemExit.code.__doc__)
+error.code = 8
+print(error.code, error.args)
+try:
+    sys.exit()
+except SystemExit as error:
+    print(error.code, error.args, sys.exit.__name__)
+"""
+    done = run(BEGINNING + text, tmp_path)
+    expected = ["7 None (1, 2) exception code", "8 (7,)", "None () exit", "status 0"]
+    assert done.stdout.splitlines() == expected
+
+
+@one_rank
+def test_a_program_knows_when_it_is_over(tmp_path):
+    """A thread of it may go on, and Python waits for that."""
+    text = """
+import threading, time
+def look():
+    print(exits.is_over())
+    release.set()
+    while not exits.is_over():
+        time.sleep(0.01)
+    print(exits.status(), "over")
+release = threading.Event()
+threading.Thread(target=look).start()
+release.wait()
+"""
+    done = run(BEGINNING + text + "1 / 0", tmp_path)
+    assert done.stdout.splitlines() == ["False", "1 over", "status 1"]
+
+
+@one_rank
+@pytest.mark.parametrize("launched", [False, True])
+def test_a_process_that_no_launcher_started_is_left_alone(launched, tmp_path):
+    text = "import sys\nbefore = sys.exit, vars(SystemExit)['code']\nimport mpisyncbn\n"
+    text += "print(before == (sys.exit, vars(SystemExit)['code']))"
+    done = run(text, tmp_path, **({"OMPI_COMM_WORLD_SIZE": "4"} if launched else {}))
+    assert done.stdout.split() == [str(not launched)]
+
+
+@one_rank
+def test_one_rank_ends_as_ever(tmp_path):
+    """A world of one has nobody to wait: no abort, no word."""
+    done = run("import mpisyncbn.exits\nmpisyncbn.exits.install()\nfrom mpi4py import MPI\n1 / 0", tmp_path)
+    assert done.returncode == 1
+    assert done.stderr.rstrip().endswith("ZeroDivisionError: division by zero")
+
+
+WAYS = {"file": ["program.py"], "module": ["-m", "program"], "inspected": ["-i", "program.py"]}
+
+
+def run(text: str, folder: Path, way: str = "file", **more: str) -> subprocess.CompletedProcess[str]:
+    """A program in a file, run by itself or as a module, or on the command line."""
+    (folder / "program.py").write_text(text)
+    environment = unlaunched()
+    return subprocess.run(
+        [sys.executable, *WAYS.get(way, ["-c", text])],
+        cwd=folder,
+        env={**environment, "PYTHONPATH": str(ROOT), **more},
+        stdin=subprocess.DEVNULL,
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+    )

@@ -1,0 +1,288 @@
+"""scripts/faults: that its harness tells a good end from a bad one, and the quickest of its faults."""
+
+from __future__ import annotations
+
+import os
+import re
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import faults
+from fault_cases import launch, libraries, report
+from fault_cases.case import Case, cases, missing, waits
+from fault_cases.launch import End, Outcome
+from support.jobs import _LAUNCHERS
+from support.ranks import starts_mpiexec
+
+pytestmark = starts_mpiexec
+
+
+CASES = {case.name: case for case in cases()}
+
+
+@pytest.fixture(autouse=True)
+def _alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As if nobody had started this process by mpiexec."""
+    for key in list(os.environ):
+        if key.startswith(_LAUNCHERS):
+            monkeypatch.delenv(key)
+
+
+def program(job: Any) -> None:
+    """fails"""
+
+
+def a_case(**changes: Any) -> Case:
+    case = Case(program, (2,), ("the cause",), None, 5.0, (3, 4), {}, {}, (), {})
+    return case._replace(**changes)
+
+
+def a_library(name: str = "openmpi") -> libraries.Library:
+    return libraries.Library(name, "An MPI 1.0", "mpiexec", {}, libraries._KINDS[name].words)
+
+
+GOOD = End(seconds=0.5, status=3, left=0, stdout="", stderr="x\nwhy: the cause is this\ny\n")
+
+
+def judged(case: Case | None = None, name: str = "openmpi", **changes: Any) -> Outcome:
+    return launch.judge(case or a_case(), a_library(name), GOOD._replace(**changes))
+
+
+def test_a_good_end() -> None:
+    found = judged()
+    assert found.ok
+    assert (found.fault, found.outcome) == ("rank 2 fails", "why: the cause is this")
+    assert (found.library, found.seconds, found.status) == ("An MPI 1.0", 0.5, 3)
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"status": 0}, "status 0"),
+        ({"status": 1}, "status 1"),
+        ({"status": None}, "HUNG: no end within 5 s"),
+        ({"seconds": None, "status": None}, "there was no fault"),
+        ({"seconds": None}, "there was no fault"),
+        ({"left": 2}, "2 processes left behind"),
+        ({"stderr": "another cause"}, "not said: the cause"),
+        ({"stdout": "the cause", "stderr": ""}, "not said: the cause"),
+        ({"status": 1, "stderr": ""}, "status 1; not said: the cause"),
+    ],
+)
+def test_bad_ends(changes: dict[str, Any], said: str) -> None:
+    found = judged(**changes)
+    assert not found.ok
+    assert found.outcome == said
+
+
+# What the mpiexec of each library says when rank 2 gets signal 9, and when it calls exit(5).
+SAID = {
+    "openmpi": (
+        "prterun noticed that process rank 2 with PID 77 on node host exited on\nsignal 9 (Killed).\n",
+        "   Process name: [prterun-host-70@1,2]\n   Exit code:    5\n",
+    ),
+    "mpich": (
+        "YOUR APPLICATION TERMINATED WITH THE EXIT STRING: Killed (signal 9)\n",
+        "YOUR APPLICATION TERMINATED WITH THE EXIT STRING: Killed (signal 9)\n",
+    ),
+    "impi": (
+        "=   RANK 2 PID 77 RUNNING AT host\n=   KILLED BY SIGNAL: 9 (Killed)\n",
+        "=   RANK 0 PID 75 RUNNING AT host\n=   KILLED BY SIGNAL: 9 (Killed)\n",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", libraries.NAMES)
+def test_what_mpiexec_says_of_a_silent_rank(name: str) -> None:
+    killed, exited = SAID[name]
+    for how, text in ((("signal", 9), killed), (("exit", 5), exited)):
+        case = a_case(says=(), silent=how)
+        assert judged(case, name, stdout=text, stderr="").ok
+        assert judged(case, name, stdout="", stderr=text).ok
+        assert judged(case, name, stdout="", stderr="").ok == ((name, how[0]) == ("mpich", "exit"))
+        assert not judged(case, name, stdout="other words", stderr="").ok
+    case = a_case(says=(), silent=("signal", 9))
+    assert not judged(case, name, stdout=killed.replace("9", "15")).ok
+    assert judged(case._replace(at_fault=(1,)), name, stdout=killed).ok == (name == "mpich")  # names no rank
+    case = a_case(says=(), silent=("exit", 5))
+    assert judged(case._replace(at_fault=(0,)), name, stdout=exited).ok == (name == "mpich")
+
+
+def test_a_library_that_ends_the_job_itself() -> None:
+    case = a_case(instead={"mpich": "Fatal error"})
+    ended = {"status": 14, "stderr": "Fatal error in it"}
+    assert judged(case, "mpich", **ended).ok
+    assert not judged(case, "mpich", **{**ended, "status": 0}).ok
+    assert not judged(case, "openmpi", **ended).ok
+    assert judged(case, "mpich").ok
+    assert not judged(case, "mpich", status=14).ok
+
+
+def test_an_mpiexec_that_breaks() -> None:
+    """Intel MPI's, now and then: the rank that aborts says the status."""
+    broken = {
+        "status": 141,
+        "stderr": "the cause\napplication called MPI_Abort(MPI_COMM_WORLD, 4) - process 2",
+    }
+    assert judged(name="impi", **broken).ok
+    assert not judged(name="openmpi", **broken).ok
+    assert not judged(name="impi", **{**broken, "status": 140}).ok
+    assert not judged(name="impi", **{**broken, "stderr": broken["stderr"].replace("4)", "5)")}).ok
+
+
+REPORT = """\
+mpisyncbn: rank {} of 4 on host has waited 3.0 s (the limit is 3 s, MPISYNCBN_TIMEOUT) for other ranks \
+of its group in exchange number 7, forward of bn1 (3 channels, float32)
+Python stack of MainThread, innermost call last:
+  File "train.py", line 3, in train
+    layer(x)
+"""
+ASKED = """\
+mpisyncbn: rank 2 of 4 on host was asked by rank 0, which has waited too long: it is missing: it has done 6 \
+exchanges of this group, and is at train.py, line 9, in {place}
+Python stack of MainThread, innermost call last:
+  File "train.py", line 9, in {place}
+    sleep()
+mpisyncbn: what the ranks of the group were doing:
+  rank 0 on host waits in exchange number 7, forward of bn1 (3 channels, float32), for 3 s so far
+  rank 2 on host is missing: it has done 6 exchanges of this group, and is at train.py, line 9, in {place}
+"""
+
+
+def says_all(patterns: list[str], text: str) -> bool:
+    return all(re.search(pattern, text, re.MULTILINE) for pattern in patterns)
+
+
+def test_patterns_of_a_deadline() -> None:
+    text = REPORT.format(0) + REPORT.format(1)
+    assert says_all(waits(0, 1), text)
+    assert not says_all(waits(0, 1, 3), text)
+    asked = "was asked by rank 0, which has waited too long: it waits in exchange number 7, forward of"
+    assert says_all(waits(0, 1), REPORT.format(0) + re.sub("has waited .* of", asked, REPORT.format(1)))
+    assert not says_all(waits(0, 1), REPORT.format(0) + REPORT.format(1).replace("has waited", "had"))
+    assert not says_all(waits(0), text.replace("forward of bn1", ""))
+    assert not says_all(waits(0), re.sub("Python stack.*", "", text))
+    assert says_all(missing(2, "load"), ASKED.format(place="load"))
+    assert not says_all(missing(1, "load"), ASKED.format(place="load"))
+    assert not says_all(missing(2, "load"), ASKED.format(place="train"))
+    assert not says_all(missing(2, "train"), REPORT.format(2))
+
+
+def test_the_cases() -> None:
+    assert len(CASES) == len(cases()) >= 40
+    for name, case in CASES.items():
+        assert case.says or case.silent, f"{name}: nothing is said"
+        assert case.statuses, name
+        assert (0 in case.statuses) == name.startswith("completions."), name
+        assert case.at_fault, name
+        assert set(case.at_fault) <= {0, 1, 2, 3}, name
+        assert case.silent is None or len(case.at_fault) == 1, name
+        assert case.title == " ".join(case.title.split()) != "None", name
+        assert 0 < case.limit <= 10, name
+        for pattern in (*case.says, *case.instead.values()):
+            re.compile(pattern)
+    alone = [case.at_fault[0] for case in CASES.values() if len(case.at_fault) == 1]
+    assert all(alone.count(rank) >= 8 for rank in range(4))
+
+
+FAULT = "from pathlib import Path; import os, subprocess, sys, time; Path('fault-1').touch(); "
+SLEEPS = "subprocess.Popen([sys.executable, '-c', 'import time; time.sleep(60)']); "
+
+
+def executed(code: str, folder: Path, limit: float = 60.0) -> End:
+    return launch.execute([sys.executable, "-c", code], dict(os.environ), folder, limit)
+
+
+def test_an_end_is_measured_from_the_fault(tmp_path: Path) -> None:
+    end = executed(f"{FAULT} print('out'); print('err', file=sys.stderr); sys.exit(3)", tmp_path)
+    assert end.seconds is not None
+    assert end.seconds >= 0
+    assert end[1:] == (3, 0, "out\n", "err\n")
+
+
+def test_a_signal_is_a_status(tmp_path: Path) -> None:
+    assert executed(f"{FAULT} os.kill(os.getpid(), 9)", tmp_path).status == 137
+
+
+def test_without_a_fault(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert executed("", tmp_path)[:3] == (None, 0, 0)
+    monkeypatch.setattr(launch, "_START", 0.5)
+    assert executed("import time; time.sleep(60)", tmp_path)[:3] == (None, None, 0)
+
+
+@pytest.mark.parametrize("stays", [True, False])
+def test_nothing_is_left_behind(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, stays: bool) -> None:
+    """Neither of what hangs, nor of what ends and leaves a process."""
+    monkeypatch.setattr(launch, "_LEAVE", 0.5)
+    marks: list[str] = []
+    processes = launch._processes
+    monkeypatch.setattr(launch, "_processes", lambda mark: (marks.append(mark), processes(mark))[1])
+    end = executed(FAULT + SLEEPS + ("time.sleep(60)" if stays else "sys.exit(1)"), tmp_path, limit=2.0)
+    assert (end.status, end.left) == ((None, 0) if stays else (1, 1))
+    assert not list(processes(marks[0]))
+
+
+def test_report() -> None:
+    good, hung, silent = judged(), judged(status=None), judged(status=0)
+    other = good._replace(library="Another MPI", status=4)
+    assert report.verdict([good, hung, silent]) == "1 of 3 as they should be, 1 hung, 1 with status 0"
+    assert report.line(good).split()[:5] == ["ok", good.name, "0.5", "s", "3"]
+    assert len(report.line(good).splitlines()) == 1
+    assert report.line(hung).split()[0] == "FAIL"
+    assert "      | why: the cause is this" in report.line(hung)
+    table = report.table([good, hung, other]).splitlines()
+    assert "Another MPI, 4 ranks" in table
+    assert [row.split()[-1] for row in table if row.startswith("rank 2 fails")] == ["ok", "FAIL", "ok"]
+    assert report.markdown([good, other]).splitlines() == [
+        "| fault | An MPI 1.0 | Another MPI |",
+        "| --- | --- | --- |",
+        "| rank 2 fails | 0.5 s, 3 | 0.5 s, 4 |",
+    ]
+    assert "| HUNG: no end within 5 s |" in report.markdown([hung])
+    assert "| 0.5 s, 0 (FAIL) |" in report.markdown([silent])
+
+
+def test_command_line(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert faults.main(["--list"]) == 0
+    assert [line.split()[0] for line in capsys.readouterr().out.splitlines()] == list(CASES)
+
+    ends = iter([judged(), judged(), judged(), judged(status=0)])
+    monkeypatch.setattr(launch, "run", lambda case, library: next(ends))
+    output = tmp_path / "found.json"
+    assert faults.main(["--only", r"\.exit_5$|^gets SIGTERM", "--json", str(output)]) == 0
+    assert capsys.readouterr().out.splitlines()[-1] == "2 of 2 as they should be, 0 hung, 0 with status 0"
+    assert output.read_text().count('"ok": true') == 2
+    assert faults.main(["--only", "signals.sig(kill|term)", "--markdown"]) == 1
+    assert "| fault | An MPI 1.0 |" in capsys.readouterr().out
+    assert faults.main(["--only", "no such case"]) == 1
+
+
+@pytest.mark.parametrize("name", ["lam", "mpich=/nowhere", ""])
+def test_libraries(name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    if name:
+        with pytest.raises(SystemExit):
+            faults.parse(["--mpi", name])
+        assert re.search("--mpi: expected (some of openmpi, mpich, impi|MPICH in)", capsys.readouterr().err)
+    else:
+        (library,) = faults.parse([]).mpi
+        assert library.name in libraries.NAMES
+        assert re.fullmatch(r"[A-Z][\w ]+ [\d.]+", library.title)
+
+
+QUICK = (
+    "absences.skips_a_layer mismatches.other_direction exceptions.between_layers exceptions.with_excepthook "
+    "endings.exit_5 endings.exit_0 endings.raise_exit_7_under_mpi4py endings.never_ends signals.sigkill "
+    "setups.timeout setups.forked completions.handler_sends completions.object_sends "
+    "completions.handler_steps"
+)
+
+
+@pytest.mark.parametrize("name", QUICK.split())
+def test_a_fault(name: str) -> None:
+    found = launch.run(CASES[name]._replace(limit=60.0), libraries.find(""))
+    assert found.ok, report.line(found)

@@ -1,0 +1,134 @@
+"""Compile the Triton loops for a GPU that need not be there: ``python tests/support/compile_loops.py 80 90``.
+
+For each architecture, kernel and kind of tensor: registers and bytes of spilled values of a thread, and how
+many of its loads from memory are of 16 bytes. Without arguments: for sm_80 and sm_90.
+"""
+
+from __future__ import annotations
+
+import itertools
+import multiprocessing
+import re
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator
+from concurrent.futures import ProcessPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import torch
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+from mpisyncbn.kernels import cuda_loops, cuda_plans
+
+POINTERS = {torch.float64: "*fp64", torch.float32: "*fp32", torch.bfloat16: "*bf16"}
+VECTOR = "*fp64"
+# Samples, channels, values of a channel side by side; 1 where the channels are.
+SHAPES = {
+    "contiguous": (32, 256, 3136),
+    "split": (32, 64, 3136),
+    "14x14": (32, 1024, 196),
+    "7x7": (50, 2048, 49),
+    "odd": (3, 5, 12345),
+    "channels_last": (32 * 3136, 256, 1),
+    "three": (40001, 3, 1),
+}
+MULTIPROCESSORS = 132
+
+
+def arguments(dtype: torch.dtype, shape: tuple[int, int, int]) -> Iterator[tuple[Any, dict[str, Any]]]:
+    """Every kernel and option, with what it is called with; pointers by their type."""
+    x = POINTERS[dtype]
+    parameter = VECTOR if dtype == torch.float64 else "*fp32"
+    plan = cuda_plans.sums(*shape, dtype, MULTIPROCESSORS)
+    named = ("rows", "width", "stride", "tiles", "share", "channels")
+    sums = {
+        "parts": VECTOR if plan.shares > 1 else None,
+        "out": VECTOR,
+        **dict(zip(named, plan.sizes, strict=True)),
+    }
+    vectors = {"mean": VECTOR, "invstd": VECTOR, "weight": parameter}
+    yield cuda_loops.moments, {"x": x, "ONE": plan.one, **sums, **plan.options}
+    for gate, y in ((False, None), (True, None), (True, x)):
+        more = {"dy": x, "x": x, "y": y, "dz": y, **vectors, "bias": parameter, "GATE": gate}
+        yield cuda_loops.backward_sums, {**more, **sums, **plan.options}
+    merged = {"parts": VECTOR, "out": VECTOR, "shares": 7, **cuda_plans.merging(7, 512).options}
+    yield cuda_loops.merge_sums, {"length": 512, **merged}
+    yield cuda_loops.merge_moments, {"channels": 256, "SPLIT_MEAN": dtype == torch.float64, **merged}
+    entering = cuda_plans.entering(256, 1.0, 0.1)
+    running = {"running_mean": parameter, "running_var": parameter, "batches": "*i64"}
+    named = ("channels", "to_unbiased", "momentum")
+    numbers = dict(zip(named, entering.sizes, strict=True))
+    yield cuda_loops.enter_batch, {**running, "mean": VECTOR, "var": VECTOR, **numbers, **entering.options}
+    plan = cuda_plans.elements(*shape, dtype, MULTIPROCESSORS)
+    named = ("rows", "width", "stride", "channels", "column_tiles")
+    small = {**dict(zip(named, plan.sizes, strict=True)), **plan.options}
+    for residual, relu, bias in ((None, False, parameter), (x, True, None)):
+        yield (
+            cuda_loops.normalize,
+            {"x": x, "residual": residual, "y": x, **vectors, "bias": bias, "RELU": relu, **small},
+        )
+    for gate in (False, True):
+        more = {"mean_dy": VECTOR, "mean_dy_xmu": VECTOR, "bias": parameter if gate else None, "GATE": gate}
+        yield cuda_loops.backward_elementwise, {"dz": x, "x": x, "dx": x, **vectors, **more, **small}
+
+
+def compiled(kernel: Any, values: dict[str, Any], architecture: int) -> Any:
+    """As a call with these would have it compiled: 1 is a constant, multiples of 16 are known as such."""
+    options = {name: values[name] for name in ("num_warps", "enable_fp_fusion")}
+    signature, constants, attributes = {}, {}, {}
+    for place, parameter in enumerate(kernel.params):
+        value = values[parameter.name]
+        plain = parameter.do_not_specialize
+        if parameter.is_constexpr or value is None or (value == 1 and not plain):
+            signature[parameter.name] = "constexpr"
+            constants[parameter.name] = value
+            continue
+        wide = isinstance(value, int) and value >= 2**31
+        signature[parameter.name] = value if isinstance(value, str) else "i64" if wide else "i32"
+        if isinstance(value, str) or (value % 16 == 0 and not plain):
+            attributes[(place,)] = [["tt.divisibility", 16]]
+    source = ASTSource(kernel, signature, constants, attributes)
+    return triton.compile(source, target=GPUTarget("cuda", architecture, 32), options=options)
+
+
+def resources(binary: bytes) -> tuple[int, int]:
+    """Registers and bytes of stack of a thread."""
+    tool = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(binary)
+        file.flush()
+        said = subprocess.run(
+            [tool, "--dump-resource-usage", file.name], capture_output=True, text=True, check=True
+        )
+    found = re.search(r"REG:(\d+) STACK:(\d+)", said.stdout + said.stderr)
+    if found is None:
+        raise RuntimeError(f"expected cuobjdump to tell of registers, got {said.stdout} {said.stderr}")
+    return int(found[1]), int(found[2])
+
+
+def main(architectures: list[int], names: list[str]) -> None:
+    with ProcessPoolExecutor(mp_context=multiprocessing.get_context("fork")) as pool:
+        for lines in pool.map(report, *zip(*itertools.product(architectures, POINTERS, names), strict=True)):
+            print(*lines, sep="\n")
+
+
+def report(architecture: int, dtype: torch.dtype, name: str) -> list[str]:
+    lines = []
+    for kernel, values in arguments(dtype, SHAPES[name]):
+        binary = compiled(kernel, values, architecture)
+        loads = re.findall(r"ld\.global\S*", binary.asm["ptx"])
+        wide = [load for load in loads if ".v4.b32" in load or ".v2.b64" in load]
+        registers, stack = resources(binary.asm["cubin"])
+        lines.append(
+            f"sm_{architecture} {str(dtype).removeprefix('torch.'):8} {name:13} {kernel.__name__:20} "
+            f"registers {registers} stack {stack} loads {len(loads)} of_16_bytes {len(wide)}"
+        )
+    return lines
+
+
+if __name__ == "__main__":
+    main([int(argument) for argument in sys.argv[1:]] or [80, 90], list(SHAPES))

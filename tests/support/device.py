@@ -1,0 +1,154 @@
+"""Kernels for a device, to be tried like those for host memory; and a device where there is none.
+
+Without a GPU the loops in Triton run in its interpreter (conftest.py), on tensors in host memory, and the
+operations that torch has for its own SyncBatchNorm on CUDA alone are written again, slowly, for such.
+"""
+
+from __future__ import annotations
+
+import threading
+from contextlib import nullcontext
+from types import ModuleType
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from mpisyncbn.kernels import Gate
+from support.batch_norm_operations import EMULATED
+from support.ranks import WORLD
+
+cuda: Any
+try:
+    from mpisyncbn.kernels import cuda
+except ImportError:
+    cuda = None
+
+GPU = torch.cuda.is_available()
+DEVICE = torch.device("cuda", WORLD.rank % torch.cuda.device_count()) if GPU else torch.device("cpu")
+
+
+def needs_gpu(test: Any) -> Any:
+    return pytest.mark.gpu(pytest.mark.skipif(not GPU, reason="torch finds no GPU")(test))
+
+
+needs_triton = pytest.mark.skipif(cuda is None, reason="Triton is not installed")
+
+
+class OnDevice:
+    """The four verbs of a module, for data in host memory: taken to the device, and back."""
+
+    def __init__(self, module: ModuleType) -> None:
+        self.module = module
+
+    def local_moments(self, x: Tensor) -> tuple[int, np.ndarray, np.ndarray]:
+        count, mean, m2 = self.module.local_moments(there(x))
+        return count, mean.cpu().numpy(), m2.cpu().numpy()
+
+    def normalize(self, *arguments: Any) -> Tensor:
+        return self.module.normalize(*map(there, arguments)).cpu()
+
+    def backward_reduce(self, *arguments: Any) -> tuple[np.ndarray, np.ndarray, Tensor]:
+        sum_dy, sum_dy_xmu, dz = self.module.backward_reduce(*map(there, arguments))
+        return sum_dy.cpu().numpy(), sum_dy_xmu.cpu().numpy(), dz.cpu()
+
+    def backward_elementwise(self, *arguments: Any) -> Tensor:
+        return self.module.backward_elementwise(*map(there, arguments)).cpu()
+
+
+def there(value: Any) -> Any:
+    """On the device, with the same strides."""
+    if isinstance(value, Gate):
+        return Gate(*map(there, value))
+    if isinstance(value, np.ndarray):
+        return torch.from_numpy(value).to(DEVICE)
+    if not isinstance(value, Tensor) or not GPU:
+        return value
+    if 0 in value.stride():
+        return value.to(DEVICE)
+    return torch.empty_strided(value.shape, value.stride(), dtype=value.dtype, device=DEVICE).copy_(value)
+
+
+if not GPU:
+    _cuda_alone = torch.library.Library("aten", "IMPL")
+    for _name, _function in EMULATED.items():
+        _cuda_alone.impl(_name, _function, "CPU")
+
+
+class SlowDevice:
+    """What staging asks of a device, for tensors in host memory: copies are done when an event is waited for.
+
+    Whoever reads without waiting reads NaN.
+    """
+
+    def __init__(self, lazy_uploads: bool = True) -> None:
+        self.queue: list[Any] = []
+        self.waits = 0
+        self.lazy_uploads = lazy_uploads
+        self.is_capturing = False
+
+    def current(self) -> Any:
+        return nullcontext()
+
+    def pinned(self, length: int) -> tuple[Tensor, np.ndarray]:
+        memory = torch.full((length,), torch.nan, dtype=torch.float64)
+        return memory, memory.numpy()
+
+    def empty(self, length: int) -> tuple[Tensor, int]:
+        vector = torch.full((length,), torch.nan, dtype=torch.float64)
+        return vector, vector.data_ptr()
+
+    def join(self, vectors: Any, out: Tensor) -> None:
+        out.fill_(torch.nan)
+        self.queue.append(lambda: torch.cat(tuple(vectors), out=out))
+
+    def event(self) -> Event:
+        return Event(self)
+
+    def record(self, event: Event) -> None:
+        self.queue.append(event)
+
+    def download(self, vectors: Any, memory: Tensor) -> None:
+        memory.fill_(torch.nan)
+        values = torch.cat(tuple(vectors)).detach()  # what runs later on a stream changes nothing here
+        self.queue.append(lambda: memory.copy_(values))
+
+    def upload(self, memory: Tensor, rows: int) -> Any:
+        source = memory.view(rows, -1)
+        matrix = torch.full_like(source, torch.nan)
+        self.queue.append(lambda: matrix.copy_(source))
+        if not self.lazy_uploads:
+            self.run_until(None)
+        return matrix.unbind()
+
+    def capturing(self) -> bool:
+        return self.is_capturing
+
+    def run_until(self, event: Event | None) -> None:
+        while self.queue:
+            done = self.queue.pop(0)
+            if done is event:
+                return
+            if not isinstance(done, Event):
+                done()
+
+
+class Event:
+    def __init__(self, device: SlowDevice) -> None:
+        self.device = device
+
+    def synchronize(self) -> None:
+        if self in self.device.queue:
+            self.device.waits += 1
+            self.device.run_until(self)
+
+
+def pretend(monkeypatch: pytest.MonkeyPatch) -> SlowDevice:
+    """Take tensors in host memory for those of a device."""
+    slow = SlowDevice(lazy_uploads=False)  # torch itself would read what is not there yet
+    monkeypatch.setattr("mpisyncbn.staging._of_thread", threading.local())
+    monkeypatch.setattr("mpisyncbn.transport.on_host", lambda array: isinstance(array, np.ndarray))
+    monkeypatch.setattr("mpisyncbn.staging._driver_of", lambda like, where: slow)
+    return slow

@@ -1,0 +1,184 @@
+"""Several hosts on this one machine, for jobs of MPI over TCP. What runs there is network.py."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import tempfile
+from pathlib import Path
+from types import TracebackType
+
+from benchmarks import scaling
+from fault_cases import libraries
+from support.jobs import unlaunched
+from support.network import NAMESPACES, PYTHON
+
+_NETWORK = str(Path(__file__).parent / "network.py")
+_USER = [] if os.geteuid() == 0 else ["--user", "--map-root-user"]
+_AGENT = """\
+#!/bin/sh
+# In place of ssh.
+exec {python} {network} ssh {folder} "$@"
+"""
+# Network cards of clusters are none of our hosts'.
+_TCP = {
+    "openmpi": {},
+    "mpich": {"FI_PROVIDER": "tcp"},
+    "impi": {"I_MPI_FABRICS": "shm:ofi", "FI_PROVIDER": "tcp"},
+}
+
+
+def why_not() -> str:
+    """Why there can be no hosts here, or ""."""
+    missing = [name for name in ("unshare", "mount", "ip", "tc") if shutil.which(name, path=_path()) is None]
+    if missing:
+        return f"no {' and no '.join(missing)} (Debian, Ubuntu: apt install util-linux iproute2)"
+    try:
+        with Hosts(1):
+            return ""
+    except RuntimeError as error:
+        return str(error)
+
+
+class Hosts:
+    """Hosts h1, h2, ... with a network of their own, and nothing else in common but files."""
+
+    def __init__(self, count: int) -> None:
+        self.names = [f"h{number}" for number in range(1, count + 1)]
+
+    def __enter__(self) -> Hosts:
+        self.folder = Path(tempfile.mkdtemp(prefix="mpisyncbn-hosts-"))
+        python = " ".join(PYTHON)
+        self.agent = self.folder / "agent"
+        self.agent.write_text(_AGENT.format(python=python, network=_NETWORK, folder=self.folder))
+        self.agent.chmod(0o755)
+        self._log = (self.folder / "log").open("w+")
+        self._switch = subprocess.Popen(
+            [
+                NAMESPACES[0],
+                *_USER,
+                *NAMESPACES[1:],
+                *PYTHON,
+                _NETWORK,
+                "switch",
+                self.folder,
+                str(len(self.names)),
+            ],
+            env={**os.environ, "PATH": _path()},
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=self._log,
+            text=True,
+            start_new_session=True,  # an interrupt is for the tests, which then close its stdin
+        )
+        try:
+            self._wait("no hosts can be made")
+        except BaseException:
+            self.__exit__(None, None, None)
+            raise
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        """Everything ends that runs on a host."""
+        self._switch.stdin.close()
+        try:
+            self._switch.wait(10)
+        except subprocess.TimeoutExpired:
+            self._switch.kill()
+            self._switch.wait()
+        self._switch.stdout.close()
+        self._log.close()
+        shutil.rmtree(self.folder, ignore_errors=True)
+
+    def cut(self, name: str) -> None:
+        """Pull the cable of a host out."""
+        self._order("cut", name)
+
+    def heal(self, name: str) -> None:
+        """Put it back."""
+        self._order("heal", name)
+
+    def crash(self, name: str) -> None:
+        """Power off."""
+        self._order("crash", name)
+
+    def limit(self, rate: str) -> None:
+        """Give the network a rate, as in 100mbit."""
+        for name in self.names:
+            self._order("limit", name, rate)
+
+    def delay(self, seconds: float) -> None:
+        """Hold back whatever goes through the network; a cable that was cut before stays so."""
+        self._order("delay", str(seconds))
+
+    def command(self, name: str, *command: str | Path) -> list[str]:
+        """What runs a command on a host, in this environment and folder."""
+        return [*PYTHON, _NETWORK, "console", str(self.folder), name, *map(str, command)]
+
+    def run(self, name: str, *command: str | Path) -> str:
+        return subprocess.run(
+            self.command(name, *command),
+            check=True,
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            text=True,
+            timeout=30,
+        ).stdout
+
+    def count(self, name: str, *command: str | Path) -> int:
+        """How many processes of a host run this command, or one that begins so."""
+        show = "for each in /proc/[0-9]*/cmdline; do tr '\\0' ' ' <$each; echo; done 2>/dev/null"
+        wanted = " ".join(map(str, command))
+        return sum(line.startswith(wanted) for line in self.run(name, "sh", "-c", show).splitlines())
+
+    def received(self, name: str) -> int:
+        """How many bytes have come to a host through its cable."""
+        lines = self.run(name, "cat", "/proc/net/dev").splitlines()
+        (line,) = (line for line in lines if line.split()[0] == "eth0:")
+        return int(line.split()[1])
+
+    def mpiexec(
+        self, library: libraries.Library, ranks: int, *command: str | Path, **variables: str
+    ) -> tuple[list[str], dict[str, str]]:
+        """The command that starts so many ranks, shared out evenly, and its environment."""
+        each, rest = divmod(ranks, len(self.names))
+        if rest:
+            raise ValueError(f"expected a multiple of {len(self.names)} ranks, got {ranks}")
+        mine = unlaunched()
+        variables = {
+            **scaling._OVERSUBSCRIBED,
+            **scaling._ROOT,
+            **library.variables,
+            **_TCP[library.name],
+            **variables,
+        }
+        if library.name == "openmpi":
+            major = int(library.title.split()[-1].split(".")[0])
+            agent = ["--prtemca", "plm_ssh_agent"] if major >= 5 else ["--mca", "plm_rsh_agent"]
+            where = ["--host", ",".join(f"{name}:{each}" for name in self.names), "--bind-to", "none"]
+            for key in variables:  # the others hand all of their environment to all hosts
+                where += ["-x", key]
+        else:
+            agent = ["-launcher", "ssh", "-launcher-exec"]
+            where = ["-hosts", ",".join(self.names), "-ppn", str(each)]
+        start = [library.mpiexec, *agent, str(self.agent), *where, "-n", str(ranks)]
+        return self.command(self.names[0], *start, *command), {**mine, **variables}
+
+    def _order(self, *words: str) -> None:
+        self._switch.stdin.write(" ".join(words) + "\n")
+        self._switch.stdin.flush()
+        self._wait(f"cannot {' '.join(words)}")
+
+    def _wait(self, problem: str) -> None:
+        if self._switch.stdout.readline() != "done\n":
+            self._log.seek(0)
+            lines = self._log.read().strip().splitlines() or ["no word about it"]
+            raise RuntimeError(f"{problem}: {lines[0]}")
+
+
+def _path() -> str:
+    """Where what is for administrators is too."""
+    return os.pathsep.join([os.environ.get("PATH", os.defpath), "/usr/sbin", "/sbin"])

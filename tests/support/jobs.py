@@ -1,0 +1,157 @@
+"""Processes and MPI jobs that tests start, apart from the job of the tests, and ended with the test."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+import uuid
+from collections.abc import Iterator
+from contextlib import suppress
+from pathlib import Path
+from typing import NamedTuple
+
+from support.ranks import WORLD
+
+ROOT = Path(__file__).parents[2]
+# Every process of a job has this variable, by which those are found that outlive it.
+MARK = "MPISYNCBN_TEST_JOB"
+LEAVE = 7.0  # seconds in which what outlives a job must end: a DataLoader's workers look about every 5
+# What launchers tell a rank about its job.
+_LAUNCHERS = ("HYDRA", "I_MPI_", "MPICH_", "MPI_", "OMPI_", "PMI", "PRTE_", "SLURM_")
+# For root, and for more ranks than cores. Not the leave to have more ranks than slots: in a job of Slurm's,
+# Open MPI's mpiexec would put all of them on the first node.
+_OPEN_MPI = {
+    "OMPI_ALLOW_RUN_AS_ROOT": "1",
+    "OMPI_ALLOW_RUN_AS_ROOT_CONFIRM": "1",
+    "OMPI_MCA_hwloc_base_binding_policy": "none",
+    "OMPI_MCA_mpi_yield_when_idle": "1",
+    "PRTE_MCA_hwloc_default_binding_policy": "none",
+}
+_OVERSUBSCRIBED = {
+    "OMPI_MCA_rmaps_base_oversubscribe": "1",
+    "PRTE_MCA_rmaps_default_mapping_policy": ":oversubscribe",
+}
+
+
+class End(NamedTuple):
+    """How a job ended."""
+
+    status: int | None  # as a shell has it; None where it had to be killed
+    seconds: float | None  # since its first fault; None where there was none
+    left: int  # processes that outlived it
+    stdout: str
+    stderr: str
+
+
+def unlaunched() -> dict[str, str]:
+    """The environment, as if no launcher had started this process; with what pytest's ``pythonpath`` has."""
+    kept = {key: value for key, value in os.environ.items() if not key.startswith(_LAUNCHERS)}
+    paths = [f"{ROOT}/tests", f"{ROOT}/scripts", str(ROOT), os.environ.get("PYTHONPATH", "")]
+    return kept | {"PYTHONPATH": os.pathsep.join(filter(None, paths)), "NO_COLOR": "1"}
+
+
+def for_jobs(*, oversubscribe: bool = True) -> dict[str, str]:
+    """The same, for what starts MPI jobs itself. Without leave to have more ranks than slots: under Slurm."""
+    return unlaunched() | _OPEN_MPI | (_OVERSUBSCRIBED if oversubscribe else {})
+
+
+def find_mpiexec() -> str | None:
+    folders = [str(Path(sys.executable).parent), f"{sys.prefix}/bin", f"{os.environ.get('MPI_HOME', '')}/bin"]
+    return shutil.which("mpiexec") or shutil.which("mpiexec", path=os.pathsep.join(folders))
+
+
+def run(
+    command: list[str],
+    folder: Path,
+    *,
+    limit: float = 100.0,
+    start: float | None = None,
+    variables: dict[str, str] | None = None,
+) -> End:
+    """Run a command in a folder, and leave nothing of it behind.
+
+    Args:
+        limit: seconds until it must have ended.
+        start: where the limit counts from the first file ``fault-*`` in the folder: seconds until that.
+        variables: the whole environment; ``for_jobs()`` unless it is given.
+    """
+    mark = uuid.uuid4().hex
+    environment = {**(for_jobs() if variables is None else variables), MARK: mark}
+    with (folder / "stdout").open("w") as stdout, (folder / "stderr").open("w") as stderr:
+        files = {"stdin": subprocess.DEVNULL, "stdout": stdout, "stderr": stderr}
+        job = subprocess.Popen(command, cwd=folder, env=environment, start_new_session=True, **files)
+        try:
+            deadline = time.time() + (limit if start is None else start)
+            while job.poll() is None and time.time() < deadline:
+                time.sleep(0.01)
+                if start is not None and (fault := time_of_fault(folder)) is not None:
+                    deadline = fault + limit
+            end, status = time.time(), job.poll()
+            left = 0 if status is None else count_left(mark)
+        finally:
+            job.terminate()  # mpiexec ends its ranks
+            with suppress(subprocess.TimeoutExpired):
+                job.wait(3)
+            end_all(mark)
+            job.wait()
+    fault = time_of_fault(folder)
+    said = [(folder / name).read_text(errors="replace") for name in ("stdout", "stderr")]
+    status = 128 - status if status is not None and status < 0 else status
+    return End(status, None if fault is None else round(end - fault, 1), left, *said)
+
+
+def time_of_fault(folder: Path) -> float | None:
+    return min((file.stat().st_mtime for file in folder.glob("fault-*")), default=None)
+
+
+def count_left(mark: str) -> int:
+    """How many processes go on, when they have had time to end."""
+    limit = time.monotonic() + LEAVE
+    while (count := len(list(processes(mark)))) and time.monotonic() < limit:
+        time.sleep(0.1)
+    return count
+
+
+def end_all(mark: str) -> None:
+    """Kill what is left, and see it gone: the next job shall have the machine for itself."""
+    limit = time.monotonic() + LEAVE
+    while (left := list(processes(mark))) and time.monotonic() < limit:
+        for pid in left:
+            with suppress(OSError):
+                os.kill(pid, signal.SIGKILL)
+        time.sleep(0.05)
+
+
+def processes(mark: str) -> Iterator[int]:
+    wanted = f"{MARK}={mark}".encode()
+    for file in Path("/proc").glob("[0-9]*/environ"):
+        with suppress(OSError):
+            if wanted in file.read_bytes().split(b"\0"):
+                yield int(file.parent.name)
+
+
+def run_alone(code: str) -> str:
+    """What ``code`` prints when rank 0 runs it; every rank gets it. Raises if the process fails.
+
+    Collective: every rank must call.
+    """
+    status, output = 0, ""
+    if WORLD.rank == 0:
+        command = [sys.executable, "-W", "error", "-c", code]
+        done = subprocess.run(
+            command,
+            env=unlaunched(),
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            timeout=100,
+            check=False,
+        )
+        status, output = done.returncode, done.stdout
+    status, output = WORLD.bcast((status, output))
+    assert status == 0, output
+    return output

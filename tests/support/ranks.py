@@ -1,0 +1,49 @@
+"""Ranks that fail together."""
+
+from __future__ import annotations
+
+import os
+import traceback
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import pytest
+
+# Before MPI starts: tests/examples/test_train.py compares runs to the bit, see scripts/train.py.
+os.environ.setdefault("I_MPI_CBWR", "1")
+from mpi4py import MPI
+
+WORLD = MPI.COMM_WORLD
+
+
+def once(why: str) -> pytest.MarkDecorator:
+    """For what is the same at any number of ranks: it is tried on one."""
+    return pytest.mark.skipif(WORLD.size > 1, reason=f"{why}: once is enough")
+
+
+starts_mpiexec = once("it starts mpiexec itself")
+no_exchange = once("no rank meets another in it")
+
+
+@contextmanager
+def together(comm: Any = WORLD) -> Iterator[None]:
+    """What fails inside on one rank fails on every rank, so that none is left waiting in a collective.
+
+    Exchanges belong before it, assertions inside: a rank that fails between two exchanges of the
+    others would leave them waiting for the time limit.
+    """
+    problem: BaseException | None = None
+    try:
+        yield
+    except (Exception, pytest.fail.Exception) as error:
+        problem = error
+    reports = comm.allgather(problem and "".join(traceback.format_exception(problem)))
+    failed = [f"on rank {rank}:\n{report}" for rank, report in enumerate(reports) if report]
+    if problem is not None:
+        problem.add_note("also " + "\n".join(failed)) if len(failed) > 1 and hasattr(
+            problem, "add_note"
+        ) else None
+        raise problem
+    if failed:
+        pytest.fail("\n".join(failed), pytrace=False)

@@ -1,0 +1,141 @@
+"""Every CUDA operation of torch, done by that for host memory, for such is what runtime.cpp hands out.
+
+Importing this changes torch. Before an operation its stream is worked off, so only copies happen late.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import warnings
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils._pytree import tree_map
+
+from support.batch_norm_operations import EMULATED
+
+# What makes tensors and views: torch's own serve.
+_KEPT = {
+    *("empty.memory_format", "empty_strided", "as_strided", "view", "_reshape_alias", "unfold", "resize_"),
+    *("set_", "set_.source_Storage", "set_.source_Storage_storage_offset", "set_.source_Tensor"),
+    *("record_stream", "is_pinned", "_pin_memory", "is_set_to", "view_as_real", "view_as_complex"),
+}
+_NOT_OURS = ("_cudnn", "cudnn", "miopen", "_use_cudnn", "_nested", "_flash", "_efficient")
+_runtime: Any = ctypes.CDLL(None)
+_library = torch.library.Library("aten", "IMPL")
+
+
+def on_host(tensor: Tensor) -> Tensor:
+    """The same memory, as a tensor of the host."""
+    storage = tensor.untyped_storage()
+    if storage.nbytes() == 0 or tensor.numel() == 0:
+        return torch.empty_strided(tensor.size(), tensor.stride(), dtype=tensor.dtype)
+    memory = (ctypes.c_char * storage.nbytes()).from_address(storage.data_ptr())
+    bytes = torch.frombuffer(memory, dtype=torch.uint8).untyped_storage()
+    view = torch.empty(0, dtype=tensor.dtype)
+    return view.set_(bytes, tensor.storage_offset(), tensor.size(), tensor.stride())
+
+
+def on_device(tensor: Tensor, device: torch.device) -> Tensor:
+    there = torch.empty_strided(tensor.size(), tensor.stride(), dtype=tensor.dtype, device=device)
+    on_host(there).copy_(tensor)
+    return there
+
+
+def work_off() -> None:
+    _runtime.cudaStreamSynchronize(ctypes.c_void_p(torch.cuda.current_stream().cuda_stream))
+
+
+def by_the_host(operation: Callable[..., Any], schema: Any = None) -> Callable[..., Any]:
+    def call(*arguments: Any, **options: Any) -> Any:
+        work_off()
+        devices: list[torch.device] = []
+        pairs: dict[int, tuple[Tensor, Tensor]] = {}
+
+        def down(value: Any) -> Any:
+            if isinstance(value, Tensor) and value.is_cuda:
+                devices.append(value.device)
+                host = on_host(value)
+                pairs[id(host)] = host, value
+                return host
+            if isinstance(value, torch.Generator):
+                return None
+            if isinstance(value, torch.device) and value.type == "cuda":
+                devices.append(value)
+                return torch.device("cpu")
+            return value
+
+        def up(value: Any) -> Any:
+            if not isinstance(value, Tensor):
+                return value
+            return pairs[id(value)][1] if id(value) in pairs else on_device(value, device)
+
+        arguments = tuple(map(_as_declared, arguments, schema.arguments)) if schema else arguments
+        found = operation(*tree_map(down, arguments), **tree_map(down, options))
+        for host, there in pairs.values():
+            if host.size() != there.size():  # an empty "out", made larger
+                there.resize_(host.size()).as_strided_(host.size(), host.stride())
+                on_host(there).copy_(host)
+        device = devices[0] if devices else torch.device("cuda", torch.cuda.current_device())
+        return tree_map(up, found)
+
+    return call
+
+
+def _as_declared(value: Any, argument: Any) -> Any:
+    """Numbers come bare where a tensor is declared."""
+    bare = isinstance(value, (bool, int, float)) and str(argument.type) == "Tensor"
+    return torch.tensor(value, dtype=torch.float64 if isinstance(value, float) else None) if bare else value
+
+
+def copy(self: Tensor, source: Tensor, non_blocking: bool = False) -> Tensor:
+    """As copies between host and device are made; all others by the host."""
+    if self.numel() == 0:
+        return self
+    dense = self.is_contiguous() or (self.ndim > 1 and self.movedim(1, -1).is_contiguous())
+    same = self.dtype == source.dtype and self.size() == source.size() and self.stride() == source.stride()
+    if dense and same and not (source.is_neg() or source.is_conj() or self.is_neg() or self.is_conj()):
+        stream = ctypes.c_void_p(torch.cuda.current_stream().cuda_stream)
+        pointers = map(ctypes.c_void_p, (self.data_ptr(), source.data_ptr()))
+        _runtime.cudaMemcpyAsync(*pointers, ctypes.c_size_t(self.nbytes), 4, stream)
+        if not non_blocking and not (self.is_cuda and source.is_cuda):
+            work_off()
+        return self
+    work_off()
+    to, from_ = (on_host(each) if each.is_cuda else each for each in (self, source))
+    to.copy_(from_)
+    return self
+
+
+def emulated(operation: Callable[..., Any]) -> Callable[..., Any]:
+    """Those read contiguous tensors."""
+
+    def call(*arguments: Any, **options: Any) -> Any:
+        x = next(each for each in arguments if isinstance(each, Tensor))
+        found = operation(*(e.contiguous() if isinstance(e, Tensor) else e for e in arguments), **options)
+        same = isinstance(found, Tensor) and not options and found.shape == x.shape
+        return torch.empty_like(x).copy_(found) if same else found
+
+    return call
+
+
+def install() -> None:
+    for name in torch._C._dispatch_get_registrations_for_dispatch_key("CUDA"):
+        space, _, name = name.partition("::")
+        if space != "aten" or name in _KEPT or name.startswith(_NOT_OURS):
+            continue
+        packet, _, overload = name.partition(".")
+        operation = getattr(getattr(torch.ops.aten, packet), overload or "default")
+        if name in EMULATED:
+            _library.impl(name, by_the_host(emulated(EMULATED[name])), "CUDA")
+        else:
+            _library.impl(name, by_the_host(operation, operation._schema), "CUDA")
+    _library.impl("copy_", copy, "CUDA")
+    torch.backends.cudnn.enabled = False  # it has a runtime of its own
+
+
+with warnings.catch_warnings():
+    warnings.simplefilter("ignore")  # that what was there is replaced
+    install()
