@@ -19,13 +19,17 @@ from mpisyncbn import exchange
 from mpisyncbn.communicator import resolve
 from support.jobs import run_alone
 from support.oracle import distance, shard
-from support.ranks import WORLD
+from support.ranks import WORLD, up_to_two
 
 # Tracing is what is tested; "aot_eager" splits and functionalizes the graph as Inductor does, in a
 # tenth of the time. One test goes all the way.
 BACKEND = "aot_eager"
 # torch's compiler warns about itself
-pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::UserWarning:torch")
+pytestmark = [
+    up_to_two,
+    pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::UserWarning:torch"),
+]
+slow = pytest.mark.full("torch's compiler takes its time")
 
 
 @pytest.fixture(autouse=True)
@@ -62,6 +66,7 @@ def test_fullgraph_training_is_the_same():
         assert distance(a, b, b.abs().max().double().clamp_min(1.0)) < 1e-5
 
 
+@slow
 def test_a_momentum_that_changes_from_step_to_step():
     """The compiler makes a symbol of it, which has no value and no attributes."""
     layer = mpisyncbn.SyncBatchNorm(3)
@@ -92,7 +97,9 @@ def same(got, expected) -> bool:
     return all(distance(a, b, b.abs().clamp_min(1.0)) < 2e-5 for a, b in zip(got, expected, strict=True))
 
 
-@pytest.mark.parametrize("kind", ["layer", "function", "two groups", "graph break"])
+@pytest.mark.parametrize(
+    "kind", ["layer", *(pytest.param(each, marks=slow) for each in ("function", "two groups", "graph break"))]
+)
 def test_several_forwards_before_a_backward(kind):
     layer, other = mpisyncbn.SyncBatchNorm(3), mpisyncbn.SyncBatchNorm(3)
     if kind == "two groups":
@@ -117,6 +124,7 @@ def test_several_forwards_before_a_backward(kind):
     assert same(got, forwards(layer, function, x))
 
 
+@slow
 def test_graphs_that_take_turns():
     """Layers compiled one by one, and a net that a loss goes through twice, as in a GAN."""
 
@@ -136,6 +144,7 @@ def test_graphs_that_take_turns():
     assert same(gradients(lambda net: torch.compile(net, backend=BACKEND)), gradients(lambda net: net))
 
 
+@slow
 @pytest.mark.skipif(shutil.which("g++") is None, reason="Inductor compiles C++, and there is no g++")
 def test_all_the_way_to_machine_code(monkeypatch):
     """Results are right, and every exchange happens, in order, used or not."""
@@ -165,6 +174,7 @@ def test_all_the_way_to_machine_code(monkeypatch):
         assert distance(compiled.detach(), eager.detach()) < 1e-5
 
 
+@slow
 def test_evaluation_and_training_before_one_backward():
     """Split as Inductor splits, which computes cheap operations a second time in the backward."""
 
@@ -183,6 +193,7 @@ def test_evaluation_and_training_before_one_backward():
     assert distance(x.grad, expected) < 1e-6
 
 
+@slow
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
 def test_other_dtypes(dtype):
     layer = mpisyncbn.SyncBatchNorm(2, dtype=torch.float64 if dtype == torch.float64 else None)
@@ -198,6 +209,7 @@ def test_other_dtypes(dtype):
         assert distance(a, b) < (1e-12 if dtype == torch.float64 else 2e-2)
 
 
+@slow
 def test_a_momentum_that_is_a_tensor():
     """It stays one in the graph, and on fake tensors, where it has no value to be looked at."""
     layer, x = mpisyncbn.SyncBatchNorm(3, momentum=torch.tensor(0.25)), shard((4, 3), 1, 2.0)
@@ -229,6 +241,7 @@ def test_no_exchange_is_dropped_or_merged():
     assert layer.num_batches_tracked == 6
 
 
+@slow
 def test_one_rank_may_be_compiled_and_another_not():
     """So it is where the compiler gives up on one rank: the layer has one name either way."""
     layer = mpisyncbn.SyncBatchNorm(3)
@@ -253,6 +266,7 @@ def test_errors_under_compilation():
         function(torch.zeros(2, 4))
 
 
+@slow
 def test_the_first_import_may_happen_in_any_mode():
     """The tokens are made then, and must be ordinary tensors all the same."""
     out = run_alone("""
@@ -274,6 +288,7 @@ def test_groups():
     assert distance(layer.running_mean, x.mean(0)) < 1e-6
 
 
+@slow
 def test_empty_and_not_finite_batches_stay_out_of_the_running_statistics():
     layer = mpisyncbn.SyncBatchNorm(3)
     compiled = torch.compile(layer, fullgraph=True, backend=BACKEND)
@@ -300,6 +315,7 @@ def context_of(*chosen):
     return lambda: create_selective_checkpoint_contexts(*chosen)
 
 
+@slow
 @pytest.mark.parametrize("kind", ["inside", "outside", "some operations", "every operation"])
 def test_checkpointing(kind):
     """Inside the graph, which keeps what it exchanged, and around it: the statistics are updated once."""

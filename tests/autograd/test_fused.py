@@ -13,7 +13,7 @@ from torch import nn
 import mpisyncbn
 from mpisyncbn import SyncBatchNorm, sync_batch_norm
 from support.oracle import distance, local_batch, shard
-from support.ranks import WORLD, together
+from support.ranks import WORLD, together, up_to_two
 
 DTYPES = [torch.float32, torch.float64, torch.bfloat16]
 
@@ -118,6 +118,7 @@ def test_second_derivatives_and_forward_mode(with_residual):
         assert distance(ours, theirs) < 1e-10
 
 
+@up_to_two
 @pytest.mark.filterwarnings(
     "ignore::DeprecationWarning", "ignore::UserWarning:torch"
 )  # of torch, about itself

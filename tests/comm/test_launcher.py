@@ -243,6 +243,7 @@ def test_a_torch_group_of_several_mpi_jobs(monkeypatch):
         communicator._OfTorch(group).ready()
 
 
+@pytest.mark.full("torchrun takes its time")
 @once("it starts torchrun itself")
 def test_torchrun(tmp_path):
     program = tmp_path / "apart.py"

@@ -19,7 +19,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 import mpisyncbn
 import mpisyncbn.distributed
-from support.ranks import WORLD, together
+from support.ranks import WORLD, together, up_to_two
 
 RANK, SIZE = WORLD.rank, WORLD.size
 STEPS = 20
@@ -310,7 +310,9 @@ def test_messages_that_have_come_are_let_go() -> None:
 
 # torch.compile. What it says of itself is no concern of these.
 compiles = pytest.mark.filterwarnings("ignore")
+slow = pytest.mark.full("torch's compiler takes its time")
 BACKEND = "aot_eager"
+KINDS = "plain", "static graph", "unused parameters", "inside", "whole graph"
 
 
 @pytest.fixture
@@ -321,7 +323,8 @@ def fresh_compiler() -> Iterator[None]:
 
 
 @compiles
-@pytest.mark.parametrize("name", ["plain", "static graph", "unused parameters", "inside", "whole graph"])
+@up_to_two
+@pytest.mark.parametrize("name", [KINDS[0], *(pytest.param(each, marks=slow) for each in KINDS[1:])])
 def test_compiled(name: str, fresh_compiler: None) -> None:
     """Buckets are rebuilt in the second step of four."""
     net = network()
@@ -336,6 +339,7 @@ def test_compiled(name: str, fresh_compiler: None) -> None:
 
 
 @compiles
+@up_to_two
 @pytest.mark.parametrize("whole", [True, False])
 def test_compiled_collectives(whole: bool, fresh_compiler: None) -> None:
     """As with gloo: in one graph those that torch has graph operations for, and all with graph breaks."""
@@ -370,6 +374,7 @@ def test_compiled_collectives(whole: bool, fresh_compiler: None) -> None:
 
 
 @compiles
+@up_to_two
 def test_a_barrier_that_tells_amid_what_is_compiled(fresh_compiler: None) -> None:
     @torch.compile(backend=BACKEND)
     def function(x: Tensor) -> Tensor:

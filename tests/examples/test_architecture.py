@@ -10,6 +10,7 @@ import pytest
 
 import mpisyncbn
 from support.jobs import ROOT, run_alone
+from support.ranks import no_exchange
 
 PACKAGE = ROOT / "mpisyncbn"
 # Data goes down this list and back; imports go down it and never up.
@@ -126,6 +127,7 @@ def test_collective_functions_say_so():
         assert "Collective" in function.__doc__
 
 
+@no_exchange
 def test_importing_costs_nothing():
     """Neither torch nor CuPy, and MPI is not started: DataLoader workers import the program again."""
     out = run_alone(
@@ -137,6 +139,7 @@ def test_importing_costs_nothing():
     assert out.split() == ["False"]
 
 
+@no_exchange
 def test_numpy_alone():
     """Where torch is not installed: the NumPy path works, and what needs torch says so."""
     out = run_alone(
@@ -158,6 +161,7 @@ except ImportError as error:
     assert out.split() == ["True"] * 4
 
 
+@no_exchange
 def test_report_without_torch():
     out = run_alone(
         "import sys; sys.modules['torch'] = None; sys.argv = ['x']\n"

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 import mpisyncbn
 from mpisyncbn import Communicator, MPISyncBNError, SyncBatchNorm, distributed, functional
-from support.ranks import WORLD, no_exchange, together
+from support.ranks import WORLD, no_exchange, together, up_to_two
 
 RANK, SIZE = WORLD.rank, WORLD.size
 DOCUMENTED = (ValueError, TypeError, MPISyncBNError)
@@ -31,6 +31,7 @@ TORCHS = (
     "more than one element of the written-to tensor",
 )
 pytestmark = [
+    up_to_two,
     pytest.mark.filterwarnings("ignore:a batch whose mean or variance is not finite"),
     pytest.mark.filterwarnings("ignore::UserWarning:torch"),
 ]

@@ -22,6 +22,8 @@ def once(why: str) -> pytest.MarkDecorator:
     return pytest.mark.skipif(WORLD.size > 1, reason=f"{why}: once is enough")
 
 
+# More ranks than two, and other libraries at more, show nothing new.
+up_to_two = pytest.mark.skipif(WORLD.size > 2, reason="it is the same at any number of ranks above one")
 starts_mpiexec = once("it starts mpiexec itself")
 no_exchange = once("no rank meets another in it")
 
