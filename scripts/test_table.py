@@ -1,8 +1,8 @@
 """What each test file costs and what it is good for: seconds, lines of the package, mutants killed.
 
-    python scripts/test_table.py --json FILE                  seconds and lines, at 1 and at 2 ranks
-    python scripts/test_table.py --json FILE --mutants 60     mutants, at 1 rank, by the tests not marked full
-    python scripts/test_table.py --json FILE --table          only print what FILE has
+    python scripts/test_table.py --json FILE                    the lines of each file, at 1 rank
+    python scripts/test_table.py --json FILE --mutants 60       mutants, at 1 rank, by tests not marked full
+    python scripts/test_table.py --json FILE --reports *.xml    the table, with seconds of pytest's reports
 
 Run it in the environment of scripts/mutate. Each file runs by itself under coverage.py. A line that one file
 alone runs is its own; one that all of them run, as importing the package does, counts for none.
@@ -19,6 +19,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
+from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -26,6 +27,9 @@ from xml.etree import ElementTree
 
 ROOT = Path(__file__).resolve().parents[1]
 LIMIT = 900  # seconds for one run of pytest
+# What mutants are tried by: not what starts jobs of its own, a compiler, or Triton's interpreter.
+FOLDERS = "kernels", "exchange", "autograd", "comm", "distributed"
+TESTS = ["-m", "not full", "-k", "not cuda and not compile and not torchrun"]
 OPERATORS = "NumberReplacer ReplaceComparisonOperator ReplaceBinaryOperator AddNot ReplaceTrue ReplaceFalse"
 PREFIXES = tuple(f"core/{name}" for name in OPERATORS.split())
 
@@ -37,51 +41,42 @@ def main() -> int:
     parser.add_argument("--json", type=Path, required=True, metavar="FILE")
     parser.add_argument("--mutants", type=int, default=0, metavar="N", help="at random, of the whole package")
     parser.add_argument("--jobs", type=int, default=2, metavar="N", help="processes at the same time")
-    parser.add_argument("--table", action="store_true", help="print the table of FILE")
+    parser.add_argument("--reports", type=Path, nargs="+", metavar="XML", help="of pytest, one for each size")
     options = parser.parse_args()
     found = json.loads(options.json.read_text()) if options.json.exists() else {"files": {}, "mutants": {}}
-    if not options.table:
-        if options.mutants:
-            found["mutants"] = mutants(options.mutants, options.jobs)
-        else:
-            found["files"] = files(options.jobs)
-        options.json.write_text(json.dumps(found, indent=1) + "\n")
-    print(table(found))
+    if options.reports:
+        print(table(found, options.reports))
+        return 0
+    if options.mutants:
+        found["mutants"] = mutants(options.mutants, options.jobs)
+    else:
+        found["files"] = files(options.jobs)
+    options.json.write_text(json.dumps(found, indent=1) + "\n")
     return 0
 
 
 def files(jobs: int) -> dict[str, Any]:
-    """By file: seconds at 1 and 2 ranks, lines, and lines that are its own."""
+    """By file: how many lines it runs, and how many of them no other file does."""
     paths = sorted((ROOT / "tests").rglob("test_*.py"))
     with tempfile.TemporaryDirectory() as folder:
         with ThreadPoolExecutor(jobs) as pool:
-            alone = dict(
-                zip(paths, pool.map(lambda path: measured(path, 1, Path(folder)), paths), strict=True)
-            )
-        pair = {path: measured(path, 2, Path(folder)) for path in paths}
+            list(pool.map(lambda path: measure(path, Path(folder)), paths))
         lines = lines_by_file(Path(folder))
     everything = {path: lines.get(path.stem, set()) for path in paths}
+    others = {
+        path: set().union(*(each for other, each in everything.items() if other != path)) for path in paths
+    }
     return {
-        str(path.relative_to(ROOT / "tests")): {
-            "seconds": [alone[path], pair[path]],
-            "lines": len(mine),
-            "own": len(mine - set().union(*(other for each, other in everything.items() if each != path))),
-        }
+        str(path.relative_to(ROOT / "tests")): {"lines": len(mine), "own": len(mine - others[path])}
         for path, mine in everything.items()
     }
 
 
-def measured(path: Path, ranks: int, folder: Path) -> float:
-    """Seconds in the tests of a file, which leave their coverage in the folder."""
-    report = folder / f"{path.stem}-{ranks}.xml"
-    launch = ["mpiexec", "-n", str(ranks)] if ranks > 1 else []
-    command = [*launch, sys.executable, "-m", "coverage", "run", f"--context={path.stem}", "-m", "pytest"]
-    pytest(
-        [*command, "-m", "not untraced", f"--junitxml={report}", str(path)],
-        ROOT,
-        COVERAGE_FILE=str(folder / "coverage"),
-    )
-    return round(sum(float(case.get("time", 0)) for case in cases(report)), 1)
+def measure(path: Path, folder: Path) -> None:
+    """Run a file, which leaves its coverage in the folder."""
+    command = [sys.executable, "-m", "coverage", "run", f"--context={path.stem}", "-m", "pytest"]
+    command += ["-m", "not untraced", str(path)]
+    pytest(command, ROOT, COVERAGE_FILE=str(folder / "coverage"))
 
 
 def pytest(command: list[str], cwd: Path, **variables: str) -> None:
@@ -130,14 +125,15 @@ def mutants(count: int, jobs: int) -> dict[str, list[str]]:
             file.write_text(code)
             report = copy / "report.xml"
             report.unlink(missing_ok=True)
+            folders = [f"tests/{each}" for each in FOLDERS]
             command = [
                 sys.executable,
                 "-m",
                 "pytest",
-                "-m",
-                "not full",
-                f"--junitxml={report}",
                 "--timeout=60",
+                f"--junitxml={report}",
+                *TESTS,
+                *folders,
             ]
             pytest(command, copy, MPISYNCBN_TEST_EXAMPLES="10", PYTHONDONTWRITEBYTECODE="1")
             failed = {
@@ -181,17 +177,26 @@ def copied(folder: Path) -> Path:
     return folder
 
 
-def table(found: dict[str, Any]) -> str:
+def table(found: dict[str, Any], reports: list[Path]) -> str:
+    """A row for each file. "only": mutants that no other file killed."""
+    seconds: list[Counter[str]] = []
+    for report in reports:
+        seconds.append(Counter())
+        for case in cases(report):
+            seconds[-1][case.get("classname", "").rpartition(".")[2]] += float(case.get("time", 0))
     killed = [killers for killers in found["mutants"].values() if killers]
-    rows = ["| file | seconds, 1 rank | 2 ranks | lines | its own | mutants | alone |", f"|{' --- |' * 7}"]
+    names = [f"s, {report.stem}" for report in reports]
+    rows = [
+        f"| file | {' | '.join(names)} | lines | its own | mutants | only |",
+        f"|{' --- |' * (5 + len(names))}",
+    ]
     for name, row in found["files"].items():
         stem = Path(name).stem
         mine = [killers for killers in killed if stem in killers]
-        alone = sum(killers == [stem] for killers in mine)
-        one, two = row["seconds"]
-        rows.append(f"| {name} | {one} | {two} | {row['lines']} | {row['own']} | {len(mine)} | {alone} |")
-    total = f"{len(killed)} of {len(found['mutants'])} mutants killed"
-    return "\n".join([*rows, "", total])
+        cells = [f"{each[stem]:.1f}" for each in seconds]
+        cells += map(str, (row["lines"], row["own"], len(mine), mine.count([stem])))
+        rows.append(f"| {name} | {' | '.join(cells)} |")
+    return "\n".join([*rows, "", f"{len(killed)} of {len(found['mutants'])} mutants killed"])
 
 
 if __name__ == "__main__":
