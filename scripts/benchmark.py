@@ -23,16 +23,14 @@ from __future__ import annotations
 
 import argparse
 import json
-import sys
 import time
 from collections.abc import Iterator
 from importlib import import_module
 from pathlib import Path
 from typing import Any
 
-sys.path.insert(0, str(Path(__file__).parent))  # where the tests load this file from elsewhere
-
 from benchmarks import model, scaling
+from mpisyncbn.config import launched
 
 # Section, and the module of its function.
 SECTIONS = {
@@ -54,7 +52,7 @@ def main(arguments: list[str] | None = None) -> None:
     options = parse(arguments)
     if options.from_json:
         finish(merged(options.from_json), options)
-    elif options.scaling and not scaling.launched():
+    elif options.scaling and not launched():
         finish(launch_scaling(options), options)
     else:
         measure(options)
@@ -165,22 +163,5 @@ def finish(results: Results, options: argparse.Namespace) -> None:
         plots.draw(results["sections"], Path(options.plot))
 
 
-def abort_together() -> None:
-    """A rank that fails alone would leave the others waiting in MPI."""
-    from mpi4py import MPI
-
-    if MPI.COMM_WORLD.size > 1:
-        import traceback
-
-        traceback.print_exc()
-        sys.stderr.flush()
-        MPI.COMM_WORLD.Abort(1)
-
-
 if __name__ == "__main__":
-    try:
-        main()
-    except Exception:
-        if "mpi4py.MPI" in sys.modules:
-            abort_together()
-        raise
+    main()

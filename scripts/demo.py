@@ -193,19 +193,16 @@ def distance(losses: np.ndarray, others: np.ndarray) -> float:
 
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description="Train on sharded digits three ways.")
-    parser.add_argument("--steps", type=int, default=400, help="default: %(default)s")
-    parser.add_argument(
-        "--batch", type=int, default=4, help="samples per rank and step; default: %(default)s"
+    parser = argparse.ArgumentParser(
+        description="Train on sharded digits three ways.",
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
-    parser.add_argument("--lr", type=float, default=0.02, help="learning rate; default: %(default)s")
-    parser.add_argument(
-        "--dtype", choices=("float32", "float64"), default="float32", help="default: %(default)s"
-    )
-    parser.add_argument("--seed", type=int, default=0, help="default: %(default)s")
-    parser.add_argument(
-        "--plot", metavar="PATH", default="demo.png", help="empty: none; default: %(default)s"
-    )
+    parser.add_argument("--steps", type=int, default=400, help="in all")
+    parser.add_argument("--batch", type=int, default=4, help="samples per rank and step")
+    parser.add_argument("--lr", type=float, default=0.02, help="learning rate")
+    parser.add_argument("--dtype", choices=("float32", "float64"), default="float32", help="of everything")
+    parser.add_argument("--seed", type=int, default=0, help="of data and network")
+    parser.add_argument("--plot", metavar="PATH", default="demo.png", help="the picture; empty: none")
     parser.add_argument("--json", metavar="PATH", default="", help="also write everything there")
     args = parser.parse_args(argv)
     if min(args.steps, args.batch) < 1:

@@ -242,15 +242,6 @@ def ignore_signal(worker: int) -> None:
     signal.signal(signal.SIGUSR1, signal.SIG_IGN)
 
 
-@contextlib.contextmanager
-def process_group(backend: str) -> Iterator[None]:
-    dist.init_process_group(backend)
-    try:
-        yield
-    finally:
-        dist.destroy_process_group()
-
-
 def main(argv: Sequence[str] | None = None) -> list[dict[str, Any]]:
     """Returns the metrics of every epoch; rank 0 prints and writes. Raises Interrupted.
 
@@ -260,8 +251,11 @@ def main(argv: Sequence[str] | None = None) -> list[dict[str, Any]]:
     torch.set_num_threads(1)  # the ranks share the cores already
     if args.checkpoint:
         signal.signal(signal.SIGUSR1, lambda *_: _signalled.set())
-    with process_group(args.ddp):
+    dist.init_process_group(args.ddp)
+    try:
         return run(args)
+    finally:
+        dist.destroy_process_group()
 
 
 def run(args: argparse.Namespace) -> list[dict[str, Any]]:

@@ -86,6 +86,11 @@ AS_TORCH = "gather-and-merge, float32"
 Figures = dict[str, float]  # by statistic, of the slowest rank
 STATISTICS = ("median", "minimum")
 
+
+def ratio(of: Figures, to: Figures) -> Figures:
+    return {label: of[label] / to[label] for label in STATISTICS}
+
+
 # "6 MB or more" is said of float32; in bfloat16 the same shapes count.
 LARGE_VALUES = 1_500_000
 LARGE_VERB_BYTES = 25_000_000

@@ -6,6 +6,7 @@ import datetime
 import importlib.metadata
 import os
 import platform
+import re
 import sys
 from pathlib import Path
 from typing import Any
@@ -40,9 +41,7 @@ def facts(allocator: str) -> dict[str, Any]:
         "mpi": MPI.Get_library_version().strip("\0\n ").splitlines()[0].split(",")[0],
         "cpu": _cpu(),
         "cores": os.cpu_count(),
-        "cores of rank 0": len(os.sched_getaffinity(0))
-        if hasattr(os, "sched_getaffinity")
-        else os.cpu_count(),
+        "cores of rank 0": len(os.sched_getaffinity(0)),
         "settings": {name: os.environ[name] for name in _SETTINGS if name in os.environ},
         "system": f"{platform.system()} {platform.machine()}",
         "nodes": nodes,
@@ -68,9 +67,5 @@ def _version(name: str) -> str:
 
 
 def _cpu() -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        return platform.processor() or platform.machine()
-    models = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    return models[0] if models else platform.machine()
+    model = re.search(r"^model name\s*: (.*)", Path("/proc/cpuinfo").read_text(), re.MULTILINE)
+    return model[1] if model else platform.machine()

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from functools import partial
-from itertools import repeat
 from typing import Any
 
 import numpy as np
@@ -19,8 +18,8 @@ from mpisyncbn.diagnostics import Call
 from mpisyncbn.kernels import kernels_for
 
 from . import native
-from .cases import BARE, CHANNELS, FLOOR, GATHERS, MESSAGE, QUICK_CHANNELS, WHOLE
-from .timing import interleave, ratio
+from .cases import BARE, CHANNELS, FLOOR, GATHERS, MESSAGE, QUICK_CHANNELS, WHOLE, ratio
+from .timing import interleave, often
 
 
 def exchange(quick: bool) -> Iterator[dict[str, Any]]:
@@ -37,7 +36,7 @@ def measure(group: Any, x: Any, seconds: float, calls: int) -> dict[str, Any]:
     """Microseconds of each peer, for the moments of ``x``. Collective: every rank must call."""
     channels = x.shape[1]
     length = 2 * channels + 3
-    peers = {name: _often(once, calls) for name, once in exchanges(group, x).items()}
+    peers = {name: often(once, calls) for name, once in exchanges(group, x).items()}
     left_out = {}
     if native.library()[0] is None:
         left_out[FLOOR] = native.library()[1]
@@ -94,11 +93,3 @@ def gather_and_merge(
     total = counts.sum()
     merged = (counts * means).sum(axis=0) / total
     return int(total), merged, (m2s + counts * (means - merged) ** 2).sum(axis=0) / total
-
-
-def _often(once: Callable[[], Any], calls: int) -> Callable[[], None]:
-    def run() -> None:
-        for _ in repeat(None, calls):
-            once()
-
-    return run

@@ -12,8 +12,8 @@ from torch import Tensor, nn
 import mpisyncbn
 
 from . import peers as others
-from .cases import LAYERS, PEERS, RELU, TINY, Case, cases
-from .timing import copy_fraction, interleave, ratio
+from .cases import LAYERS, PEERS, RELU, TINY, Case, cases, ratio
+from .timing import copy_fraction, interleave
 
 WORLD = MPI.COMM_WORLD
 LOCAL = {2: nn.BatchNorm1d, 3: nn.BatchNorm1d, 4: nn.BatchNorm2d, 5: nn.BatchNorm3d}
@@ -74,9 +74,7 @@ def relu(quick: bool) -> Iterator[dict[str, Any]]:
 def data(case: Case) -> tuple[Tensor, Tensor]:
     """This rank's ``x`` and ``dy``, in the case's dtype and memory format."""
     generator = torch.Generator().manual_seed(WORLD.rank)
-    memory = _MEMORY.get(len(case.shape), torch.contiguous_format)
-    if case.format == "contiguous":
-        memory = torch.contiguous_format
+    memory = torch.contiguous_format if case.format == "contiguous" else _MEMORY[len(case.shape)]
     x, dy = (
         torch.randn(case.shape, generator=generator)
         .to(getattr(torch, case.dtype))

@@ -12,9 +12,6 @@ _SHORT = {"float32": "f32", "bfloat16": "bf16", "contiguous": "contiguous", "cha
 
 def draw(sections: dict[str, list[Row]], folder: Path) -> list[Path]:
     """Draw what the sections have data for; returns the files written."""
-    import matplotlib
-
-    matplotlib.use("Agg")
     folder.mkdir(parents=True, exist_ok=True)
     written = []
     if table := ratio_table(sections):
@@ -41,15 +38,16 @@ def ratio_table(sections: dict[str, list[Row]]) -> dict[tuple[str, str], float]:
 
 
 def _heat_map(table: dict[tuple[str, str], float], path: Path) -> Path:
-    import matplotlib.pyplot as plt
     import numpy as np
+    from matplotlib.figure import Figure  # without pyplot: needs no display
 
     rows = list(dict.fromkeys(row for row, _ in table))
     columns = sorted({column for _, column in table})
     grid = np.full((len(rows), len(columns)), np.nan)
     for (row, column), value in table.items():
         grid[rows.index(row), columns.index(column)] = log2(value)
-    figure, axes = plt.subplots(figsize=(3 + 0.9 * len(columns), 2 + 0.4 * len(rows)), layout="constrained")
+    figure = Figure(figsize=(3 + 0.9 * len(columns), 2 + 0.4 * len(rows)), layout="constrained")
+    axes = figure.add_subplot()
     image = axes.imshow(np.clip(grid, -3, 3), cmap="RdYlGn_r", vmin=-3, vmax=3, aspect="auto")
     for (i, j), value in np.ndenumerate(grid):
         if not np.isnan(value):
@@ -60,14 +58,14 @@ def _heat_map(table: dict[tuple[str, str], float], path: Path) -> Path:
     bar.ax.set_yticklabels([f"{2.0**power:g}" for power in range(-3, 4)])
     axes.set_title("Time of mpisyncbn over the peer's, forward and backward: below 1 is faster")
     figure.savefig(path, dpi=150)
-    plt.close(figure)
     return path
 
 
 def _growth(sections: dict[str, list[Row]], path: Path) -> Path:
-    import matplotlib.pyplot as plt
+    from matplotlib.figure import Figure
 
-    figure, ((channels, ranks), (sent, steps)) = plt.subplots(2, 2, figsize=(12, 9), layout="constrained")
+    figure = Figure(figsize=(12, 9), layout="constrained")
+    channels, ranks, sent, steps = figure.subplots(2, 2).flat
     exchange, scaling = sections.get("exchange", []), sections.get("scaling", [])
     _curves(channels, exchange, "channels", lambda row: row["us"], "median")
     channels.set(title="An exchange", xlabel="channels C", ylabel="us")
@@ -91,7 +89,6 @@ def _growth(sections: dict[str, list[Row]], path: Path) -> Path:
         else:
             axes.text(0.5, 0.5, "not measured", ha="center", transform=axes.transAxes)
     figure.savefig(path, dpi=150)
-    plt.close(figure)
     return path
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from datetime import timedelta
+from functools import partial
 from typing import Any
 
 import torch
@@ -14,7 +15,8 @@ from torch.nn.parallel import DistributedDataParallel
 import mpisyncbn
 from mpisyncbn.distributed import BACKEND
 
-from .timing import interleave, ratio
+from .cases import ratio
+from .timing import interleave, often
 
 KILOBYTES = (1, 10, 100, 1_000, 25_000)
 QUICK_KILOBYTES = (1, 100)
@@ -27,9 +29,10 @@ def reductions(quick: bool) -> Iterator[dict[str, Any]]:
         for kilobytes in QUICK_KILOBYTES if quick else KILOBYTES:
             x = torch.ones(kilobytes * 250)
             calls = 20 if kilobytes <= 100 else 1
-            peers = {name: _often(x, group, calls) for name, group in groups.items()}
+            once = {name: partial(dist.all_reduce, x, group=group) for name, group in groups.items()}
+            peers = {name: often(reduce, calls) for name, reduce in once.items()}
             yield _row("all_reduce", x.nbytes, interleave(peers, 1.0 if quick else 4.0, calls=calls))
-        net = _network(4 if quick else 25)
+        net = nn.Sequential(*[nn.Linear(1024, 1024) for _ in range(4 if quick else 25)])
         size = sum(parameter.nbytes for parameter in net.parameters())
         peers = {
             name: _step(DistributedDataParallel(net, process_group=group)) for name, group in groups.items()
@@ -50,18 +53,6 @@ def _row(what: str, size: int, figures: dict[str, Any]) -> dict[str, Any]:
         "us": figures,
     }
     return row | {"ours to": {"gloo": ratio(figures[BACKEND], figures["gloo"])}}
-
-
-def _often(x: torch.Tensor, group: Any, calls: int) -> Callable[[], None]:
-    def run() -> None:
-        for _ in range(calls):
-            dist.all_reduce(x, group=group)
-
-    return run
-
-
-def _network(layers: int) -> nn.Module:
-    return nn.Sequential(*[nn.Linear(1024, 1024) for _ in range(layers)])
 
 
 def _step(net: nn.Module) -> Callable[[], None]:

@@ -13,7 +13,8 @@ from torch import Tensor, nn
 
 import mpisyncbn
 
-from .timing import interleave, ratio
+from .cases import ratio
+from .timing import interleave
 
 WORLD = MPI.COMM_WORLD
 BATCH, PIXELS = 4, 224

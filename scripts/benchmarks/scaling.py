@@ -9,7 +9,6 @@ from __future__ import annotations
 import json
 import os
 import shutil
-import signal
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -39,13 +38,6 @@ _COUNTED = {
     "OMPI_MCA_pml_monitoring_enable": "1",
     "OMPI_MCA_coll": "^sm,han,adapt,xhc",
 }
-# What mpiexec tells a rank, whichever it is.
-_LAUNCHED = ("OMPI_COMM_WORLD_RANK", "PMIX_RANK", "PMI_RANK", "MPI_LOCALRANKID")
-
-
-def launched() -> bool:
-    """Whether this process is a rank of mpiexec or srun; found out without starting MPI."""
-    return any(name in os.environ for name in _LAUNCHED)
 
 
 def launch(arguments: list[str], quick: bool) -> Iterator[tuple[dict[str, Any], dict[str, Any]]]:
@@ -81,29 +73,21 @@ def launch(arguments: list[str], quick: bool) -> Iterator[tuple[dict[str, Any], 
 
 
 def environment() -> dict[str, str]:
-    defaults = _OVERSUBSCRIBED | (_ROOT if hasattr(os, "geteuid") and os.geteuid() == 0 else {})
-    return defaults | os.environ
+    return _OVERSUBSCRIBED | (_ROOT if os.geteuid() == 0 else {}) | os.environ
 
 
 def _run(command: list[str], variables: dict[str, str]) -> str:
-    """Why the command failed, or "". mpiexec ends its ranks when it is told to end itself."""
-    with subprocess.Popen(
-        command, env=variables, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE
-    ) as process:
-        try:
-            _, errors = process.communicate(timeout=LIMIT)
-        except subprocess.TimeoutExpired:
-            process.send_signal(signal.SIGTERM)
-            try:
-                process.communicate(timeout=20)
-            except subprocess.TimeoutExpired:
-                process.kill()
-                process.communicate()
-            return f"took more than {LIMIT} s"
-    if not process.returncode:
+    """Why the command failed, or "". mpiexec ends its ranks if it is told to end itself, as timeout does."""
+    limited = ["timeout", "--foreground", "--kill-after=20", str(LIMIT), *command]
+    done = subprocess.run(
+        limited, env=variables, stdin=subprocess.DEVNULL, capture_output=True, text=True, errors="replace"
+    )
+    if not done.returncode:
         return ""
+    if done.returncode in (124, 137):  # ended, or killed, by timeout
+        return f"took more than {LIMIT} s"
     # The exception of a rank, if that is what ended the job; mpiexec has much to say after it.
-    lines = errors.decode(errors="replace").strip().splitlines()
+    lines = done.stderr.strip().splitlines()
     telling = [line for line in lines if "Error: " in line] or lines or ["no message"]
     return f"mpiexec fails: {telling[0]}"
 

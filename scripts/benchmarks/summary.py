@@ -17,6 +17,7 @@ from .cases import (
     WHOLE,
     WITHOUT,
     Figures,
+    ratio,
 )
 
 Row = dict[str, Any]
@@ -129,11 +130,7 @@ def _exchange(rows: list[Row]) -> list[Line]:
             for channels, ours, floor in pairs
             if channels <= SHORT_CHANNELS
         ]
-        long = [
-            {label: ours[label] / floor[label] for label in STATISTICS}
-            for channels, ours, floor in pairs
-            if channels > SHORT_CHANNELS
-        ]
+        long = [ratio(ours, floor) for channels, ours, floor in pairs if channels > SHORT_CHANNELS]
         lines += [
             Line(f"{name} minus the C loop, C to {SHORT_CHANNELS}, worst", over(max, short), 0.5, unit="us"),
             Line(f"{name} over the C loop, C above {SHORT_CHANNELS}, worst", over(max, long), 1.2),
@@ -185,11 +182,8 @@ def _resnet(rows: list[Row]) -> list[Line]:
 
 
 def _relu(rows: list[Row]) -> list[Line]:
-    peer = "ours, then relu"
-    fused = [row["ours to"][peer] for row in rows if "ours to" in row]
+    fused = [row["ours to"]["ours, then relu"] for row in rows]
     what = "fused ReLU over ours, then torch.relu"
-    if not fused:
-        return [Line(what, {}, 0.75, note=rows[0]["left out"]["ours"])]
     return [
         Line(f"{what}, geometric mean", over(geometric_mean, fused), 0.75),
         Line(f"{what}, worst", over(max, fused), 0.75),
@@ -217,8 +211,7 @@ def _scaling(rows: list[Row]) -> list[Line]:
         if "us" not in largest:
             lines.append(Line(what, {}, 3.0, note=largest["left out"].get("us", "")))
             continue
-        figures = largest["us"]
-        times = {label: figures[name][label] / figures["merge_moments"][label] for label in STATISTICS}
+        times = ratio(largest["us"][name], largest["us"]["merge_moments"])
         lines.append(Line(what, times, 3.0, at_most=False))
     return lines
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 import statistics
 from collections.abc import Callable
+from itertools import repeat
 from time import perf_counter
 from typing import Any
 
@@ -63,8 +64,14 @@ def interleave(
     }
 
 
-def ratio(of: Figures, to: Figures) -> Figures:
-    return {label: of[label] / to[label] for label in STATISTICS}
+def often(once: Callable[[], Any], calls: int) -> Callable[[], None]:
+    """A function that makes so many calls, for ``interleave``."""
+
+    def run() -> None:
+        for _ in repeat(None, calls):
+            once()
+
+    return run
 
 
 def copy_fraction(figures: dict[str, Figures], peer: str, tensors: int) -> Figures:

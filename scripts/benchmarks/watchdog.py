@@ -9,7 +9,6 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator
 from functools import partial
-from itertools import repeat
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -19,8 +18,8 @@ from mpisyncbn import exchange
 from mpisyncbn.diagnostics import Call
 from mpisyncbn.kernels import kernels_for
 
-from .cases import QUICK_CHANNELS, WITHOUT
-from .timing import interleave, ratio
+from .cases import QUICK_CHANNELS, WITHOUT, ratio
+from .timing import interleave, often
 
 _CALLS = 100
 
@@ -36,7 +35,7 @@ def watchdog(quick: bool) -> Iterator[dict[str, Any]]:
         peers = {}
         for name, module in (("exchange", exchange), (WITHOUT, bare)):
             call = Call("benchmark", "forward", channels, "float32")
-            peers[name] = partial(_often, partial(module.merge_moments, group, call, *vectors))
+            peers[name] = often(partial(module.merge_moments, group, call, *vectors), _CALLS)
         figures = interleave(peers, 1.0 if quick else 10.0, calls=_CALLS)
         yield {
             "channels": channels,
@@ -55,8 +54,3 @@ def without_marks() -> ModuleType:
     module.__package__ = exchange.__package__
     exec(compile(text, module.__name__, "exec"), vars(module))
     return module
-
-
-def _often(once: Any) -> None:
-    for _ in repeat(None, _CALLS):
-        once()

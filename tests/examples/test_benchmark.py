@@ -173,13 +173,9 @@ def test_models_do_the_same_step() -> None:
 
 
 def test_model_by_hand() -> None:
-    assert len(model.RESNET50) == 53
-    assert sum(model.RESNET50) == 26_560
     # 8 ranks are three messages: 3 us for no bytes, 9 us for 2,000 bytes
     network = model.fit(8, 3.0, 9.0, size=2000, least=0)
     assert network == pytest.approx((1.0, 0.001))
-    assert model.allreduce_costs(8, 800) == [(3, 2400), (6, 1400)]
-    assert model.allgather_costs(8, 800) == [(3, 5600), (7, 5600)]
     # recursive doubling 3 + 2.4, Rabenseifner 6 + 1.4; ten times longer 3 + 24 against 6 + 14
     assert model.fastest(model.allreduce_costs(8, 800), network) == pytest.approx(5.4)
     assert model.fastest(model.allreduce_costs(8, 8000), network) == pytest.approx(20.0)
@@ -189,95 +185,69 @@ def test_model_by_hand() -> None:
     assert step["all-gather"] == pytest.approx((3 + 7 * 0.084 + 3 + 3 * 0.080) / 1000)
 
 
-def layer_row(value: float, **changes: Any) -> dict[str, Any]:
-    row = {"family": "f", "shape": [8, 64, 56, 56], "dtype": "float32", "format": "contiguous"}
-    row |= {"values": 1_605_632, "bytes": 6_422_528, "us": {}}
-    return row | {"ours to": {"local": {"median": value, "minimum": value / 2}}} | changes
+def row(value: float, peer: str = "local", **changes: Any) -> dict[str, Any]:
+    found = {"family": "f", "shape": [8, 64, 56, 56], "dtype": "float32", "format": "contiguous"}
+    found |= {"values": 1_605_632, "bytes": 6_422_528, "us": {}, "ranks": 1, "threads": 2}
+    return found | {"ours to": {peer: {"median": value, "minimum": value / 2}}} | changes
 
 
-def test_summary_of_layers() -> None:
-    rows = [
-        layer_row(0.5),
-        layer_row(0.8),
-        layer_row(1.1, format="channels_last"),
-        layer_row(9.0, values=802_816),  # too small to count
-    ]
-    lines = summary.summarize({"layer": rows})
-    geometric, channels_last, worst, *half = lines
-
-    assert geometric.value == pytest.approx({"median": math.sqrt(0.4), "minimum": math.sqrt(0.1)})
-    assert geometric.met
-    assert channels_last.value["median"] == pytest.approx(1.1)
-    assert not channels_last.met
-    assert worst.value == {"median": 1.1, "minimum": 0.55}
-    assert not worst.met, "the medians decide"
-    assert "1.10 (0.55)" in str(worst)
-    assert str(worst).endswith("MISSED")
-    assert [line.met for line in half] == [None] * 4
-    assert "not measured" in str(half[0])
+def exchange_row(channels: int, **us: float) -> dict[str, Any]:
+    times = {name: {"median": us["ours"], "minimum": us["ours"]} for name in (*cases.WHOLE, cases.BARE)}
+    floor = {cases.FLOOR: {"median": us["floor"], "minimum": us["floor"]}}
+    return {"channels": channels, "us": times | floor, "left out": {}}
 
 
-def test_summary_of_threads() -> None:
-    """The bars of the layer, in a run of its own, and in tables of their own."""
-    row = layer_row(0.6, ranks=1, threads=2)
-    row["us"] = {name: {"median": 3.0, "minimum": 2.0} for name in ("local", "ours")}
-    contiguous, channels_last, *_ = summary.summarize({"threads": [row]})
-    assert contiguous.what.startswith("1 rank with 2 threads, layer over local, 6 MB and more, float32")
-    assert (contiguous.bar, channels_last.bar) == (0.65, 0.9)
-    assert contiguous.met
-    assert "## The layer with several threads a rank" in tables.markdown({"threads": [row]})
+LAYERS = [
+    row(0.5),
+    row(0.8),
+    row(1.1, format="channels_last"),
+    row(9.0, values=802_816),  # too small to count
+]
+EXCHANGES = [
+    exchange_row(1, ours=1.0, floor=0.75),
+    exchange_row(64, ours=2.0, floor=1.0),
+    exchange_row(512, ours=6.0, floor=4.0),
+]
+
+
+@pytest.mark.parametrize(
+    ("section", "rows", "medians", "met"),
+    [
+        ("layer", LAYERS, [math.sqrt(0.4), 1.1, 1.1], [True, False, False] + [None] * 4),
+        ("threads", LAYERS, [math.sqrt(0.4), 1.1, 1.1], [True, False, False] + [None] * 4),
+        ("exchange", EXCHANGES, [1.0, 1.5] * 3, [False] * 6),  # microseconds more, at most; times
+        # at least, not at most; and times slower is the inverse of the ratio in the rows
+        ("peers", [row(0.125, "naive over gloo")], [8.0, 8.0], [True, True, None, None]),
+        ("relu", [row(0.5, "ours, then relu")], [0.5, 0.5], [True, True]),
+        ("reductions", [row(0.5, "gloo", family="all_reduce", bytes=4000)], [2.0], [False]),
+    ],
+)
+def test_summary(
+    section: str, rows: list[dict[str, Any]], medians: list[float], met: list[bool | None]
+) -> None:
+    """Medians against bars; nothing is met or missed of what was not measured."""
+    lines = summary.summarize({section: rows})
+    assert [line.value["median"] for line in lines if line.value] == pytest.approx(medians)
+    assert [line.met for line in lines] == met
+
+
+def test_summary_in_words() -> None:
+    lines = [str(line) for line in summary.summarize({"layer": LAYERS})]
+    assert "1.10 (0.55)" in lines[2]
+    assert lines[2].endswith("MISSED")
+    assert "not measured" in lines[3]
+    without = {"channels": 1, "us": {}, "left out": {cases.FLOOR: "no mpicc"}}
+    assert ["no mpicc" in str(line) for line in summary.summarize({"exchange": [without]})] == [True]
+    (first, *_) = summary.summarize({"threads": LAYERS})
+    assert first.what.startswith("1 rank with 2 threads, layer over local, 6 MB and more, float32")
+    measured = {"us": {name: {"median": 3.0, "minimum": 2.0} for name in ("local", "ours")}}
+    assert "## The layer with several threads a rank" in tables.markdown({"threads": [row(1.0, **measured)]})
 
 
 def test_threads_are_a_run_of_their_own() -> None:
     assert "threads" not in benchmark.parse([]).only
     assert benchmark.parse(["--threads", "2"]).only == ["threads"]
     assert benchmark.parse(["--threads", "2", "--only", "tiny"]).only == ["tiny"]
-
-
-def test_summary_of_exchanges() -> None:
-    def row(channels: int, ours: float, floor: float) -> dict[str, Any]:
-        names = (*cases.WHOLE, cases.BARE)
-        us = {name: {"median": ours, "minimum": ours} for name in names}
-        us[cases.FLOOR] = {"median": floor, "minimum": floor}
-        return {"channels": channels, "us": us, "left out": {}}
-
-    short, long, *_ = summary.summarize(
-        {"exchange": [row(1, 1.0, 0.75), row(64, 2.0, 1.0), row(512, 6.0, 4.0)]}
-    )
-    assert short.value["median"] == 1.0  # microseconds more, at most
-    assert long.value["median"] == 1.5  # times
-    assert (short.met, long.met) == (False, False)
-
-    without = {"channels": 1, "us": {}, "left out": {cases.FLOOR: "no mpicc"}}
-    (line,) = summary.summarize({"exchange": [without]})
-    assert "no mpicc" in str(line)
-
-
-def test_summary_of_slower_peers() -> None:
-    """At least, not at most; and times slower is the inverse of the ratio in the rows."""
-    ratios = {"naive over gloo": {"median": 0.125, "minimum": 0.25}}
-    mean, worst, *tiny = summary.summarize({"peers": [layer_row(1.0, **{"ours to": ratios})]})
-    assert mean.value == pytest.approx({"median": 8.0, "minimum": 4.0})
-    assert worst.met
-    assert [line.met for line in tiny] == [None, None]
-
-
-def test_summary_of_what_this_version_lacks() -> None:
-    ratios = {"ours, then relu": {"median": 0.5, "minimum": 0.5}}
-    with_it = layer_row(1.0, **{"ours to": ratios})
-    without = {"us": {}, "left out": {"ours": "not in this version"}}
-    assert all(line.met for line in summary.summarize({"relu": [with_it]}))
-    (line,) = summary.summarize({"relu": [without]})
-    assert line.met is None
-    assert "not in this version" in str(line)
-
-
-def test_launched(monkeypatch: pytest.MonkeyPatch) -> None:
-    for name in scaling._LAUNCHED:
-        monkeypatch.delenv(name, raising=False)
-    assert not scaling.launched()
-    monkeypatch.setenv("PMI_RANK", "0")
-    assert scaling.launched()
 
 
 def test_environment_keeps_what_is_set(monkeypatch: pytest.MonkeyPatch) -> None:
