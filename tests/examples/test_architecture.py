@@ -170,6 +170,13 @@ def test_report_without_torch():
     assert "torch is not installed" in out
 
 
+def test_hooks_of_git_run_what_the_tests_run_first():
+    hooks = re.findall(r"entry: \.venv/bin/(.*)", (ROOT / ".pre-commit-config.yaml").read_text())
+    assert [hook.removesuffix(" --fix") for hook in hooks] == ["ruff check", "ruff format", "mypy"]
+    steps = re.findall(r'run "(ruff check|ruff format|mypy)" ', (ROOT / "scripts" / "test").read_text())
+    assert steps == ["ruff check", "ruff format", "mypy"]
+
+
 def blocks(name: str) -> list[str]:
     return re.findall(r"^```python\n(.*?)^```", (ROOT / name).read_text(), re.MULTILINE | re.DOTALL)
 
