@@ -11,7 +11,6 @@ alone runs is its own; one that all of them run, as importing the package does, 
 from __future__ import annotations
 
 import argparse
-import itertools
 import json
 import os
 import random
@@ -112,61 +111,63 @@ def lines_by_file(folder: Path) -> dict[str, set[tuple[str, int]]]:
 
 def mutants(count: int, jobs: int) -> dict[str, list[str]]:
     """By the change: the test files in which a test fails, or "all" where pytest does not end."""
-    everything = [mutant for path in sorted((ROOT / "mpisyncbn").rglob("*.py")) for mutant in mutated(path)]
+    everything = [place for path in sorted((ROOT / "mpisyncbn").rglob("*.py")) for place in places(path)]
     chosen = random.Random(0).sample(everything, count)
     with tempfile.TemporaryDirectory() as folder, ThreadPoolExecutor(jobs) as pool:
         copies = [copied(Path(folder) / str(job)) for job in range(jobs)]
-        waiting = list(copies)
+        if (found := killers(copies[0])) != []:
+            sys.exit(f"test_table: without a mutant, tests fail or there are none: {found}")
 
-        def attempt(mutant: tuple[Path, int, str, str]) -> tuple[str, list[str]]:
-            path, line, change, code = mutant
-            copy = waiting.pop()
-            file = copy / path.relative_to(ROOT)
+        def attempt(place: tuple[Path, str, int]) -> tuple[str, list[str]]:
+            name, code = mutated(*place)
+            copy = copies.pop()
+            file = copy / place[0].relative_to(ROOT)
             file.write_text(code)
-            report = copy / "report.xml"
-            report.unlink(missing_ok=True)
-            folders = [f"tests/{each}" for each in FOLDERS]
-            command = [
-                sys.executable,
-                "-m",
-                "pytest",
-                "--timeout=60",
-                f"--junitxml={report}",
-                *TESTS,
-                *folders,
-            ]
-            pytest(command, copy, MPISYNCBN_TEST_EXAMPLES="10", PYTHONDONTWRITEBYTECODE="1")
-            failed = {
-                case.get("classname", "").rpartition(".")[2]
-                for case in cases(report)
-                if any(case.find(tag) is not None for tag in ("failure", "error"))
-            }
-            shutil.copy(path, file)
-            waiting.append(copy)
-            killers = sorted(failed) if report.exists() else ["all"]
-            print(
-                f"{path.relative_to(ROOT)}:{line}: {change}: {', '.join(killers) or 'survived'}", flush=True
-            )
-            return f"{path.relative_to(ROOT)}:{line}: {change}", killers
+            found = killers(copy)
+            shutil.copy(place[0], file)
+            copies.append(copy)
+            print(f"{name}: {', '.join(found) or 'survived'}", flush=True)
+            return name, found
 
         return dict(pool.map(attempt, chosen))
 
 
-def mutated(path: Path) -> list[tuple[Path, int, str, str]]:
-    """File, line, the change, and the whole text of each mutant."""
+def killers(copy: Path) -> list[str]:
+    report = copy / "report.xml"
+    report.unlink(missing_ok=True)
+    folders = [f"tests/{each}" for each in FOLDERS]
+    command = [sys.executable, "-m", "pytest", "--timeout=60", f"--junitxml={report}", *TESTS, *folders]
+    pytest(command, copy, MPISYNCBN_TEST_EXAMPLES="10", PYTHONDONTWRITEBYTECODE="1")
+    bad = [case for case in cases(report) if any(case.find(tag) is not None for tag in ("failure", "error"))]
+    return (
+        sorted({case.get("classname", "").rpartition(".")[2] for case in bad}) if cases(report) else ["all"]
+    )
+
+
+def places(path: Path) -> list[tuple[Path, str, int]]:
+    """File, operator, and number of each mutant."""
+    from cosmic_ray import plugins
+    from cosmic_ray.ast import ast_nodes, get_ast_from_path
+
+    nodes = list(ast_nodes(get_ast_from_path(path)))
+    operators = [name for name in sorted(plugins.operator_names()) if name.startswith(PREFIXES)]
+    found = []
+    for name in operators:
+        operator = plugins.get_operator(name)()
+        count = sum(1 for node in nodes for _ in operator.mutation_positions(node))
+        found += [(path, name, number) for number in range(count)]
+    return found
+
+
+def mutated(path: Path, operator: str, number: int) -> tuple[str, str]:
+    """The change, and the whole text."""
     from cosmic_ray import mutating, plugins
 
-    source, found = path.read_text(), []
-    operators = [name for name in plugins.operator_names() if name.startswith(PREFIXES)]
-    for operator in map(plugins.get_operator, sorted(operators)):
-        for occurrence in itertools.count():
-            code = mutating.mutate_code(source, operator(), occurrence)
-            if code is None:
-                break
-            pairs = zip(source.splitlines(), code.splitlines(), strict=False)
-            number, (old, new) = next(each for each in enumerate(pairs, 1) if each[1][0] != each[1][1])
-            found.append((path, number, f"`{old.strip()}` to `{new.strip()}`", code))
-    return found
+    source = path.read_text()
+    code = mutating.mutate_code(source, plugins.get_operator(operator)(), number)
+    pairs = zip(source.splitlines(), code.splitlines(), strict=False)
+    line, (old, new) = next(each for each in enumerate(pairs, 1) if each[1][0] != each[1][1])
+    return f"{path.relative_to(ROOT)}:{line}: `{old.strip()}` to `{new.strip()}`", code
 
 
 def copied(folder: Path) -> Path:
