@@ -8,9 +8,8 @@ import sys
 
 import pytest
 
-from gpu_checks import launch
 from mpisyncbn import ancestors, config
-from support.jobs import for_jobs
+from support.jobs import find_mpiexec, for_jobs
 from support.ranks import no_exchange, starts_mpiexec
 
 CHILD = """
@@ -49,7 +48,7 @@ MPI.COMM_WORLD.barrier()
 @starts_mpiexec
 def test_children_of_a_rank(tmp_path):
     """Which a shell has started, and is a rank all the same."""
-    mpiexec = launch.find_mpiexec()
+    mpiexec = find_mpiexec()
     if mpiexec is None:
         pytest.skip("no mpiexec")
     (tmp_path / "child.py").write_text(CHILD)

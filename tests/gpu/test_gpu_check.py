@@ -1,22 +1,19 @@
-"""scripts/gpu_check: what it says without a GPU, and that its harness counts, tried on a CPU."""
+"""scripts/gpu_check: what it says without a GPU, and how it counts, tried on a CPU."""
 
 from __future__ import annotations
 
-import contextlib
+import datetime
 import json
 import math
 import subprocess
 import sys
-import time
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
-import gpu_check
-from gpu_checks import launch, points, records, report
+from checks import conftest, launch, points, records, report
 from support.jobs import ROOT, unlaunched
 from support.ranks import starts_mpiexec
 
@@ -40,7 +37,7 @@ def run(*arguments: str, **variables: str) -> subprocess.CompletedProcess[str]:
 def test_without_a_gpu(tmp_path: Path) -> None:
     output = tmp_path / "found.json"
     done = run("--output", str(output))
-    assert done.returncode == gpu_check.NO_GPU, done.stdout
+    assert done.returncode == conftest.NO_GPU, done.stdout
     assert done.stdout.startswith("gpu_check: no GPU here")
     assert len(done.stdout.splitlines()) == 1
     assert not output.exists()
@@ -67,7 +64,7 @@ def test_a_point_that_fails(tmp_path: Path) -> None:
     output = tmp_path / "found.json"
     arguments = "--device", "cpu", "--quick", "--only", "5,8", "--output", str(output)
     done = run(*arguments, MPISYNCBN_DEBUG="perhaps")
-    assert done.returncode == gpu_check.FAILED, done.stdout
+    assert done.returncode == 1, done.stdout
     failed, other = json.loads(output.read_text())["points"]
     assert (failed["verdict"], other["verdict"]) == ("failed", "skipped")  # it went on
     (part,) = failed["runs"]
@@ -77,12 +74,21 @@ def test_a_point_that_fails(tmp_path: Path) -> None:
     assert "5 latency    failed" in done.stdout
 
 
-def test_arguments(capsys: pytest.CaptureFixture[str]) -> None:
-    assert gpu_check.parse(["--only", "6,3"]).only == [3, 6]
-    assert gpu_check.parse([]).only == list(points.NUMBERS)
-    with pytest.raises(SystemExit):
-        gpu_check.parse(["--only", "9"])
-    assert "got 9" in capsys.readouterr().err
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [("--only 3,9", "expected some of 1,2,3,4,5,6,7,8, got 3,9"), ("--wrong", "unrecognized arguments")],
+)
+def test_wrong_arguments(arguments: str, said: str) -> None:
+    done = run(*arguments.split())
+    assert done.returncode == 2
+    assert said in done.stdout
+
+
+def test_without_pytest(tmp_path: Path) -> None:
+    (tmp_path / "pytest.py").write_text("raise ImportError('No module named pytest')")
+    done = run(PYTHONPATH=str(tmp_path))
+    assert done.returncode == 2
+    assert "gpu_check: No module named pytest. pip install pytest, or" in done.stdout
 
 
 def test_points() -> None:
@@ -93,7 +99,7 @@ def test_points() -> None:
         assert len({part.name for part in point.runs}) == len(point.runs)
         for part in point.runs:
             module, _, function = part.function.partition(".")
-            path = ROOT / "scripts" / "gpu_checks" / f"{module}.py"
+            path = ROOT / "tests" / "gpu" / "checks" / f"{module}.py"
             assert f"\ndef {function}(context: Context" in path.read_text()
             assert 30 <= part.limit <= (240 if point is not points.TUNE else 420)
 
@@ -154,28 +160,16 @@ def test_an_exception_is_a_failed_check(tmp_path: Path, capsys: pytest.CaptureFi
     assert "ZeroDivisionError" in capsys.readouterr().err
 
 
-def test_what_hangs_is_ended(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_what_hangs_is_ended() -> None:
     """With all that it started."""
     sleep = "import time; time.sleep(60)"
-    code = f"import subprocess, sys; subprocess.Popen([sys.executable, '-c', '{sleep}'])"
-    command = [sys.executable, "-c", f"{code}; print('here', flush=True); {sleep}"]
-    ended: list[str] = []
-    end_all = launch._end_all
-    monkeypatch.setattr(launch, "_end_all", lambda mark: (ended.append(mark), end_all(mark)))
-    problem, printed = launch._finish(command, points.Run("sleeps", "", 0, 2), tmp_path)
-    assert problem == "over its 2 s"
-    assert printed.startswith("here")
-    deadline = time.monotonic() + 10
-    while left := list(marked(ended[0])):  # a process that was killed is there for a moment yet
-        assert time.monotonic() < deadline, left
-        time.sleep(0.05)
-
-
-def marked(mark: str) -> Iterator[Path]:
-    for file in Path("/proc").glob("[0-9]*/environ"):
-        with contextlib.suppress(OSError):
-            if f"{launch._MARK}={mark}".encode() in file.read_bytes().split(b"\0"):
-                yield file
+    start = f"subprocess.Popen([sys.executable, '-c', '{sleep}'])"
+    code = f"import subprocess, sys; print({start}.pid, flush=True)"
+    part = points.Run("sleeps", "", 0, 2, under=(sys.executable, "-c", f"{code}; {sleep}"))
+    found = launch.ended(part, "cpu", quick=True)
+    assert (found["verdict"], found["reason"]) == ("failed", "over its 2 s")
+    left = Path("/proc", found["printed"].strip(), "cmdline")
+    assert not (left.exists() and left.read_bytes())
 
 
 def test_table() -> None:
@@ -184,15 +178,13 @@ def test_table() -> None:
     part |= {"checks": [{"name": "y", "ok": True}], "bars": bars, "figures": {"us": {"a": 1}}, "skipped": []}
     point = {"point": 5, "title": "latency", "verdict": "passed", "seconds": 1.5, "runs": [part]}
     assert "5 latency  passed   2        1 checks; 0 of 1 bars met" in report.table([point])
-    said = report.lines(point)
+    said = report.lines(part)
     assert "missed: fast 2.0, at most 1.0" in said
     assert "us: a 1" in said
 
 
 def test_name_of_the_file() -> None:
-    import datetime
-
     date = datetime.datetime(2026, 3, 4)
     for numbers, part in ((list(points.NUMBERS), ""), ([2, 7], "-points-2-7"), ([9], "-tiles")):
-        name = gpu_check.default_name({"devices": ["NVIDIA H200"]}, date, numbers)
+        name = report.default_name({"devices": ["NVIDIA H200"]}, date, numbers)
         assert name == f"docs/results/gpu-nvidia-h200-2026-03-04{part}.json"

@@ -20,9 +20,8 @@ from torch.utils.data import DataLoader
 
 import mpisyncbn
 from benchmarks import scaling
-from gpu_checks import launch
 from mpisyncbn import CollectiveMismatchError, Communicator, SyncBatchNorm
-from support.jobs import run_alone, unlaunched
+from support.jobs import find_mpiexec, run_alone, unlaunched
 from support.oracle import bits_equal_on_all_ranks, distance, local_batch, oracle, shard
 from support.ranks import WORLD, starts_mpiexec, together
 
@@ -34,7 +33,7 @@ needs_threads = pytest.mark.skipif(
 
 def job(code: str, ranks: int = 2) -> subprocess.CompletedProcess[str]:
     """``code`` on so many ranks, as if nobody had started this process by mpiexec."""
-    mpiexec = launch.find_mpiexec()
+    mpiexec = find_mpiexec()
     if mpiexec is None:
         pytest.skip("no mpiexec")
     kept = unlaunched()

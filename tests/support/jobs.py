@@ -14,9 +14,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import NamedTuple
 
-from support.ranks import WORLD
-
-ROOT = Path(__file__).parents[2]
+ROOT = Path(__file__).resolve().parents[2]
 # Every process of a job has this variable, by which those are found that outlive it.
 MARK = "MPISYNCBN_TEST_JOB"
 LEAVE = 7.0  # seconds in which what outlives a job must end: a DataLoader's workers look about every 5
@@ -139,6 +137,8 @@ def run_alone(code: str) -> str:
 
     Collective: every rank must call.
     """
+    from support.ranks import WORLD  # starts MPI, which scripts/gpu_check must not
+
     status, output = 0, ""
     if WORLD.rank == 0:
         command = [sys.executable, "-W", "error", "-c", code]

@@ -1,8 +1,7 @@
-"""One rank of a run: ``python -m gpu_checks.worker MODULE.FUNCTION``. Leaves importing torch to the check."""
+"""One rank of a part: ``python -m checks.worker JSON``. Leaves importing torch to the check."""
 
 from __future__ import annotations
 
-import argparse
 import faulthandler
 import importlib
 import json
@@ -11,7 +10,6 @@ import platform
 import subprocess
 import sys
 import traceback
-from pathlib import Path
 from typing import Any
 
 from .context import Context
@@ -19,24 +17,12 @@ from .records import summary
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser()
-    parser.add_argument("function", nargs="?")
-    parser.add_argument("--device", default="cuda")
-    parser.add_argument("--folder", type=Path, default=Path())
-    parser.add_argument("--arguments", type=json.loads, default={})
-    parser.add_argument("--limit", type=float, default=60.0)
-    parser.add_argument("--quick", action="store_true")
-    parser.add_argument("--alone", action="store_true", help="without MPI")
-    parser.add_argument("--probe", metavar="DEVICE")
-    options = parser.parse_args()
-    if options.probe:
-        print(json.dumps(probe(options.probe)))
-        return 0
-    faulthandler.dump_traceback_later(max(options.limit - 5, 1), exit=False)  # says where it hangs
-    module, _, name = options.function.partition(".")
-    context = Context(options.folder, options.device, options.quick, options.alone)
+    run, device, quick = json.loads(sys.argv[1])
+    faulthandler.dump_traceback_later(max(run["limit"] - 5, 1), exit=False)  # says where it hangs
+    module, _, name = run["function"].partition(".")
+    context = Context(device, quick, alone=run["ranks"] == 0)
     try:
-        getattr(importlib.import_module(f"gpu_checks.{module}"), name)(context, **options.arguments)
+        getattr(importlib.import_module(f"checks.{module}"), name)(context, **run["arguments"])
     except Exception as error:
         traceback.print_exc()
         sys.stderr.flush()
@@ -48,12 +34,16 @@ def main() -> int:
     return 0
 
 
-def probe(device: str) -> dict[str, Any]:
+def probe(device: str) -> None:
+    print(json.dumps(facts(device)))
+
+
+def facts(device: str) -> dict[str, Any]:
     """Device, driver and versions: no host name, no path."""
     from mpisyncbn.__main__ import _versions
     from mpisyncbn.kernels import native
 
-    facts: dict[str, Any] = {
+    found: dict[str, Any] = {
         "python": platform.python_version(),
         "system": f"{platform.system()} {platform.machine()}",
         "cores": os.cpu_count(),
@@ -62,16 +52,16 @@ def probe(device: str) -> dict[str, Any]:
     try:
         import torch
     except ImportError as error:
-        return {**facts, "devices": [], "why": str(error)}
-    facts["native kernels for the host"] = native() is not None
-    facts |= {"cuda": torch.version.cuda, "hip": torch.version.hip}
+        return {**found, "devices": [], "why": str(error)}
+    found["native kernels for the host"] = native() is not None
+    found |= {"cuda": torch.version.cuda, "hip": torch.version.hip}
     if device == "cpu":
-        return {**facts, "devices": ["cpu"]}
+        return {**found, "devices": ["cpu"]}
     if not torch.cuda.is_available():
-        return {**facts, "devices": []}
+        return {**found, "devices": []}
     first = torch.cuda.get_device_properties(0)
     return {
-        **facts,
+        **found,
         "devices": [torch.cuda.get_device_name(each) for each in range(torch.cuda.device_count())],
         "driver": _driver(),
         "capability": f"{first.major}.{first.minor}",

@@ -14,10 +14,10 @@ from .records import Records
 
 
 class Context:
-    def __init__(self, folder: Path, kind: str, quick: bool, alone: bool) -> None:
+    def __init__(self, kind: str, quick: bool, alone: bool) -> None:
         self.kind, self.quick, self.alone = kind, quick, alone
         self.rank, self.size = (0, 1) if alone else (self.world.rank, self.world.size)
-        self.records = Records(folder / f"rank-{self.rank}.jsonl")
+        self.records = Records(Path(f"rank-{self.rank}.jsonl"))
 
     @cached_property
     def world(self) -> Any:
