@@ -12,7 +12,7 @@ import re
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -24,7 +24,7 @@ from triton.compiler import ASTSource
 
 from mpisyncbn.kernels import cuda_loops, cuda_plans
 
-POINTERS = {torch.float64: "*fp64", torch.float32: "*fp32", torch.bfloat16: "*bf16"}
+POINTERS = {"float64": "*fp64", "float32": "*fp32", "bfloat16": "*bf16"}
 VECTOR = "*fp64"
 # Samples, channels, values of a channel side by side; 1 where the channels are.
 SHAPES = {
@@ -39,9 +39,9 @@ SHAPES = {
 MULTIPROCESSORS = 132
 
 
-def arguments(dtype: torch.dtype, shape: tuple[int, int, int]) -> Iterator[tuple[Any, dict[str, Any]]]:
+def arguments(name: str, shape: tuple[int, int, int]) -> Iterator[tuple[Any, dict[str, Any]]]:
     """Every kernel and option, with what it is called with; pointers by their type."""
-    x = POINTERS[dtype]
+    x, dtype = POINTERS[name], getattr(torch, name)
     parameter = VECTOR if dtype == torch.float64 else "*fp32"
     plan = cuda_plans.sums(*shape, dtype, MULTIPROCESSORS)
     named = ("rows", "width", "stride", "tiles", "share", "channels")
@@ -110,13 +110,13 @@ def resources(binary: bytes) -> tuple[int, int]:
     return int(found[1]), int(found[2])
 
 
-def main(architectures: list[int], names: list[str]) -> None:
+def main(architectures: list[int], names: Iterable[str] = SHAPES, dtypes: Iterable[str] = POINTERS) -> None:
     with ProcessPoolExecutor(mp_context=multiprocessing.get_context("fork")) as pool:
-        for lines in pool.map(report, *zip(*itertools.product(architectures, POINTERS, names), strict=True)):
+        for lines in pool.map(report, *zip(*itertools.product(architectures, dtypes, names), strict=True)):
             print(*lines, sep="\n")
 
 
-def report(architecture: int, dtype: torch.dtype, name: str) -> list[str]:
+def report(architecture: int, dtype: str, name: str) -> list[str]:
     lines = []
     for kernel, values in arguments(dtype, SHAPES[name]):
         binary = compiled(kernel, values, architecture)
@@ -124,11 +124,11 @@ def report(architecture: int, dtype: torch.dtype, name: str) -> list[str]:
         wide = [load for load in loads if ".v4.b32" in load or ".v2.b64" in load]
         registers, stack = resources(binary.asm["cubin"])
         lines.append(
-            f"sm_{architecture} {str(dtype).removeprefix('torch.'):8} {name:13} {kernel.__name__:20} "
+            f"sm_{architecture} {dtype:8} {name:13} {kernel.__name__:20} "
             f"registers {registers} stack {stack} loads {len(loads)} of_16_bytes {len(wide)}"
         )
     return lines
 
 
 if __name__ == "__main__":
-    main([int(argument) for argument in sys.argv[1:]] or [80, 90], list(SHAPES))
+    main([int(argument) for argument in sys.argv[1:]] or [80, 90])
