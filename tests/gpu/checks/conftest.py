@@ -11,7 +11,7 @@ NO_GPU = 3
 
 
 def pytest_addoption(parser: Any) -> None:
-    parser.addoption("--only", type=_numbers, metavar="POINTS", default=list(points.NUMBERS))
+    parser.addoption("--only", type=_numbers, metavar="POINTS", default=points.NUMBERS)
     parser.addoption("--quick", action="store_true")
     parser.addoption("--tune", action="store_true")
     parser.addoption("--output", metavar="PATH")
@@ -19,6 +19,7 @@ def pytest_addoption(parser: Any) -> None:
 
 
 def pytest_cmdline_main(config: Any) -> int | None:
+    config.option.only = [points.TUNE] if config.option.tune else config.option.only
     facts = launch.probe(config.option.device)
     if not facts.get("devices"):
         print(f"gpu_check: no GPU here that torch can use ({facts.get('why', 'torch finds none')})")

@@ -69,14 +69,6 @@ class Context:
         there = memory.as_strided(once.shape, once.stride(), begin).copy_(once)
         return there.detach().expand(values.shape)
 
-    def largest(self, value: float) -> float:
-        """Over all ranks. Collective."""
-        return max(self.world.allgather(value))
-
-    def all_hold(self, ok: bool) -> bool:
-        """Collective."""
-        return all(self.world.allgather(bool(ok)))
-
     def served_by(self, kernels: str) -> Any:
         """A context in which that module of mpisyncbn.kernels serves the device; on a CPU what always does.
 

@@ -7,6 +7,7 @@ from collections.abc import Callable
 from contextlib import ExitStack
 from functools import partial
 from typing import Any
+from unittest import mock
 
 import numpy as np
 import torch
@@ -56,14 +57,8 @@ def _pageable(channels: int, context: Context) -> Callable[[], Any]:
 
 def _group(where: str) -> Any:
     """A group with that transport. Collective. Raises TransportError where MPI lacks it."""
-    before = os.environ.get("MPISYNCBN_TRANSPORT")
-    os.environ["MPISYNCBN_TRANSPORT"] = where
-    try:
+    with mock.patch.dict(os.environ, {"MPISYNCBN_TRANSPORT": where}):
         return mpisyncbn.Communicator().ready()
-    finally:
-        os.environ.pop("MPISYNCBN_TRANSPORT")
-        if before is not None:
-            os.environ["MPISYNCBN_TRANSPORT"] = before
 
 
 def _peers(context: Context) -> tuple[dict[str, Any], list[tuple[str, str]]]:

@@ -5,11 +5,10 @@ from __future__ import annotations
 import os
 import shutil
 import sys
-from collections.abc import Iterator
 from glob import glob
 from typing import Any, NamedTuple
 
-NUMBERS = range(1, 9)
+NUMBERS, TUNE = list(range(1, 9)), 9
 _HOST, _DEVICE = ({"MPISYNCBN_TRANSPORT": where} for where in ("host", "device"))
 _TRITON, _FALLBACK = {"kernels": "cuda"}, {"kernels": "aten_cuda"}
 
@@ -34,88 +33,6 @@ class Point(NamedTuple):
     title: str
     runs: list[Run]
     side_by_side: bool  # its runs at a time, where no time is taken
-
-
-TUNE = Point(9, "tiles", [Run("tiles", "tiles.tiles", 0, 420, gpu=True)], False)
-
-
-def chosen(numbers: list[int], quick: bool) -> Iterator[Point]:
-    for point in _points(quick):
-        if point.number in numbers:
-            yield point
-
-
-def _points(quick: bool) -> list[Point]:
-    return [
-        Point(
-            1,
-            "versions and transports",
-            [
-                Run("python -m mpisyncbn", "versions.report", 2, 90),
-                Run("auto", "versions.transport", 2, 90, {"asked": "auto"}),
-                Run("host", "versions.transport", 2, 90, {"asked": "host"}, _HOST),
-                Run("device", "versions.transport", 2, 90, {"asked": "device"}, _DEVICE),
-            ],
-            True,
-        ),
-        Point(
-            2,
-            "races",
-            [
-                Run("host", "race.race", 2, 120, {}, _HOST, gpu=True),
-                Run("device", "race.race", 2, 120, {}, _DEVICE, gpu=True),
-                Run("buffers", "race.buffers", 0, 90, gpu=True),
-            ],
-            True,
-        ),
-        Point(
-            3,
-            "correct",
-            [
-                Run("Triton, 2 ranks", "correctness.layers", 2, 240, _TRITON),
-                Run("Triton, 4 ranks", "correctness.layers", 4, 240, _TRITON, gpu=True),
-                Run("fallback, 2 ranks", "correctness.layers", 2, 120, _FALLBACK, gpu=True),
-                Run("fallback, 4 ranks", "correctness.layers", 4, 120, _FALLBACK, gpu=True),
-                Run("large", "large.tensors", 1, 240),
-            ],
-            True,
-        ),
-        Point(
-            4,
-            "same bits, and torch's",
-            [
-                Run("Triton", "repeats.bits", 4, 120, _TRITON),
-                Run("fallback", "repeats.bits", 4, 120, _FALLBACK, gpu=True),
-                Run("torch.nn.SyncBatchNorm", "repeats.peer", 2, 90),
-            ],
-            True,
-        ),
-        Point(5, "latency", [Run("exchange", "latency.latencies", 2, 90)], False),
-        Point(
-            6,
-            "bandwidth and speed",
-            [
-                Run("verbs", "bandwidth.verbs", 0, 240, gpu=True),
-                Run("layer, 2 ranks", "speed.layer", 2, 90),
-                Run("layer, 4 ranks", "speed.layer", 4, 90),
-                Run("tiny layer", "speed.tiny", 1, 60),
-            ],
-            False,
-        ),
-        Point(
-            7,
-            "features",
-            [
-                Run("features", "features.features", 2, 120),
-                Run("torch.compile", "features.compiled", 2, 180),
-                Run("streams", "streams.streams", 2, 90, gpu=True),
-                Run("CuPy, with torch", "arrays.with_torch", 2, 120, gpu=True),
-                Run("CuPy, without torch", "arrays.without_torch", 2, 120, gpu=True),
-            ],
-            True,
-        ),
-        Point(8, "sanitizer", [_sanitized(tool) for tool in ("memcheck", "racecheck")], True),
-    ]
 
 
 def _sanitized(tool: str) -> Run:
@@ -143,3 +60,76 @@ def sanitizer() -> str | None:
     packages = f"{sys.prefix}/lib/python{sys.version_info[0]}.{sys.version_info[1]}/site-packages/nvidia"
     folders += [*glob(f"{packages}/*/bin"), *glob(f"{packages}/*/{name}"), f"/opt/{name}", "/opt/bin"]
     return shutil.which(name) or shutil.which(name, path=os.pathsep.join(folders))
+
+
+POINTS = [
+    Point(
+        1,
+        "versions and transports",
+        [
+            Run("python -m mpisyncbn", "versions.report", 2, 90),
+            Run("auto", "versions.transport", 2, 90, {"asked": "auto"}),
+            Run("host", "versions.transport", 2, 90, {"asked": "host"}, _HOST),
+            Run("device", "versions.transport", 2, 90, {"asked": "device"}, _DEVICE),
+        ],
+        True,
+    ),
+    Point(
+        2,
+        "races",
+        [
+            Run("host", "race.race", 2, 120, {}, _HOST, gpu=True),
+            Run("device", "race.race", 2, 120, {}, _DEVICE, gpu=True),
+            Run("buffers", "race.buffers", 0, 90, gpu=True),
+        ],
+        True,
+    ),
+    Point(
+        3,
+        "correct",
+        [
+            Run("Triton, 2 ranks", "correctness.layers", 2, 240, _TRITON),
+            Run("Triton, 4 ranks", "correctness.layers", 4, 240, _TRITON, gpu=True),
+            Run("fallback, 2 ranks", "correctness.layers", 2, 120, _FALLBACK, gpu=True),
+            Run("fallback, 4 ranks", "correctness.layers", 4, 120, _FALLBACK, gpu=True),
+            Run("large", "large.tensors", 1, 240),
+        ],
+        True,
+    ),
+    Point(
+        4,
+        "same bits, and torch's",
+        [
+            Run("Triton", "repeats.bits", 4, 120, _TRITON),
+            Run("fallback", "repeats.bits", 4, 120, _FALLBACK, gpu=True),
+            Run("torch.nn.SyncBatchNorm", "repeats.peer", 2, 90),
+        ],
+        True,
+    ),
+    Point(5, "latency", [Run("exchange", "latency.latencies", 2, 90)], False),
+    Point(
+        6,
+        "bandwidth and speed",
+        [
+            Run("verbs", "bandwidth.verbs", 0, 240, gpu=True),
+            Run("layer, 2 ranks", "speed.layer", 2, 90),
+            Run("layer, 4 ranks", "speed.layer", 4, 90),
+            Run("tiny layer", "speed.tiny", 1, 60),
+        ],
+        False,
+    ),
+    Point(
+        7,
+        "features",
+        [
+            Run("features", "features.features", 2, 120),
+            Run("torch.compile", "features.compiled", 2, 180),
+            Run("streams", "streams.streams", 2, 90, gpu=True),
+            Run("CuPy, with torch", "arrays.with_torch", 2, 120, gpu=True),
+            Run("CuPy, without torch", "arrays.without_torch", 2, 120, gpu=True),
+        ],
+        True,
+    ),
+    Point(8, "sanitizer", [_sanitized(tool) for tool in ("memcheck", "racecheck")], True),
+    Point(TUNE, "tiles", [Run("tiles", "tiles.tiles", 0, 420, gpu=True)], False),
+]

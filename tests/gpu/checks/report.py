@@ -25,8 +25,7 @@ class Report:
         environment = {"date": date.strftime("%Y-%m-%d %H:%M UTC"), "quick": options.quick, **facts}
         self.points: list[dict[str, Any]] = []
         self.whole = {"environment": environment, "points": self.points}
-        numbers = [TUNE.number] if options.tune else options.only
-        self.path = Path(options.output) if options.output else ROOT / default_name(facts, date, numbers)
+        self.path = Path(options.output) if options.output else ROOT / default_name(facts, date, options.only)
         self.path.parent.mkdir(parents=True, exist_ok=True)
         print(heading(facts), flush=True)
 
@@ -62,8 +61,8 @@ class Report:
 
 def default_name(facts: dict[str, Any], date: datetime.datetime, numbers: list[int]) -> str:
     device = re.sub(r"[^a-z0-9]+", "-", str(facts["devices"][0]).lower()).strip("-")
-    part = "" if numbers == list(NUMBERS) else "-points-" + "-".join(map(str, numbers))
-    part = "-tiles" if numbers == [TUNE.number] else part
+    part = "-tiles" if numbers == [TUNE] else "-points-" + "-".join(map(str, numbers))
+    part = "" if numbers == NUMBERS else part
     return f"docs/results/gpu-{device}-{date:%Y-%m-%d}{part}.json"
 
 

@@ -24,7 +24,7 @@ def pytest_generate_tests(metafunc: Any) -> None:
         left_out = pytest.mark.skip(reason=reason)
         metafunc.parametrize(("point", "run"), [pytest.param(None, None, marks=left_out)], ids=["all"])
         return
-    chosen = [points.TUNE] if options.tune else points.chosen(options.only, options.quick)
+    chosen = [point for point in points.POINTS if point.number in options.only]
     parts = {f"{point.number} {run.name}": (point, run) for point in chosen for run in point.runs}
     metafunc.parametrize(("point", "run"), parts.values(), ids=parts, indirect=["point"], scope="module")
 
