@@ -10,10 +10,11 @@ from torch.utils.checkpoint import checkpoint
 
 import mpisyncbn
 from mpisyncbn.errors import MPISyncBNError
+from support.whole_batch import distance, whole_batch
 
 from .context import Context
 from .records import summary
-from .reference import distance, random, whole_batch
+from .reference import random
 
 _CHANNELS = 24
 

@@ -65,7 +65,8 @@ def _variables() -> dict[str, str]:
     """
     elsewhere = [path for path in sys.path if Path(path).resolve() != jobs.ROOT]
     here = [str(jobs.ROOT)] if PathFinder.find_spec("mpisyncbn", elsewhere) is None else []
-    paths = [f"{jobs.ROOT}/tests/gpu", f"{jobs.ROOT}/scripts", *here, os.environ.get("PYTHONPATH", "")]
+    folders = [f"{jobs.ROOT}/{name}" for name in ("tests/gpu", "tests", "scripts")]
+    paths = [*folders, *here, os.environ.get("PYTHONPATH", "")]
     own = {"PYTHONPATH": os.pathsep.join(filter(None, paths)), "NO_COLOR": "1"}
     return {"OMP_NUM_THREADS": "1", **jobs.for_jobs(), **os.environ, **own}
 

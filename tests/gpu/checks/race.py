@@ -13,10 +13,11 @@ import torch
 import mpisyncbn
 from mpisyncbn import communicator, transport
 from mpisyncbn.errors import TransportError
+from support.whole_batch import distance, whole_batch
 
 from .context import Context
 from .records import summary
-from .reference import distance, random, whole_batch
+from .reference import random
 
 _TIMES = 20
 _COPIES = 64  # some times the number of pinned buffers

@@ -38,8 +38,9 @@ def transport(context: Context, asked: str) -> None:
     import mpisyncbn
     from mpisyncbn import communicator, transport
     from mpisyncbn.errors import TransportError
+    from support.whole_batch import distance, whole_batch
 
-    from .reference import BARS, distance, random, whole_batch
+    from .reference import BARS, random
 
     records = context.records
     with mock.patch.dict(os.environ, {"MPISYNCBN_TRANSPORT": "auto"}):
