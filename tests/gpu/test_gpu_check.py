@@ -5,7 +5,6 @@ from __future__ import annotations
 import datetime
 import json
 import math
-import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -14,40 +13,36 @@ import pytest
 import torch
 
 from checks import conftest, launch, points, records, report
-from support.jobs import ROOT, unlaunched
+from support import jobs
 from support.ranks import starts_mpiexec
 
 pytestmark = starts_mpiexec
 
 
-def run(*arguments: str, **variables: str) -> subprocess.CompletedProcess[str]:
-    """The command, as if nobody had started this process by mpiexec."""
-    kept = unlaunched()
-    return subprocess.run(
-        [str(ROOT / "scripts" / "gpu_check"), *arguments],
-        env={**kept, "PYTHON": sys.executable, "CUDA_VISIBLE_DEVICES": "", **variables},
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        timeout=120,
-        check=False,
+def run(folder: Path, *arguments: str, **variables: str) -> jobs.End:
+    """The command, as where no launcher, no GPU and none of pytest's plug-ins is."""
+    without = {"CUDA_VISIBLE_DEVICES": "", "PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1", "PYTHONPATH": str(folder)}
+    (folder / "hypothesis.py").write_text(
+        "raise ImportError('this is for tests/conftest.py')"
     )
+    environment = {**jobs.unlaunched(), "PYTHON": sys.executable, **without, **variables}
+    return jobs.run([f"{jobs.ROOT}/scripts/gpu_check", *arguments], folder, limit=120, variables=environment)
 
 
 def test_without_a_gpu(tmp_path: Path) -> None:
-    output = tmp_path / "found.json"
-    done = run("--output", str(output))
-    assert done.returncode == conftest.NO_GPU, done.stdout
-    assert done.stdout.startswith("gpu_check: no GPU here")
-    assert len(done.stdout.splitlines()) == 1
-    assert not output.exists()
+    end = run(tmp_path, "--output", "found.json")
+    assert end.status == conftest.NO_GPU, end
+    assert end.stdout.startswith("gpu_check: no GPU here")
+    assert len(end.stdout.splitlines()) == 1
+    assert not (tmp_path / "found.json").exists()
 
 
+@pytest.mark.full("it starts four times; the next test goes the same way, and fails")
 def test_a_point_on_a_cpu(tmp_path: Path) -> None:
-    output = tmp_path / "new" / "found.json"
-    done = run("--device", "cpu", "--quick", "--only", "2,3", "--output", str(output))
-    assert done.returncode == 0, done.stdout
-    found = json.loads(output.read_text(), parse_constant=lambda name: pytest.fail(f"{name} is no JSON"))
+    end = run(tmp_path, *["--device", "cpu", "--quick", "--only", "2,3", "--output", "new/found.json"])
+    assert end.status == 0, end
+    written = (tmp_path / "new" / "found.json").read_text()
+    found = json.loads(written, parse_constant=lambda name: pytest.fail(f"{name} is no JSON"))
     assert found["environment"]["torch"] == torch.__version__
     races, correct = found["points"]
     assert (races["verdict"], correct["verdict"]) == ("skipped", "passed")
@@ -56,39 +51,38 @@ def test_a_point_on_a_cpu(tmp_path: Path) -> None:
     assert len(layers["checks"]) > 100
     assert all(check["ok"] for check in layers["checks"])
     for line in ("2 races    skipped", "3 correct  passed", "1 passed, 0 failed, 1 skipped"):
-        assert line in done.stdout
-    assert str(ROOT) not in output.read_text()
+        assert line in end.stdout
+    assert str(jobs.ROOT) not in written
 
 
 def test_a_point_that_fails(tmp_path: Path) -> None:
-    output = tmp_path / "found.json"
-    arguments = "--device", "cpu", "--quick", "--only", "5,8", "--output", str(output)
-    done = run(*arguments, MPISYNCBN_DEBUG="perhaps")
-    assert done.returncode == 1, done.stdout
-    failed, other = json.loads(output.read_text())["points"]
+    arguments = ["--device", "cpu", "--quick", "--only", "5,8", "--output", "found.json"]
+    end = run(tmp_path, *arguments, MPISYNCBN_DEBUG="perhaps")
+    assert end.status == 1, end
+    failed, other = json.loads((tmp_path / "found.json").read_text())["points"]
     assert (failed["verdict"], other["verdict"]) == ("failed", "skipped")  # it went on
     (part,) = failed["runs"]
     assert "MPISYNCBN_DEBUG must be one of" in part["reason"]
     assert "Traceback" in part["printed"]
-    assert str(ROOT) not in part["printed"]
-    assert "5 latency    failed" in done.stdout
+    assert str(jobs.ROOT) not in part["printed"]
+    assert "5 latency    failed" in end.stdout
 
 
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [("--only 3,9", "expected some of 1,2,3,4,5,6,7,8, got 3,9"), ("--wrong", "unrecognized arguments")],
 )
-def test_wrong_arguments(arguments: str, said: str) -> None:
-    done = run(*arguments.split())
-    assert done.returncode == 2
-    assert said in done.stdout
+def test_wrong_arguments(arguments: str, said: str, tmp_path: Path) -> None:
+    end = run(tmp_path, *arguments.split())
+    assert (end.status, end.stdout) == (2, "")
+    assert said in end.stderr
 
 
 def test_without_pytest(tmp_path: Path) -> None:
     (tmp_path / "pytest.py").write_text("raise ImportError('No module named pytest')")
-    done = run(PYTHONPATH=str(tmp_path))
-    assert done.returncode == 2
-    assert "gpu_check: No module named pytest. pip install pytest, or" in done.stdout
+    end = run(tmp_path)
+    assert (end.status, end.stdout) == (2, "")
+    assert "gpu_check: No module named pytest. pip install pytest, or" in end.stderr
 
 
 def test_points() -> None:
@@ -98,55 +92,48 @@ def test_points() -> None:
         assert len({part.name for part in point.runs}) == len(point.runs)
         for part in point.runs:
             module, _, function = part.function.partition(".")
-            path = ROOT / "tests" / "gpu" / "checks" / f"{module}.py"
+            path = jobs.ROOT / "tests" / "gpu" / "checks" / f"{module}.py"
             assert f"\ndef {function}(context: Context" in path.read_text()
             assert 30 <= part.limit <= (420 if point.number == points.TUNE else 240)
 
 
-def written(
-    folder: Path, *ranks: list[tuple[str, tuple[Any, ...]]], whole: bool = True
-) -> tuple[Any, str, str]:
-    """What the launcher makes of what ranks wrote down."""
+Calls = list[tuple[str, tuple[Any, ...]]]  # of Records
+
+
+def written(folder: Path, *ranks: Calls, whole: bool = True) -> tuple[dict[str, Any], str, str]:
+    """What becomes of what ranks wrote down."""
     for rank, calls in enumerate(ranks):
         mine = records.Records(folder / f"rank-{rank}.jsonl")
-        for name, arguments in calls:
+        for name, arguments in [*calls, *([("end", ())] if whole else [])]:
             getattr(mine, name)(*arguments)
-        if whole:
-            mine.end()
     found = records.merged(folder, len(ranks))
     return (found, *records.verdict(found, ""))
 
 
 @pytest.mark.parametrize("value", [2.0, math.nan, math.inf])
 def test_the_worst_rank_counts(tmp_path: Path, value: float) -> None:
-    found, verdict, reason = written(
-        tmp_path,
-        [("at_most", ("y", 0.5, 1.0))],
-        [("at_most", ("y", value, 1.0))],
-        [("at_most", ("y", 0, 1.0))],
-    )
+    ranks = [[("at_most", ("y", each, 1.0))] for each in (0.5, value, 0)]
+    found, verdict, reason = written(tmp_path, *ranks)
     (check,) = found["checks"]
     assert (check["ok"], check["rank"]) == (False, 1)
-    assert verdict == "failed"
-    assert reason.startswith("y: ")
+    assert (verdict, reason[:3]) == ("failed", "y: ")
     json.dumps(found, allow_nan=False)
 
 
-def test_verdicts(tmp_path: Path) -> None:
-    for number, (calls, whole, expected) in enumerate(
-        [
-            ([("holds", ("works", True))], True, "passed"),
-            ([("holds", ("works", True)), ("skip", ("more", "no time"))], True, "passed"),
-            ([("bar", ("speed", 2.0, 1.0))], True, "passed"),  # missed, but right
-            ([("skip", ("all", "no time"))], True, "skipped"),
-            ([("holds", ("works", True))], False, "failed"),  # died on the way
-            ([], True, "skipped"),
-        ]
-    ):
-        folder = tmp_path / str(number)
-        folder.mkdir()
-        found, verdict, _ = written(folder, calls, whole=whole)
-        assert verdict == expected, (number, found)
+@pytest.mark.parametrize(
+    ("calls", "whole", "expected"),
+    [
+        ([("holds", ("works", True))], True, "passed"),
+        ([("holds", ("works", True)), ("skip", ("more", "no time"))], True, "passed"),
+        ([("bar", ("speed", 2.0, 1.0))], True, "passed"),  # missed, but right
+        ([("skip", ("all", "no time"))], True, "skipped"),
+        ([("holds", ("works", True))], False, "failed"),  # died on the way
+        ([], True, "skipped"),
+    ],
+)
+def test_verdicts(tmp_path: Path, calls: Calls, whole: bool, expected: str) -> None:
+    found, verdict, _ = written(tmp_path, calls, whole=whole)
+    assert verdict == expected, found
 
 
 def test_an_exception_is_a_failed_check(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
