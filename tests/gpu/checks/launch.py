@@ -27,7 +27,7 @@ def probe(device: str) -> dict[str, Any]:
     try:
         return json.loads(end.stdout.splitlines()[-1])
     except (ValueError, IndexError):
-        said = (end.stderr.splitlines() or [f"exit status {end.status}"])[-1]
+        said = (end.stderr.splitlines() or ["no answer"])[-1]
         return {"devices": [], "why": f"torch cannot say: {said}"}
 
 
@@ -61,7 +61,7 @@ def ended(run: Run, device: str, quick: bool) -> dict[str, Any]:
 def _variables() -> dict[str, str]:
     """More ranks than cores, as root or not; what is set already stays, an MPI's own settings too.
 
-    The package is that of this folder only where no other is installed: that one has native kernels.
+    The package is that of this folder only where no other is installed: it has native kernels.
     """
     elsewhere = [path for path in sys.path if Path(path).resolve() != jobs.ROOT]
     here = [str(jobs.ROOT)] if PathFinder.find_spec("mpisyncbn", elsewhere) is None else []
