@@ -22,9 +22,7 @@ pytestmark = starts_mpiexec
 def run(folder: Path, *arguments: str, **variables: str) -> jobs.End:
     """The command, as where no launcher, no GPU and none of pytest's plug-ins is."""
     without = {"CUDA_VISIBLE_DEVICES": "", "PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1", "PYTHONPATH": str(folder)}
-    (folder / "hypothesis.py").write_text(
-        "raise ImportError('this is for tests/conftest.py')"
-    )
+    (folder / "hypothesis.py").write_text("raise ImportError('this is for tests/conftest.py')")
     environment = {**jobs.unlaunched(), "PYTHON": sys.executable, **without, **variables}
     return jobs.run([f"{jobs.ROOT}/scripts/gpu_check", *arguments], folder, limit=120, variables=environment)
 

@@ -31,8 +31,8 @@ class Run(NamedTuple):
 class Point(NamedTuple):
     number: int
     title: str
+    side_by_side: bool
     runs: list[Run]
-    side_by_side: bool  # its runs at a time, where no time is taken
 
 
 def _sanitized(tool: str) -> Run:
@@ -62,74 +62,45 @@ def sanitizer() -> str | None:
     return shutil.which(name) or shutil.which(name, path=os.pathsep.join(folders))
 
 
-POINTS = [
-    Point(
-        1,
-        "versions and transports",
-        [
-            Run("python -m mpisyncbn", "versions.report", 2, 90),
-            Run("auto", "versions.transport", 2, 90, {"asked": "auto"}),
-            Run("host", "versions.transport", 2, 90, {"asked": "host"}, _HOST),
-            Run("device", "versions.transport", 2, 90, {"asked": "device"}, _DEVICE),
-        ],
-        True,
-    ),
-    Point(
-        2,
-        "races",
-        [
-            Run("host", "race.race", 2, 120, {}, _HOST, gpu=True),
-            Run("device", "race.race", 2, 120, {}, _DEVICE, gpu=True),
-            Run("buffers", "race.buffers", 0, 90, gpu=True),
-        ],
-        True,
-    ),
-    Point(
-        3,
-        "correct",
-        [
-            Run("Triton, 2 ranks", "correctness.layers", 2, 240, _TRITON),
-            Run("Triton, 4 ranks", "correctness.layers", 4, 240, _TRITON, gpu=True),
-            Run("fallback, 2 ranks", "correctness.layers", 2, 120, _FALLBACK, gpu=True),
-            Run("fallback, 4 ranks", "correctness.layers", 4, 120, _FALLBACK, gpu=True),
-            Run("large", "large.tensors", 1, 240),
-        ],
-        True,
-    ),
-    Point(
-        4,
-        "same bits, and torch's",
-        [
-            Run("Triton", "repeats.bits", 4, 120, _TRITON),
-            Run("fallback", "repeats.bits", 4, 120, _FALLBACK, gpu=True),
-            Run("torch.nn.SyncBatchNorm", "repeats.peer", 2, 90),
-        ],
-        True,
-    ),
-    Point(5, "latency", [Run("exchange", "latency.latencies", 2, 90)], False),
-    Point(
-        6,
-        "bandwidth and speed",
-        [
-            Run("verbs", "bandwidth.verbs", 0, 240, gpu=True),
-            Run("layer, 2 ranks", "speed.layer", 2, 90),
-            Run("layer, 4 ranks", "speed.layer", 4, 90),
-            Run("tiny layer", "speed.tiny", 1, 60),
-        ],
-        False,
-    ),
-    Point(
-        7,
-        "features",
-        [
-            Run("features", "features.features", 2, 120),
-            Run("torch.compile", "features.compiled", 2, 180),
-            Run("streams", "streams.streams", 2, 90, gpu=True),
-            Run("CuPy, with torch", "arrays.with_torch", 2, 120, gpu=True),
-            Run("CuPy, without torch", "arrays.without_torch", 2, 120, gpu=True),
-        ],
-        True,
-    ),
-    Point(8, "sanitizer", [_sanitized(tool) for tool in ("memcheck", "racecheck")], True),
-    Point(TUNE, "tiles", [Run("tiles", "tiles.tiles", 0, 420, gpu=True)], False),
-]
+_PARTS = {  # by number and title, and whether they run side by side: where no time is taken
+    (1, "versions and transports", True): [
+        Run("python -m mpisyncbn", "versions.report", 2, 90),
+        Run("auto", "versions.transport", 2, 90, {"asked": "auto"}),
+        Run("host", "versions.transport", 2, 90, {"asked": "host"}, _HOST),
+        Run("device", "versions.transport", 2, 90, {"asked": "device"}, _DEVICE),
+    ],
+    (2, "races", True): [
+        Run("host", "race.race", 2, 120, {}, _HOST, gpu=True),
+        Run("device", "race.race", 2, 120, {}, _DEVICE, gpu=True),
+        Run("buffers", "race.buffers", 0, 90, gpu=True),
+    ],
+    (3, "correct", True): [
+        Run("Triton, 2 ranks", "correctness.layers", 2, 240, _TRITON),
+        Run("Triton, 4 ranks", "correctness.layers", 4, 240, _TRITON, gpu=True),
+        Run("fallback, 2 ranks", "correctness.layers", 2, 120, _FALLBACK, gpu=True),
+        Run("fallback, 4 ranks", "correctness.layers", 4, 120, _FALLBACK, gpu=True),
+        Run("large", "large.tensors", 1, 240),
+    ],
+    (4, "same bits, and torch's", True): [
+        Run("Triton", "repeats.bits", 4, 120, _TRITON),
+        Run("fallback", "repeats.bits", 4, 120, _FALLBACK, gpu=True),
+        Run("torch.nn.SyncBatchNorm", "repeats.peer", 2, 90),
+    ],
+    (5, "latency", False): [Run("exchange", "latency.latencies", 2, 90)],
+    (6, "bandwidth and speed", False): [
+        Run("verbs", "bandwidth.verbs", 0, 240, gpu=True),
+        Run("layer, 2 ranks", "speed.layer", 2, 90),
+        Run("layer, 4 ranks", "speed.layer", 4, 90),
+        Run("tiny layer", "speed.tiny", 1, 60),
+    ],
+    (7, "features", True): [
+        Run("features", "features.features", 2, 120),
+        Run("torch.compile", "features.compiled", 2, 180),
+        Run("streams", "streams.streams", 2, 90, gpu=True),
+        Run("CuPy, with torch", "arrays.with_torch", 2, 120, gpu=True),
+        Run("CuPy, without torch", "arrays.without_torch", 2, 120, gpu=True),
+    ],
+    (8, "sanitizer", True): [_sanitized(tool) for tool in ("memcheck", "racecheck")],
+    (TUNE, "tiles", False): [Run("tiles", "tiles.tiles", 0, 420, gpu=True)],
+}
+POINTS = [Point(*key, parts) for key, parts in _PARTS.items()]
