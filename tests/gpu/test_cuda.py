@@ -235,6 +235,23 @@ def test_nothing_is_copied_while_a_graph_is_captured(device):
 
 
 @needs_gpu
+@pytest.mark.filterwarnings("ignore:The CUDA Graph is empty")
+@pytest.mark.parametrize("group", TRANSPORTS, indirect=True)
+def test_a_cuda_graph_is_refused(group):
+    x = there(shard((local_batch(), 3, 4), 1))
+    layer = mpisyncbn.SyncBatchNorm(3, process_group=group, device=DEVICE)
+    layer(x)  # what is made at first use must not be captured
+    problem = None
+    try:
+        with torch.cuda.graph(torch.cuda.CUDAGraph()):
+            layer(x)
+    except MPISyncBNError as error:
+        problem = error
+    with together():
+        assert "cannot be captured in a CUDA graph" in str(problem)
+
+
+@needs_gpu
 def test_buffers_outlive_inference_mode():
     """Which makes tensors that cannot be written to when it is over."""
     layer = mpisyncbn.SyncBatchNorm(700, device=DEVICE, track_running_stats=False)
