@@ -16,9 +16,8 @@ import pytest
 import torch
 from hypothesis import HealthCheck, settings
 
-from fault_cases.libraries import Library
 from mpisyncbn import Communicator
-from support import jobs
+from support import jobs, libraries
 from support.ranks import WORLD, together
 
 # The same examples on every rank, none of them remembered between runs, and no limit on their
@@ -37,8 +36,24 @@ if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"  # before Triton is imported
 
 
+def pytest_addoption(parser: Any) -> None:
+    names = ",".join(libraries.NAMES)
+    parser.addoption(
+        "--mpi",
+        metavar="NAMES",
+        default=libraries.own(),
+        help=f"MPI libraries of jobs, where tests try several: some of {names}, or NAME=PREFIX; "
+        "that of the environment by default",
+    )
+
+
 @pytest.hookimpl(tryfirst=True)
 def pytest_configure(config: Any) -> None:
+    if config.option.mpi != libraries.own():
+        try:
+            [libraries.find(name) for name in config.option.mpi.split(",")]
+        except ValueError as error:
+            raise pytest.UsageError(f"--mpi: {error}") from None
     if WORLD.rank > 0:
         config.option.xmlpath = None
     # pytest's own choice is one folder that all ranks would clean up at once.
@@ -69,6 +84,22 @@ def pytest_collectreport(report: Any) -> None:
         print(f"rank {WORLD.rank}, {report.nodeid}:\n{report.longreprtext}", file=sys.__stderr__, flush=True)
 
 
+@pytest.hookimpl(trylast=True)
+def pytest_generate_tests(metafunc: Any) -> None:
+    if "mpi_library" in metafunc.fixturenames:
+        names = metafunc.config.option.mpi.split(",")
+        metafunc.parametrize("mpi_library", names, indirect=True, scope="session")
+
+
+@pytest.fixture(scope="session")
+def mpi_library(request: Any) -> libraries.Library:
+    """An MPI library: that of the environment, or each that --mpi names."""
+    try:
+        return libraries.find(request.param)
+    except ValueError as error:
+        pytest.skip(str(error))
+
+
 @pytest.fixture(params=["native", "plain"])
 def group(request: Any) -> Iterator[Communicator]:
     """A group of all ranks, with native exchanges and without."""
@@ -91,7 +122,7 @@ def run_job(tmp_path: Path) -> Callable[..., jobs.End]:
         *arguments: str,
         ranks: int = 0,
         launcher: Sequence[str] = (),
-        library: Library | None = None,
+        library: libraries.Library | None = None,
         folder: Path = tmp_path,
         variables: Mapping[str, str] | None = None,
         **rest: Any,

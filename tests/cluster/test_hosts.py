@@ -2,25 +2,29 @@
 
 from __future__ import annotations
 
-import contextlib
 import re
-import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
+from contextlib import ExitStack
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 from xml.etree import ElementTree
 
 import pytest
 
-from support.hosts import Hosts, libraries, why_not
-from support.jobs import ROOT, unlaunched
+from support import jobs, libraries
+from support.hosts import Hosts, why_not
+from support.jobs import ROOT
 from support.ranks import WORLD, starts_mpiexec
 
 PROGRAMS = ROOT / "tests" / "cluster" / "programs"
 WHY_NOT = "" if WORLD.size > 1 else why_not()
-pytestmark = [starts_mpiexec, pytest.mark.skipif(bool(WHY_NOT), reason=WHY_NOT)]
+pytestmark = [
+    starts_mpiexec,
+    pytest.mark.full("hosts take their time"),
+    pytest.mark.skipif(bool(WHY_NOT), reason=WHY_NOT),
+]
 
 DEADLINE = 3
 # Seconds until all ranks that wait have ended: the limit, the questions (3), the words and MPI_Abort (2), and
@@ -28,46 +32,23 @@ DEADLINE = 3
 ENDED = DEADLINE + 10
 
 
-@pytest.fixture(params=["", "mpich", "impi"], ids=["own", "mpich", "impi"])
-def library(request: pytest.FixtureRequest) -> libraries.Library:
-    """The library of the environment, and others that are installed beside it."""
-    try:
-        found = libraries.find(request.param)
-    except ValueError as error:
-        pytest.skip(str(error))
-    if request.param and found == libraries.find(""):
-        pytest.skip("that of the environment, which is tried already")
-    return found
-
-
 @pytest.fixture
 def own() -> libraries.Library:
+    """The library of the environment alone, where others make no difference."""
     try:
-        return libraries.find("")
+        return libraries.find(libraries.own())
     except ValueError as error:
         pytest.skip(str(error))
 
 
-class Job:
+class Job(NamedTuple):
     """Ranks on all hosts, and what they leave in a folder."""
 
-    def __init__(
-        self,
-        hosts: Hosts,
-        library: libraries.Library,
-        folder: Path,
-        ranks: int,
-        program: str,
-        *arguments: str,
-        **variables: str,
-    ) -> None:
-        self.hosts, self.folder, self.ranks = hosts, folder, ranks
-        self.program = [sys.executable, PROGRAMS / f"{program}.py", folder, *arguments]
-        start, environment = hosts.mpiexec(library, ranks, *self.program, **variables)
-        with (folder / "job").open("w") as log:
-            self.process = subprocess.Popen(
-                start, cwd=ROOT, env=environment, stdin=subprocess.DEVNULL, stdout=log, stderr=log
-            )
+    hosts: Hosts
+    ranks: int
+    folder: Path
+    program: list[str]
+    process: Any
 
     def of_ranks(self, name: str) -> list[str]:
         """The files of this name of all ranks; empty where there is none."""
@@ -79,7 +60,8 @@ class Job:
         return min(int(each or 0) for each in self.of_ranks("steps"))
 
     def said(self) -> str:
-        return "\n".join([(self.folder / "job").read_text(), *self.of_ranks("said")])
+        output = [(self.folder / name).read_text() for name in ("stdout", "stderr")]
+        return "\n".join([*output, *self.of_ranks("said")])
 
     def wait(self, seconds: float) -> int:
         until(lambda: self.process.poll() is not None, seconds, self.said)
@@ -92,16 +74,23 @@ class Job:
 
 @pytest.fixture
 def start(tmp_path: Path) -> Iterator[Callable[..., Job]]:
-    """Jobs that end with the hosts they run on."""
-    jobs = []
+    """``start(hosts, library, ranks, program, *arguments, **variables)``: a job on all hosts."""
+    with ExitStack() as started:
 
-    def job(hosts: Hosts, library: libraries.Library, *arguments: Any, **variables: str) -> Job:
-        jobs.append(Job(hosts, library, tmp_path, *arguments, **variables))
-        return jobs[-1]
+        def job(
+            hosts: Hosts,
+            library: libraries.Library,
+            ranks: int,
+            program: str,
+            *arguments: str,
+            **variables: str,
+        ) -> Job:
+            command = [sys.executable, str(PROGRAMS / f"{program}.py"), str(tmp_path), *arguments]
+            mpiexec, environment = hosts.mpiexec(library, ranks, *command, **variables)
+            process = started.enter_context(jobs.started(mpiexec, tmp_path, environment))
+            return Job(hosts, ranks, tmp_path, command, process)
 
-    yield job
-    for each in jobs:
-        each.process.wait(20)
+        yield job
 
 
 def until(condition: Callable[[], bool], seconds: float, said: Callable[[], str] = str) -> float:
@@ -113,10 +102,10 @@ def until(condition: Callable[[], bool], seconds: float, said: Callable[[], str]
     return time.monotonic() - begin
 
 
-def test_nothing_outlives_the_tests() -> None:
+def test_nothing_outlives_the_tests(run_job: Callable[..., jobs.End]) -> None:
     """Not even where they are killed."""
     code = """
-import os, subprocess, sys
+import os, subprocess
 from support.hosts import Hosts
 with Hosts(2) as hosts:
     subprocess.Popen(hosts.command("h2", "sleep", "1000"))
@@ -125,35 +114,28 @@ with Hosts(2) as hosts:
     print(hosts.folder, flush=True)
     os.kill(os.getpid(), 9)
 """
-    killed = [sys.executable, "-c", code]
-    done = subprocess.run(killed, env=unlaunched(), stdout=subprocess.PIPE, text=True, timeout=60)
-    folder = Path(done.stdout.strip())
+    end = run_job("-c", code)
+    folder = Path(end.stdout.strip())
     assert folder.name.startswith("mpisyncbn-hosts-")
-    until(lambda: not folder.exists(), 10)
-    until(lambda: not any(str(folder) in line for line in command_lines()), 10)
-
-
-def command_lines() -> Iterator[str]:
-    for file in Path("/proc").glob("[0-9]*/cmdline"):
-        with contextlib.suppress(OSError):
-            yield file.read_text(errors="replace")
+    assert (end.status, end.left) == (137, 0)
+    assert not folder.exists()
 
 
 def test_hosts_take_programs_that_may_be_missing(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("hosts._path", lambda: "/nowhere")
+    monkeypatch.setattr("support.hosts._path", lambda: "/nowhere")
     assert "no unshare and no mount and no ip and no tc" in why_not()
 
 
 # The suite.
 
 CORE = [
-    "test_exchange.py",
-    "test_functional.py",
-    "test_diagnostics.py",
-    "test_store.py",
-    "test_batchnorm.py::test_like_torch_on_the_whole_batch",
-    "test_batchnorm.py::test_running_statistics_are_the_same_bits_everywhere_after_100_uneven_steps",
-    "test_batchnorm.py::test_any_split_shape_dtype_and_layout",
+    "exchange/test_exchange.py",
+    "exchange/test_functional.py",
+    "exchange/test_diagnostics.py",
+    "distributed/test_store.py",
+    "autograd/test_batchnorm.py::test_like_torch_on_the_whole_batch",
+    "autograd/test_batchnorm.py::test_running_statistics_are_the_same_bits_everywhere_after_100_uneven_steps",
+    "autograd/test_batchnorm.py::test_any_split_shape_dtype_and_layout",
 ]
 
 
@@ -205,9 +187,9 @@ def finish(job: Job) -> None:
     assert job.of_ranks("said") == [""] * 4
 
 
-def test_groups_per_node(library: libraries.Library, train: Callable[..., Job]) -> None:
+def test_groups_per_node(mpi_library: libraries.Library, train: Callable[..., Job]) -> None:
     with Hosts(2) as hosts:
-        job = train(hosts, library, "3", "per node")
+        job = train(hosts, mpi_library, "3", "per node")
         finish(job)
     assert job.of_ranks("right") == ["h1 [0, 1]", "h1 [0, 1]", "h2 [2, 3]", "h2 [2, 3]"]
 
@@ -260,10 +242,10 @@ def test_a_rank_of_another_host_is_asked(own: libraries.Library, train: Callable
 
 
 @pytest.mark.parametrize("fault", ["cut", "crash"])
-def test_a_host_that_is_gone(fault: str, library: libraries.Library, train: Callable[..., Job]) -> None:
+def test_a_host_that_is_gone(fault: str, mpi_library: libraries.Library, train: Callable[..., Job]) -> None:
     """Each rank that lives ends at the deadline, and says why; mpiexec may wait for ever."""
     with Hosts(2) as hosts:
-        job = train(hosts, library, MPISYNCBN_TIMEOUT=str(DEADLINE))
+        job = train(hosts, mpi_library, MPISYNCBN_TIMEOUT=str(DEADLINE))
         getattr(hosts, fault)("h2")
         living = ["h1", "h2"] if fault == "cut" else ["h1"]
         ranks = {host: job.alive(host) for host in living}

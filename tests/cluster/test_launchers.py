@@ -1,128 +1,147 @@
-"""scripts/launchers.py: what it makes of a job's output, with jobs that are made up."""
+"""Which launcher makes one world of which MPI library's ranks: 4 tasks of a Slurm of one's own.
+
+A job that makes singletons ends with status 0: the sizes of the worlds tell. scripts/launchers prints
+a table of them.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
+import re
+import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
-import launchers
-from fault_cases.libraries import Library
+from support import tables
+from support.libraries import Library
 from support.ranks import once
-from support.slurm import Unavailable
+from support.slurm import Slurm
 
-pytestmark = once("its jobs are made up")
-WORLD_OF_4, ALONE = (
-    "world of 4\n",
-    "the launcher started 4 ranks (PMI_SIZE=4), MPI has a world of 1: ...\nworld of 1\n",
-)
-
-
-class Jobs:
-    """Every job prints and ends as it was told, by the launcher in its script."""
-
-    def __init__(self, folder: Path, ends: dict[str, tuple[str, str]], nodes: int = 1) -> None:
-        self.folder, self.ends, self.nodes = folder, ends, ["n"] * nodes
-        self.variables: list[dict[str, str]] = []
-        self.options: list[tuple[str, ...]] = []
-
-    def submit(self, *arguments: str, **variables: str) -> int:
-        *options, script = arguments
-        text = Path(script).read_text()
-        self.launcher = next(name for name in self.ends if f"{name} " in text)
-        self.options.append(tuple(options))
-        self.variables.append(variables)
-        (self.folder / "7.out").write_text(self.ends[self.launcher][0])
-        return 7
-
-    def wait(self, job: int, limit: float) -> dict[str, str]:
-        status = self.ends[self.launcher][1]
-        if not status:
-            raise TimeoutError
-        return {"ExitCode": status}
+pytestmark = once("it starts jobs itself")
+TASKS = 4
+LAUNCHERS = ("mpiexec", "srun --mpi=pmix", "srun --mpi=pmi2")
+ONE, SINGLE, ERROR, UNKNOWN = "one world", f"{TASKS} singletons", "error", "nothing known"
+EXPECTED = {
+    "openmpi 5": (ONE, ONE, SINGLE),
+    "openmpi 4": (ONE, ONE, ERROR),
+    "mpich 5": (ONE, ERROR, ONE),
+    "mpich 4": (ONE, SINGLE, ONE),
+    "impi 2021": (ONE, ONE, ONE),
+}
+LIMIT = 40  # seconds for a job
+REFUSAL = "MPI has a world of"
+RANK = """
+import os
+import numpy as np, mpisyncbn
+from mpi4py import MPI
+try:
+    mpisyncbn.functional.batch_norm_forward(np.ones((2, 3)))
+except mpisyncbn.MPISyncBNError as error:  # where the launcher has started more ranks than this world has
+    print(error)
+world = MPI.COMM_WORLD
+os.write(1, f"rank {world.rank} of {world.size} on {MPI.Get_processor_name()}\\n".encode())  # in one piece
+"""
 
 
-def library(name: str = "openmpi", version: str = "5.0.8", **variables: str) -> Library:
-    return Library(name, f"MPI {version}", "/there/mpiexec", variables, {})
+def pytest_generate_tests(metafunc: Any) -> None:
+    if "nodes" in metafunc.fixturenames:
+        metafunc.parametrize("nodes", metafunc.config.getoption("nodes", None) or [1, 2])
+
+
+@pytest.mark.full("it tries every launcher")
+@pytest.mark.parametrize("launcher", LAUNCHERS)
+def test_one_world(
+    launcher: str, nodes: int, mpi_library: Library, cluster: Slurm, record_property: Any
+) -> None:
+    cluster.need(launcher, nodes)
+    status, output = run(cluster, mpi_library, launcher, nodes)
+    outcome = judge(status, output, nodes)
+    said = f"{outcome}, refused" if REFUSAL in output else outcome
+    version = re.search(r"\d+", mpi_library.title)
+    known = EXPECTED.get(f"{mpi_library.name} {version and version[0]}", (UNKNOWN,) * len(LAUNCHERS))
+    expected = known[LAUNCHERS.index(launcher)]
+    cell = said if outcome == expected else f"**{said}, expected {expected}**"
+    record_property("row", {"library": mpi_library.title, "nodes": nodes, "launcher": launcher, "cell": cell})
+    assert outcome == expected, output
+
+
+def run(cluster: Slurm, library: Library, launcher: str, nodes: int) -> tuple[str, str]:
+    """The exit code of the job, "" where it was over time, and what it said."""
+    start = f"{library.mpiexec} -n {TASKS}" if launcher == "mpiexec" else f"{launcher} --kill-on-bad-exit=1"
+    program, script = cluster.folder / "rank.py", cluster.folder / "job.sh"
+    program.write_text(RANK)
+    script.write_text(f"#!/bin/bash\n{start} {sys.executable} {program}\n")
+    where = [f"--nodes={nodes}", f"--ntasks-per-node={TASKS // nodes}", f"--output={cluster.folder}/%j.out"]
+    # Shared memory alone, as for one host, does not reach a second node.
+    variables = {name: value for name, value in library.variables.items() if name != "I_MPI_FABRICS"}
+    if library.name == "impi" and launcher.endswith("pmix"):  # which it looks for nowhere by itself
+        pmix = next(Path("/usr/lib").glob("*/pmix2/lib/libpmix.so*"), "libpmix.so")
+        variables["I_MPI_PMI_LIBRARY"] = str(pmix)
+    job = cluster.submit(*where, str(script), **variables)
+    try:
+        status = cluster.wait(job, LIMIT)["ExitCode"]
+    except TimeoutError:
+        status = ""
+    return status, (cluster.folder / f"{job}.out").read_text(errors="replace")
+
+
+def judge(status: str, output: str, nodes: int) -> str:
+    """How a job ended."""
+    found = re.findall(r"rank (\d) of (\d) on (\S+)", output)
+    sizes = [int(size) for _, size, _ in found]
+    ranks, hosts = sorted(int(rank) for rank, _, _ in found), {host for _, _, host in found}
+    whole = (sizes, ranks, len(hosts)) == ([TASKS] * TASKS, [*range(TASKS)], nodes)
+    if not status:
+        return "hang, after one world" if whole else "hang"
+    if status != "0:0":
+        return ERROR
+    if whole:
+        return ONE
+    return SINGLE if sizes == [1] * TASKS else f"ranks {ranks} of {sizes} on {len(hosts)} nodes"
+
+
+WORLD_OF_4 = "".join(f"rank {rank} of 4 on n{rank // 2}\n" for rank in range(4))
+ALONE = "the launcher started 4 ranks (PMI_SIZE=4), MPI has a world of 1: ...\nrank 0 of 1 on n0\n"
 
 
 @pytest.mark.parametrize(
-    ("output", "status", "outcome", "refused"),
+    ("output", "status", "outcome"),
     [
-        (WORLD_OF_4 * 4, "0:0", "one world", False),
-        (ALONE * 4, "0:0", "4 singletons", True),
-        ("world of 1\n" * 4, "0:0", "4 singletons", False),
-        (WORLD_OF_4 * 3, "0:0", "worlds of [4, 4, 4]", False),
-        ("world of 2\n" * 4, "0:0", "worlds of [2, 2, 2, 2]", False),
-        ("", "0:0", "worlds of []", False),
-        (WORLD_OF_4 * 4, "1:0", "error", False),
-        (WORLD_OF_4 * 4, "0:9", "error", False),
-        (WORLD_OF_4 * 4, "", "hang, after one world", False),
-        (ALONE, "", "hang", True),
+        (WORLD_OF_4, "0:0", ONE),
+        (ALONE * 4, "0:0", SINGLE),
+        (WORLD_OF_4.partition("\n")[2], "0:0", "ranks [1, 2, 3] of [4, 4, 4] on 2 nodes"),
+        (WORLD_OF_4.replace("n1", "n0"), "0:0", "ranks [0, 1, 2, 3] of [4, 4, 4, 4] on 1 nodes"),
+        ("", "0:0", "ranks [] of [] on 0 nodes"),
+        (WORLD_OF_4, "1:0", ERROR),
+        (WORLD_OF_4, "0:9", ERROR),
+        (WORLD_OF_4, "", "hang, after one world"),
+        (ALONE, "", "hang"),
     ],
 )
-def test_the_outcome_of_a_job(output: str, status: str, outcome: str, refused: bool, tmp_path: Path) -> None:
-    jobs: Any = Jobs(tmp_path, {"/there/mpiexec": (output, status)})
-    assert launchers.run(jobs, library(), "mpiexec") == (outcome, refused)
+def test_the_outcome_of_a_job(output: str, status: str, outcome: str) -> None:
+    assert judge(status, output, nodes=2) == outcome
 
 
-def test_what_a_job_is_given(tmp_path: Path) -> None:
-    intel = library("impi", "2021.18", I_MPI_FABRICS="shm", MPI4PY_LIBMPI="/there/libmpi.so")
-    jobs: Any = Jobs(tmp_path, {"srun --mpi=pmix": ("", "0:0")}, nodes=2)
-    launchers.run(jobs, intel, "srun --mpi=pmix")
-    (variables,), (options,) = jobs.variables, jobs.options
-    assert {"--nodes=2", "--ntasks-per-node=2"} < {*options}
-    assert variables["MPI4PY_LIBMPI"] == "/there/libmpi.so"
-    assert "I_MPI_FABRICS" not in variables, "which would not reach the second node"
-    assert "libpmix" in variables["I_MPI_PMI_LIBRARY"]
-
-
-def table(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], jobs: Any, *found: Library
-) -> tuple[int, list[str]]:
-    @contextmanager
-    def slurm(*_: Any) -> Iterator[Any]:
-        if jobs is None:
-            raise Unavailable("no slurmd")
-        yield jobs
-
-    monkeypatch.setattr(launchers, "slurm", slurm)
-    monkeypatch.setattr(launchers, "installed", lambda: iter(found))
-    status = launchers.main(["--nodes", "1"])
-    out, err = capsys.readouterr()
-    return status, [*out.splitlines()[2:], *err.splitlines()]
-
-
-def test_the_table(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    ends = {
-        "/there/mpiexec": (WORLD_OF_4 * 4, "0:0"),
-        "srun --mpi=pmix": (WORLD_OF_4 * 4, "0:0"),
-        "srun --mpi=pmi2": (ALONE * 4, "0:0"),
-    }
-    as_expected = "| MPI 5.0.8 | 1 | one world | one world | 4 singletons, refused |"
-    assert table(monkeypatch, capsys, Jobs(tmp_path, ends), library()) == (0, [as_expected])
-    # One cell that differs fails the whole, be it in the first of two rows.
-    different = (
-        "| MPI 4.1 | 1 | one world | one world | **4 singletons, refused, expected error** |",
-        "| MPI 9 | 1 | "
-        + " | ".join(
-            f"**{said}, expected nothing known**"
-            for said in ("one world", "one world", "4 singletons, refused")
-        )
-        + " |",
-    )
-    jobs = Jobs(tmp_path, ends)
-    assert table(monkeypatch, capsys, jobs, library(version="4.1"), library()) == (
-        1,
-        [different[0], as_expected],
-    )
-    assert table(monkeypatch, capsys, jobs, library(version="9")) == (1, [different[1]])
-
-
-def test_without_slurm(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    assert table(monkeypatch, capsys, None, library()) == (2, ["launchers: no slurmd"])
+def test_the_table(capsys: pytest.CaptureFixture[str]) -> None:
+    table, session = tables.Launchers(None), SimpleNamespace(exitstatus=0)
+    table.rows = [
+        SimpleNamespace(library=library, nodes=nodes, launcher=launcher, cell=f"{launcher[0]} {nodes}")
+        for library in ("MPI 4", "MPI 5")
+        for nodes in (1, 2)
+        for launcher in LAUNCHERS[:2]
+    ]
+    table.pytest_sessionfinish(session)
+    assert session.exitstatus == 0
+    assert capsys.readouterr().out.splitlines() == [
+        "| MPI | nodes | `mpiexec` | `srun --mpi=pmix` |",
+        "| --- | --- | --- | --- |",
+        "| MPI 4 | 1 | m 1 | s 1 |",
+        "| MPI 5 | 1 | m 1 | s 1 |",
+        "| MPI 4 | 2 | m 2 | s 2 |",
+        "| MPI 5 | 2 | m 2 | s 2 |",
+    ]
+    table.rows, table.skipped = [], {"no slurmd": None}
+    table.pytest_sessionfinish(session)
+    assert (session.exitstatus, capsys.readouterr().err) == (2, "launchers: no slurmd\n")

@@ -9,7 +9,6 @@ import re
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -17,12 +16,13 @@ from typing import Any
 import pytest
 from mpi4py import MPI
 
-from support.jobs import ROOT, for_jobs
+from support.jobs import ROOT
 from support.ranks import once
-from support.slurm import Slurm, Unavailable, slurm
+from support.slurm import Slurm
 
 pytestmark = [
     once("it starts jobs itself"),
+    pytest.mark.full("Slurm takes its time"),
     pytest.mark.timeout(400),
 ]
 # The plug-in of srun that the library in use speaks with; the other one makes worlds of one of it, or fails.
@@ -44,8 +44,6 @@ class Jobs:
         self.cluster, self.folder = cluster, folder
 
     def submit(self, nodes: int, *arguments: str, tasks: int = 4, **variables: str) -> int:
-        if nodes > len(self.cluster.nodes):
-            pytest.skip("two nodes on one host take root")
         where = [f"--nodes={nodes}", f"--ntasks-per-node={tasks // nodes}", f"--chdir={ROOT}"]
         output = f"--output={self.folder}/%j.out"
         return self.cluster.submit(*where, output, *arguments, **variables)
@@ -85,14 +83,8 @@ class Jobs:
 
 
 @pytest.fixture(scope="module")
-def jobs(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Jobs]:
-    try:
-        path = f"{Path(sys.executable).parent}:{os.environ.get('PATH', '')}"
-        variables = {"PATH": path, "NO_COLOR": "1", "OMP_NUM_THREADS": "1"}
-        with slurm(for_jobs(oversubscribe=False) | variables, 2 if os.geteuid() == 0 else 1) as cluster:
-            yield Jobs(cluster, tmp_path_factory.mktemp("jobs"))
-    except Unavailable as error:
-        pytest.skip(str(error))
+def jobs(cluster: Slurm, tmp_path_factory: pytest.TempPathFactory) -> Jobs:
+    return Jobs(cluster, tmp_path_factory.mktemp("jobs"))
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -118,26 +110,6 @@ def start(launcher: str) -> str:
     return launcher if launcher.startswith("srun") else f"{launcher} -n $SLURM_NTASKS"
 
 
-def need(jobs: Jobs, launcher: str) -> None:
-    """Skips where srun lacks what this launcher takes."""
-    if launcher.startswith("srun"):
-        try:
-            jobs.cluster.run(*launcher.split(), "true")
-        except subprocess.CalledProcessError as error:
-            pytest.skip(f"{launcher}: {' '.join(error.stderr.splitlines()[:1])}")
-
-
-@pytest.mark.parametrize("launcher", LAUNCHERS)
-@pytest.mark.parametrize("nodes", [1, 2])
-def test_one_world(nodes: int, launcher: str, jobs: Jobs) -> None:
-    need(jobs, launcher)
-    job = jobs.submit(nodes, jobs.script(f"{start(launcher)} python -c '{WHO}'"))
-    found = re.findall(r"(\d) of (\d) on (\S+)", jobs.completed(job, 60))
-    assert sorted(rank for rank, _, _ in found) == list("0123")
-    assert {size for _, size, _ in found} == {"4"}
-    assert len({host for _, _, host in found}) == nodes
-
-
 def test_an_array_of_two(jobs: Jobs) -> None:
     text = f"{start('mpiexec')} python -c '{WHO}' | sed s/^/$SLURM_ARRAY_TASK_ID:/"
     job = jobs.submit(
@@ -161,7 +133,7 @@ def test_worlds_of_one_are_no_test(jobs: Jobs) -> None:
 def test_training_goes_on_after_a_signal(launcher: str, jobs: Jobs) -> None:
     """On two nodes, where they can be, and to the same loss as of one rank that nobody stopped."""
     pytest.importorskip("sklearn")
-    need(jobs, launcher)
+    jobs.cluster.need(launcher)
     report, checkpoint = (jobs.folder / f"{launcher.split()[0]}.{kind}" for kind in ("json", "pt"))
     arguments = [*FLAGS, "--batch", "16", "--json", str(report)]
     variables = {"LAUNCH": launcher, "CHECKPOINT": str(checkpoint)}

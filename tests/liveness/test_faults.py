@@ -1,34 +1,62 @@
-"""scripts/faults: that its harness tells a good end from a bad one, and the quickest of its faults."""
+"""What becomes of an MPI job when one of its ranks fails: eighty real faults in real jobs of 4 ranks.
+
+A job must end within seconds of its fault, with a status that is not 0, and stderr must name the
+cause and the rank. (Where ranks end well, in ways that may look like a fault, with 0.) Nothing of
+it may be left. scripts/faults prints a table of them.
+"""
 
 from __future__ import annotations
 
+import json
 import os
 import re
-import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-import faults
-from fault_cases import launch, libraries, report
-from fault_cases.case import Case, cases, missing, waits
-from fault_cases.launch import End, Outcome
-from support.jobs import _LAUNCHERS
+from liveness.faults.case import Case, cases, missing, waits
+from liveness.faults.job import SIZE
+from liveness.faults.outcome import Outcome, judge
+from support import jobs, libraries, tables
+from support.jobs import End
 from support.ranks import starts_mpiexec
 
 pytestmark = starts_mpiexec
-
-
 CASES = {case.name: case for case in cases()}
+QUICK = [
+    "absences.skips_a_layer",
+    "mismatches.other_direction",
+    "exceptions.between_layers",
+    "endings.exit_0",
+    "endings.raise_exit_7_under_mpi4py",
+    "signals.sigkill",
+    "setups.timeout",
+    "completions.object_sends",
+    "completions.handler_steps",
+]
+full = pytest.mark.full("some of each kind are enough before a commit")
 
 
-@pytest.fixture(autouse=True)
-def _alone(monkeypatch: pytest.MonkeyPatch) -> None:
-    """As if nobody had started this process by mpiexec."""
-    for key in list(os.environ):
-        if key.startswith(_LAUNCHERS):
-            monkeypatch.delenv(key)
+def parameters(case: Case) -> Any:
+    return pytest.param(case, id=case.name, marks=[] if case.name in QUICK else full)
+
+
+@pytest.mark.parametrize("case", [parameters(case) for case in cases()])
+def test_a_fault(
+    case: Case, mpi_library: libraries.Library, run_job: Callable[..., End], record_property: Any
+) -> None:
+    if "PYTEST_XDIST_WORKER" in os.environ:  # other tests have a core meanwhile
+        case = case._replace(limit=60.0)
+    program = [*case.under, "-m", "liveness.faults.worker", case.name]
+    how = {"library": mpi_library, "variables": case.variables, "limit": case.limit, "start": 120.0}
+    found = judge(case, mpi_library, run_job(*program, ranks=SIZE, **how))
+    record_property("row", found._asdict())
+    assert found.ok, tables.line(found)
+
+
+# The judgement.
 
 
 def program(job: Any) -> None:
@@ -40,15 +68,12 @@ def a_case(**changes: Any) -> Case:
     return case._replace(**changes)
 
 
-def a_library(name: str = "openmpi") -> libraries.Library:
-    return libraries.Library(name, "An MPI 1.0", "mpiexec", {}, libraries._KINDS[name].words)
-
-
 GOOD = End(seconds=0.5, status=3, left=0, stdout="", stderr="x\nwhy: the cause is this\ny\n")
 
 
 def judged(case: Case | None = None, name: str = "openmpi", **changes: Any) -> Outcome:
-    return launch.judge(case or a_case(), a_library(name), GOOD._replace(**changes))
+    library = libraries.Library(name, "An MPI 1.0", "mpiexec", {}, libraries._KINDS[name].words)
+    return judge(case or a_case(), library, GOOD._replace(**changes))
 
 
 def test_a_good_end() -> None:
@@ -188,101 +213,94 @@ def test_the_cases() -> None:
     assert all(alone.count(rank) >= 8 for rank in range(4))
 
 
+# The job.
+
 FAULT = "from pathlib import Path; import os, subprocess, sys, time; Path('fault-1').touch(); "
 SLEEPS = "subprocess.Popen([sys.executable, '-c', 'import time; time.sleep(60)']); "
 
 
-def executed(code: str, folder: Path, limit: float = 60.0) -> End:
-    return launch.execute([sys.executable, "-c", code], dict(os.environ), folder, limit)
-
-
-def test_an_end_is_measured_from_the_fault(tmp_path: Path) -> None:
-    end = executed(f"{FAULT} print('out'); print('err', file=sys.stderr); sys.exit(3)", tmp_path)
+def test_an_end_is_measured_from_the_fault(run_job: Callable[..., End]) -> None:
+    end = run_job("-c", f"{FAULT} print('out'); print('err', file=sys.stderr); sys.exit(3)", start=60.0)
     assert end.seconds is not None
     assert end.seconds >= 0
-    assert end[1:] == (3, 0, "out\n", "err\n")
+    assert end == (3, end.seconds, 0, "out\n", "err\n")
 
 
-def test_a_signal_is_a_status(tmp_path: Path) -> None:
-    assert executed(f"{FAULT} os.kill(os.getpid(), 9)", tmp_path).status == 137
+def test_a_signal_is_a_status(run_job: Callable[..., End]) -> None:
+    assert run_job("-c", f"{FAULT} os.kill(os.getpid(), 9)").status == 137
 
 
-def test_without_a_fault(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    assert executed("", tmp_path)[:3] == (None, 0, 0)
-    monkeypatch.setattr(launch, "_START", 0.5)
-    assert executed("import time; time.sleep(60)", tmp_path)[:3] == (None, None, 0)
+def test_without_a_fault(run_job: Callable[..., End]) -> None:
+    assert run_job("-c", "", start=60.0)[:3] == (0, None, 0)
+    assert run_job("-c", "import time; time.sleep(60)", start=0.5)[:3] == (None, None, 0)
 
 
 @pytest.mark.parametrize("stays", [True, False])
-def test_nothing_is_left_behind(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, stays: bool) -> None:
+def test_nothing_is_left_behind(
+    tmp_path: Path, run_job: Callable[..., End], monkeypatch: pytest.MonkeyPatch, stays: bool
+) -> None:
     """Neither of what hangs, nor of what ends and leaves a process."""
-    monkeypatch.setattr(launch, "_LEAVE", 0.5)
-    marks: list[str] = []
-    processes = launch._processes
-    monkeypatch.setattr(launch, "_processes", lambda mark: (marks.append(mark), processes(mark))[1])
-    end = executed(FAULT + SLEEPS + ("time.sleep(60)" if stays else "sys.exit(1)"), tmp_path, limit=2.0)
+    monkeypatch.setattr(jobs, "LEAVE", 0.5)
+    end = run_job(
+        "-c", FAULT + SLEEPS + ("time.sleep(60)" if stays else "sys.exit(1)"), start=60.0, limit=2.0
+    )
     assert (end.status, end.left) == ((None, 0) if stays else (1, 1))
-    assert not list(processes(marks[0]))
+    assert not list(jobs.processes(tmp_path))
 
 
-def test_report() -> None:
+# The tables of scripts/faults.
+
+
+def test_tables() -> None:
     good, hung, silent = judged(), judged(status=None), judged(status=0)
     other = good._replace(library="Another MPI", status=4)
-    assert report.verdict([good, hung, silent]) == "1 of 3 as they should be, 1 hung, 1 with status 0"
-    assert report.line(good).split()[:5] == ["ok", good.name, "0.5", "s", "3"]
-    assert len(report.line(good).splitlines()) == 1
-    assert report.line(hung).split()[0] == "FAIL"
-    assert "      | why: the cause is this" in report.line(hung)
-    table = report.table([good, hung, other]).splitlines()
-    assert "Another MPI, 4 ranks" in table
-    assert [row.split()[-1] for row in table if row.startswith("rank 2 fails")] == ["ok", "FAIL", "ok"]
-    assert report.markdown([good, other]).splitlines() == [
+    assert tables.verdict([good, hung, silent]) == "1 of 3 as they should be, 1 hung, 1 with status 0"
+    assert tables.line(good).split()[:5] == ["ok", good.name, "0.5", "s", "3"]
+    assert len(tables.line(good).splitlines()) == 1
+    assert tables.line(hung).split()[0] == "FAIL"
+    assert "      | why: the cause is this" in tables.line(hung)
+    lines = tables.table([good, hung, other]).splitlines()
+    assert "Another MPI, 4 ranks" in lines
+    assert [line.split()[-1] for line in lines if line.startswith("rank 2 fails")] == ["ok", "FAIL", "ok"]
+    assert tables.markdown([good, other]).splitlines() == [
         "| fault | An MPI 1.0 | Another MPI |",
         "| --- | --- | --- |",
         "| rank 2 fails | 0.5 s, 3 | 0.5 s, 4 |",
     ]
-    assert "| HUNG: no end within 5 s |" in report.markdown([hung])
-    assert "| 0.5 s, 0 (FAIL) |" in report.markdown([silent])
+    assert "| HUNG: no end within 5 s |" in tables.markdown([hung])
+    assert "| 0.5 s, 0 (FAIL) |" in tables.markdown([silent])
 
 
-def test_command_line(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    assert faults.main(["--list"]) == 0
-    assert [line.split()[0] for line in capsys.readouterr().out.splitlines()] == list(CASES)
-
-    ends = iter([judged(), judged(), judged(), judged(status=0)])
-    monkeypatch.setattr(launch, "run", lambda case, library: next(ends))
-    output = tmp_path / "found.json"
-    assert faults.main(["--only", r"\.exit_5$|^gets SIGTERM", "--json", str(output)]) == 0
-    assert capsys.readouterr().out.splitlines()[-1] == "2 of 2 as they should be, 0 hung, 0 with status 0"
-    assert output.read_text().count('"ok": true') == 2
-    assert faults.main(["--only", "signals.sig(kill|term)", "--markdown"]) == 1
-    assert "| fault | An MPI 1.0 |" in capsys.readouterr().out
-    assert faults.main(["--only", "no such case"]) == 1
-
-
-@pytest.mark.parametrize("name", ["lam", "mpich=/nowhere", ""])
-def test_libraries(name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    if name:
-        with pytest.raises(SystemExit):
-            faults.parse(["--mpi", name])
-        assert re.search("--mpi: expected (some of openmpi, mpich, impi|MPICH in)", capsys.readouterr().err)
-    else:
-        (library,) = faults.parse([]).mpi
-        assert library.name in libraries.NAMES
-        assert re.fullmatch(r"[A-Z][\w ]+ [\d.]+", library.title)
-
-
-QUICK = (
-    "absences.skips_a_layer mismatches.other_direction exceptions.between_layers exceptions.with_excepthook "
-    "endings.exit_5 endings.exit_0 endings.raise_exit_7_under_mpi4py endings.never_ends signals.sigkill "
-    "setups.timeout setups.forked completions.handler_sends completions.object_sends "
-    "completions.handler_steps"
+@pytest.mark.full("each run starts pytest anew")
+@pytest.mark.parametrize(
+    ("arguments", "status", "said"),
+    [
+        ("--list", 0, "signals.sigterm                    gets SIGTERM"),
+        ("--only setups.timeout", 0, "1 of 1 as they should be, 0 hung, 0 with status 0"),
+        ("--only no.such.case", 1, "0 of 0 as they should be, 0 hung, 0 with status 0"),
+        ("--mpi mpich=/nowhere", 4, "--mpi: expected MPICH in /nowhere, got nothing"),
+    ],
 )
+def test_what_scripts_faults_runs(
+    arguments: str, status: int, said: str, tmp_path: Path, run_job: Callable[..., End]
+) -> None:
+    report, plugins = tmp_path / "found.json", ["-p", "support.tables", "-p", "no:cacheprovider"]
+    end = run_job("-m", "pytest", *plugins, __file__, "--json", str(report), *arguments.split())
+    assert end.status == status, end
+    assert said in end.stdout + end.stderr
+    if "timeout" in arguments:
+        assert [found["ok"] for found in json.loads(report.read_text())] == [True]
+    if arguments == "--list":
+        assert [line.split()[0] for line in end.stdout.splitlines()] == list(CASES)
 
 
-@pytest.mark.parametrize("name", QUICK.split())
-def test_a_fault(name: str) -> None:
-    found = launch.run(CASES[name]._replace(limit=60.0), libraries.find(""))
-    assert found.ok, report.line(found)
+@pytest.mark.parametrize(
+    ("name", "said"),
+    [
+        ("lam", "expected some of openmpi, mpich, impi, debian-openmpi, debian-mpich, got 'lam'"),
+        ("mpich=/nowhere", "expected MPICH in /nowhere, got nothing"),
+    ],
+)
+def test_libraries_that_are_not_there(name: str, said: str) -> None:
+    with pytest.raises(ValueError, match=said):
+        libraries.find(name)

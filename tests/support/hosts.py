@@ -9,9 +9,8 @@ import tempfile
 from pathlib import Path
 from types import TracebackType
 
-from benchmarks import scaling
-from fault_cases import libraries
-from support.jobs import unlaunched
+from support.jobs import OVERSUBSCRIBED, SETTINGS, unlaunched
+from support.libraries import Library
 from support.network import NAMESPACES, PYTHON
 
 _NETWORK = str(Path(__file__).parent / "network.py")
@@ -141,20 +140,13 @@ class Hosts:
         return int(line.split()[1])
 
     def mpiexec(
-        self, library: libraries.Library, ranks: int, *command: str | Path, **variables: str
+        self, library: Library, ranks: int, *command: str | Path, **variables: str
     ) -> tuple[list[str], dict[str, str]]:
         """The command that starts so many ranks, shared out evenly, and its environment."""
         each, rest = divmod(ranks, len(self.names))
         if rest:
             raise ValueError(f"expected a multiple of {len(self.names)} ranks, got {ranks}")
-        mine = unlaunched()
-        variables = {
-            **scaling._OVERSUBSCRIBED,
-            **scaling._ROOT,
-            **library.variables,
-            **_TCP[library.name],
-            **variables,
-        }
+        variables = SETTINGS | OVERSUBSCRIBED | library.variables | _TCP[library.name] | variables
         if library.name == "openmpi":
             major = int(library.title.split()[-1].split(".")[0])
             agent = ["--prtemca", "plm_ssh_agent"] if major >= 5 else ["--mca", "plm_rsh_agent"]
@@ -165,7 +157,7 @@ class Hosts:
             agent = ["-launcher", "ssh", "-launcher-exec"]
             where = ["-hosts", ",".join(self.names), "-ppn", str(each)]
         start = [library.mpiexec, *agent, str(self.agent), *where, "-n", str(ranks)]
-        return self.command(self.names[0], *start, *command), {**mine, **variables}
+        return self.command(self.names[0], *start, *command), unlaunched() | variables
 
     def _order(self, *words: str) -> None:
         self._switch.stdin.write(" ".join(words) + "\n")

@@ -7,29 +7,30 @@ import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 import time
-import uuid
-from collections.abc import Iterator
-from contextlib import suppress
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import NamedTuple
 
 ROOT = Path(__file__).resolve().parents[2]
-# Every process of a job has this variable, by which those are found that outlive it.
+# Every process of a job has this variable, its folder, by which those are found that outlive it.
 MARK = "MPISYNCBN_TEST_JOB"
 LEAVE = 7.0  # seconds in which what outlives a job must end: a DataLoader's workers look about every 5
 # What launchers tell a rank about its job.
 _LAUNCHERS = ("HYDRA", "I_MPI_", "MPICH_", "MPI_", "OMPI_", "PMI", "PRTE_", "SLURM_")
 # For root, and for more ranks than cores. Not the leave to have more ranks than slots: in a job of Slurm's,
 # Open MPI's mpiexec would put all of them on the first node.
-_OPEN_MPI = {
+SETTINGS = {
+    "OMP_NUM_THREADS": "1",
     "OMPI_ALLOW_RUN_AS_ROOT": "1",
     "OMPI_ALLOW_RUN_AS_ROOT_CONFIRM": "1",
     "OMPI_MCA_hwloc_base_binding_policy": "none",
     "OMPI_MCA_mpi_yield_when_idle": "1",
     "PRTE_MCA_hwloc_default_binding_policy": "none",
 }
-_OVERSUBSCRIBED = {
+OVERSUBSCRIBED = {
     "OMPI_MCA_rmaps_base_oversubscribe": "1",
     "PRTE_MCA_rmaps_default_mapping_policy": ":oversubscribe",
 }
@@ -54,7 +55,7 @@ def unlaunched() -> dict[str, str]:
 
 def for_jobs(*, oversubscribe: bool = True) -> dict[str, str]:
     """The same, for what starts MPI jobs itself. Without leave to have more ranks than slots: under Slurm."""
-    return unlaunched() | _OPEN_MPI | (_OVERSUBSCRIBED if oversubscribe else {})
+    return unlaunched() | SETTINGS | (OVERSUBSCRIBED if oversubscribe else {})
 
 
 def find_mpiexec() -> str | None:
@@ -62,13 +63,38 @@ def find_mpiexec() -> str | None:
     return shutil.which("mpiexec") or shutil.which("mpiexec", path=os.pathsep.join(folders))
 
 
+@contextmanager
+def started(
+    command: Sequence[str], folder: Path, variables: Mapping[str, str] | None = None
+) -> Iterator[subprocess.Popen[bytes]]:
+    """A command that runs in a folder, with files ``stdout`` and ``stderr``, until the block ends.
+
+    Nothing of it is left behind.
+
+    Args:
+        variables: the whole environment; ``for_jobs()`` unless it is given.
+    """
+    environment = {**(for_jobs() if variables is None else variables), MARK: str(folder)}
+    with (folder / "stdout").open("w") as stdout, (folder / "stderr").open("w") as stderr:
+        files = {"stdin": subprocess.DEVNULL, "stdout": stdout, "stderr": stderr}
+        job = subprocess.Popen(command, cwd=folder, env=environment, start_new_session=True, **files)
+        try:
+            yield job
+        finally:
+            job.terminate()  # mpiexec ends its ranks
+            with suppress(subprocess.TimeoutExpired):
+                job.wait(3)
+            end_all(folder)
+            job.wait()
+
+
 def run(
-    command: list[str],
+    command: Sequence[str],
     folder: Path,
     *,
     limit: float = 100.0,
     start: float | None = None,
-    variables: dict[str, str] | None = None,
+    variables: Mapping[str, str] | None = None,
 ) -> End:
     """Run a command in a folder, and leave nothing of it behind.
 
@@ -77,25 +103,14 @@ def run(
         start: where the limit counts from the first file ``fault-*`` in the folder: seconds until that.
         variables: the whole environment; ``for_jobs()`` unless it is given.
     """
-    mark = uuid.uuid4().hex
-    environment = {**(for_jobs() if variables is None else variables), MARK: mark}
-    with (folder / "stdout").open("w") as stdout, (folder / "stderr").open("w") as stderr:
-        files = {"stdin": subprocess.DEVNULL, "stdout": stdout, "stderr": stderr}
-        job = subprocess.Popen(command, cwd=folder, env=environment, start_new_session=True, **files)
-        try:
-            deadline = time.time() + (limit if start is None else start)
-            while job.poll() is None and time.time() < deadline:
-                time.sleep(0.01)
-                if start is not None and (fault := time_of_fault(folder)) is not None:
-                    deadline = fault + limit
-            end, status = time.time(), job.poll()
-            left = 0 if status is None else count_left(mark)
-        finally:
-            job.terminate()  # mpiexec ends its ranks
-            with suppress(subprocess.TimeoutExpired):
-                job.wait(3)
-            end_all(mark)
-            job.wait()
+    with started(command, folder, variables) as job:
+        deadline = time.time() + (limit if start is None else start)
+        while job.poll() is None and time.time() < deadline:
+            time.sleep(0.01)
+            if start is not None and (fault := time_of_fault(folder)) is not None:
+                deadline = fault + limit
+        end, status = time.time(), job.poll()
+        left = 0 if status is None else count_left(folder)
     fault = time_of_fault(folder)
     said = [(folder / name).read_text(errors="replace") for name in ("stdout", "stderr")]
     status = 128 - status if status is not None and status < 0 else status
@@ -106,26 +121,26 @@ def time_of_fault(folder: Path) -> float | None:
     return min((file.stat().st_mtime for file in folder.glob("fault-*")), default=None)
 
 
-def count_left(mark: str) -> int:
-    """How many processes go on, when they have had time to end."""
+def count_left(folder: Path) -> int:
+    """How many processes of the job in this folder go on, when they have had time to end."""
     limit = time.monotonic() + LEAVE
-    while (count := len(list(processes(mark)))) and time.monotonic() < limit:
+    while (count := len(list(processes(folder)))) and time.monotonic() < limit:
         time.sleep(0.1)
     return count
 
 
-def end_all(mark: str) -> None:
+def end_all(folder: Path) -> None:
     """Kill what is left, and see it gone: the next job shall have the machine for itself."""
     limit = time.monotonic() + LEAVE
-    while (left := list(processes(mark))) and time.monotonic() < limit:
+    while (left := list(processes(folder))) and time.monotonic() < limit:
         for pid in left:
             with suppress(OSError):
                 os.kill(pid, signal.SIGKILL)
         time.sleep(0.05)
 
 
-def processes(mark: str) -> Iterator[int]:
-    wanted = f"{MARK}={mark}".encode()
+def processes(folder: Path) -> Iterator[int]:
+    wanted = f"{MARK}={folder}".encode()
     for file in Path("/proc").glob("[0-9]*/environ"):
         with suppress(OSError):
             if wanted in file.read_bytes().split(b"\0"):
@@ -139,19 +154,10 @@ def run_alone(code: str) -> str:
     """
     from support.ranks import WORLD  # starts MPI, which scripts/gpu_check must not
 
-    status, output = 0, ""
+    done = None
     if WORLD.rank == 0:
-        command = [sys.executable, "-W", "error", "-c", code]
-        done = subprocess.run(
-            command,
-            env=unlaunched(),
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-            timeout=100,
-            check=False,
-        )
-        status, output = done.returncode, done.stdout
-    status, output = WORLD.bcast((status, output))
-    assert status == 0, output
-    return output
+        with tempfile.TemporaryDirectory(prefix="mpisyncbn-") as folder:
+            done = run([sys.executable, "-W", "error", "-c", code], Path(folder), variables=unlaunched())
+    done = WORLD.bcast(done)
+    assert done.status == 0, done.stdout + done.stderr
+    return done.stdout + done.stderr

@@ -9,14 +9,18 @@ from __future__ import annotations
 import os
 import re
 import shutil
-import signal
 import socket
 import subprocess
+import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
+
+import pytest
+
+from support import jobs
 
 _CONF = """\
 ClusterName=test
@@ -60,37 +64,35 @@ _OVER = ("BOOT_FAIL", "CANCELLED", "COMPLETED", "DEADLINE", "FAILED", "NODE_FAIL
 _PMIX = {"PMIX_MCA_gds": "hash", "PMIX_MCA_psec": "native"}
 
 
-class Unavailable(Exception):
-    """Why there can be no Slurm here."""
-
-
 class Slurm:
     """A cluster of one node, by the host's name, or of n1, n2 and so on."""
 
-    def __init__(self, folder: Path, environment: Mapping[str, str], nodes: int, cpus: int) -> None:
-        self.folder, self.cpus = folder, cpus
-        self.environment = {**environment, "SLURM_CONF": f"{folder}/slurm.conf"}
+    def __init__(self, folder: Path, nodes: int) -> None:
+        self.folder = folder
+        path = f"{Path(sys.executable).parent}:{os.environ.get('PATH', '')}"
+        own = {"PATH": path, "SLURM_CONF": f"{folder}/slurm.conf", jobs.MARK: str(folder)}
+        self.environment = jobs.for_jobs(oversubscribe=False) | own
         self.host = socket.gethostname().split(".")[0]
         self.nodes = [self.host] if nodes == 1 else [f"n{index + 1}" for index in range(nodes)]
         self._daemons: list[subprocess.Popen[bytes]] = []
+        self._started = ExitStack()
 
     def start(self) -> None:
-        """Raises Unavailable with the last words of what does not start."""
+        """Skips the test with the last words of what does not start."""
         (self.folder / "state").mkdir()
         key = self.folder / "munge.key"
         key.touch(mode=0o600)
         key.write_bytes(os.urandom(128))
         port, *ports = _free_ports(1 + len(self.nodes))
         nodes = [
-            f"NodeName={node} NodeAddr=127.0.0.1 Port={port} CPUs={self.cpus} State=UNKNOWN"
+            f"NodeName={node} NodeAddr=127.0.0.1 Port={port} CPUs=8 State=UNKNOWN"
             for node, port in zip(self.nodes, ports, strict=True)
         ]
         user = _output(["id", "-un"], self.environment)
         values = {"host": self.host, "port": port, "user": user, "nodes": "\n".join(nodes)}
         (self.folder / "slurm.conf").write_text(_CONF.format(folder=self.folder, **values))
-        (self.folder / "mpi.conf").write_text(
-            "PMIxCliTmpDirBase=/dev/shm\n"
-        )  # which each node has for itself
+        # Each node has one for itself.
+        (self.folder / "mpi.conf").write_text("PMIxCliTmpDirBase=/dev/shm\n")
         (self.folder / "hosts").write_text(f"127.0.0.1 localhost {' '.join({self.host, *self.nodes})}\n")
 
         files = {"socket": "munge.socket", "key-file": "munge.key", "pid-file": "munged.pid"}
@@ -109,13 +111,8 @@ class Slurm:
         if len(self._daemons) > 1:
             with suppress(subprocess.SubprocessError):
                 self.run("scancel", "--user", str(os.getuid()), "--signal=KILL", "--full", limit=5)
-        for daemon in reversed(self._daemons):
-            daemon.terminate()
-            with suppress(subprocess.TimeoutExpired):
-                daemon.wait(5)
-            daemon.kill()
-            daemon.wait()
-        self._end_strays()
+        self._started.close()
+        jobs.end_all(self.folder)
 
     def run(self, *command: str, limit: float = 30, **variables: str) -> str:
         """What a command of Slurm prints; raises CalledProcessError, with what it said, if it fails."""
@@ -124,6 +121,16 @@ class Slurm:
     def submit(self, *arguments: str, **variables: str) -> int:
         """The number of a batch job."""
         return int(self.run("sbatch", "--parsable", *arguments, **variables).split(";")[0])
+
+    def need(self, launcher: str, nodes: int = 1) -> None:
+        """Skips the test where srun lacks what this launcher takes, or there are too few nodes."""
+        if nodes > len(self.nodes):
+            pytest.skip("two nodes on one host take root")
+        if launcher.startswith("srun"):
+            try:
+                self.run(*launcher.split(), "true")
+            except subprocess.CalledProcessError as error:
+                pytest.skip(f"{launcher}: {' '.join(error.stderr.splitlines()[:1])}")
 
     def show(self, job: int | str) -> dict[str, str]:
         return dict(re.findall(r"(\w+)=(\S*)", self.run("scontrol", "-o", "show", "job", str(job))))
@@ -151,17 +158,11 @@ class Slurm:
         before = ["setpriv", "--pdeathsig=KILL"] if shutil.which("setpriv") else []
         if host is not None:
             before += ["unshare", "--uts", "--mount", "sh", "-ec", _HOST, host, f"{self.folder}/hosts"]
-        with (self.folder / f"{name}.out").open("ab") as out:
-            self._daemons.append(
-                subprocess.Popen(
-                    [*before, _find(name), *arguments],
-                    env={**self.environment, **_PMIX},
-                    stdin=subprocess.DEVNULL,
-                    stdout=out,
-                    stderr=out,
-                    start_new_session=True,
-                )
-            )
+        home = self.folder / f"{name}.{host or self.host}"
+        home.mkdir()
+        command = [*before, _find(name), *arguments]
+        start = jobs.started(command, home, {**self.environment, **_PMIX})
+        self._daemons.append(self._started.enter_context(start))
 
     def _registered(self) -> int:
         with suppress(subprocess.SubprocessError):
@@ -172,32 +173,22 @@ class Slurm:
         deadline = time.monotonic() + limit
         while not ready():
             if time.monotonic() > deadline or any(daemon.poll() is not None for daemon in self._daemons):
-                logs = [self.folder / f"{name}.out" for name in names] + [self.folder / "munged.log"]
+                logs = [log for name in names for log in self.folder.glob(f"{name}.*/stderr")]
+                logs += [self.folder / "munged.log"]
                 said = [line for log in logs if log.exists() for line in log.read_text().splitlines()[-2:]]
-                raise Unavailable(f"{' and '.join(names)} did not start: {' | '.join(said)}")
+                pytest.skip(f"{' and '.join(names)} did not start: {' | '.join(said)}")
             time.sleep(0.05)
-
-    def _end_strays(self) -> None:
-        """slurmstepd, and what a job has left, outlive slurmd."""
-        mark = f"SLURM_CONF={self.folder}/slurm.conf".encode()
-        for file in Path("/proc").glob("[0-9]*/environ"):
-            with suppress(OSError):
-                if mark in file.read_bytes().split(b"\0"):
-                    os.kill(int(file.parent.name), signal.SIGKILL)
 
 
 @contextmanager
-def slurm(environment: Mapping[str, str], nodes: int = 1, cpus: int = 8) -> Iterator[Slurm]:
-    """A cluster whose daemons and jobs have ``environment``, which had better be that of no MPI job.
-
-    Raises Unavailable where it is not installed, or this user may not start it.
-    """
+def slurm(nodes: int) -> Iterator[Slurm]:
+    """A cluster. Skips the test where Slurm is not installed, or this user may not start it."""
     if missing := [name for name in (*_DAEMONS, *_CLIENTS) if not _find(name)]:
-        raise Unavailable(f"no {', '.join(missing)} (Debian, Ubuntu: apt install slurm-wlm munge)")
+        pytest.skip(f"no {', '.join(missing)} (Debian, Ubuntu: apt install slurm-wlm munge)")
     # Not in TMPDIR: a socket's path is 107 bytes long at most.
     with tempfile.TemporaryDirectory(prefix="slurm-", dir="/tmp", ignore_cleanup_errors=True) as folder:
         os.chmod(folder, 0o755)  # munged and Slurm want others to be able to look
-        cluster = Slurm(Path(folder), environment, nodes, cpus)
+        cluster = Slurm(Path(folder), nodes)
         try:
             cluster.start()
             yield cluster

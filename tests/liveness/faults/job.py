@@ -18,7 +18,7 @@ SIZE = 4
 
 
 class Job:
-    def __init__(self, folder: Path, case: Case) -> None:
+    def __init__(self, case: Case) -> None:
         from mpi4py import MPI
 
         self.world = MPI.COMM_WORLD
@@ -28,13 +28,12 @@ class Job:
             os.environ.update(case.own_variables)
         import mpisyncbn  # noqa: F401 (as programs do at their top)
 
-        self.folder = folder
         if self.world.size != SIZE:
             raise RuntimeError(f"expected {SIZE} ranks, got {self.world.size}: mpiexec is another library's")
 
     def fault(self) -> None:
         """The time from which the end of the job is measured: now."""
-        (self.folder / f"fault-{os.getpid()}").touch()
+        Path(f"fault-{os.getpid()}").touch()
 
     def step(self, group: Any = None, channels: int = 3, dtype: str = "float32") -> None:
         """One exchange forward, one backward. Collective: every rank of the group must call."""

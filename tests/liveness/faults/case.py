@@ -1,4 +1,9 @@
-"""What a case is, and the list of them."""
+"""What a case is, and the list of them: each a small program of 4 ranks, and how its job must end.
+
+By what happens: a rank does not come (``absences``), ranks do different things (``mismatches``),
+one rank ends (``exceptions``, ``endings``, ``signals``, and with torch ``training``), something was
+wrong from the start (``setups``). And ranks end well: ``completions``.
+"""
 
 from __future__ import annotations
 
@@ -6,7 +11,7 @@ from collections.abc import Callable, Iterable, Mapping
 from importlib import import_module
 from typing import Any, NamedTuple
 
-from .job import Job
+from .job import SIZE, Job
 
 TOPICS = "absences", "mismatches", "exceptions", "endings", "signals", "training", "setups", "completions"
 NOT_ZERO = range(1, 256)
@@ -33,6 +38,13 @@ class Case(NamedTuple):
     @property
     def title(self) -> str:
         return str(self.program.__doc__)
+
+    @property
+    def fault(self) -> str:
+        """The title, with the ranks."""
+        if len(self.at_fault) == SIZE:
+            return f"every rank {self.title}"
+        return f"rank{'s' * (len(self.at_fault) > 1)} {' and '.join(map(str, self.at_fault))} {self.title}"
 
 
 _cases: list[Case] = []
@@ -102,5 +114,5 @@ def case(
 
 def cases() -> list[Case]:
     for topic in TOPICS:
-        import_module(f"fault_cases.{topic}")
+        import_module(f"liveness.faults.{topic}")
     return _cases

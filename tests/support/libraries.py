@@ -1,14 +1,16 @@
-"""MPI libraries: that of the environment, others installed beside it, or anywhere."""
+"""MPI libraries: that of the environment, others installed beside it, Debian's, or anywhere."""
 
 from __future__ import annotations
 
-import os
-import shutil
+import functools
 import subprocess
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import NamedTuple
+
+from support.jobs import find_mpiexec, unlaunched
+from support.ranks import MPI
 
 
 class _Kind(NamedTuple):
@@ -24,7 +26,7 @@ _KINDS = {
     "openmpi": _Kind(
         "Open MPI",
         "libmpi.so.40",
-        {},  # as benchmarks.scaling sets them
+        {},  # as jobs.for_jobs sets them
         {
             "signal": r"process rank {rank} with PID \d+ on node \S+ exited on\s+signal {number} ",
             "exit": r"process rank {rank} with PID|@\d+,{rank}\]\s+Exit code: +{number}\b",
@@ -63,6 +65,7 @@ class Library(NamedTuple):
 
 
 NAMES = tuple(_KINDS)
+_DEBIAN = {"debian-openmpi": "libmpi.so.40", "debian-mpich": "libmpich.so.12"}
 _VENDOR = """
 import mpi4py
 mpi4py.rc.initialize = False
@@ -72,49 +75,60 @@ print(name, ".".join(map(str, version)), sep="|")
 """
 
 
-def find(name: str) -> Library:
-    """``openmpi``, ``mpich`` or ``impi``, or ``mpich=PREFIX``; the environment's own for an empty name.
+def own() -> str:
+    """The name of the environment's; its vendor's, where it is none of ``NAMES``."""
+    vendor = MPI.get_vendor()[0]
+    return next((name for name, kind in _KINDS.items() if kind.vendor == vendor), vendor)
+
+
+@functools.cache
+def find(wanted: str) -> Library:
+    """``openmpi``, ``mpich`` or ``impi``; ``mpich=PREFIX``; ``debian-mpich``.
 
     Raises ValueError where it is not there.
     """
-    name, _, prefix = name.partition("=")
-    own, version = vendor({})
-    mine = next((key for key, kind in _KINDS.items() if kind.vendor == own), "")
-    name = name or mine
+    if wanted in _DEBIAN:
+        return _of_debian(wanted)
+    name, _, prefix = wanted.partition("=")
     if name not in _KINDS:
-        raise ValueError(f"expected some of {', '.join(NAMES)}, got {name or own!r}")
+        raise ValueError(f"expected some of {', '.join([*NAMES, *_DEBIAN])}, got {name!r}")
     kind = _KINDS[name]
-    if name == mine and not prefix:
-        mpiexec = shutil.which("mpiexec")
+    if wanted == own():
+        mpiexec, (vendor, version) = find_mpiexec(), MPI.get_vendor()
         if mpiexec is None:
             raise ValueError("no mpiexec on PATH")
-        return Library(name, f"{own} {version}", mpiexec, kind.variables, kind.words)
+        title = f"{vendor} {'.'.join(map(str, version))}"
+        return Library(name, title, mpiexec, kind.variables, kind.words)
     at = Path(prefix or f"{sys.prefix}/{name}").resolve()
-    variables = {**kind.variables, "MPI4PY_LIBMPI": f"{at}/lib/{kind.file}"}
-    there, version = vendor(variables) if (at / "bin" / "mpiexec").exists() else ("nothing", "")
-    if there != kind.vendor:
-        raise ValueError(f"expected {kind.vendor} in {at}, got {there}")
-    return Library(name, f"{there} {version}", f"{at}/bin/mpiexec", variables, kind.words)
+    return _library(name, f"{at}/bin/mpiexec", {"MPI4PY_LIBMPI": f"{at}/lib/{kind.file}"}, str(at))
 
 
-def debian() -> Iterator[Library]:
-    """Those of Debian's packages that are installed; no other name than these tells them from the rest."""
-    for name, file in (("openmpi", "libmpi.so.40"), ("mpich", "libmpich.so.12")):
-        mpiexec = Path(f"/usr/bin/mpiexec.{name}")
-        for library in Path("/usr/lib").glob(f"*/{file}") if mpiexec.exists() else ():
-            kind = _KINDS[name]
-            link = Path(sys.prefix) / "debian" / kind.file  # the name that mpi4py wants, which MPICH lacks
-            link.parent.mkdir(exist_ok=True)
-            link.unlink(missing_ok=True)
-            link.symlink_to(library)
-            variables = {**kind.variables, "MPI4PY_LIBMPI": str(link), "LD_LIBRARY_PATH": str(link.parent)}
-            title, version = vendor(variables)
-            yield Library(name, f"{title} {version}, Debian's", str(mpiexec), variables, kind.words)
+def _of_debian(wanted: str) -> Library:
+    name, file = wanted.removeprefix("debian-"), _DEBIAN[wanted]
+    library = next(Path("/usr/lib").glob(f"*/{file}"), None)
+    if library is None:
+        raise ValueError(f"no {file} in /usr/lib")
+    link = Path(sys.prefix) / "debian" / _KINDS[name].file  # the name that mpi4py wants, which MPICH lacks
+    link.parent.mkdir(exist_ok=True)
+    link.unlink(missing_ok=True)
+    link.symlink_to(library)
+    variables = {"MPI4PY_LIBMPI": str(link), "LD_LIBRARY_PATH": str(link.parent)}
+    found = _library(name, f"/usr/bin/mpiexec.{name}", variables, "/usr")
+    return found._replace(title=f"{found.title}, Debian's")
 
 
-def vendor(variables: Mapping[str, str]) -> tuple[str, str]:
+def _library(name: str, mpiexec: str, variables: Mapping[str, str], at: str) -> Library:
+    kind = _KINDS[name]
+    variables = {**kind.variables, **variables}
+    found, version = _vendor(variables) if Path(mpiexec).exists() else ("nothing", "")
+    if found != kind.vendor:
+        raise ValueError(f"expected {kind.vendor} in {at}, got {found}")
+    return Library(name, f"{found} {version}", mpiexec, variables, kind.words)
+
+
+def _vendor(variables: Mapping[str, str]) -> tuple[str, str]:
     """Name and version of what mpi4py loads."""
     command = [sys.executable, "-c", _VENDOR]
-    done = subprocess.run(command, env={**os.environ, **variables}, capture_output=True, text=True)
+    done = subprocess.run(command, env={**unlaunched(), **variables}, capture_output=True, text=True)
     name, _, version = done.stdout.strip().partition("|")
     return name, version

@@ -1,0 +1,66 @@
+"""Whether a job ended as its case says."""
+
+from __future__ import annotations
+
+import re
+import signal
+from collections.abc import Iterable
+from typing import NamedTuple
+
+from support.jobs import End
+from support.libraries import Library
+
+from .case import NOT_ZERO, Case
+
+_BROKEN_PIPE = 128 + signal.SIGPIPE
+
+
+class Outcome(NamedTuple):
+    library: str
+    name: str
+    fault: str
+    ok: bool
+    outcome: str  # what the job said first of what it had to, or what is wrong
+    seconds: float | None
+    status: int | None
+    left: int
+    stdout: str
+    stderr: str
+
+
+def judge(case: Case, library: Library, end: End) -> Outcome:
+    said, statuses = case.says, case.statuses
+    if library.name in case.instead and re.search(case.instead[library.name], end.stderr):
+        said, statuses = (case.instead[library.name],), NOT_ZERO
+    patterns = [(pattern, end.stderr) for pattern in said]
+    if case.silent is not None:
+        how, number = case.silent
+        (rank,) = case.at_fault
+        patterns.append((library.words[how].format(rank=rank, number=number), end.stdout + end.stderr))
+    problems = []
+    if end.seconds is None:
+        problems.append("there was no fault")
+    elif end.status is None:
+        problems.append(f"HUNG: no end within {case.limit:g} s")
+    else:
+        right = end.status in statuses or _is_lost(end, library, statuses)
+        problems += [] if right else [f"status {end.status}"]
+        problems += [f"{end.left} processes left behind"] if end.left else []
+        missing = (pattern for pattern, text in patterns if not re.search(pattern, text, re.MULTILINE))
+        problems += [f"not said: {pattern}" for pattern in missing]
+    outcome = "; ".join(problems) or _said(*patterns[0])
+    return Outcome(library.title, case.name, case.fault, not problems, outcome, **end._asdict())
+
+
+def _is_lost(end: End, library: Library, statuses: Iterable[int]) -> bool:
+    """Whether mpiexec broke while it ended the job for a rank, which says the status itself."""
+    words = library.words.get("abort")
+    if end.status != _BROKEN_PIPE or words is None:
+        return False
+    return any(re.search(words.format(number=status), end.stderr) for status in statuses)
+
+
+def _said(pattern: str, text: str) -> str:
+    """The whole line, or lines, of a match."""
+    match = re.search(rf".*(?:{pattern}).*", text, re.MULTILINE)
+    return " ".join(match[0].split()) if match and match[0].strip() else "nothing was said"
