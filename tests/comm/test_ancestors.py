@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import os
-import subprocess
 import sys
 
 import pytest
 
 from mpisyncbn import ancestors, config
-from support.jobs import find_mpiexec, for_jobs
+from support import jobs
 from support.ranks import no_exchange, starts_mpiexec
 
 CHILD = """
@@ -48,15 +47,14 @@ MPI.COMM_WORLD.barrier()
 @starts_mpiexec
 def test_children_of_a_rank(tmp_path):
     """Which a shell has started, and is a rank all the same."""
-    mpiexec = find_mpiexec()
+    mpiexec = jobs.find_mpiexec()
     if mpiexec is None:
         pytest.skip("no mpiexec")
     (tmp_path / "child.py").write_text(CHILD)
     (tmp_path / "rank.py").write_text(RANK)
-    command = [mpiexec, "-n", "2", "bash", "-c", f"{sys.executable} rank.py {mpiexec}; true"]
-    done = subprocess.run(
-        command, cwd=tmp_path, env=for_jobs(), capture_output=True, text=True, timeout=100, check=True
-    )
+    shell = ["bash", "-c", f"{sys.executable} rank.py {mpiexec}; true"]
+    done = jobs.run([mpiexec, "-n", "2", *shell], tmp_path)
+    assert done.status == 0, done
     first, *found = done.stdout.splitlines()
     refused = f"this process is a child of process {first.split()[-1]}"
     assert found == [refused] * 2 + ["trained"] * 3 + [f"RuntimeWarning: {refused}"], done.stderr

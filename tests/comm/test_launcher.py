@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import subprocess
 import sys
 import warnings
 from types import SimpleNamespace
@@ -15,7 +14,6 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 
 import mpisyncbn
 from mpisyncbn import communicator, config, launcher, nodes
-from support.jobs import unlaunched
 from support.ranks import WORLD, once, together
 
 SIZES = ("OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "MV2_COMM_WORLD_SIZE", "FLUX_JOB_SIZE", "JSM_NAMESPACE_SIZE")
@@ -245,7 +243,7 @@ def test_a_torch_group_of_several_mpi_jobs(monkeypatch):
 
 @pytest.mark.full("torchrun takes its time")
 @once("it starts torchrun itself")
-def test_torchrun(tmp_path):
+def test_torchrun(tmp_path, run_job):
     program = tmp_path / "apart.py"
     program.write_text("""
 import sys
@@ -263,15 +261,7 @@ found = [first, error(), error(dist.group.WORLD), error(dist.new_subgroups(1)[0]
 sys.stdout.write(f"{found}\\n")
 dist.destroy_process_group()
 """)
-    command = [
-        sys.executable,
-        "-m",
-        "torch.distributed.run",
-        "--standalone",
-        "--nproc-per-node=2",
-        str(program),
-    ]
-    done = subprocess.run(command, env=unlaunched(), capture_output=True, text=True, timeout=100)
+    done = run_job("-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", str(program))
     said = ["the launcher started 2 ranks (WORLD_SIZE=2)", *["torch.distributed has 2 ranks"] * 2, None]
     assert done.stdout.splitlines() == [str(said)] * 2, done.stderr
 

@@ -7,15 +7,14 @@ import json
 import os
 import shutil
 import signal
-import subprocess
-import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
-from support.jobs import for_jobs, unlaunched
+from support.jobs import End
 from support.ranks import WORLD, starts_mpiexec, together
 
 pytest.importorskip("sklearn")
@@ -65,16 +64,9 @@ def test_resuming_changes_nothing(shared: Path) -> None:
 
 
 @starts_mpiexec
-def test_the_reproducible_mode_is_asked_for_before_mpi_starts() -> None:
+def test_the_reproducible_mode_is_asked_for_before_mpi_starts(run_job: Callable[..., End]) -> None:
     print_it = "import os, sys, train; print(os.environ['I_MPI_CBWR'], 'mpi4py.MPI' in sys.modules)"
-    done = subprocess.run(
-        [sys.executable, "-c", print_it],
-        cwd=Path(train.__file__).parent,
-        env=unlaunched(),
-        capture_output=True,
-        text=True,
-        timeout=100,
-    )
+    done = run_job("-c", print_it)
     assert done.stdout.split() == ["1", "False"], done.stderr
 
 
@@ -103,7 +95,9 @@ EXACT = ["--no-progress", "--float64", "--workers", "0", "--epochs", "1", "--acc
 BATCH = ["--batch", str(1436 // WORLD.size // 4)]
 
 
-def test_a_signal_in_mid_epoch_changes_nothing(shared: Path, signal_at: Any) -> None:
+def test_a_signal_in_mid_epoch_changes_nothing(
+    shared: Path, signal_at: Any, run_job: Callable[..., End]
+) -> None:
     here, there, report = shared / "here.pt", shared / "there.pt", shared / "report.json"
     expected = train.main([*EXACT, *BATCH])
     signal_at(3)  # between two updates: all go on to the next
@@ -112,9 +106,9 @@ def test_a_signal_in_mid_epoch_changes_nothing(shared: Path, signal_at: Any) -> 
     parts, found = torch.load(here), None
     if WORLD.rank == 0:  # at another number of ranks
         shutil.copy(here, there)
-        launcher = ["mpiexec", "-n", "2"] if WORLD.size == 1 else []
-        done = run(launcher, *EXACT, "--checkpoint", str(there), "--resume", "--json", str(report))
-        found = json.loads(report.read_text()) if done.returncode == 0 else done
+        rest = ["--checkpoint", str(there), "--resume", "--json", str(report)]
+        done = run_job(train.__file__, *EXACT, *rest, ranks=2 if WORLD.size == 1 else 0)
+        found = json.loads(report.read_text()) if done.status == 0 else done
     train._signalled.clear()
     resumed = train.main([*EXACT, *BATCH, "--checkpoint", str(here), "--resume"])
     found = WORLD.bcast(found)
@@ -127,40 +121,26 @@ def test_a_signal_in_mid_epoch_changes_nothing(shared: Path, signal_at: Any) -> 
         assert found["epochs"][0]["loss"] == pytest.approx(expected[0]["loss"], rel=1e-10)
 
 
-@starts_mpiexec
-def test_exit_status(shared: Path) -> None:
-    """75 from every launcher of MPI, without a word of a rank that failed."""
-    program = shared / "program.py"
-    program.write_text(SIGNALLED.format(folder=str(Path(train.__file__).parent)))
-    done = run(["mpiexec", "-n", "2"], *QUICK, "--checkpoint", str(shared / "run.pt"), program=program)
-    assert done.returncode == train.TRY_AGAIN
-    assert "mpisyncbn" not in done.stderr
-    assert torch.load(shared / "run.pt")["step"] == 1
-
-
 # Every rank is told before its first step; the script is run as __main__.
 SIGNALLED = """
-import os, runpy, signal, sys
+import os, runpy, signal
 import torch
-sys.path.insert(0, {folder!r})
 class Told(torch.optim.SGD):
     def __init__(self, *args, **kwargs):
         super().__init__(*args, **kwargs)
         os.kill(os.getpid(), signal.SIGUSR1)
 torch.optim.SGD = Told
-runpy.run_path({folder!r} + "/train.py", run_name="__main__")
+runpy.run_module("train", run_name="__main__")
 """
 
 
-def run(launcher: list[str], *arguments: str, program: Path = Path(train.__file__)) -> Any:
-    """train.py in a job of its own."""
-    return subprocess.run(
-        [*launcher, sys.executable, str(program), *arguments],
-        env=for_jobs() | {"PRTE_MCA_rmaps_default_mapping_policy": ":oversubscribe"},
-        capture_output=True,
-        text=True,
-        timeout=100,
-    )
+@starts_mpiexec
+def test_exit_status(tmp_path: Path, run_job: Callable[..., End]) -> None:
+    """75 from every launcher of MPI, without a word of a rank that failed."""
+    done = run_job("-c", SIGNALLED, *QUICK, "--checkpoint", "run.pt", ranks=2)
+    assert done.status == train.TRY_AGAIN
+    assert "mpisyncbn" not in done.stderr
+    assert torch.load(tmp_path / "run.pt")["step"] == 1
 
 
 imports = pytest.mark.skipif(WORLD.size > 2, reason="each worker imports torch: too slow for many ranks")

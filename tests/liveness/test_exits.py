@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
-from support.jobs import ROOT, unlaunched
+from support.jobs import End
 from support.ranks import once
 
-one_rank = once("it starts a program of its own")
+pytestmark = once("it starts a program of its own")
 
 BEGINNING = """
 import atexit, sys
@@ -61,7 +60,7 @@ PROGRAMS = {
     "an exception": ("1 / 0", 1, 1),
     "an exception with a finally": ("try:\n    1 / 0\nfinally:\n    x = 1", 1, 1),
     "an exception raised again": ("try:\n    1 / 0\nexcept ZeroDivisionError:\n    raise", 1, 1),
-    "an interrupt": ("raise KeyboardInterrupt", 130, -2),
+    "an interrupt": ("raise KeyboardInterrupt", 130, 130),
     "an exception for a hook of the program's": ("sys.excepthook = lambda *_: print('mine')\n1 / 0", 1, 1),
     "an exception, and a hook that exits": ("sys.excepthook = lambda *_: sys.exit(3)\n1 / 0", 3, 3),
     "an exception that somebody only looked at": (
@@ -92,36 +91,46 @@ PROGRAMS = {
 }
 
 
-@one_rank
+WAYS = {"file": ["program.py"], "module": ["-m", "program"], "inspected": ["-i", "program.py"]}
+
+
+@pytest.fixture
+def run(run_job: Callable[..., End], tmp_path: Path) -> Callable[..., End]:
+    """``run(text, way="file", **variables)``: a program in a file, or as a module, or a command."""
+
+    def start(text: str, way: str = "file", **variables: str) -> End:
+        (tmp_path / "program.py").write_text(text)
+        return run_job(*WAYS.get(way, ["-c", text]), variables=variables)
+
+    return start
+
+
 @pytest.mark.parametrize("name", PROGRAMS)
-def test_a_program_knows_how_it_ends(name, tmp_path):
+def test_a_program_knows_how_it_ends(name, run):
     text, told, status = PROGRAMS[name]
-    done = run(BEGINNING + text, tmp_path)
+    done = run(BEGINNING + text)
     assert f"status {told}" in done.stdout.splitlines()
-    assert done.returncode == status
+    assert done.status == status
     assert ("mine" in done.stdout.splitlines()) == ("for a hook" in name)
 
 
-@one_rank
 @pytest.mark.parametrize("way", ["module", "command"])
 @pytest.mark.parametrize(
     "name", ["sys.exit(5)", "raise SystemExit('why')", "an exception raised again", "a caught sys.exit"]
 )
-def test_a_program_run_otherwise_knows_how_it_ends(name, way, tmp_path):
+def test_a_program_run_otherwise_knows_how_it_ends(name, way, run):
     text, told, status = PROGRAMS[name]
-    done = run(BEGINNING + text, tmp_path, way)
-    assert (done.stdout, done.returncode) == (f"status {told}\n", status)
+    done = run(BEGINNING + text, way)
+    assert (done.stdout, done.status) == (f"status {told}\n", status)
 
 
-@one_rank
-def test_under_i_nothing_is_over(tmp_path):
+def test_under_i_nothing_is_over(run):
     for text in ("1 / 0", "raise SystemExit(7)"):
-        done = run(BEGINNING + text, tmp_path, "inspected")
-        assert (done.stdout, done.returncode) == ("status 0\n", 0)
+        done = run(BEGINNING + text, "inspected")
+        assert (done.stdout, done.status) == ("status 0\n", 0)
 
 
-@one_rank
-def test_the_code_of_an_exit_is_what_it_was(tmp_path):
+def test_the_code_of_an_exit_is_what_it_was(run):
     """In all that a program may do with it."""
     text = """
 error = SystemExit(7)
@@ -133,13 +142,12 @@ try:
 except SystemExit as error:
     print(error.code, error.args, sys.exit.__name__)
 """
-    done = run(BEGINNING + text, tmp_path)
+    done = run(BEGINNING + text)
     expected = ["7 None (1, 2) exception code", "8 (7,)", "None () exit", "status 0"]
     assert done.stdout.splitlines() == expected
 
 
-@one_rank
-def test_a_program_knows_when_it_is_over(tmp_path):
+def test_a_program_knows_when_it_is_over(run):
     """A thread of it may go on, and Python waits for that."""
     text = """
 import threading, time
@@ -153,41 +161,20 @@ release = threading.Event()
 threading.Thread(target=look).start()
 release.wait()
 """
-    done = run(BEGINNING + text + "1 / 0", tmp_path)
+    done = run(BEGINNING + text + "1 / 0")
     assert done.stdout.splitlines() == ["False", "1 over", "status 1"]
 
 
-@one_rank
 @pytest.mark.parametrize("launched", [False, True])
-def test_a_process_that_no_launcher_started_is_left_alone(launched, tmp_path):
+def test_a_process_that_no_launcher_started_is_left_alone(launched, run):
     text = "import sys\nbefore = sys.exit, vars(SystemExit)['code']\nimport mpisyncbn\n"
     text += "print(before == (sys.exit, vars(SystemExit)['code']))"
-    done = run(text, tmp_path, **({"OMPI_COMM_WORLD_SIZE": "4"} if launched else {}))
+    done = run(text, **({"OMPI_COMM_WORLD_SIZE": "4"} if launched else {}))
     assert done.stdout.split() == [str(not launched)]
 
 
-@one_rank
-def test_one_rank_ends_as_ever(tmp_path):
+def test_one_rank_ends_as_ever(run):
     """A world of one has nobody to wait: no abort, no word."""
-    done = run("import mpisyncbn.exits\nmpisyncbn.exits.install()\nfrom mpi4py import MPI\n1 / 0", tmp_path)
-    assert done.returncode == 1
+    done = run("import mpisyncbn.exits\nmpisyncbn.exits.install()\nfrom mpi4py import MPI\n1 / 0")
+    assert done.status == 1
     assert done.stderr.rstrip().endswith("ZeroDivisionError: division by zero")
-
-
-WAYS = {"file": ["program.py"], "module": ["-m", "program"], "inspected": ["-i", "program.py"]}
-
-
-def run(text: str, folder: Path, way: str = "file", **more: str) -> subprocess.CompletedProcess[str]:
-    """A program in a file, run by itself or as a module, or on the command line."""
-    (folder / "program.py").write_text(text)
-    environment = unlaunched()
-    return subprocess.run(
-        [sys.executable, *WAYS.get(way, ["-c", text])],
-        cwd=folder,
-        env={**environment, "PYTHONPATH": str(ROOT), **more},
-        stdin=subprocess.DEVNULL,
-        capture_output=True,
-        text=True,
-        timeout=60,
-        check=False,
-    )

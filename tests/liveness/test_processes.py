@@ -3,14 +3,11 @@
 from __future__ import annotations
 
 import gc
-import os
-import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
-from unittest import mock
 
 import pytest
 import torch
@@ -19,9 +16,8 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 import mpisyncbn
-from benchmarks import scaling
 from mpisyncbn import CollectiveMismatchError, Communicator, SyncBatchNorm
-from support.jobs import find_mpiexec, run_alone, unlaunched
+from support.jobs import End, run_alone
 from support.oracle import bits_equal_on_all_ranks, distance, local_batch, oracle, shard
 from support.ranks import WORLD, starts_mpiexec, together
 
@@ -29,26 +25,6 @@ RANK, SIZE = WORLD.rank, WORLD.size
 needs_threads = pytest.mark.skipif(
     MPI.Query_thread() < MPI.THREAD_MULTIPLE, reason="MPI takes one thread at a time"
 )
-
-
-def job(code: str, ranks: int = 2) -> subprocess.CompletedProcess[str]:
-    """``code`` on so many ranks, as if nobody had started this process by mpiexec."""
-    mpiexec = find_mpiexec()
-    if mpiexec is None:
-        pytest.skip("no mpiexec")
-    kept = unlaunched()
-    with mock.patch.dict(os.environ, kept, clear=True):
-        variables = scaling.environment()
-    return subprocess.run(
-        [mpiexec, "-n", str(ranks), sys.executable, "-W", "error", "-c", code],
-        env=variables,
-        stdin=subprocess.DEVNULL,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        timeout=100,
-        check=False,
-    )
 
 
 # Threads.
@@ -274,12 +250,12 @@ ENDS = {
 
 @starts_mpiexec
 @pytest.mark.parametrize("end", ENDS)
-def test_the_end(end: str) -> None:
+def test_the_end(end: str, run_job: Callable[..., End]) -> None:
     first, last, printed = ENDS[end]
-    done = job(BEGIN.format(first=first) + last)
+    done = run_job("-W", "error", "-c", BEGIN.format(first=first) + last, ranks=2)
     expected = f"trained\n{printed}" * 2
     assert sorted(done.stdout.splitlines()) == sorted(expected.splitlines()), done.stdout
-    assert done.returncode == 0
+    assert (done.status, done.stderr) == (0, "")
 
 
 @pytest.mark.parametrize("last", ["os._exit(0)", "sys.exit(0)"], ids=["os._exit", "never finalized"])

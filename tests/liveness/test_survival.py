@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import shutil
-import subprocess
 import sys
+from collections.abc import Callable
 from types import SimpleNamespace
 
 import pytest
@@ -13,40 +12,24 @@ from mpi4py import MPI
 
 import mpisyncbn
 import survive
-from benchmarks import scaling
-from support.jobs import ROOT, unlaunched
+from support import jobs
 from support.ranks import starts_mpiexec
 
 pytestmark = starts_mpiexec
 REVOKES = "from mpi4py import MPI; c = MPI.COMM_WORLD.Dup(); c.Revoke(); print('revoked', c.Is_revoked())"
 
 
-def launch(ranks: int, *arguments: str) -> str:
-    """What the ranks of a fault-tolerant job print: it ends with what they say, not with how mpiexec does."""
-    mpiexec = shutil.which("mpiexec")
-    if mpiexec is None:
-        return "no mpiexec on PATH"
-    stripped = unlaunched()
-    command = [mpiexec, "--with-ft", "ulfm", "-n", str(ranks), sys.executable, *arguments]
-    return subprocess.run(
-        ["timeout", "--kill-after=10", "120", *command],  # TERM, at which mpiexec ends its ranks
-        env=stripped | scaling._OVERSUBSCRIBED | scaling._ROOT,
-        stdin=subprocess.DEVNULL,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        timeout=150,
-        check=False,
-    ).stdout
-
-
 @pytest.fixture(scope="module")
-def fault_tolerant() -> None:
-    if "revoked True" not in launch(1, "-c", REVOKES):
+def ulfm(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
+    """What starts a fault-tolerant job."""
+    start = [jobs.find_mpiexec() or "false", "--with-ft", "ulfm"]
+    tried = jobs.run([*start, "-n", "1", sys.executable, "-c", REVOKES], tmp_path_factory.mktemp("ulfm"))
+    if "revoked True" not in tried.stdout:
         pytest.skip("mpiexec has no --with-ft ulfm, or MPI no Revoke()")
+    return start
 
 
-@pytest.mark.usefixtures("fault_tolerant")
+@pytest.mark.full("a job with two losses takes seconds")
 @pytest.mark.parametrize(
     ("ranks", "steps", "moments", "dtype"),
     [
@@ -56,10 +39,18 @@ def fault_tolerant() -> None:
     ],
 )
 def test_two_of_four_are_killed(
-    ranks: tuple[int, int], steps: tuple[int, int], moments: tuple[str, str], dtype: str
+    ranks: tuple[int, int],
+    steps: tuple[int, int],
+    moments: tuple[str, str],
+    dtype: str,
+    ulfm: list[str],
+    run_job: Callable[..., jobs.End],
 ) -> None:
+    """The job ends with what its ranks say, not with how mpiexec does."""
     kills = ["--kill-rank", *map(str, ranks), "--kill-step", *map(str, steps), "--at", *moments]
-    printed = launch(4, str(ROOT / "scripts" / "survive.py"), *kills, "--dtype", dtype)
+    program = [str(jobs.ROOT / "scripts" / "survive.py"), *kills, "--dtype", dtype]
+    end = run_job(*program, ranks=4, launcher=ulfm, limit=120.0)
+    printed = end.stdout + end.stderr
     left = [rank for rank in range(4) if rank not in ranks]
     assert printed.count("\nok ") == 6, printed
     assert "WRONG" not in printed, printed
