@@ -9,7 +9,7 @@ import threading
 from typing import Any
 
 from .case import case, missing, traceback, waits
-from .job import Job, sleep
+from .job import SIZE, Job, sleep
 
 SECONDS = 3
 
@@ -19,7 +19,13 @@ def _deadline(**variables: str) -> dict[str, Any]:
     return {"status": 124, "limit": SECONDS + 5, "variables": variables}
 
 
-@case(2, says=[*waits(0, 1, 3), *missing(2, "sleep")], **_deadline())
+def absent(rank: int, *says: str, **variables: str) -> Any:
+    """A case in which all others wait for the rank."""
+    others = (each for each in range(SIZE) if each != rank)
+    return case(rank, says=[*waits(*others), *says], **_deadline(**variables))
+
+
+@absent(2, *missing(2, "sleep"))
 def skips_a_layer(job: Job) -> None:
     """skips a layer and sleeps"""
     job.steps()
@@ -30,17 +36,13 @@ def skips_a_layer(job: Job) -> None:
     sleep() if job.is_at_fault else job.train()
 
 
-@case(0, says=[*waits(1, 2, 3), *missing(0, "sleep")], **_deadline())
+@absent(0, *missing(0, "sleep"))
 def sleeps(job: Job) -> None:
     """sleeps between two steps"""
-    job.steps()
-    if job.is_at_fault:
-        job.fault()
-        sleep()
-    job.train()
+    job.after_steps(sleep)
 
 
-@case(1, says=[*waits(0, 2, 3), *missing(1, "endless_loop")], **_deadline())
+@absent(1, *missing(1, "endless_loop"))
 def endless_loop(job: Job) -> None:
     """runs an endless loop in Python"""
     job.steps()
@@ -52,7 +54,7 @@ def endless_loop(job: Job) -> None:
     job.train()
 
 
-@case(3, says=[*waits(0, 1, 2), *missing(3, "locked_twice")], **_deadline())
+@absent(3, *missing(3, "locked_twice"))
 def locked_twice(job: Job) -> None:
     """waits for a threading.Lock that it holds"""
     job.steps()
@@ -64,18 +66,10 @@ def locked_twice(job: Job) -> None:
     job.train()
 
 
-@case(
-    2,
-    says=[*waits(0, 1, 3), r"^  rank 2 on \S+ is missing: no answer, its process \d+ is stopped"],
-    **_deadline(),
-)
+@absent(2, r"^  rank 2 on \S+ is missing: no answer, its process \d+ is stopped")
 def stopped(job: Job) -> None:
     """is stopped by SIGSTOP"""
-    job.steps()
-    if job.is_at_fault:
-        job.fault()
-        os.kill(os.getpid(), signal.SIGSTOP)
-    job.train()
+    job.after_steps(lambda: os.kill(os.getpid(), signal.SIGSTOP))
 
 
 @case(
@@ -97,7 +91,7 @@ def groups_crossed(job: Job) -> None:
     job.train()
 
 
-@case(0, says=[*waits(1, 2, 3), *missing(0, "receives")], **_deadline())
+@absent(0, *missing(0, "receives"))
 def receives(job: Job) -> None:
     """waits in its own COMM_WORLD.recv"""
     job.steps()
@@ -107,14 +101,10 @@ def receives(job: Job) -> None:
     job.train()
 
 
-@case(
+@absent(
     1,
-    says=[
-        *waits(0, 2, 3),
-        "mpisyncbn: the other ranks could not be asked before the first exchange\n"
-        r"  rank 1 has not come: its process \d+ is alive$",
-    ],
-    **_deadline(),
+    "mpisyncbn: the other ranks could not be asked before the first exchange\n"
+    r"  rank 1 has not come: its process \d+ is alive$",
 )
 def never_begins(job: Job) -> None:
     """sleeps before its first exchange"""
@@ -124,7 +114,7 @@ def never_begins(job: Job) -> None:
     job.train()
 
 
-@case(3, says=[*waits(0, 1, 2), *missing(3, "in_a_barrier")], **_deadline())
+@absent(3, *missing(3, "in_a_barrier"))
 def in_a_barrier(job: Job) -> None:
     """goes on to its own COMM_WORLD.barrier"""
     job.steps()
@@ -134,7 +124,7 @@ def in_a_barrier(job: Job) -> None:
     job.train()
 
 
-@case(2, says=[*waits(0, 1, 3), *missing(2, "sleep")], **_deadline())
+@absent(2, *missing(2, "sleep"))
 def in_threads(job: Job) -> None:
     """sleeps in a thread; all ranks run their steps in one"""
     job.steps()
@@ -168,7 +158,7 @@ def one_group_of_two(job: Job) -> None:
     job.train(lambda: job.step(group))
 
 
-@case(1, says=[*waits(0, 2, 3), *missing(1, "sleep")], **_deadline())
+@absent(1, *missing(1, "sleep"))
 def gathers(job: Job) -> None:
     """sleeps while layers in float64 gather"""
     job.step(dtype="float64")
@@ -178,31 +168,19 @@ def gathers(job: Job) -> None:
     job.train(lambda: job.step(dtype="float64"))
 
 
-@case(
-    0,
-    says=[*waits(1, 2, 3), *missing(0, "sleep")],
-    **_deadline(MPISYNCBN_DEBUG="1"),
-)
+@absent(0, *missing(0, "sleep"), MPISYNCBN_DEBUG="1")
 def in_debug_mode(job: Job) -> None:
     """sleeps, with MPISYNCBN_DEBUG=1"""
-    job.steps()
-    if job.is_at_fault:
-        job.fault()
-        sleep()
-    job.train()
+    job.after_steps(sleep)
 
 
-@case(2, says=[*waits(0, 1, 3), r"^  rank 2 on \S+ is missing: no answer, its process"], **_deadline())
+@absent(2, r"^  rank 2 on \S+ is missing: no answer, its process")
 def holds_python(job: Job) -> None:
     """is in C code that keeps Python to itself"""
-    job.steps()
-    if job.is_at_fault:
-        job.fault()
-        re.match(r"(a+)+$", "a" * 64 + "b")
-    job.train()
+    job.after_steps(lambda: re.match(r"(a+)+$", "a" * 64 + "b"))
 
 
-@case(3, says=[*waits(0, 1, 2), "RuntimeError: no more of it", *missing(3, "goes_on")], **_deadline())
+@absent(3, "RuntimeError: no more of it", *missing(3, "goes_on"))
 def thread_goes_on(job: Job) -> None:
     """raises, and a thread of it keeps Python from its end"""
 
@@ -217,29 +195,17 @@ def thread_goes_on(job: Job) -> None:
     job.train()
 
 
-@case(
-    1,
-    says=[*waits(0, 2, 3), "mpisyncbn: the other ranks could not be asked"],
-    **_deadline(MPI4PY_RC_THREAD_LEVEL="serialized"),
-)
+@absent(1, "mpisyncbn: the other ranks could not be asked", MPI4PY_RC_THREAD_LEVEL="serialized")
 def serialized(job: Job) -> None:
     """sleeps, where MPI is for one thread at a time, so that no other rank can be asked"""
-    job.steps()
-    if job.is_at_fault:
-        job.fault()
-        sleep()
-    job.train()
+    job.after_steps(sleep)
 
 
-@case(
+@absent(
     1,
-    says=[
-        *waits(0, 2, 3),
-        *missing(1, "sleep"),
-        r"number \d+, backward of ModuleDict: first \(3 channels",
-        traceback("hook"),
-    ],
-    **_deadline(),
+    *missing(1, "sleep"),
+    r"number \d+, backward of ModuleDict: first \(3 channels",
+    traceback("hook"),
 )
 def in_backward(job: Job) -> None:
     """sleeps in a hook of backward, ahead of a named layer"""

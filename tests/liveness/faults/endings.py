@@ -12,12 +12,8 @@ from .case import NOT_ZERO, case, ends_job, has_left, missing, waits
 from .job import Job, sleep
 
 
-def _after_steps(job: Job) -> bool:
-    """Whether this rank is the one to end."""
-    job.steps()
-    if job.is_at_fault:
-        job.fault()
-    return job.is_at_fault
+def _raise(code: object) -> NoReturn:
+    raise SystemExit(code)
 
 
 def _not_there(rank: int) -> list[str]:
@@ -30,9 +26,7 @@ def _not_there(rank: int) -> list[str]:
 @case(1, says=[ends_job(1, 5)], status=5)
 def exit_5(job: Job) -> None:
     """calls sys.exit(5)"""
-    if _after_steps(job):
-        sys.exit(5)
-    job.train()
+    job.after_steps(lambda: sys.exit(5))
 
 
 @case(3, says=[ends_job(3, 5)], status=5)
@@ -47,43 +41,31 @@ def exit_5_first(job: Job) -> None:
 @case(0, says=["no such data", ends_job(0)], status=1)
 def exit_text(job: Job) -> None:
     """calls sys.exit("no such data")"""
-    if _after_steps(job):
-        sys.exit("no such data")
-    job.train()
+    job.after_steps(lambda: sys.exit("no such data"))
 
 
 @case(2, says=[ends_job(2, 3)], status=3)
 def raise_exit_3(job: Job) -> None:
     """raises SystemExit(3)"""
-    if _after_steps(job):
-        raise SystemExit(3)
-    job.train()
-
-
-def _raise_exit_7(job: Job) -> None:
-    if _after_steps(job):
-        raise SystemExit(7)
-    job.world.barrier()
+    job.after_steps(lambda: _raise(3))
 
 
 @case(1, says=[ends_job(1, 7)], status=7)
 def raise_exit_7(job: Job) -> None:
     """raises SystemExit(7); the others wait in their own COMM_WORLD.barrier"""
-    _raise_exit_7(job)
+    job.after_steps(lambda: _raise(7), job.world.barrier)
 
 
 @case(1, says=[ends_job(1, 7)], status=7, under=("-m", "mpi4py"))
 def raise_exit_7_under_mpi4py(job: Job) -> None:
     """raises SystemExit(7), under python -m mpi4py; the others wait in their own COMM_WORLD.barrier"""
-    _raise_exit_7(job)
+    job.after_steps(lambda: _raise(7), job.world.barrier)
 
 
 @case(3, says=["no such data", ends_job(3)], status=1)
 def raise_exit_text(job: Job) -> None:
     """raises SystemExit("no such data"); the others wait in their own COMM_WORLD.barrier"""
-    if _after_steps(job):
-        raise SystemExit("no such data")
-    job.world.barrier()
+    job.after_steps(lambda: _raise("no such data"), job.world.barrier)
 
 
 @case(0, says=[ends_job(0, 7)], status=7)
@@ -98,9 +80,7 @@ def raise_exit_7_first(job: Job) -> None:
 @case(2, says=[ends_job(2, 7)], status=7)
 def builtin_exit(job: Job) -> None:
     """calls the builtin exit(7); the others wait in their own COMM_WORLD.barrier"""
-    if _after_steps(job):
-        builtins.exit(7)
-    job.world.barrier()
+    job.after_steps(lambda: builtins.exit(7), job.world.barrier)
 
 
 @case(0, says=["ZeroDivisionError", ends_job(0, 3)], status=3)
@@ -112,20 +92,15 @@ def hook_exits(job: Job) -> None:
         sys.exit(3)
 
     sys.excepthook = hook
-    if _after_steps(job):
-        1 / 0  # noqa: B018
-    job.world.barrier()
+    job.after_steps(lambda: 1 / 0, job.world.barrier)
 
 
 @case(1, says=[r"(?i:abort).*rank 1\b|MPI_Abort\(MPI_COMM_WORLD, 7\) - process 1"], status=7)
 def abort_status(job: Job) -> None:
     """calls mpi4py.run.set_abort_status(7) and ends; the others wait in their own COMM_WORLD.barrier"""
-    if _after_steps(job):
-        from mpi4py.run import set_abort_status
+    from mpi4py.run import set_abort_status
 
-        set_abort_status(7)
-    else:
-        job.world.barrier()
+    job.after_steps(lambda: set_abort_status(7), job.world.barrier)
 
 
 @case(
@@ -140,16 +115,13 @@ def abort_status(job: Job) -> None:
 )
 def never_ends(job: Job) -> None:
     """sleeps where the others have come to their end"""
-    if _after_steps(job):
-        sleep()
+    job.after_steps(sleep, lambda: None)
 
 
 @case(1, says=[has_left(1)], status=1)
 def exit_0(job: Job) -> None:
     """calls sys.exit(0), early"""
-    if _after_steps(job):
-        sys.exit(0)
-    job.train()
+    job.after_steps(lambda: sys.exit(0))
 
 
 @case(
@@ -200,33 +172,24 @@ def fewer_batches(job: Job) -> None:
 @case(0, says=[has_left(0)], status=1)
 def finalizes(job: Job) -> None:
     """calls MPI.Finalize() early, and ends"""
-    if _after_steps(job):
-        from mpi4py import MPI
+    from mpi4py import MPI
 
-        MPI.Finalize()
-        return
-    job.train()
+    job.after_steps(MPI.Finalize)
 
 
 @case(1, says=[r"(?i:abort).*rank 1\b"], status=9)
 def aborts(job: Job) -> None:
     """calls COMM_WORLD.Abort(9) itself"""
-    if _after_steps(job):
-        job.world.Abort(9)
-    job.train()
+    job.after_steps(lambda: job.world.Abort(9))
 
 
 @case(2, silent=("exit", 0), status=NOT_ZERO)
 def os_exit_0(job: Job) -> None:
     """calls os._exit(0), which runs nothing"""
-    if _after_steps(job):
-        os._exit(0)
-    job.train()
+    job.after_steps(lambda: os._exit(0))
 
 
 @case(1, silent=("exit", 3), status=NOT_ZERO)
 def os_exit_3(job: Job) -> None:
     """calls os._exit(3), which runs nothing"""
-    if _after_steps(job):
-        os._exit(3)
-    job.train()
+    job.after_steps(lambda: os._exit(3))

@@ -47,6 +47,15 @@ class Job:
         for _ in range(count):
             self.step()
 
+    def after_steps(self, action: Callable[[], object], others: Callable[[], object] | None = None) -> None:
+        """The ranks at fault do ``action`` after three steps; the others train, or do ``others``."""
+        self.steps()
+        if self.is_at_fault:
+            self.fault()
+            action()
+        else:
+            (others or self.train)()
+
     def train(self, step: Callable[[], object] | None = None) -> NoReturn:
         """For ever: a job ends for the fault alone."""
         for _ in itertools.count():

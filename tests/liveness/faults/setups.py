@@ -39,11 +39,7 @@ def transport(job: Job) -> None:
 @case(0, says=[r"MPISyncBNError: .*\bfork", "the child ended with status 1", ends_job(0)], status=1)
 def forked(job: Job) -> None:
     """uses a layer in a forked child"""
-    job.steps()
-    if job.is_at_fault:
-        job.fault()
-        _wait_for(multiprocessing.get_context("fork").Process(target=job.step))
-    job.train()
+    job.after_steps(lambda: _wait_for(multiprocessing.get_context("fork").Process(target=job.step)))
 
 
 @case(

@@ -11,11 +11,7 @@ from .job import Job
 
 
 def _get(job: Job, number: signal.Signals) -> None:
-    job.steps()
-    if job.is_at_fault:
-        job.fault()
-        os.kill(os.getpid(), number)
-    job.train()
+    job.after_steps(lambda: os.kill(os.getpid(), number))
 
 
 @case(2, silent=("signal", 9), status=NOT_ZERO)
@@ -39,8 +35,4 @@ def sigint(job: Job) -> None:
 @case(0, silent=("signal", 11), status=NOT_ZERO)
 def sigsegv(job: Job) -> None:
     """reads at address 0: SIGSEGV"""
-    job.steps()
-    if job.is_at_fault:
-        job.fault()
-        ctypes.string_at(0)
-    job.train()
+    job.after_steps(lambda: ctypes.string_at(0))
