@@ -1,4 +1,4 @@
-"""A plug-in (-p support.tables) that prints what tests record as "row", in place of pytest's own words.
+"""pytest with a plug-in that prints what tests record as "row": ``python -m support.tables ARGUMENTS``.
 
 The table is that of tests/liveness/test_faults.py, or with ``--nodes`` of test_launchers.py.
 """
@@ -173,3 +173,8 @@ def _cell(row: Any) -> str:
     if row.status is None or row.seconds is None:
         return row.outcome
     return f"{row.seconds:.1f} s, {row.status}" + ("" if row.ok else " (FAIL)")
+
+
+if __name__ == "__main__":
+    status = int(pytest.main(["-p", "support.tables", "-p", "no:cacheprovider", *sys.argv[1:]]))
+    sys.exit(2 if status == pytest.ExitCode.USAGE_ERROR else status)
