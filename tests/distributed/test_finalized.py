@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from support.jobs import run_alone
+from support.ranks import no_exchange
 
+pytestmark = no_exchange
 BEGIN = """
 import gc, torch, torch.distributed as dist, mpisyncbn
 from mpi4py import MPI

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 import soak
-from support.ranks import WORLD, together
+from support.ranks import WORLD, together, up_to_two
 
 
 @pytest.fixture(autouse=True)
@@ -35,6 +35,8 @@ def test_a_short_run() -> None:
         assert grown.objects < 100
 
 
+@pytest.mark.full("hundreds of exchanges")
+@up_to_two
 @pytest.mark.parametrize("leaks", [True, False])
 def test_the_verdict(
     leaks: bool, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]

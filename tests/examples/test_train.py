@@ -95,6 +95,7 @@ EXACT = ["--no-progress", "--float64", "--workers", "0", "--epochs", "1", "--acc
 BATCH = ["--batch", str(1436 // WORLD.size // 4)]
 
 
+@pytest.mark.full("it trains four times")
 def test_a_signal_in_mid_epoch_changes_nothing(
     shared: Path, signal_at: Any, run_job: Callable[..., End]
 ) -> None:
@@ -134,6 +135,7 @@ runpy.run_module("train", run_name="__main__")
 """
 
 
+@pytest.mark.full("a job of its own")
 @starts_mpiexec
 def test_exit_status(tmp_path: Path, run_job: Callable[..., End]) -> None:
     """75 from every launcher of MPI, without a word of a rank that failed."""

@@ -19,9 +19,10 @@ import mpisyncbn
 from mpisyncbn import CollectiveMismatchError, Communicator, SyncBatchNorm
 from support.jobs import End, run_alone
 from support.oracle import bits_equal_on_all_ranks, distance, local_batch, oracle, shard
-from support.ranks import WORLD, starts_mpiexec, together
+from support.ranks import WORLD, no_exchange, starts_mpiexec, together
 
 RANK, SIZE = WORLD.rank, WORLD.size
+full = pytest.mark.full("thousands, or one job each")
 needs_threads = pytest.mark.skipif(
     MPI.Query_thread() < MPI.THREAD_MULTIPLE, reason="MPI takes one thread at a time"
 )
@@ -248,8 +249,11 @@ ENDS = {
 }
 
 
+QUICK = "layers outlive MPI", "an exchange in the last handler"
+
+
 @starts_mpiexec
-@pytest.mark.parametrize("end", ENDS)
+@pytest.mark.parametrize("end", [each if each in QUICK else pytest.param(each, marks=full) for each in ENDS])
 def test_the_end(end: str, run_job: Callable[..., End]) -> None:
     first, last, printed = ENDS[end]
     done = run_job("-W", "error", "-c", BEGIN.format(first=first) + last, ranks=2)
@@ -258,6 +262,7 @@ def test_the_end(end: str, run_job: Callable[..., End]) -> None:
     assert (done.status, done.stderr) == (0, "")
 
 
+@no_exchange
 @pytest.mark.parametrize("last", ["os._exit(0)", "sys.exit(0)"], ids=["os._exit", "never finalized"])
 def test_an_end_without_mpi(last: str) -> None:
     """Of one process: where there are more, mpiexec ends the job and says why."""
@@ -310,6 +315,7 @@ def use(group: Any) -> None:
     SyncBatchNorm(3, process_group=group)(x)
 
 
+@full
 @pytest.mark.parametrize("given", ["None", "COMM_WORLD", "a communicator"])
 def test_many_layers_of_one_group(given: str, duplicates: Duplicates) -> None:
     comm = {"None": None, "COMM_WORLD": WORLD}.get(given, WORLD.Dup())
@@ -320,6 +326,7 @@ def test_many_layers_of_one_group(given: str, duplicates: Duplicates) -> None:
     assert duplicates.alive <= 2
 
 
+@full
 def test_many_communicators_that_are_dropped(duplicates: Duplicates) -> None:
     for _ in range(MANY):
         use(Communicator())
@@ -329,6 +336,7 @@ def test_many_communicators_that_are_dropped(duplicates: Duplicates) -> None:
     assert duplicates.alive < 100
 
 
+@full
 def test_many_communicators_that_the_user_frees(duplicates: Duplicates) -> None:
     for _ in range(FEW):
         comm = WORLD.Split(RANK % 2)
