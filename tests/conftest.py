@@ -9,6 +9,7 @@ import os
 import sys
 import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -16,9 +17,10 @@ import pytest
 import torch
 from hypothesis import HealthCheck, settings
 
-from mpisyncbn import Communicator
+from mpisyncbn import Communicator, buffers, init_process_group
 from support import jobs, libraries
 from support.ranks import WORLD, together
+from support.recorder import Recorder
 
 # The same examples on every rank, none of them remembered between runs, and no limit on their
 # time: an oversubscribed rank waits for the others.
@@ -54,6 +56,7 @@ def pytest_configure(config: Any) -> None:
             [libraries.find(name) for name in config.option.mpi.split(",")]
         except ValueError as error:
             raise pytest.UsageError(f"--mpi: {error}") from None
+    pytest.register_assert_rewrite("support.kernels", "support.subject")
     if WORLD.rank > 0:
         config.option.xmlpath = None
     # pytest's own choice is one folder that all ranks would clean up at once.
@@ -108,6 +111,37 @@ def group(request: Any) -> Iterator[Communicator]:
         made.link = None
     yield made
     made.free()
+
+
+@pytest.fixture
+def recorded() -> Iterator[Recorder]:
+    """A group of all ranks, and its messages."""
+    group = Communicator()
+    yield Recorder(group)
+    group.free()
+
+
+@pytest.fixture(params=["whole", "in pieces"])
+def limit(request: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is longer than MPI can count goes in pieces: here what is longer than 24 values."""
+    if request.param == "in pieces":
+        monkeypatch.setattr(buffers, "LIMIT", 24)
+        monkeypatch.setattr(buffers, "_WIDE_PIECE", 5)
+
+
+@pytest.fixture
+def fresh_compiler() -> Iterator[None]:
+    torch._dynamo.reset()
+    yield
+    torch._dynamo.reset()
+
+
+@pytest.fixture(scope="module")
+def world() -> Iterator[None]:
+    """torch.distributed over MPI."""
+    init_process_group(timeout=timedelta(seconds=60))
+    yield
+    torch.distributed.destroy_process_group()
 
 
 @pytest.fixture

@@ -7,71 +7,26 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from test_kernels import (
-    EVERY,
-    LEVELS,
-    Gate,
-    as_tensor,
-    cpu,
-    interpreted,
-    layouts,
-    native_settings,
-    needs_native,
-    vectors_for,
-)
 
 import mpisyncbn
 from mpisyncbn.kernels import extremes
-from support.oracle import distance, oracle, shard
+from support.kernels import (
+    EVERY,
+    LEVELS,
+    as_tensor,
+    check,
+    check_fused,
+    cpu,
+    interpreted,
+    native_settings,
+    needs_native,
+)
+from support.oracle import distance, layouts, oracle, shard
 from support.ranks import no_exchange, together
 
 # (The CUDA operations of torch itself keep their moments in float32.)
 EVERY = [each for each in EVERY if each.id != "aten_cuda"]
 SCALES = (1e-37, 1e-30, 1e-23, 1e-19, 1e-12, 1e9, 1e19, 1e23, 1e30, 1e37)
-TOLERANCE = {torch.float64: 1e-10, torch.float32: 1e-5, torch.bfloat16: 2e-2}
-
-
-def expected_of(x: Any, dy: Any, weight: Any, bias: Any, eps: float) -> Any:
-    x, dy, weight, bias = (each.double() for each in (x, dy, weight, bias))
-    dims, view = (0, *range(2, x.ndim)), (1, -1) + (1,) * (x.ndim - 2)
-    mean = x.mean(dims)
-    xmu = x - mean.view(view)
-    var = xmu.square().mean(dims)
-    invstd = (var + eps).rsqrt()
-    xhat = xmu * invstd.view(view)
-    y = xhat * weight.view(view) + bias.view(view)
-    means = dy.mean(dims), (dy * xmu).mean(dims)
-    inner = dy - means[0].view(view) - xhat * (invstd * means[1]).view(view)
-    return mean, var, invstd, y, *means, inner * (invstd * weight).view(view)
-
-
-@np.errstate(all="ignore")  # as the callers of kernels have it
-def check(kernels: Any, x: Any, dy: Any, weight: Any, bias: Any, eps: float) -> None:
-    near, count = vectors_for(kernels, x), x.numel() // x.shape[1]
-    mean, var, invstd, y, mean_dy, mean_dy_xmu, dx = expected_of(x, dy, weight, bias, eps)
-    bar, std = TOLERANCE[x.dtype], var.sqrt()
-    got_count, got_mean, m2 = kernels.local_moments(x)
-    got_mean = as_tensor(got_mean)
-    got_mean = got_mean.sum(0) if x.dtype == torch.float64 else got_mean
-    assert got_count == count
-    assert ((got_mean - mean).abs() / std).max() < 1e-5
-    assert ((as_tensor(m2) / count - var).abs() / var).max() < 1e-5
-    vectors = near(mean), near(invstd)
-    assert distance(as_tensor(kernels.normalize(x, *vectors, weight, bias)), y) < bar
-    sum_dy, sum_dy_xmu, _ = kernels.backward_reduce(dy, x, *vectors)
-    assert distance(as_tensor(sum_dy) / count, mean_dy, dy) < 1e-5
-    assert distance(as_tensor(sum_dy_xmu) / count / std, mean_dy_xmu / std, dy) < 1e-5
-    got = kernels.backward_elementwise(dy, x, *vectors, weight, near(mean_dy), near(mean_dy_xmu))
-    assert distance(as_tensor(got), dx) < bar
-
-    # with a ReLU, and with a residual
-    gate, z = Gate(weight, bias, None), kernels.normalize(x, *vectors, weight, bias, x * 0 + 1, True)
-    assert distance(as_tensor(z), (y + 1).relu()) < bar
-    open_ = y > bar * y.abs().max()
-    sums = kernels.backward_reduce(dy * (open_ | (y < -bar * y.abs().max())), x, *vectors, gate)
-    xmu = x.double() - mean.view(1, -1, 1, 1)
-    products = (dy.double() * open_ * (xmu / std.view(1, -1, 1, 1))).mean((0, 2, 3))
-    assert distance(as_tensor(sums[1]) / count / std, products, dy) < 1e-5
 
 
 @pytest.mark.parametrize("scale", SCALES)
@@ -91,6 +46,8 @@ def test_against_float64(kernels: Any, scale: float) -> None:
                 if name in ("contiguous", "channels last", "sliced")[: 2 if slow else 3]:
                     for eps in (0.0, 1e-5):
                         check(kernels, laid, layouts(dy)[name], weight, bias, eps)
+                        check_fused(kernels, laid, layouts(dy)[name], weight, bias, None, eps)
+                        check_fused(kernels, laid, layouts(dy)[name], weight, bias, laid * 0 + 1, eps)
 
 
 @pytest.mark.parametrize("scale", [1e-150, 1e-100, 1e100, 1e150])

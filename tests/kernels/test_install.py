@@ -8,7 +8,6 @@ from __future__ import annotations
 import json
 import os
 import shutil
-import subprocess
 import sys
 import sysconfig
 import tarfile
@@ -17,6 +16,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from support import jobs
 from support.jobs import ROOT, run_alone
 from support.ranks import once
 
@@ -58,18 +58,10 @@ class Tree:
         (self.folder / "calls").write_text("")
         kept = {name: os.environ[name] for name in ("PATH", "HOME", "LD_LIBRARY_PATH") if name in os.environ}
         chosen = {"CC": str(compiler), "CXX": str(compiler), "PYTHONPATH": str(self.folder), **variables}
-        done = subprocess.run(
-            [sys.executable, "setup.py", *arguments],
-            cwd=self.sources,
-            env=kept | chosen,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-            timeout=60,
-            check=False,
-        )
-        assert done.returncode == 0, done.stdout
-        return done.stdout
+        command = [sys.executable, "setup.py", *arguments]
+        done = jobs.run(command, self.sources, limit=60, variables=kept | chosen)
+        assert done.status == 0, done.stderr
+        return done.stdout + done.stderr
 
     def calls(self) -> list[str]:
         """How the compiler was called for the kernels themselves."""

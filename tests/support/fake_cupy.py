@@ -214,31 +214,22 @@ class ndarray(np.lib.mixins.NDArrayOperatorsMixin):
     def __array__(self, dtype: Any = None, copy: Any = None) -> np.ndarray:
         raise TypeError("Implicit conversion to a NumPy array is not allowed.")
 
-    def __array_ufunc__(self, ufunc: Any, method: str, *inputs: Any, out: Any = None, **options: Any) -> Any:
-        if method != "__call__":
+    def __array_ufunc__(self, ufunc: Any, method: str, *inputs: Any, **options: Any) -> Any:
+        if method != "__call__" or "out" in options:  # nobody asks for more
             return NotImplemented
         if ufunc in _COMPARISONS:  # as CuPy does, for NumPy's scalars may come as arrays
             inputs = tuple(v.item() if isinstance(v, np.ndarray) and v.ndim == 0 else v for v in inputs)
-        if out is None:
-            return _computed(ufunc, *inputs, **options)
-        if not isinstance(out[0], ndarray):
-            raise TypeError(f"Unsupported type {type(out[0])}")
-        _computed(ufunc, *inputs, out=out[0], **options)
-        return out[0]
+        return _computed(ufunc, *inputs, **options)
 
     def __array_function__(self, func: Any, types: Any, args: Any, kwargs: Any) -> Any:
         ours = globals().get(func.__name__)
         return NotImplemented if ours is None else ours(*args, **kwargs)
 
 
-def _computed(function: Any, *args: Any, out: ndarray | None = None, **options: Any) -> ndarray:
+def _computed(function: Any, *args: Any, **options: Any) -> ndarray:
     _run()
     with np.errstate(all="ignore"):
-        if out is None:
-            return asarray(np.asarray(function(*map(_host, args), **options)))
-        function(*map(_host, args), out=out._now(), **options)
-        out._memory.upload()
-        return out
+        return asarray(np.asarray(function(*map(_host, args), **options)))
 
 
 def _host(value: Any) -> Any:

@@ -28,6 +28,23 @@ def shard(
     return (torch.randn(shape, generator=generator, dtype=torch.float64) + mean).to(dtype)
 
 
+def layouts(x: Tensor) -> dict[str, Tensor]:
+    """The same values in every way that they may lie in memory."""
+    found = {"contiguous": x.contiguous()}
+    last = x.movedim(1, -1).contiguous().movedim(-1, 1)
+    found["channels last"] = last
+    padded = x.new_zeros(*x.shape[:-1], x.shape[-1] * 2)
+    padded[..., ::2] = x
+    found["strided"] = padded[..., ::2]
+    if x.ndim >= 4:
+        found["permuted"] = x.transpose(2, 3).contiguous().transpose(2, 3)
+        sliced = torch.cat([last, last], 1).movedim(1, -1).contiguous().movedim(-1, 1)
+        found["sliced channels last"] = sliced[:, : x.shape[1]]
+        found["sliced"] = torch.cat([x, x], 1)[:, : x.shape[1]]
+        found["offset"] = torch.cat([x.flatten()[:1], x.flatten()])[1:].view(x.shape)  # not at a cache line
+    return found
+
+
 def oracle(
     x: Tensor,
     dy: Tensor,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import traceback
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -22,10 +22,20 @@ def once(why: str) -> pytest.MarkDecorator:
     return pytest.mark.skipif(WORLD.size > 1, reason=f"{why}: once is enough")
 
 
+several = pytest.mark.skipif(WORLD.size < 2, reason="it takes two ranks")
 # More ranks than two, and other libraries at more, show nothing new.
 up_to_two = pytest.mark.skipif(WORLD.size > 2, reason="it is the same at any number of ranks above one")
 starts_mpiexec = once("it starts mpiexec itself")
 no_exchange = once("no rank meets another in it")
+
+
+def error_of(call: Callable[[], object], kind: type[Exception]) -> Exception | None:
+    """What ``call`` raises on this rank, if it does: for errors that may come on some ranks alone."""
+    try:
+        call()
+    except kind as error:
+        return error
+    return None
 
 
 @contextmanager

@@ -1,0 +1,189 @@
+"""Kernel modules, the layouts of their arguments, and the checks that hold for each of them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any, NamedTuple
+
+import numpy as np
+import pytest
+import torch
+from mpi4py import MPI
+from torch import Tensor
+
+from mpisyncbn.kernels import Gate, aten, aten_cuda, generic, native
+from support.device import GPU, OnDevice, needs_triton
+from support.device import cuda as triton_kernels
+from support.oracle import distance, oracle
+
+cpu: Any = native()
+needs_native = pytest.mark.skipif(cpu is None, reason="the native kernels were not built")
+cuda: Any = triton_kernels and OnDevice(triton_kernels)
+# What must hold for one module holds for the others.
+HOST = [
+    pytest.param(cpu, id="cpu", marks=needs_native),
+    pytest.param(aten, id="aten"),
+    pytest.param(cuda, id="cuda", marks=[needs_triton, pytest.mark.untraced]),  # minutes, in an interpreter
+]
+EVERY = [
+    *HOST,
+    pytest.param(OnDevice(aten_cuda), id="aten_cuda"),
+    pytest.param(generic, id="generic"),
+]
+LEVELS = range(4)  # of instruction sets, see cpu.cpp; beyond what the processor has, its best is taken
+# What one rounding to the dtype costs, with room for the sums.
+TOLERANCE = {torch.float64: 1e-13, torch.float32: 1e-6, torch.bfloat16: 5e-3, torch.float16: 1e-3}
+# Triton's interpreter takes a thousand times as long, whatever is in a tile.
+FOR_THE_INTERPRETER = {
+    (64, 300): (64, 70),
+    (1, 16, 70, 70): (1, 2, 70, 70),
+    (2, 130, 7, 7): (2, 9, 7, 7),
+    (40, 2000, 4): (40, 9, 4),
+    (1, 2, 200000): (1, 2, 40000),
+    (20000, 3): (5000, 3),
+    (16, 40, 30, 30): (16, 4, 30, 30),
+    (40000, 3): (5000, 3),
+}
+
+
+@contextmanager
+def native_settings(level=3, threads=1, stream_from=4 << 20) -> Iterator[None]:
+    """Instruction set, threads, and from how many bytes on stores pass the cache."""
+    if cpu is None:
+        yield
+        return
+    before = torch.get_num_threads()
+    cpu._cpu.limit(level)
+    cpu._cpu.stream_from(stream_from)
+    torch.set_num_threads(threads)
+    try:
+        yield
+    finally:
+        cpu._cpu.limit(3)
+        cpu._cpu.stream_from(4 << 20)
+        torch.set_num_threads(before)
+
+
+def interpreted(kernels) -> bool:
+    return kernels is cuda and not GPU
+
+
+def in_full(kernels: Any) -> Any:
+    """The same module of kernels, for the full tier alone where it is interpreted."""
+    marks = (
+        [*kernels.marks, pytest.mark.full("Triton's interpreter")] if kernels.id == "cuda" else kernels.marks
+    )
+    return pytest.param(*kernels.values, id=kernels.id, marks=marks)
+
+
+def as_tensor(array) -> torch.Tensor:
+    return array if isinstance(array, torch.Tensor) else torch.from_numpy(np.ascontiguousarray(array))
+
+
+class Reference(NamedTuple):
+    """What the four verbs give, in float64, and the scales of their errors."""
+
+    count: int
+    mean: Tensor
+    m2: Tensor
+    invstd: Tensor
+    y: Tensor
+    sum_dy: Tensor
+    sum_dy_xmu: Tensor
+    dx: Tensor
+    sums_scale: Tensor
+    dx_scale: Tensor
+
+
+def reference(x, dy, weight, bias, eps=1e-5) -> Reference:
+    x, dy = x.double(), dy.double()
+    found, view = oracle(x, dy, weight, bias, eps, MPI.COMM_SELF), (1, -1) + (1,) * (x.ndim - 2)
+    invstd = (found.var + eps).rsqrt()
+    sums_scale = (dy.abs() * (x - found.mean.view(view)).abs()).sum((0, *range(2, x.ndim)))
+    dx_scale = dy * (invstd if weight is None else invstd * weight.double()).view(view)
+    sums = found.dbias, found.dweight / invstd
+    m2 = found.var * found.count
+    return Reference(found.count, found.mean, m2, invstd, found.y, *sums, found.dx, sums_scale, dx_scale)
+
+
+def vectors_for(kernels, x) -> Callable[[torch.Tensor], Any]:
+    """Float64 vectors as a module takes them with ``x``."""
+    tensors = kernels is generic and isinstance(x, torch.Tensor)
+    return (lambda v: v) if tensors else (lambda v: v.numpy())
+
+
+@np.errstate(all="ignore")  # as the callers of kernels have it
+def check(kernels, x, dy, weight, bias, eps=1e-5) -> None:
+    """All four verbs, with vectors of the kind that the module takes."""
+    near = vectors_for(kernels, x)
+    tensor = as_tensor
+    tx, tdy = tensor(x), tensor(dy)
+    tw, tb = (None if v is None else tensor(v) for v in (weight, bias))
+    expected = reference(tx, tdy, tw, tb, eps)
+    count, mean, m2, invstd, y, sum_dy, sum_dy_xmu, dx, sums_scale, dx_scale = expected
+    tolerance = TOLERANCE[tx.dtype]
+    std = (m2 / count).sqrt()
+
+    got_count, got_mean, got_m2 = kernels.local_moments(x)
+    if tx.dtype == torch.float64:
+        assert got_mean.shape == (2, x.shape[1])
+        got_mean = got_mean.sum(0)
+    assert got_count == count
+    # relative to std: a mean that is right to float32 only is not right enough
+    assert ((tensor(got_mean) - mean).abs() / (std + 1e-300)).max() < max(tolerance, 1e-7) * 4
+    assert ((tensor(got_m2) - m2).abs() / (m2 + 1e-300)).max() < (
+        1e-11 if tx.dtype == torch.float64 else 1e-6
+    )
+
+    got = kernels.normalize(x, near(mean), near(invstd), weight, bias)
+    assert isinstance(got, torch.Tensor if isinstance(x, torch.Tensor) else np.ndarray)
+    assert got.dtype == x.dtype
+    assert distance(tensor(got), y) < tolerance * 4
+
+    got_dy, got_dy_xmu, dz = kernels.backward_reduce(dy, x, near(mean), near(invstd))
+    assert dz.shape == dy.shape
+    assert ((tensor(got_dy) - sum_dy).abs() / tdy.double().abs().sum()).max() < 1e-6
+    assert ((tensor(got_dy_xmu) - sum_dy_xmu).abs() / sums_scale).max() < 1e-6
+
+    got = kernels.backward_elementwise(
+        dz, x, near(mean), near(invstd), weight, near(sum_dy / count), near(sum_dy_xmu / count)
+    )
+    assert got.dtype == x.dtype
+    # dx may cancel to nothing: its scale is that of its terms
+    assert distance(tensor(got), dx, dx_scale) < tolerance * 4
+
+
+@np.errstate(all="ignore")
+def check_fused(kernels, x, dy, weight, bias, residual, eps=1e-5) -> None:
+    """ReLU and residual in the same passes: what the parts give one after the other."""
+    near = vectors_for(kernels, x)
+    count, mean, _, invstd, y, *_ = reference(*(as_tensor(v) for v in (x, dy, weight, bias)), eps)
+    tolerance = TOLERANCE[as_tensor(x).dtype]
+    z = y if residual is None else y + as_tensor(residual).double()
+    vectors = near(mean), near(invstd)
+    got = kernels.normalize(x, *vectors, weight, bias, residual, True)
+    assert isinstance(got, torch.Tensor if isinstance(x, torch.Tensor) else np.ndarray)
+    assert distance(as_tensor(got), z.relu(), z) < tolerance * 4
+    if residual is not None:
+        got_sum = kernels.normalize(x, *vectors, weight, bias, residual)
+        assert distance(as_tensor(got_sum), z) < tolerance * 4
+
+    gate = Gate(weight, bias, None if residual is None else got)
+    # Within rounding of the kink either answer is right: there the gradient of the reference is taken away.
+    sure = z.abs() > 1e-5 + tolerance * 4 * z.abs().max()
+    tdy = as_tensor(dy) * sure
+    dy = tdy if isinstance(dy, torch.Tensor) else tdy.numpy()
+    gated = tdy.double() * (z > 0)
+    _, _, _, _, _, sum_dy, sum_dy_xmu, dx, sums_scale, dx_scale = reference(
+        as_tensor(x), gated, as_tensor(weight), as_tensor(bias), eps
+    )
+    got_dy, got_dy_xmu, dz = kernels.backward_reduce(dy, x, *vectors, gate)
+    assert ((as_tensor(got_dy) - sum_dy).abs() / (gated.abs().sum() + 1e-300)).max() < 1e-6
+    assert ((as_tensor(got_dy_xmu) - sum_dy_xmu).abs() / (sums_scale + 1e-300)).max() < 1e-6
+    if residual is not None:
+        assert torch.equal(as_tensor(dz).double(), gated)
+    got = kernels.backward_elementwise(
+        dz, x, *vectors, weight, near(sum_dy / count), near(sum_dy_xmu / count), gate
+    )
+    assert distance(as_tensor(got), dx, dx_scale) < tolerance * 4
