@@ -6,7 +6,6 @@ import numpy as np
 import pytest
 import torch
 from mpi4py import MPI
-from test_exchange import Recorder
 
 import mpisyncbn
 from mpisyncbn import exchange, functional, transport
@@ -84,16 +83,6 @@ def exact(x):
     return mean, m2 / len(x)
 
 
-@pytest.fixture
-def recorded():
-    made = Communicator()
-    recorder = Recorder(made)
-    made.comm, made.link = recorder, None
-    recorder.group = made
-    yield recorder
-    made.free()
-
-
 @pytest.mark.parametrize("spread", SPREADS, ids=lambda each: each.__name__)
 def test_the_variance_is_that_of_the_whole_batch(group, spread):
     """Beyond a ratio of 1e6 of mean and standard deviation too, however the ranks share the values."""
@@ -123,6 +112,23 @@ def test_constant_channels_need_one_message(group, count):
     assert np.allclose(merged[:-1], CONSTANTS, rtol=1e-15)
     assert not var[:-1].any()
     assert var[-1] == pytest.approx(3.0)
+
+
+def test_constant_channels_of_any_mean_have_no_variance(group):
+    """Of its sums rounding is left, of either sign."""
+    mean = np.random.default_rng(0).normal(size=1000)
+    count = 7 + 2 * WORLD.rank
+    _, merged, var = exchange.merge_moments(group, CALL._replace(channels=1000), count, mean, np.zeros(1000))
+    assert np.allclose(merged, mean, rtol=1e-14)
+    assert not var.any()
+
+
+def test_no_spread_is_taken_for_rounding(group):
+    """However little it is against the mean."""
+    count = int(WORLD.rank == 0)
+    m2 = np.array([1e-8, 1e-15, 1e-30, 0.0]) * count
+    _, _, var = exchange.merge_moments(group, CALL, count, np.full(4, 1.5) * count, m2)
+    assert var.tolist() == [1e-8, 1e-15, 1e-30, 0.0]
 
 
 def test_ordinary_channels_need_one_message(group):
@@ -179,21 +185,16 @@ def test_a_rank_says_that_it_hides_more_and_others_do_not(recorded):
     assert len(recorded.messages) == 2
 
 
-@pytest.mark.parametrize("debug", ["0", "1"])
-@pytest.mark.parametrize("linked", [True, False])
-def test_ranks_without_data_answer_once_more(linked, debug, monkeypatch):
+@pytest.mark.parametrize("debug", [False, True])
+def test_ranks_without_data_answer_once_more(group, debug):
     """The last rank has left, as join() lets it. With and without MPISYNCBN_DEBUG=1."""
-    monkeypatch.setenv("MPISYNCBN_DEBUG", debug)
-    group = Communicator().ready()
-    group.link = group.link if linked else None
-    group.joining = True
+    group.debug, group.joining = debug, True
     stays, found = WORLD.rank < max(WORLD.size - 1, 1), []
     x = mine(whole(some)) if stays else np.empty((0, 1), "f")
     for _ in range(2 * stays):
         found.append(exchange.merge_moments(group, CALL, *moments(x)))
     exchange.answer(group)
     exchanges = WORLD.allgather(group.exchanges)
-    group.free()
     expected_mean, expected_var = exact(np.concatenate(WORLD.allgather(x)))
     assert len(set(exchanges)) == 1
     for _, mean, var in found:

@@ -15,9 +15,10 @@ from mpi4py import MPI
 from mpisyncbn import exchange, kernels, transport
 from mpisyncbn.communicator import Communicator, resolve
 from mpisyncbn.diagnostics import Call, fingerprint
-from mpisyncbn.errors import CollectiveMismatchError, MPISyncBNError
+from mpisyncbn.errors import CollectiveMismatchError
 from support.device import GPU, pretend
-from support.ranks import WORLD, together
+from support.ranks import WORLD, error_of, together
+from support.recorder import Recorder
 
 needs_native = pytest.mark.skipif(kernels.native() is None, reason="the native kernels were not built")
 ALLREDUCE = ctypes.CFUNCTYPE(
@@ -27,161 +28,27 @@ CALL = Call("a layer", "forward", 3, "float32")
 WIDE = CALL._replace(dtype="float64")
 
 
-class Recorder:
-    """The communicator of a group, with every message noted on its way, and what its rank would say then."""
-
-    def __init__(self, group):
-        self.comm, self.presence, self.messages, self.states = group.ready().comm, group.presence, [], []
-
-    def note(self, name, message):
-        self.messages.append((name, message))
-        self.states.append(self.presence.state())
-
-    def Allreduce(self, in_place, message, **options):
-        self.note("Allreduce", message.copy())
-        self.comm.Allreduce(in_place, message, **options)
-
-    def Allgather(self, message, gathered):
-        self.note("Allgather", message.copy())
-        self.comm.Allgather(message, gathered)
-
-    def allgather(self, value):
-        self.note("allgather", value)
-        return self.comm.allgather(value)
-
-    def __getattr__(self, name):
-        return getattr(self.comm, name)
-
-
-@pytest.fixture
-def recorder():
-    group = Communicator()
-    recorder = Recorder(group)
-    group.comm, group.link = recorder, None
-    recorder.group = group
-    yield recorder
-    group.free()
-
-
-@pytest.fixture
-def recorded(recorder):
-    return recorder.group, recorder.messages
-
-
 def test_the_messages(recorded):
     """Fingerprint first, then exactly what the module's table says; one collective each."""
-    group, messages = recorded
+    group = recorded.group
     mean, m2 = np.array([1.0, 2.0, -3.0]) + WORLD.rank, np.array([4.0, 5.0, 6.0])
     exchange.merge_moments(group, CALL, 7, mean, m2)
     exchange.merge_moments(group, WIDE, 7, np.stack((mean, mean * 0)), m2)
     exchange.reduce_sums(group, CALL._replace(direction="backward"), mean, m2)
-    signatures = [
-        (fingerprint(call, i + 1)) for i, call in enumerate((CALL, WIDE, CALL._replace(direction="backward")))
-    ]
+    calls = CALL, WIDE, CALL._replace(direction="backward")
+    signatures = [fingerprint(call, i) for i, call in enumerate(calls, 1)]
     bodies = [[7, *(7 * mean), *(m2 + 7 * mean**2)], [7, *mean, 0, 0, 0, *m2], [0, *mean, *m2]]
-    assert [name for name, _ in messages] == ["Allreduce", "Allgather", "Allreduce"]
-    for (_, message), h, body in zip(messages, signatures, bodies, strict=True):
+    assert [name for name, _ in recorded.messages] == ["Allreduce", "Allgather", "Allreduce"]
+    for (_, message), h, body in zip(recorded.messages, signatures, bodies, strict=True):
         assert message.dtype == np.float64
         assert message.tolist() == [h, h * h, *body]
 
 
 def test_a_rank_without_data_sends_as_much(recorded):
-    group, messages = recorded
     n = 4 if WORLD.rank == 0 else 0
     for call, mean in ((CALL, np.ones(3)), (WIDE, np.ones((2, 3)))):
-        exchange.merge_moments(group, call, n, mean * (n > 0), np.ones(3) * (n > 0))
-    assert [len(m) for _, m in messages] == [2 * 3 + 3, 3 * 3 + 3]
-
-
-def fake_allreduce(code, messages):
-    """MPI_Allreduce of a world of one, that notes what it gets and returns ``code``."""
-
-    def allreduce(in_place, message, length, *handles):
-        messages.append((in_place, ctypes.cast(message, ctypes.POINTER(ctypes.c_double))[:length], handles))
-        return code
-
-    return ALLREDUCE(allreduce)
-
-
-@needs_native
-def test_native_code_sends_the_same_message():
-    messages = []
-    function = fake_allreduce(0, messages)
-    address = ctypes.cast(function, ctypes.c_void_p).value
-    mean, m2, merged = np.array([1.0, 2.0, -3.0]), np.array([4.0, 5.0, 6.0]), np.empty((2, 3))
-    for int_handles in (True, False):
-        link = kernels.native().Link(address, 11, 12, 13, 99, int_handles, 1)
-        assert link.sum_moments(5, 7, mean, m2, merged) == 7
-        assert np.allclose(merged, [mean, m2 / 7])
-        assert link.sum_vectors(5, mean, m2, merged) == 0
-        assert merged.tolist() == [mean.tolist(), m2.tolist()]
-    bodies = [[7, *(7 * mean), *(m2 + 7 * mean**2)], [0, *mean, *m2]] * 2
-    # in the order of MPI: datatype, operation, communicator
-    assert messages == [(99, [5, 25, *body], (12, 13, 11)) for body in bodies]
-
-
-@needs_native
-@pytest.mark.parametrize(
-    ("code", "error", "match"),
-    [
-        (MPI.ERR_INTERN, MPISyncBNError, "MPI failed in rank"),
-        (MPI.ERR_TRUNCATE, CollectiveMismatchError, "but in exchange"),
-    ],
-)
-def test_an_error_in_native_code(code, error, match):
-    group = Communicator().ready()
-    function = fake_allreduce(code, [])
-    address = ctypes.cast(function, ctypes.c_void_p).value
-    group.link = kernels.native().Link(address, 0, 0, 0, 0, False, group.size)
-    for exchanging in (
-        lambda: exchange.merge_moments(group, CALL, 7, np.ones(3), np.ones(3)),
-        lambda: exchange.reduce_sums(group, CALL, np.ones(3), np.ones(3)),
-    ):
-        with pytest.raises(error, match=match):
-            exchanging()
-    group.free()
-
-
-@needs_native
-@pytest.mark.parametrize("channels", [1, 3, 64, 1000])
-def test_native_code_gives_the_same_bits(channels, monkeypatch):
-    monkeypatch.setenv("MPISYNCBN_TRANSPORT", "host")  # with messages on a device, there is no native code
-    native, plain = Communicator().ready(), Communicator().ready()
-    assert native.link is not None
-    plain.link = None
-    rng = np.random.default_rng(WORLD.rank)
-    for scale in (0.0, 1.0, 1e8, np.inf):
-        with np.errstate(all="ignore"):
-            mean, m2, count = rng.normal(scale, 1, channels), rng.random(channels) * 100, 5 * WORLD.rank
-            mean, m2 = mean * (count > 0), m2 * (count > 0)
-            both = [exchange.merge_moments(group, CALL, count, mean, m2) for group in (native, plain)]
-            sums = [exchange.reduce_sums(group, CALL, mean, m2) for group in (native, plain)]
-        assert both[0][0] == both[1][0]
-        for ours, theirs in ((both[0][1:], both[1][1:]), sums):
-            assert np.array_equal(ours, theirs, equal_nan=True)
-    native.free()
-    plain.free()
-
-
-@needs_native
-def test_where_one_rank_has_no_native_code_none_uses_it(monkeypatch):
-    if WORLD.rank == 0:
-        monkeypatch.setattr(transport, "native", lambda: None)
-    group = Communicator().ready()
-    assert group.link is None
-    group.free()
-
-
-@needs_native
-@pytest.mark.parametrize("garbage", [np.nan, np.inf, -1.0, 2.0**60])
-def test_a_sum_that_is_no_fingerprint_is_a_mismatch(garbage):
-    def allreduce(in_place, message, *_):
-        ctypes.cast(message, ctypes.POINTER(ctypes.c_double))[0] = garbage
-        return 0
-
-    function = ALLREDUCE(allreduce)
-    link = kernels.native().Link(ctypes.cast(function, ctypes.c_void_p).value, 0, 0, 0, 0, False, 1)
-    assert link.sum_vectors(5, np.ones(2), np.ones(2), np.empty((2, 2))) == -1
+        exchange.merge_moments(recorded.group, call, n, mean * (n > 0), np.ones(3) * (n > 0))
+    assert [len(m) for _, m in recorded.messages] == [2 * 3 + 3, 3 * 3 + 3]
 
 
 def whole_batch(values: list[np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
@@ -217,12 +84,40 @@ def test_merging_is_the_whole_batch(counts, ratio, seed, wide):
             assert np.abs(var - expected_var).max() < 1e-14 * (1 + ratio**2)
 
 
-def test_nobody_has_data():
-    for call, mean in ((CALL, np.zeros(3)), (WIDE, np.zeros((2, 3)))):
-        total, merged, var = exchange.merge_moments(resolve(None), call, 0, mean, np.zeros(3))
-        assert total == 0
-        assert not merged.any()
-        assert not var.any()
+@pytest.mark.parametrize("wide", [False, True])
+def test_the_mean_of_one_value_is_that_value(group, wide):
+    """It is refused for a whole batch, and is what one with data on a single rank may be merged from."""
+    count = int(WORLD.rank == WORLD.size - 1)
+    mean = np.full(3, 2.5 * count)
+    call, mean = (WIDE, np.stack((mean * 0.75, mean * 0.25))) if wide else (CALL, mean)
+    total, merged, var = exchange.merge_moments(group, call, count, mean, np.zeros(3))
+    assert total == 1
+    assert merged.tolist() == [2.5] * 3
+    assert var.tolist() == [0.0] * 3
+
+
+def test_float64_where_the_first_rank_has_no_data():
+    """Distances are those from a rank with data, or the digits of a large mean are lost."""
+    n = 0 if WORLD.rank == 0 and WORLD.size > 2 else 5
+    x = np.random.default_rng(WORLD.rank).normal(1e8, 1.0, (n, 3))
+    mean = x.mean(axis=0) if n else np.zeros(3)
+    rest = (x - mean).mean(axis=0) if n else np.zeros(3)
+    m2 = ((x - mean - rest) ** 2).sum(axis=0)
+    _, merged, var = exchange.merge_moments(resolve(None), WIDE, n, np.stack((mean, rest)), m2)
+    whole = np.concatenate(WORLD.allgather(x)).astype(np.longdouble)
+    with together():
+        assert np.abs(var / whole.var(axis=0) - 1).max() < 1e-12
+        assert np.abs(merged - whole.mean(axis=0)).max() < 2e-8
+
+
+def test_float64_of_single_values_that_differ_in_their_last_bits():
+    """One value is data too: their mean is no float64, and their variance that of the small differences."""
+    n = int(WORLD.rank > 0 or WORLD.size == 1)
+    small = 2.0 * np.arange(min(1, WORLD.size - 1), WORLD.size) ** 2
+    mean = np.full(3, 2.0**53 + 2 * WORLD.rank**2) * n
+    _, merged, var = exchange.merge_moments(resolve(None), WIDE, n, np.stack((mean, mean * 0)), np.zeros(3))
+    assert np.allclose(var, small.var(), rtol=1e-14, atol=0)
+    assert np.abs(merged - 2.0**53 - small.mean()).max() <= 2
 
 
 @pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
@@ -256,9 +151,9 @@ def test_counts_are_whole_numbers_beyond_half_precision():
     assert total == WORLD.size * 2**40 + sum(range(WORLD.size))
 
 
-def test_what_a_rank_that_waits_would_say(recorder):
+def test_what_a_rank_that_waits_would_say(recorded):
     """To the others, when one of them has waited too long (presence.py)."""
-    group, one = recorder.group, np.ones(3)
+    group, one = recorded.group, np.ones(3)
     exchange.merge_moments(group, CALL, 1, one, one)
     exchange.merge_moments(group, WIDE, 1, np.ones((2, 3)), one)
     exchange.reduce_sums(group, CALL._replace(direction="backward"), one, one)
@@ -269,28 +164,36 @@ def test_what_a_rank_that_waits_would_say(recorder):
         "backward of a layer (3 channels, float32)",
         "answer of no layer, for want of data (0 channels, any)",
     ]
-    said = [state.rpartition(", for ")[0] for state in recorder.states]
+    said = [state.rpartition(", for ")[0] for state in recorded.states]
     assert said == [f"waits in exchange number {i + 1}, {what}" for i, what in enumerate(doing)]
 
 
-@pytest.mark.parametrize("linked", [True, False])
-def test_sums_of_any_number_of_vectors(linked):
-    group = Communicator().ready()
-    group.link = group.link if linked else None
+def test_no_exchange_is_seen_after_it(group):
+    """Whatever became of it: the watchdog would wait for its end."""
+    ones, seen = np.ones(3), []
+    for call in (
+        lambda: exchange.merge_moments(group, CALL, 1, ones, ones),
+        lambda: exchange.reduce_sums(group, CALL, ones, ones),
+        lambda: exchange.merge_moments(group, WIDE, 1, np.ones((2, 3)), ones),
+        lambda: exchange.answer(group),  # all ranks are through
+    ):
+        call()
+        seen.append(group.presence.doing)
+    assert seen == [None] * 4
+    assert group.presence.exchanges == 4
+
+
+def test_sums_of_any_number_of_vectors(group):
     vectors = [np.arange(3.0) + 10 * i + WORLD.rank for i in range(4)]
     sums = [exchange.reduce_sums(group, CALL, *vectors[:n]) for n in (1, 2, 3, 4)]
-    group.free()
     ranks = sum(range(WORLD.size))
     expected = [(WORLD.size * (np.arange(3) + 10 * i) + ranks).tolist() for i in range(4)]
     assert [[v.tolist() for v in each] for each in sums] == [expected[:n] for n in (1, 2, 3, 4)]
 
 
-@pytest.mark.parametrize("linked", [True, False])
 @pytest.mark.parametrize("kind", ["float32", "float64", "sums"])
-def test_ranks_in_different_layers_find_out(kind, linked):
+def test_ranks_in_different_layers_find_out(kind, group):
     """All of them, whatever the message; and the next exchange is as any other."""
-    group = Communicator().ready()
-    group.link = group.link if linked else None
     one = np.ones(3)
 
     def attempt(layer):
@@ -299,13 +202,9 @@ def test_ranks_in_different_layers_find_out(kind, linked):
             return exchange.reduce_sums(group, call, one, one)[0]
         return exchange.merge_moments(group, call, 1, np.ones((2, 3)) if kind == "float64" else one, one)[1]
 
-    error = None
-    try:
-        attempt("the last" if WORLD.rank == WORLD.size - 1 else "another")
-    except CollectiveMismatchError as problem:
-        error = problem
+    layer = "the last" if WORLD.rank == WORLD.size - 1 else "another"
+    error = error_of(lambda: attempt(layer), CollectiveMismatchError)
     after = attempt("the same")
-    group.free()
     assert (error is not None) == (WORLD.size > 1)
     if error is not None:
         assert str(error).count("forward of the last (") == 1
@@ -316,14 +215,10 @@ def test_ranks_in_different_layers_find_out(kind, linked):
 STEPS = (3, 0, 1, 2)  # of the ranks, before they have no more data
 
 
-@pytest.mark.parametrize("debug", ["0", "1"])
-@pytest.mark.parametrize("linked", [True, False])
-def test_ranks_without_data_answer_the_others(linked, debug, monkeypatch):
+@pytest.mark.parametrize("debug", [False, True])
+def test_ranks_without_data_answer_the_others(group, debug):
     """What comes of each exchange is that of the ranks with data."""
-    monkeypatch.setenv("MPISYNCBN_DEBUG", debug)
-    group = Communicator().ready()
-    group.link = group.link if linked else None
-    group.joining = True
+    group.debug, group.joining = debug, True
     mean, m2, count = np.arange(3.0) + 1 + WORLD.rank, np.arange(3.0), 2 + WORLD.rank
     found = []
     for step in range(STEPS[WORLD.rank % 4]):
@@ -337,7 +232,6 @@ def test_ranks_without_data_answer_the_others(linked, debug, monkeypatch):
     exchanges = WORLD.allgather(group.exchanges)
     group.joining = False
     exchange.reduce_sums(group, CALL, mean)
-    group.free()
     with together():
         assert exchanges == [4] * WORLD.size
         for step, results in enumerate(found):
@@ -351,16 +245,14 @@ def test_ranks_without_data_answer_the_others(linked, debug, monkeypatch):
                 assert np.allclose(ours, theirs, rtol=1e-13, atol=1e-13)
 
 
-def test_a_fingerprint_may_be_zero(monkeypatch):
+def test_a_fingerprint_may_be_zero(group, monkeypatch):
     """A rank that joins hears of one as of any other."""
     monkeypatch.setattr(exchange.diagnostics, "fingerprint", lambda call, exchanges: 0)
-    group = Communicator().ready()
     group.joining = True
     total = None
     if WORLD.rank == 0:
         total, _, _ = exchange.merge_moments(group, CALL, 5, np.ones(3), np.ones(3))
     exchange.answer(group)
-    group.free()
     assert total == (5 if WORLD.rank == 0 else None)
 
 
@@ -413,7 +305,7 @@ class Buffers(Recorder):
 def test_mpi_gets_no_memory_twice(where, far):
     """Which it forbids, and a few libraries refuse."""
     group, _ = far
-    group.comm = recorder = Buffers(group)
+    recorder = Buffers(group)
     mean, m2 = np.ones((2, 3)), np.ones(3)
     if where == "far":
         mean, m2 = torch.from_numpy(mean), torch.from_numpy(m2)

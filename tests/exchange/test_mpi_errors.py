@@ -1,0 +1,104 @@
+"""Errors of MPI in an exchange, and ranks that do not answer: every rank says so, and none waits."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+from unittest.mock import patch
+
+import pytest
+import torch
+from mpi4py import MPI
+
+import mpisyncbn
+from mpisyncbn import CollectiveMismatchError, Communicator, MPISyncBNError, SyncBatchNorm, diagnostics
+from mpisyncbn.diagnostics import Call
+from support.ranks import WORLD
+
+RANK, SIZE = WORLD.rank, WORLD.size
+CALL = Call("a layer", "forward", 3, "float32")
+
+
+class Failing:
+    """A communicator in which something fails."""
+
+    def __init__(self, comm, **failures):
+        self.comm = comm
+        vars(self).update(failures)
+
+    def __getattr__(self, name):
+        return getattr(self.comm, name)
+
+
+def fails(error):
+    def call(*_):
+        raise MPI.Exception(error)
+
+    return call
+
+
+@pytest.mark.parametrize(
+    ("dtype", "verb", "code", "error", "words"),
+    [
+        (torch.float32, "Allreduce", MPI.ERR_INTERN, MPISyncBNError, "MPI failed in rank {} of"),
+        (torch.float64, "Allgather", MPI.ERR_INTERN, MPISyncBNError, "MPI failed in rank {} of"),
+        (torch.float32, "Allreduce", MPI.ERR_TRUNCATE, CollectiveMismatchError, "rank {} "),
+    ],
+)
+def test_an_error_of_mpi_says_where(dtype, verb, code, error, words):
+    """A message of another length is a mismatch."""
+    group = Communicator().ready()
+    layer = SyncBatchNorm(3, process_group=group, dtype=dtype)
+    group.comm, group.link = Failing(group.comm, **{verb: fails(code)}), None
+    with pytest.raises(MPISyncBNError, match=words.format(RANK) + ".*forward of the layer") as caught:
+        layer(torch.ones(2, 3, dtype=dtype))
+    assert type(caught.value) is error
+    if error is MPISyncBNError:
+        assert f"of {SIZE}, exchange number 1 of this communicator, forward" in str(caught.value)
+        assert isinstance(caught.value.__cause__, MPI.Exception)
+    assert layer.num_batches_tracked == 0
+
+
+def test_an_error_of_mpi_in_debug_mode_and_before_it(monkeypatch):
+    monkeypatch.setenv("MPISYNCBN_DEBUG", "1")
+    group = Communicator().ready()
+    layer = SyncBatchNorm(3, process_group=group)
+    group.comm = Failing(group.comm, allgather=fails(MPI.ERR_INTERN))
+    with pytest.raises(MPISyncBNError, match=f"MPI failed before the forward of .* on rank {RANK}"):
+        layer(torch.ones(2, 3))
+    unready = Communicator()
+    unready._source = Failing(WORLD, Dup=fails(MPI.ERR_INTERN))
+    with (
+        patch.object(mpisyncbn.communicator, "_check"),
+        pytest.raises(MPISyncBNError, match=rf"MPI failed to duplicate .* \(on rank {RANK} of {SIZE}\)"),
+    ):
+        unready.ready()
+
+
+def test_a_rank_that_does_not_answer_is_not_waited_for(monkeypatch):
+    """As where MPI has left it waiting for the rest of a longer message."""
+    monkeypatch.setattr(diagnostics, "_PATIENCE", 0.01)
+    monkeypatch.setattr(diagnostics, "_abandoned", [])
+    pending = SimpleNamespace(Test=lambda: False)
+    group = Communicator(MPI.COMM_SELF).ready()
+    group.size, group.comm = 2, SimpleNamespace(Iallgather=lambda *_: pending)
+    with pytest.raises(
+        CollectiveMismatchError, match=r"rank 0 on .*: forward of a layer[^$]*rank 1 no answer in"
+    ):
+        diagnostics.mismatch(group, CALL)
+    assert diagnostics._abandoned[0][0] is pending
+
+
+@pytest.mark.parametrize("looks", [1, 2, 5])
+def test_an_answer_that_takes_a_moment_is_waited_for(looks, monkeypatch):
+    """Asleep, since the rank that answers may share the core; but not for long."""
+    naps, answers = [], iter([False] * (looks - 1) + [True])
+    clock = SimpleNamespace(sleep=naps.append, monotonic=lambda: sum(naps))
+    monkeypatch.setattr(diagnostics, "time", clock)
+    monkeypatch.setattr(diagnostics, "_abandoned", [])
+    group = Communicator(MPI.COMM_SELF).ready()
+    group.comm = SimpleNamespace(Iallgather=lambda *_: SimpleNamespace(Test=lambda: next(answers)))
+    with pytest.raises(CollectiveMismatchError, match=r"rank 0 on .*: forward of a layer"):
+        diagnostics.mismatch(group, CALL)
+    assert len(naps) == looks - 1
+    assert all(0 < nap <= 0.01 for nap in naps)
+    assert not diagnostics._abandoned
