@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator
-from datetime import timedelta
 from typing import Any
 
 import numpy as np
@@ -17,19 +15,14 @@ from torch.profiler import ProfilerActivity, profile
 import mpisyncbn
 import mpisyncbn.distributed
 from mpisyncbn import CollectiveMismatchError, functional, profiling
-from support.ranks import WORLD, no_exchange, together
+from support.ranks import WORLD, no_exchange, several, together
 
 RANK, SIZE = WORLD.rank, WORLD.size
-several = pytest.mark.skipif(SIZE < 2, reason="needs two ranks")
-# Torch 2.13 renames collectives, and its compiler warns of itself.
-pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::DeprecationWarning")
-
-
-@pytest.fixture(scope="module", autouse=True)
-def world() -> Iterator[None]:
-    mpisyncbn.init_process_group(timeout=timedelta(seconds=60))
-    yield
-    dist.destroy_process_group()
+pytestmark = [
+    pytest.mark.usefixtures("world"),
+    # Torch 2.13 renames collectives, and its compiler warns of itself.
+    pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::DeprecationWarning"),
+]
 
 
 def profiler() -> Any:

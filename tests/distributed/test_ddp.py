@@ -2,10 +2,6 @@
 
 from __future__ import annotations
 
-import gc
-import weakref
-from collections.abc import Iterator
-from datetime import timedelta
 from typing import Any
 
 import pytest
@@ -19,18 +15,14 @@ from torch.nn.parallel import DistributedDataParallel
 
 import mpisyncbn
 import mpisyncbn.distributed
-from support.ranks import WORLD, together, up_to_two
+from support.ranks import WORLD, error_of, several, together, up_to_two
 
 RANK, SIZE = WORLD.rank, WORLD.size
 STEPS = 20
-pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning")  # torch 2.13 renames options
-
-
-@pytest.fixture(scope="module", autouse=True)
-def world() -> Iterator[None]:
-    mpisyncbn.init_process_group(timeout=timedelta(seconds=60))
-    yield
-    dist.destroy_process_group()
+pytestmark = [
+    pytest.mark.usefixtures("world"),
+    pytest.mark.filterwarnings("ignore::FutureWarning"),  # torch 2.13 renames options
+]
 
 
 def network(synchronized: bool = True) -> nn.Module:
@@ -63,12 +55,12 @@ def optimizer_of(net: nn.Module) -> torch.optim.Optimizer:
     return torch.optim.SGD(net.parameters(), lr=0.05, momentum=0.9)
 
 
-def in_one_process(steps: int = STEPS, accumulate: int = 1) -> nn.Module:
-    """What all ranks together must come to: torch's own layers on the whole batch."""
+def in_one_process(steps: int = STEPS, accumulate: int = 1, have: list[int] | None = None) -> nn.Module:
+    """Torch's own layers on the whole batch of all ranks, or of those that ``have`` so many batches."""
     net = network(synchronized=False)
     optimizer = optimizer_of(net)
     for step in range(steps):
-        parts = [batches(rank, step) for rank in range(SIZE)]
+        parts = [batches(rank, step) for rank in range(SIZE) if have is None or have[rank] > step]
         x, labels = (torch.cat(each) for each in zip(*parts, strict=True))
         loss_of(net, x, labels, len(x)).backward()
         if (step + 1) % accumulate == 0:
@@ -142,14 +134,7 @@ def test_compressed_gradients(hook: str) -> None:
 
 def test_sharded() -> None:
     net = network()
-    fully_shard(net)
-    optimizer = torch.optim.SGD(net.parameters(), lr=0.05, momentum=0.9)
-    total = sum(rank + 2 for rank in range(SIZE))
-    for step in range(STEPS):
-        x, labels = batches(RANK, step)
-        (loss_of(net, x, labels, total) * SIZE).backward()
-        optimizer.step()
-        optimizer.zero_grad()
+    train(fully_shard(net))
     whole = [parameter.full_tensor() for parameter in net.parameters()]
 
     with together():
@@ -195,20 +180,10 @@ def test_join(dtype: torch.dtype) -> None:
     net(batches(RANK, 99)[0].to(dtype))
 
     with together():
-        expected = network(synchronized=False)
-        optimizer = optimizer_of(expected)
-        for step in range(5):
-            parts = [batches(rank, step) for rank in range(SIZE) if have[rank] > step]
-            x, labels = (torch.cat(each) for each in zip(*parts, strict=True))
-            loss_of(expected, x, labels, len(x)).backward()
-            optimizer.step()
-            optimizer.zero_grad()
         assert len(set(exchanges)) == 1
-        expected.eval()
-        reference = expected(batches(RANK, 99)[0])
-        torch.testing.assert_close(
-            after.double(), reference, rtol=0, atol=1e-9 if dtype is torch.float64 else 1e-3
-        )
+        expected = in_one_process(5, have=have).eval()(batches(RANK, 99)[0])
+        tolerance = 1e-9 if dtype is torch.float64 else 1e-3
+        torch.testing.assert_close(after.double(), expected, rtol=0, atol=tolerance)
 
 
 def test_join_where_all_have_the_same() -> None:
@@ -233,79 +208,29 @@ def test_join_that_divides_by_the_ranks_with_data(join: Any) -> None:
         assert seen == [[[1.0, 1.0]]] * (RANK + 1)
 
 
-@pytest.mark.skipif(SIZE < 2, reason="needs two ranks to disagree")
+@several
 def test_a_failed_reduction_is_an_error_of_backward() -> None:
     ddp = DistributedDataParallel(nn.Linear(3, 3))
     loss = ddp(torch.ones(2, 3)).sum()
-    error = None
-    try:
-        loss.backward() if RANK == 0 else dist.all_reduce(torch.ones(5))
-    except RuntimeError as problem:
-        error = str(problem)
+    call = loss.backward if RANK == 0 else lambda: dist.all_reduce(torch.ones(5))
+    error = error_of(call, RuntimeError)
     with together():
         assert "made different ones" in str(error)
 
 
-@pytest.mark.skipif(SIZE < 2, reason="needs a rank that is through before another")
+@several
 def test_join_that_ends_with_the_first() -> None:
     net = network()
-    error = None
-    try:
+
+    def steps() -> None:
         with mpisyncbn.distributed.join(ddp := DistributedDataParallel(net), throw_on_early_termination=True):
             for step in range(1 if RANK == 0 else 2):
                 ddp(batches(RANK, step)[0]).sum().backward()
-    except RuntimeError as problem:
-        error = str(problem)
+
+    error = error_of(steps, RuntimeError)
     net(batches(RANK, 9)[0])  # the layers still exchange
     with together():
         assert error is not None
-
-
-# What torch keeps in C++.
-
-
-def registered(x: Tensor, work: Any) -> Any:
-    torch._C._distributed_c10d._register_work(x, work)
-    return lambda: torch.ops._c10d_functional.wait_tensor(x)
-
-
-def boxed(_: Tensor, work: Any) -> Any:
-    box = work.boxed()
-    return lambda: (dist.Work.unbox(box).wait(), dist.Work.unbox(box).get_future().wait())
-
-
-def future(_: Tensor, work: Any) -> Any:
-    return work.get_future().wait
-
-
-@pytest.mark.parametrize("keep", [registered, boxed, future])
-def test_what_cpp_keeps(keep: Any) -> None:
-    """It keeps a Work and not the object of Python; once it lets go, nothing of it is left."""
-    x = torch.ones(2)
-    work = dist.all_reduce(x, async_op=True)
-    seen, wait = weakref.ref(work), keep(x, work)
-    del work
-    wait()
-    del wait
-    dist.barrier(async_op=True).wait()  # which the group's thread begins once it has let go of the Work
-    gc.collect()
-    with together():
-        assert (x == SIZE).all()
-        assert seen() is None
-
-
-@pytest.mark.skipif(SIZE < 2, reason="needs two ranks")
-def test_messages_that_have_come_are_let_go() -> None:
-    x = torch.full((2,), float(RANK))
-    out = torch.zeros(2)
-    sent, received = dist.isend(x, (RANK + 1) % SIZE), dist.irecv(out, (RANK - 1) % SIZE)
-    seen = [weakref.ref(sent), weakref.ref(received)]
-    sent.wait()
-    received.wait()
-    del sent, received
-    with together():
-        assert (out == (RANK - 1) % SIZE).all()
-        assert [ref() for ref in seen] == [None, None]
 
 
 # torch.compile. What it says of itself is no concern of these.
@@ -313,13 +238,6 @@ compiles = pytest.mark.filterwarnings("ignore")
 slow = pytest.mark.full("torch's compiler takes its time")
 BACKEND = "aot_eager"
 KINDS = "plain", "static graph", "unused parameters", "inside", "whole graph"
-
-
-@pytest.fixture
-def fresh_compiler() -> Iterator[None]:
-    torch._dynamo.reset()
-    yield
-    torch._dynamo.reset()
 
 
 @compiles

@@ -18,12 +18,11 @@ import torch.distributed as dist
 import mpisyncbn
 import mpisyncbn.distributed
 from mpisyncbn import store
-from support.ranks import WORLD, together
+from support.ranks import WORLD, error_of, several, together
 
 RANK, SIZE = WORLD.rank, WORLD.size
 LISTENING = "0A"  # in /proc/net/tcp
 pytestmark = pytest.mark.skipif(not Path("/proc/net/tcp").exists(), reason="Linux lists its sockets there")
-several = pytest.mark.skipif(SIZE < 2, reason="needs two ranks")
 
 
 @pytest.fixture(autouse=True)
@@ -140,11 +139,7 @@ def test_a_rank_without_an_address(monkeypatch: pytest.MonkeyPatch) -> None:
 
     mpisyncbn.init_process_group(timeout=timedelta(seconds=60))
     monkeypatch.setattr(store, "_address_among", no_address)
-    error = None
-    try:
-        dist.new_group(backend="gloo")
-    except RuntimeError as problem:
-        error = str(problem)
+    error = error_of(lambda: dist.new_group(backend="gloo"), RuntimeError)
     dist.all_reduce(x := torch.ones(1))  # backend mpi4py needs none
     with together():
         assert f"expected a store that all {SIZE} ranks reach" in str(error)

@@ -1,0 +1,163 @@
+"""Collectives that ranks disagree on, that a rank misses, or that nobody can make: errors, no waiting."""
+
+from __future__ import annotations
+
+from datetime import timedelta
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from mpi4py import MPI
+from torch import nn
+from torch.distributed import ReduceOp
+
+import mpisyncbn
+from mpisyncbn import CollectiveMismatchError, CollectiveTimeoutError, MPISyncBNError, distributed
+from support.ranks import WORLD, error_of, several, together
+
+RANK, SIZE = WORLD.rank, WORLD.size
+pytestmark = [
+    pytest.mark.usefixtures("world"),
+    pytest.mark.filterwarnings("ignore::FutureWarning"),  # torch 2.13 renames collectives
+]
+
+
+def mismatched() -> dict[str, Any]:
+    first = RANK == 0
+    return {
+        "shapes": lambda: dist.all_reduce(torch.zeros(3 if first else 4)),
+        "dtypes": lambda: dist.all_reduce(torch.zeros(3, dtype=torch.float32 if first else torch.float64)),
+        "operations": lambda: dist.all_reduce(torch.zeros(3), ReduceOp.SUM if first else ReduceOp.MAX),
+        "roots": lambda: dist.broadcast(torch.zeros(3), 0 if first else 1),
+        "collectives": lambda: dist.barrier() if first else dist.all_reduce(torch.zeros(3)),
+        "one rank refuses": lambda: dist.all_reduce(
+            torch.zeros(3, dtype=torch.bool), ReduceOp.AVG if first else ReduceOp.SUM
+        ),
+    }
+
+
+@several
+@pytest.mark.parametrize("what", list(mismatched()))
+def test_mismatches(what: str) -> None:
+    error = error_of(mismatched()[what], CollectiveMismatchError)
+    after = torch.ones(1)
+    dist.all_reduce(after)  # the group lives on
+
+    with together():
+        assert error is not None
+        assert all(f"rank {rank} on " in str(error) for rank in range(SIZE))
+        assert after == SIZE
+
+
+@several
+def test_splits_that_do_not_fit() -> None:
+    rows = [1] * SIZE
+    sent = list(rows)
+    if RANK == 0:
+        sent[1] += 1
+    out, x = torch.zeros(SIZE), torch.zeros(sum(sent))
+    error = error_of(lambda: dist.all_to_all_single(out, x, rows, sent), ValueError)
+    with together():
+        assert "rank 0 sends 8 bytes to rank 1, which expects 4" in str(error)
+
+
+@several
+def test_a_rank_that_does_not_come() -> None:
+    group, watched = (dist.new_group(timeout=timedelta(seconds=1)) for _ in range(2))
+    errors: list[Any] = []
+    if RANK == 0:
+        for call in (lambda: dist.all_reduce(torch.zeros(3), group=group), lambda: dist.barrier(group=group)):
+            errors.append(error_of(call, MPISyncBNError))
+    if RANK < SIZE - 1:
+        errors.append(error_of(lambda: distributed.monitored_barrier(watched), CollectiveTimeoutError))
+
+    with together():
+        if RANK == 0:
+            late, unusable, missing = errors
+            assert isinstance(late, CollectiveTimeoutError)
+            assert "all_reduce SUM of float32 (3,)" in str(late)
+            assert f"rank 0 of {SIZE} waited 1 s" in str(late)
+            assert "unusable" in str(unusable)
+            assert f"ranks [{SIZE - 1}] did not come" in str(missing)
+        elif RANK < SIZE - 1:
+            assert "did not come" in str(errors[0])
+
+
+def test_an_interrupted_collective_ends_its_group(monkeypatch: pytest.MonkeyPatch) -> None:
+    def interrupt(*_: Any) -> bool:
+        raise KeyboardInterrupt
+
+    group = dist.new_group()
+    abandoned = len(mpisyncbn.diagnostics._abandoned)
+    monkeypatch.setattr(mpisyncbn.steps, "patiently", interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        dist.all_reduce(torch.zeros(3), group=group)
+    monkeypatch.undo()
+    with pytest.raises(MPISyncBNError, match=r"unusable since all_reduce SUM .* was interrupted"):
+        dist.all_reduce(torch.zeros(3), group=group)
+    assert len(mpisyncbn.diagnostics._abandoned) == abandoned + 1, "MPI may write there still"
+    watched = [group._wire.presence in mpisyncbn.presence.everyone()]
+    dist.destroy_process_group(group)
+    watched.append(group._wire.presence in mpisyncbn.presence.everyone())
+    assert watched == [SIZE > 1, False], "at its end a rank must not wait for others in it"
+
+
+def test_monitored_barrier() -> None:
+    distributed.monitored_barrier()
+    distributed.monitored_barrier(timeout=timedelta(seconds=30))
+
+
+def test_arguments_that_nobody_can_use() -> None:
+    sparse = torch.eye(3).to_sparse()
+    cases = {
+        "expected a dense tensor": lambda: dist.all_reduce(sparse),
+        "no torch.float8_e4m3fn to reduce": lambda: dist.all_reduce(torch.zeros(3).to(torch.float8_e4m3fn)),
+        "expected a root from 0": lambda: dist.group.WORLD.broadcast([torch.zeros(3)], options(root=SIZE)),
+        "splits with a sum of": lambda: dist.group.WORLD.all_to_all_single(
+            torch.zeros(SIZE + 1), torch.zeros(SIZE + 1), [SIZE] * SIZE, [SIZE] * SIZE, options(0)
+        ),
+        "one tensor for each": lambda: dist.group.WORLD.allgather(
+            [[torch.zeros(3)] * (SIZE + 1)], [torch.zeros(3)], options(0)
+        ),
+    }
+    for message, call in cases.items():
+        with pytest.raises((TypeError, ValueError), match=message):
+            call()
+
+
+def options(root: int) -> Any:
+    chosen = dist.BroadcastOptions()
+    chosen.rootRank, chosen.asyncOp = root, False
+    return chosen
+
+
+def test_what_a_group_of_torch_refuses() -> None:
+    x, world = torch.ones(3), dist.group.WORLD
+    sent, received = world.send([x], RANK, 5), world.recv([torch.zeros(3)], RANK, 5)
+    with pytest.raises(NotImplementedError, match=r"recv from rank .* have no future"):
+        received.get_future()
+    received.wait()
+    sent.wait()
+    with pytest.raises(ValueError, match=f"send: expected a rank from 0 to {SIZE - 1}, got {SIZE}"):
+        world.send([x], SIZE, 0)
+    with pytest.raises(ValueError, match="expected the dtypes of output and input to be alike"):
+        dist.reduce_scatter_tensor(x[:1].double(), torch.ones(SIZE))
+    with pytest.raises(TypeError, match="expected a group of backend mpi4py, got 'another'"):
+        distributed.monitored_barrier("another")
+    dist.all_reduce(x)  # the group lives on
+    assert x.tolist() == [SIZE] * 3
+
+
+def test_a_timeout_that_is_a_number_and_a_model_that_is_none() -> None:
+    with pytest.raises(TypeError, match=r"expected timeout to be a datetime.timedelta, got int"):
+        distributed.ProcessGroup(MPI.COMM_SELF, 60)
+    group = distributed.ProcessGroup(MPI.COMM_SELF.Dup(), timedelta(seconds=60))
+    with pytest.raises(TypeError, match=r"expected timeout to be a datetime.timedelta, got int"):
+        distributed.monitored_barrier(group, 60)
+    group.shutdown()
+    with (
+        pytest.raises(TypeError, match="expected a DistributedDataParallel, got Linear"),
+        distributed.join(nn.Linear(1, 1)),
+    ):
+        pass
