@@ -4,10 +4,8 @@ from __future__ import annotations
 
 import copy
 import inspect
-import io
 import itertools
 import pickle
-from functools import partial
 
 import numpy as np
 import pytest
@@ -17,7 +15,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 import mpisyncbn
-from support.oracle import HAS_BIAS, bits_equal_on_all_ranks, distance, local_batch, oracle, shard
+from support.oracle import HAS_BIAS, bits_equal_on_all_ranks, distance, layouts, local_batch, oracle, shard
 from support.ranks import WORLD, together
 
 LOCAL = {2: nn.BatchNorm1d, 3: nn.BatchNorm1d, 4: nn.BatchNorm2d, 5: nn.BatchNorm3d}
@@ -291,118 +289,6 @@ def test_reset_without_a_bias():
         assert list(layer.state_dict()) == ["weight", "running_mean", "running_var", "num_batches_tracked"]
 
 
-def test_copies_share_the_communicator_and_pickles_keep_the_world():
-    group = mpisyncbn.new_subgroups(1)
-    layer = mpisyncbn.SyncBatchNorm(3, process_group=group)
-    assert copy.deepcopy(layer).process_group is group
-    with pytest.raises(TypeError, match=r"cannot pickle .* a private group exists only in this run"):
-        pickle.dumps(layer)
-    for world in (mpisyncbn.SyncBatchNorm(3), mpisyncbn.SyncBatchNorm(3, process_group=WORLD)):
-        world(shard((local_batch(), 3), 1))
-        for again in (pickle.loads(pickle.dumps(world)), saved_and_loaded(world)):
-            x = shard((local_batch(), 3), 2)
-            assert torch.equal(again(x), world(x))
-
-
-def saved_and_loaded(module: nn.Module) -> nn.Module:
-    file = io.BytesIO()
-    torch.save(module, file)
-    file.seek(0)
-    return torch.load(file, weights_only=False)
-
-
-def test_a_copy_that_one_rank_trains_alone_is_no_error():
-    layer = mpisyncbn.SyncBatchNorm(3)
-    if WORLD.rank == 0:
-        alone = mpisyncbn.SyncBatchNorm(3)  # never used
-        copy.deepcopy(layer).eval()(torch.ones(2, 3))
-        assert alone.training
-    layer(shard((local_batch(), 3), 1))
-
-
-def test_wrong_input_in_evaluation_is_named_too():
-    layer = mpisyncbn.SyncBatchNorm(3).eval()
-    with pytest.raises(ValueError, match="one value per channel"):
-        layer(torch.zeros(2, 4))
-
-
-def evaluated(layer, x, residual=None):
-    """The gradient of x that evaluation by the statistics of this moment has, in float64."""
-    x = x.detach().double().requires_grad_()
-    vectors = [None if v is None else v.detach().double().clone() for v in layer_vectors(layer)]
-    y = nn.functional.batch_norm(x, *vectors)
-    y = y if residual is None else y + residual.double()
-    return torch.autograd.grad((y.relu() if layer.activation else y).pow(3).sum(), x)[0]
-
-
-def layer_vectors(layer):
-    return layer.running_mean, layer.running_var, layer.weight, layer.bias
-
-
-def by_function(layer, x, residual=None):
-    options = {"activation": layer.activation, "residual": residual, "training": layer.training}
-    return mpisyncbn.sync_batch_norm(x, *layer_vectors(layer), momentum=0.1, **options)
-
-
-@pytest.mark.parametrize("order", ["et", "ete", "te"])
-@pytest.mark.parametrize(
-    "options",
-    [
-        {},
-        {"momentum": None},
-        {"affine": False},
-        {"activation": "relu", "residual": True},
-        {"dtype": torch.float64},
-        {"half": torch.bfloat16},
-        {"frozen": True},
-        {"function": True},
-    ],
-    ids=str,
-)
-def test_evaluation_and_training_before_one_backward(order, options):
-    """Each forward has the gradient of the statistics that it used; torch's takes the last ones for all."""
-    options = dict(options)
-    half, frozen, residual, function = (
-        options.pop(name, None) for name in ("half", "frozen", "residual", "function")
-    )
-    layer = mpisyncbn.SyncBatchNorm(3, **options).requires_grad_(not frozen)
-    forward = partial(by_function, layer) if function else layer
-    dtype = half or options.get("dtype", torch.float32)
-    loss, inputs, expected = 0, [], []
-    for step, mode in enumerate(order):
-        x = shard((local_batch(3), 3, 4), step, 1.0, dtype).requires_grad_()
-        more = shard(tuple(x.shape), 9, dtype=dtype) if residual else None
-        if mode == "e":
-            inputs.append(x)
-            expected.append(evaluated(layer.eval(), x, more))
-        layer.train(mode == "t")
-        loss = loss + forward(x, more).double().pow(3).sum()
-    loss.backward()
-    tolerance = 3e-2 if half else 1e-5
-    for x, dx in zip(inputs, expected, strict=True):
-        assert distance(x.grad, dx) < tolerance
-
-
-def test_statistics_that_change_between_evaluation_and_backward():
-    """As a checkpoint and DDP's broadcast of buffers change them; and some made in inference mode."""
-    layer, x = mpisyncbn.SyncBatchNorm(3, affine=False).eval(), shard((4, 3), 1).requires_grad_()
-    expected, y = evaluated(layer, x), layer(x)
-    layer.load_state_dict({**layer.state_dict(), "running_var": torch.full((3,), 4.0)})
-    with torch.inference_mode():
-        layer.running_mean, layer.running_var = torch.zeros(3), torch.full((3,), 9.0)
-    expected += evaluated(layer, x)
-    (y.pow(3).sum() + layer(x).pow(3).sum()).backward()
-    assert distance(x.grad, expected) < 1e-5
-
-
-def test_an_evaluated_graph_that_is_handed_on_holds_torchs_operations_alone():
-    net, x = nn.Sequential(mpisyncbn.SyncBatchNorm(3)).eval(), torch.ones(2, 3)
-    program, traced = torch.export.export(net, (x,)), torch.jit.trace(net, x)
-    called = [str(node.target) for node in program.graph.nodes if node.op == "call_function"]
-    assert called == ["aten.batch_norm.default"]
-    assert "clone" not in str(traced.inlined_graph)
-
-
 def test_parameters_are_trained_like_the_whole_batch():
     """Twenty steps of SGD with averaged gradients, float64: the parameters of one process on everything."""
     torch.manual_seed(3)
@@ -424,14 +310,6 @@ def test_parameters_are_trained_like_the_whole_batch():
         assert distance(ours.state_dict()[name], value, value.abs().max().double() + 1) < 1e-10, name
 
 
-def laid_out(x: torch.Tensor, layout: str) -> torch.Tensor:
-    if layout == "channels last":
-        return x.movedim(1, -1).contiguous().movedim(-1, 1)
-    if layout == "strided":
-        return x.repeat_interleave(2, -1)[..., ::2]
-    return x
-
-
 @given(
     sizes=st.lists(st.integers(0, 4), min_size=4, max_size=4).filter(lambda s: s[0] > 1),
     inner=st.lists(st.integers(1, 5), min_size=1, max_size=4),
@@ -444,7 +322,7 @@ def test_any_split_shape_dtype_and_layout(sizes, inner, dtype, layout, affine):
     layer = mpisyncbn.SyncBatchNorm(inner[0], momentum=1.0, affine=affine, dtype=wide)
     shape = (sizes[WORLD.rank % 4], *inner)
     x, dy = shard(shape, 3, 1.0, dtype), shard(shape, 4, 0.0, dtype)
-    x = laid_out(x, layout).requires_grad_()
+    x = layouts(x)[layout].requires_grad_()
     y = layer(x)
     y.backward(dy)
     expected = oracle(x, dy)

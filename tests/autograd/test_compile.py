@@ -27,16 +27,10 @@ BACKEND = "aot_eager"
 # torch's compiler warns about itself
 pytestmark = [
     up_to_two,
+    pytest.mark.usefixtures("fresh_compiler"),
     pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::UserWarning:torch"),
 ]
 slow = pytest.mark.full("torch's compiler takes its time")
-
-
-@pytest.fixture(autouse=True)
-def fresh_compiler():
-    torch._dynamo.reset()
-    yield
-    torch._dynamo.reset()
 
 
 def model() -> nn.Module:
@@ -67,17 +61,21 @@ def test_fullgraph_training_is_the_same():
 
 
 @slow
-def test_a_momentum_that_changes_from_step_to_step():
-    """The compiler makes a symbol of it, which has no value and no attributes."""
+@pytest.mark.parametrize(("dynamic", "momenta"), [(True, (0.1, 0.3, 1.0, 0.7)), (None, [torch.tensor(0.25)])])
+def test_a_momentum_that_changes_or_is_a_tensor(dynamic, momenta):
+    """The compiler makes a symbol of one that changes; a tensor may have no value to be looked at."""
     layer = mpisyncbn.SyncBatchNorm(3)
     eager, x = copy.deepcopy(layer), shard((3 + WORLD.rank, 3), 1, 2.0)
-    compiled = torch.compile(layer, fullgraph=True, dynamic=True, backend=BACKEND)
-    for momentum in (0.1, 0.3, 1.0, 0.7):
+    compiled = torch.compile(layer, fullgraph=True, dynamic=dynamic, backend=BACKEND)
+    for momentum in momenta:
         layer.momentum = eager.momentum = momentum
         compiled(x)
         eager(x)
     assert distance(layer.running_mean, eager.running_mean) < 1e-6
     assert distance(layer.running_var, eager.running_var) < 1e-6
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        y = mpisyncbn.SyncBatchNorm(3, momentum=momenta[0])(torch.zeros(2, 3))
+    assert y.shape == (2, 3)
 
 
 def forwards(layer, forward, x):
@@ -209,19 +207,6 @@ def test_other_dtypes(dtype):
         assert distance(a, b) < (1e-12 if dtype == torch.float64 else 2e-2)
 
 
-@slow
-def test_a_momentum_that_is_a_tensor():
-    """It stays one in the graph, and on fake tensors, where it has no value to be looked at."""
-    layer, x = mpisyncbn.SyncBatchNorm(3, momentum=torch.tensor(0.25)), shard((4, 3), 1, 2.0)
-    eager = copy.deepcopy(layer)
-    torch.compile(layer, fullgraph=True, backend=BACKEND)(x)
-    eager(x)
-    assert distance(layer.running_var, eager.running_var) < 1e-6
-    with FakeTensorMode(allow_non_fake_inputs=True):
-        y = mpisyncbn.SyncBatchNorm(3, momentum=torch.tensor(0.25))(torch.zeros(2, 3))
-    assert y.shape == (2, 3)
-
-
 def test_no_exchange_is_dropped_or_merged():
     """An unused result, and the same layer twice on the same input."""
     layer = mpisyncbn.SyncBatchNorm(3)
@@ -257,6 +242,9 @@ def test_errors_under_compilation():
     compiled = torch.compile(layer, fullgraph=True, backend=BACKEND)
     with pytest.raises(Exception, match=r"expected weight of shape \(4,\)"):
         compiled(torch.zeros(2, 4))
+    with pytest.raises(ValueError, match="more than 1 value per channel"):
+        torch.compile(layer, backend=BACKEND)(shard((1 if WORLD.rank == 0 else 0, 3), 1))
+    assert layer.num_batches_tracked == 0
     function = torch.compile(
         lambda x: mpisyncbn.sync_batch_norm(x, None, None, process_group=WORLD),
         fullgraph=True,
@@ -297,13 +285,6 @@ def test_empty_and_not_finite_batches_stay_out_of_the_running_statistics():
         compiled(x)
         assert torch.equal(layer.running_mean, torch.zeros(3))
         assert layer.num_batches_tracked == 0
-
-
-def test_one_value_per_channel_is_refused():
-    layer = mpisyncbn.SyncBatchNorm(3)
-    with pytest.raises(ValueError, match="more than 1 value per channel"):
-        torch.compile(layer, backend=BACKEND)(shard((1 if WORLD.rank == 0 else 0, 3), 1))
-    assert layer.num_batches_tracked == 0
 
 
 def everything_again(context, operation, *args, **kwargs):

@@ -3,59 +3,45 @@
 from __future__ import annotations
 
 import gc
-import io
 import itertools
 import pickle
-import re
-import warnings
 import weakref
-from copy import copy as shallow_copy
 from copy import deepcopy
 from functools import partial
-from threading import Lock
 
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from mpi4py import MPI
 from torch import nn
 from torch.nn.utils import fusion, parametrizations, parametrize, prune
 
-import mpisyncbn
-from mpisyncbn import Communicator, SyncBatchNorm, convert_sync_batchnorm, revert_sync_batchnorm
-from mpisyncbn.communicator import resolve
+from mpisyncbn import SyncBatchNorm, convert_sync_batchnorm, revert_sync_batchnorm
 from mpisyncbn.convert import BatchNorm
-from support.oracle import HAS_BIAS, distance, local_batch, oracle, shard
+from support.models import (
+    C,
+    Named,
+    NamedSync,
+    Twice,
+    contents,
+    data,
+    equal,
+    kinds,
+    layers,
+    network,
+    randomize,
+    step,
+    through_pickle,
+)
+from support.oracle import HAS_BIAS, distance, oracle
 from support.ranks import WORLD, together
 
-C = 3
 NDIM = {nn.BatchNorm1d: 3, nn.BatchNorm2d: 4, nn.BatchNorm3d: 5, nn.SyncBatchNorm: 4, BatchNorm: 4}
 LAZY = {nn.LazyBatchNorm1d: 3, nn.LazyBatchNorm2d: 4, nn.LazyBatchNorm3d: 5}
 OPTIONS = [{}, {"momentum": None}, {"affine": False}, {"bias": False}, {"track_running_stats": False}]
 if not HAS_BIAS:
     OPTIONS.remove({"bias": False})
 OPTIONS += [{"dtype": torch.float64}, {"dtype": torch.bfloat16}]
-
-
-class Named(nn.BatchNorm2d):
-    """A subclass that adds to a BatchNorm but leaves its forward alone."""
-
-    _version = 7
-
-    def __init__(self, title="a title"):
-        super().__init__(C)
-        self.title = title
-
-    def shout(self):
-        return self.title.upper()
-
-    def extra_repr(self):
-        return f"{self.title}, {super().extra_repr()}"
-
-
-class NamedSync(nn.SyncBatchNorm):
-    pass
 
 
 class LazyNamed(nn.LazyBatchNorm2d):
@@ -66,82 +52,14 @@ class MySync(SyncBatchNorm):
     pass
 
 
-class OwnForward(nn.BatchNorm2d):
-    def forward(self, input):
-        return super().forward(input).relu()
-
-
-class LazyOwnForward(nn.LazyBatchNorm2d):
-    cls_to_become = OwnForward
-
-
 class Generator(nn.Sequential):
     def __init__(self):
         super().__init__(nn.BatchNorm2d(C))
         self.scale = nn.Parameter(torch.ones(2))
 
 
-class Twice(nn.Module):
-    def forward(self, x):
-        return 2 * x
-
-    def right_inverse(self, x):
-        return x / 2
-
-
-def network():
-    def block(bn):
-        return nn.Sequential(nn.Conv2d(C, C, 1, bias=False), bn, nn.ReLU())
-
-    first, last = nn.BatchNorm2d(C), nn.BatchNorm1d(C)
-    return nn.Sequential(first, block(nn.BatchNorm2d(C)), block(Named()), nn.Flatten(2), last)
-
-
-def data(ndim=4, dtype=torch.float32):
-    return shard((local_batch(), C, *(4, 3, 2)[: ndim - 2]), mean=0.5, dtype=dtype).requires_grad_()
-
-
-def randomize(module):
-    generator = torch.Generator().manual_seed(5)
-    with torch.no_grad():
-        for tensor in module.state_dict().values():
-            if tensor.is_floating_point():
-                tensor.copy_(torch.rand(tensor.shape, generator=generator) + 0.5)
-    return module
-
-
 def places(module):
     return [(name, id(m)) for name, m in module.named_modules(remove_duplicate=False)]
-
-
-def contents(module):
-    """Every attribute and every tensor by identity: what an optimizer holds, for one."""
-    attributes = [{k: id(v) for k, v in vars(m).items()} for m in module.modules()]
-    return attributes, [(k, id(v)) for k, v in module.state_dict(keep_vars=True).items()]
-
-
-def kinds(module):
-    return [parametrize.type_before_parametrizations(m) for m in module.modules()]
-
-
-def layers(module):
-    return [m for m in module.modules() if isinstance(m, SyncBatchNorm)]
-
-
-def step(module, x):
-    """All that a training step leaves: output, gradients, buffers."""
-    y = module(x)
-    gradients = torch.autograd.grad(y.pow(3).sum(), [x, *module.parameters()])
-    return [y, *gradients, *(b.clone() for b in module.buffers())]
-
-
-def equal(actual, expected):
-    return all(torch.equal(one, other) for one, other in zip(actual, expected, strict=True))
-
-
-def close(actual, expected, tolerance):
-    pairs = zip(actual, expected, strict=True)
-    return all(torch.allclose(one, other, rtol=tolerance, atol=tolerance) for one, other in pairs)
 
 
 # --- What stays
@@ -259,16 +177,6 @@ def test_the_name_of_a_model():
         name(SyncBatchNorm.convert_sync_batchnorm(nn.Sequential(net), name="G")) == "Sequential: 0.module.0"
     )
     assert SyncBatchNorm.convert_sync_batchnorm(nn.BatchNorm2d(C), name="alone").layer_name == "alone"
-
-
-@pytest.mark.parametrize(("name", "kind"), [(3, TypeError), ("", ValueError), ("#1", ValueError)])
-def test_a_wrong_name_changes_nothing(name, kind):
-    net = network()
-    with pytest.raises(
-        kind, match=r"expected (name to be a str or None|a name that is not empty .*), got .*on rank"
-    ):
-        convert_sync_batchnorm(net, name=name)
-    assert layers(net) == []
 
 
 def test_state_dicts_load_strictly_both_ways():
@@ -412,220 +320,7 @@ def test_built_synchronized_and_reverted():
         layer(torch.ones(C))
 
 
-# --- What is refused
-
-
-@pytest.mark.parametrize("make", [partial(OwnForward, C), LazyOwnForward, partial(nn.BatchNorm2d, C)])
-def test_a_forward_of_its_own_is_refused_by_name(make):
-    layer = make()
-    if type(layer) is nn.BatchNorm2d:
-        layer.forward = torch.relu
-    net = nn.ModuleDict({"good": nn.BatchNorm2d(C), "bad": nn.Sequential(Named(), layer)})
-    before = kinds(net), contents(net)
-    name = f"({type(layer).__module__}.{type(layer).__name__}) (on rank {WORLD.rank} of {WORLD.size})"
-    lost = "cannot convert layers whose own forward() would be lost:"
-    with pytest.raises(TypeError, match=re.escape(f"{lost} bad.1 {name}") + ".*no layer was changed"):
-        convert_sync_batchnorm(net)
-    assert (kinds(net), contents(net)) == before
-    with pytest.raises(TypeError, match=re.escape(f"{lost} the module itself {name}")):
-        convert_sync_batchnorm(layer)
-
-
-def test_many_layers_are_refused_in_one_line():
-    """As a model of timm has them: how many of each class, and one name."""
-
-    class Other(OwnForward):
-        pass
-
-    net = nn.Sequential(*(OwnForward(C) for _ in range(40)), nn.Sequential(Other(C), nn.BatchNorm2d(C)))
-    found = f"0, and 39 more ({__name__}.OwnForward), 40.0 ({__name__}.{Other.__qualname__}) (on rank"
-    with pytest.raises(TypeError, match=re.escape(f"would be lost: {found}")):
-        convert_sync_batchnorm(net)
-    synchronized = nn.Sequential(*(SyncBatchNorm(C, activation="relu") for _ in range(3)))
-    with pytest.raises(TypeError, match=re.escape("activation would be lost: 0, and 2 more (on rank")):
-        revert_sync_batchnorm(synchronized)
-    taken = nn.Sequential(*(nn.BatchNorm2d(C) for _ in range(3)))
-    for layer in taken:
-        layer.activation = nn.ReLU()
-    with pytest.raises(TypeError, match=re.escape("something named activation: 0, and 2 more (on rank")):
-        convert_sync_batchnorm(taken)
-
-
-@pytest.mark.filterwarnings("ignore::DeprecationWarning")
-def test_compiled_by_jit_is_refused():
-    compiled = torch.jit.script(nn.Sequential(nn.BatchNorm2d(C)).eval())
-    net = nn.Sequential(nn.BatchNorm2d(C), compiled)
-    message = re.escape(f"it is compiled by torch.jit (on rank {WORLD.rank} of {WORLD.size})")
-    with pytest.raises(TypeError, match=f"cannot convert 1.0: {message}.*no layer was changed"):
-        convert_sync_batchnorm(net)
-    assert type(net[0]) is nn.BatchNorm2d
-    with pytest.raises(TypeError, match=f"cannot convert the module itself: {message}"):
-        convert_sync_batchnorm(getattr(compiled, "0"))
-
-
-def test_a_wrong_group_changes_nothing():
-    layer = nn.BatchNorm2d(C)
-    with pytest.raises(TypeError, match="process_group to be"):
-        convert_sync_batchnorm(layer, "world")
-    assert type(layer) is nn.BatchNorm2d
-
-
-class BatchNorms:
-    """Layers that are no BatchNorm of torch's, as other libraries have them."""
-
-    class BatchNorm(nn.Module):  # e3nn's
-        def __init__(self, mean=True):
-            super().__init__()
-            self.register_buffer("running_mean", torch.zeros(C) if mean else None)
-            self.scale = nn.Parameter(torch.ones(C))
-
-    class Derived(BatchNorm):
-        pass
-
-    class ComplexBatchNorm2d(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.running_mean = nn.Parameter(torch.zeros(C), requires_grad=False)
-
-    class FrozenBatchNorm2d(BatchNorm):  # torchvision's, detectron2's
-        pass
-
-    class HoldsBatchNorm(nn.Module):  # PyTorch Geometric's
-        def __init__(self):
-            super().__init__()
-            self.module = nn.BatchNorm1d(C)
-
-        @property
-        def running_mean(self):
-            return self.module.running_mean
-
-
-def test_batch_norms_that_are_not_torchs_are_named_once():
-    silent = BatchNorms.FrozenBatchNorm2d(), BatchNorms.HoldsBatchNorm(), BatchNorms.BatchNorm(mean=False)
-    tracked = nn.InstanceNorm2d(C, track_running_stats=True), nn.LazyBatchNorm2d(), SyncBatchNorm(C), Named()
-    parametrized = parametrize.register_parametrization(BatchNorms.BatchNorm(), "scale", Twice())
-    others = BatchNorms.BatchNorm(), BatchNorms.Derived(), BatchNorms.ComplexBatchNorm2d(), parametrized
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        convert_sync_batchnorm(nn.Sequential(*silent, *tracked))
-    net = nn.Sequential(nn.BatchNorm2d(C), nn.Sequential(*others))
-    with pytest.warns(UserWarning, match="no BatchNorm of torch's") as caught:
-        convert_sync_batchnorm(net)
-    kinds = "BatchNorm", "Derived", "ComplexBatchNorm2d", "BatchNorm"
-    names = ", ".join(f"1.{i} ({__name__}.BatchNorms.{kind})" for i, kind in enumerate(kinds))
-    assert len(caught) == 1
-    assert f"stay local to each rank: {names} (on rank {WORLD.rank} of" in str(caught[0].message)
-    assert caught[0].filename == __file__
-    assert len(layers(net)) == 1
-
-
 # --- Copies
-
-
-def through_torch(module):
-    torch.save(module, file := io.BytesIO())
-    return torch.load(io.BytesIO(file.getvalue()), weights_only=False)
-
-
-def through_pickle(module, protocol=pickle.HIGHEST_PROTOCOL):
-    return pickle.loads(pickle.dumps(module, protocol))
-
-
-@pytest.mark.parametrize(
-    "copy", [deepcopy, through_torch, through_pickle, partial(through_pickle, protocol=1)]
-)
-@pytest.mark.parametrize("group", [None, WORLD])
-def test_copies(copy, group):
-    net = convert_sync_batchnorm(nn.Sequential(network(), NamedSync(C)), group)
-    twin = copy(net)
-    assert kinds(twin) == kinds(net)
-    assert equal(twin.state_dict().values(), net.state_dict().values())
-    assert not {*map(id, twin.parameters())} & {*map(id, net.parameters())}
-    assert [m.process_group for m in layers(twin)] == [m.process_group for m in layers(net)]
-    assert layers(revert_sync_batchnorm(twin)) == []
-    assert type(twin[1]) is NamedSync
-    assert len(layers(net)) == 5
-
-
-def test_a_private_group_is_shared_by_copies_and_refuses_to_pickle():
-    group = mpisyncbn.new_subgroups(1)
-    net = convert_sync_batchnorm(network(), group)
-    twin = deepcopy(net)
-    with pytest.raises(
-        TypeError, match=r"a private group exists only in this run.*set process_group to None"
-    ):
-        pickle.dumps(net)
-    group.free()
-    assert {m.process_group for m in layers(twin)} == {group}
-    assert pickle.dumps(convert_sync_batchnorm(net))
-
-
-@pytest.mark.parametrize("make", [lambda: WORLD, WORLD.Dup, Communicator, lambda: None])
-def test_the_process_group_is_the_one_that_was_given(make):
-    """In every way to give it, and in copies. The Communicator stands beside it."""
-    group = make()
-    built, set_later, changed, net = (
-        SyncBatchNorm(C, process_group=group),
-        SyncBatchNorm(C),
-        Named(),
-        network(),
-    )
-    set_later.process_group = group
-    mpisyncbn.set_process_group(convert_sync_batchnorm(changed, MPI.COMM_SELF), group)
-    convert_sync_batchnorm(net, group)
-    everyone = [built, set_later, changed, *layers(net)]
-    everyone += [copied for each in everyone for copied in (deepcopy(each), shallow_copy(each))]
-    communicator = None if group is None else resolve(group)
-    assert all(each.process_group is group for each in everyone)
-    assert all(each.communicator is communicator for each in everyone)
-    assert "process_group=Communicator(" in repr(built) or group is None
-    if group is None or group is WORLD:
-        assert all(through_pickle(each).process_group == group for each in everyone)
-    elif not isinstance(group, Communicator):
-        with pytest.raises(TypeError, match="a private group exists only in this run"):
-            pickle.dumps(built)
-    with pytest.raises(TypeError, match="expected process_group to be"):
-        built.process_group = nn.Parameter(torch.ones(2))
-    assert built.process_group is group
-    plain = vars(revert_sync_batchnorm(changed)).keys()
-    assert plain == vars(Named()).keys()
-
-
-def test_the_group_of_a_layer_of_torch_comes_back():
-    group = Lock()  # as torch's, it cannot be copied
-    layer = convert_sync_batchnorm(nn.SyncBatchNorm(C, process_group=group), WORLD)
-    twin = deepcopy(layer)
-    with pytest.raises(TypeError, match="cannot pickle a layer that had a process_group of torch before"):
-        pickle.dumps(layer)
-    assert layer.process_group is twin.process_group is WORLD
-    assert revert_sync_batchnorm(layer).process_group is group
-    assert revert_sync_batchnorm(twin).process_group is group
-
-
-# --- What it computes
-
-
-def test_converting_again_hands_over_the_group():
-    net, x, group = network(), data(), mpisyncbn.new_subgroups(1)
-    alone = step(deepcopy(net), x)
-    converted = step(convert_sync_batchnorm(convert_sync_batchnorm(net), group), x)
-    group.free()
-    assert {m.process_group for m in layers(net)} == {group}
-    assert close(converted, alone, 1e-3)
-    assert {m.process_group for m in layers(convert_sync_batchnorm(net))} == {None}
-
-
-def test_the_ranks_compute_what_one_computes_of_the_whole_batch():
-    net, x = randomize(network()).double(), data(dtype=torch.float64)
-    shards, parameters = WORLD.allgather(x.detach()), len([*net.parameters()])
-    whole_y, whole_dx, *whole = step(deepcopy(net), torch.cat(shards).requires_grad_())
-    y, dx, *rest = step(convert_sync_batchnorm(net), x)
-    gradients = [sum(WORLD.allgather(gradient)) for gradient in rest[:parameters]]
-    start = sum(map(len, shards[: WORLD.rank]))
-    mine = slice(start, start + len(x))
-    assert close([y, dx], [whole_y[mine], whole_dx[mine]], 1e-10)
-    assert close(gradients + rest[parameters:], whole, 1e-10)
-
 
 # --- Any model
 
@@ -653,17 +348,3 @@ def test_any_model_there_and_back(tree, twice, to):
             assert isinstance(module, to) if batch_norm else type(module) is kind
         revert_sync_batchnorm(net)
         assert (places(net), kinds(net), contents(net)) == before
-
-
-class Strict(nn.BatchNorm2d):
-    def _check_input_dim(self, input):
-        if input.shape[-1] != 4:
-            raise ValueError("expected 4 columns")
-
-
-def test_a_check_of_the_users_own_is_kept():
-    layer = mpisyncbn.convert_sync_batchnorm(Strict(3))
-    for training in (True, False):
-        layer.train(training)(torch.randn(2, 3, 4, 4))
-        with pytest.raises(ValueError, match="expected 4 columns"):
-            layer(torch.randn(2, 3, 4, 5))

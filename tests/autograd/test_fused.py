@@ -75,15 +75,6 @@ def test_training(dtype, with_residual, options):
     assert fused.num_batches_tracked == 1
 
 
-def test_residual_alone():
-    _, layer = layers()
-    x, residual, dy = inputs()
-    y = layer(x, residual)
-    y.backward(dy)
-    assert torch.equal(residual.grad, dy)
-    assert distance(y, copy.deepcopy(layer)(x) + residual) < 1e-6
-
-
 @pytest.mark.parametrize("with_residual", [False, True])
 def test_channels_last_and_empty_ranks(with_residual):
     fused, plain = layers()
@@ -148,12 +139,6 @@ def test_evaluation():
     )
     expected = F.relu(F.batch_norm(x, fused.running_mean, fused.running_var) + residual)
     assert torch.equal(y, expected)
-
-
-def test_the_function():
-    x, residual, _ = inputs()
-    y = sync_batch_norm(x, None, None, activation="relu", residual=residual)
-    assert distance(y, F.relu(sync_batch_norm(x, None, None) + residual)) < 1e-6
 
 
 def test_an_activation_is_kept_and_shown():

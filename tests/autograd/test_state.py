@@ -18,7 +18,7 @@ from mpi4py import MPI
 from torch import Tensor
 
 import mpisyncbn
-from mpisyncbn import Communicator, SyncBatchNorm, autograd, exchange, functional, kernels, transport
+from mpisyncbn import Communicator, SyncBatchNorm, autograd, functional, kernels, transport
 from support.ranks import WORLD, no_exchange, together
 
 RANK, SIZE = WORLD.rank, WORLD.size
@@ -203,55 +203,6 @@ def test_a_signal_at_any_moment(path: str) -> None:
     step.group.free()
     assert not torn
     assert last == after
-
-
-# Whatever these may be called by, they are what a step is made of.
-PARTS: dict[str, tuple[Any, str]] = {
-    "moments": (exchange, "merge_moments"),
-    "kernels": (functional, "forward"),
-    "count": (autograd, "check_count"),
-    "update": (functional, "enter_batch"),
-    "blend": (transport, "blend"),
-    "changed": (transport, "changed"),
-    "allocation": (np, "empty"),
-    "lerp": (torch.Tensor, "lerp_"),
-    "copy": (torch.Tensor, "copy_"),
-    "counter": (torch.Tensor, "add_"),
-}
-
-
-@no_exchange
-@pytest.mark.parametrize("late", [False, True], ids=["instead", "afterwards"])
-@pytest.mark.parametrize("part", PARTS)
-def test_a_part_that_fails(part: str, late: bool) -> None:
-    """In every path that has it, at its first and at its second call."""
-    owner, name = PARTS[part]
-    real, torn, failed = getattr(owner, name), [], 0
-    for path in PATHS:
-        for dtype in DTYPES:
-            step, run, before, after = prepared(path, dtype)
-            for number in (1, 2):
-                calls = []
-
-                def fails(*args: Any, _calls: list[int] = calls, _number: int = number, **kwargs: Any) -> Any:
-                    _calls.append(1)
-                    if len(_calls) != _number:
-                        return real(*args, **kwargs)
-                    if late:
-                        real(*args, **kwargs)
-                    raise MemoryError
-
-                with mock.patch.object(owner, name, fails):
-                    try:
-                        run()
-                    except MemoryError:
-                        failed += 1
-                if step.state() not in (before, after):
-                    torn.append((path, dtype, number))
-                step.reset()
-            step.group.free()
-    assert not torn
-    assert failed or part in ("changed", "count") or kernels.native() is None
 
 
 NOT_FINITE = (float("nan"), float("inf"), float("-inf"))

@@ -50,12 +50,6 @@ def test_a_layer_is_an_instance_of_what_it_was(kind):
     assert type(revert_sync_batchnorm(net)[0]) is kind
 
 
-def test_what_becomes_of_a_built_and_of_torchs_synchronized_layer():
-    for layer in (SyncBatchNorm(C), convert_sync_batchnorm(nn.SyncBatchNorm(C))):
-        assert type(layer) is SyncBatchNorm
-        assert isinstance(layer, _BatchNorm)
-
-
 def test_layers_are_frozen_in_place_and_replaced():
     net = convert_sync_batchnorm(network())
     for module in net.modules():  # the usual loop

@@ -16,21 +16,11 @@ from torch.nn.utils import parametrize
 
 from mpisyncbn import SyncBatchNorm, convert_sync_batchnorm, revert_sync_batchnorm
 from mpisyncbn.communicator import resolve
-from support.oracle import local_batch, shard
+from support.models import C, Named, Twice, data, equal, step
 from support.ranks import no_exchange
 
-C = 3
 # torch's own layers are asked the same
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")
-
-
-class Named(nn.BatchNorm2d):
-    """A subclass, which keeps its class beside ours."""
-
-
-class Twice(nn.Module):
-    def forward(self, x):
-        return 2 * x
 
 
 class Block(nn.Module):
@@ -46,33 +36,15 @@ def network():
     torch.manual_seed(0)
     scaled = parametrize.register_parametrization(nn.BatchNorm2d(C), "weight", Twice())
     fused = nn.Sequential(nn.Conv2d(C, C, 1), nn.BatchNorm2d(C), nn.ReLU())
-    net = nn.Sequential(Block(), fused, Named(C), scaled, nn.BatchNorm2d(C), nn.LazyBatchNorm2d())
+    net = nn.Sequential(Block(), fused, Named(), scaled, nn.BatchNorm2d(C), nn.LazyBatchNorm2d())
     return convert_sync_batchnorm(net, fuse_relu=True)
 
 
 TARGETS = ["0.conv", "0.bn", "1.0", "1.1", "1.2", "2", "3", "4", "5"]
 
 
-def data():
-    return shard((local_batch(), C, 4, 2), mean=0.5)
-
-
 def targets(graph):
     return [node.target for node in graph.nodes if node.op == "call_module"]
-
-
-def step(net, x):
-    x = x.clone().requires_grad_()
-    y = net(x)
-    return [
-        y,
-        *torch.autograd.grad(y.pow(3).sum(), [x, *net.parameters()]),
-        *(b.clone() for b in net.buffers()),
-    ]
-
-
-def equal(some, others):
-    return all(torch.equal(one, other) for one, other in zip(some, others, strict=True))
 
 
 @pytest.mark.parametrize("training", [True, False])

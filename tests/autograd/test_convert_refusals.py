@@ -1,0 +1,153 @@
+"""Layers that conversion refuses by name, and those that it warns of."""
+
+from __future__ import annotations
+
+import re
+import warnings
+from functools import partial
+
+import pytest
+import torch
+from torch import nn
+from torch.nn.utils import parametrize
+
+from mpisyncbn import SyncBatchNorm, convert_sync_batchnorm, revert_sync_batchnorm
+from support.models import C, Named, Twice, contents, kinds, layers, network
+from support.ranks import WORLD
+
+
+class OwnForward(nn.BatchNorm2d):
+    def forward(self, input):
+        return super().forward(input).relu()
+
+
+class LazyOwnForward(nn.LazyBatchNorm2d):
+    cls_to_become = OwnForward
+
+
+@pytest.mark.parametrize("make", [partial(OwnForward, C), LazyOwnForward, partial(nn.BatchNorm2d, C)])
+def test_a_forward_of_its_own_is_refused_by_name(make):
+    layer = make()
+    if type(layer) is nn.BatchNorm2d:
+        layer.forward = torch.relu
+    net = nn.ModuleDict({"good": nn.BatchNorm2d(C), "bad": nn.Sequential(Named(), layer)})
+    before = kinds(net), contents(net)
+    name = f"({type(layer).__module__}.{type(layer).__name__}) (on rank {WORLD.rank} of {WORLD.size})"
+    lost = "cannot convert layers whose own forward() would be lost:"
+    with pytest.raises(TypeError, match=re.escape(f"{lost} bad.1 {name}") + ".*no layer was changed"):
+        convert_sync_batchnorm(net)
+    assert (kinds(net), contents(net)) == before
+    with pytest.raises(TypeError, match=re.escape(f"{lost} the module itself {name}")):
+        convert_sync_batchnorm(layer)
+
+
+def test_many_layers_are_refused_in_one_line():
+    """As a model of timm has them: how many of each class, and one name."""
+
+    class Other(OwnForward):
+        pass
+
+    net = nn.Sequential(*(OwnForward(C) for _ in range(40)), nn.Sequential(Other(C), nn.BatchNorm2d(C)))
+    found = f"0, and 39 more ({__name__}.OwnForward), 40.0 ({__name__}.{Other.__qualname__}) (on rank"
+    with pytest.raises(TypeError, match=re.escape(f"would be lost: {found}")):
+        convert_sync_batchnorm(net)
+    synchronized = nn.Sequential(*(SyncBatchNorm(C, activation="relu") for _ in range(3)))
+    with pytest.raises(TypeError, match=re.escape("activation would be lost: 0, and 2 more (on rank")):
+        revert_sync_batchnorm(synchronized)
+    taken = nn.Sequential(*(nn.BatchNorm2d(C) for _ in range(3)))
+    for layer in taken:
+        layer.activation = nn.ReLU()
+    with pytest.raises(TypeError, match=re.escape("something named activation: 0, and 2 more (on rank")):
+        convert_sync_batchnorm(taken)
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+def test_compiled_by_jit_is_refused():
+    compiled = torch.jit.script(nn.Sequential(nn.BatchNorm2d(C)).eval())
+    net = nn.Sequential(nn.BatchNorm2d(C), compiled)
+    message = re.escape(f"it is compiled by torch.jit (on rank {WORLD.rank} of {WORLD.size})")
+    with pytest.raises(TypeError, match=f"cannot convert 1.0: {message}.*no layer was changed"):
+        convert_sync_batchnorm(net)
+    assert type(net[0]) is nn.BatchNorm2d
+    with pytest.raises(TypeError, match=f"cannot convert the module itself: {message}"):
+        convert_sync_batchnorm(getattr(compiled, "0"))
+
+
+@pytest.mark.parametrize(("name", "kind"), [(3, TypeError), ("", ValueError), ("#1", ValueError)])
+def test_a_wrong_name_changes_nothing(name, kind):
+    net = network()
+    with pytest.raises(
+        kind, match=r"expected (name to be a str or None|a name that is not empty .*), got .*on rank"
+    ):
+        convert_sync_batchnorm(net, name=name)
+    assert layers(net) == []
+
+
+def test_a_wrong_group_changes_nothing():
+    layer = nn.BatchNorm2d(C)
+    with pytest.raises(TypeError, match="process_group to be"):
+        convert_sync_batchnorm(layer, "world")
+    assert type(layer) is nn.BatchNorm2d
+
+
+class BatchNorms:
+    """Layers that are no BatchNorm of torch's, as other libraries have them."""
+
+    class BatchNorm(nn.Module):  # e3nn's
+        def __init__(self, mean=True):
+            super().__init__()
+            self.register_buffer("running_mean", torch.zeros(C) if mean else None)
+            self.scale = nn.Parameter(torch.ones(C))
+
+    class Derived(BatchNorm):
+        pass
+
+    class ComplexBatchNorm2d(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.running_mean = nn.Parameter(torch.zeros(C), requires_grad=False)
+
+    class FrozenBatchNorm2d(BatchNorm):  # torchvision's, detectron2's
+        pass
+
+    class HoldsBatchNorm(nn.Module):  # PyTorch Geometric's
+        def __init__(self):
+            super().__init__()
+            self.module = nn.BatchNorm1d(C)
+
+        @property
+        def running_mean(self):
+            return self.module.running_mean
+
+
+def test_batch_norms_that_are_not_torchs_are_named_once():
+    silent = BatchNorms.FrozenBatchNorm2d(), BatchNorms.HoldsBatchNorm(), BatchNorms.BatchNorm(mean=False)
+    tracked = nn.InstanceNorm2d(C, track_running_stats=True), nn.LazyBatchNorm2d(), SyncBatchNorm(C), Named()
+    parametrized = parametrize.register_parametrization(BatchNorms.BatchNorm(), "scale", Twice())
+    others = BatchNorms.BatchNorm(), BatchNorms.Derived(), BatchNorms.ComplexBatchNorm2d(), parametrized
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        convert_sync_batchnorm(nn.Sequential(*silent, *tracked))
+    net = nn.Sequential(nn.BatchNorm2d(C), nn.Sequential(*others))
+    with pytest.warns(UserWarning, match="no BatchNorm of torch's") as caught:
+        convert_sync_batchnorm(net)
+    kinds = "BatchNorm", "Derived", "ComplexBatchNorm2d", "BatchNorm"
+    names = ", ".join(f"1.{i} ({__name__}.BatchNorms.{kind})" for i, kind in enumerate(kinds))
+    assert len(caught) == 1
+    assert f"stay local to each rank: {names} (on rank {WORLD.rank} of" in str(caught[0].message)
+    assert caught[0].filename == __file__
+    assert len(layers(net)) == 1
+
+
+class Strict(nn.BatchNorm2d):
+    def _check_input_dim(self, input):
+        if input.shape[-1] != 4:
+            raise ValueError("expected 4 columns")
+
+
+def test_a_check_of_the_users_own_is_kept():
+    layer = convert_sync_batchnorm(Strict(3))
+    for training in (True, False):
+        layer.train(training)(torch.randn(2, 3, 4, 4))
+        with pytest.raises(ValueError, match="expected 4 columns"):
+            layer(torch.randn(2, 3, 4, 5))
