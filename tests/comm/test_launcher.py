@@ -51,17 +51,18 @@ def test_every_launcher_says_how_many_tasks_it_started(name, variables):
     assert config.launched()
 
 
-def test_the_launcher_nearest_to_the_rank_counts(variables):
-    """mpiexec -n 1 in a job, whose daemons srun has started on two nodes."""
-    variables(OMPI_COMM_WORLD_SIZE="1", SLURM_STEP_NUM_TASKS="2")
-    assert config.tasks() == (1, "OMPI_COMM_WORLD_SIZE")
+@pytest.mark.parametrize(
+    ("given", "found"),
+    [
+        # mpiexec -n 1 in a job, whose daemons srun has started on two nodes
+        ({"OMPI_COMM_WORLD_SIZE": "1", "SLURM_STEP_NUM_TASKS": "2"}, (1, "OMPI_COMM_WORLD_SIZE")),
+        ({"SLURM_NTASKS": "4", "SLURM_JOB_ID": "7"}, (1, "")),  # a batch script, started by nothing but bash
+    ],
+)
+def test_the_launcher_nearest_to_the_rank_counts(given, found, variables):
+    variables(**given)
+    assert config.tasks() == found
     launcher.refuse_if_apart(library())
-
-
-def test_a_job_without_steps_is_one_task(variables):
-    """The batch script itself, where python was started by nothing but bash."""
-    variables(SLURM_NTASKS="4", SLURM_JOB_ID="7")
-    assert config.tasks() == (1, "")
 
 
 @pytest.mark.parametrize("name", RANKS)

@@ -11,7 +11,7 @@ from mpi4py import MPI
 from mpisyncbn import __main__ as report
 from mpisyncbn import config
 from mpisyncbn.kernels import native
-from support.ranks import WORLD
+from support.ranks import WORLD, several
 
 
 def test_report_says_what_would_be_used_and_why():
@@ -87,7 +87,7 @@ def test_sums_that_depend_on_the_buffer_are_reported(vendor, said, monkeypatch):
     assert report._sums(Library(vendor, lambda rank, call: 1.0)).endswith("in all buffers")
 
 
-@pytest.mark.skipif(WORLD.size == 1, reason="one rank cannot differ from others")
+@several
 def test_sums_that_differ_between_ranks_are_reported(monkeypatch):
     monkeypatch.setattr("numpy.random.default_rng", lambda _: np.random.Generator(np.random.PCG64(0)))
     found = report._sums(Library("Other", lambda rank, call: float(rank)))

@@ -17,12 +17,16 @@ from mpisyncbn import (
     SyncBatchNorm,
     convert_sync_batchnorm,
     functional,
+    leftovers,
     names,
+    presence,
     revert_sync_batchnorm,
 )
+from mpisyncbn.communicator import resolve
 from support.oracle import distance, local_batch, oracle, shard
-from support.ranks import WORLD, no_exchange
+from support.ranks import WORLD, no_exchange, several
 
+RANK, SIZE = WORLD.rank, WORLD.size
 MANY = 1500  # several times as many as are kept
 
 
@@ -118,3 +122,58 @@ def test_buffers_for_messages_of_any_length_do_not_pile_up():
         y, _ = functional.batch_norm_forward(x, process_group=group)
         assert abs(y.mean()) < 1e-6
     assert len(group._messages) <= 256
+
+
+def test_groups_of_one_rank_are_not_watched():
+    group = resolve(WORLD.Split(RANK)).ready()
+    assert group.presence not in presence.everyone()
+
+
+def test_groups_are_watched_until_they_are_freed():
+    group = Communicator().ready()
+    watched = [group.presence in presence.everyone()]
+    group.free()
+    watched.append(group.presence in presence.everyone())
+    assert watched == [SIZE > 1, False]
+
+
+def test_what_nobody_uses_any_more_is_given_back():
+    x = shard((local_batch(), 3))
+    SyncBatchNorm(3, process_group=Communicator())(x)
+    before = len(leftovers._kept)
+    for _ in range(20):
+        SyncBatchNorm(3, process_group=Communicator())(x)
+    assert len(leftovers._kept) == before
+
+
+@several
+def test_what_one_rank_uses_still_is_not_given_back():
+    x = shard((local_batch(), 3))
+    group = Communicator()
+    SyncBatchNorm(3, process_group=group)(x)
+    kept = group.presence
+    if RANK:
+        del group
+    for _ in range(3):
+        Communicator().ready()
+    alive = kept.comm is not None
+    if not RANK:
+        del group
+    for _ in range(2):
+        Communicator().ready()
+    assert alive
+    assert kept.comm is None
+
+
+def test_a_duplicate_outlives_the_communicator_it_was_made_of():
+    comm = WORLD.Dup()
+    layer = SyncBatchNorm(3, process_group=comm)
+    x = shard((local_batch(), 3))
+    layer(x)
+    comm.Free()
+    Communicator().ready()
+    layer(x)
+    kept = layer.communicator.presence
+    del layer
+    Communicator().ready()
+    assert kept.comm is None
