@@ -10,7 +10,7 @@ import pytest
 import torch
 
 import mpisyncbn
-from mpisyncbn import MPISyncBNError, SyncBatchNorm, buffers, functional
+from mpisyncbn import MPISyncBNError, SyncBatchNorm, buffers, functional, sync_batch_norm
 from mpisyncbn.communicator import by_handle
 from mpisyncbn.functional import BatchStats
 from support.ranks import WORLD
@@ -32,164 +32,106 @@ class LikeAnArray:
 
 ROWS, STATS = torch.ones(4, 3), BatchStats(np.zeros(3), np.ones(3), np.ones(3), 4)
 update = partial(functional.update_running_stats, np.zeros(3), np.ones(3))
-OF_ANOTHER_KIND = {
-    "an array for a layer": (
-        lambda: SyncBatchNorm(3)(ROWS.numpy()),
-        "expected input to be a torch tensor, got ndarray{}: for arrays there is mpisyncbn.functional",
+X2 = ROWS.numpy()
+forward, backward = functional.batch_norm_forward, functional.batch_norm_backward
+OF_ANOTHER_KIND = [
+    (
+        lambda: SyncBatchNorm(3)(X2),
+        "input to be a torch tensor, got ndarray{}: for arrays there is mpisyncbn.functional",
     ),
-    "nothing for a layer": (
-        lambda: SyncBatchNorm(3)(None),
-        "expected input to be a torch tensor, got NoneType{}",
+    (lambda: SyncBatchNorm(3)(None), "input to be a torch tensor, got NoneType{}"),
+    (lambda: sync_batch_norm(X2, None, None), "input to be a torch tensor, got ndarray{}"),
+    (lambda: forward([[1.0]]), "input to be an array, got list{}"),
+    (
+        lambda: forward(LikeAnArray()),
+        f"input to be an array of NumPy, CuPy or torch, got {__name__}.LikeAnArray{{}}: convert it",
     ),
-    "an array for the function": (
-        lambda: mpisyncbn.sync_batch_norm(ROWS.numpy(), None, None),
-        "expected input to be a torch tensor, got ndarray{}",
+    (
+        lambda: forward(X2, LikeAnArray()),
+        f"weight to be an array of NumPy, CuPy or torch, got {__name__}.LikeAnArray{{}}: convert it",
     ),
-    "a list for an array": (
-        lambda: functional.batch_norm_forward([[1.0]]),
-        "expected input to be an array, got list{}",
-    ),
-    "an array of another library": (
-        lambda: functional.batch_norm_forward(LikeAnArray()),
-        f"expected input to be an array of NumPy, CuPy or torch, got {__name__}.LikeAnArray{{}}: convert it",
-    ),
-    "a vector of another library": (
-        lambda: functional.batch_norm_forward(ROWS.numpy(), LikeAnArray()),
-        f"expected weight to be an array of NumPy, CuPy or torch, got {__name__}.LikeAnArray{{}}: convert it",
-    ),
-    "a list for a vector": (
-        lambda: functional.batch_norm_forward(ROWS.numpy(), [1.0] * 3),
-        "expected weight to be ndarray like the input, got list{}",
-    ),
-    "sparse input": (
+    (lambda: forward(X2, [1.0] * 3), "weight to be ndarray like the input, got list{}"),
+    (
         lambda: SyncBatchNorm(3)(ROWS.to_sparse()),
-        "expected input to be a dense tensor, got one of layout torch.sparse_coo{}: convert it first",
+        "input to be a dense tensor, got one of layout torch.sparse_coo{}: convert it first",
     ),
-    "sparse residual": (
+    (
         lambda: SyncBatchNorm(3)(ROWS, ROWS.to_sparse()),
-        "expected residual to be a dense tensor, got one of layout torch.sparse_coo{}",
+        "residual to be a dense tensor, got one of layout torch.sparse_coo{}",
     ),
-    "sparse statistics": (
+    (
         lambda: layer_with(running_mean=torch.zeros(3).to_sparse())(ROWS),
-        "expected running_mean to be a dense tensor, got one of layout torch.sparse_coo{}",
+        "running_mean to be a dense tensor, got one of layout torch.sparse_coo{}",
     ),
-    "a count of truths": (
+    (
         lambda: layer_with(num_batches_tracked=torch.tensor(False))(ROWS),
-        "expected num_batches_tracked to be a tensor of whole numbers, got torch.bool{}",
+        "num_batches_tracked to be a tensor of whole numbers, got torch.bool{}",
     ),
-    "no gradient": (
-        lambda: functional.batch_norm_backward(None, ROWS, STATS),
-        "expected dy to be Tensor like the input, got NoneType{}",
+    (lambda: backward(None, ROWS, STATS), "dy to be Tensor like the input, got NoneType{}"),
+    (
+        lambda: backward(ROWS, ROWS, STATS[:3]),
+        "stats to be the BatchStats that batch_norm_forward returned, got tuple{}",
     ),
-    "no statistics": (
-        lambda: functional.batch_norm_backward(ROWS, ROWS, STATS[:3]),
-        "expected stats to be the BatchStats that batch_norm_forward returned, got tuple{}",
-    ),
-    "a list in the statistics": (
+    (
         lambda: update(STATS._replace(var=[1.0] * 3), 0.1),
-        "expected stats.var to be ndarray like stats.mean, got list{}",
+        "stats.var to be ndarray like stats.mean, got list{}",
     ),
-    "statistics of a device for arrays": (
+    (
         lambda: update(STATS._replace(mean=torch.ones(3, device="meta")), 0.1),
-        "expected stats.mean to be ndarray like the other arguments, got Tensor{}",
+        "stats.mean to be ndarray like the other arguments, got Tensor{}",
     ),
-    "statistics of whole numbers": (
-        lambda: update(STATS._replace(var=np.ones(3, int)), 0.1),
-        "expected stats.var of dtype float64, got int64{}",
-    ),
-    "a count that is not whole": (
-        lambda: update(STATS._replace(count=4.0), 0.1),
-        "expected stats.count to be a whole number, got float{}",
-    ),
-    "a count of truths in the statistics": (
+    (lambda: update(STATS._replace(var=np.ones(3, int)), 0.1), "stats.var of dtype float64, got int64{}"),
+    (lambda: update(STATS._replace(count=4.0), 0.1), "stats.count to be a whole number, got float{}"),
+    (
         lambda: update(STATS._replace(count=np.array(True)), 0.1),
-        "expected stats.count to be a whole number, got bool{}",
+        "stats.count to be a whole number, got bool{}",
     ),
-    "a count of another kind": (
+    (
         lambda: update(STATS._replace(count=torch.tensor(4)), 0.1),
-        "expected stats.count to be ndarray like stats.mean, got Tensor{}",
+        "stats.count to be ndarray like stats.mean, got Tensor{}",
     ),
-    "a momentum for each channel": (
-        lambda: update(STATS, np.ones(3)),
-        "expected momentum from 0 to 1, or a 0-d tensor, got ndarray{}",
-    ),
-    "a momentum of whole numbers": (
-        lambda: update(STATS, np.array(1)),
-        "expected momentum to be floating point, got int64{}",
-    ),
-    "no running statistics": (
+    (lambda: update(STATS, np.ones(3)), "momentum from 0 to 1, or a 0-d tensor, got ndarray{}"),
+    (lambda: update(STATS, np.array(1)), "momentum to be floating point, got int64{}"),
+    (
         lambda: functional.update_running_stats(None, None, STATS, 0.1),
-        "expected running_mean to be an array, got NoneType{}",
+        "running_mean to be an array, got NoneType{}",
     ),
-    "no module": (lambda: mpisyncbn.convert_sync_batchnorm(ROWS), "expected a torch.nn.Module, got Tensor{}"),
-    "no module to revert": (
-        lambda: mpisyncbn.revert_sync_batchnorm(ROWS),
-        "expected a torch.nn.Module, got Tensor{}",
+    (lambda: mpisyncbn.convert_sync_batchnorm(ROWS), "a torch.nn.Module, got Tensor{}"),
+    (lambda: mpisyncbn.revert_sync_batchnorm(ROWS), "a torch.nn.Module, got Tensor{}"),
+    (lambda: mpisyncbn.set_process_group(ROWS, None), "a torch.nn.Module, got Tensor{}"),
+    (lambda: forward(memoryview(b"")), "input to be an array, got memoryview{}"),
+    (lambda: forward(ROWS, eps="1"), "eps to be finite and at least 0, got str{}"),
+    (lambda: sync_batch_norm(ROWS, None, None, momentum=None), "momentum to be a number, got None{}"),
+    (lambda: sync_batch_norm(ROWS, None, None, np.ones(3, "f4")), "weight to be Tensor like the input"),
+    (lambda: sync_batch_norm(ROWS, None, None, None, np.ones(3, "f4")), "bias to be Tensor like the input"),
+    (
+        lambda: buffers.name_of("SUM of squares"),
+        f"one of {', '.join(buffers._OPERATIONS)} as the reduction, got another",
     ),
-    "no module for a group": (
-        lambda: mpisyncbn.set_process_group(ROWS, None),
-        "expected a torch.nn.Module, got Tensor{}",
+    (lambda: buffers.staged([1.0]), "a tensor, got list"),
+    (lambda: buffers.staged(torch.eye(2).to_sparse()), "a dense tensor, got one of layout torch.sparse_coo"),
+]
+OUT_OF_RANGE = [
+    (
+        lambda: sync_batch_norm(ROWS, None, None, training=False),
+        "running_mean and running_var in evaluation, got neither{}: hand them over, or",
     ),
-    "a view of memory": (
-        lambda: functional.batch_norm_forward(memoryview(b"")),
-        "expected input to be an array, got memoryview{}",
-    ),
-    "a word for eps": (
-        lambda: functional.batch_norm_forward(ROWS, eps="1"),
-        "expected eps to be finite and at least 0, got str{}",
-    ),
-    "no momentum for the function": (
-        lambda: mpisyncbn.sync_batch_norm(ROWS, None, None, momentum=None),
-        "expected momentum to be a number, got None{}",
-    ),
-    "an array for a weight": (
-        lambda: mpisyncbn.sync_batch_norm(ROWS, None, None, np.ones(3, "f4")),
-        "expected weight to be Tensor like the input",
-    ),
-    "an array for a bias": (
-        lambda: mpisyncbn.sync_batch_norm(ROWS, None, None, None, np.ones(3, "f4")),
-        "expected bias to be Tensor like the input",
-    ),
-    "no reduction": (lambda: buffers.name_of("SUM of squares"), "as the reduction, got another"),
-    "a list for a message": (lambda: buffers.staged([1.0]), "expected a tensor, got list"),
-    "a sparse message": (
-        lambda: buffers.staged(torch.eye(2).to_sparse()),
-        "expected a dense tensor, got one of layout torch.sparse_coo",
-    ),
-}
-OUT_OF_RANGE = {
-    "no statistics in evaluation": (
-        lambda: mpisyncbn.sync_batch_norm(ROWS, None, None, training=False),
-        "expected running_mean and running_var in evaluation, got neither{}: hand them over, or",
-    ),
-    "a negative count": (
-        lambda: update(STATS._replace(count=-1), 0.1),
-        "expected stats.count to be at least 0, got -1{}",
-    ),
+    (lambda: update(STATS._replace(count=-1), 0.1), "stats.count to be at least 0, got -1{}"),
     # Native code tells these from None by more than their address, which neither has.
-    **{
-        f"{name} of length 0": (
-            lambda name=name: mpisyncbn.sync_batch_norm(ROWS, None, None, **{name: torch.ones(0)}),
-            f"expected {name} of shape (3,)",
-        )
-        for name in ("weight", "bias")
-    },
-    **{
-        f"momentum {momentum}": (
-            lambda momentum=momentum: update(STATS, momentum),
-            f"expected momentum from 0 to 1, or a 0-d tensor, got {momentum}{{}}",
-        )
-        for momentum in (-0.1, 1.5, float("nan"))
-    },
-}
+    (lambda: sync_batch_norm(ROWS, None, None, torch.ones(0)), "weight of shape (3,)"),
+    (lambda: sync_batch_norm(ROWS, None, None, None, torch.ones(0)), "bias of shape (3,)"),
+    (lambda: update(STATS, -0.1), "momentum from 0 to 1, or a 0-d tensor, got -0.1{}"),
+    (lambda: update(STATS, 1.5), "momentum from 0 to 1, or a 0-d tensor, got 1.5{}"),
+    (lambda: update(STATS, float("nan")), "momentum from 0 to 1, or a 0-d tensor, got nan{}"),
+]
 
 
-@pytest.mark.parametrize("case", [*OF_ANOTHER_KIND, *OUT_OF_RANGE])
-def test_what_is_of_another_kind_or_out_of_range(case):
-    call, words = {**OF_ANOTHER_KIND, **OUT_OF_RANGE}[case]
-    with pytest.raises(
-        TypeError if case in OF_ANOTHER_KIND else ValueError, match=re.escape(words.format(HERE))
-    ):
+@pytest.mark.parametrize(
+    ("error", "call", "words"),
+    [(TypeError, *row) for row in OF_ANOTHER_KIND] + [(ValueError, *row) for row in OUT_OF_RANGE],
+)
+def test_what_is_of_another_kind_or_out_of_range(error, call, words):
+    with pytest.raises(error, match=re.escape(f"expected {words.format(HERE)}")):
         call()
 
 
@@ -200,19 +142,16 @@ def test_a_communicator_that_is_gone():
 
 MASKED = "got a masked one, MaskedArray{}: leave those samples out, or fill them first, .filled()"
 MATRIX = "got a matrix{}: convert it first, numpy.asarray()"
-X2 = ROWS.numpy()
 # where an array of the user comes in, and how it is called there
 PLACES = {
-    "input": lambda one: functional.batch_norm_forward(one(X2)),
-    "weight": lambda one: functional.batch_norm_forward(X2, one(X2[0])),
-    "bias": lambda one: functional.batch_norm_forward(X2, None, one(X2[0])),
-    "dy": lambda one: functional.batch_norm_backward(one(X2), X2, STATS),
-    "input ": lambda one: functional.batch_norm_backward(X2, one(X2), STATS),
-    "weight ": lambda one: functional.batch_norm_backward(X2, X2, STATS, one(X2[0])),
-    "stats.mean": lambda one: functional.batch_norm_backward(X2, X2, STATS._replace(mean=one(STATS.mean))),
-    "stats.invstd": lambda one: functional.batch_norm_backward(
-        X2, X2, STATS._replace(invstd=one(STATS.mean))
-    ),
+    "input": lambda one: forward(one(X2)),
+    "weight": lambda one: forward(X2, one(X2[0])),
+    "bias": lambda one: forward(X2, None, one(X2[0])),
+    "dy": lambda one: backward(one(X2), X2, STATS),
+    "input ": lambda one: backward(X2, one(X2), STATS),
+    "weight ": lambda one: backward(X2, X2, STATS, one(X2[0])),
+    "stats.mean": lambda one: backward(X2, X2, STATS._replace(mean=one(STATS.mean))),
+    "stats.invstd": lambda one: backward(X2, X2, STATS._replace(invstd=one(STATS.mean))),
     "stats.var": lambda one: update(STATS._replace(var=one(STATS.var)), 0.1),
     "stats.count": lambda one: update(STATS._replace(count=one(np.array(4))), 0.1),
     "running_mean": lambda one: functional.update_running_stats(one(np.zeros(3)), np.ones(3), STATS, 0.1),
@@ -300,7 +239,7 @@ def test_a_tensor_that_is_not_plain_is_named(kind, training):
         "input": lambda: module(make(ROWS)),
         "residual": lambda: module(ROWS, make(ROWS)),
         "weight": lambda: odd(ROWS),
-        "dy": lambda: functional.batch_norm_backward(make(ROWS), ROWS, STATS),
+        "dy": lambda: backward(make(ROWS), ROWS, STATS),
     }.items():
         with pytest.raises(
             TypeError, match=re.escape(f"expected {place} to be a plain tensor, got a {words}".format(HERE))
@@ -322,4 +261,4 @@ def test_which_tensor_has_which_dtype(training):
     with pytest.raises(
         TypeError, match=re.escape("float64. Convert the module, or the arrays, with .astype('float32')")
     ):
-        functional.batch_norm_forward(X2, np.ones(3))
+        forward(X2, np.ones(3))
