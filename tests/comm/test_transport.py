@@ -13,7 +13,7 @@ from mpi4py import MPI
 
 from mpisyncbn import transport
 from mpisyncbn.errors import TransportError
-from support.ranks import WORLD
+from support.ranks import WORLD, no_exchange
 
 needs_compiler = pytest.mark.skipif(shutil.which("cc") is None, reason="there is no C compiler")
 VARIABLES = (
@@ -49,6 +49,7 @@ def answers(query, value):
     return f"int MPIX_Query_{query}_support(void) {{ return {value}; }}"
 
 
+@no_exchange
 @needs_compiler
 @pytest.mark.parametrize(
     ("text", "vendor", "kinds", "variables", "expected", "because"),

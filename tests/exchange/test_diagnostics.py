@@ -19,13 +19,30 @@ from mpisyncbn import (
     SyncBatchNorm,
     functional,
 )
-from mpisyncbn.diagnostics import Call
 from support.oracle import distance, local_batch, oracle, shard
 from support.ranks import WORLD, error_of, several
 
 RANK, SIZE = WORLD.rank, WORLD.size
-LARGEST = 2**18 - 1
-CALL = Call("a layer", "forward", 3, "float32")
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_every_message_is_signed(dtype, recorded):
+    layer = SyncBatchNorm(3, process_group=recorded.group, dtype=dtype)
+    x = shard((local_batch(), 3, 2), dtype=dtype).requires_grad_()
+    layer(x).pow(3).sum().backward()
+    first_order = len(recorded.messages)
+    (gradient,) = torch.autograd.grad(layer(x).pow(3).sum(), x, create_graph=True)
+    gradient.pow(2).sum().backward()
+    signatures = [tuple(message[:2]) for _, message in recorded.messages]
+    same = len(set(WORLD.allgather(tuple(signatures)))) == 1
+    assert first_order == 2
+    assert len(signatures) > 4
+    assert same
+    assert len(set(signatures)) == len(signatures)
+    for h, square in signatures:
+        assert h == int(h)
+        assert 0 <= h < 2**18
+        assert square == h * h
 
 
 class Model:

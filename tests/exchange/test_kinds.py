@@ -13,8 +13,9 @@ import mpisyncbn
 from mpisyncbn import MPISyncBNError, SyncBatchNorm, buffers, functional, sync_batch_norm
 from mpisyncbn.communicator import by_handle
 from mpisyncbn.functional import BatchStats
-from support.ranks import WORLD
+from support.ranks import WORLD, up_to_two
 
+pytestmark = up_to_two
 HERE = f" (on rank {WORLD.rank} of {WORLD.size})"
 
 

@@ -12,7 +12,9 @@ from mpisyncbn import functional, transport
 from mpisyncbn.functional import BatchStats
 from mpisyncbn.kernels import native
 from support.oracle import shard
+from support.ranks import no_exchange
 
+pytestmark = no_exchange
 needs_native = pytest.mark.skipif(native() is None, reason="the native kernels were not built")
 KINDS = {"numpy": lambda t: t.numpy(), "torch": lambda t: t}
 LARGEST = float(np.finfo(np.float32).max)

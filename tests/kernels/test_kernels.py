@@ -228,23 +228,22 @@ def test_gradients_with_a_large_mean(kernels):
     for name, x in layouts(shard(shape, 8)).items():
         dy = layouts(shard(shape, 9, 30.0))[name]
         expected = reference(x, dy, None, None)
-        count, mean, invstd, dx = (expected[i] for i in (0, 1, 3, 7))
-        near = mean.numpy(), invstd.numpy()
+        near = expected.mean.numpy(), expected.invstd.numpy()
         *sums, _ = kernels.backward_reduce(dy, x, *near)
-        got = kernels.backward_elementwise(dy, x, *near, None, *(total / count for total in sums))
-        assert distance(got, dx) < 1e-5, name
+        got = kernels.backward_elementwise(dy, x, *near, None, *(total / expected.count for total in sums))
+        assert distance(got, expected.dx) < 1e-5, name
 
 
 @pytest.mark.parametrize("kernels", HOST)
 def test_a_channel_that_is_not_finite_leaves_the_others_alone(kernels):
     x = shard((8, 3, 16, 16), 10, 1000.0)
     expected = reference(x, x, None, None)
-    mean, invstd, y = (expected[i].numpy().copy() for i in (1, 3, 4))
+    mean, invstd = expected.mean.numpy().copy(), expected.invstd.numpy().copy()
     mean[0] = invstd[0] = np.nan
     with np.errstate(all="ignore"):
         got = kernels.normalize(x, mean, invstd, None, None)
     assert got[:, 0].isnan().all()
-    assert distance(got[:, 1:], torch.from_numpy(y[:, 1:])) < 1e-6
+    assert distance(got[:, 1:], expected.y[:, 1:]) < 1e-6
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
@@ -253,10 +252,9 @@ def test_half_precision_sums_with_a_large_mean(kernels, dtype):
     """What rounding the mean to float32 costs adds up over all values."""
     x = (shard((1 << 14, 2), 1, dtype=torch.float64) * 8 + 1000.3).to(dtype)
     dy = (shard((1 << 14, 2), 2) + 1).to(dtype)
-    _, mean, _, invstd, _, sum_dy, sum_dy_xmu, *_ = reference(x, dy, None, None)
-    near = vectors_for(kernels, x)
-    *got, _ = kernels.backward_reduce(dy, x, near(mean), near(invstd))
-    for found, wanted in zip(got, (sum_dy, sum_dy_xmu), strict=True):
+    expected, near = reference(x, dy, None, None), vectors_for(kernels, x)
+    *got, _ = kernels.backward_reduce(dy, x, near(expected.mean), near(expected.invstd))
+    for found, wanted in zip(got, (expected.sum_dy, expected.sum_dy_xmu), strict=True):
         assert ((torch.as_tensor(found) - wanted) / wanted).abs().max() < 1e-4
 
 
