@@ -205,6 +205,28 @@ def test_a_signal_at_any_moment(path: str) -> None:
     assert last == after
 
 
+@no_exchange
+@pytest.mark.parametrize("late", [False, True], ids=["instead", "afterwards"])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("path", [path for path in PATHS if "layer" in path])
+@pytest.mark.usefixtures("native")
+def test_a_count_that_fails(path: str, dtype: torch.dtype, late: bool) -> None:
+    """Native code increments it, where no line of Python can be interrupted."""
+    real = torch.Tensor.add_
+
+    def fails(*args: Any) -> None:
+        if late:
+            real(*args)
+        raise MemoryError
+
+    step, run, before, _ = prepared(path, dtype)
+    with mock.patch.object(torch.Tensor, "add_", fails), pytest.raises(MemoryError):
+        run()
+    found = step.state()
+    step.group.free()
+    assert found == before
+
+
 NOT_FINITE = (float("nan"), float("inf"), float("-inf"))
 LARGE = 400.0  # the square is more than float16 has
 

@@ -40,6 +40,8 @@ ARRAYS, ARRAY_VECTORS = ({**arrays(good.numpy()), **objects()} for good in (X, V
 MIXED = {**{f"array {k}": v for k, v in arrays(X.numpy()).items()}, **numbers()}
 MIXED_VECTORS = {**{f"array {k}": v for k, v in arrays(VECTOR.numpy()).items()}, **numbers()}
 GROUPS = {**objects(), **numbers(), **{key: TENSORS[key] for key in ("meta", "1-d")}}
+NO_GROUPS = {key: make for key, make in GROUPS.items() if key != "None"}
+INPUTS, PARAMETERS = {**TENSORS, **MIXED}, {**VECTORS, **MIXED_VECTORS}
 ANYTHING = {**objects(), **numbers(), **tensors(VECTOR)}
 
 
@@ -93,7 +95,6 @@ BY_CHANNEL = ("running_mean", "running_var", "weight", "bias")
 ARGUMENTS = {
     "input": lambda: X.clone(),
     **dict.fromkeys(BY_CHANNEL, lambda: VECTOR.clone()),
-    "training": lambda: True,
     "momentum": lambda: 0.1,
     "eps": lambda: 1e-5,
     "activation": lambda: "relu",
@@ -184,80 +185,57 @@ def joined(group: Any, odd: Any, keep: Keep) -> None:
         pass
 
 
+def simply(call: Callable[[Any, Any], Any]) -> Target:
+    """A call that is handed nothing of which a change could be seen."""
+    return lambda group, odd, keep: call(group, odd)
+
+
 TARGETS: dict[str, tuple[Odd, Target]] = {
-    **{
-        f"layer, {'residual' if residual else 'input'}, {'train' if training else 'eval'}": (
-            {**TENSORS, **MIXED},
-            by_layer(training, residual),
-        )
-        for training in (True, False)
-        for residual in (True, False)
-    },
-    **{
-        f"layer.{name}, {'train' if training else 'eval'}": (
-            {**VECTORS, **MIXED_VECTORS},
-            by_attribute(name, training),
-        )
-        for name in (*BY_CHANNEL, "num_batches_tracked", "momentum", "eps", "activation", "process_group")
-        for training in (True, False)
-    },
-    **{
-        f"SyncBatchNorm({name}=)": (ANYTHING, by_constructor(name))
-        for name in ("eps", "momentum", "process_group", "activation")
-    },
-    **{
-        f"sync_batch_norm({name}=), {'train' if training else 'eval'}": (
-            {**TENSORS, **MIXED} if name in ("input", "residual") else {**VECTORS, **MIXED_VECTORS},
-            by_function(name, training),
-        )
-        for name in (*ARGUMENTS, "process_group")
-        if name != "training"  # of which all that counts is whether it is true
-        for training in (True, False)
-    },
-    **{
-        f"{function}({name}=), {kind}": (
-            {**(VECTORS if is_torch else ARRAY_VECTORS), **(TENSORS if is_torch else ARRAYS), **numbers()},
-            by_arrays(function, name, is_torch),
-        )
-        for function, names in (
-            ("batch_norm_forward", "x weight bias eps process_group"),
-            ("batch_norm_backward", "dy x stats stats.mean stats.invstd stats.count weight process_group"),
-            (
-                "update_running_stats",
-                "running_mean running_var stats stats.mean stats.var stats.count momentum",
-            ),
-        )
-        for name in names.split()
-        for kind, is_torch in (("torch", True), ("NumPy", False))
-    },
     "convert_sync_batchnorm(process_group=)": (GROUPS, by_conversion),
     "convert_sync_batchnorm(module=)": (
         ANYTHING,
-        lambda group, odd, keep: mpisyncbn.convert_sync_batchnorm(odd, group),
+        simply(lambda group, odd: mpisyncbn.convert_sync_batchnorm(odd, group)),
     ),
     "revert_sync_batchnorm(module=)": (
         ANYTHING,
-        lambda group, odd, keep: mpisyncbn.revert_sync_batchnorm(odd),
+        simply(lambda _, odd: mpisyncbn.revert_sync_batchnorm(odd)),
     ),
     "Communicator(comm=)": (GROUPS, by_group),
-    "Communicator.message(length=)": (ANYTHING, lambda group, odd, keep: group.message(odd)),
+    "Communicator.message(length=)": (ANYTHING, simply(lambda group, odd: group.message(odd))),
     "new_group(ranks=)": (ANYTHING, freeing(lambda group, odd: mpisyncbn.new_group(odd, group))),
     "new_group(comm=)": (GROUPS, freeing(lambda group, odd: mpisyncbn.new_group([0], odd))),
     "new_subgroups(group_size=)": (ANYTHING, freeing(lambda group, odd: mpisyncbn.new_subgroups(odd, group))),
     "new_subgroups(comm=)": (GROUPS, freeing(lambda group, odd: mpisyncbn.new_subgroups(1, odd))),
     "ProcessGroup(timeout=)": (ANYTHING, by_process_group),
     "ProcessGroup(comm=)": (
-        {key: make for key, make in GROUPS.items() if key != "None"},
-        lambda group, odd, keep: distributed.ProcessGroup(odd, timedelta(seconds=60)),
+        NO_GROUPS,
+        simply(lambda _, odd: distributed.ProcessGroup(odd, timedelta(seconds=60))),
     ),
-    "init_process_group(comm=)": (
-        {key: make for key, make in GROUPS.items() if key != "None"},
-        lambda group, odd, keep: mpisyncbn.init_process_group(odd),
-    ),
-    "monitored_barrier(group=)": (ANYTHING, lambda group, odd, keep: distributed.monitored_barrier(odd)),
+    "init_process_group(comm=)": (NO_GROUPS, simply(lambda _, odd: mpisyncbn.init_process_group(odd))),
+    "monitored_barrier(group=)": (ANYTHING, simply(lambda _, odd: distributed.monitored_barrier(odd))),
     "monitored_barrier(timeout=)": (ANYTHING, barrier),
     "join(model=)": (ANYTHING, joined),
 }
+for mode, training in (("train", True), ("eval", False)):
+    TARGETS[f"layer, input, {mode}"] = INPUTS, by_layer(training, residual=False)
+    TARGETS[f"layer, residual, {mode}"] = INPUTS, by_layer(training, residual=True)
+    for name in (*BY_CHANNEL, "num_batches_tracked", "momentum", "eps", "activation", "process_group"):
+        TARGETS[f"layer.{name}, {mode}"] = PARAMETERS, by_attribute(name, training)
+    for name in (*ARGUMENTS, "process_group"):
+        odd = INPUTS if name in ("input", "residual") else PARAMETERS
+        TARGETS[f"sync_batch_norm({name}=), {mode}"] = odd, by_function(name, training)
+for name in ("eps", "momentum", "process_group", "activation"):
+    TARGETS[f"SyncBatchNorm({name}=)"] = ANYTHING, by_constructor(name)
+for function, names in {
+    "batch_norm_forward": "x weight bias eps process_group",
+    "batch_norm_backward": "dy x stats stats.mean stats.invstd stats.count weight process_group",
+    "update_running_stats": "running_mean running_var stats stats.mean stats.var stats.count momentum",
+}.items():
+    for name in names.split():
+        odd = {**VECTORS, **TENSORS, **numbers()}
+        TARGETS[f"{function}({name}=), torch"] = odd, by_arrays(function, name, True)
+        odd = {**ARRAY_VECTORS, **ARRAYS, **numbers()}
+        TARGETS[f"{function}({name}=), NumPy"] = odd, by_arrays(function, name, False)
 
 
 def bits(value: Any) -> Any:
