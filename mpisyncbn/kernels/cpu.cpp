@@ -73,30 +73,30 @@ float value(float16 v) {
 }
 
 template <class T>
-using work_of = std::conditional_t<std::is_same_v<T, double>, double, float>;
+using compute_t = std::conditional_t<std::is_same_v<T, double>, double, float>;
 
 // What is known per channel, each kind in an array of its own.
-enum { MEAN, SCALE, SHIFT, SLOPE, REST, KINDS };
+enum { MEAN, SCALE, SHIFT, SLOPE, INTERCEPT, KINDS };
 // Where a gradient meets a ReLU: nowhere; where the output, computed again from x, is not positive; where the
 // output itself is not.
 enum class Gate { none, recomputed, saved };
 
 template <class T>
-struct At {
+struct Pointers {
     const T *dy, *x, *extra;
     T *out;
-    INLINE_MEMBER At operator+(long i) const { return {dy + i, x + i, extra + i, out + i}; }
+    INLINE_MEMBER Pointers operator+(long i) const { return {dy + i, x + i, extra + i, out + i}; }
 };
 
 // Addresses and strides of up to four arrays of one shape. Planes: strides from sample to sample and from
 // channel to channel; rows: from row to row, and 1.
 template <class T>
 struct Operands {
-    At<T> start;
+    Pointers<T> start;
     struct Strides {
         long dy, x, extra, out;
     } outer, channel;
-    INLINE_MEMBER At<T> at(long n, long c, long s) const {
+    INLINE_MEMBER Pointers<T> pointers_at(long n, long c, long s) const {
         return {start.dy + (n * outer.dy + c * channel.dy + s), start.x + (n * outer.x + c * channel.x + s),
                 start.extra + (n * outer.extra + c * channel.extra + s),
                 start.out + (n * outer.out + c * channel.out + s)};
@@ -115,7 +115,7 @@ struct Tile {
 };
 
 // In place of a sum of squares: these are 0 in float32, but the differences are not.
-constexpr double UNSEEN = -1;
+constexpr double UNDERFLOWED = -1;
 constexpr long MAX_CHANNELS = 256;  // of a tile of planes
 constexpr int NDIM = 64;              // as many as NumPy has at most; torch may have more, which are refused
 
@@ -131,9 +131,9 @@ void fence() {
 
 template <class T>
 struct Loops {
-    using W = work_of<T>;
-    void (*row_shifts)(const Operands<T> &, long rows, long columns, W *shifts);
-    void (*moments)(const Operands<T> &, const Tile &, bool rows, long count, const W *shifts, W *scratch, double *,
+    using W = compute_t<T>;
+    void (*row_origins)(const Operands<T> &, long rows, long columns, W *origins);
+    void (*moments)(const Operands<T> &, const Tile &, bool rows, long count, const W *origins, W *scratch, double *,
                     double *, double *);
     void (*reduce)(const Operands<T> &, const Tile &, bool rows, Gate, const W *, long, W *scratch, double *, double *);
     void (*normalize)(const Operands<T> &, const Tile &, bool rows, bool stream, const W *, long, bool add, bool relu);
@@ -153,11 +153,11 @@ namespace baseline {
 #if defined(__clang__)
 #define BEGIN_TARGET(t) PRAGMA(clang attribute push(__attribute__((target(t))), apply_to = function))
 #define END_TARGET PRAGMA(clang attribute pop)
-#define WIDE
+#define VECTOR_WIDTH_FLAG
 #else
 #define BEGIN_TARGET(t) PRAGMA(GCC push_options) PRAGMA(GCC target(t))
 #define END_TARGET PRAGMA(GCC pop_options)
-#define WIDE ",prefer-vector-width=512"
+#define VECTOR_WIDTH_FLAG ",prefer-vector-width=512"
 #endif
 
 BEGIN_TARGET("avx2,fma,f16c")
@@ -169,7 +169,7 @@ namespace avx2 {
 }  // namespace avx2
 END_TARGET
 
-BEGIN_TARGET("avx512f,avx512bw,avx512vl,avx512dq,avx2,fma,f16c" WIDE)
+BEGIN_TARGET("avx512f,avx512bw,avx512vl,avx512dq,avx2,fma,f16c" VECTOR_WIDTH_FLAG)
 namespace avx512 {
 #define LANES 16
 #include "cpu_lanes.h"
@@ -178,7 +178,7 @@ namespace avx512 {
 }  // namespace avx512
 END_TARGET
 
-BEGIN_TARGET("avx512bf16,avx512f,avx512bw,avx512vl,avx512dq,avx2,fma,f16c" WIDE)
+BEGIN_TARGET("avx512bf16,avx512f,avx512bw,avx512vl,avx512dq,avx2,fma,f16c" VECTOR_WIDTH_FLAG)
 namespace avx512bf16 {  // for bfloat16 alone: rounding to it takes as long as all the rest otherwise
 #define LANES 16
 #define BF16_INSTRUCTIONS
@@ -267,32 +267,32 @@ bool is_ordinary(double invstd) { return invstd == 0 || !(invstd < 0x1p-30 || in
 bool fits_float(double number) { return !(std::fabs(number) >= 0x1p127); }
 
 // What the loops take per channel, from what the formulas take, in double and rounded once.
-// x - mean is x - MEAN exactly where it matters, and what rounding the mean left goes into SHIFT and REST.
+// x - mean is x - MEAN exactly where it matters, and what rounding the mean left goes into SHIFT and INTERCEPT.
 template <class T>
-const work_of<T> *numbers(const Plan<T> &plan, const Vector &mean, const Vector &invstd, const Array &weight,
+const compute_t<T> *coefficients_of(const Plan<T> &plan, const Vector &mean, const Vector &invstd, const Array &weight,
                           const Array &bias, const double *mean_dy, const double *mean_dy_xmu, bool &extreme) {
-    using W = work_of<T>;
-    const long columns = plan.way[0].columns, stride = padded(columns);
-    W *const all = kept<W>(KINDS * stride);
-    W *__restrict near = all + MEAN * stride, *__restrict scales = all + SCALE * stride;
-    W *__restrict shifts = all + SHIFT * stride, *__restrict slopes = all + SLOPE * stride, *__restrict rests = all + REST * stride;
+    using W = compute_t<T>;
+    const long columns = plan.traversals[0].columns, stride = padded(columns);
+    W *const all = caller_scratch<W>(KINDS * stride);
+    W *__restrict means_out = all + MEAN * stride, *__restrict scales = all + SCALE * stride;
+    W *__restrict shifts = all + SHIFT * stride, *__restrict slopes = all + SLOPE * stride, *__restrict intercepts = all + INTERCEPT * stride;
     const double *const means = mean.data(), *const invstds = invstd.data();
     const double *const weights = values_of(weight, plan.channels, 0), *const biases = values_of(bias, plan.channels, 1);
     bool beyond = false;
     for (long c = 0; c < plan.channels; ++c) {
         const W center = (W)means[c];
-        const double rest = means[c] - (double)center, scale = weights ? invstds[c] * weights[c] : invstds[c];
-        near[c] = center;
+        const double mean_lo = means[c] - (double)center, scale = weights ? invstds[c] * weights[c] : invstds[c];
+        means_out[c] = center;
         scales[c] = (W)scale;
-        shifts[c] = (W)((biases ? biases[c] : 0.0) - rest * scale);
+        shifts[c] = (W)((biases ? biases[c] : 0.0) - mean_lo * scale);
         if (sizeof(W) < 8) beyond |= !is_ordinary(invstds[c]) | !fits_float(scale);
     }
     if (mean_dy)
         for (long c = 0; c < plan.channels; ++c) {
-            const double rest = means[c] - (double)near[c], scale = weights ? invstds[c] * weights[c] : invstds[c];
+            const double mean_lo = means[c] - (double)means_out[c], scale = weights ? invstds[c] * weights[c] : invstds[c];
             const double slope = -scale * (invstds[c] * (invstds[c] * mean_dy_xmu[c]));
             slopes[c] = (W)slope;
-            rests[c] = (W)(-scale * mean_dy[c] - rest * slope);
+            intercepts[c] = (W)(-scale * mean_dy[c] - mean_lo * slope);
             if (sizeof(W) < 8) beyond |= std::isfinite(mean_dy_xmu[c]) && !fits_float(slope);
         }
     extreme = beyond;
@@ -334,45 +334,45 @@ long local_moments(nb::handle x_object, const Output &out, int threads) {
     bool extreme = false;
     const bool done = by_dtype(x.dtype, [&](auto type) {
         using T = decltype(type);
-        using W = work_of<T>;
+        using W = compute_t<T>;
         const Plan<T> *const plan = plan_for<T>(x, none, none, none, threads);
         if (!plan) return false;
-        const Partials<T> found(*plan, 3);  // shift, sum of x - shift, sum of its square
+        const Partials<T> found(*plan, 3);  // origin, sum of x - origin, sum of its square
         const auto &loops = best_loops<T>();
         const Unlocked unlocked(x);
-        const Way<T> &most = plan->way[0];
-        W *const given = kept<W>(padded(most.columns) + 16);
-        if (most.rows) loops.row_shifts(most.on, most.count, most.columns, given);
-        every_tile(*plan, Direction::down, [&](const Way<T> &way, const Tile &t, int i) {
-            loops.moments(way.on, t, way.rows, t.count(), given + t.c0, scratch<W>(3 * padded(t.c1 - t.c0)),
+        const Traversal<T> &most = plan->traversals[0];
+        W *const given = caller_scratch<W>(padded(most.columns) + 16);
+        if (most.rows) loops.row_origins(most.on, most.count, most.columns, given);
+        every_tile(*plan, Direction::down, [&](const Traversal<T> &traversal, const Tile &t, int i) {
+            loops.moments(traversal.on, t, traversal.rows, t.count(), given + t.c0, tile_scratch<W>(3 * padded(t.c1 - t.c0)),
                           found.at(i, t, 0), found.at(i, t, 1), found.at(i, t, 2));
         });
-        // Merged in a fixed order (Chan, Golub and LeVeque 1979), as distances from the first shift.
+        // Merged in a fixed order (Chan, Golub and LeVeque 1979), as distances from the first origin.
         const long channels = plan->channels, total = x.size() / channels;
-        double *__restrict near = out.data(), *__restrict rest = near + channels, *__restrict m2 = rest + channels;
-        std::copy(found.memory, found.memory + channels, near);
-        std::fill(rest, rest + 2 * channels, 0.0);
-        found.in_order([&](int i, long slot, const double *shift, long columns) {
-            const double n = (double)plan->way[i].counts[slot], *const first = shift + columns;
-            for (long c = 0; c < channels; ++c) rest[c] += (shift[c] - near[c]) * n + first[c];
+        double *__restrict mean_hi = out.data(), *__restrict mean_lo = mean_hi + channels, *__restrict m2 = mean_lo + channels;
+        std::copy(found.memory, found.memory + channels, mean_hi);
+        std::fill(mean_lo, mean_lo + 2 * channels, 0.0);
+        found.in_order([&](int i, long slot, const double *origin, long columns) {
+            const double n = (double)plan->traversals[i].counts[slot], *const first = origin + columns;
+            for (long c = 0; c < channels; ++c) mean_lo[c] += (origin[c] - mean_hi[c]) * n + first[c];
         });
-        for (long c = 0; c < channels; ++c) rest[c] /= (double)total;
-        found.in_order([&](int i, long slot, const double *shift, long columns) {
-            const double n = (double)plan->way[i].counts[slot], per = 1 / n, *const first = shift + columns, *const second = first + columns;
+        for (long c = 0; c < channels; ++c) mean_lo[c] /= (double)total;
+        found.in_order([&](int i, long slot, const double *origin, long columns) {
+            const double n = (double)plan->traversals[i].counts[slot], per = 1 / n, *const first = origin + columns, *const second = first + columns;
             for (long c = 0; c < channels; ++c) {
-                const double from_shift = first[c] * per, from_mean = (shift[c] - near[c]) + from_shift - rest[c];
-                const double about_mean = second[c] == UNSEEN ? DBL_MIN : std::max(second[c] - first[c] * from_shift, 0.0);
+                const double from_origin = first[c] * per, from_mean = (origin[c] - mean_hi[c]) + from_origin - mean_lo[c];
+                const double about_mean = second[c] == UNDERFLOWED ? DBL_MIN : std::max(second[c] - first[c] * from_origin, 0.0);
                 m2[c] += about_mean + n * from_mean * from_mean;
             }
         });
         if (!std::is_same_v<T, double>)
-            for (long c = 0; c < channels; ++c) near[c] += rest[c];
+            for (long c = 0; c < channels; ++c) mean_hi[c] += mean_lo[c];
         // Squares of distances below 2**-50 and above 2**50 may not be there, or be infinite. (Those of float16 are.)
         // Without any distance, the channel is constant.
         const double least = 0x1p-100 * (double)total, most_squares = 0x1p100 * (double)total;
         if (std::is_same_v<T, float> || std::is_same_v<T, bfloat16>)
             for (long c = 0; c < channels; ++c)
-                extreme |= m2[c] != 0 && !std::isnan(near[c]) && !(m2[c] >= least && m2[c] <= most_squares);
+                extreme |= m2[c] != 0 && !std::isnan(mean_hi[c]) && !(m2[c] >= least && m2[c] <= most_squares);
         return true;
     });
     const long count = x.size() / x.shape[1];
@@ -391,12 +391,12 @@ int normalize(nb::handle x_object, const Vector &mean, const Vector &invstd, nb:
         using T = decltype(type);
         const Plan<T> *const plan = plan_for<T>(x, Array{}, residual, y, threads);
         if (!plan) return false;
-        const auto *all = numbers(*plan, mean, invstd, weight, bias, nullptr, nullptr, extreme);
-        const long stride = padded(plan->way[0].columns);
+        const auto *all = coefficients_of(*plan, mean, invstd, weight, bias, nullptr, nullptr, extreme);
+        const long stride = padded(plan->traversals[0].columns);
         const auto &loops = best_loops<T>();
         const Unlocked unlocked(x);
-        every_tile(*plan, Direction::up, [&](const Way<T> &way, const Tile &t, int i) {
-            loops.normalize(way.on, t, way.rows, way.stream, all + t.c0, stride, residual.data, relu);
+        every_tile(*plan, Direction::up, [&](const Traversal<T> &traversal, const Tile &t, int i) {
+            loops.normalize(traversal.on, t, traversal.rows, traversal.stream, all + t.c0, stride, residual.data, relu);
         });
         return true;
     });
@@ -418,18 +418,18 @@ int backward_reduce(nb::handle dy_object, nb::handle x_object, const Vector &mea
     const Gate gate = y.data ? Gate::saved : relu ? Gate::recomputed : Gate::none;
     const bool done = by_dtype(x.dtype, [&](auto type) {
         using T = decltype(type);
-        using W = work_of<T>;
+        using W = compute_t<T>;
         const Plan<T> *const plan = plan_for<T>(x, dy, y, dz, threads);
         if (!plan) return false;
-        const auto *all = numbers(*plan, mean, invstd, weight, bias, nullptr, nullptr, extreme);
-        const long stride = padded(plan->way[0].columns), channels = plan->channels;
+        const auto *all = coefficients_of(*plan, mean, invstd, weight, bias, nullptr, nullptr, extreme);
+        const long stride = padded(plan->traversals[0].columns), channels = plan->channels;
         const auto &loops = best_loops<T>();
         const Unlocked unlocked(x);
         const Partials<T> found(*plan, 2);
         std::atomic<bool> underflow{false};
-        every_tile(*plan, Direction::down, [&](const Way<T> &way, const Tile &t, int i) {
+        every_tile(*plan, Direction::down, [&](const Traversal<T> &traversal, const Tile &t, int i) {
             if (std::fetestexcept(FE_UNDERFLOW)) std::feclearexcept(FE_UNDERFLOW);  // the second is slow
-            loops.reduce(way.on, t, way.rows, gate, all + t.c0, stride, scratch<W>(3 * padded(t.c1 - t.c0)),
+            loops.reduce(traversal.on, t, traversal.rows, gate, all + t.c0, stride, tile_scratch<W>(3 * padded(t.c1 - t.c0)),
                          found.at(i, t, 0), found.at(i, t, 1));
             if (std::fetestexcept(FE_UNDERFLOW)) underflow = true;
         });
@@ -468,12 +468,12 @@ int backward_elementwise(nb::handle dy_object, nb::handle x_object, const Vector
         using T = decltype(type);
         const Plan<T> *const plan = plan_for<T>(x, dy, Array{}, dx, threads);
         if (!plan) return false;
-        const auto *all = numbers(*plan, mean, invstd, weight, bias, mean_dy.data(), mean_dy_xmu.data(), extreme);
-        const long stride = padded(plan->way[0].columns);
+        const auto *all = coefficients_of(*plan, mean, invstd, weight, bias, mean_dy.data(), mean_dy_xmu.data(), extreme);
+        const long stride = padded(plan->traversals[0].columns);
         const auto &loops = best_loops<T>();
         const Unlocked unlocked(x);
-        every_tile(*plan, Direction::up, [&](const Way<T> &way, const Tile &t, int i) {
-            loops.elementwise(way.on, t, way.rows, way.stream, all + t.c0, stride, relu);
+        every_tile(*plan, Direction::up, [&](const Traversal<T> &traversal, const Tile &t, int i) {
+            loops.elementwise(traversal.on, t, traversal.rows, traversal.stream, all + t.c0, stride, relu);
         });
         return true;
     });

@@ -6,7 +6,6 @@
 
 template <class T>
 struct Lane {  // float, and what is computed in float
-    using work = float;
     static constexpr int width = LANES;
     typedef float vec __attribute__((vector_size(LANES * 4)));
     typedef int32_t mask __attribute__((vector_size(LANES * 4)));
@@ -16,7 +15,6 @@ struct Lane {  // float, and what is computed in float
 
 template <>
 struct Lane<double> {
-    using work = double;
     static constexpr int width = LANES / 2;
     typedef double vec __attribute__((vector_size(LANES * 4)));
     typedef int64_t mask __attribute__((vector_size(LANES * 4)));
@@ -24,8 +22,6 @@ struct Lane<double> {
 
 template <class T>
 using vec = typename Lane<T>::vec;
-template <class T>
-using work = typename Lane<T>::work;
 
 template <class V, class P>
 INLINE V read(const P *p) {
@@ -181,7 +177,7 @@ INLINE void store_part(T *p, vec<T> v, long n) {
 }
 
 // How a loop reaches memory: a vector at a time, or the part that is left at the end of a run.
-struct Whole {
+struct FullAccess {
     template <class T>
     INLINE_MEMBER vec<T> get(const T *p) const {
         return load(p);
@@ -192,7 +188,7 @@ struct Whole {
     }
 };
 
-struct Part {
+struct TailAccess {
     long n;
     template <class T>
     INLINE_MEMBER vec<T> get(const T *p) const {
@@ -205,14 +201,14 @@ struct Part {
 };
 
 template <class T>
-INLINE vec<T> broadcast(work<T> value) {
+INLINE vec<T> broadcast(compute_t<T> value) {
     return vec<T>{} + value;
 }
 
 // All bits of the first n lanes.
 template <class T>
 INLINE typename Lane<T>::mask lanes_below(long n) {
-    using E = std::conditional_t<sizeof(work<T>) == 8, int64_t, int32_t>;
+    using E = std::conditional_t<sizeof(compute_t<T>) == 8, int64_t, int32_t>;
     typename Lane<T>::mask lane = {};
     for (int i = 0; i < Lane<T>::width; ++i) lane[i] = i;
     return lane < (E)n;
@@ -234,7 +230,7 @@ INLINE double total(vec<T> v) {
     if constexpr (Lane<T>::width == 2) return v[0] + v[1];
     // the halves added up in double
     constexpr int HALF = Lane<T>::width / 2;
-    typedef work<T> part __attribute__((vector_size(sizeof v / 2)));
+    typedef compute_t<T> part __attribute__((vector_size(sizeof v / 2)));
     typedef double wide __attribute__((vector_size(HALF * 8)));
     part low, high;
     __builtin_memcpy(&low, &v, sizeof low);

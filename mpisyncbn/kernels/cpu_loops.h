@@ -2,32 +2,32 @@
 //
 // Two ways to lie in memory. Planes: the positions of one channel of one sample side by side. Rows: the
 // channels of one position side by side. What is done to a vector of values is the same in both, and
-// written once (the structs with operator()); per-channel numbers come from k(MEAN) and the like, one
+// written once (the structs with operator()); per-channel coefficients come from coefficient(MEAN) and the like, one
 // value for a plane, one vector per column for rows.
 
 // Sums. A vector of two terms per value, added up in the working dtype over short runs, in double beyond.
 
 template <class T>
-struct Moments {  // about a shift near the mean, so that the squares keep their digits
-    static constexpr long parts = 8;  // see sum_rows
-    template <class K, class L>
-    INLINE_MEMBER void operator()(At<T> at, long i, K k, L l, vec<T> &a, vec<T> &b) const {
-        a = l.get(at.x + i) - k(MEAN);
+struct Moments {  // about an origin near the mean, so that the squares keep their digits
+    static constexpr long rows_at_once = 8;  // see sum_rows
+    template <class K, class A>
+    INLINE_MEMBER void operator()(Pointers<T> pointers, long i, K coefficient, A access, vec<T> &a, vec<T> &b) const {
+        a = access.get(pointers.x + i) - coefficient(MEAN);
         b = a * a;
     }
 };
 
 template <class T, Gate GATE>
 struct Reduce {
-    static constexpr long parts = 4;  // of two arrays each
-    template <class K, class L>
-    INLINE_MEMBER void operator()(At<T> at, long i, K k, L l, vec<T> &a, vec<T> &b) const {
-        const vec<T> xm = l.get(at.x + i) - k(MEAN);
-        a = l.get(at.dy + i);
-        if constexpr (GATE == Gate::recomputed) a = gated<T>(a, xm * k(SCALE) + k(SHIFT));
+    static constexpr long rows_at_once = 4;  // of two arrays each
+    template <class K, class A>
+    INLINE_MEMBER void operator()(Pointers<T> pointers, long i, K coefficient, A access, vec<T> &a, vec<T> &b) const {
+        const vec<T> xm = access.get(pointers.x + i) - coefficient(MEAN);
+        a = access.get(pointers.dy + i);
+        if constexpr (GATE == Gate::recomputed) a = gated<T>(a, xm * coefficient(SCALE) + coefficient(SHIFT));
         if constexpr (GATE == Gate::saved) {
-            a = gated<T>(a, l.get(at.extra + i));
-            l.template put<false>(at.out + i, a);
+            a = gated<T>(a, access.get(pointers.extra + i));
+            access.template put<false>(pointers.out + i, a);
         }
         b = a * xm;
     }
@@ -37,50 +37,50 @@ struct Reduce {
 
 template <class T, bool ADD, bool RELU>
 struct Normalize {
-    template <bool STREAM, class K, class L>
-    INLINE_MEMBER void apply(At<T> at, long i, K k, L l) const {
-        vec<T> z = (l.get(at.x + i) - k(MEAN)) * k(SCALE) + k(SHIFT);
-        if constexpr (ADD) z += l.get(at.extra + i);
+    template <bool STREAM, class K, class A>
+    INLINE_MEMBER void apply(Pointers<T> pointers, long i, K coefficient, A access) const {
+        vec<T> z = (access.get(pointers.x + i) - coefficient(MEAN)) * coefficient(SCALE) + coefficient(SHIFT);
+        if constexpr (ADD) z += access.get(pointers.extra + i);
         if constexpr (RELU) z = gated<T>(z, z);
-        l.template put<STREAM>(at.out + i, z);
+        access.template put<STREAM>(pointers.out + i, z);
     }
 };
 
 template <class T, bool GATED>
 struct Elementwise {
-    template <bool STREAM, class K, class L>
-    INLINE_MEMBER void apply(At<T> at, long i, K k, L l) const {
-        const vec<T> xm = l.get(at.x + i) - k(MEAN);
-        vec<T> dy = l.get(at.dy + i);
-        if constexpr (GATED) dy = gated<T>(dy, xm * k(SCALE) + k(SHIFT));
-        l.template put<STREAM>(at.out + i, dy * k(SCALE) + (xm * k(SLOPE) + k(REST)));
+    template <bool STREAM, class K, class A>
+    INLINE_MEMBER void apply(Pointers<T> pointers, long i, K coefficient, A access) const {
+        const vec<T> xm = access.get(pointers.x + i) - coefficient(MEAN);
+        vec<T> dy = access.get(pointers.dy + i);
+        if constexpr (GATED) dy = gated<T>(dy, xm * coefficient(SCALE) + coefficient(SHIFT));
+        access.template put<STREAM>(pointers.out + i, dy * coefficient(SCALE) + (xm * coefficient(SLOPE) + coefficient(INTERCEPT)));
     }
 };
 
-// One number per channel, as one vector.
+// One coefficient per channel, as one vector.
 template <class T>
-struct PlaneNumbers {
-    const work<T> *numbers;  // of this channel
-    long stride;             // from one kind of number to the next
-    INLINE_MEMBER vec<T> operator()(int which) const { return broadcast<T>(numbers[which * stride]); }
+struct PlaneCoefficients {
+    const compute_t<T> *coefficients;  // of this channel
+    long stride;             // from one kind of coefficient to the next
+    INLINE_MEMBER vec<T> operator()(int which) const { return broadcast<T>(coefficients[which * stride]); }
 };
 
 // Those of a channel in the first lanes, of the next one in the others.
 template <class T>
-struct TwoPlanesNumbers {
-    const work<T> *numbers;
+struct TwoPlanesCoefficients {
+    const compute_t<T> *coefficients;
     long stride, first;
     INLINE_MEMBER vec<T> operator()(int which) const {
-        const work<T> *number = numbers + which * stride;
-        return lanes_below<T>(first) ? broadcast<T>(number[0]) : broadcast<T>(number[1]);
+        const compute_t<T> *both = coefficients + which * stride;
+        return lanes_below<T>(first) ? broadcast<T>(both[0]) : broadcast<T>(both[1]);
     }
 };
 
 template <class T>
-struct RowNumbers {
-    const work<T> *numbers;  // from this column on
+struct RowCoefficients {
+    const compute_t<T> *coefficients;  // from this column on
     long stride;
-    INLINE_MEMBER vec<T> operator()(int which) const { return read<vec<T>>(numbers + which * stride); }
+    INLINE_MEMBER vec<T> operator()(int which) const { return read<vec<T>>(coefficients + which * stride); }
 };
 
 // Goes through planes that follow each other in memory, `planes` of `length` values each, in vectors that begin where
@@ -128,64 +128,64 @@ INLINE void go_through(const P *from, long planes, long length, Inside inside, A
 }
 
 template <class T>
-struct Running {
+struct PartialSums {
     vec<T> a, b;
 };
 
 // Adds both sums over n vectors, at most 64, to `into`: at most 16 additions in a lane.
 template <class T, class F>
-INLINE void add_vectors(At<T> at, long n, PlaneNumbers<T> k, F terms, Running<T> &into) {
+INLINE void add_vectors(Pointers<T> pointers, long n, PlaneCoefficients<T> k, F terms, PartialSums<T> &into) {
     constexpr long W = Lane<T>::width;
     vec<T> a0, a1, a2, a3, b0, b1, b2, b3, a, b;
     if (n >= 4) {
-        terms(at, 0, k, Whole{}, a0, b0);
-        terms(at, W, k, Whole{}, a1, b1);
-        terms(at, 2 * W, k, Whole{}, a2, b2);
-        terms(at, 3 * W, k, Whole{}, a3, b3);
-        for (n -= 4, at = at + 4 * W; n >= 4; n -= 4, at = at + 4 * W) {
-            terms(at, 0, k, Whole{}, a, b), a0 += a, b0 += b;
-            terms(at, W, k, Whole{}, a, b), a1 += a, b1 += b;
-            terms(at, 2 * W, k, Whole{}, a, b), a2 += a, b2 += b;
-            terms(at, 3 * W, k, Whole{}, a, b), a3 += a, b3 += b;
+        terms(pointers, 0, k, FullAccess{}, a0, b0);
+        terms(pointers, W, k, FullAccess{}, a1, b1);
+        terms(pointers, 2 * W, k, FullAccess{}, a2, b2);
+        terms(pointers, 3 * W, k, FullAccess{}, a3, b3);
+        for (n -= 4, pointers = pointers + 4 * W; n >= 4; n -= 4, pointers = pointers + 4 * W) {
+            terms(pointers, 0, k, FullAccess{}, a, b), a0 += a, b0 += b;
+            terms(pointers, W, k, FullAccess{}, a, b), a1 += a, b1 += b;
+            terms(pointers, 2 * W, k, FullAccess{}, a, b), a2 += a, b2 += b;
+            terms(pointers, 3 * W, k, FullAccess{}, a, b), a3 += a, b3 += b;
         }
         into.a += (a0 + a1) + (a2 + a3);
         into.b += (b0 + b1) + (b2 + b3);
     }
-    for (; n > 0; --n, at = at + W) {
-        terms(at, 0, k, Whole{}, a, b);
+    for (; n > 0; --n, pointers = pointers + W) {
+        terms(pointers, 0, k, FullAccess{}, a, b);
         into.a += a, into.b += b;
     }
 }
 
 // Both sums for channels c0 to c1, at most MAX_CHANNELS of them, of the samples and positions of a tile.
 template <class T, class F>
-static void sum_planes(const Operands<T> &on, const Tile &t, const work<T> *numbers, long stride, F terms, double *first,
+static void sum_planes(const Operands<T> &on, const Tile &t, const compute_t<T> *coefficients, long stride, F terms, double *first,
                        double *second) {
     constexpr long W = Lane<T>::width, BLOCK = 64, BLOCKS = 16;  // vectors; at most 16 additions in a lane, twice
-    Running<T> running[MAX_CHANNELS];
+    PartialSums<T> partial[MAX_CHANNELS];
     const long channels = t.c1 - t.c0, length = t.s1 - t.s0, together = on.adjacent(length) ? channels : 1;
     auto flush = [&](long c) {
-        first[c] += total<T>(running[c].a);
-        second[c] += total<T>(running[c].b);
-        running[c].a = running[c].b = vec<T>{};
+        first[c] += total<T>(partial[c].a);
+        second[c] += total<T>(partial[c].b);
+        partial[c].a = partial[c].b = vec<T>{};
     };
-    for (long c = 0; c < channels; ++c) running[c].a = running[c].b = vec<T>{};
+    for (long c = 0; c < channels; ++c) partial[c].a = partial[c].b = vec<T>{};
     const long often = std::max(1L, BLOCKS * BLOCK * W / std::max(length, BLOCK * W));
     for (long n = t.n0; n < t.n1; ++n) {
         for (long from = 0; from < channels; from += together) {
-            const At<T> at = on.at(n, t.c0 + from, t.s0);
-            Running<T> *const into = running + from;
-            const work<T> *const near = numbers + from;
-            Running<T> here{};  // in registers, for the plane at hand
+            const Pointers<T> pointers = on.pointers_at(n, t.c0 + from, t.s0);
+            PartialSums<T> *const into = partial + from;
+            const compute_t<T> *const of_plane = coefficients + from;
+            PartialSums<T> here{};  // in registers, for the plane at hand
             auto end = [&](long c) {
                 into[c].a += here.a, into[c].b += here.b;
                 here.a = here.b = vec<T>{};
             };
             go_through<T>(
-                at.x, together, length,
+                pointers.x, together, length,
                 [&](long i, long vectors, long c) {
                     for (long done = 0, block = 1; done < vectors; done += BLOCK, ++block) {
-                        add_vectors(at + (i + done * W), std::min(BLOCK, vectors - done), PlaneNumbers<T>{near + c, stride},
+                        add_vectors(pointers + (i + done * W), std::min(BLOCK, vectors - done), PlaneCoefficients<T>{of_plane + c, stride},
                                     terms, here);
                         if (block % BLOCKS == 0) {
                             end(c);
@@ -195,14 +195,14 @@ static void sum_planes(const Operands<T> &on, const Tile &t, const work<T> *numb
                 },
                 [&](long i, long c, long values) {
                     vec<T> a, b;
-                    terms(at, i, TwoPlanesNumbers<T>{near + c, stride, values}, Whole{}, a, b);
+                    terms(pointers, i, TwoPlanesCoefficients<T>{of_plane + c, stride, values}, FullAccess{}, a, b);
                     here.a += only<T>(a, values), here.b += only<T>(b, values);
                     end(c);
                     here.a = from_lane<T>(a, values), here.b = from_lane<T>(b, values);
                 },
                 [&](long i, long values, long c) {
                     vec<T> a, b;
-                    terms(at, i, PlaneNumbers<T>{near + c, stride}, Part{values}, a, b);
+                    terms(pointers, i, PlaneCoefficients<T>{of_plane + c, stride}, TailAccess{values}, a, b);
                     here.a += only<T>(a, values), here.b += only<T>(b, values);
                 },
                 end);
@@ -215,14 +215,14 @@ static void sum_planes(const Operands<T> &on, const Tile &t, const work<T> *numb
 
 // Adds the terms of one value each of PARTS rows, which lie `step` apart, to the sums of as many columns as a
 // vector has.
-template <long PARTS, class T, class F, class L>
-INLINE void add_rows(At<T> at, const typename Operands<T>::Strides &step, RowNumbers<T> k, F terms, L l, work<T> *a_sums,
-                     work<T> *b_sums) {
+template <long PARTS, class T, class F, class A>
+INLINE void add_rows(Pointers<T> pointers, const typename Operands<T>::Strides &step, RowCoefficients<T> k, F terms, A access, compute_t<T> *a_sums,
+                     compute_t<T> *b_sums) {
     vec<T> a[PARTS], b[PARTS];
 #pragma GCC unroll 8
     for (long i = 0; i < PARTS; ++i) {
-        terms(at, 0, k, l, a[i], b[i]);
-        at = {at.dy + step.dy, at.x + step.x, at.extra + step.extra, at.out + step.out};
+        terms(pointers, 0, k, access, a[i], b[i]);
+        pointers = {pointers.dy + step.dy, pointers.x + step.x, pointers.extra + step.extra, pointers.out + step.out};
     }
 #pragma GCC unroll 8
     for (long half = PARTS / 2; half; half /= 2)
@@ -233,28 +233,28 @@ INLINE void add_rows(At<T> at, const typename Operands<T>::Strides &step, RowNum
 }
 
 // Both sums for every column of rows s0 to s1. `scratch` holds two working vectors of the columns, padded to whole
-// vectors; so does every number of k.
+// vectors; so does every kind of coefficient.
 //
 // Several rows are taken at a time, to load and store the sums less often: one from each part of the tile, not
 // neighbours. Processors read ahead in several pages at once, but not in one page at several places.
 template <class T, class F>
-static void sum_rows(const Operands<T> &on, const Tile &t, const work<T> *numbers, long stride, F terms, work<T> *scratch,
+static void sum_rows(const Operands<T> &on, const Tile &t, const compute_t<T> *coefficients, long stride, F terms, compute_t<T> *scratch,
                      double *first, double *second) {
-    constexpr long W = Lane<T>::width, DEPTH = 16, PARTS = F::parts;
+    constexpr long W = Lane<T>::width, DEPTH = 16, PARTS = F::rows_at_once;
     const long columns = t.c1 - t.c0, part = (t.s1 - t.s0) / PARTS;
     const auto &pitch = on.outer;
     const typename Operands<T>::Strides step = {part * pitch.dy, part * pitch.x, part * pitch.extra, part * pitch.out};
-    work<T> *const a_sums = scratch, *const b_sums = scratch + padded(columns);
+    compute_t<T> *const a_sums = scratch, *const b_sums = scratch + padded(columns);
     auto rows = [&](long from, long to, auto parts) {
         while (from < to) {
-            std::fill(scratch, scratch + 2 * padded(columns), work<T>(0));
+            std::fill(scratch, scratch + 2 * padded(columns), compute_t<T>(0));
             for (const long flush = std::min(from + DEPTH, to); from < flush; ++from) {
-                const At<T> at = on.at(from, t.c0, 0);
+                const Pointers<T> pointers = on.pointers_at(from, t.c0, 0);
                 long j = 0;
                 for (; j + W <= columns; j += W)
-                    add_rows<parts()>(at + j, step, RowNumbers<T>{numbers + j, stride}, terms, Whole{}, a_sums + j, b_sums + j);
+                    add_rows<parts()>(pointers + j, step, RowCoefficients<T>{coefficients + j, stride}, terms, FullAccess{}, a_sums + j, b_sums + j);
                 if (j < columns)
-                    add_rows<parts()>(at + j, step, RowNumbers<T>{numbers + j, stride}, terms, Part{columns - j}, a_sums + j,
+                    add_rows<parts()>(pointers + j, step, RowCoefficients<T>{coefficients + j, stride}, terms, TailAccess{columns - j}, a_sums + j,
                                       b_sums + j);
             }
             for (long j = 0; j < columns; ++j) first[j] += a_sums[j], second[j] += b_sums[j];
@@ -265,96 +265,96 @@ static void sum_rows(const Operands<T> &on, const Tile &t, const work<T> *number
 }
 
 template <bool STREAM, class T, class F>
-static void pass_planes(const Operands<T> &on, const Tile &t, const work<T> *numbers, long stride, F f) {
+static void pass_planes(const Operands<T> &on, const Tile &t, const compute_t<T> *coefficients, long stride, F operation) {
     constexpr long W = Lane<T>::width;
     const long channels = t.c1 - t.c0, length = t.s1 - t.s0, together = on.adjacent(length) ? channels : 1;
-    if (STREAM && length < 2 * W) return pass_planes<false>(on, t, numbers, stride, f);  // not aligned there
+    if (STREAM && length < 2 * W) return pass_planes<false>(on, t, coefficients, stride, operation);  // not aligned there
     for (long n = t.n0; n < t.n1; ++n)
         for (long from = 0; from < channels; from += together) {
-            const At<T> at = on.at(n, t.c0 + from, t.s0);
-            const work<T> *const here = numbers + from;
+            const Pointers<T> pointers = on.pointers_at(n, t.c0 + from, t.s0);
+            const compute_t<T> *const of_plane = coefficients + from;
             go_through<T>(
-                at.out, together, length,
+                pointers.out, together, length,
                 [&](long i, long vectors, long c) {
-                    const PlaneNumbers<T> k{here + c, stride};
+                    const PlaneCoefficients<T> k{of_plane + c, stride};
                     for (; vectors >= 2; vectors -= 2, i += 2 * W) {
-                        f.template apply<STREAM>(at, i, k, Whole{});
-                        f.template apply<STREAM>(at, i + W, k, Whole{});
+                        operation.template apply<STREAM>(pointers, i, k, FullAccess{});
+                        operation.template apply<STREAM>(pointers, i + W, k, FullAccess{});
                     }
-                    if (vectors) f.template apply<STREAM>(at, i, k, Whole{});
+                    if (vectors) operation.template apply<STREAM>(pointers, i, k, FullAccess{});
                 },
                 [&](long i, long c, long values) {
-                    f.template apply<STREAM>(at, i, TwoPlanesNumbers<T>{here + c, stride, values}, Whole{});
+                    operation.template apply<STREAM>(pointers, i, TwoPlanesCoefficients<T>{of_plane + c, stride, values}, FullAccess{});
                 },
                 [&](long i, long values, long c) {
-                    f.template apply<false>(at, i, PlaneNumbers<T>{here + c, stride}, Part{values});
+                    operation.template apply<false>(pointers, i, PlaneCoefficients<T>{of_plane + c, stride}, TailAccess{values});
                 },
                 [](long) {});
         }
     if (STREAM) fence();
 }
 
-// Two rows at a time, one from each half of the tile: they share the numbers of the channels, and see sum_rows.
+// Two rows at a time, one from each half of the tile: they share the coefficients of the channels, and see sum_rows.
 template <bool STREAM, class T, class F>
-static void pass_rows(const Operands<T> &on, const Tile &t, const work<T> *numbers, long stride, F f) {
+static void pass_rows(const Operands<T> &on, const Tile &t, const compute_t<T> *coefficients, long stride, F operation) {
     constexpr long W = Lane<T>::width;
     const long columns = t.c1 - t.c0, half = (t.s1 - t.s0) / 2;
     for (long r = t.s0; r < t.s0 + half; ++r) {
-        const At<T> one = on.at(r, t.c0, 0), two = on.at(r + half, t.c0, 0);
+        const Pointers<T> one = on.pointers_at(r, t.c0, 0), two = on.pointers_at(r + half, t.c0, 0);
         long j = 0;
         for (; j + W <= columns; j += W) {
-            const RowNumbers<T> k{numbers + j, stride};
-            f.template apply<STREAM>(one, j, k, Whole{});
-            f.template apply<STREAM>(two, j, k, Whole{});
+            const RowCoefficients<T> k{coefficients + j, stride};
+            operation.template apply<STREAM>(one, j, k, FullAccess{});
+            operation.template apply<STREAM>(two, j, k, FullAccess{});
         }
         if (j < columns) {
-            const RowNumbers<T> k{numbers + j, stride};
-            f.template apply<false>(one, j, k, Part{columns - j});
-            f.template apply<false>(two, j, k, Part{columns - j});
+            const RowCoefficients<T> k{coefficients + j, stride};
+            operation.template apply<false>(one, j, k, TailAccess{columns - j});
+            operation.template apply<false>(two, j, k, TailAccess{columns - j});
         }
     }
     if ((t.s1 - t.s0) % 2)
         for (long j = 0; j < columns; j += W)
-            f.template apply<false>(on.at(t.s1 - 1, t.c0, 0), j, RowNumbers<T>{numbers + j, stride},
-                                    Part{std::min(W, columns - j)});
+            operation.template apply<false>(on.pointers_at(t.s1 - 1, t.c0, 0), j, RowCoefficients<T>{coefficients + j, stride},
+                                    TailAccess{std::min(W, columns - j)});
     if (STREAM) fence();
 }
 
 // Both sums for each channel of a tile.
 template <class T, class F>
-static void tile_sums(const Operands<T> &on, const Tile &t, bool rows, const work<T> *numbers, long stride, F terms,
-                      work<T> *scratch, double *first, double *second) {
+static void tile_sums(const Operands<T> &on, const Tile &t, bool rows, const compute_t<T> *coefficients, long stride, F terms,
+                      compute_t<T> *scratch, double *first, double *second) {
     std::fill(first, first + (t.c1 - t.c0), 0.0);
     std::fill(second, second + (t.c1 - t.c0), 0.0);
     if (rows)
-        sum_rows(on, t, numbers, stride, terms, scratch, first, second);
+        sum_rows(on, t, coefficients, stride, terms, scratch, first, second);
     else
-        sum_planes(on, t, numbers, stride, terms, first, second);
+        sum_planes(on, t, coefficients, stride, terms, first, second);
 }
 
 // A number near the mean of each channel, from a few values: of the first plane of a tile, or of rows spread over all.
 template <class T>
-static void plane_shifts(const Operands<T> &on, const Tile &t, work<T> *shifts) {
+static void plane_origins(const Operands<T> &on, const Tile &t, compute_t<T> *origins) {
     const long few = std::min(8L, t.s1 - t.s0);
     for (long c = t.c0; c < t.c1; ++c) {
         double sum = 0;
-        for (long s = 0; s < few; ++s) sum += value(on.at(t.n0, c, t.s0 + s).x[0]);
-        shifts[c - t.c0] = (work<T>)(sum / few);
+        for (long s = 0; s < few; ++s) sum += value(on.pointers_at(t.n0, c, t.s0 + s).x[0]);
+        origins[c - t.c0] = (compute_t<T>)(sum / few);
     }
 }
 
 template <class T>
-static void row_shifts(const Operands<T> &on, long rows, long columns, work<T> *shifts) {
+static void row_origins(const Operands<T> &on, long rows, long columns, compute_t<T> *origins) {
     constexpr long W = Lane<T>::width;
-    long few = 8;  // a power of two, added up in pairs: the shift of a constant channel is its value
+    long few = 8;  // a power of two, added up in pairs: the origin of a constant channel is its value
     while (few > rows) few /= 2;
     for (long j = 0; j < columns; j += W) {
-        const Part l{std::min(W, columns - j)};
+        const TailAccess access{std::min(W, columns - j)};
         vec<T> sums[8];
-        for (long i = 0; i < few; ++i) sums[i] = l.get(on.at(i * rows / few, j, 0).x) / (work<T>)few;
+        for (long i = 0; i < few; ++i) sums[i] = access.get(on.pointers_at(i * rows / few, j, 0).x) / (compute_t<T>)few;
         for (long half = few / 2; half; half /= 2)
             for (long i = 0; i < half; ++i) sums[i] += sums[i + half];
-        write<false>(shifts + j, sums[0]);
+        write<false>(origins + j, sums[0]);
     }
 }
 
@@ -362,40 +362,40 @@ static void row_shifts(const Operands<T> &on, long rows, long columns, work<T> *
 template <class T>
 static bool is_constant(const Operands<T> &on, const Tile &t, bool rows, long c) {
     const long n0 = rows ? t.s0 : t.n0, n1 = rows ? t.s1 : t.n1, s0 = rows ? 0 : t.s0, s1 = rows ? 1 : t.s1;
-    const auto first = value(on.at(n0, c, s0).x[0]);
+    const auto first = value(on.pointers_at(n0, c, s0).x[0]);
     for (long n = n0; n < n1; ++n) {
-        const T *const x = on.at(n, c, 0).x;
+        const T *const x = on.pointers_at(n, c, 0).x;
         for (long s = s0; s < s1; ++s)
             if (value(x[s]) != first) return false;
     }
     return true;
 }
 
-// For each channel of a tile: a shift near its mean, the sum of x - shift, and that of its square, or UNSEEN. `shifts`
+// For each channel of a tile: an origin near its mean, the sum of x - origin, and that of its square, or UNDERFLOWED. `origins`
 // and `scratch` are padded to whole vectors.
 template <class T>
-static void tile_moments(const Operands<T> &on, const Tile &t, bool rows, long count, const work<T> *given,
-                         work<T> *scratch, double *shift, double *first, double *second) {
+static void tile_moments(const Operands<T> &on, const Tile &t, bool rows, long count, const compute_t<T> *given,
+                         compute_t<T> *scratch, double *origin, double *first, double *second) {
     const long channels = t.c1 - t.c0;
-    work<T> *shifts = scratch + 2 * padded(channels);
+    compute_t<T> *origins = scratch + 2 * padded(channels);
     if (rows)
-        std::copy(given, given + padded(channels), shifts);
+        std::copy(given, given + padded(channels), origins);
     else
-        plane_shifts(on, t, shifts);
+        plane_origins(on, t, origins);
     for (int turn = 0; turn < 2; ++turn) {
         if (std::fetestexcept(FE_UNDERFLOW)) std::feclearexcept(FE_UNDERFLOW);  // the second is slow
-        tile_sums(on, t, rows, shifts, 0, Moments<T>{}, scratch, first, second);
-        for (long c = 0; c < channels; ++c) shift[c] = shifts[c];
-        // Where the shift is more than two standard deviations from the mean, the squares have lost digits: once
-        // more, about the mean found. The other channels keep their shift, and get the same sums again.
+        tile_sums(on, t, rows, origins, 0, Moments<T>{}, scratch, first, second);
+        for (long c = 0; c < channels; ++c) origin[c] = origins[c];
+        // Where the origin is more than two standard deviations from the mean, the squares have lost digits: once
+        // more, about the mean found. The other channels keep their origin, and get the same sums again.
         const auto lost = [&](long c) { return 1.25 * first[c] * first[c] > second[c] * count; };
         bool any = false;
         for (long c = 0; c < channels; ++c) any |= lost(c);
         if (!any) break;
         for (long c = 0; c < channels; ++c)
-            if (lost(c) && std::isfinite(first[c])) shifts[c] += (work<T>)(first[c] / count);
+            if (lost(c) && std::isfinite(first[c])) origins[c] += (compute_t<T>)(first[c] / count);
     }
-    if (sizeof(work<T>) == 8 || std::is_same_v<T, float16>) return;
+    if (sizeof(compute_t<T>) == 8 || std::is_same_v<T, float16>) return;
     // Squares that sum to 0 are those of a constant channel, unless one became 0: then the processor has set its flag.
     const bool underflow = std::fetestexcept(FE_UNDERFLOW);
     const auto unclear = [&](long c) {
@@ -405,32 +405,32 @@ static void tile_moments(const Operands<T> &on, const Tile &t, bool rows, long c
     for (long c = 0; c < channels; ++c) any |= unclear(c);
     if (any)
         for (long c = 0; c < channels; ++c)
-            if (unclear(c) && !is_constant(on, t, rows, t.c0 + c)) second[c] = UNSEEN;
+            if (unclear(c) && !is_constant(on, t, rows, t.c0 + c)) second[c] = UNDERFLOWED;
 }
 
 template <class T>
-static void tile_reduce(const Operands<T> &on, const Tile &t, bool rows, Gate gate, const work<T> *numbers, long stride,
-                        work<T> *scratch, double *first, double *second) {
-    auto sums = [&](auto terms) { tile_sums(on, t, rows, numbers, stride, terms, scratch, first, second); };
+static void tile_reduce(const Operands<T> &on, const Tile &t, bool rows, Gate gate, const compute_t<T> *coefficients, long stride,
+                        compute_t<T> *scratch, double *first, double *second) {
+    auto sums = [&](auto terms) { tile_sums(on, t, rows, coefficients, stride, terms, scratch, first, second); };
     if (gate == Gate::none) sums(Reduce<T, Gate::none>{});
     if (gate == Gate::recomputed) sums(Reduce<T, Gate::recomputed>{});
     if (gate == Gate::saved) sums(Reduce<T, Gate::saved>{});
 }
 
 template <class T, class F>
-static void tile_pass(const Operands<T> &on, const Tile &t, bool rows, bool stream, const work<T> *numbers, long stride,
-                      F f) {
+static void tile_pass(const Operands<T> &on, const Tile &t, bool rows, bool stream, const compute_t<T> *coefficients, long stride,
+                      F operation) {
     if (stream) streamed_values.fetch_add((t.c1 - t.c0) * t.count(), std::memory_order_relaxed);
     if (rows)
-        stream ? pass_rows<true>(on, t, numbers, stride, f) : pass_rows<false>(on, t, numbers, stride, f);
+        stream ? pass_rows<true>(on, t, coefficients, stride, operation) : pass_rows<false>(on, t, coefficients, stride, operation);
     else
-        stream ? pass_planes<true>(on, t, numbers, stride, f) : pass_planes<false>(on, t, numbers, stride, f);
+        stream ? pass_planes<true>(on, t, coefficients, stride, operation) : pass_planes<false>(on, t, coefficients, stride, operation);
 }
 
 template <class T>
-static void tile_normalize(const Operands<T> &on, const Tile &t, bool rows, bool stream, const work<T> *numbers,
+static void tile_normalize(const Operands<T> &on, const Tile &t, bool rows, bool stream, const compute_t<T> *coefficients,
                            long stride, bool add, bool relu) {
-    auto pass = [&](auto f) { tile_pass(on, t, rows, stream, numbers, stride, f); };
+    auto pass = [&](auto operation) { tile_pass(on, t, rows, stream, coefficients, stride, operation); };
     if (add)
         relu ? pass(Normalize<T, true, true>{}) : pass(Normalize<T, true, false>{});
     else
@@ -438,11 +438,11 @@ static void tile_normalize(const Operands<T> &on, const Tile &t, bool rows, bool
 }
 
 template <class T>
-static void tile_elementwise(const Operands<T> &on, const Tile &t, bool rows, bool stream, const work<T> *numbers,
+static void tile_elementwise(const Operands<T> &on, const Tile &t, bool rows, bool stream, const compute_t<T> *coefficients,
                              long stride, bool gated) {
-    auto pass = [&](auto f) { tile_pass(on, t, rows, stream, numbers, stride, f); };
+    auto pass = [&](auto operation) { tile_pass(on, t, rows, stream, coefficients, stride, operation); };
     gated ? pass(Elementwise<T, true>{}) : pass(Elementwise<T, false>{});
 }
 
 template <class T>
-static const Loops<T> loops = {row_shifts<T>, tile_moments<T>, tile_reduce<T>, tile_normalize<T>, tile_elementwise<T>};
+static const Loops<T> loops = {row_origins<T>, tile_moments<T>, tile_reduce<T>, tile_normalize<T>, tile_elementwise<T>};

@@ -15,14 +15,14 @@ constexpr long PARALLEL = 1 << 15;
 // Output of this many bytes would push itself out of the cache: it is written past it.
 long stream_from = 4 << 20;
 
-long parts(long length, long most) { return (length + most - 1) / most; }
+long ceil_div(long length, long divisor) { return (length + divisor - 1) / divisor; }
 
 long cut_planes(long samples, long channels, long positions, std::vector<Tile> &tiles) {
-    const long s_parts = parts(positions, TILE), s_step = (parts(positions, s_parts) + 63) / 64 * 64;
+    const long s_parts = ceil_div(positions, TILE), s_step = (ceil_div(positions, s_parts) + 63) / 64 * 64;
     // Long planes one after the other, as they lie; of short ones several samples, whose sums have one end.
     const long run = positions < 1024 ? TILE / 4 : TILE;
     const long c_most = std::clamp(run / std::min(s_step, positions), 1L, std::min(channels, MAX_CHANNELS));
-    const long c_step = parts(channels, parts(channels, c_most));
+    const long c_step = ceil_div(channels, ceil_div(channels, c_most));
     const long n_step = std::clamp(TILE / (c_step * std::min(s_step, positions)), 1L, samples);
     long slot = 0;
     for (long n = 0; n < samples; n += n_step, slot += s_parts)
@@ -36,10 +36,10 @@ long cut_planes(long samples, long channels, long positions, std::vector<Tile> &
 long cut_rows(long rows, long columns, int threads, std::vector<Tile> &tiles) {
     // Sums over a tile have an end in memory for every column: of much work, no more tiles than threads may want.
     const long most = std::clamp(rows * columns / 48, TILE, 8 * TILE);
-    const long slots = parts(rows, std::max(256L, most / columns)), step = (parts(rows, slots) + 7) / 8 * 8;
+    const long slots = ceil_div(rows, std::max(256L, most / columns)), step = (ceil_div(rows, slots) + 7) / 8 * 8;
     // Too few for the threads: cut across too, which leaves the sums as they are.
-    const long c_parts = slots >= threads ? 1 : std::clamp(parts(threads, slots), 1L, std::max(columns / 64, 1L));
-    const long c_step = padded(parts(columns, c_parts));
+    const long c_parts = slots >= threads ? 1 : std::clamp(ceil_div(threads, slots), 1L, std::max(columns / 64, 1L));
+    const long c_step = padded(ceil_div(columns, c_parts));
     long slot = 0;
     for (long r = 0; r < rows; r += step, ++slot)
         for (long c = 0; c < columns; c += c_step)
@@ -49,7 +49,7 @@ long cut_rows(long rows, long columns, int threads, std::vector<Tile> &tiles) {
 
 // One way through arrays of one shape: tiles, and what the loops need to find their values.
 template <class T>
-struct Way {
+struct Traversal {
     Operands<T> on;
     bool rows;
     long columns;  // channels, several times over where rows of few channels are taken together
@@ -68,8 +68,8 @@ template <class T>
 struct Plan {
     long channels;
     int threads;
-    int ways;
-    Way<T> way[2];  // the second: rows left over by the first
+    int traversal_count;
+    Traversal<T> traversals[2];  // the second: rows left over by the first
 };
 
 // x decides; then dy, what else is read, and what is written. Null where somebody has to copy first. The plan lasts until
@@ -82,9 +82,9 @@ const Plan<T> *plan_for(const Array &x, const Array &dy, const Array &extra, con
     plan.channels = lay.channels;
     plan.threads = x.size() < PARALLEL ? 1 : threads > 0 ? threads : default_threads();
     const bool large = out.data && x.size() * (long)sizeof(T) >= stream_from && (uintptr_t)out.data % 64 == 0;
-    plan.ways = 1;
-    Way<T> &way = plan.way[0];
-    way.rows = lay.rows;
+    plan.traversal_count = 1;
+    Traversal<T> &traversal = plan.traversals[0];
+    traversal.rows = lay.rows;
     const Array *arrays[] = {&x, &dy, &extra, &out};
     char *start[4];
     for (int i = 0; i < 4; ++i) {
@@ -92,15 +92,15 @@ const Plan<T> *plan_for(const Array &x, const Array &dy, const Array &extra, con
         start[i] = arrays[stands_in]->data;
         lay.outer[i] = lay.outer[stands_in], lay.channel[i] = lay.channel[stands_in];
     }
-    way.on = {{(const T *)start[1], (const T *)start[0], (const T *)start[2], (T *)start[3]},
+    traversal.on = {{(const T *)start[1], (const T *)start[0], (const T *)start[2], (T *)start[3]},
               {lay.outer[1], lay.outer[0], lay.outer[2], lay.outer[3]},
               {lay.channel[1], lay.channel[0], lay.channel[2], lay.channel[3]}};
-    way.columns = lay.channels;
-    way.tiles.clear();
-    way.stream = large;
+    traversal.columns = lay.channels;
+    traversal.tiles.clear();
+    traversal.stream = large;
     if (!lay.rows) {
-        way.slots = cut_planes(lay.samples, lay.channels, lay.positions, way.tiles);
-        way.count_values();
+        traversal.slots = cut_planes(lay.samples, lay.channels, lay.positions, traversal.tiles);
+        traversal.count_values();
         return &plan;
     }
     // Several short rows make one that is whole vectors.
@@ -113,19 +113,19 @@ const Plan<T> *plan_for(const Array &x, const Array &dy, const Array &extra, con
     long rows = lay.positions / together;
     if (rows == 0) together = 1, rows = lay.positions;
     if (const long left = lay.positions % together) {
-        plan.ways = 2;
-        Way<T> &rest = plan.way[1];
-        rest.on = way.on, rest.rows = true, rest.columns = lay.channels, rest.stream = false, rest.slots = 1;
-        rest.tiles.assign(1, {0, 1, 0, lay.channels, rows * together, rows * together + left, 0});
-        rest.count_values();
+        plan.traversal_count = 2;
+        Traversal<T> &tail = plan.traversals[1];
+        tail.on = traversal.on, tail.rows = true, tail.columns = lay.channels, tail.stream = false, tail.slots = 1;
+        tail.tiles.assign(1, {0, 1, 0, lay.channels, rows * together, rows * together + left, 0});
+        tail.count_values();
     }
-    auto &pitch = way.on.outer;
+    auto &pitch = traversal.on.outer;
     pitch.dy *= together, pitch.x *= together, pitch.extra *= together, pitch.out *= together;
-    way.columns *= together, way.count = rows;
-    way.slots = cut_rows(rows, way.columns, plan.threads, way.tiles);
-    way.count_values();
+    traversal.columns *= together, traversal.count = rows;
+    traversal.slots = cut_rows(rows, traversal.columns, plan.threads, traversal.tiles);
+    traversal.count_values();
     // a row must begin at a multiple of a vector for its stores to pass the cache
-    way.stream = large && lay.outer[3] * together * (long)sizeof(T) % 64 == 0;
+    traversal.stream = large && lay.outer[3] * together * (long)sizeof(T) % 64 == 0;
     return &plan;
 }
 
@@ -161,7 +161,7 @@ void each(long length, int threads, Direction direction, F f) {
 }
 
 template <class W>
-W *scratch(size_t length) {
+W *tile_scratch(size_t length) {
     static thread_local std::vector<W> memory;
     if (memory.size() < length) memory.resize(length);
     return memory.data();
@@ -169,51 +169,51 @@ W *scratch(size_t length) {
 
 // As above, to be used beside it: what the calling thread keeps while tiles are worked on.
 template <class W>
-W *kept(size_t length) {
+W *caller_scratch(size_t length) {
     static thread_local std::vector<W> memory;
     if (memory.size() < length) memory.resize(length);
     return memory.data();
 }
 
-// Calls f(way, tile, i) for every tile of way i of a plan, on every thread. f must not name a thread_local variable: on the
+// Calls f(traversal, tile, i) for every tile of traversal i of a plan, on every thread. f must not name a thread_local variable: on the
 // other threads it is another one. So these are all inside functions, and what f needs of them is bound to a local name.
 template <class T, class F>
 void every_tile(const Plan<T> &plan, Direction direction, F f) {
-    for (int i = 0; i < plan.ways; ++i) {
-        const Way<T> &way = plan.way[i];
-        each((long)way.tiles.size(), plan.threads, direction, [&](long index) { f(way, way.tiles[index], i); });
+    for (int i = 0; i < plan.traversal_count; ++i) {
+        const Traversal<T> &traversal = plan.traversals[i];
+        each((long)traversal.tiles.size(), plan.threads, direction, [&](long index) { f(traversal, traversal.tiles[index], i); });
     }
 }
 
 // What the tiles find out about each channel, `kinds` numbers in double: an array of columns for each kind, for every
-// slot of every way.
+// slot of every traversal.
 template <class T>
 struct Partials {
     const Plan<T> &plan;
     const long kinds;
     double *memory;
 
-    Partials(const Plan<T> &plan, long kinds) : plan(plan), kinds(kinds), memory(reserved(of_way(0) + of_way(1))) {}
+    Partials(const Plan<T> &plan, long kinds) : plan(plan), kinds(kinds), memory(partials_memory(length_of(0) + length_of(1))) {}
 
     // The numbers of one kind, from the tile's first channel on.
-    double *at(int way, const Tile &t, long kind) const { return start(way, t.slot) + kind * plan.way[way].columns + t.c0; }
+    double *at(int traversal, const Tile &t, long kind) const { return start(traversal, t.slot) + kind * plan.traversals[traversal].columns + t.c0; }
 
-    // Calls f(way, slot, numbers, columns) in a fixed order, as often as all channels are there: kind k of channel c
+    // Calls f(traversal, slot, numbers, columns) in a fixed order, as often as all channels are there: kind k of channel c
     // is numbers[k * columns + c].
     template <class F>
     void in_order(F f) const {
-        for (int i = 0; i < plan.ways; ++i)
-            for (long slot = 0; slot < plan.way[i].slots; ++slot)
-                for (long j = 0; j < plan.way[i].columns; j += plan.channels)
-                    f(i, slot, (const double *)start(i, slot) + j, plan.way[i].columns);
+        for (int i = 0; i < plan.traversal_count; ++i)
+            for (long slot = 0; slot < plan.traversals[i].slots; ++slot)
+                for (long j = 0; j < plan.traversals[i].columns; j += plan.channels)
+                    f(i, slot, (const double *)start(i, slot) + j, plan.traversals[i].columns);
     }
 
    private:
-    long of_way(int i) const { return i < plan.ways ? plan.way[i].slots * kinds * plan.way[i].columns : 0; }
-    double *start(int i, long slot) const { return memory + (i ? of_way(0) : 0) + slot * kinds * plan.way[i].columns; }
-    static double *reserved(long length) {
-        static thread_local std::vector<double> kept;
-        if ((long)kept.size() < length) kept.resize(length);
-        return kept.data();
+    long length_of(int i) const { return i < plan.traversal_count ? plan.traversals[i].slots * kinds * plan.traversals[i].columns : 0; }
+    double *start(int i, long slot) const { return memory + (i ? length_of(0) : 0) + slot * kinds * plan.traversals[i].columns; }
+    static double *partials_memory(long length) {
+        static thread_local std::vector<double> memory;
+        if ((long)memory.size() < length) memory.resize(length);
+        return memory.data();
     }
 };
