@@ -177,8 +177,8 @@ def _kernels() -> dict[str, str]:
 
 
 def _on_host(x: Any, otherwise: str) -> str:
-    host: Any = native()
-    if kernels_for(x) is not host:
+    host = native()
+    if host is None or kernels_for(x) is not host:
         return (
             f"{otherwise}, for native kernels were not built: install a C++ compiler and Python's headers, "
             "then mpisyncbn again, with pip's --force-reinstall --no-cache-dir"

@@ -31,7 +31,7 @@ from .diagnostics import Call
 from .errors import on_rank
 from .evaluation import evaluate, finish
 from .functional import BatchStats
-from .kernels import Gate, generic, kernels_for, native
+from .kernels import Activation, ActivationContext, Kernels, activation_named, generic, kernels_for, native
 
 __all__ = ["batch_norm", "fits", "sync_batch_norm"]
 
@@ -153,7 +153,7 @@ def batch_norm(
         stats = BatchStats(mean, var, invstd, count * first_time)
         return finish(y, activation, residual), stats, stats
     group = resolve(process_group)
-    step = _Step(group, group.name_of(layer), x.shape[1], dtype, eps, activation == "relu")
+    step = _Step(group, group.name_of(layer), x.shape[1], dtype, eps, activation_named(activation))
     function = _Transformable if torch._C._are_functorch_transforms_active() else _SyncBatchNorm
     y = function.apply(x, weight, bias, residual, step)
     check_count(step.stats.count, x, layer)
@@ -172,7 +172,7 @@ def fits(
             and 0.0 <= eps < math.inf
             and momentum.__class__ is float
             and 0.0 <= momentum <= 1.0
-            and host.fits(x, weight, bias, running_mean, running_var)
+            and host.passes_fast_check(x, weight, bias, running_mean, running_var)
         )
     except AttributeError:  # of a nested tensor, which has no lengths
         return False
@@ -198,13 +198,19 @@ def _recomputing() -> bool:
 class _Step:
     """What one call of a layer shares between its forward and its backward, beside tensors."""
 
-    __slots__ = ("channels", "dtype", "eps", "group", "layer", "near", "relu", "stats")
+    __slots__ = ("activation", "channels", "dtype", "eps", "group", "layer", "near", "stats")
 
     def __init__(
-        self, group: Communicator, layer: str, channels: int, dtype: str, eps: float, relu: bool
+        self,
+        group: Communicator,
+        layer: str,
+        channels: int,
+        dtype: str,
+        eps: float,
+        activation: Activation,
     ) -> None:
         self.group, self.layer, self.channels, self.dtype, self.eps = group, layer, channels, dtype, eps
-        self.relu = relu
+        self.activation = activation
         self.stats: BatchStats  # on the host
         self.near: BatchStats  # where the input is
 
@@ -231,10 +237,11 @@ class _SyncBatchNorm(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> tuple[Any, ...]:
-        x, weight, *gate = ctx.saved_tensors
+        x, weight, *saved = ctx.saved_tensors
         step = ctx.step
-        gate = Gate(weight, *gate) if gate else None
+        context = ActivationContext(step.activation, weight, *saved) if saved else None
         need_dx, need_dweight, need_dbias, *_ = ctx.needs_input_grad
+        kernels: Kernels
         # create_graph, where the result will be differentiated again, and batched gradients
         if torch.is_grad_enabled() or torch._C._functorch.is_batchedtensor(dy):
             stats, kernels = _known_stats(x, step), generic
@@ -244,7 +251,7 @@ class _SyncBatchNorm(torch.autograd.Function):
             reduce_sums = step.exchange(exchange.reduce_sums, "backward")
         with np.errstate(all="ignore"):
             dx, dweight, dbias, dz = functional.backward(
-                dy, x, stats, weight, kernels, reduce_sums, need_dx, gate
+                dy, x, stats, weight, kernels, reduce_sums, need_dx, context
             )
         return (
             dx,
@@ -265,7 +272,7 @@ class _SyncBatchNorm(torch.autograd.Function):
     ) -> Tensor:
         # With unit weight the Jacobian with respect to x is symmetric, so forward mode is the
         # backward formula applied to the tangent.
-        x, weight, *gate = ctx.saved_tensors
+        x, weight, *saved = ctx.saved_tensors
         step = ctx.step
         stats = _known_stats(x, step)
         dy = torch.zeros_like(x)
@@ -278,8 +285,9 @@ class _SyncBatchNorm(torch.autograd.Function):
             dy = dy + generic._channels(dbias, x).to(dy.dtype)
         if dresidual is not None:
             dy = dy + dresidual
-        if gate:
-            dy = generic.backward_reduce(dy, x, stats.mean, stats.invstd, Gate(weight, *gate))[2]
+        if saved:
+            context = ActivationContext(step.activation, weight, *saved)
+            dy = generic.backward_reduce(dy, x, stats.mean, stats.invstd, context)[2]
         return dy
 
 
@@ -312,7 +320,7 @@ def _forward(
             kernels_for(x),
             step.exchange(exchange.merge_moments, "forward"),
             residual,
-            step.relu,
+            step.activation,
         )
     return y
 
@@ -322,7 +330,9 @@ def _remember(ctx: Any, inputs: tuple[Any, ...], y: Tensor) -> None:
     ctx.bias_dtype = None if bias is None else bias.dtype
     ctx.has_residual = residual is not None
     saved: tuple[Any, ...] = (x, weight)
-    if ctx.step.relu:  # with a residual, only the output itself tells where it was positive
+    if (
+        ctx.step.activation != Activation.NONE
+    ):  # with a residual, only the output itself tells where it was positive
         saved = (x, weight, bias, y if ctx.has_residual else None)
     ctx.save_for_backward(*saved)
     ctx.save_for_forward(*saved)

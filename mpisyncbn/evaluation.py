@@ -6,6 +6,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from .kernels.activation import activate, activation_named
+
 __all__ = ["evaluate", "finish"]
 
 
@@ -44,7 +46,7 @@ def finish(y: Tensor, activation: str | None, residual: Tensor | None) -> Tensor
     """Residual and activation as operations of their own, where nothing fuses them with the rest."""
     if residual is not None:
         y = y + residual
-    return F.relu(y) if activation else y
+    return activate(y, activation_named(activation))
 
 
 # The compiler would copy them a second time in the backward, when they have changed: it looks into clone(),

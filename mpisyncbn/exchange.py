@@ -120,12 +120,13 @@ def _sum_moments(
         if group.link is not None and type(mean) is np.ndarray:
             found = np.empty((2, len(mean)))
             try:
-                total = group.link.sum_moments(_sign(group, call, 3 + found.size), count, mean, m2, found)
-                if total < 0:
-                    _raise_problem(group, call, total)
+                h = _sign(group, call, 3 + found.size)
+                problem, total, lost, hidden = group.link.sum_moments(h, count, mean, m2, found)
+                if problem:
+                    _raise_problem(group, call, problem)
             finally:
                 group.presence.doing = None
-            merged, var, lost, hidden = found[0], found[1], group.link.lost, group.link.hidden
+            merged, var = found
         else:
             first = mean * count
             second = mean * first + m2
@@ -319,7 +320,7 @@ def _raise_problem(group: Communicator, call: Call, problem: int) -> NoReturn:
     """Say what a Link returned: see cpu_link.h."""
     if problem == -1:
         diagnostics.mismatch(group, call)
-    _raise_failed(group, call, group.mpi_error(-2 - problem))
+    _raise_failed(group, call, group.mpi_error(problem))
 
 
 def _raise_failed(group: Communicator, call: Call, error: Exception) -> NoReturn:

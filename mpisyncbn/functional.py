@@ -21,7 +21,7 @@ from .arguments import check_arguments, check_count, check_gradient, check_runni
 from .communicator import resolve
 from .diagnostics import Call
 from .errors import on_rank
-from .kernels import has_float64, kernels_for, native
+from .kernels import Activation, ActivationContext, Kernels, has_float64, kernels_for, native
 
 __all__ = ["BatchStats", "batch_norm_backward", "batch_norm_forward", "update_running_stats"]
 
@@ -40,10 +40,10 @@ def forward(
     weight: Any,
     bias: Any,
     eps: float,
-    kernels: Any,
+    kernels: Kernels,
     merge_moments: Any,
     residual: Any = None,
-    relu: bool = False,
+    activation: Activation = Activation.NONE,
 ) -> tuple[Any, BatchStats, BatchStats]:
     count, mean, m2 = kernels.local_moments(x)
     count, mean, var = merge_moments(count, mean, m2)
@@ -51,7 +51,7 @@ def forward(
     near = stats  # the same, where x is
     if not transport.on_host(x):
         near = BatchStats._make((*transport.near(x, *stats[:3]), count))
-    return kernels.normalize(x, near.mean, near.invstd, weight, bias, residual, relu), stats, near
+    return kernels.normalize(x, near.mean, near.invstd, weight, bias, residual, activation), stats, near
 
 
 def backward(
@@ -59,19 +59,19 @@ def backward(
     x: Any,
     near: BatchStats,
     weight: Any,
-    kernels: Any,
+    kernels: Kernels,
     reduce_sums: Any,
     need_dx: bool = True,
-    gate: Any = None,
+    context: ActivationContext | None = None,
 ) -> tuple[Any, Any, Any, Any]:
     mean, _, invstd, count = near
-    sum_dy, sum_dy_xmu, dz = kernels.backward_reduce(dy, x, mean, invstd, gate)
+    sum_dy, sum_dy_xmu, dz = kernels.backward_reduce(dy, x, mean, invstd, context)
     dx = None
     if need_dx:
         total_dy, total_dy_xmu = reduce_sums(sum_dy, sum_dy_xmu)
         count = count + (count == 0)  # nobody has a value: nothing is divided, nothing returned
-        means = transport.near(x, total_dy / count, total_dy_xmu / count)
-        dx = kernels.backward_elementwise(dz, x, mean, invstd, weight, *means, gate)
+        mean_dy, mean_dy_xmu = transport.near(x, total_dy / count, total_dy_xmu / count)
+        dx = kernels.backward_elementwise(dz, x, mean, invstd, weight, mean_dy, mean_dy_xmu, context)
     return dx, sum_dy_xmu * invstd, sum_dy, dz
 
 
@@ -220,7 +220,7 @@ def enter_batch(
 
 def _in_one_kernel(running_mean: Any, running_var: Any, batches: Any, near: Any, momentum: float) -> bool:
     """Without a copy, where the kernels for that device can. Returns whether it was done."""
-    enter = getattr(kernels_for(running_mean), "enter_batch", None)
+    enter = getattr(kernels_for(running_mean), "record_batch", None)
     over = near.count / max(near.count - 1, 1)
     vectors = running_mean, running_var, batches, near.mean, near.var
     return enter is not None and enter(*vectors, over, momentum)

@@ -119,8 +119,9 @@ def direct(comm: Any, MPI: Any) -> Any:
         (address,) = addresses(MPI, "MPI_Allreduce")
     except (AttributeError, OSError):
         return None
-    handles = [handle(MPI, each) for each in (comm, MPI.DOUBLE, MPI.SUM)]
-    return kernels.Link(address, *handles, int(MPI.IN_PLACE), MPI._sizeof(comm) == 4, comm.Get_size())
+    on, double, add = (handle(MPI, each) for each in (comm, MPI.DOUBLE, MPI.SUM))
+    in_place, int_handles = int(MPI.IN_PLACE), MPI._sizeof(comm) == 4
+    return kernels.Link(address, on, double, add, in_place, int_handles, comm.Get_size())
 
 
 def addresses(MPI: Any, *names: str) -> list[Any]:

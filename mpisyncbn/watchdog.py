@@ -108,8 +108,9 @@ def _prepare_end(MPI: Any) -> None:
     names = "Comm_create_keyval", "Comm_set_attr", "Issend", "Improbe", "Mrecv", "Ibarrier", "Test", "Abort"
     with suppress(AttributeError, OSError):  # as in transport.direct: then no rank leaves by native code
         functions = transport.addresses(MPI, *[f"MPI_{name}" for name in names])
-        handles = [transport.handle(MPI, each) for each in (MPI.COMM_SELF, MPI.COMM_WORLD, MPI.BYTE)]
-        kernels.leave_in_finalize(functions, *handles, MPI.ANY_SOURCE, MPI._sizeof(MPI.COMM_SELF) == 4)
+        own, world, byte = (transport.handle(MPI, each) for each in (MPI.COMM_SELF, MPI.COMM_WORLD, MPI.BYTE))
+        int_handles = MPI._sizeof(MPI.COMM_SELF) == 4
+        kernels.install_finalize_hook(functions, own, world, byte, MPI.ANY_SOURCE, int_handles)
 
 
 def _at_exit() -> None:
@@ -140,7 +141,7 @@ def _hand_over() -> None:
         if kernels is not None and group.channel is not None and group.all_native and not group.deaf:
             hosts = [host for host, _ in group.homes]
             channel = transport.handle(sys.modules["mpi4py.MPI"], group.channel)
-            kernels.about_to_leave(channel, group.rank, group.exchanges, group.last_limit, hosts)
+            kernels.add_departing_group(channel, group.rank, group.exchanges, group.last_limit, hosts)
 
 
 def _in_child() -> None:

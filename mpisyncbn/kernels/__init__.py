@@ -1,28 +1,6 @@
-"""The four verbs, one module of functions per place that data can live.
+"""Kernels, in one module of functions for each place that data can live. ``protocol`` says what each has.
 
-Every kernel module has these names, for ``x`` of shape ``(N, C, *)``; ``cuda`` has one more, ``enter_batch``,
-for running statistics:
-
-``local_moments(x) -> count, mean, m2``
-    Number of values per channel (an int), their mean and the sum of their squared deviations
-    from it, of this rank alone. An empty ``x`` gives zeros. For float64 input ``mean`` has two
-    rows, a value near the mean and what is missing to it: their sum in one float64 would be
-    too coarse to merge the ranks' variances where the mean is large.
-``normalize(x, mean, invstd, weight, bias, residual=None, relu=False) -> y``
-    ``(x - mean) * invstd * weight + bias``; ``weight`` and ``bias`` may be None. On request with
-    ``residual``, of the shape of ``x``, added to it, and max(., 0) of all that.
-``backward_reduce(dy, x, mean, invstd, gate=None) -> sum_dy, sum_dy_xmu, dz``
-    Per channel, the sums of ``dy`` and ``dy * (x - mean)`` of this rank alone. With a Gate, of the
-    gradient before the ReLU: of ``dy`` where the output is positive, and 0 elsewhere. ``dz`` is
-    that gradient; or still ``dy``, where the module prefers to compute it a second time.
-``backward_elementwise(dz, x, mean, invstd, weight, mean_dy, mean_dy_xmu, gate=None) -> dx``
-    ``(dz - mean_dy - (x - mean) * invstd**2 * mean_dy_xmu) * invstd * weight``, for the ``dz`` and
-    the ``gate`` of ``backward_reduce``.
-
-``y`` and ``dx`` have the dtype and the memory format of ``x``. ``weight`` and ``bias`` are of
-the same kind of array as ``x``. The other vectors are float64, of length C: NumPy arrays where
-the data is in host memory, arrays on the data's device elsewhere. (Where a device has no float64
-they are float32.)
+``cuda`` has one more, ``record_batch``, for running statistics.
 
 =================  =============================================================================
 module             serves
@@ -41,29 +19,33 @@ from __future__ import annotations
 import sys
 import warnings
 from functools import cache
-from types import ModuleType
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 
 from . import generic
+from .activation import Activation, ActivationContext, activation_named
 from .generic import has_float64
+from .protocol import Array, Kernels, NativeKernels
 
-__all__ = ["Gate", "has_float64", "kernels_for", "loaded_torch", "native", "on_cuda"]
+__all__ = [
+    "Activation",
+    "ActivationContext",
+    "Array",
+    "Kernels",
+    "activation_named",
+    "has_float64",
+    "kernels_for",
+    "loaded_torch",
+    "native",
+    "on_cuda",
+]
 
 
-class Gate(NamedTuple):
-    """What tells where the output of a layer that ends in ReLU was positive."""
-
-    weight: Any
-    bias: Any
-    y: Any  # the output itself where a residual was added; None: computed again from x
-
-
-def kernels_for(x: Any) -> ModuleType:
-    """The kernel module for the place where ``x`` lives."""
+def kernels_for(x: Array) -> Kernels:
+    """The kernels for the place where ``x`` lives."""
     if getattr(x, "is_cpu", False):  # of torch tensors in host memory alone
-        kernels: Any = native()
+        kernels = native()
         return kernels if kernels and x.ndim <= kernels.most_dimensions else _aten()
     if type(x) in (np.ndarray, np.memmap) and x.dtype.isnative and x.dtype.char in "efd":
         return native() or generic
@@ -75,12 +57,12 @@ def kernels_for(x: Any) -> ModuleType:
 
 
 def loaded_torch() -> Any:
-    """torch, without the cost of an import statement: whoever has a tensor has imported it."""
+    """torch, if it has been imported, without the cost of an import statement."""
     return sys.modules.get("torch")
 
 
 @cache
-def native() -> ModuleType | None:
+def native() -> NativeKernels | None:
     """The native kernels for host memory; None where they were not built."""
     try:
         from . import cpu
@@ -90,15 +72,15 @@ def native() -> ModuleType | None:
 
 
 @cache
-def _aten() -> ModuleType:
+def _aten() -> Kernels:
     from . import aten  # needs torch
 
     return aten
 
 
 @cache
-def on_cuda(device: Any) -> tuple[ModuleType, str]:
-    """The kernels for torch tensors on a GPU, and what they are made of."""
+def on_cuda(device: Any) -> tuple[Kernels, str]:
+    """The kernels for torch tensors on a GPU, and the name of what they are made of."""
     torch = loaded_torch()
     try:
         from . import cuda
@@ -120,7 +102,7 @@ def on_cuda(device: Any) -> tuple[ModuleType, str]:
 
 
 @cache
-def _dlpack() -> ModuleType | None:
+def _dlpack() -> Kernels | None:
     try:
         import torch
 

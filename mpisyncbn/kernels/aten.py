@@ -1,4 +1,4 @@
-"""The four verbs for torch tensors in host memory where the native kernels were not built, composed of
+"""The four kernels for torch tensors in host memory where the native kernels were not built, composed of
 the fastest fitting ATen operations.
 
 Statistics are NumPy float64 vectors: on a few hundred values NumPy's calls cost a third of
@@ -17,7 +17,8 @@ import torch
 from torch import Tensor
 
 from . import extremes
-from .layout import dense, like, rows
+from .activation import Activation, ActivationContext, activate, activation_gradient
+from .layout import dense, rows, with_strides_of
 
 __all__ = ["backward_elementwise", "backward_reduce", "local_moments", "normalize"]
 
@@ -37,16 +38,16 @@ def local_moments(x: Tensor) -> tuple[int, np.ndarray, np.ndarray]:
     channels = x.shape[1]
     count = x.numel() // channels
     if count == 0:
-        near, rest, m2 = np.zeros((3, channels))
+        mean_hi, mean_lo, m2 = np.zeros((3, channels))
     elif x.numel() <= _SMALL and count <= _SHORT:
-        near, rest, m2 = _small_moments(x, count)
+        mean_hi, mean_lo, m2 = _small_moments(x, count)
     else:
-        near, rest, m2 = _large_moments(x, count)
+        mean_hi, mean_lo, m2 = _large_moments(x, count)
     if x.dtype == torch.float64:
-        return count, np.stack((near, rest)), m2
-    mean = near + rest
+        return count, np.stack((mean_hi, mean_lo)), m2
+    mean = mean_hi + mean_lo
     if count:
-        _mark_unseen(x, m2)
+        _mark_underflowed(x, m2)
         extremes.local_moments(local_moments, x, count, mean, m2)
     return count, mean, m2
 
@@ -58,26 +59,26 @@ def normalize(
     weight: Tensor | None,
     bias: Tensor | None,
     residual: Tensor | None = None,
-    relu: bool = False,
+    activation: Activation = Activation.NONE,
 ) -> Tensor:
     scale = invstd if weight is None else invstd * _numpy(weight)
     shift = np.zeros_like(scale) if bias is None else _numpy(bias)
     # With something to follow, bfloat16 and float16 are rounded after it.
-    y = _affine(x if residual is None else x.to(_working_dtype(x)), mean, invstd, scale, shift)
+    y = _affine(x if residual is None else x.to(_compute_dtype(x)), mean, invstd, scale, shift)
     if residual is not None:
         y = y.add_(residual)
-    y = (y.relu_() if relu else y).to(x.dtype)
+    y = activate(y, activation, in_place=True).to(x.dtype)
     if x.dtype == torch.float64 or not x.numel():
         return y
-    return extremes.normalize(normalize, y, x, mean, invstd, weight, bias, residual, relu)
+    return extremes.normalize(normalize, y, x, mean, invstd, weight, bias, residual, activation)
 
 
 def backward_reduce(
-    dy: Tensor, x: Tensor, mean: Any, invstd: Any, gate: Any = None
+    dy: Tensor, x: Tensor, mean: Any, invstd: Any, context: ActivationContext | None = None
 ) -> tuple[np.ndarray, np.ndarray, Tensor]:
-    if gate is not None:
-        y = normalize(x, mean, invstd, gate.weight, gate.bias) if gate.y is None else gate.y
-        dy = dy.masked_fill(y <= 0, 0)
+    if context is not None:
+        y = normalize(x, mean, invstd, context.weight, context.bias) if context.y is None else context.y
+        dy = activation_gradient(dy, y, context.activation)
     sums = np.stack(_sums(dy, x, mean))
     if x.dtype != torch.float64 and x.numel():
         extremes.backward_reduce(backward_reduce, sums, dy, x, mean, invstd, None)
@@ -92,18 +93,20 @@ def backward_elementwise(
     weight: Tensor | None,
     mean_dy: Any,
     mean_dy_xmu: Any,
-    gate: Any = None,
+    context: ActivationContext | None = None,
 ) -> Tensor:
     scale = invstd if weight is None else invstd * _numpy(weight)
     # bfloat16 and float16 are rounded once, at the end.
-    wide = x.to(_working_dtype(x))
+    wide = x.to(_compute_dtype(x))
     slope = invstd * (invstd * mean_dy_xmu)
     dx = _affine(wide, mean, invstd, scale * -slope, scale * -mean_dy)
     dx = dx.addcmul_(dz.to(dx.dtype), _channels(_vector(scale, x), x)).to(x.dtype)
     if x.dtype == torch.float64 or not x.numel():
         return dx
     means = mean_dy, mean_dy_xmu
-    return extremes.backward_elementwise(backward_elementwise, dx, dz, x, mean, invstd, weight, means, gate)
+    return extremes.backward_elementwise(
+        backward_elementwise, dx, dz, x, mean, invstd, weight, means, context
+    )
 
 
 def _sums(dy: Tensor, x: Tensor, mean: Any) -> tuple[np.ndarray, np.ndarray]:
@@ -111,64 +114,64 @@ def _sums(dy: Tensor, x: Tensor, mean: Any) -> tuple[np.ndarray, np.ndarray]:
     if x.numel() == 0:
         return np.zeros(channels), np.zeros(channels)
     x = dense(x)
-    dy = like(dy, x)
-    high = _vector(mean, x)
+    dy = with_strides_of(x, dy)
+    mean_hi = _vector(mean, x)
     if x.numel() > _BLOCK * channels and _channels_side_by_side(x):
         # There ATen's sums are plain float32 ones: keep them short, and add them up in float64.
         blocks = zip(rows(dy).split(_BLOCK), rows(x).split(_BLOCK), strict=True)
-        sums = np.array([_given_mean_sums(*block, high) for block in blocks])
+        sums = np.array([_given_mean_sums(*block, mean_hi) for block in blocks])
         sum_dy, sum_dy_xmu = sums.sum(0, dtype=np.float64)
     else:
-        sum_dy, sum_dy_xmu = _given_mean_sums(_aten(dy), _aten(x), high)
+        sum_dy, sum_dy_xmu = _given_mean_sums(_aten(dy), _aten(x), mean_hi)
         sum_dy = sum_dy.astype(np.float64)
-    return sum_dy, sum_dy_xmu - (mean - high.numpy()) * sum_dy
+    return sum_dy, sum_dy_xmu - (mean - mean_hi.numpy()) * sum_dy
 
 
 def _small_moments(x: Tensor, count: int) -> tuple[Any, Any, np.ndarray]:
-    x = x.to(_working_dtype(x)).contiguous()
+    x = x.to(_compute_dtype(x)).contiguous()
     mean, var = torch.batch_norm_update_stats(x, None, None, 0.0)
-    near, m2 = mean.numpy().astype(np.float64), var.numpy().astype(np.float64)
-    rest: Any = 0.0 * near
+    mean_hi, m2 = mean.numpy().astype(np.float64), var.numpy().astype(np.float64)
+    mean_lo: Any = 0.0 * mean_hi
     # The sum over channels is an upper bound of what each must not exceed.
-    if not near.dot(near / (m2 + 1e-200)) <= _LARGE_RATIO**2:
+    if not mean_hi.dot(mean_hi / (m2 + 1e-200)) <= _LARGE_RATIO**2:
         # The mean was rounded to the dtype of x: find what is missing.
         missing, var = torch.batch_norm_update_stats(x - _channels(mean, x), None, None, 0.0)
-        rest, m2 = missing.numpy().astype(np.float64), var.numpy().astype(np.float64)
+        mean_lo, m2 = missing.numpy().astype(np.float64), var.numpy().astype(np.float64)
     m2 *= count
-    return near, rest, m2
+    return mean_hi, mean_lo, m2
 
 
 def _large_moments(x: Tensor, count: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     blocks = list(_blocks(x))
-    shift = blocks[0].mean((0, 2), dtype=_working_dtype(x))
-    near, rest, m2 = _moments_about(shift, blocks, count)
-    if np.any(rest * rest * count > 4 * m2):
+    origin = blocks[0].mean((0, 2), dtype=_compute_dtype(x))
+    mean_hi, mean_lo, m2 = _moments_about(origin, blocks, count)
+    if np.any(mean_lo * mean_lo * count > 4 * m2):
         # The first block was not typical of the others: squares about its mean have lost digits.
-        near, rest, m2 = _moments_about(_vector(near + rest, x), blocks, count)
-    return near, rest, np.maximum(m2, 0.0)
+        mean_hi, mean_lo, m2 = _moments_about(_vector(mean_hi + mean_lo, x), blocks, count)
+    return mean_hi, mean_lo, np.maximum(m2, 0.0)
 
 
 def _moments_about(
-    shift: Tensor, blocks: list[Tensor], count: int
+    origin: Tensor, blocks: list[Tensor], count: int
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Mean in two parts and M2, from sums of ``x - shift`` and its square.
+    """Mean in two parts and M2, from sums of ``x - origin`` and its square.
 
-    Sums within a block are in the working dtype, sums over blocks in float64.
+    Sums within a block are in the compute dtype, sums over blocks in float64.
     """
-    column = shift[:, None]
-    scratch = shift.new_empty(max(block.numel() for block in blocks))
+    column = origin[:, None]
+    scratch = origin.new_empty(max(block.numel() for block in blocks))
     sums, squares = [], []
     for block in blocks:
-        xms = torch.sub(block, column, out=scratch[: block.numel()].view(block.shape))
-        sums.append(_total(xms))
-        squares.append(_total(xms.square_()))
-    first = _numpy(torch.cat(sums)).sum(0, dtype=np.float64)
-    second = _numpy(torch.cat(squares)).sum(0, dtype=np.float64)
-    rest = first / count
-    return _numpy(shift).astype(np.float64), rest, second - first * rest
+        distances = torch.sub(block, column, out=scratch[: block.numel()].view(block.shape))
+        sums.append(_total(distances))
+        squares.append(_total(distances.square_()))
+    total = _numpy(torch.cat(sums)).sum(0, dtype=np.float64)
+    total_of_squares = _numpy(torch.cat(squares)).sum(0, dtype=np.float64)
+    mean_lo = total / count
+    return _numpy(origin).astype(np.float64), mean_lo, total_of_squares - total * mean_lo
 
 
-def _mark_unseen(x: Tensor, m2: np.ndarray) -> None:
+def _mark_underflowed(x: Tensor, m2: np.ndarray) -> None:
     """Make ``m2`` NaN for channels whose squares are all 0, but that are not constant."""
     chosen = np.flatnonzero(m2 == 0)
     if len(chosen):
@@ -212,9 +215,9 @@ def _affine(x: Tensor, mean: Any, invstd: Any, scale: Any, shift: Any) -> Tensor
     ratio = mean * invstd
     # the norm is an upper bound of the maximum, and far cheaper
     if not ratio.dot(ratio) <= _LARGE_RATIO**2 and not np.abs(ratio).max() <= _LARGE_RATIO:
-        high = _vector(mean, x)
-        x = x - _channels(high, x)
-        mean = mean - high.numpy()
+        mean_hi = _vector(mean, x)
+        x = x - _channels(mean_hi, x)
+        mean = mean - mean_hi.numpy()
     center = _vector(mean, x)
     arguments = _vector(scale, x), _vector(shift, x), center, _ones(center), False, 0.0, 0.0
     if _is_vectorized(x):
@@ -246,12 +249,12 @@ def _channels(vector: Tensor, x: Tensor) -> Tensor:
     return vector.view((-1,) + (1,) * (x.ndim - 2))
 
 
-def _working_dtype(x: Tensor) -> torch.dtype:
+def _compute_dtype(x: Tensor) -> torch.dtype:
     return torch.float64 if x.dtype == torch.float64 else torch.float32
 
 
 def _vector(values: np.ndarray, x: Tensor) -> Tensor:
-    """A vector of length C in the working dtype of ``x``."""
+    """A vector of length C in the compute dtype of ``x``."""
     return torch.from_numpy(values.astype(_numpy_dtype(x)))
 
 

@@ -1,4 +1,4 @@
-"""The four verbs for NumPy arrays and torch tensors in host memory, by native code: cpu.cpp.
+"""The four kernels for NumPy arrays and torch tensors in host memory, by native code: cpu.cpp.
 
 Importing this fails where the extension was not built; then aten.py and generic.py serve.
 """
@@ -6,7 +6,7 @@ Importing this fails where the extension was not built; then aten.py and generic
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Any
+from typing import TypeVar, cast
 
 import numpy as np
 
@@ -14,90 +14,114 @@ from ..errors import MPISyncBNError, on_rank
 from . import _cpu, extremes, loaded_torch
 from ._cpu import (
     Link,
-    about_to_leave,
-    fits,
+    add_departing_group,
+    install_finalize_hook,
     instruction_set,
     invstd,
-    leave_in_finalize,
     most_dimensions,
+    passes_fast_check,
     threads,
     update_running_stats,
 )
+from .activation import Activation, ActivationContext, recomputed_activation
+from .protocol import Array
 
 __all__ = ["backward_elementwise", "backward_reduce", "local_moments", "normalize"]
-# Not verbs, but native as well: what comes before, between and after them, see cpu_link.h and cpu_leave.h.
-__all__ += ["Link", "about_to_leave", "fits", "invstd", "leave_in_finalize", "update_running_stats"]
-__all__ += ["instruction_set", "most_dimensions", "threads"]
+# What else is native: see cpu_link.h, cpu_running_stats.h and cpu_leave.h.
+__all__ += ["Link", "add_departing_group", "install_finalize_hook", "invstd", "passes_fast_check"]
+__all__ += ["instruction_set", "most_dimensions", "threads", "update_running_stats"]
 
-_REFUSED = -1
+_Arrays = TypeVar("_Arrays", bound=tuple[Array | None, ...])
+_Vectors = TypeVar("_Vectors", bound=tuple[Array | None, ...])
+
+_REFUSED, _EXTREME = 0, 2  # outcomes, see _cpu.pyi
 
 
-def local_moments(x: Any) -> tuple[int, np.ndarray, np.ndarray]:
+def local_moments(x: Array) -> tuple[int, np.ndarray, np.ndarray]:
     found = np.empty((3, x.shape[1]))
-    count = _cpu.local_moments(x, found, _threads(x))
-    if count == _REFUSED:
-        count = _cpu.local_moments(_dense(x), found, _threads(x))
-    if count == _REFUSED:
+    outcome, count = _cpu.local_moments(x, found, _threads(x))
+    if outcome == _REFUSED:
+        outcome, count = _cpu.local_moments(_dense(x), found, _threads(x))
+    if outcome == _REFUSED:
         raise _refused(x)
-    if count < 0:
-        count = -2 - count
+    if outcome == _EXTREME:
         extremes.local_moments(local_moments, x, count, found[0], found[2])
     return count, found[:2] if x.dtype.itemsize == 8 else found[0], found[2]
 
 
 def normalize(
-    x: Any, mean: Any, invstd: Any, weight: Any, bias: Any, residual: Any = None, relu: bool = False
-) -> Any:
-    for near, vectors, like in _attempts(x, (mean, invstd, weight, bias), residual):
-        y = _empty_like(near)
-        if done := _cpu.normalize(near, *vectors, *like, y, relu, _threads(x)):
-            given = mean, invstd, weight, bias
-            return y if done == 1 else extremes.normalize(normalize, y, x, *given, residual, relu)
+    x: Array,
+    mean: np.ndarray,
+    invstd: np.ndarray,
+    weight: Array | None,
+    bias: Array | None,
+    residual: Array | None = None,
+    activation: Activation = Activation.NONE,
+) -> Array:
+    for x_read, vectors, (residual_read,) in _attempts(x, (mean, invstd, weight, bias), (residual,)):
+        y = _empty_like(x_read)
+        outcome = _cpu.normalize(x_read, *vectors, residual_read, y, activation, _threads(x))
+        if outcome == _EXTREME:
+            extremes.normalize(normalize, y, x, mean, invstd, weight, bias, residual, activation)
+        if outcome != _REFUSED:
+            return y
     raise _refused(x, mean, invstd, weight, bias, residual)
 
 
 def backward_reduce(
-    dy: Any, x: Any, mean: Any, invstd: Any, gate: Any = None
-) -> tuple[np.ndarray, np.ndarray, Any]:
+    dy: Array, x: Array, mean: np.ndarray, invstd: np.ndarray, context: ActivationContext | None = None
+) -> tuple[np.ndarray, np.ndarray, Array]:
     sums = np.empty((2, x.shape[1]))
-    weight, bias, saved = gate or (None, None, None)
-    for near, vectors, (dz, y) in _attempts(x, (mean, invstd, weight, bias), dy, saved):
-        out = None if y is None else _empty_like(near)
-        if done := _cpu.backward_reduce(dz, near, *vectors, y, out, gate is not None, sums, _threads(x)):
-            if done > 1:
-                extremes.backward_reduce(backward_reduce, sums, dy, x, mean, invstd, gate)
+    activation, weight, bias, saved = context or (Activation.NONE, None, None, None)
+    for x_read, vectors, (dz, y) in _attempts(x, (mean, invstd, weight, bias), (dy, saved)):
+        out = None if y is None else _empty_like(x_read)
+        outcome = _cpu.backward_reduce(dz, x_read, *vectors, y, out, activation, sums, _threads(x))
+        if outcome == _EXTREME:
+            extremes.backward_reduce(backward_reduce, sums, dy, x, mean, invstd, context)
+        if outcome != _REFUSED:
             return sums[0], sums[1], dz if out is None else out
     raise _refused(dy, x, mean, invstd, weight, bias)
 
 
 def backward_elementwise(
-    dz: Any, x: Any, mean: Any, invstd: Any, weight: Any, mean_dy: Any, mean_dy_xmu: Any, gate: Any = None
-) -> Any:
-    relu = gate is not None and gate.y is None
-    vectors = mean, invstd, weight, gate.bias if relu else None, mean_dy, mean_dy_xmu
-    for near, those, like in _attempts(x, vectors, dz):
-        dx = _empty_like(near)
-        if done := _cpu.backward_elementwise(*like, near, *those, dx, relu, _threads(x)):
-            if done > 1:
-                means = mean_dy, mean_dy_xmu
-                extremes.backward_elementwise(
-                    backward_elementwise, dx, dz, x, mean, invstd, weight, means, gate
-                )
+    dz: Array,
+    x: Array,
+    mean: np.ndarray,
+    invstd: np.ndarray,
+    weight: Array | None,
+    mean_dy: np.ndarray,
+    mean_dy_xmu: np.ndarray,
+    context: ActivationContext | None = None,
+) -> Array:
+    activation, bias = recomputed_activation(context)
+    vectors = mean, invstd, weight, bias, mean_dy, mean_dy_xmu
+    for x_read, vectors_read, (dz_read,) in _attempts(x, vectors, (dz,)):
+        dx = _empty_like(x_read)
+        outcome = _cpu.backward_elementwise(dz_read, x_read, *vectors_read, dx, activation, _threads(x))
+        if outcome == _EXTREME:
+            means = mean_dy, mean_dy_xmu
+            extremes.backward_elementwise(
+                backward_elementwise, dx, dz, x, mean, invstd, weight, means, context
+            )
+        if outcome != _REFUSED:
             return dx
     raise _refused(dz, x, *vectors)
 
 
-def _attempts(x: Any, vectors: Any, *others: Any) -> Iterator[tuple[Any, Any, Any]]:
-    """``x``, vectors of length C and the others as they are; then the others in the memory format of ``x``;
-    then copies of all without gaps, such as of what is not aligned, or has its values elsewhere."""
+def _attempts(x: Array, vectors: _Vectors, others: _Arrays) -> Iterator[tuple[Array, _Vectors, _Arrays]]:
+    """Arrays to try the native code on, until it refuses none.
+
+    They are ``x``, vectors of length C and the others as they are; then the others in the memory format
+    of ``x``; then copies of all without gaps, such as of what is not aligned, or has its values elsewhere.
+    """
     yield x, vectors, others
-    yield x, vectors, [None if other is None else _like(other, x) for other in others]
+    yield x, vectors, _in_format_of(x, others)
     x = _dense(x)
-    vectors = [None if vector is None else _dense(vector) for vector in vectors]
-    yield x, vectors, [None if other is None else _like(other, x) for other in others]
+    vectors = cast(_Vectors, tuple(None if vector is None else _dense(vector) for vector in vectors))
+    yield x, vectors, _in_format_of(x, others)
 
 
-def _refused(*arrays: Any) -> MPISyncBNError:
+def _refused(*arrays: Array | None) -> MPISyncBNError:
     found = ", ".join(
         f"{type(each).__name__} of {each.dtype} {tuple(each.shape)}" for each in arrays if each is not None
     )
@@ -107,19 +131,22 @@ def _refused(*arrays: Any) -> MPISyncBNError:
     )
 
 
-def _threads(x: Any) -> int:
+def _threads(x: Array) -> int:
     return 0 if isinstance(x, np.ndarray) else loaded_torch().get_num_threads()  # 0: as many as OpenMP has
 
 
-def _empty_like(x: Any) -> Any:
+def _empty_like(x: Array) -> Array:
     return np.empty_like(x, subok=False) if isinstance(x, np.ndarray) else loaded_torch().empty_like(x)
 
 
-def _dense(x: Any) -> Any:
+def _dense(x: Array) -> Array:
     return x.copy(order="K") if isinstance(x, np.ndarray) else x.clone()
 
 
-def _like(values: Any, x: Any) -> Any:
-    copy = _empty_like(x)
-    copy[...] = values
-    return copy
+def _in_format_of(x: Array, others: _Arrays) -> _Arrays:
+    """Copies in the memory format of ``x``."""
+    copies = [None if other is None else _empty_like(x) for other in others]
+    for copy, other in zip(copies, others, strict=True):
+        if copy is not None:
+            copy[...] = other
+    return cast(_Arrays, tuple(copies))

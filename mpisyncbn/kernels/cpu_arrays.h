@@ -21,8 +21,34 @@ struct Array {
     }
 };
 
-// DLPack's way to look at a tensor without a Python call for each of its properties (dlpack.h, since version 1.2;
-// torch has it since 2.10).
+// Calls operation with a value of the type that the loops have for a dtype.
+template <class F>
+bool by_dtype(DType dtype, F operation) {
+    switch (dtype) {
+        case DType::f16: return operation(float16{});
+        case DType::bf16: return operation(bfloat16{});
+        case DType::f32: return operation(float{});
+        case DType::f64: return operation(double{});
+        default: return false;
+    }
+}
+
+// The largest number of a dtype.
+double largest(DType dtype) {
+    return dtype == DType::f16    ? 65504.0
+           : dtype == DType::bf16 ? 0x1.fep127
+           : dtype == DType::f32  ? 0x1.fffffep127
+                                  : 0x1.fffffffffffffp1023;
+}
+
+// Stores a number rounded to the dtype: to half precision by way of float32, as torch does.
+void put(double &to, double v) { to = v; }
+void put(float &to, double v) { to = (float)v; }
+void put(bfloat16 &to, double v) { baseline::store_part(&to, baseline::vec<bfloat16>{(float)v}, 1); }
+void put(float16 &to, double v) { baseline::store_part(&to, baseline::vec<float16>{(float)v}, 1); }
+
+// DLPack's way to look at a tensor without a Python call for each of its properties (dlpack.h,
+// since version 1.2; torch has it since 2.10).
 struct ExchangeAPI {
     uint32_t major, minor;
     void *previous;
@@ -53,7 +79,7 @@ bool describe_quickly(const ExchangeAPI &api, nb::handle object, Array &array) {
         PyErr_Clear();  // a tensor without memory of its own
         return false;
     }
-    array.dtype = tensor.code == 4 && tensor.bits == 16  ? DType::bf16
+    array.dtype = tensor.code == 4 && tensor.bits == 16   ? DType::bf16
                   : tensor.code != 2 || tensor.lanes != 1 ? DType::none
                   : tensor.bits == 16                     ? DType::f16
                   : tensor.bits == 32                     ? DType::f32
@@ -68,22 +94,25 @@ bool describe_quickly(const ExchangeAPI &api, nb::handle object, Array &array) {
 }
 
 bool describe_by_name(nb::handle torch, nb::handle object, Array &array) {
-    static PyObject *const names[] = {PyUnicode_InternFromString("dtype"), PyUnicode_InternFromString("shape"),
-                                      PyUnicode_InternFromString("stride"), PyUnicode_InternFromString("data_ptr"),
-                                      PyUnicode_InternFromString("is_cpu")};
+    static PyObject *const names[] = {
+        PyUnicode_InternFromString("dtype"), PyUnicode_InternFromString("shape"),
+        PyUnicode_InternFromString("stride"), PyUnicode_InternFromString("data_ptr"),
+        PyUnicode_InternFromString("is_cpu")};
     static PyObject *const dtypes[] = {torch.attr("float16").ptr(), torch.attr("bfloat16").ptr(),
                                        torch.attr("float32").ptr(), torch.attr("float64").ptr()};
     const nb::object dtype = object.attr(names[0]);
     const auto known = std::find(dtypes, dtypes + 4, dtype.ptr());
     if (known == dtypes + 4 || object.attr(names[4]).ptr() != Py_True) return false;
     array.dtype = (DType)(known - dtypes + 1);
-    const nb::object shape = object.attr(names[1]), stride = nb::steal(PyObject_CallMethodNoArgs(object.ptr(), names[2])),
+    const nb::object shape = object.attr(names[1]),
+                     stride = nb::steal(PyObject_CallMethodNoArgs(object.ptr(), names[2])),
                      address = nb::steal(PyObject_CallMethodNoArgs(object.ptr(), names[3]));
     if (!stride.is_valid() || !address.is_valid()) {
         PyErr_Clear();
         return false;
     }
-    if (!PyTuple_Check(shape.ptr()) || !PyTuple_Check(stride.ptr()) || PyTuple_GET_SIZE(shape.ptr()) > NDIM) return false;
+    if (!PyTuple_Check(shape.ptr()) || !PyTuple_Check(stride.ptr()) || PyTuple_GET_SIZE(shape.ptr()) > NDIM)
+        return false;
     array.ndim = (int)PyTuple_GET_SIZE(shape.ptr());
     for (int d = 0; d < array.ndim; ++d) {
         array.shape[d] = PyLong_AsLong(PyTuple_GET_ITEM(shape.ptr(), d));
@@ -94,13 +123,14 @@ bool describe_by_name(nb::handle torch, nb::handle object, Array &array) {
     return array.data || array.size() == 0;
 }
 
-// None is an array without data. Returns false for what is neither a NumPy array nor a torch tensor of a dtype
-// that the loops know.
+// None is an array without data. Returns false for what is neither a NumPy array nor a torch tensor
+// of a dtype that the loops know.
 bool describe(nb::handle object, Array &array, bool to_write = false) {
     if (object.is_none()) return true;
     if (PyObject_CheckBuffer(object.ptr())) {  // NumPy
         Py_buffer view;
-        if (PyObject_GetBuffer(object.ptr(), &view, PyBUF_STRIDES | PyBUF_FORMAT | (to_write ? PyBUF_WRITABLE : 0)) != 0) {
+        if (PyObject_GetBuffer(object.ptr(), &view,
+                               PyBUF_STRIDES | PyBUF_FORMAT | (to_write ? PyBUF_WRITABLE : 0)) != 0) {
             PyErr_Clear();
             return false;
         }
@@ -124,7 +154,8 @@ bool describe(nb::handle object, Array &array, bool to_write = false) {
     // Kept for good: at exit Python may be gone before us.
     static const nb::handle torch = nb::module_::import_("torch").release();
     static const ExchangeAPI *const api = exchange_api(torch);
-    static PyObject *const plain = torch.attr("Tensor").ptr(), *const parameter = torch.attr("nn").attr("Parameter").ptr();
+    static PyObject *const plain = torch.attr("Tensor").ptr(), *const parameter =
+                                                                   torch.attr("nn").attr("Parameter").ptr();
     static PyObject *const is_neg = PyUnicode_InternFromString("is_neg");
     const PyObject *const type = (PyObject *)Py_TYPE(object.ptr());
     const nb::object negated = nb::steal(PyObject_CallMethodNoArgs(object.ptr(), is_neg));
@@ -143,7 +174,8 @@ struct Layout {
     long outer[4], channel[4];          // strides of each array
 };
 
-// Returns false where they do not: then somebody has to copy. arrays[0] decides; absent ones have no data.
+// Returns false where they do not: then somebody has to copy. arrays[0] decides; absent ones have
+// no data.
 bool lay_out(const Array *const (&arrays)[4], Layout &layout) {
     const Array &x = *arrays[0];
     int dims[NDIM], count = 0;  // all but that of the channels, the innermost first
@@ -158,7 +190,8 @@ bool lay_out(const Array *const (&arrays)[4], Layout &layout) {
             if (arrays[i]->data && !holds(*arrays[i], i)) return false;
         return true;
     };
-    // Takes together dimensions from the given one on, as far as they follow each other in every array.
+    // Takes together dimensions from the given one on, as far as they follow each other in every
+    // array.
     auto merge = [&](int &from, long (&stride)[4]) {
         long length = 1;
         if (from < count)
@@ -167,7 +200,10 @@ bool lay_out(const Array *const (&arrays)[4], Layout &layout) {
                 return true;
             });
         for (; from < count; ++from) {
-            if (!all([&](const Array &array, int i) { return array.stride[dims[from]] == stride[i] * length; })) break;
+            if (!all([&](const Array &array, int i) {
+                    return array.stride[dims[from]] == stride[i] * length;
+                }))
+                break;
             length *= x.shape[dims[from]];
         }
         return length;

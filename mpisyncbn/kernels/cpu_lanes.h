@@ -1,8 +1,10 @@
-// Vectors of LANES floats (or LANES / 2 doubles), and how values of each dtype get into and out of them.
+// Vectors of LANES floats (or LANES / 2 doubles), and how values of each dtype get into and out of
+// them.
 //
-// Included once per instruction set, inside a namespace of its own: see cpu.cpp. Written with the vector
-// extensions that gcc and clang share, so that the same lines serve every instruction set; intrinsics
-// only where those have no word for it, or gcc a poor one: half precision, and stores past the cache.
+// Included once per instruction set, inside a namespace of its own: see cpu.cpp. Written with the
+// vector extensions that gcc and clang share, so that the same lines serve every instruction set;
+// intrinsics only where those have no word for it, or gcc a poor one: half precision, and stores
+// past the cache.
 
 template <class T>
 struct Lane {  // float, and what is computed in float
@@ -240,11 +242,4 @@ INLINE double total(vec<T> v) {
     __builtin_memcpy(values, &both, sizeof both);
     for (int i = 0; i < HALF; ++i) sum += values[i];
     return sum;
-}
-
-// Zero where z is not positive. NaN passes, as it does through torch's ReLU.
-template <class T>
-INLINE vec<T> gated(vec<T> v, vec<T> z) {
-    using M = typename Lane<T>::mask;
-    return (vec<T>)((M)v & ~(M)(z <= 0));
 }

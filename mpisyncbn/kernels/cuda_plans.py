@@ -1,4 +1,4 @@
-"""How the loops of cuda_loops.py are shared out to programs, by the size of what they read."""
+"""How the work of the Triton kernels is shared out to programs, by the size of what they read."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import torch
 import triton
 import triton.language as tl
 
-__all__ = ["Plan", "elements", "entering", "merging", "sums"]
+__all__ = ["Plan", "plan_elementwise", "plan_merge", "plan_running_stats", "plan_sums"]
 
 # Sums: few large programs, because what they find has to be put together.
 _WARPS = 8
@@ -32,12 +32,12 @@ _VECTOR = 512  # channels of a program where there is one row
 
 
 class Plan:
-    """The grid of a kernel, its sizes and options; and what was started by it, see cuda.py.
+    """The grid of a kernel, its sizes and options; and its launches, see cuda.py.
 
-    Of sums: how many ``shares`` the tiles of a channel are dealt out in, and whether there is but one tile.
+    For sums: in how many ``shares`` the tiles of a channel are dealt out, and whether ``one`` tile is all.
     """
 
-    __slots__ = ("grid", "one", "options", "shares", "sizes", "started")
+    __slots__ = ("grid", "launches", "one", "options", "shares", "sizes")
 
     def __init__(
         self,
@@ -49,11 +49,11 @@ class Plan:
     ) -> None:
         self.grid, self.sizes, self.options = (*grid, 1, 1)[:3], sizes, options
         self.shares, self.one = shares, one
-        self.started: dict[Any, Any] = {}
+        self.launches: dict[Any, Any] = {}
 
 
 @lru_cache(maxsize=4096)
-def sums(samples: int, channels: int, length: int, dtype: torch.dtype, multiprocessors: int) -> Plan:
+def plan_sums(samples: int, channels: int, length: int, dtype: torch.dtype, multiprocessors: int) -> Plan:
     planes = length > 1
     width = length if planes else channels
     values = min(_VALUES, _VALUES * 4 // dtype.itemsize)
@@ -72,7 +72,7 @@ def sums(samples: int, channels: int, length: int, dtype: torch.dtype, multiproc
 
 
 @lru_cache(maxsize=4096)
-def merging(shares: int, length: int) -> Plan:
+def plan_merge(shares: int, length: int) -> Plan:
     return Plan(
         (triton.cdiv(length, _PART_COLUMNS),),
         (shares, length),
@@ -81,7 +81,9 @@ def merging(shares: int, length: int) -> Plan:
 
 
 @lru_cache(maxsize=4096)
-def elements(samples: int, channels: int, length: int, dtype: torch.dtype, multiprocessors: int) -> Plan:
+def plan_elementwise(
+    samples: int, channels: int, length: int, dtype: torch.dtype, multiprocessors: int
+) -> Plan:
     planes = length > 1
     width = length if planes else channels
     values = _SMALL_BYTES // dtype.itemsize
@@ -102,8 +104,8 @@ def elements(samples: int, channels: int, length: int, dtype: torch.dtype, multi
 
 
 @lru_cache(maxsize=4096)
-def entering(channels: int, *numbers: float) -> Plan:
-    """The numbers as their bits: Triton would round them to float32."""
+def plan_running_stats(channels: int, *numbers: float) -> Plan:
+    """A plan with the numbers as their bits: Triton would round them to float32."""
     bits = struct.unpack(f"{len(numbers)}q", struct.pack(f"{len(numbers)}d", *numbers))
     columns = min(_VECTOR, triton.next_power_of_2(channels))
     options = {"COLUMNS": columns, "num_warps": _SMALL_WARPS, "enable_fp_fusion": True}
@@ -119,7 +121,7 @@ def _options(
         "PLANES": planes,
         "ROWS": rows,
         "COLUMNS": columns,
-        "WIDE": tl.float64 if dtype == torch.float64 else tl.float32,
+        "COMPUTE_DTYPE": tl.float64 if dtype == torch.float64 else tl.float32,
         "num_warps": min(warps, max(1, rows * columns // 256)),  # of 32 threads, eight values each
         "enable_fp_fusion": True,
     }
@@ -139,6 +141,6 @@ def _tile(rows: int, width: int, values: int) -> tuple[int, int]:
 
 
 def _lines(rows: int, channels: int, values: int, dtype: torch.dtype) -> tuple[int, int]:
-    """The same where the columns are channels, whose sums are to be spread over programs."""
+    """Rows and columns of tiles whose columns are channels, whose sums are to be spread over programs."""
     columns = min(triton.next_power_of_2(channels), _LINE // dtype.itemsize)
     return min(triton.next_power_of_2(rows), values // columns), columns

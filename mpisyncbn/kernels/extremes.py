@@ -2,16 +2,18 @@
 
 The square of 1e-23 is 0 in float32, or has lost its digits; that of 1e23 is infinite. What the loops found
 tells which channels may have suffered, and costs nothing to look at. These are copied, as float64, and go
-through the same verb again. Float64 input has no such help: its statistics travel as float64.
+through the same kernel again. Float64 input has no such help: its statistics travel as float64.
 """
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Callable
 
 import numpy as np
 
 from . import loaded_torch
+from .activation import Activation, ActivationContext
+from .protocol import Array
 
 __all__ = ["backward_elementwise", "backward_reduce", "local_moments", "normalize"]
 
@@ -22,26 +24,50 @@ _SMALL, _LARGE = 2.0**-30, 2.0**30
 _FLOAT = 2.0**127
 
 
-def local_moments(verb: Any, x: Any, count: int, mean: np.ndarray, m2: np.ndarray) -> None:
-    """Mend ``mean`` and ``m2``, found by ``verb``. An ``m2`` of 0 says that the channel is constant."""
+def local_moments(
+    kernel: Callable[[Array], tuple[int, Array, Array]],
+    x: Array,
+    count: int,
+    mean: np.ndarray,
+    m2: np.ndarray,
+) -> None:
+    """Mend ``mean`` and ``m2``, found by ``kernel``. An ``m2`` of 0 says that the channel is constant."""
     with np.errstate(all="ignore"):
         chosen = np.flatnonzero(~((m2 >= count * _LEAST) & (m2 <= count * _MOST)) & (m2 != 0))
     if len(chosen):
-        _, found, m2[chosen] = verb(_wide(x, chosen))
+        _, found, m2[chosen] = kernel(_float64_channels(x, chosen))
         mean[chosen] = found.sum(0)
 
 
-def normalize(verb: Any, y: Any, x: Any, mean: Any, invstd: Any, weight: Any, bias: Any, *more: Any) -> Any:
-    """Mend ``y``. ``more``: the residual, and whether there is a ReLU."""
+def normalize(
+    kernel: Callable[..., Array],
+    y: Array,
+    x: Array,
+    mean: np.ndarray,
+    invstd: np.ndarray,
+    weight: Array | None,
+    bias: Array | None,
+    residual: Array | None,
+    activation: Activation,
+) -> Array:
+    """Mend ``y``, and return it."""
     chosen = _beyond(invstd, weight)
     if len(chosen):
-        vectors = [_some(each, chosen) for each in (mean, invstd, weight, bias)]
-        residual, *relu = more
-        _put(y, chosen, verb(_wide(x, chosen), *vectors, _wide(residual, chosen), *relu))
+        vectors = [_chosen(each, chosen) for each in (mean, invstd, weight, bias)]
+        residual = _float64_channels(residual, chosen)
+        _put(y, chosen, kernel(_float64_channels(x, chosen), *vectors, residual, activation))
     return y
 
 
-def backward_reduce(verb: Any, sums: np.ndarray, dy: Any, x: Any, mean: Any, invstd: Any, gate: Any) -> None:
+def backward_reduce(
+    kernel: Callable[..., tuple[Array, Array, Array]],
+    sums: np.ndarray,
+    dy: Array,
+    x: Array,
+    mean: np.ndarray,
+    invstd: np.ndarray,
+    context: ActivationContext | None,
+) -> None:
     """Mend ``sums``, of dy and of dy * (x - mean)."""
     values = np.prod(x.shape) / x.shape[1]
     with np.errstate(all="ignore"):
@@ -49,18 +75,35 @@ def backward_reduce(verb: Any, sums: np.ndarray, dy: Any, x: Any, mean: Any, inv
         fine = (np.abs(sums[1]) >= values * _LEAST) & np.isfinite(sums[1])
     chosen = np.flatnonzero(~(none | fine))
     if len(chosen):
-        some = mean[chosen], invstd[chosen], _gate(gate, chosen)
-        sums[:, chosen] = verb(_wide(dy, chosen), _wide(x, chosen), *some)[:2]
+        some = mean[chosen], invstd[chosen], _chosen_context(context, chosen)
+        sums[:, chosen] = kernel(_float64_channels(dy, chosen), _float64_channels(x, chosen), *some)[:2]
 
 
 def backward_elementwise(
-    verb: Any, dx: Any, dz: Any, x: Any, mean: Any, invstd: Any, weight: Any, means: Any, gate: Any
-) -> Any:
-    """Mend ``dx``. ``means``: of dy, and of dy * (x - mean)."""
+    kernel: Callable[..., Array],
+    dx: Array,
+    dz: Array,
+    x: Array,
+    mean: np.ndarray,
+    invstd: np.ndarray,
+    weight: Array | None,
+    means: tuple[np.ndarray, np.ndarray],
+    context: ActivationContext | None,
+) -> Array:
+    """Mend ``dx``, and return it. ``means``: of dy, and of dy * (x - mean)."""
     chosen = _beyond(invstd, weight, means[1])
     if len(chosen):
-        vectors = [_some(each, chosen) for each in (mean, invstd, weight, *means)]
-        _put(dx, chosen, verb(_wide(dz, chosen), _wide(x, chosen), *vectors, _gate(gate, chosen)))
+        vectors = [_chosen(each, chosen) for each in (mean, invstd, weight, *means)]
+        _put(
+            dx,
+            chosen,
+            kernel(
+                _float64_channels(dz, chosen),
+                _float64_channels(x, chosen),
+                *vectors,
+                _chosen_context(context, chosen),
+            ),
+        )
     return dx
 
 
@@ -68,8 +111,8 @@ def _is_ordinary(invstd: np.ndarray) -> np.ndarray:
     return (invstd == 0) | ~((invstd < _SMALL) | (invstd > _LARGE))
 
 
-def _beyond(invstd: np.ndarray, weight: Any, mean_dy_xmu: Any = 0.0) -> np.ndarray:
-    """Channels whose numbers, or what comes of them, may be beyond float32. cpu.cpp knows the same rule."""
+def _beyond(invstd: np.ndarray, weight: Array, mean_dy_xmu: Array = 0.0) -> np.ndarray:
+    """Channels whose coefficients may be beyond float32. cpu_coefficients.h has the same rule."""
     with np.errstate(all="ignore"):
         scale = invstd if weight is None else invstd * np.asarray(_double(weight))
         slope = np.where(np.isfinite(mean_dy_xmu), scale * (invstd * (invstd * mean_dy_xmu)), 0.0)
@@ -77,11 +120,11 @@ def _beyond(invstd: np.ndarray, weight: Any, mean_dy_xmu: Any = 0.0) -> np.ndarr
         return np.flatnonzero(~_is_ordinary(invstd) | (largest >= _FLOAT))
 
 
-def _double(x: Any) -> Any:
+def _double(x: Array) -> Array:
     return x.astype(np.float64) if isinstance(x, np.ndarray) else x.detach().double()
 
 
-def _wide(x: Any, chosen: np.ndarray) -> Any:
+def _float64_channels(x: Array, chosen: np.ndarray) -> Array:
     if x is None:
         return None
     if isinstance(x, np.ndarray):
@@ -98,17 +141,18 @@ def _aligned(x: np.ndarray) -> np.ndarray:
     return copy
 
 
-def _some(vector: Any, chosen: np.ndarray) -> Any:
+def _chosen(vector: Array, chosen: np.ndarray) -> Array:
     return None if vector is None else _double(vector)[chosen]
 
 
-def _gate(gate: Any, chosen: np.ndarray) -> Any:
-    if gate is None:
+def _chosen_context(context: ActivationContext | None, chosen: np.ndarray) -> ActivationContext | None:
+    if context is None:
         return None
-    return type(gate)(_some(gate.weight, chosen), _some(gate.bias, chosen), _wide(gate.y, chosen))
+    weight, bias = _chosen(context.weight, chosen), _chosen(context.bias, chosen)
+    return ActivationContext(context.activation, weight, bias, _float64_channels(context.y, chosen))
 
 
-def _put(out: Any, chosen: np.ndarray, values: Any) -> None:
+def _put(out: Array, chosen: np.ndarray, values: Array) -> None:
     if isinstance(out, np.ndarray):
         out[:, chosen] = values
     else:

@@ -1,4 +1,4 @@
-"""The four verbs for any array: NumPy, CuPy, or torch on any device. The reference.
+"""The four kernels for any array: NumPy, CuPy, or torch on any device. The reference.
 
 Written with operators and methods that all three share, so one source serves them all, and
 torch can differentiate through it any number of times, forward and backward. Products and sums are
@@ -12,10 +12,13 @@ from typing import Any
 
 import numpy as np
 
+from .activation import Activation, ActivationContext, activate, activation_gradient
+from .protocol import Array
+
 __all__ = ["backward_elementwise", "backward_reduce", "has_float64", "local_moments", "normalize"]
 
 
-def local_moments(x: Any) -> tuple[int, Any, Any]:
+def local_moments(x: Array) -> tuple[int, Array, Array]:
     count = _values_per_channel(x)
     # A sum over nothing is 0, so an empty batch needs no branch: only the division must be kept whole.
     mean = _sum(x) / max(count, 1)
@@ -27,8 +30,14 @@ def local_moments(x: Any) -> tuple[int, Any, Any]:
 
 
 def normalize(
-    x: Any, mean: Any, invstd: Any, weight: Any, bias: Any, residual: Any = None, relu: bool = False
-) -> Any:
+    x: Array,
+    mean: Array,
+    invstd: Array,
+    weight: Array | None,
+    bias: Array | None,
+    residual: Array | None = None,
+    activation: Activation = Activation.NONE,
+) -> Array:
     y = _center(x, mean) * _channels(invstd, x)
     if weight is not None:
         y = y * _channels(weight, x)
@@ -36,26 +45,29 @@ def normalize(
         y = y + _channels(bias, x)
     if residual is not None:
         y = y + residual
-    if relu:
-        y = y.relu() if hasattr(y, "relu") else np.maximum(y, 0)
-    return _cast(y, x.dtype)
+    return _cast(activate(y, activation), x.dtype)
 
 
-def backward_reduce(dy: Any, x: Any, mean: Any, invstd: Any, gate: Any = None) -> tuple[Any, Any, Any]:
+def backward_reduce(
+    dy: Array, x: Array, mean: Array, invstd: Array, context: ActivationContext | None = None
+) -> tuple[Array, Array, Array]:
     dz = dy
-    if gate is not None:
-        y = normalize(x, mean, invstd, gate.weight, gate.bias) if gate.y is None else gate.y
-        dz = (
-            dy.masked_fill(y <= 0, 0)
-            if hasattr(dy, "masked_fill")
-            else np.where(y <= 0, dy.dtype.type(0), dy)
-        )
+    if context is not None:
+        y = normalize(x, mean, invstd, context.weight, context.bias) if context.y is None else context.y
+        dz = activation_gradient(dy, y, context.activation)
     return _sum(dz), _dot(dz, _center(x, mean)), dz
 
 
 def backward_elementwise(
-    dz: Any, x: Any, mean: Any, invstd: Any, weight: Any, mean_dy: Any, mean_dy_xmu: Any, gate: Any = None
-) -> Any:
+    dz: Array,
+    x: Array,
+    mean: Array,
+    invstd: Array,
+    weight: Array | None,
+    mean_dy: Array,
+    mean_dy_xmu: Array,
+    context: ActivationContext | None = None,
+) -> Array:
     xhat = _center(x, mean) * _channels(invstd, x)
     dx = _center(dz, mean_dy) - xhat * _channels(invstd * mean_dy_xmu, x)
     if weight is not None:
@@ -63,25 +75,25 @@ def backward_elementwise(
     return _cast(dx * _channels(invstd, x), x.dtype)
 
 
-def _values_per_channel(x: Any) -> int:
+def _values_per_channel(x: Array) -> int:
     count = x.shape[0]
     for length in x.shape[2:]:
         count = count * length
     return count
 
 
-def _center(x: Any, mean: Any) -> Any:
-    """``x - mean`` in the working dtype, as exact as if ``mean`` had been subtracted in float64.
+def _center(x: Array, mean: Array) -> Array:
+    """``x - mean`` in the compute dtype, as exact as if ``mean`` had been subtracted in float64.
 
-    A float32 mean of 1e3 is already 3e-5 wrong; its float64 rest is subtracted after it.
+    A float32 mean of 1e3 is already 3e-5 wrong; what it misses is subtracted after it.
     """
-    dtype = _working_dtype(x)
-    high = _cast(mean, dtype)
-    low = _cast(mean - _cast(high, mean.dtype), dtype)
-    return (_cast(x, dtype) - _channels(high, x)) - _channels(low, x)
+    dtype = _compute_dtype(x)
+    mean_hi = _cast(mean, dtype)
+    mean_lo = _cast(mean - _cast(mean_hi, mean.dtype), dtype)
+    return (_cast(x, dtype) - _channels(mean_hi, x)) - _channels(mean_lo, x)
 
 
-def _stack(first: Any, second: Any) -> Any:
+def _stack(first: Array, second: Array) -> Array:
     if hasattr(first, "to"):
         import torch
 
@@ -89,22 +101,22 @@ def _stack(first: Any, second: Any) -> Any:
     return np.stack((first, second))
 
 
-def _sum(x: Any) -> Any:
+def _sum(x: Array) -> Array:
     """Per channel, in float64."""
     axes = (0, *range(2, x.ndim))
     return x.sum(axes, dtype=_sum_dtype(x))
 
 
-def _dot(a: Any, b: Any) -> Any:
+def _dot(a: Array, b: Array) -> Array:
     """The sum of products per channel, in float64: those of float32 may be beyond its range."""
     return _sum(_cast(a, _sum_dtype(b)) * _cast(b, _sum_dtype(b)))
 
 
-def _sum_dtype(x: Any) -> Any:
+def _sum_dtype(x: Array) -> Any:
     return _named_dtype(x, "float64" if has_float64(x) else "float32")
 
 
-def has_float64(x: Any) -> bool:
+def has_float64(x: Array) -> bool:
     """Whether the device of ``x`` can compute in float64. Apple's and some of Intel's cannot."""
     device = getattr(getattr(x, "device", None), "type", "cpu")
     if device == "xpu":
@@ -114,23 +126,23 @@ def has_float64(x: Any) -> bool:
     return device != "mps"
 
 
-def _channels(vector: Any, x: Any) -> Any:
-    """``vector`` of length C in the working dtype of ``x``, shaped to broadcast against it."""
-    return _cast(vector, _working_dtype(x)).reshape((1, -1) + (1,) * (x.ndim - 2))
+def _channels(vector: Array, x: Array) -> Array:
+    """``vector`` of length C in the compute dtype of ``x``, shaped to broadcast against it."""
+    return _cast(vector, _compute_dtype(x)).reshape((1, -1) + (1,) * (x.ndim - 2))
 
 
-def _working_dtype(x: Any) -> Any:
+def _compute_dtype(x: Array) -> Any:
     return _named_dtype(x, "float64" if str(x.dtype).endswith("float64") else "float32")
 
 
-def _cast(x: Any, dtype: Any) -> Any:
+def _cast(x: Array, dtype: Any) -> Array:
     dtype = _named_dtype(x, dtype) if isinstance(dtype, str) else dtype
     if x.dtype == dtype:
         return x
     return x.to(dtype) if hasattr(x, "to") else x.astype(dtype)
 
 
-def _named_dtype(x: Any, name: str) -> Any:
+def _named_dtype(x: Array, name: str) -> Any:
     if not hasattr(x, "to"):  # NumPy and CuPy go by the name itself
         return name
     import torch

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-__all__ = ["channels_of", "dense", "like", "rows"]
+__all__ = ["channels_of", "dense", "rows", "with_strides_of"]
 
 
 def dense(x: Tensor) -> Tensor:
@@ -17,8 +17,8 @@ def dense(x: Tensor) -> Tensor:
     return x if x.movedim(1, -1).is_contiguous() else x.contiguous()
 
 
-def like(values: Tensor, x: Tensor) -> Tensor:
-    """``values`` where in memory those of ``x``, of the same shape and dense, are."""
+def with_strides_of(x: Tensor, values: Tensor) -> Tensor:
+    """``values``, or a copy, with the strides of ``x``, which is of the same shape and dense."""
     values = values.resolve_neg()
     same = values.stride() == x.stride() or (values.is_contiguous() and x.is_contiguous())
     return values if same else torch.empty_like(x, dtype=values.dtype).copy_(values)
@@ -30,5 +30,5 @@ def rows(x: Tensor) -> Tensor:
 
 
 def channels_of(matrix: Tensor, x: Tensor) -> Tensor:
-    """The view in the shape of ``x`` of a matrix of such rows."""
+    """A view in the shape of ``x`` of a matrix of shape ``(*, C)``, as ``rows`` makes it."""
     return matrix.view(x.movedim(1, -1).shape).movedim(-1, 1)

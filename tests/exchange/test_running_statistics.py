@@ -177,11 +177,11 @@ def test_dtypes_that_are_taken_at_a_glance():
             for second in (*halves, torch.float32, torch.float64):
                 vectors = [torch.ones(3, dtype=each) for each in (first, first, second, second)]
                 fits = first == second and (first == x or (x in halves and first == torch.float32))
-                assert native().fits(torch.ones(2, 3, dtype=x), *vectors) == fits
+                assert native().passes_fast_check(torch.ones(2, 3, dtype=x), *vectors) == fits
         plain = torch.ones(2, 3, dtype=x)
-        assert native().fits(plain, None, None, None, None)
+        assert native().passes_fast_check(plain, None, None, None, None)
         ones = torch.ones(3, dtype=torch.float32)
-        assert native().fits(plain, None, None, ones, ones) == (x != torch.float64)
+        assert native().passes_fast_check(plain, None, None, ones, ones) == (x != torch.float64)
 
 
 @pytest.mark.parametrize(

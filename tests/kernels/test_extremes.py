@@ -80,8 +80,10 @@ def done_again(x: Any, monkeypatch: Any) -> list[int]:
     """The channels that native code leaves to float64. Looks at what comes out."""
     chosen: list[int] = []
     with monkeypatch.context() as patch:
-        wide = extremes._wide
-        patch.setattr(extremes, "_wide", lambda x, some: chosen.extend(some.tolist()) or wide(x, some))
+        wide = extremes._float64_channels
+        patch.setattr(
+            extremes, "_float64_channels", lambda x, some: chosen.extend(some.tolist()) or wide(x, some)
+        )
         _, mean, m2 = cpu.local_moments(x)
     values = torch.as_tensor(x).double()
     dims, count = (0, *range(2, x.ndim)), values[:, 0].numel()

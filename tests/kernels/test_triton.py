@@ -103,7 +103,7 @@ def test_where_triton_does_not_work(problem, why, monkeypatch):
 )
 def test_how_sums_are_shared_out(samples, channels, length, dtype):
     """Every tile to one program; no more than float32 can add up, and no more programs than CUDA counts."""
-    plan = cuda.module.cuda_plans.sums(samples, channels, length, dtype, 132)
+    plan = cuda.module.cuda_plans.plan_sums(samples, channels, length, dtype, 132)
     rows, width, _, tiles, share, _ = plan.sizes
     height, columns = plan.options["ROWS"], plan.options["COLUMNS"]
     blocks, shares, _ = plan.grid
@@ -123,7 +123,7 @@ def test_how_sums_are_shared_out(samples, channels, length, dtype):
 )
 def test_how_elements_are_shared_out(samples, channels, length, dtype):
     """Each to one program, and none to a program that is beyond the last."""
-    plan = cuda.module.cuda_plans.elements(samples, channels, length, dtype, 132)
+    plan = cuda.module.cuda_plans.plan_elementwise(samples, channels, length, dtype, 132)
     rows, width, stride, _, across = plan.sizes
     planes, steps = plan.options["PLANES"], plan.options["STEPS"]
     high, columns = plan.options["ROWS"] * steps, plan.options["COLUMNS"]
@@ -144,7 +144,7 @@ def test_many_tiles(shape, dtype, monkeypatch):
     """One tile, shares of tiles of planes and of rows, and several tiles for each program."""
     plans = cuda.module.cuda_plans
     monkeypatch.setattr(plans, "_ENOUGH", 1)
-    monkeypatch.setattr(plans, "elements", plans.elements.__wrapped__)
+    monkeypatch.setattr(plans, "plan_elementwise", plans.plan_elementwise.__wrapped__)
     x, dy = shard(shape, 1, 3.0, dtype), shard(shape, 2, 0.5, dtype)
     weight = shard(shape[1:2], 3)
     check(cuda, x, dy, weight, None)
@@ -158,7 +158,7 @@ def test_a_batch_enters_in_one_kernel(channels, dtype):
     expected = [old.double().lerp(new, 0.1) for old, new in zip(running, (mean, var * 1.25), strict=True)]
     arguments = [there(each.clone()) for each in (*running, torch.tensor(7), mean, var)]
     versions = [each._version for each in arguments]
-    entered = cuda.module.enter_batch(*arguments, 1.25, 0.1)
+    entered = cuda.module.record_batch(*arguments, 1.25, 0.1)
     bar = {torch.float64: 1e-15, torch.float32: 1e-7}.get(dtype, 1e-2)
     with together():
         assert entered
@@ -174,7 +174,7 @@ def test_a_momentum_of_one_forgets_in_one_kernel():
     for dtype in (torch.float32, torch.float64, torch.bfloat16):
         running = [there(torch.full((3,), 1e30, dtype=dtype)) for _ in range(2)]
         mean, var = (there(torch.ones(3, dtype=torch.float64)) for _ in range(2))
-        entered = cuda.module.enter_batch(*running, None, mean, var, 1.0, 1.0)
+        entered = cuda.module.record_batch(*running, None, mean, var, 1.0, 1.0)
         with together():
             assert entered
             assert torch.equal(torch.stack(running).cpu(), torch.ones(2, 3, dtype=dtype))
@@ -192,7 +192,7 @@ def test_what_a_kernel_must_not_write_to():
         (plain, plain.clone(), torch.empty((), device="meta")),
         (inferred, plain, count),
     )
-    entered = [cuda.module.enter_batch(*each, mean, var, 1.0, 0.1) for each in refused]
+    entered = [cuda.module.record_batch(*each, mean, var, 1.0, 0.1) for each in refused]
     with together():
         assert not any(entered)
         assert torch.equal(plain.cpu(), torch.ones(4))

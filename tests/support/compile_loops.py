@@ -22,7 +22,8 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from mpisyncbn.kernels import cuda_loops, cuda_plans
+from mpisyncbn.kernels import cuda_elementwise, cuda_moments, cuda_plans, cuda_running_stats, cuda_sums
+from mpisyncbn.kernels.activation import Activation
 
 POINTERS = {"float64": "*fp64", "float32": "*fp32", "bfloat16": "*bf16"}
 VECTOR = "*fp64"
@@ -43,37 +44,48 @@ def arguments(name: str, shape: tuple[int, int, int]) -> Iterator[tuple[Any, dic
     """Every kernel and option, with what it is called with; pointers by their type."""
     x, dtype = POINTERS[name], getattr(torch, name)
     parameter = VECTOR if dtype == torch.float64 else "*fp32"
-    plan = cuda_plans.sums(*shape, dtype, MULTIPROCESSORS)
+    plan = cuda_plans.plan_sums(*shape, dtype, MULTIPROCESSORS)
     named = ("rows", "width", "stride", "tiles", "share", "channels")
     sums = {
-        "parts": VECTOR if plan.shares > 1 else None,
+        "partials": VECTOR if plan.shares > 1 else None,
         "out": VECTOR,
         **dict(zip(named, plan.sizes, strict=True)),
     }
     vectors = {"mean": VECTOR, "invstd": VECTOR, "weight": parameter}
-    yield cuda_loops.moments, {"x": x, "ONE": plan.one, **sums, **plan.options}
-    for gate, y in ((False, None), (True, None), (True, x)):
-        more = {"dy": x, "x": x, "y": y, "dz": y, **vectors, "bias": parameter, "GATE": gate}
-        yield cuda_loops.backward_sums, {**more, **sums, **plan.options}
-    merged = {"parts": VECTOR, "out": VECTOR, "shares": 7, **cuda_plans.merging(7, 512).options}
-    yield cuda_loops.merge_sums, {"length": 512, **merged}
-    yield cuda_loops.merge_moments, {"channels": 256, "SPLIT_MEAN": dtype == torch.float64, **merged}
-    entering = cuda_plans.entering(256, 1.0, 0.1)
-    running = {"running_mean": parameter, "running_var": parameter, "batches": "*i64"}
+    yield cuda_moments.moments, {"x": x, "ONE": plan.one, **sums, **plan.options}
+    relu = int(Activation.RELU)
+    for activation, y in ((0, None), (relu, None), (relu, x)):
+        more = {"dy": x, "x": x, "y": y, "dz": y, **vectors, "bias": parameter}
+        more["ACTIVATION"] = activation
+        yield cuda_sums.backward_sums, {**more, **sums, **plan.options}
+    merged = {"partials": VECTOR, "out": VECTOR, "shares": 7, **cuda_plans.plan_merge(7, 512).options}
+    yield cuda_sums.merge_sums, {"length": 512, **merged}
+    yield cuda_moments.merge_moments, {"channels": 256, "SPLIT_MEAN": dtype == torch.float64, **merged}
+    plan = cuda_plans.plan_running_stats(256, 1.0, 0.1)
+    running = {"running_mean": parameter, "running_var": parameter, "num_batches_tracked": "*i64"}
     named = ("channels", "to_unbiased", "momentum")
-    numbers = dict(zip(named, entering.sizes, strict=True))
-    yield cuda_loops.enter_batch, {**running, "mean": VECTOR, "var": VECTOR, **numbers, **entering.options}
-    plan = cuda_plans.elements(*shape, dtype, MULTIPROCESSORS)
+    numbers = dict(zip(named, plan.sizes, strict=True))
+    running |= {"mean": VECTOR, "var": VECTOR}
+    yield cuda_running_stats.record_batch, {**running, **numbers, **plan.options}
+    plan = cuda_plans.plan_elementwise(*shape, dtype, MULTIPROCESSORS)
     named = ("rows", "width", "stride", "channels", "column_tiles")
     small = {**dict(zip(named, plan.sizes, strict=True)), **plan.options}
-    for residual, relu, bias in ((None, False, parameter), (x, True, None)):
+    for residual, activation, bias in ((None, 0, parameter), (x, relu, None)):
         yield (
-            cuda_loops.normalize,
-            {"x": x, "residual": residual, "y": x, **vectors, "bias": bias, "RELU": relu, **small},
+            cuda_elementwise.normalize,
+            {
+                "x": x,
+                "residual": residual,
+                "y": x,
+                **vectors,
+                "bias": bias,
+                "ACTIVATION": activation,
+                **small,
+            },
         )
-    for gate in (False, True):
-        more = {"mean_dy": VECTOR, "mean_dy_xmu": VECTOR, "bias": parameter if gate else None, "GATE": gate}
-        yield cuda_loops.backward_elementwise, {"dz": x, "x": x, "dx": x, **vectors, **more, **small}
+    for activation, bias in ((0, None), (relu, parameter)):
+        more = {"mean_dy": VECTOR, "mean_dy_xmu": VECTOR, "bias": bias, "ACTIVATION": activation}
+        yield cuda_elementwise.backward_elementwise, {"dz": x, "x": x, "dx": x, **vectors, **more, **small}
 
 
 def compiled(kernel: Any, values: dict[str, Any], architecture: int) -> Any:

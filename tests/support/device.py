@@ -16,7 +16,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from mpisyncbn.kernels import Gate
+from mpisyncbn.kernels import ActivationContext
 from support.batch_norm_operations import EMULATED
 from support.ranks import WORLD
 
@@ -60,8 +60,8 @@ class OnDevice:
 
 def there(value: Any) -> Any:
     """On the device, with the same strides."""
-    if isinstance(value, Gate):
-        return Gate(*map(there, value))
+    if isinstance(value, ActivationContext):
+        return ActivationContext(*map(there, value))
     if isinstance(value, np.ndarray):
         return torch.from_numpy(value).to(DEVICE)
     if not isinstance(value, Tensor) or not GPU:

@@ -12,7 +12,7 @@ import torch
 from mpi4py import MPI
 from torch import Tensor
 
-from mpisyncbn.kernels import Gate, aten, aten_cuda, generic, native
+from mpisyncbn.kernels import Activation, ActivationContext, aten, aten_cuda, generic, native
 from support.device import GPU, OnDevice, needs_triton
 from support.device import cuda as triton_kernels
 from support.oracle import distance, oracle
@@ -54,13 +54,13 @@ def native_settings(level=3, threads=1, stream_from=4 << 20) -> Iterator[None]:
         yield
         return
     before = torch.get_num_threads()
-    cpu._cpu.limit(level)
+    cpu._cpu.set_highest_level(level)
     cpu._cpu.stream_from(stream_from)
     torch.set_num_threads(threads)
     try:
         yield
     finally:
-        cpu._cpu.limit(3)
+        cpu._cpu.set_highest_level(3)
         cpu._cpu.stream_from(4 << 20)
         torch.set_num_threads(before)
 
@@ -162,14 +162,14 @@ def check_fused(kernels, x, dy, weight, bias, residual, eps=1e-5) -> None:
     tolerance = TOLERANCE[as_tensor(x).dtype]
     z = y if residual is None else y + as_tensor(residual).double()
     vectors = near(mean), near(invstd)
-    got = kernels.normalize(x, *vectors, weight, bias, residual, True)
+    got = kernels.normalize(x, *vectors, weight, bias, residual, Activation.RELU)
     assert isinstance(got, torch.Tensor if isinstance(x, torch.Tensor) else np.ndarray)
     assert distance(as_tensor(got), z.relu(), z) < tolerance * 4
     if residual is not None:
         got_sum = kernels.normalize(x, *vectors, weight, bias, residual)
         assert distance(as_tensor(got_sum), z) < tolerance * 4
 
-    gate = Gate(weight, bias, None if residual is None else got)
+    context = ActivationContext(Activation.RELU, weight, bias, None if residual is None else got)
     # Within rounding of the kink either answer is right: there the gradient of the reference is taken away.
     sure = z.abs() > 1e-5 + tolerance * 4 * z.abs().max()
     tdy = as_tensor(dy) * sure
@@ -178,12 +178,12 @@ def check_fused(kernels, x, dy, weight, bias, residual, eps=1e-5) -> None:
     _, _, _, _, _, sum_dy, sum_dy_xmu, dx, sums_scale, dx_scale = reference(
         as_tensor(x), gated, as_tensor(weight), as_tensor(bias), eps
     )
-    got_dy, got_dy_xmu, dz = kernels.backward_reduce(dy, x, *vectors, gate)
+    got_dy, got_dy_xmu, dz = kernels.backward_reduce(dy, x, *vectors, context)
     assert ((as_tensor(got_dy) - sum_dy).abs() / (gated.abs().sum() + 1e-300)).max() < 1e-6
     assert ((as_tensor(got_dy_xmu) - sum_dy_xmu).abs() / (sums_scale + 1e-300)).max() < 1e-6
     if residual is not None:
         assert torch.equal(as_tensor(dz).double(), gated)
     got = kernels.backward_elementwise(
-        dz, x, *vectors, weight, near(sum_dy / count), near(sum_dy_xmu / count), gate
+        dz, x, *vectors, weight, near(sum_dy / count), near(sum_dy_xmu / count), context
     )
     assert distance(as_tensor(got), dx, dx_scale) < tolerance * 4

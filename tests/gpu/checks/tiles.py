@@ -68,7 +68,7 @@ def _under(plans: Any, settings: dict[str, int], call: Any) -> Any:
 
         return plan
 
-    replaced = {name: made(name) for name in ("sums", "elements")}
+    replaced = {name: made(name) for name in ("plan_sums", "plan_elementwise")}
 
     def whole() -> None:
         with mock.patch.multiple(plans, **replaced):

@@ -1,0 +1,132 @@
+"""What a module of kernels has.
+
+``x`` is of shape ``(N, C, *)``; ``y`` and ``dx`` have its dtype and memory format. ``weight`` and ``bias``
+are of the same kind of array as ``x``, or None. The other vectors are float64, of length C: NumPy
+arrays where the data is in host memory, arrays on the data's device elsewhere. (They are float32
+where a device has no float64.)
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any, Protocol, TypeAlias
+
+if TYPE_CHECKING:
+    import numpy as np
+
+    from ._cpu import Link
+    from .activation import Activation, ActivationContext
+
+__all__ = ["Array", "Kernels", "NativeKernels", "Vector"]
+
+Array: TypeAlias = Any  # of NumPy, CuPy or torch, on any device
+Vector: TypeAlias = "np.ndarray[Any, np.dtype[np.float64]]"
+
+
+class Kernels(Protocol):
+    """The four kernels for one kind of array."""
+
+    def local_moments(self, x: Array, /) -> tuple[int, Array, Array]:
+        """The number of values per channel, their mean, and M2, of this rank alone.
+
+        M2 is the sum of squared deviations from the mean. An empty ``x`` gives zeros. For a float64
+        ``x`` the mean is of shape ``(2, C)``, in two parts: their sum in one float64 would be too
+        coarse to merge the ranks' variances where the mean is large.
+        """
+        ...
+
+    def normalize(
+        self,
+        x: Array,
+        mean: Array,
+        invstd: Array,
+        weight: Array | None,
+        bias: Array | None,
+        residual: Array | None = ...,
+        activation: Activation = ...,
+        /,
+    ) -> Array:
+        """The activation of ``(x - mean) * invstd * weight + bias + residual``.
+
+        ``residual`` is of the shape of ``x``, or None.
+        """
+        ...
+
+    def backward_reduce(
+        self, dy: Array, x: Array, mean: Array, invstd: Array, context: ActivationContext | None = ..., /
+    ) -> tuple[Array, Array, Array]:
+        """The sums per channel of ``dz`` and ``dz * (x - mean)``, of this rank alone, and ``dz``.
+
+        ``dz`` is ``dy`` or, with a context, the gradient of the activation's input. Where the module
+        prefers to compute that a second time, the ``dz`` returned is still ``dy``.
+        """
+        ...
+
+    def backward_elementwise(
+        self,
+        dz: Array,
+        x: Array,
+        mean: Array,
+        invstd: Array,
+        weight: Array | None,
+        mean_dy: Array,
+        mean_dy_xmu: Array,
+        context: ActivationContext | None = ...,
+        /,
+    ) -> Array:
+        """``dx = (dz - mean_dy - (x - mean) * invstd**2 * mean_dy_xmu) * invstd * weight``.
+
+        ``dz`` is what ``backward_reduce`` returned, and ``context`` what it was given.
+        """
+        ...
+
+
+class NativeKernels(Kernels, Protocol):
+    """``kernels.cpu``: the four kernels, and what else is native. See ``_cpu.pyi``."""
+
+    Link: type[Link]
+    most_dimensions: int
+
+    def add_departing_group(
+        self, comm: int, rank: int, exchanges: int, timeout: float, hostnames: list[str], /
+    ) -> None: ...
+
+    def install_finalize_hook(
+        self,
+        functions: list[int],
+        comm_self: int,
+        comm_world: int,
+        byte: int,
+        any_source: int,
+        int_handles: bool,
+        /,
+    ) -> bool: ...
+
+    def instruction_set(self) -> str: ...
+
+    def invstd(self, var: Vector, eps: float, out: Vector, /) -> None: ...
+
+    def passes_fast_check(
+        self,
+        x: Array,
+        weight: Array | None,
+        bias: Array | None,
+        running_mean: Array | None,
+        running_var: Array | None,
+        /,
+    ) -> bool: ...
+
+    def threads(self) -> int: ...
+
+    def update_running_stats(
+        self,
+        running_mean: Array,
+        running_var: Array,
+        num_batches_tracked: Array | None,
+        record_change: Callable[[tuple[Array, Array]], object] | None,
+        mean: Vector,
+        var: Vector,
+        to_unbiased: float,
+        momentum: float,
+        /,
+    ) -> bool: ...
