@@ -126,7 +126,7 @@ def _sum_moments(
                     _raise_problem(group, call, problem)
             finally:
                 group.presence.doing = None
-            merged, var = found
+            merged, var = found[0], found[1]
         else:
             first = mean * count
             second = mean * first + m2

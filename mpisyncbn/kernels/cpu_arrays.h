@@ -174,17 +174,24 @@ struct Layout {
     long outer[4], channel[4];          // strides of each array
 };
 
-// Returns false where they do not: then somebody has to copy. arrays[0] decides; absent ones have
-// no data.
-bool lay_out(const Array *const (&arrays)[4], Layout &layout) {
-    const Array &x = *arrays[0];
-    int dims[NDIM], count = 0;  // all but that of the channels, the innermost first
+// Fills `dims` with all dimensions but that of the channels and those of length 1, the innermost
+// first. Returns how many.
+int dims_from_innermost(const Array &x, int (&dims)[NDIM]) {
+    int count = 0;
     for (int d = 0; d < x.ndim; ++d)
         if (d != 1 && x.shape[d] != 1) dims[count++] = d;
     // An expanded dimension, with stride 0, is outermost: it says the same again.
     auto far = [&](int d) { return x.stride[d] ? (unsigned long)x.stride[d] : ~0ul; };
     std::sort(dims, dims + count, [&](int a, int b) { return far(a) < far(b); });
+    return count;
+}
 
+// Fills `layout`. Returns false where the arrays do not lie in the same way: then somebody has to
+// copy. arrays[0] decides; absent ones have no data.
+bool lay_out(const Array *const (&arrays)[4], Layout &layout) {
+    const Array &x = *arrays[0];
+    int dims[NDIM];
+    const int count = dims_from_innermost(x, dims);
     auto all = [&](auto holds) {
         for (int i = 0; i < 4; ++i)
             if (arrays[i]->data && !holds(*arrays[i], i)) return false;

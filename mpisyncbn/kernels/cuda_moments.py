@@ -11,7 +11,14 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .cuda_tiles import any_channel, channels_of_program, load_tile, multiple_of, sum_per_channel
+from .cuda_tiles import (
+    any_channel,
+    channels_of_program,
+    load_tile,
+    multiple_of,
+    share_of_program,
+    sum_per_channel,
+)
 
 __all__ = ["merge_moments", "moments"]
 
@@ -42,10 +49,9 @@ def moments(
     where there is one share, and the result goes to ``out``, see merge_moments.
     """
     width, stride = multiple_of(width, ALIGN), multiple_of(stride, ALIGN)
-    first = tl.program_id(1) * share
-    last = tl.minimum(first + share, tiles)
+    begin, end = share_of_program(share, tiles)
     origin, mean_lo, m2, total = _moments_of_tiles(
-        x, first, last, rows, width, stride, ONE, INDEX, PLANES, ROWS, COLUMNS, COMPUTE_DTYPE
+        x, begin, end, rows, width, stride, ONE, INDEX, PLANES, ROWS, COLUMNS, COMPUTE_DTYPE
     )
     mean_hi = origin.to(tl.float64)
     m2 = tl.where(m2 < 0, 0.0, m2)
@@ -92,8 +98,8 @@ def merge_moments(
 @triton.jit
 def _moments_of_tiles(
     x,
-    first,
-    last,
+    begin,
+    end,
     rows,
     width,
     stride,
@@ -104,44 +110,31 @@ def _moments_of_tiles(
     COLUMNS: tl.constexpr,
     COMPUTE_DTYPE: tl.constexpr,
 ):
-    """A number near the mean, what it misses of the mean, M2 and the count, of the tiles before ``last``."""
-    values, _, count = load_tile(x, first, last, rows, width, stride, INDEX, PLANES, ROWS, COLUMNS)
+    """A number near the mean, what it misses of the mean, M2 and the count, of the tiles before ``end``."""
+    values, _, count = load_tile(x, begin, end, rows, width, stride, INDEX, PLANES, ROWS, COLUMNS)
     # Squares of distances from a number near the mean lose no digits.
     origin = (sum_per_channel(values.to(tl.float64), PLANES) * (1.0 / count.to(tl.float64))).to(COMPUTE_DTYPE)
     mean_lo, m2, total = _moments_about(
-        x, origin, 1.0, first, last, rows, width, stride, ONE, INDEX, PLANES, ROWS, COLUMNS, COMPUTE_DTYPE
+        x, origin, 1.0, begin, end, rows, width, stride, ONE, INDEX, PLANES, ROWS, COLUMNS, COMPUTE_DTYPE
     )
     far = mean_lo * mean_lo * total > 4 * m2
     # Where the first tile was not typical of the others, once more, about the mean.
     if not ONE and any_channel(far, PLANES):
         origin = tl.where(far, origin + mean_lo.to(COMPUTE_DTYPE), origin)
         mean_lo, m2, total = _moments_about(
-            x, origin, 1.0, first, last, rows, width, stride, ONE, INDEX, PLANES, ROWS, COLUMNS, COMPUTE_DTYPE
+            x, origin, 1.0, begin, end, rows, width, stride, ONE, INDEX, PLANES, ROWS, COLUMNS, COMPUTE_DTYPE
         )
-    if COMPUTE_DTYPE == tl.float32:
-        # Squares below 1e-30 may have lost digits, those above 1e30 be infinite: once more, in other units.
-        beyond = (m2 < total * 2.0**-100) | ~(m2 <= total * 2.0**100)
-        if any_channel(beyond, PLANES):
-            unit = tl.where(m2 < total, 2.0**90, 2.0**-90)
-            unit = tl.where(beyond, unit, 1.0).to(COMPUTE_DTYPE)
-            mean_lo, m2, total = _moments_about(
-                x,
-                origin,
-                unit,
-                first,
-                last,
-                rows,
-                width,
-                stride,
-                ONE,
-                INDEX,
-                PLANES,
-                ROWS,
-                COLUMNS,
-                COMPUTE_DTYPE,
-            )
-            per = 1.0 / unit.to(tl.float64)
-            mean_lo, m2 = mean_lo * per, m2 * per * per
+    # In float32, squares below 1e-30 may have lost digits, those above 1e30 be infinite: once more, in other
+    # units.
+    beyond = (m2 < total * 2.0**-100) | ~(m2 <= total * 2.0**100)
+    if COMPUTE_DTYPE == tl.float32 and any_channel(beyond, PLANES):
+        unit = tl.where(m2 < total, 2.0**90, 2.0**-90)
+        unit = tl.where(beyond, unit, 1.0).to(COMPUTE_DTYPE)
+        mean_lo, m2, total = _moments_about(
+            x, origin, unit, begin, end, rows, width, stride, ONE, INDEX, PLANES, ROWS, COLUMNS, COMPUTE_DTYPE
+        )
+        per = 1.0 / unit.to(tl.float64)
+        mean_lo, m2 = mean_lo * per, m2 * per * per
     return origin, mean_lo, m2, total
 
 
@@ -150,8 +143,8 @@ def _moments_about(
     x,
     origin,
     unit,
-    first,
-    last,
+    begin,
+    end,
     rows,
     width,
     stride,
@@ -162,20 +155,20 @@ def _moments_about(
     COLUMNS: tl.constexpr,
     COMPUTE_DTYPE: tl.constexpr,
 ):
-    """The mean of ``(x - origin) * unit``, M2 and the count, of the tiles before ``last``, in float64.
+    """The mean of ``(x - origin) * unit``, M2 and the count, of the tiles before ``end``, in float64.
 
     ``unit`` is a power of two.
     """
-    values, mask, count = load_tile(x, first, last, rows, width, stride, INDEX, PLANES, ROWS, COLUMNS)
+    values, mask, count = load_tile(x, begin, end, rows, width, stride, INDEX, PLANES, ROWS, COLUMNS)
     sums = tl.where(mask, values.to(COMPUTE_DTYPE) - origin, 0.0) * unit
     squares = sums * sums
     total = count.to(tl.int64)
     if not ONE:
-        for tile in range(first + 1, last, 2):
+        for tile in range(begin + 1, end, 2):
             # both are loaded before either is used: memory answers late
-            values, mask, count = load_tile(x, tile, last, rows, width, stride, INDEX, PLANES, ROWS, COLUMNS)
+            values, mask, count = load_tile(x, tile, end, rows, width, stride, INDEX, PLANES, ROWS, COLUMNS)
             more, more_mask, more_count = load_tile(
-                x, tile + 1, last, rows, width, stride, INDEX, PLANES, ROWS, COLUMNS
+                x, tile + 1, end, rows, width, stride, INDEX, PLANES, ROWS, COLUMNS
             )
             distance = tl.where(mask, values.to(COMPUTE_DTYPE) - origin, 0.0) * unit
             sums += distance
@@ -204,7 +197,7 @@ def _store_moments(out, mean_hi, mean_lo, m2, channel, channels, SPLIT_MEAN: tl.
 
 @triton.jit
 def _load_partials(partials, origin, begin, channel, shares, channels, ROWS: tl.constexpr):
-    """Counts, distances of the means from ``origin``, and M2 of ``ROWS`` shares; 0 beyond the last."""
+    """Counts, distances of the means from ``origin``, and M2 of ``ROWS`` shares; 0 beyond the end."""
     row = begin + tl.arange(0, ROWS)
     mask = (row < shares)[:, None] & (channel < channels)[None, :]
     pointer = partials + row[:, None] * 4 * channels + channel[None, :]

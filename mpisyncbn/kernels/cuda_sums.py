@@ -1,4 +1,9 @@
-"""The sums of the backward pass in Triton, shared out to programs as the moments are: see cuda_moments.py."""
+"""The sums of the backward pass in Triton, shared out to programs as the moments are: see cuda_moments.py.
+
+They are of ``dz``, the gradient of the activation's input (without an activation that is ``dy``), and of
+``dz * (x - mean)``. ``dz`` is stored where ``y``, the activation's output, is there; else the input is
+computed again from ``x``.
+"""
 
 from __future__ import annotations
 
@@ -6,7 +11,15 @@ import triton
 import triton.language as tl
 
 from .cuda_activation import NONE, activation_gradient
-from .cuda_tiles import affine, channels_of_program, multiple_of, split_mean, sum_per_channel, tile_offsets
+from .cuda_tiles import (
+    affine,
+    channels_of_program,
+    multiple_of,
+    share_of_program,
+    split_mean,
+    sum_per_channel,
+    tile_offsets,
+)
 
 __all__ = ["backward_sums", "merge_sums"]
 
@@ -37,34 +50,22 @@ def backward_sums(
     COLUMNS: tl.constexpr,
     COMPUTE_DTYPE: tl.constexpr,
 ):
-    """Sums of ``dz`` and of ``dz * (x - mean)`` of each program's tiles.
-
-    ``dz`` is the gradient of the activation's input; without an activation it is ``dy``. It is stored where
-    ``y``, the activation's output, is there; else the input is computed again from ``x``.
-    ``partials``: (shares, 2, channels), float64; None where there is one share, and the result goes to
-    ``out``, (2, channels).
-    """
+    """Both sums of each program's tiles. ``partials`` is of shape (shares, 2, channels), or else None."""
     width, stride = multiple_of(width, ALIGN), multiple_of(stride, ALIGN)
     channel = channels_of_program(COLUMNS, PLANES)
     inside = channel < channels
     mean_hi, mean_lo = split_mean(mean, channel, inside, COMPUTE_DTYPE)
     inverse, factor, shift = affine(invstd, weight, bias, mean_lo, channel, inside, COMPUTE_DTYPE)
-    # Products of dy and x - mean may be beyond float32: these are in units of the standard deviation.
-    unit = tl.where(inverse == 0, 1.0, inverse)
+    unit = tl.where(inverse == 0, 1.0, inverse)  # of products, which may be beyond float32 otherwise
     sum_dy = tl.zeros([ROWS, COLUMNS], COMPUTE_DTYPE)
     sum_dy_xmu = tl.zeros([ROWS, COLUMNS], COMPUTE_DTYPE)
-    first = tl.program_id(1) * share
-    last = tl.minimum(first + share, tiles)
-    for tile in range(first, last):
-        offsets, mask, _ = tile_offsets(tile, last, rows, width, stride, INDEX, PLANES, ROWS, COLUMNS)
+    begin, end = share_of_program(share, tiles)
+    for tile in range(begin, end):
+        offsets, mask, _ = tile_offsets(tile, end, rows, width, stride, INDEX, PLANES, ROWS, COLUMNS)
         gradient = tl.load(dy + offsets, mask, 0.0).to(COMPUTE_DTYPE)
         xmu = tl.load(x + offsets, mask, 0.0).to(COMPUTE_DTYPE) - mean_hi
-        if ACTIVATION != NONE:
-            if y is None:
-                gradient = activation_gradient(gradient, xmu * inverse * factor + shift, ACTIVATION)
-            else:
-                gradient = activation_gradient(gradient, tl.load(y + offsets, mask, 0.0), ACTIVATION)
-                tl.store(dz + offsets, gradient.to(dz.dtype.element_ty), mask)
+        z = xmu * inverse * factor + shift
+        gradient = _through_activation(gradient, z, y, dz, offsets, mask, ACTIVATION)
         sum_dy += gradient
         sum_dy_xmu += tl.where(mask, gradient * (xmu * unit), 0.0)
     total_dy = sum_per_channel(sum_dy.to(tl.float64), PLANES)
@@ -85,3 +86,15 @@ def merge_sums(partials, out, shares, length, ROWS: tl.constexpr, COLUMNS: tl.co
         mask = (row < shares)[:, None] & inside[None, :]
         sums += tl.load(partials + row[:, None] * length + column[None, :], mask, 0.0)
     tl.store(out + column, tl.sum(sums, 0), inside)
+
+
+@triton.jit
+def _through_activation(dy, z, y, dz, offsets, mask, ACTIVATION: tl.constexpr):
+    """The gradient of the activation's input ``z``; stored too where its output ``y`` is there."""
+    if ACTIVATION != NONE:
+        if y is None:
+            dy = activation_gradient(dy, z, ACTIVATION)
+        else:
+            dy = activation_gradient(dy, tl.load(y + offsets, mask, 0.0), ACTIVATION)
+            tl.store(dz + offsets, dy.to(dz.dtype.element_ty), mask)
+    return dy

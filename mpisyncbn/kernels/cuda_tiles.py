@@ -18,6 +18,7 @@ __all__ = [
     "channels_of_program",
     "load_tile",
     "multiple_of",
+    "share_of_program",
     "split_mean",
     "sum_per_channel",
     "tile_offsets",
@@ -25,9 +26,16 @@ __all__ = [
 
 
 @triton.jit
+def share_of_program(share, tiles):
+    """The tiles of a program of sums, from ``begin`` up to ``end``."""
+    begin = tl.program_id(1) * share
+    return begin, tl.minimum(begin + share, tiles)
+
+
+@triton.jit
 def tile_offsets(
     tile,
-    last,
+    end,
     rows,
     width,
     stride,
@@ -38,9 +46,9 @@ def tile_offsets(
 ):
     """The offsets, mask and number of values per channel of a tile of this program's channels.
 
-    Nothing of a tile from ``last`` on is in the mask.
+    Nothing of a tile from ``end`` on is in the mask.
     """
-    rows = tl.where(tile < last, rows, 0)
+    rows = tl.where(tile < end, rows, 0)
     if PLANES:
         column_tiles = tl.cdiv(width, COLUMNS)
         row = tl.cast(tile // column_tiles, tl.int64) * ROWS
@@ -62,7 +70,7 @@ def tile_offsets(
 def load_tile(
     x,
     tile,
-    last,
+    end,
     rows,
     width,
     stride,
@@ -72,7 +80,7 @@ def load_tile(
     COLUMNS: tl.constexpr,
 ):
     """The values of a tile, and the mask and the number of values per channel of ``tile_offsets``."""
-    offsets, mask, count = tile_offsets(tile, last, rows, width, stride, INDEX, PLANES, ROWS, COLUMNS)
+    offsets, mask, count = tile_offsets(tile, end, rows, width, stride, INDEX, PLANES, ROWS, COLUMNS)
     return tl.load(x + offsets, mask, 0.0), mask, count
 
 
