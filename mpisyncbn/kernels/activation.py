@@ -24,7 +24,7 @@ __all__ = [
 
 
 class Activation(IntEnum):
-    """What a layer does last. Native code and Triton have the same numbers."""
+    """The activation that a layer ends in. Native code and Triton have the same numbers."""
 
     NONE = 0
     RELU = 1
@@ -39,7 +39,7 @@ def activation_named(name: str | None) -> Activation:
 
 
 class ActivationContext(NamedTuple):
-    """What the backward pass of a layer that ends in an activation needs, beside ``x`` and the statistics."""
+    """The tensors that the gradient of an activation needs, beside ``x`` and the statistics."""
 
     activation: Activation
     weight: Array | None

@@ -1,5 +1,6 @@
-"""The four kernels for torch tensors in host memory where the native kernels were not built, composed of
-the fastest fitting ATen operations.
+"""The four kernels for torch tensors in host memory where the native ones were not built.
+
+They are composed of the fastest fitting ATen operations.
 
 Statistics are NumPy float64 vectors: on a few hundred values NumPy's calls cost a third of
 torch's. ATen's own batch-norm moments serve small input only: contiguous they are scalar code,

@@ -1,5 +1,6 @@
-"""The four kernels for torch tensors on a GPU where Triton is not installed, composed of the fused CUDA
-operations that torch has for its own SyncBatchNorm.
+"""The four kernels for torch tensors on a GPU where Triton is not installed.
+
+They are composed of the fused CUDA operations that torch has for its own SyncBatchNorm.
 
 Their moments are in float32, so digits of the mean are lost where it is large: 6e-8 of it. What is
 known of the mean beyond float32 goes into the shift that they add.

@@ -7,8 +7,8 @@
 //     cpu_kernels.h        the four kernels
 //     cpu_arrays.h         how arrays lie in memory
 //     cpu_tiles.h          the work cut into tiles, and handed to threads
-//     cpu_coefficients.h   what the loops are handed per channel
-//     cpu_levels.h         what is compiled once per instruction set: cpu_lanes.h (vectors) and
+//     cpu_coefficients.h   numbers per channel that the loops take
+//     cpu_levels.h         everything that is compiled once per instruction set: cpu_lanes.h (vectors) and
 //                          cpu_loops.h (loops over a tile), which includes all that is not here
 //     cpu_link.h           an exchange
 //     cpu_running_stats.h  running statistics

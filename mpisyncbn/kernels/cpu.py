@@ -27,7 +27,7 @@ from .activation import Activation, ActivationContext, recomputed_activation
 from .protocol import Array
 
 __all__ = ["backward_elementwise", "backward_reduce", "local_moments", "normalize"]
-# What else is native: see cpu_link.h, cpu_running_stats.h and cpu_leave.h.
+# More that is native: see cpu_link.h, cpu_running_stats.h and cpu_leave.h.
 __all__ += ["Link", "add_departing_group", "install_finalize_hook", "invstd", "passes_fast_check"]
 __all__ += ["instruction_set", "most_dimensions", "threads", "update_running_stats"]
 

@@ -1,4 +1,4 @@
-// What each activation does to a vector, and to its gradient. Included once per instruction set by
+// The activations and their gradients, for a vector of values. Included once per instruction set by
 // cpu_loops.h.
 //
 // Another activation is one more case in each of the three functions, and one more name in

@@ -1,4 +1,4 @@
-// What the loops are handed per channel, from vectors of Python. Part of cpu.cpp.
+// The coefficients that the loops are handed, from vectors of Python. Part of cpu.cpp.
 
 using Vector = nb::ndarray<const double, nb::ndim<1>, nb::c_contig, nb::device::cpu>;
 using Output = nb::ndarray<double, nb::ndim<2>, nb::c_contig, nb::device::cpu>;

@@ -1,4 +1,4 @@
-// The update of running statistics, and what else the host does with vectors of channels. Part of
+// The update of running statistics, and other work on vectors of channels. Part of
 // cpu.cpp.
 
 // Moves the running statistics towards those of a batch, in place, and adds one to the tensor

@@ -1,4 +1,4 @@
-// What is done to a vector of values. Included once per instruction set by cpu_loops.h.
+// The arithmetic on a vector of values. Included once per instruction set by cpu_loops.h.
 //
 // It is the same for planes and rows: the coefficients of a channel come from coefficient(MEAN) and
 // the like, one value for a plane, one vector per column for rows.
@@ -38,6 +38,7 @@ struct Reduce {
 
 // Values.
 
+// ADD: a residual is added before the activation.
 template <class T, bool ADD, Activation ACTIVATION>
 struct Normalize {
     template <bool STREAM, class K, class A>
@@ -48,6 +49,7 @@ struct Normalize {
     }
 };
 
+// ACTIVATION: dy is still the gradient of its output.
 template <class T, Activation ACTIVATION>
 struct Elementwise {
     template <bool STREAM, class K, class A>
@@ -69,7 +71,7 @@ struct PlaneCoefficients {
     INLINE_MEMBER vec<T> operator()(int which) const { return broadcast<T>(coefficients[which * stride]); }
 };
 
-// Those of a channel in the first lanes, of the next one in the others.
+// The coefficients of a channel in the first lanes, and those of the next one in the others.
 template <class T>
 struct TwoPlanesCoefficients {
     const compute_t<T> *coefficients;
@@ -80,6 +82,7 @@ struct TwoPlanesCoefficients {
     }
 };
 
+// The coefficients of as many channels as a vector has lanes.
 template <class T>
 struct RowCoefficients {
     const compute_t<T> *coefficients;  // from this column on

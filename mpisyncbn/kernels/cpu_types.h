@@ -1,4 +1,4 @@
-// Half-precision numbers, and what the loops are handed: addresses, tiles, coefficients. Part of
+// Half-precision numbers, and the arguments of the loops: addresses, tiles, coefficients. Part of
 // cpu.cpp.
 
 struct bfloat16 {
@@ -27,9 +27,9 @@ float value(float16 v) {
 template <class T>
 using compute_t = std::conditional_t<std::is_same_v<T, double>, double, float>;
 
-// What is known per channel, each kind in an array of its own.
+// The coefficients of a channel, each kind in an array of its own.
 enum { MEAN, SCALE, SHIFT, SLOPE, INTERCEPT, KINDS };
-// What a layer ends in: see cpu_activation.h. kernels/activation.py has the same numbers.
+// The activation that a layer ends in: see cpu_activation.h. kernels/activation.py has the same numbers.
 enum class Activation { none, relu };
 
 template <class T>
@@ -67,7 +67,7 @@ struct Tile {
     long count() const { return (n1 - n0) * (s1 - s0); }  // of values per channel
 };
 
-// In place of a sum of squares: these are 0 in float32, but the differences are not.
+// Stands for a sum of squares that are 0 in float32, though the differences are not.
 constexpr double UNDERFLOWED = -1;
 constexpr long MAX_CHANNELS = 256;  // of a tile of planes
 constexpr int NDIM = 64;            // as many as NumPy has at most; torch may have more, which are refused

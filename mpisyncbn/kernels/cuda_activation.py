@@ -1,4 +1,4 @@
-"""What each activation does to a tile in Triton, and to its gradient.
+"""The activations and their gradients, for a tile in Triton.
 
 Another activation is one more constant, and one more branch in each function.
 """

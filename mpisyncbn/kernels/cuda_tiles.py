@@ -1,4 +1,4 @@
-"""What the Triton kernels share: tiles of a tensor, and vectors of channels.
+"""Tiles of a tensor and vectors of channels, for all Triton kernels.
 
 A tensor without gaps is read as a matrix, in tiles of ``ROWS`` by ``COLUMNS`` values. Of a contiguous
 ``(N, C, *)`` one row is one plane, the ``width`` values of a sample's channel (``PLANES``); with the

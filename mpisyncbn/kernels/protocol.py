@@ -1,4 +1,4 @@
-"""What a module of kernels has.
+"""The functions of a module of kernels.
 
 ``x`` is of shape ``(N, C, *)``; ``y`` and ``dx`` have its dtype and memory format. ``weight`` and ``bias``
 are of the same kind of array as ``x``, or None. The other vectors are float64, of length C: NumPy
