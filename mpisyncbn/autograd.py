@@ -330,9 +330,8 @@ def _remember(ctx: Any, inputs: tuple[Any, ...], y: Tensor) -> None:
     ctx.bias_dtype = None if bias is None else bias.dtype
     ctx.has_residual = residual is not None
     saved: tuple[Any, ...] = (x, weight)
-    if (
-        ctx.step.activation != Activation.NONE
-    ):  # with a residual, only the output itself tells where it was positive
+    if ctx.step.activation != Activation.NONE:
+        # With a residual, only the output itself tells where it was positive.
         saved = (x, weight, bias, y if ctx.has_residual else None)
     ctx.save_for_backward(*saved)
     ctx.save_for_forward(*saved)

@@ -78,9 +78,8 @@ def backward_reduce(
             others = x, y, out, *vectors, partials, found
             _launch(cuda_sums.backward_sums, plan, dy, *others, ACTIVATION=int(activation))
             if partials is not None:
-                _launch(
-                    cuda_sums.merge_sums, cuda_plans.plan_merge(plan.shares, 2 * channels), partials, found
-                )
+                merge = cuda_plans.plan_merge(plan.shares, 2 * channels)
+                _launch(cuda_sums.merge_sums, merge, partials, found)
     sum_dy, sum_dy_xmu = found.unbind()
     return sum_dy, sum_dy_xmu, dz
 
@@ -127,9 +126,8 @@ def record_batch(
     torch._C._increment_version(written)  # as every operation in place tells autograd
     plan = cuda_plans.plan_running_stats(mean.shape[0], to_unbiased, momentum)
     with _device_of(mean):
-        _launch(
-            cuda_running_stats.record_batch, plan, running_mean, running_var, num_batches_tracked, mean, var
-        )
+        others = running_var, num_batches_tracked, mean, var
+        _launch(cuda_running_stats.record_batch, plan, running_mean, *others)
     return True
 
 

@@ -94,16 +94,8 @@ def backward_elementwise(
     chosen = _beyond(invstd, weight, means[1])
     if len(chosen):
         vectors = [_chosen(each, chosen) for each in (mean, invstd, weight, *means)]
-        _put(
-            dx,
-            chosen,
-            kernel(
-                _float64_channels(dz, chosen),
-                _float64_channels(x, chosen),
-                *vectors,
-                _chosen_context(context, chosen),
-            ),
-        )
+        dz, x = _float64_channels(dz, chosen), _float64_channels(x, chosen)
+        _put(dx, chosen, kernel(dz, x, *vectors, _chosen_context(context, chosen)))
     return dx
 
 
@@ -111,7 +103,7 @@ def _is_ordinary(invstd: np.ndarray) -> np.ndarray:
     return (invstd == 0) | ~((invstd < _SMALL) | (invstd > _LARGE))
 
 
-def _beyond(invstd: np.ndarray, weight: Array, mean_dy_xmu: Array = 0.0) -> np.ndarray:
+def _beyond(invstd: np.ndarray, weight: Array | None, mean_dy_xmu: Array = 0.0) -> np.ndarray:
     """Channels whose coefficients may be beyond float32. cpu_coefficients.h has the same rule."""
     with np.errstate(all="ignore"):
         scale = invstd if weight is None else invstd * np.asarray(_double(weight))

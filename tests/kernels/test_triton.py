@@ -15,7 +15,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import mpisyncbn
-from mpisyncbn.kernels import aten_cuda
+from mpisyncbn.kernels import Activation, aten_cuda
 from support.device import GPU, needs_triton, there
 from support.kernels import TOLERANCE, check, check_fused, cuda
 from support.oracle import distance, shard
@@ -197,3 +197,10 @@ def test_what_a_kernel_must_not_write_to():
         assert not any(entered)
         assert torch.equal(plain.cpu(), torch.ones(4))
         assert count.item() == 7
+
+
+@needs_triton
+def test_triton_has_the_numbers_of_all_activations():
+    cuda_activation = importlib.import_module("mpisyncbn.kernels.cuda_activation")
+    numbers = {name: getattr(cuda_activation, name).value for name in Activation.__members__}
+    assert numbers == dict(Activation.__members__)
