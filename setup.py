@@ -15,10 +15,10 @@ from tempfile import TemporaryDirectory
 from setuptools import Extension, setup
 from setuptools.command.build_ext import build_ext
 
-FOLDER = Path("mpisyncbn", "kernels")
+FOLDER = Path("mpisyncbn", "kernels", "cpu")
 NATIVE = Extension(
-    "mpisyncbn.kernels._cpu",
-    sources=[str(FOLDER / "cpu.cpp")],
+    "mpisyncbn.kernels.cpu._cpu",
+    sources=[str(FOLDER / "module.cpp")],
     depends=[*map(str, sorted(FOLDER.glob("*.h"))), "setup.py"],
     define_macros=[("NDEBUG", "1"), ("NB_COMPACT_ASSERTIONS", "1")],
     extra_compile_args=[

@@ -8,17 +8,19 @@ from __future__ import annotations
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
-from . import ancestors, config, exits
+from . import config
+from .comm import ancestors
 from .errors import CollectiveMismatchError, CollectiveTimeoutError, MPISyncBNError, TransportError
+from .liveness import exits
 
 if TYPE_CHECKING:
     from . import functional
     from .autograd import sync_batch_norm
     from .batchnorm import SyncBatchNorm
-    from .communicator import Communicator, new_group, new_subgroups
+    from .comm.communicator import Communicator, new_group, new_subgroups
+    from .comm.topology import local_rank
     from .convert import revert_sync_batchnorm, set_process_group
     from .distributed import init_process_group
-    from .nodes import local_rank
 
     convert_sync_batchnorm = SyncBatchNorm.convert_sync_batchnorm
 
@@ -48,14 +50,14 @@ ancestors.guard()
 
 # Where each name is, imported when it is first used.
 _HOME = {
-    "Communicator": "communicator",
+    "Communicator": "comm.communicator",
     "SyncBatchNorm": "batchnorm",
-    "convert_sync_batchnorm": "batchnorm.SyncBatchNorm",
+    "convert_sync_batchnorm": "batchnorm:SyncBatchNorm",
     "functional": "",
     "init_process_group": "distributed",
-    "local_rank": "nodes",
-    "new_group": "communicator",
-    "new_subgroups": "communicator",
+    "local_rank": "comm.topology",
+    "new_group": "comm.communicator",
+    "new_subgroups": "comm.communicator",
     "revert_sync_batchnorm": "convert",
     "set_process_group": "convert",
     "sync_batch_norm": "autograd",
@@ -65,7 +67,7 @@ _HOME = {
 def __getattr__(name: str) -> Any:
     if name not in _HOME:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    module, _, owner = _HOME[name].partition(".")
+    module, _, owner = _HOME[name].partition(":")
     try:
         value: Any = import_module(f".{module or name}", __name__)
     except ModuleNotFoundError as error:

@@ -19,11 +19,12 @@ from typing import Any
 
 import numpy as np
 
-from . import config, diagnostics, exchange, launcher, transport
-from .communicator import Communicator, mpi
+from . import config, exchange, fingerprint
+from .comm import launcher, transport
+from .comm.communicator import Communicator, mpi
 from .errors import TransportError
 from .kernels import kernels_for, native, on_cuda
-from .presence import agreed_timeout
+from .liveness.rank_status import agreed_timeout
 
 _OPTIONAL = ("numpy", "mpi4py", "torch", "cupy", "triton")
 _CHANNELS = 256
@@ -190,7 +191,7 @@ def _on_host(x: Any, otherwise: str) -> str:
 
 def _latency(group: Communicator, repeats: int = 200) -> dict[str, Any]:
     """One exchange of a layer with 256 channels, as the slowest rank sees it."""
-    call = diagnostics.Call("the latency measurement", "forward", _CHANNELS, "float32")
+    call = fingerprint.Call("the latency measurement", "forward", _CHANNELS, "float32")
     zeros, seconds = np.zeros(_CHANNELS), []
     for repeat in range(repeats + 20):
         begin = time.perf_counter()

@@ -11,8 +11,8 @@ from typing import Any
 
 import numpy as np
 
-from . import transport
 from .arrays import check_array, check_kind
+from .comm import transport
 from .errors import on_rank
 from .kernels import loaded_torch
 

@@ -9,9 +9,9 @@ from torch import Tensor, nn
 
 from . import autograd, convert, functional
 from .arguments import check_arguments, check_batches, check_fused
-from .evaluation import evaluate
+from .autograd.evaluation import evaluate
 from .kernels import has_float64
-from .names import new_key
+from .layer_names import new_key
 
 __all__ = ["SyncBatchNorm"]
 

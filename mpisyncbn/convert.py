@@ -20,7 +20,7 @@ from torch.nn.utils import parametrize
 
 from . import tracing
 from .arguments import at, check_activation, check_module, check_tensor
-from .communicator import Communicator, resolve
+from .comm.communicator import Communicator, resolve
 from .convertible import (
     check_name,
     first_of,
@@ -32,7 +32,7 @@ from .convertible import (
     warn_of_others,
 )
 from .errors import on_rank
-from .names import give_up_key, new_key
+from .layer_names import give_up_key, new_key
 
 __all__ = [
     "BatchNorm",

@@ -25,10 +25,11 @@ from typing import Any, NoReturn
 
 import numpy as np
 
-from . import diagnostics, profiling, transport
-from .communicator import Communicator
-from .diagnostics import Call
+from . import fingerprint, profiling
+from .comm import transport
+from .comm.communicator import Communicator
 from .errors import CollectiveMismatchError, MPISyncBNError
+from .fingerprint import Call
 
 __all__ = ["answer", "merge_moments", "reduce_sums"]
 
@@ -240,7 +241,7 @@ def _allreduce(group: Communicator, call: Call, message: Any, buffer: Any) -> np
     """The sum of all ranks' messages, in host memory. In place."""
     _meet(group, call, message, group.comm.Allreduce, group.in_place, buffer)
     (total,) = transport.to_host(message)
-    diagnostics.check(group, total[0], total[1], call)
+    fingerprint.check(group, total[0], total[1], call)
     return total
 
 
@@ -257,7 +258,7 @@ def _allgather(group: Communicator, call: Call, message: Any, buffer: Any) -> np
     _meet(group, call, message, group.comm.Allgather, buffer, into)
     (gathered,) = transport.to_host(everyone)
     gathered = gathered.reshape(group.size, -1)
-    diagnostics.check(group, gathered[:, 0].sum(), gathered[:, 1].sum(), call)
+    fingerprint.check(group, gathered[:, 0].sum(), gathered[:, 1].sum(), call)
     return gathered
 
 
@@ -282,8 +283,8 @@ def _sign(group: Communicator, call: Call, length: int, kind: int = _SUM) -> int
     group.ready()
     presence.exchanges += 1
     if group.debug and not group.joining:
-        diagnostics.agree(group, call)
-    h = diagnostics.fingerprint(call, presence.exchanges)
+        fingerprint.agree(group, call)
+    h = fingerprint.fingerprint(call, presence.exchanges)
     if group.joining:
         _announce(group, kind, length, h)
     return h
@@ -317,16 +318,16 @@ def answer(group: Communicator) -> None:
 
 
 def _raise_problem(group: Communicator, call: Call, problem: int) -> NoReturn:
-    """Say what a Link returned: see cpu_link.h."""
+    """Say what a Link returned: see kernels/cpu/link.h."""
     if problem == -1:
-        diagnostics.mismatch(group, call)
+        fingerprint.mismatch(group, call)
     _raise_failed(group, call, group.mpi_error(problem))
 
 
 def _raise_failed(group: Communicator, call: Call, error: Exception) -> NoReturn:
     if error.Get_error_class() == group.truncated:  # type: ignore[attr-defined]
         try:
-            diagnostics.mismatch(group, call)  # some rank sent a longer message
+            fingerprint.mismatch(group, call)  # some rank sent a longer message
         except CollectiveMismatchError as mismatch:
             raise mismatch from error
     raise MPISyncBNError(

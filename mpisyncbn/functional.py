@@ -16,11 +16,12 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from . import exchange, profiling, transport
+from . import exchange, profiling
 from .arguments import check_arguments, check_count, check_gradient, check_running, check_stats
-from .communicator import resolve
-from .diagnostics import Call
+from .comm import transport
+from .comm.communicator import resolve
 from .errors import on_rank
+from .fingerprint import Call
 from .kernels import Activation, ActivationContext, Kernels, has_float64, kernels_for, native
 
 __all__ = ["BatchStats", "batch_norm_backward", "batch_norm_forward", "update_running_stats"]

@@ -44,8 +44,8 @@ state() {
         echo "$base" "$system_mpiexec" "${LD_LIBRARY_PATH-}" "${MPI4PY_LIBMPI-}"
         echo "${CC-}" "${CXX-}" "${CFLAGS-}" "${CXXFLAGS-}" "${LDFLAGS-}" "${MPISYNCBN_NO_NATIVE-}"
         lacking
-        compgen -G "$root/mpisyncbn/kernels/_cpu*.so" || true
-        cat "$root/setup.cfg" "$root/pyproject.toml" "$root/setup.py" "$root"/mpisyncbn/kernels/*.{cpp,h}
+        compgen -G "$root/mpisyncbn/kernels/cpu/_cpu*.so" || true
+        cat "$root/setup.cfg" "$root/pyproject.toml" "$root/setup.py" "$root"/mpisyncbn/kernels/cpu/*.{cpp,h}
         for file in "$system_mpiexec" "$(type -P mpiexec)"; do
             [[ -z $file ]] || stat --dereference --format "%n %s %Y" "$file"
         done
@@ -68,10 +68,10 @@ END
 # Prints nothing where native kernels serve.
 without_native() {
     local error why
-    error=$(python -c 'import mpisyncbn.kernels._cpu' 2>&1) && return
+    error=$(python -c 'import mpisyncbn.kernels.cpu._cpu' 2>&1) && return
     if [[ ${MPISYNCBN_NO_NATIVE:-0} != 0 ]]; then
         why="MPISYNCBN_NO_NATIVE is set"
-    elif compgen -G "$root/mpisyncbn/kernels/_cpu*.so" >/dev/null; then
+    elif compgen -G "$root/mpisyncbn/kernels/cpu/_cpu*.so" >/dev/null; then
         why=${error##*$'\n'}
     else
         why=$(lacking)

@@ -17,7 +17,8 @@ import pytest
 import torch
 from hypothesis import HealthCheck, settings
 
-from mpisyncbn import Communicator, buffers, init_process_group
+from mpisyncbn import Communicator, init_process_group
+from mpisyncbn.distributed import host_tensors
 from support import jobs, libraries
 from support.ranks import WORLD, together
 from support.recorder import Recorder
@@ -125,8 +126,8 @@ def recorded() -> Iterator[Recorder]:
 def limit(request: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """What is longer than MPI can count goes in pieces: here what is longer than 24 values."""
     if request.param == "in pieces":
-        monkeypatch.setattr(buffers, "LIMIT", 24)
-        monkeypatch.setattr(buffers, "_WIDE_PIECE", 5)
+        monkeypatch.setattr(host_tensors, "LIMIT", 24)
+        monkeypatch.setattr(host_tensors, "_WIDE_PIECE", 5)
 
 
 @pytest.fixture

@@ -94,7 +94,7 @@ def on_cuda(device: Any) -> tuple[Kernels, str]:
         why = f"Triton does not work here: {type(error).__name__}: {error}"
     else:
         return cuda, "Triton"
-    from . import aten_cuda
+    from .cuda import aten_cuda
 
     kernels = f"composed of torch's operations for batch norm, because {why}"
     warnings.warn(f"the kernels for {device} are {kernels}", RuntimeWarning, stacklevel=2)
@@ -111,6 +111,6 @@ def _dlpack() -> Kernels | None:
         return None
     if not usable:
         return None
-    from . import dlpack
+    from .cuda import dlpack
 
     return dlpack

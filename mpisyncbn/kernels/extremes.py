@@ -104,7 +104,7 @@ def _is_ordinary(invstd: np.ndarray) -> np.ndarray:
 
 
 def _beyond(invstd: np.ndarray, weight: Array | None, mean_dy_xmu: Array = 0.0) -> np.ndarray:
-    """Channels whose coefficients may be beyond float32. cpu_coefficients.h has the same rule."""
+    """Channels whose coefficients may be beyond float32. kernels/cpu/coefficients.h has the same rule."""
     with np.errstate(all="ignore"):
         scale = invstd if weight is None else invstd * np.asarray(_double(weight))
         slope = np.where(np.isfinite(mean_dy_xmu), scale * (invstd * (invstd * mean_dy_xmu)), 0.0)

@@ -14,8 +14,8 @@ from typing import TYPE_CHECKING, Any, Protocol, TypeAlias
 if TYPE_CHECKING:
     import numpy as np
 
-    from ._cpu import Link
     from .activation import Activation, ActivationContext
+    from .cpu._cpu import Link
 
 __all__ = ["Array", "Kernels", "NativeKernels", "Vector"]
 

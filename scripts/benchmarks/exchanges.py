@@ -14,7 +14,7 @@ from mpi4py import MPI
 
 import mpisyncbn
 from mpisyncbn import exchange as ours
-from mpisyncbn.diagnostics import Call
+from mpisyncbn.fingerprint import Call
 from mpisyncbn.kernels import kernels_for
 
 from . import native

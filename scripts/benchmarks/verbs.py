@@ -10,7 +10,7 @@ from torch import Tensor
 
 import mpisyncbn
 from mpisyncbn import exchange, functional
-from mpisyncbn.diagnostics import Call
+from mpisyncbn.fingerprint import Call
 from mpisyncbn.kernels import kernels_for
 
 from .cases import verb_cases

@@ -15,7 +15,7 @@ from typing import Any
 
 import mpisyncbn
 from mpisyncbn import exchange
-from mpisyncbn.diagnostics import Call
+from mpisyncbn.fingerprint import Call
 from mpisyncbn.kernels import kernels_for
 
 from .cases import QUICK_CHANNELS, WITHOUT, ratio

@@ -18,7 +18,8 @@ from mpi4py import MPI
 from torch import Tensor
 
 import mpisyncbn
-from mpisyncbn import Communicator, SyncBatchNorm, autograd, functional, kernels, transport
+from mpisyncbn import Communicator, SyncBatchNorm, autograd, functional, kernels
+from mpisyncbn.comm import transport
 from support.ranks import WORLD, no_exchange, together
 
 RANK, SIZE = WORLD.rank, WORLD.size

@@ -7,7 +7,8 @@ import sys
 
 import pytest
 
-from mpisyncbn import ancestors, config
+from mpisyncbn import config
+from mpisyncbn.comm import ancestors
 from support import jobs
 from support.ranks import no_exchange, starts_mpiexec
 

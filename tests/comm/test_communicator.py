@@ -15,7 +15,7 @@ from torch import nn
 
 import mpisyncbn
 from mpisyncbn import Communicator, MPISyncBNError, SyncBatchNorm, functional, new_group, new_subgroups
-from mpisyncbn.communicator import resolve
+from mpisyncbn.comm.communicator import resolve
 from support.jobs import run_alone
 from support.oracle import distance, local_batch, oracle, shard
 from support.ranks import WORLD, several

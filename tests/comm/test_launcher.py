@@ -13,7 +13,8 @@ from mpi4py import MPI
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
 import mpisyncbn
-from mpisyncbn import communicator, config, launcher, nodes
+from mpisyncbn import config
+from mpisyncbn.comm import communicator, launcher, topology
 from support.ranks import WORLD, once, together
 
 SIZES = ("OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "MV2_COMM_WORLD_SIZE", "FLUX_JOB_SIZE", "JSM_NAMESPACE_SIZE")
@@ -291,4 +292,4 @@ def test_local_rank():
 )
 def test_ranks_beside(everyone, beside):
     for rank, ranks in beside.items():
-        assert nodes._ranks_beside(everyone, rank) == ranks
+        assert topology._ranks_beside(everyone, rank) == ranks

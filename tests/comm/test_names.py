@@ -17,12 +17,12 @@ from mpisyncbn import (
     SyncBatchNorm,
     convert_sync_batchnorm,
     functional,
-    leftovers,
-    names,
-    presence,
+    layer_names,
     revert_sync_batchnorm,
 )
-from mpisyncbn.communicator import resolve
+from mpisyncbn.comm import unreferenced
+from mpisyncbn.comm.communicator import resolve
+from mpisyncbn.liveness import rank_status
 from support.oracle import distance, local_batch, oracle, shard
 from support.ranks import WORLD, no_exchange, several
 
@@ -35,7 +35,7 @@ def test_the_names_of_dropped_layers_are_forgotten():
     group, x = Communicator(), shard((local_batch(), 3))
     first = SyncBatchNorm(3, momentum=1.0, process_group=group)
     first(x)
-    alive = len(names._layers)
+    alive = len(layer_names._layers)
     held = []
     for number in range(MANY):
         layer = SyncBatchNorm(3, process_group=group)
@@ -49,20 +49,20 @@ def test_the_names_of_dropped_layers_are_forgotten():
     first(x + 1)
     last = group.name_of(first._key), group.name_of(layer._key)
     assert last == tuple(f"the layer first used in exchange number {n}" for n in (1, MANY + 1))
-    assert len(group._names) <= 2 * (live + 2 * names._KEPT)
-    assert len(names._layers) <= alive + live + 1
+    assert len(group._names) <= 2 * (live + 2 * layer_names._KEPT)
+    assert len(layer_names._layers) <= alive + live + 1
     assert distance(first.running_mean, oracle(x + 1, x).mean) < 1e-5
 
 
 @no_exchange
 def test_a_layer_that_is_reverted_and_converted_again_and_again():
     group, layer = Communicator(MPI.COMM_SELF), nn.BatchNorm1d(3)
-    alive = len(names._layers)
+    alive = len(layer_names._layers)
     for _ in range(MANY):
         group.name_of(convert_sync_batchnorm(layer, group)._key)
         revert_sync_batchnorm(layer)
-    assert len(group._names) <= 2 * names._KEPT
-    assert len(names._layers) == alive
+    assert len(group._names) <= 2 * layer_names._KEPT
+    assert len(layer_names._layers) == alive
 
 
 @no_exchange
@@ -75,10 +75,10 @@ def test_the_names_of_all_that_live_are_kept():
     del layers
     for _ in range(MANY):
         group.name_of(SyncBatchNorm(1)._key)
-    assert len(group._names) <= 2 * (MANY + names._KEPT)
+    assert len(group._names) <= 2 * (MANY + layer_names._KEPT)
     for _ in range(2 * MANY):
         group.name_of(SyncBatchNorm(1)._key)
-    assert len(group._names) <= 4 * names._KEPT
+    assert len(group._names) <= 4 * layer_names._KEPT
 
 
 @no_exchange
@@ -87,7 +87,7 @@ def test_a_layer_that_fails_leaves_no_more_behind():
     for _ in range(MANY):
         with pytest.raises(ValueError, match="expected more than 1 value"):
             SyncBatchNorm(1, process_group=group)(torch.ones(1, 1))
-    assert len(group._names) <= 2 * names._KEPT
+    assert len(group._names) <= 2 * layer_names._KEPT
 
 
 @no_exchange
@@ -126,24 +126,24 @@ def test_buffers_for_messages_of_any_length_do_not_pile_up():
 
 def test_groups_of_one_rank_are_not_watched():
     group = resolve(WORLD.Split(RANK)).ready()
-    assert group.presence not in presence.everyone()
+    assert group.presence not in rank_status.everyone()
 
 
 def test_groups_are_watched_until_they_are_freed():
     group = Communicator().ready()
-    watched = [group.presence in presence.everyone()]
+    watched = [group.presence in rank_status.everyone()]
     group.free()
-    watched.append(group.presence in presence.everyone())
+    watched.append(group.presence in rank_status.everyone())
     assert watched == [SIZE > 1, False]
 
 
 def test_what_nobody_uses_any_more_is_given_back():
     x = shard((local_batch(), 3))
     SyncBatchNorm(3, process_group=Communicator())(x)
-    before = len(leftovers._kept)
+    before = len(unreferenced._kept)
     for _ in range(20):
         SyncBatchNorm(3, process_group=Communicator())(x)
-    assert len(leftovers._kept) == before
+    assert len(unreferenced._kept) == before
 
 
 @several

@@ -11,7 +11,7 @@ import pytest
 import torch
 from mpi4py import MPI
 
-from mpisyncbn import transport
+from mpisyncbn.comm import transport
 from mpisyncbn.errors import TransportError
 from support.ranks import WORLD, no_exchange
 

@@ -15,7 +15,7 @@ from torch.distributed import ReduceOp
 
 import mpisyncbn
 from mpisyncbn import CollectiveTimeoutError
-from mpisyncbn.progress import Work
+from mpisyncbn.distributed.work import Work
 from support.ranks import WORLD, error_of, several, together
 
 RANK, SIZE = WORLD.rank, WORLD.size

@@ -17,7 +17,7 @@ import torch.distributed as dist
 
 import mpisyncbn
 import mpisyncbn.distributed
-from mpisyncbn import store
+from mpisyncbn.distributed import store
 from support.ranks import WORLD, error_of, several, together
 
 RANK, SIZE = WORLD.rank, WORLD.size

@@ -13,12 +13,7 @@ from mpi4py import MPI
 from torch import nn
 
 import mpisyncbn
-from mpisyncbn import (
-    CollectiveMismatchError,
-    Communicator,
-    SyncBatchNorm,
-    functional,
-)
+from mpisyncbn import CollectiveMismatchError, Communicator, SyncBatchNorm, functional
 from support.oracle import distance, local_batch, oracle, shard
 from support.ranks import WORLD, error_of, several
 

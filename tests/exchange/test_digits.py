@@ -8,9 +8,10 @@ import torch
 from mpi4py import MPI
 
 import mpisyncbn
-from mpisyncbn import exchange, functional, transport
-from mpisyncbn.communicator import Communicator
-from mpisyncbn.diagnostics import Call, fingerprint
+from mpisyncbn import exchange, functional
+from mpisyncbn.comm import transport
+from mpisyncbn.comm.communicator import Communicator
+from mpisyncbn.fingerprint import Call, fingerprint
 from support.device import GPU, pretend
 from support.oracle import bits_equal_on_all_ranks, distance, oracle
 from support.ranks import WORLD

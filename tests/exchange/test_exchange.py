@@ -12,10 +12,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 from mpi4py import MPI
 
-from mpisyncbn import exchange, kernels, transport
-from mpisyncbn.communicator import Communicator, resolve
-from mpisyncbn.diagnostics import Call, fingerprint
+from mpisyncbn import exchange, kernels
+from mpisyncbn.comm import transport
+from mpisyncbn.comm.communicator import Communicator, resolve
 from mpisyncbn.errors import CollectiveMismatchError
+from mpisyncbn.fingerprint import Call, fingerprint
 from support.device import GPU, pretend
 from support.ranks import WORLD, error_of, together
 from support.recorder import Recorder

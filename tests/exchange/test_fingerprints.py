@@ -10,8 +10,9 @@ import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from mpisyncbn import CollectiveMismatchError, diagnostics
-from mpisyncbn.diagnostics import Call, check, fingerprint
+from mpisyncbn import CollectiveMismatchError
+from mpisyncbn import fingerprint as fingerprints
+from mpisyncbn.fingerprint import Call, check, fingerprint
 from support.ranks import no_exchange
 
 pytestmark = no_exchange
@@ -21,7 +22,7 @@ CALL = Call("a layer", "forward", 3, "float32")
 
 def agree(size, sum_h, sum_hh):
     group = SimpleNamespace(size=size)
-    with patch.object(diagnostics, "mismatch", side_effect=CollectiveMismatchError):
+    with patch.object(fingerprints, "mismatch", side_effect=CollectiveMismatchError):
         try:
             check(group, sum_h, sum_hh, CALL)
         except CollectiveMismatchError:

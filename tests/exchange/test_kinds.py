@@ -10,8 +10,9 @@ import pytest
 import torch
 
 import mpisyncbn
-from mpisyncbn import MPISyncBNError, SyncBatchNorm, buffers, functional, sync_batch_norm
-from mpisyncbn.communicator import by_handle
+from mpisyncbn import MPISyncBNError, SyncBatchNorm, functional, sync_batch_norm
+from mpisyncbn.comm.communicator import by_handle
+from mpisyncbn.distributed import host_tensors
 from mpisyncbn.functional import BatchStats
 from support.ranks import WORLD, up_to_two
 
@@ -106,11 +107,14 @@ OF_ANOTHER_KIND = [
     (lambda: sync_batch_norm(ROWS, None, None, np.ones(3, "f4")), "weight to be Tensor like the input"),
     (lambda: sync_batch_norm(ROWS, None, None, None, np.ones(3, "f4")), "bias to be Tensor like the input"),
     (
-        lambda: buffers.name_of("SUM of squares"),
-        f"one of {', '.join(buffers._OPERATIONS)} as the reduction, got another",
+        lambda: host_tensors.name_of("SUM of squares"),
+        f"one of {', '.join(host_tensors._OPERATIONS)} as the reduction, got another",
     ),
-    (lambda: buffers.staged([1.0]), "a tensor, got list"),
-    (lambda: buffers.staged(torch.eye(2).to_sparse()), "a dense tensor, got one of layout torch.sparse_coo"),
+    (lambda: host_tensors.staged([1.0]), "a tensor, got list"),
+    (
+        lambda: host_tensors.staged(torch.eye(2).to_sparse()),
+        "a dense tensor, got one of layout torch.sparse",
+    ),
 ]
 OUT_OF_RANGE = [
     (

@@ -8,10 +8,11 @@ import numpy as np
 import pytest
 from mpi4py import MPI
 
-from mpisyncbn import exchange, kernels, transport
-from mpisyncbn.communicator import Communicator
-from mpisyncbn.diagnostics import Call
+from mpisyncbn import exchange, kernels
+from mpisyncbn.comm import transport
+from mpisyncbn.comm.communicator import Communicator
 from mpisyncbn.errors import CollectiveMismatchError, MPISyncBNError
+from mpisyncbn.fingerprint import Call
 from support.ranks import WORLD
 
 pytestmark = pytest.mark.skipif(kernels.native() is None, reason="the native kernels were not built")

@@ -10,8 +10,8 @@ import torch
 from mpi4py import MPI
 
 import mpisyncbn
-from mpisyncbn import CollectiveMismatchError, Communicator, MPISyncBNError, SyncBatchNorm, diagnostics
-from mpisyncbn.diagnostics import Call
+from mpisyncbn import CollectiveMismatchError, Communicator, MPISyncBNError, SyncBatchNorm, fingerprint
+from mpisyncbn.fingerprint import Call
 from support.ranks import WORLD
 
 RANK, SIZE = WORLD.rank, WORLD.size
@@ -68,7 +68,7 @@ def test_an_error_of_mpi_in_debug_mode_and_before_it(monkeypatch):
     unready = Communicator()
     unready._source = Failing(WORLD, Dup=fails(MPI.ERR_INTERN))
     with (
-        patch.object(mpisyncbn.communicator, "_check"),
+        patch.object(mpisyncbn.comm.communicator, "_check"),
         pytest.raises(MPISyncBNError, match=rf"MPI failed to duplicate .* \(on rank {RANK} of {SIZE}\)"),
     ):
         unready.ready()
@@ -76,16 +76,16 @@ def test_an_error_of_mpi_in_debug_mode_and_before_it(monkeypatch):
 
 def test_a_rank_that_does_not_answer_is_not_waited_for(monkeypatch):
     """As where MPI has left it waiting for the rest of a longer message."""
-    monkeypatch.setattr(diagnostics, "_PATIENCE", 0.01)
-    monkeypatch.setattr(diagnostics, "_abandoned", [])
+    monkeypatch.setattr(fingerprint, "_PATIENCE", 0.01)
+    monkeypatch.setattr(fingerprint, "_abandoned", [])
     pending = SimpleNamespace(Test=lambda: False)
     group = Communicator(MPI.COMM_SELF).ready()
     group.size, group.comm = 2, SimpleNamespace(Iallgather=lambda *_: pending)
     with pytest.raises(
         CollectiveMismatchError, match=r"rank 0 on .*: forward of a layer[^$]*rank 1 no answer in"
     ):
-        diagnostics.mismatch(group, CALL)
-    assert diagnostics._abandoned[0][0] is pending
+        fingerprint.mismatch(group, CALL)
+    assert fingerprint._abandoned[0][0] is pending
 
 
 @pytest.mark.parametrize("looks", [1, 2, 5])
@@ -93,12 +93,12 @@ def test_an_answer_that_takes_a_moment_is_waited_for(looks, monkeypatch):
     """Asleep, since the rank that answers may share the core; but not for long."""
     naps, answers = [], iter([False] * (looks - 1) + [True])
     clock = SimpleNamespace(sleep=naps.append, monotonic=lambda: sum(naps))
-    monkeypatch.setattr(diagnostics, "time", clock)
-    monkeypatch.setattr(diagnostics, "_abandoned", [])
+    monkeypatch.setattr(fingerprint, "time", clock)
+    monkeypatch.setattr(fingerprint, "_abandoned", [])
     group = Communicator(MPI.COMM_SELF).ready()
     group.comm = SimpleNamespace(Iallgather=lambda *_: SimpleNamespace(Test=lambda: next(answers)))
     with pytest.raises(CollectiveMismatchError, match=r"rank 0 on .*: forward of a layer"):
-        diagnostics.mismatch(group, CALL)
+        fingerprint.mismatch(group, CALL)
     assert len(naps) == looks - 1
     assert all(0 < nap <= 0.01 for nap in naps)
-    assert not diagnostics._abandoned
+    assert not fingerprint._abandoned

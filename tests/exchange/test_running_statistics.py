@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 import torch
 
-from mpisyncbn import functional, transport
+from mpisyncbn import functional
+from mpisyncbn.comm import transport
 from mpisyncbn.functional import BatchStats
 from mpisyncbn.kernels import native
 from support.oracle import shard

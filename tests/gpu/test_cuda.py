@@ -14,9 +14,10 @@ import torch
 from mpi4py import MPI
 
 import mpisyncbn
-from mpisyncbn import communicator, staging, transport
+from mpisyncbn.comm import communicator, staging, transport
 from mpisyncbn.errors import CollectiveMismatchError, MPISyncBNError
-from mpisyncbn.kernels import aten_cuda, generic
+from mpisyncbn.kernels import generic
+from mpisyncbn.kernels.cuda import aten_cuda
 from support.device import DEVICE, GPU, cuda, needs_gpu, needs_triton, pretend, there
 from support.jobs import run_alone
 from support.oracle import bits_equal_on_all_ranks, distance, local_batch, oracle, shard
@@ -55,7 +56,7 @@ def kernels(request, monkeypatch):
 @pytest.fixture
 def group(request, monkeypatch):
     """A group that uses the transport."""
-    monkeypatch.setattr("mpisyncbn.transport.chosen", lambda MPI: (request.param, "the test says so"))
+    monkeypatch.setattr("mpisyncbn.comm.transport.chosen", lambda MPI: (request.param, "the test says so"))
     return mpisyncbn.Communicator()
 
 
@@ -215,7 +216,7 @@ def test_ranks_in_different_calls(group, monkeypatch):
 
 def test_all_ranks_use_the_device_or_none(monkeypatch):
     where = "device" if WORLD.rank == 0 else "host"
-    monkeypatch.setattr("mpisyncbn.transport.chosen", lambda MPI: (where, "the test says so"))
+    monkeypatch.setattr("mpisyncbn.comm.transport.chosen", lambda MPI: (where, "the test says so"))
     group = mpisyncbn.Communicator().ready()
     with together():
         assert group.transport == ("device" if WORLD.size == 1 else "host")

@@ -9,8 +9,9 @@ import pytest
 import torch
 from mpi4py import MPI
 
-from mpisyncbn import functional, kernels, staging, transport
-from mpisyncbn.communicator import Communicator
+from mpisyncbn import functional, kernels
+from mpisyncbn.comm import staging, transport
+from mpisyncbn.comm.communicator import Communicator
 from mpisyncbn.errors import CollectiveMismatchError, MPISyncBNError
 from mpisyncbn.functional import BatchStats
 from mpisyncbn.kernels import generic

@@ -25,7 +25,7 @@ pytestmark = once("setup.py is no MPI program")
 SUFFIX = sysconfig.get_config_var("EXT_SUFFIX")
 NATIVE = sorted(
     str(path.relative_to(ROOT))
-    for path in (ROOT / "mpisyncbn" / "kernels").iterdir()
+    for path in (ROOT / "mpisyncbn" / "kernels" / "cpu").iterdir()
     if path.suffix in (".cpp", ".h")
 )
 COMPILER = """\
@@ -96,7 +96,7 @@ def lines_about_native(output: str) -> list[str]:
 def test_without_native_kernels(tree: Tree, variables: dict[str, str] | None, reason: str) -> None:
     if variables is None:
         (tree.folder / "nanobind.py").write_text("raise ImportError\n")
-    stale = tree.sources / "mpisyncbn" / "kernels" / f"_cpu{SUFFIX}"
+    stale = tree.sources / "mpisyncbn" / "kernels" / "cpu" / f"_cpu{SUFFIX}"
     stale.touch()
 
     for arguments in (["build_ext", "--inplace"], ["build"]):
@@ -123,9 +123,9 @@ def test_with_native_kernels(tree: Tree) -> None:
     tree.setup("build_ext", "--inplace")
     assert len(tree.calls()) == 2, "the flags had"
     for name in (
-        "mpisyncbn/kernels/cpu.cpp",
-        "mpisyncbn/kernels/cpu_lanes.h",
-        "mpisyncbn/kernels/cpu_loops.h",
+        "mpisyncbn/kernels/cpu/module.cpp",
+        "mpisyncbn/kernels/cpu/lanes.h",
+        "mpisyncbn/kernels/cpu/loops.h",
     ):
         later = max(path.stat().st_mtime for path in tree.built()) + 1
         os.utime(tree.sources / name, (later, later))
@@ -157,7 +157,7 @@ def test_sources_are_distributed(tree: Tree) -> None:
 RESULTS = """
 import json, sys
 if {blocked}:
-    sys.modules["mpisyncbn.kernels._cpu"] = None  # importing it fails
+    sys.modules["mpisyncbn.kernels.cpu._cpu"] = None  # importing it fails
 import numpy as np, torch, mpisyncbn
 from mpisyncbn import kernels
 from mpisyncbn.kernels import generic

@@ -47,7 +47,7 @@ def of_extension(owner: Any) -> Iterator[tuple[str, Any]]:
 
 
 def test_the_stub_says_what_is_there() -> None:
-    from mpisyncbn.kernels import _cpu
+    from mpisyncbn.kernels.cpu import _cpu
 
     stub = ast.parse(Path(_cpu.__file__).with_name("_cpu.pyi").read_text())
     assert dict(of_stub(stub.body)) == dict(of_extension(_cpu))

@@ -15,7 +15,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import mpisyncbn
-from mpisyncbn.kernels import Activation, aten_cuda
+from mpisyncbn.kernels import Activation
+from mpisyncbn.kernels.cuda import aten_cuda
 from support.device import GPU, needs_triton, there
 from support.kernels import TOLERANCE, check, check_fused, cuda
 from support.oracle import distance, shard
@@ -42,8 +43,8 @@ def test_arrays_by_way_of_dlpack(pointer, monkeypatch):
     monkeypatch.setattr(torch.cuda, "default_stream", lambda: 0)
     monkeypatch.setattr(torch.cuda, "ExternalStream", lambda given: given)
     monkeypatch.setattr(torch.cuda, "stream", lambda stream: streams.append(stream) or nullcontext())
-    monkeypatch.delitem(sys.modules, "mpisyncbn.kernels.dlpack", raising=False)
-    dlpack = importlib.import_module("mpisyncbn.kernels.dlpack")
+    monkeypatch.delitem(sys.modules, "mpisyncbn.kernels.cuda.dlpack", raising=False)
+    dlpack = importlib.import_module("mpisyncbn.kernels.cuda.dlpack")
     monkeypatch.setattr(dlpack, "on_cuda", lambda device: (cuda.module, "Triton"))
     try:
         for dtype in ("float32", "float64", "float16"):
@@ -57,7 +58,7 @@ def test_arrays_by_way_of_dlpack(pointer, monkeypatch):
             check_fused(dlpack, x, dy, weight, bias, residual)
             check_fused(dlpack, x, dy, weight, bias, None)
     finally:
-        del sys.modules["mpisyncbn.kernels.dlpack"]  # what it imported was not CuPy
+        del sys.modules["mpisyncbn.kernels.cuda.dlpack"]  # what it imported was not CuPy
     assert set(streams) == {pointer}
 
 
@@ -201,6 +202,6 @@ def test_what_a_kernel_must_not_write_to():
 
 @needs_triton
 def test_triton_has_the_numbers_of_all_activations():
-    cuda_activation = importlib.import_module("mpisyncbn.kernels.cuda_activation")
+    cuda_activation = importlib.import_module("mpisyncbn.kernels.cuda.cuda_activation")
     numbers = {name: getattr(cuda_activation, name).value for name in Activation.__members__}
     assert numbers == dict(Activation.__members__)

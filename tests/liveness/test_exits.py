@@ -175,6 +175,8 @@ def test_a_process_that_no_launcher_started_is_left_alone(launched, run):
 
 def test_one_rank_ends_as_ever(run):
     """A world of one has nobody to wait: no abort, no word."""
-    done = run("import mpisyncbn.exits\nmpisyncbn.exits.install()\nfrom mpi4py import MPI\n1 / 0")
+    done = run(
+        "import mpisyncbn.liveness.exits\nmpisyncbn.liveness.exits.install()\nfrom mpi4py import MPI\n1 / 0"
+    )
     assert done.status == 1
     assert done.stderr.rstrip().endswith("ZeroDivisionError: division by zero")

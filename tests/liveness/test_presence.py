@@ -14,8 +14,9 @@ import time
 import pytest
 
 import mpisyncbn
-from mpisyncbn import Communicator, SyncBatchNorm, attendance, presence
-from mpisyncbn.presence import Presence
+from mpisyncbn import Communicator, SyncBatchNorm
+from mpisyncbn.liveness import arrivals, rank_status
+from mpisyncbn.liveness.rank_status import Presence
 from support.oracle import local_batch, shard
 from support.ranks import WORLD, several
 
@@ -50,7 +51,7 @@ def test_what_a_rank_is_doing_can_be_seen_while_it_waits():
 def test_nothing_is_left_to_see_after_an_error(monkeypatch):
     group = Communicator().ready()
     group.link = None
-    monkeypatch.setattr(mpisyncbn.diagnostics, "check", interrupted)
+    monkeypatch.setattr(mpisyncbn.fingerprint, "check", interrupted)
     with pytest.raises(KeyboardInterrupt):
         SyncBatchNorm(3, process_group=group)(shard((local_batch(), 3)))
     assert group.presence.doing is None
@@ -72,7 +73,7 @@ def hear(group, until):
 def quiet(monkeypatch):
     """A group that the threads leave alone, and what is said about it."""
     said = []
-    monkeypatch.setattr(presence, "say", said.append)
+    monkeypatch.setattr(rank_status, "say", said.append)
     group = Communicator().ready()
     group.presence.end()
     return group.presence, said
@@ -128,7 +129,7 @@ def test_a_rank_that_has_left_is_heard_of(quiet):
     """By its neighbours, to which native code says so."""
     group, _ = quiet
     if RANK == 0:
-        group._send(1, presence._LEFT, "10")
+        group._send(1, rank_status._LEFT, "10")
         hear(group, lambda: not group._sends)
     if RANK == 1:
         hear(group, lambda: group.left)
@@ -180,9 +181,9 @@ def test_who_has_not_come_to_the_first_exchange_is_named():
     def seen(*here):
         with contextlib.ExitStack() as marks:
             for group in here:
-                marks.enter_context(attendance.mark(group))
+                marks.enter_context(arrivals.mark(group))
             WORLD.barrier()
-            found = attendance.absent(ranks)
+            found = arrivals.absent(ranks)
             WORLD.barrier()
             return found
 
@@ -190,7 +191,7 @@ def test_who_has_not_come_to_the_first_exchange_is_named():
         without_one = seen(*([] if late == RANK else [ranks]), [late])
         everybody = seen(ranks)
         worker.kill()
-    elsewhere = attendance.absent([SIZE])
+    elsewhere = arrivals.absent([SIZE])
     assert without_one == {late: f"has not come: its process {process} is alive"}
     assert everybody == {}
     assert elsewhere == {SIZE: "may have come, on another host: no process of it is on this one"}

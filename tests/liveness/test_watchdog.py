@@ -8,8 +8,9 @@ import time
 
 import pytest
 
-from mpisyncbn import Communicator, SyncBatchNorm, presence, watchdog
-from mpisyncbn.presence import DEFAULT_TIMEOUT, Presence, agreed_timeout
+from mpisyncbn import Communicator, SyncBatchNorm
+from mpisyncbn.liveness import rank_status, watchdog
+from mpisyncbn.liveness.rank_status import DEFAULT_TIMEOUT, Presence, agreed_timeout
 from support.oracle import local_batch, shard
 from support.ranks import WORLD, several
 
@@ -143,10 +144,10 @@ def ending(monkeypatch):
         said.append((status, cure))
         raise Ended
 
-    monkeypatch.setattr(presence, "say", said.append)
-    monkeypatch.setattr(presence, "end_job", end_job)
-    monkeypatch.setattr(presence, "ASKING", 0.01)
-    monkeypatch.setattr(presence, "ANSWERING", 0.01)
+    monkeypatch.setattr(rank_status, "say", said.append)
+    monkeypatch.setattr(rank_status, "end_job", end_job)
+    monkeypatch.setattr(rank_status, "ASKING", 0.01)
+    monkeypatch.setattr(rank_status, "ANSWERING", 0.01)
     return said
 
 
@@ -162,7 +163,7 @@ def test_a_rank_that_waited_too_long_says_so_and_ends_the_job(ending):
     )
     assert "Python stack of MainThread, innermost call last:\n" in ending[0]
     assert ending[1] == "the other ranks could not be asked before the first exchange"
-    assert ending[2][0] == presence.TIMED_OUT
+    assert ending[2][0] == rank_status.TIMED_OUT
 
 
 def test_a_rank_that_waits_in_vain_says_so_and_ends_the_job(ending):
@@ -175,7 +176,7 @@ def test_a_rank_that_waits_in_vain_says_so_and_ends_the_job(ending):
         in ending[0]
     )
     assert "rank 3 has left the program after exchange number 11" in ending[0]
-    assert ending[1][0] == presence.STRANDED
+    assert ending[1][0] == rank_status.STRANDED
 
 
 @pytest.mark.parametrize(("status", "over"), [(1, True), (1, False), (0, True)])
@@ -198,5 +199,5 @@ def test_a_rank_that_failed_and_lingers_ends_the_job(status, over, ending, monke
 
 def test_nobody_waits_for_what_never_returns():
     release = threading.Event()
-    presence.within(0.01, release.wait)
+    rank_status.within(0.01, release.wait)
     release.set()

@@ -22,8 +22,8 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from mpisyncbn.kernels import cuda_elementwise, cuda_moments, cuda_plans, cuda_running_stats, cuda_sums
 from mpisyncbn.kernels.activation import Activation
+from mpisyncbn.kernels.cuda import cuda_elementwise, cuda_moments, cuda_plans, cuda_running_stats, cuda_sums
 
 POINTERS = {"float64": "*fp64", "float32": "*fp32", "bfloat16": "*bf16"}
 VECTOR = "*fp64"

@@ -148,7 +148,7 @@ class Event:
 def pretend(monkeypatch: pytest.MonkeyPatch) -> SlowDevice:
     """Take tensors in host memory for those of a device."""
     slow = SlowDevice(lazy_uploads=False)  # torch itself would read what is not there yet
-    monkeypatch.setattr("mpisyncbn.staging._of_thread", threading.local())
-    monkeypatch.setattr("mpisyncbn.transport.on_host", lambda array: isinstance(array, np.ndarray))
-    monkeypatch.setattr("mpisyncbn.staging._driver_of", lambda like, where: slow)
+    monkeypatch.setattr("mpisyncbn.comm.staging._of_thread", threading.local())
+    monkeypatch.setattr("mpisyncbn.comm.transport.on_host", lambda array: isinstance(array, np.ndarray))
+    monkeypatch.setattr("mpisyncbn.comm.staging._driver_of", lambda like, where: slow)
     return slow

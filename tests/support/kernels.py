@@ -12,7 +12,8 @@ import torch
 from mpi4py import MPI
 from torch import Tensor
 
-from mpisyncbn.kernels import Activation, ActivationContext, aten, aten_cuda, generic, native
+from mpisyncbn.kernels import Activation, ActivationContext, aten, generic, native
+from mpisyncbn.kernels.cuda import aten_cuda
 from support.device import GPU, OnDevice, needs_triton
 from support.device import cuda as triton_kernels
 from support.oracle import distance, oracle
@@ -31,7 +32,7 @@ EVERY = [
     pytest.param(OnDevice(aten_cuda), id="aten_cuda"),
     pytest.param(generic, id="generic"),
 ]
-LEVELS = range(4)  # of instruction sets, see cpu.cpp; beyond what the processor has, its best is taken
+LEVELS = range(4)  # of instruction sets; beyond what the processor has, its best is taken
 # What one rounding to the dtype costs, with room for the sums.
 TOLERANCE = {torch.float64: 1e-13, torch.float32: 1e-6, torch.bfloat16: 5e-3, torch.float16: 1e-3}
 # Triton's interpreter takes a thousand times as long, whatever is in a tile.

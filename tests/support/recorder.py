@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from mpisyncbn.communicator import Communicator
+from mpisyncbn.comm.communicator import Communicator
 
 
 class Recorder:

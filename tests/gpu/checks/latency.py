@@ -16,9 +16,10 @@ import torch.distributed as dist
 import mpisyncbn
 from benchmarks.peers import gloo
 from benchmarks.timing import interleave
-from mpisyncbn import exchange, functional, transport
-from mpisyncbn.diagnostics import Call
+from mpisyncbn import exchange, functional
+from mpisyncbn.comm import transport
 from mpisyncbn.errors import TransportError
+from mpisyncbn.fingerprint import Call
 
 from .context import Context
 from .records import summary

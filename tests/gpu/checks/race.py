@@ -11,7 +11,7 @@ import numpy as np
 import torch
 
 import mpisyncbn
-from mpisyncbn import communicator, transport
+from mpisyncbn.comm import communicator, transport
 from mpisyncbn.errors import TransportError
 from support.whole_batch import distance, whole_batch
 

@@ -21,7 +21,7 @@ _ELEMENTS = [(warps, bytes, steps) for warps in (4, 8) for bytes in (32, 64) for
 
 def tiles(context: Context) -> None:
     """This rank alone. For each tensor and verb, microseconds by tile: those in use first."""
-    from mpisyncbn.kernels import cuda_plans
+    from mpisyncbn.kernels.cuda import cuda_plans
 
     for shape in _SHAPES[:2] if context.quick else _SHAPES:
         for dtype in (torch.float32, torch.bfloat16):

@@ -36,7 +36,7 @@ def transport(context: Context, asked: str) -> None:
     import torch
 
     import mpisyncbn
-    from mpisyncbn import communicator, transport
+    from mpisyncbn.comm import communicator, transport
     from mpisyncbn.errors import TransportError
     from support.whole_batch import distance, whole_batch
 

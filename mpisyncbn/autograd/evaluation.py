@@ -1,0 +1,59 @@
+"""Batch norm in evaluation: by the running statistics, of this rank alone."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ..kernels.activation import activate, activation_named
+
+__all__ = ["evaluate", "finish"]
+
+
+def evaluate(
+    x: Tensor,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    eps: float,
+    activation: str | None = None,
+    residual: Tensor | None = None,
+) -> Tensor:
+    """``y``, and a gradient of the statistics of this moment, whatever becomes of them before the backward.
+
+    Without running statistics those of the batch serve. Not collective.
+    """
+    if running_mean is not None and running_var is not None and _is_recorded(x, weight, bias):
+        # Autograd keeps them by reference, and a training step before the backward changes them in place.
+        # torch's own layer takes the new ones then, without a word, or raises where it is compiled.
+        if torch.compiler.is_compiling():
+            running_mean, running_var = torch.ops.mpisyncbn.keep(running_mean, running_var)
+        else:
+            running_mean, running_var = running_mean.clone(), running_var.clone()
+    y = F.batch_norm(x, running_mean, running_var, weight, bias, running_mean is None, 0.0, eps)
+    return finish(y, activation, residual)
+
+
+def _is_recorded(*tensors: Tensor | None) -> bool:
+    if not torch.is_grad_enabled() or torch.jit.is_tracing() or torch.compiler.is_exporting():
+        return False  # a graph that is handed on holds torch's operations alone
+    return any(each is not None and each.requires_grad for each in tensors)
+
+
+def finish(y: Tensor, activation: str | None, residual: Tensor | None) -> Tensor:
+    """Residual and activation as operations of their own, where nothing fuses them with the rest."""
+    if residual is not None:
+        y = y + residual
+    return activate(y, activation_named(activation))
+
+
+# The compiler would copy them a second time in the backward, when they have changed: it looks into clone(),
+# and not into this.
+_LIBRARY = torch.library.Library("mpisyncbn", "FRAGMENT")
+_LIBRARY.define("keep(Tensor mean, Tensor var) -> (Tensor, Tensor)")
+_LIBRARY.impl("keep", lambda mean, var: (mean.clone(), var.clone()), "CompositeExplicitAutograd")
+torch.library.register_fake(
+    "mpisyncbn::keep", lambda mean, var: (torch.empty_like(mean), torch.empty_like(var))
+)

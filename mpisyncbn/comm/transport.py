@@ -1,0 +1,260 @@
+"""Where the message lives, and how vectors get into it and out again.
+
+- ``host``: in host memory. Vectors of a device are staged there by way of pinned buffers (staging.py).
+- ``device``: in the memory of the device; its pointer goes to a CUDA-aware MPI (staging.DeviceMessage).
+
+Either way what comes out of the exchange is known on the host: NumPy vectors, which ``near`` copies to the
+device again. Tensors and arrays in host memory know nothing of all this.
+"""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
+from typing import Any
+
+import numpy as np
+
+from .. import config
+from ..errors import TransportError, on_rank
+from ..kernels import has_float64, loaded_torch, native
+from .staging import device_of, stage_of
+
+__all__ = [
+    "addresses",
+    "blend",
+    "changed",
+    "chosen",
+    "device_of",
+    "direct",
+    "from_host",
+    "handle",
+    "known",
+    "near",
+    "on_device",
+    "on_host",
+    "to_host",
+]
+
+_WORD = (1 << 64) - 1
+# What MPICH calls a kind of device in MPIX_GPU_query_support, and MPI-4.1 a kind of memory.
+_KINDS = {"cuda": 0, "rocm": 2}
+_OPEN_MPI_ECHOES_BELOW = (6, 0, 0)  # mpi_memory_alloc_kinds: there, what the program asked for
+
+
+def chosen(MPI: Any) -> tuple[str, str]:
+    """The transport that this rank would use for data on a device, and the reason why.
+
+    The ranks of a group use ``device`` only where all of them would. A wrong yes is a segmentation fault
+    inside MPI, so what is not known for sure means host.
+
+    Raises TransportError where MPISYNCBN_TRANSPORT forces one that is not available.
+    """
+    asked = config.transport()
+    if asked == "host":
+        return "host", "MPISYNCBN_TRANSPORT=host"
+    kind = "rocm" if _is_rocm() else "cuda"
+    aware, reason = _is_aware(MPI, kind)
+    if asked == "device" and not aware:
+        raise TransportError(
+            f"MPISYNCBN_TRANSPORT=device asks for messages in device memory, but {_name(MPI)} cannot take "
+            f"them{on_rank()}: {reason}. Use an MPI library built for {kind} (docs/transports.md), or set "
+            "the variable to auto"
+        )
+    return "device" if aware else "host", reason
+
+
+def _is_aware(MPI: Any, kind: str) -> tuple[bool, str]:
+    """Whether MPI takes pointers to device memory, and who said so."""
+    query = f"MPIX_Query_{kind}_support"
+    try:  # its symbols are also those of the MPI library it is linked with
+        library: Any = ctypes.CDLL(MPI.__file__)
+    except OSError:
+        library = None
+    if hasattr(library, query):
+        aware = getattr(library, query)() == 1
+        return aware, f"{query}() says {'yes' if aware else 'no'}"
+    if hasattr(library, "MPIX_GPU_query_support"):
+        found = ctypes.c_int(0)
+        aware = library.MPIX_GPU_query_support(_KINDS[kind], ctypes.byref(found)) == 0 and found.value == 1
+        return aware, f"MPIX_GPU_query_support() says {'yes' if aware else 'no'}"
+    vendor, version = MPI.get_vendor()
+    if vendor != "Open MPI" or version >= _OPEN_MPI_ECHOES_BELOW:
+        info = MPI.COMM_WORLD.Get_info()
+        kinds = info.Get("mpi_memory_alloc_kinds")
+        info.Free()
+        if kinds is not None:
+            aware = any(each.partition(":")[0] == kind for each in kinds.split(","))
+            return aware, f"mpi_memory_alloc_kinds is {kinds!r}"
+    variable = config.device_aware(kind)
+    if variable is not None:
+        return True, f"{variable} is set"
+    return False, (
+        f"{query}, MPIX_GPU_query_support, mpi_memory_alloc_kinds and the variables of Cray MPICH and "
+        "MVAPICH2 were looked for, and none is there"
+    )
+
+
+def _is_rocm() -> bool:
+    torch = loaded_torch()
+    return torch is not None and torch.version.hip is not None
+
+
+def _name(MPI: Any) -> str:
+    vendor, version = MPI.get_vendor()
+    return f"{vendor} {'.'.join(map(str, version))}"
+
+
+def direct(comm: Any, MPI: Any) -> Any:
+    """Native code that packs, sends and merges the message in one call; None where there is none.
+
+    It calls the MPI_Allreduce of the library that mpi4py is linked with, and no other that may have been
+    loaded since. ``comm`` must return error codes.
+    """
+    kernels = native()
+    if kernels is None:
+        return None
+    try:
+        (address,) = addresses(MPI, "MPI_Allreduce")
+    except (AttributeError, OSError):
+        return None
+    on, double, add = (handle(MPI, each) for each in (comm, MPI.DOUBLE, MPI.SUM))
+    in_place, int_handles = int(MPI.IN_PLACE), MPI._sizeof(comm) == 4
+    return kernels.Link(address, on, double, add, in_place, int_handles, comm.Get_size())
+
+
+def addresses(MPI: Any, *names: str) -> list[Any]:
+    """Of functions of the library that mpi4py is linked with.
+
+    Raises AttributeError or OSError where one is not there.
+    """
+    library = ctypes.CDLL(MPI.__file__)
+    return [ctypes.cast(getattr(library, name), ctypes.c_void_p).value for name in names]
+
+
+def handle(MPI: Any, thing: Any) -> int:
+    """MPI's handle for an object of mpi4py, as native code takes it."""
+    return MPI._handleof(thing) & _WORD
+
+
+def on_host(array: Any) -> bool:
+    """Whether the values of an array are in host memory."""
+    return isinstance(array, np.ndarray) or getattr(array, "is_cpu", False)
+
+
+def known(number: Any) -> bool:
+    """Whether the value of a number, or of an array of no dimensions, can be looked at without waiting."""
+    if isinstance(number, (int, float)):  # also one that torch.compile traces: it has no attributes
+        return True
+    if not hasattr(number, "is_cpu"):
+        return on_host(number) or not hasattr(number, "ndim") or isinstance(number, np.generic)
+    torch = loaded_torch()
+    if torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack() or not number.is_cpu:
+        return False  # where shapes alone are computed, there are no values
+    return type(number) in (torch.Tensor, torch.nn.Parameter)
+
+
+def on_device(array: Any) -> bool:
+    """Whether its values are in memory whose pointer a CUDA-aware MPI takes."""
+    return not on_host(array) and stage_of(array) is not None
+
+
+def to_host(*vectors: Any) -> Sequence[np.ndarray]:
+    """Float64 NumPy vectors with the values of any arrays, all of one kind.
+
+    Those of a device are views of a pinned buffer: use them before the next few calls.
+    """
+    if isinstance(vectors[0], np.ndarray):
+        return vectors
+    if on_host(vectors[0]):
+        return [vector.detach().double().numpy() for vector in vectors]
+    stage = stage_of(vectors[0])
+    if stage is not None:
+        return stage.to_host(vectors)
+    return [vector.detach().to("cpu").double().numpy() for vector in vectors]
+
+
+def near(x: Any, *vectors: Any) -> Sequence[Any]:
+    """The vectors where kernels for ``x`` take them: NumPy ones are copied to its device, if it is on one."""
+    if not isinstance(vectors[0], np.ndarray) or on_host(x):
+        return vectors
+    stage = stage_of(x)
+    if stage is not None:
+        return stage.to_device(vectors)
+    dtype = "float64" if has_float64(x) else "float32"
+    return list(loaded_torch().from_numpy(np.stack(vectors).astype(dtype)).to(x.device))
+
+
+def from_host(values: np.ndarray, like: Any) -> Any:
+    """``values`` as the kind of array that ``like`` is, on its device."""
+    if isinstance(like, np.ndarray):
+        return values
+    return loaded_torch().from_numpy(values) if on_host(like) else near(like, values)[0]
+
+
+def changed(array: Any) -> Any:
+    """What tells autograd that native code writes to such arrays, as torch itself tells it; or None."""
+    return None if isinstance(array, np.ndarray) else loaded_torch()._C._increment_version
+
+
+def blend(running: Sequence[Any], batch: Sequence[np.ndarray], momentum: Any, batches: Any = None) -> None:
+    """``running = (1 - momentum) * running + momentum * batch`` in place, for vectors of one kind.
+
+    And one more in the tensor ``batches``. Whatever raises, all or nothing of it.
+    """
+    first = running[0]
+    if not hasattr(first, "lerp_"):  # NumPy, CuPy
+        news = near(first, *batch)
+        blended = [lerp(old, new, momentum) for old, new in zip(running, news, strict=True)]
+        with _all_or_nothing(*running):
+            for old, value in zip(running, blended, strict=True):
+                old[...] = value
+        return
+    torch = loaded_torch()
+    # half precision is rounded once, after the sum
+    wide = first.dtype
+    if wide.itemsize < 4:
+        wide = torch.float64 if has_float64(first) else torch.float32
+    news = [torch.from_numpy(vector) for vector in batch] if on_host(first) else near(first, *batch)
+    news = [new.to(wide) for new in news]
+    weight = momentum if isinstance(momentum, (int, float)) else momentum.to(first.device, wide)
+    with _all_or_nothing(*running, *(() if batches is None else (batches,))):
+        for old, new in zip(running, news, strict=True):
+            if old.dtype == wide:
+                old.lerp_(new, weight)
+            else:
+                old.copy_(old.to(wide).lerp_(new, weight))
+        if batches is not None:
+            batches.add_(1)
+
+
+def lerp(old: Any, new: Any, momentum: Any) -> Any:
+    """``(1 - momentum) * old + momentum * new``, rounded as by ``torch.lerp``: a step from the nearer end.
+
+    So a momentum of 1 gives ``new``, also if it is lost in ``new - old``.
+    """
+    if hasattr(old, "lerp"):
+        is_number = isinstance(momentum, (int, float))
+        return old.lerp(new, momentum if is_number else momentum.to(old.device, old.dtype))
+    step = new - old
+    from_old, from_new = old + momentum * step, new - (1 - momentum) * step
+    if known(momentum):
+        return from_old if momentum < 0.5 else from_new
+    return np.where(momentum < 0.5, from_old, from_new)
+
+
+@contextmanager
+def _all_or_nothing(*arrays: Any) -> Iterator[None]:
+    """What is written inside is taken back where anything raises there, an interrupt for example."""
+    # not on a device, where nothing but an interrupt does, and copies would take longer than the rest
+    copies = [
+        each.copy() if isinstance(each, np.ndarray) else each.clone() for each in arrays if on_host(each)
+    ]
+    try:
+        yield
+    except BaseException:
+        for each, copy in zip(arrays, copies, strict=False):
+            with suppress(Exception):  # what cannot be written has not been
+                each[...] = copy
+        raise

@@ -1,0 +1,301 @@
+"""The collectives of torch.distributed over MPI, with torch's names and arguments."""
+
+# mypy: disable-error-code="override, assignment"
+# Torch calls these with lists and options alone, and has names for the other ways to call it.
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..errors import on_rank
+from . import host_tensors
+from .agreement import DEFAULT, Action, Stepwise, listed, same, seen
+from .opaque import opaque_methods
+from .work import Work
+
+__all__ = ["Collectives"]
+
+Prepared = tuple[tuple[Any, ...], Action]
+
+
+@opaque_methods
+class Collectives(Stepwise):
+    """Each method prepares on the caller's thread, where a GPU's values come to host memory in the order of
+    its stream, and acts once the ranks agree: see Stepwise._run."""
+
+    # Reductions.
+
+    def allreduce(self, tensors: Any, opts: Any = DEFAULT) -> Work:
+        return self.allreduce_coalesced(tensors, opts, "all_reduce")
+
+    def allreduce_coalesced(
+        self, tensors: Any, opts: Any = DEFAULT, name: str = "all_reduce_coalesced"
+    ) -> Work:
+        tensors = listed(tensors)
+
+        def prepare() -> Prepared:
+            operation = host_tensors.name_of(opts.reduceOp)
+            jobs = [
+                (host_tensors.staged(tensor), host_tensors.reduction(operation, tensor.dtype), tensor)
+                for tensor in tensors
+            ]
+
+            def action(comm: Any) -> None:
+                for source, reduction, tensor in jobs:
+                    host = host_tensors.contiguous(source)
+                    reduction.all(comm, host)
+                    host_tensors.put_back(host, tensor)
+
+            return (operation, "of", *seen(tensors)), action
+
+        return self._run(name, prepare, tensors, opts)
+
+    def reduce(self, tensors: Any, opts: Any = DEFAULT) -> Work:
+        (tensor,) = tensors = listed(tensors)
+
+        def prepare() -> Prepared:
+            operation, root = host_tensors.name_of(opts.reduceOp), self._root(opts)
+            source, reduction = host_tensors.staged(tensor), host_tensors.reduction(operation, tensor.dtype)
+
+            def action(comm: Any) -> None:
+                host = host_tensors.contiguous(source)
+                reduction.to(comm, host, root)
+                host_tensors.put_back(host, tensor)
+
+            return (operation, "to rank", root, "of", *seen(tensors)), action
+
+        return self._run("reduce", prepare, tensors, opts)
+
+    def reduce_scatter(self, outputs: Any, inputs: Any, opts: Any = DEFAULT) -> Work:
+        (out,), (parts,) = outputs, inputs
+
+        def prepare() -> Prepared:
+            self._one_for_each_rank(parts, out)
+            same("the output and this rank's part of the input", out.numel(), parts[self._wire.rank].numel())
+            operation, host = host_tensors.name_of(opts.reduceOp), host_tensors.like(out)
+            reduction, counts = host_tensors.reduction(operation, out.dtype), [part.numel() for part in parts]
+            sources = [host_tensors.staged(part) for part in parts]
+
+            def action(comm: Any) -> None:
+                values = host_tensors.gathered(sources).view(out.dtype)
+                reduction.scatter(comm, values, host.view(-1), counts)
+                host_tensors.put_back(host, out)
+
+            return (operation, "of", *seen(parts)), action
+
+        return self._run("reduce_scatter", prepare, [out], opts)
+
+    def reduce_scatter_single_coalesced(
+        self, outputs: Any, inputs: Any, opts: Any = DEFAULT, name: str = "reduce_scatter_coalesced"
+    ) -> Work:
+        def prepare() -> Prepared:
+            operation, jobs = host_tensors.name_of(opts.reduceOp), []
+            for out, values in zip(outputs, inputs, strict=True):
+                self._a_part_for_each_rank(values, out)
+                reduction = host_tensors.reduction(operation, out.dtype)
+                jobs.append((out, host_tensors.like(out), host_tensors.staged(values), reduction))
+
+            def action(comm: Any) -> None:
+                for out, host, source, reduction in jobs:
+                    flat = host_tensors.contiguous(source).view(-1)
+                    reduction.scatter(comm, flat, host.view(-1), [out.numel()] * comm.size)
+                    host_tensors.put_back(host, out)
+
+            return (operation, "of", *seen(inputs)), action
+
+        return self._run(name, prepare, outputs, opts)
+
+    def reduce_scatter_single(self, out: Tensor, values: Tensor, opts: Any = DEFAULT) -> Work:
+        return self.reduce_scatter_single_coalesced([out], [values], opts, "reduce_scatter_tensor")
+
+    # From one rank to all, and from all to one.
+
+    def broadcast(self, tensors: Any, opts: Any = DEFAULT) -> Work:
+        tensors = listed(tensors)
+
+        def prepare() -> Prepared:
+            root = self._root(opts)
+            is_root = self._wire.rank == root
+            source = host_tensors.staged if is_root else host_tensors.like
+            sources = list(map(source, tensors))
+
+            def action(comm: Any) -> None:
+                for source, tensor in zip(sources, tensors, strict=True):
+                    host = host_tensors.contiguous(source)
+                    host_tensors.broadcast(comm, host, root)
+                    host_tensors.put_back(host, tensor)
+
+            return ("from rank", root, "of", *seen(tensors)), action
+
+        return self._run("broadcast", prepare, tensors, opts)
+
+    def gather(self, outputs: Any, inputs: Any, opts: Any = DEFAULT) -> Work:
+        (values,) = inputs
+
+        def prepare() -> Prepared:
+            root, source = self._root(opts), host_tensors.staged(values)
+            parts = outputs[0] if self._wire.rank == root else []
+            if self._wire.rank == root:
+                self._one_for_each_rank(parts, values)
+                for part in parts:
+                    same("the input and each output", values.numel(), part.numel())
+
+            def action(comm: Any) -> None:
+                host = host_tensors.contiguous(source)
+                flat = torch.empty((comm.size, *host.shape), dtype=host.dtype) if parts else None
+                host_tensors.gather(comm, host, flat, root)
+                for part, piece in zip(parts, () if flat is None else flat, strict=True):
+                    host_tensors.put_back(piece, part)
+
+            return ("to rank", root, "of", *seen(inputs)), action
+
+        return self._run("gather", prepare, outputs, opts)
+
+    def scatter(self, outputs: Any, inputs: Any, opts: Any = DEFAULT) -> Work:
+        (out,) = outputs
+
+        def prepare() -> Prepared:
+            root, host = self._root(opts), host_tensors.like(out)
+            parts = inputs[0] if self._wire.rank == root else []
+            if self._wire.rank == root:
+                self._one_for_each_rank(parts, out)
+                for part in parts:
+                    same("the output and each input", out.numel(), part.numel())
+
+            sources = [host_tensors.staged(part) for part in parts]
+
+            def action(comm: Any) -> None:
+                host_tensors.scatter(comm, host_tensors.gathered(sources) if sources else None, host, root)
+                host_tensors.put_back(host, out)
+
+            return ("from rank", root, "of", *seen(outputs)), action
+
+        return self._run("scatter", prepare, outputs, opts)
+
+    # From all to all.
+
+    def allgather(self, outputs: Any, inputs: Any, opts: Any = DEFAULT) -> Work:
+        (parts,), (values,) = outputs, inputs
+
+        def prepare() -> Prepared:
+            self._one_for_each_rank(parts, values)
+            same("the input and this rank's output", values.numel(), parts[self._wire.rank].numel())
+            sizes, source = [part.nbytes for part in parts], host_tensors.staged(values)
+
+            def action(comm: Any) -> None:
+                flat = torch.empty(sum(sizes), dtype=torch.uint8)
+                host_tensors.all_gather_uneven(comm, host_tensors.contiguous(source).view(-1), flat, sizes)
+                for part, piece in zip(parts, flat.split(sizes), strict=True):
+                    host_tensors.put_back(piece.view(part.dtype), part)
+
+            return ("into", *seen(parts)), action
+
+        return self._run("all_gather", prepare, parts, opts)
+
+    def all_gather_single_coalesced(
+        self, outputs: Any, inputs: Any, opts: Any = DEFAULT, name: str = "all_gather_coalesced"
+    ) -> Work:
+        def prepare() -> Prepared:
+            jobs = []
+            for out, values in zip(outputs, inputs, strict=True):
+                self._a_part_for_each_rank(out, values)
+                jobs.append((out, host_tensors.like(out), host_tensors.staged(values)))
+
+            def action(comm: Any) -> None:
+                for out, host, source in jobs:
+                    host_tensors.gather(comm, host_tensors.contiguous(source), host, None)
+                    host_tensors.put_back(host, out)
+
+            return ("of", *seen(inputs)), action
+
+        return self._run(name, prepare, outputs, opts)
+
+    def all_gather_single(self, out: Tensor, values: Tensor, opts: Any = DEFAULT) -> Work:
+        return self.all_gather_single_coalesced([out], [values], opts, "all_gather_into_tensor")
+
+    def allgather_coalesced(self, outputs: Any, inputs: Any, opts: Any = DEFAULT) -> Work:
+        """``outputs[r][i]`` becomes ``inputs[i]`` of rank r."""
+
+        def prepare() -> Prepared:
+            self._one_for_each_rank(outputs, None)
+            for row in outputs:
+                for out, values in zip(row, inputs, strict=True):
+                    same("input and output", (values.numel(), values.dtype), (out.numel(), out.dtype))
+            sources = [host_tensors.staged(values) for values in inputs]
+
+            def action(comm: Any) -> None:
+                for i, source in enumerate(sources):
+                    host = host_tensors.contiguous(source)
+                    flat = torch.empty((comm.size, *host.shape), dtype=host.dtype)
+                    host_tensors.gather(comm, host, flat, None)
+                    for row, part in zip(outputs, flat, strict=True):
+                        host_tensors.put_back(part, row[i])
+
+            return ("of", *seen(inputs)), action
+
+        return self._run("all_gather_coalesced", prepare, outputs, opts)
+
+    def all_to_all_single(
+        self, out: Tensor, values: Tensor, received: Any = None, sent: Any = None, opts: Any = DEFAULT
+    ) -> Work:
+        def prepare() -> Prepared:
+            same("the dtypes of output and input", out.dtype, values.dtype)
+            host, to, of = host_tensors.like(out), self._splits(values, sent), self._splits(out, received)
+            source = host_tensors.staged(values)
+
+            def action(comm: Any) -> None:
+                _swap(comm, host_tensors.contiguous(source).view(-1), host, to, of)
+                host_tensors.put_back(host, out)
+
+            return ("of rows of", (out.dtype, out.shape[1:])), action
+
+        return self._run("all_to_all_single", prepare, [out], opts)
+
+    def alltoall(self, outputs: Any, inputs: Any, opts: Any = DEFAULT) -> Work:
+        def prepare() -> Prepared:
+            self._one_for_each_rank(outputs, None)
+            self._one_for_each_rank(inputs, outputs[0])
+            to, of = [values.nbytes for values in inputs], [out.nbytes for out in outputs]
+            sources = [host_tensors.staged(values) for values in inputs]
+
+            def action(comm: Any) -> None:
+                flat = torch.empty(sum(of), dtype=torch.uint8)
+                _swap(comm, host_tensors.gathered(sources), flat, to, of)
+                for out, piece in zip(outputs, flat.split(of), strict=True):
+                    host_tensors.put_back(piece.view(out.dtype), out)
+
+            return ("of", outputs[0].dtype), action
+
+        return self._run("all_to_all", prepare, outputs, opts)
+
+    def barrier(self, opts: Any = DEFAULT) -> Work:
+        return self._run("barrier", lambda: ((), lambda comm: None), [], opts)
+
+    def _a_part_for_each_rank(self, whole: Tensor, part: Tensor) -> None:
+        size = self._wire.size
+        same(f"the whole and {size} parts of {part.numel()} values", whole.numel(), size * part.numel())
+        same("the dtypes of output and input", whole.dtype, part.dtype)
+
+    # Names that other versions of torch have for the same.
+    _allgather_base = all_gather_single
+    allgather_into_tensor_coalesced = all_gather_single_coalesced
+    _reduce_scatter_base = reduce_scatter_single
+    reduce_scatter_tensor_coalesced = reduce_scatter_single_coalesced
+    alltoall_base = all_to_all_single
+
+
+def _swap(comm: Any, values: Tensor, host: Tensor, sent: list[int], received: list[int]) -> None:
+    """``sent[r]`` bytes to each rank r, which must expect as many: that only both together know."""
+    plans = comm.allgather((sent, received))
+    for source, (theirs, _) in enumerate(plans):
+        for rank, (_, wanted) in enumerate(plans):
+            if theirs[rank] != wanted[source]:
+                raise ValueError(
+                    f"all_to_all: rank {source} sends {theirs[rank]} bytes to rank {rank}, which expects "
+                    f"{wanted[source]}{on_rank()}"
+                )
+    most = max(sum(part) for plan in plans for part in plan)
+    host_tensors.all_to_all(comm, values, host, sent, received, most)

@@ -1,0 +1,153 @@
+"""The four kernels for NumPy arrays and torch tensors in host memory, by native code: module.cpp.
+
+Importing this fails where the extension was not built; then aten.py and generic.py serve.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import TypeVar, cast
+
+import numpy as np
+
+from ...errors import MPISyncBNError, on_rank
+from .. import extremes, loaded_torch
+from ..activation import Activation, ActivationContext, recomputed_activation
+from ..protocol import Array
+from . import _cpu
+from ._cpu import (
+    Link,
+    add_departing_group,
+    install_finalize_hook,
+    instruction_set,
+    invstd,
+    most_dimensions,
+    passes_fast_check,
+    threads,
+    update_running_stats,
+)
+
+__all__ = ["backward_elementwise", "backward_reduce", "local_moments", "normalize"]
+# More that is native: see link.h, running_stats.h and leave.h.
+__all__ += ["Link", "add_departing_group", "install_finalize_hook", "invstd", "passes_fast_check"]
+__all__ += ["instruction_set", "most_dimensions", "threads", "update_running_stats"]
+
+_Arrays = TypeVar("_Arrays", bound=tuple[Array | None, ...])
+_Vectors = TypeVar("_Vectors", bound=tuple[Array | None, ...])
+
+_REFUSED, _EXTREME = 0, 2  # outcomes, see _cpu.pyi
+
+
+def local_moments(x: Array) -> tuple[int, np.ndarray, np.ndarray]:
+    found = np.empty((3, x.shape[1]))
+    outcome, count = _cpu.local_moments(x, found, _threads(x))
+    if outcome == _REFUSED:
+        outcome, count = _cpu.local_moments(_dense(x), found, _threads(x))
+    if outcome == _REFUSED:
+        raise _refused(x)
+    if outcome == _EXTREME:
+        extremes.local_moments(local_moments, x, count, found[0], found[2])
+    return count, found[:2] if x.dtype.itemsize == 8 else found[0], found[2]
+
+
+def normalize(
+    x: Array,
+    mean: np.ndarray,
+    invstd: np.ndarray,
+    weight: Array | None,
+    bias: Array | None,
+    residual: Array | None = None,
+    activation: Activation = Activation.NONE,
+) -> Array:
+    for x_read, vectors, (residual_read,) in _attempts(x, (mean, invstd, weight, bias), (residual,)):
+        y = _empty_like(x_read)
+        outcome = _cpu.normalize(x_read, *vectors, residual_read, y, activation, _threads(x))
+        if outcome == _EXTREME:
+            extremes.normalize(normalize, y, x, mean, invstd, weight, bias, residual, activation)
+        if outcome != _REFUSED:
+            return y
+    raise _refused(x, mean, invstd, weight, bias, residual)
+
+
+def backward_reduce(
+    dy: Array, x: Array, mean: np.ndarray, invstd: np.ndarray, context: ActivationContext | None = None
+) -> tuple[np.ndarray, np.ndarray, Array]:
+    sums = np.empty((2, x.shape[1]))
+    activation, weight, bias, saved = context or (Activation.NONE, None, None, None)
+    for x_read, vectors, (dz, y) in _attempts(x, (mean, invstd, weight, bias), (dy, saved)):
+        out = None if y is None else _empty_like(x_read)
+        outcome = _cpu.backward_reduce(dz, x_read, *vectors, y, out, activation, sums, _threads(x))
+        if outcome == _EXTREME:
+            extremes.backward_reduce(backward_reduce, sums, dy, x, mean, invstd, context)
+        if outcome != _REFUSED:
+            return sums[0], sums[1], dz if out is None else out
+    raise _refused(dy, x, mean, invstd, weight, bias)
+
+
+def backward_elementwise(
+    dz: Array,
+    x: Array,
+    mean: np.ndarray,
+    invstd: np.ndarray,
+    weight: Array | None,
+    mean_dy: np.ndarray,
+    mean_dy_xmu: np.ndarray,
+    context: ActivationContext | None = None,
+) -> Array:
+    activation, bias = recomputed_activation(context)
+    vectors = mean, invstd, weight, bias, mean_dy, mean_dy_xmu
+    for x_read, vectors_read, (dz_read,) in _attempts(x, vectors, (dz,)):
+        dx = _empty_like(x_read)
+        outcome = _cpu.backward_elementwise(dz_read, x_read, *vectors_read, dx, activation, _threads(x))
+        if outcome == _EXTREME:
+            means = mean_dy, mean_dy_xmu
+            extremes.backward_elementwise(
+                backward_elementwise, dx, dz, x, mean, invstd, weight, means, context
+            )
+        if outcome != _REFUSED:
+            return dx
+    raise _refused(dz, x, *vectors)
+
+
+def _attempts(x: Array, vectors: _Vectors, others: _Arrays) -> Iterator[tuple[Array, _Vectors, _Arrays]]:
+    """Arrays to try the native code on, until it refuses none.
+
+    They are ``x``, vectors of length C and the others as they are; then the others in the memory format
+    of ``x``; then copies of all without gaps, such as of what is not aligned, or has its values elsewhere.
+    """
+    yield x, vectors, others
+    yield x, vectors, _in_format_of(x, others)
+    x = _dense(x)
+    vectors = cast(_Vectors, tuple(None if vector is None else _dense(vector) for vector in vectors))
+    yield x, vectors, _in_format_of(x, others)
+
+
+def _refused(*arrays: Array | None) -> MPISyncBNError:
+    found = ", ".join(
+        f"{type(each).__name__} of {each.dtype} {tuple(each.shape)}" for each in arrays if each is not None
+    )
+    return MPISyncBNError(
+        f"expected arrays in host memory, of one shape and dtype, got one that cannot be read among {found}"
+        f"{on_rank()}: hand over plain arrays"
+    )
+
+
+def _threads(x: Array) -> int:
+    return 0 if isinstance(x, np.ndarray) else loaded_torch().get_num_threads()  # 0: as many as OpenMP has
+
+
+def _empty_like(x: Array) -> Array:
+    return np.empty_like(x, subok=False) if isinstance(x, np.ndarray) else loaded_torch().empty_like(x)
+
+
+def _dense(x: Array) -> Array:
+    return x.copy(order="K") if isinstance(x, np.ndarray) else x.clone()
+
+
+def _in_format_of(x: Array, others: _Arrays) -> _Arrays:
+    """Copies in the memory format of ``x``."""
+    copies = [None if other is None else _empty_like(x) for other in others]
+    for copy, other in zip(copies, others, strict=True):
+        if copy is not None:
+            copy[...] = other
+    return cast(_Arrays, tuple(copies))

@@ -1,0 +1,172 @@
+# The native extension, made of module.cpp. It is not there where it was not built.
+#
+# Parameters are positional only. Below it is said which arrays are filled or changed; all others are
+# only read. "Refused" arrays are of a kind, a dtype or a layout in memory that native code does not
+# read: nothing is filled then, and the caller may copy them.
+
+from collections.abc import Callable, Sequence
+from typing import Final
+
+from numpy import float64
+from numpy.typing import NDArray
+
+from ..protocol import Array, Vector
+
+most_dimensions: Final[int]  # of an array
+
+class Link:
+    """Exchanges over one communicator. Its caller holds the communicator's lock."""
+
+    def __init__(
+        self,
+        allreduce: int,
+        comm: int,
+        datatype: int,
+        op: int,
+        in_place: int,
+        int_handles: bool,
+        size: int,
+        /,
+    ) -> None:
+        """Takes the address of ``MPI_Allreduce``, and MPI's handles as numbers: ints, or else pointers."""
+
+    def sum_moments(
+        self, h: int, count: int, mean: Vector, m2: Vector, merged: NDArray[float64], /
+    ) -> tuple[int, int, bool, bool]:
+        """Fill ``merged``, (2, C), with mean and variance of the group. Collective.
+
+        Returns the problem, the count of the group, whether some variance has lost digits by cancellation,
+        and whether a rank has an M2 that was absorbed by its sum of squares. The problem is 0; -1 where the
+        ranks sent different ``h``; else MPI's error code.
+        """
+
+    def sum_vectors(self, h: int, a: Vector, b: Vector, totals: NDArray[float64], /) -> int:
+        """Fill ``totals``, (2, C), with sums over the ranks of ``a`` and ``b``. Collective.
+
+        Returns the problem, as ``sum_moments``.
+        """
+
+# 0: refused. 1: done. 2: done, but for channels whose values are beyond what float32 can compute with.
+_Outcome = int
+
+def local_moments(x: Array, out: NDArray[float64], threads: int, /) -> tuple[_Outcome, int]:
+    """Fill ``out``, (3, C), with the mean in two parts and M2; for all but float64 the first row is the mean.
+
+    Returns the outcome, and the number of values per channel. 0 threads: as many as OpenMP has.
+    """
+
+def normalize(
+    x: Array,
+    mean: Vector,
+    invstd: Vector,
+    weight: Array | None,
+    bias: Array | None,
+    residual: Array | None,
+    y: Array,
+    activation: int,
+    threads: int,
+    /,
+) -> _Outcome:
+    """Fill ``y``."""
+
+def backward_reduce(
+    dy: Array,
+    x: Array,
+    mean: Vector,
+    invstd: Vector,
+    weight: Array | None,
+    bias: Array | None,
+    y: Array | None,
+    dz: Array | None,
+    activation: int,
+    out: NDArray[float64],
+    threads: int,
+    /,
+) -> _Outcome:
+    """Fill ``out``, (2, C), with the sums of ``dz`` and ``dz * (x - mean)``.
+
+    ``dz`` is filled too where ``y`` is given.
+    """
+
+def backward_elementwise(
+    dz: Array,
+    x: Array,
+    mean: Vector,
+    invstd: Vector,
+    weight: Array | None,
+    bias: Array | None,
+    mean_dy: Vector,
+    mean_dy_xmu: Vector,
+    dx: Array,
+    activation: int,
+    threads: int,
+    /,
+) -> _Outcome:
+    """Fill ``dx``. ``activation`` is that whose gradient is still to be taken of ``dz``."""
+
+def update_running_stats(
+    running_mean: Array,
+    running_var: Array,
+    num_batches_tracked: Array | None,
+    record_change: Callable[[tuple[Array, Array]], object] | None,
+    mean: Vector,
+    var: Vector,
+    to_unbiased: float,
+    momentum: float,
+    /,
+) -> bool:
+    """Move the running statistics towards a batch's, of variance ``var * to_unbiased``, and count the batch.
+
+    All or nothing. Returns False where they are refused, or a value is not finite in their dtype.
+    ``record_change`` tells autograd.
+    """
+
+def invstd(var: Vector, eps: float, out: Vector, /) -> None:
+    """Fill ``out`` with ``1 / sqrt(var + eps)``."""
+
+def passes_fast_check(
+    x: Array,
+    weight: Array | None,
+    bias: Array | None,
+    running_mean: Array | None,
+    running_var: Array | None,
+    /,
+) -> bool:
+    """Whether vectors per channel belong to ``x`` as they should. Where not, they may still be right."""
+
+def install_finalize_hook(
+    functions: Sequence[int],
+    comm_self: int,
+    comm_world: int,
+    byte: int,
+    any_source: int,
+    int_handles: bool,
+    /,
+) -> bool:
+    """Have MPI_Finalize wait for the departing groups first. Returns whether MPI will call that.
+
+    ``functions``: addresses of MPI's Comm_create_keyval, Comm_set_attr, Issend, Improbe, Mrecv,
+    Ibarrier, Test and Abort.
+    """
+
+def add_departing_group(
+    comm: int, rank: int, exchanges: int, timeout: float, hostnames: Sequence[str], /
+) -> None:
+    """Name a group that this rank departs from in MPI_Finalize. A timeout of 0 seconds is none."""
+
+def instruction_set() -> str:
+    """The name of the one that the loops use."""
+
+def threads() -> int:
+    """How many threads OpenMP has; 1 without it."""
+
+# For tests.
+
+def set_highest_level(level: int, /) -> None:
+    """Use instruction sets up to the ``level``-th, from 0 to 3, that the processor has."""
+
+def stream_from(size: int, /) -> None:
+    """Write output past the cache from so many bytes on."""
+
+def streamed_values() -> int:
+    """How many values were written past the cache since the last call."""

@@ -1,0 +1,217 @@
+// The four kernels. Formulas: kernels/protocol.py. Part of module.cpp.
+
+// What the kernels return. REFUSED: some array is of a kind or in a layout that the loops do not
+// read. EXTREME: the values of some channels are beyond what float32 can compute with, and
+// extremes.py has to do these again.
+enum { REFUSED, DONE, EXTREME };
+
+int outcome(bool done, bool extreme) { return !done ? REFUSED : extreme ? EXTREME : DONE; }
+
+bool same_kind(const Array &x, std::initializer_list<const Array *> others) {
+    return x.ndim >= 2 && std::all_of(others.begin(), others.end(), [&](const Array *other) {
+               return !other->data || (other->dtype == x.dtype && other->ndim == x.ndim &&
+                                       std::equal(x.shape, x.shape + x.ndim, other->shape));
+           });
+}
+
+// Merges what the tiles found into M2 and the mean in two parts, in a fixed order (Chan, Golub and
+// LeVeque 1979): as distances from the first origin.
+template <class T>
+void merge_moments(const Partials<T> &partials, long channels, long count, double *__restrict mean_hi,
+                   double *__restrict mean_lo, double *__restrict m2) {
+    const Plan<T> &plan = partials.plan;
+    std::copy(partials.memory, partials.memory + channels, mean_hi);
+    std::fill(mean_lo, mean_lo + channels, 0.0);
+    std::fill(m2, m2 + channels, 0.0);
+    partials.in_order([&](int i, long slot, const double *origin, long columns) {
+        const double n = (double)plan.traversals[i].counts[slot], *const sums = origin + columns;
+        for (long c = 0; c < channels; ++c) mean_lo[c] += (origin[c] - mean_hi[c]) * n + sums[c];
+    });
+    for (long c = 0; c < channels; ++c) mean_lo[c] /= (double)count;
+    partials.in_order([&](int i, long slot, const double *origin, long columns) {
+        const double n = (double)plan.traversals[i].counts[slot], per = 1 / n;
+        const double *const sums = origin + columns, *const squares = sums + columns;
+        for (long c = 0; c < channels; ++c) {
+            const double from_origin = sums[c] * per,
+                         from_mean = (origin[c] - mean_hi[c]) + from_origin - mean_lo[c];
+            const double about_mean =
+                squares[c] == UNDERFLOWED ? DBL_MIN : std::max(squares[c] - sums[c] * from_origin, 0.0);
+            m2[c] += about_mean + n * from_mean * from_mean;
+        }
+    });
+}
+
+// Whether squares of distances in some channel were below 2**-50 or above 2**50: they may not be
+// there, or be infinite. (Those of float16 are.) A channel without any distance is constant.
+bool is_m2_extreme(long channels, long count, const double *mean, const double *m2) {
+    const double least = 0x1p-100 * (double)count, most = 0x1p100 * (double)count;
+    bool extreme = false;
+    for (long c = 0; c < channels; ++c)
+        extreme |= m2[c] != 0 && !std::isnan(mean[c]) && !(m2[c] >= least && m2[c] <= most);
+    return extreme;
+}
+
+// Fills `out` with mean_hi, mean_lo and M2 of each channel. Returns the outcome, and the number of
+// values per channel.
+std::pair<int, long> local_moments(nb::handle x_object, const Output &out, int threads) {
+    Array x, none;
+    if (!describe(x_object, x) || !same_kind(x, {})) return {REFUSED, 0};
+    if (x.size() == 0) {
+        std::fill(out.data(), out.data() + out.size(), 0.0);
+        return {DONE, 0};
+    }
+    const long channels = x.shape[1], count = x.size() / channels;
+    bool extreme = false;
+    const bool done = by_dtype(x.dtype, [&](auto type) {
+        using T = decltype(type);
+        using W = compute_t<T>;
+        const Plan<T> *const plan = plan_for<T>(x, none, none, none, threads);
+        if (!plan) return false;
+        const Partials<T> found(*plan, 3);  // origin, sum of x - origin, sum of its square
+        const auto &loops = best_loops<T>();
+        const Unlocked unlocked(x);
+        const Traversal<T> &first = plan->traversals[0];
+        W *const origins = caller_scratch<W>(padded(first.columns) + 16);
+        if (first.rows) loops.row_origins(first.on, first.count, first.columns, origins);
+        every_tile(*plan, Direction::down, [&](const Traversal<T> &traversal, const Tile &t, int i) {
+            loops.moments(traversal.on, t, traversal.rows, t.count(), origins + t.c0,
+                          tile_scratch<W>(3 * padded(t.c1 - t.c0)), found.at(i, t, 0), found.at(i, t, 1),
+                          found.at(i, t, 2));
+        });
+        double *const mean_hi = out.data(), *const mean_lo = mean_hi + channels,
+                      *const m2 = mean_lo + channels;
+        merge_moments(found, channels, count, mean_hi, mean_lo, m2);
+        if (!std::is_same_v<T, double>)
+            for (long c = 0; c < channels; ++c) mean_hi[c] += mean_lo[c];
+        if (std::is_same_v<T, float> || std::is_same_v<T, bfloat16>)
+            extreme = is_m2_extreme(channels, count, mean_hi, m2);
+        return true;
+    });
+    return {outcome(done, extreme), count};
+}
+
+// Fills y.
+int normalize(nb::handle x_object, const Vector &mean, const Vector &invstd, nb::handle weight_object,
+              nb::handle bias_object, nb::handle residual_object, nb::handle y_object, int activation,
+              int threads) {
+    Array x, weight, bias, residual, y;
+    if (!describe(x_object, x) || !describe(weight_object, weight) || !describe(bias_object, bias) ||
+        !describe(residual_object, residual) || !describe(y_object, y) || !same_kind(x, {&residual, &y}))
+        return REFUSED;
+    if (x.size() == 0) return DONE;
+    bool extreme = false;
+    const bool done = by_dtype(x.dtype, [&](auto type) {
+        using T = decltype(type);
+        const Plan<T> *const plan = plan_for<T>(x, Array{}, residual, y, threads);
+        if (!plan) return false;
+        const auto *all = coefficients_of(*plan, mean, invstd, weight, bias, nullptr, nullptr, extreme);
+        const long stride = padded(plan->traversals[0].columns);
+        const auto &loops = best_loops<T>();
+        const Unlocked unlocked(x);
+        every_tile(*plan, Direction::up, [&](const Traversal<T> &traversal, const Tile &t, int i) {
+            loops.normalize(traversal.on, t, traversal.rows, traversal.stream, all + t.c0, stride,
+                            residual.data, (Activation)activation);
+        });
+        return true;
+    });
+    return outcome(done, extreme);
+}
+
+// Adds up what the tiles found, in a fixed order. Their products are of x - MEAN, the mean rounded
+// to compute_t<T>.
+template <class T>
+void merge_products(const Partials<T> &partials, long channels, const double *mean, double *__restrict sum_dy,
+                    double *__restrict sum_dy_xmu) {
+    std::fill(sum_dy, sum_dy + channels, 0.0);
+    std::fill(sum_dy_xmu, sum_dy_xmu + channels, 0.0);
+    partials.in_order([&](int, long, const double *found, long columns) {
+        for (long c = 0; c < channels; ++c) sum_dy[c] += found[c], sum_dy_xmu[c] += found[c + columns];
+    });
+    for (long c = 0; c < channels; ++c)
+        sum_dy_xmu[c] -= (mean[c] - (double)(compute_t<T>)mean[c]) * sum_dy[c];
+}
+
+// Whether products of dy and x - mean may have lost digits because they were small, if one has
+// underflown (those of a constant channel are 0), or because an infinite sum of theirs was too
+// large, if dy and x are finite.
+bool are_products_extreme(long channels, long count, bool underflow, const double *mean, const double *sum_dy,
+                          const double *sum_dy_xmu) {
+    const double least = 0x1p-100 * (double)count;
+    bool extreme = false;
+    for (long c = 0; c < channels; ++c) {
+        const bool small = underflow && std::fabs(sum_dy_xmu[c]) < least;
+        const bool finite = std::isfinite(sum_dy[c]) && std::isfinite(mean[c]);
+        extreme |= finite && (small || !std::isfinite(sum_dy_xmu[c]));
+    }
+    return extreme;
+}
+
+// Fills `out` with the two sums of each channel. `y` is the activation's output where it was kept:
+// then `dz` is filled.
+int backward_reduce(nb::handle dy_object, nb::handle x_object, const Vector &mean, const Vector &invstd,
+                    nb::handle weight_object, nb::handle bias_object, nb::handle y_object,
+                    nb::handle dz_object, int activation, const Output &out, int threads) {
+    Array dy, x, weight, bias, y, dz;
+    if (!describe(dy_object, dy) || !describe(x_object, x) || !describe(weight_object, weight) ||
+        !describe(bias_object, bias) || !describe(y_object, y) || !describe(dz_object, dz) ||
+        !same_kind(x, {&dy, &y, &dz}))
+        return REFUSED;
+    if (x.size() == 0) {
+        std::fill(out.data(), out.data() + out.size(), 0.0);
+        return DONE;
+    }
+    bool extreme = false;
+    const bool done = by_dtype(x.dtype, [&](auto type) {
+        using T = decltype(type);
+        using W = compute_t<T>;
+        const Plan<T> *const plan = plan_for<T>(x, dy, y, dz, threads);
+        if (!plan) return false;
+        const auto *all = coefficients_of(*plan, mean, invstd, weight, bias, nullptr, nullptr, extreme);
+        const long stride = padded(plan->traversals[0].columns), channels = plan->channels;
+        const auto &loops = best_loops<T>();
+        const Unlocked unlocked(x);
+        const Partials<T> found(*plan, 2);
+        std::atomic<bool> underflow{false};
+        every_tile(*plan, Direction::down, [&](const Traversal<T> &traversal, const Tile &t, int i) {
+            if (std::fetestexcept(FE_UNDERFLOW)) std::feclearexcept(FE_UNDERFLOW);  // the second is slow
+            loops.reduce(traversal.on, t, traversal.rows, (Activation)activation, y.data, all + t.c0, stride,
+                         tile_scratch<W>(3 * padded(t.c1 - t.c0)), found.at(i, t, 0), found.at(i, t, 1));
+            if (std::fetestexcept(FE_UNDERFLOW)) underflow = true;
+        });
+        double *const sum_dy = out.data(), *const sum_dy_xmu = sum_dy + channels;
+        merge_products(found, channels, mean.data(), sum_dy, sum_dy_xmu);
+        if (sizeof(W) < 8)
+            extreme |= are_products_extreme(channels, x.size() / channels, underflow, mean.data(), sum_dy,
+                                            sum_dy_xmu);
+        return true;
+    });
+    return outcome(done, extreme);
+}
+
+// Fills dx. `activation` is none where dy is already the gradient of what goes into it.
+int backward_elementwise(nb::handle dy_object, nb::handle x_object, const Vector &mean, const Vector &invstd,
+                         nb::handle weight_object, nb::handle bias_object, const Vector &mean_dy,
+                         const Vector &mean_dy_xmu, nb::handle dx_object, int activation, int threads) {
+    Array dy, x, weight, bias, dx;
+    if (!describe(dy_object, dy) || !describe(x_object, x) || !describe(weight_object, weight) ||
+        !describe(bias_object, bias) || !describe(dx_object, dx) || !same_kind(x, {&dy, &dx}))
+        return REFUSED;
+    if (x.size() == 0) return DONE;
+    bool extreme = false;
+    const bool done = by_dtype(x.dtype, [&](auto type) {
+        using T = decltype(type);
+        const Plan<T> *const plan = plan_for<T>(x, dy, Array{}, dx, threads);
+        if (!plan) return false;
+        const auto *all =
+            coefficients_of(*plan, mean, invstd, weight, bias, mean_dy.data(), mean_dy_xmu.data(), extreme);
+        const long stride = padded(plan->traversals[0].columns);
+        const auto &loops = best_loops<T>();
+        const Unlocked unlocked(x);
+        every_tile(*plan, Direction::up, [&](const Traversal<T> &traversal, const Tile &t, int i) {
+            loops.elementwise(traversal.on, t, traversal.rows, traversal.stream, all + t.c0, stride,
+                              (Activation)activation);
+        });
+        return true;
+    });
+    return outcome(done, extreme);
+}

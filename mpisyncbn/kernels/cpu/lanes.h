@@ -1,0 +1,245 @@
+// Vectors of LANES floats (or LANES / 2 doubles), and how values of each dtype get into and out of
+// them.
+//
+// Included once per instruction set, inside a namespace of its own: see module.cpp. Written with the
+// vector extensions that gcc and clang share, so that the same lines serve every instruction set;
+// intrinsics only where those have no word for it, or gcc a poor one: half precision, and stores
+// past the cache.
+
+template <class T>
+struct Lane {  // float, and what is computed in float
+    static constexpr int width = LANES;
+    typedef float vec __attribute__((vector_size(LANES * 4)));
+    typedef int32_t mask __attribute__((vector_size(LANES * 4)));
+    typedef uint32_t bits __attribute__((vector_size(LANES * 4)));
+    typedef uint16_t half_bits __attribute__((vector_size(LANES * 2)));
+};
+
+template <>
+struct Lane<double> {
+    static constexpr int width = LANES / 2;
+    typedef double vec __attribute__((vector_size(LANES * 4)));
+    typedef int64_t mask __attribute__((vector_size(LANES * 4)));
+};
+
+template <class T>
+using vec = typename Lane<T>::vec;
+
+template <class V, class P>
+INLINE V read(const P *p) {
+    V v;
+    __builtin_memcpy(&v, p, sizeof v);
+    return v;
+}
+
+// Past the cache: what is not read before it is written need not be fetched from memory first.
+template <bool STREAM, class V, class P>
+INLINE void write(P *p, V v) {
+#if defined(__x86_64__)
+    if constexpr (STREAM && sizeof v == 16) return _mm_stream_si128((__m128i *)p, (__m128i)v);
+#if LANES >= 8
+    if constexpr (STREAM && sizeof v == 32) return _mm256_stream_si256((__m256i *)p, (__m256i)v);
+#endif
+#if LANES >= 16
+    if constexpr (STREAM && sizeof v == 64) return _mm512_stream_si512((__m512i *)p, (__m512i)v);
+#endif
+#endif
+    __builtin_memcpy(p, &v, sizeof v);
+}
+
+// Between 16 and 32 bits. Here too gcc takes more instructions than there need be.
+INLINE Lane<float>::bits widened(Lane<float>::half_bits v) {
+#if LANES == 16
+    return (Lane<float>::bits)_mm512_cvtepu16_epi32((__m256i)v);
+#elif LANES == 8
+    return (Lane<float>::bits)_mm256_cvtepu16_epi32((__m128i)v);
+#else
+    return __builtin_convertvector(v, Lane<float>::bits);
+#endif
+}
+
+INLINE Lane<float>::half_bits narrowed(Lane<float>::bits v) {
+#if LANES == 16
+    return (Lane<float>::half_bits)_mm512_cvtepi32_epi16((__m512i)v);
+#elif LANES == 8
+    const __m256i pairs = _mm256_packus_epi32((__m256i)v, (__m256i)v);
+    return (Lane<float>::half_bits)_mm256_castsi256_si128(_mm256_permute4x64_epi64(pairs, 0x08));
+#else
+    return __builtin_convertvector(v, Lane<float>::half_bits);
+#endif
+}
+
+INLINE vec<float> load(const float *p) { return read<vec<float>>(p); }
+INLINE vec<double> load(const double *p) { return read<vec<double>>(p); }
+
+INLINE vec<float> load(const bfloat16 *p) {
+    using L = Lane<bfloat16>;
+    return (L::vec)(widened(read<L::half_bits>(p)) << 16);
+}
+
+INLINE vec<float> load(const float16 *p) {
+    using L = Lane<float16>;
+    auto raw = read<L::half_bits>(p);
+#if LANES == 16
+    return (L::vec)_mm512_cvtph_ps((__m256i)raw);
+#elif LANES == 8
+    return (L::vec)_mm256_cvtph_ps((__m128i)raw);
+#else
+    auto h = widened(raw);
+    auto magnitude = h & 0x7fff;
+    // The exponent is moved, and corrected by a multiplication, which also brings subnormals right.
+    auto f = (L::bits)((L::vec)(magnitude << 13) * 0x1p112f);
+    f |= (L::bits)(magnitude > 0x7bff) & 0x7f800000;  // infinity and NaN
+    return (L::vec)(f | ((h & 0x8000) << 16));
+#endif
+}
+
+template <bool STREAM>
+INLINE void store(float *p, vec<float> v) {
+    write<STREAM>(p, v);
+}
+
+template <bool STREAM>
+INLINE void store(double *p, vec<double> v) {
+    write<STREAM>(p, v);
+}
+
+template <bool STREAM>
+INLINE void store(bfloat16 *p, vec<float> v) {
+    using L = Lane<bfloat16>;
+#ifdef BF16_INSTRUCTIONS  // which take subnormal numbers, below 1e-38, for zero
+    return write<STREAM>(p, (L::half_bits)_mm512_cvtneps_pbh((__m512)v));
+#else
+    auto b = (L::bits)v;
+    auto rounded = b + 0x7fff + ((b >> 16) & 1);  // to nearest, ties to even
+    auto nan = (L::bits)(v != v);
+    auto top = ((rounded & ~nan) | (nan & 0x7fc00000)) >> 16;
+    write<STREAM>(p, narrowed(top));
+#endif
+}
+
+template <bool STREAM>
+INLINE void store(float16 *p, vec<float> v) {
+    using L = Lane<float16>;
+#if LANES == 16
+    write<STREAM>(p, (L::half_bits)_mm512_cvtps_ph((__m512)v, _MM_FROUND_TO_NEAREST_INT));
+#elif LANES == 8
+    write<STREAM>(p, (L::half_bits)_mm256_cvtps_ph((__m256)v, _MM_FROUND_TO_NEAREST_INT));
+#else
+    auto b = (L::bits)v;
+    auto sign = (b >> 16) & 0x8000;
+    b &= 0x7fffffff;
+    // Subnormal halves: adding 0.5 leaves the rounded mantissa in the low bits.
+    auto tiny = (L::bits)((L::vec)b + 0.5f) - 0x3f000000;
+    auto normal = (b - 0x38000000 + 0xfff + ((b >> 13) & 1)) >> 13;
+    auto small = (L::bits)(b < 0x38800000);
+    auto h = (tiny & small) | (normal & ~small);
+    auto large = (L::bits)(b >= 0x47800000);
+    auto nan = (L::bits)(b > 0x7f800000);
+    h = (h & ~large) | (large & 0x7c00) | (nan & 0x7e00);
+    write<STREAM>(p, narrowed(h | sign));
+#endif
+}
+
+// Fewer values than a vector has: n of them, the other lanes zero.
+template <class T>
+INLINE vec<T> load_part(const T *p, long n) {
+#if LANES == 16
+    const unsigned lanes = (1u << n) - 1;
+    if constexpr (sizeof(T) == 8) return (vec<T>)_mm512_maskz_loadu_pd(lanes, p);
+    if constexpr (sizeof(T) == 4) return (vec<T>)_mm512_maskz_loadu_ps(lanes, p);
+    if constexpr (sizeof(T) == 2) {
+        T padded[16];
+        _mm256_storeu_si256((__m256i *)padded, _mm256_maskz_loadu_epi16(lanes, p));
+        return load(padded);
+    }
+#else
+    T padded[Lane<T>::width] = {};
+    for (long i = 0; i < n; ++i) padded[i] = p[i];
+    return load(padded);
+#endif
+}
+
+template <class T>
+INLINE void store_part(T *p, vec<T> v, long n) {
+#if LANES == 16
+    const unsigned lanes = (1u << n) - 1;
+    if constexpr (sizeof(T) == 8) return _mm512_mask_storeu_pd(p, lanes, (__m512d)v);
+    if constexpr (sizeof(T) == 4) return _mm512_mask_storeu_ps(p, lanes, (__m512)v);
+    if constexpr (sizeof(T) == 2) {
+        T padded[16];
+        store<false>(padded, v);
+        _mm256_mask_storeu_epi16(p, lanes, _mm256_loadu_si256((__m256i *)padded));
+    }
+#else
+    T padded[Lane<T>::width];
+    store<false>(padded, v);
+    for (long i = 0; i < n; ++i) p[i] = padded[i];
+#endif
+}
+
+// How a loop reaches memory: a vector at a time, or the part that is left at the end of a run.
+struct FullAccess {
+    template <class T>
+    INLINE_MEMBER vec<T> get(const T *p) const {
+        return load(p);
+    }
+    template <bool STREAM, class T>
+    INLINE_MEMBER void put(T *p, vec<T> v) const {
+        store<STREAM>(p, v);
+    }
+};
+
+struct TailAccess {
+    long n;
+    template <class T>
+    INLINE_MEMBER vec<T> get(const T *p) const {
+        return load_part(p, n);
+    }
+    template <bool STREAM, class T>
+    INLINE_MEMBER void put(T *p, vec<T> v) const {
+        store_part<T>(p, v, n);
+    }
+};
+
+template <class T>
+INLINE vec<T> broadcast(compute_t<T> value) {
+    return vec<T>{} + value;
+}
+
+// All bits of the first n lanes.
+template <class T>
+INLINE typename Lane<T>::mask lanes_below(long n) {
+    using E = std::conditional_t<sizeof(compute_t<T>) == 8, int64_t, int32_t>;
+    typename Lane<T>::mask lane = {};
+    for (int i = 0; i < Lane<T>::width; ++i) lane[i] = i;
+    return lane < (E)n;
+}
+
+// v in the first n lanes, and zero in the others.
+template <class T>
+INLINE vec<T> only(vec<T> v, long n) {
+    return lanes_below<T>(n) ? v : vec<T>{};
+}
+
+template <class T>
+INLINE vec<T> from_lane(vec<T> v, long n) {
+    return lanes_below<T>(n) ? vec<T>{} : v;
+}
+
+template <class T>
+INLINE double total(vec<T> v) {
+    if constexpr (Lane<T>::width == 2) return v[0] + v[1];
+    // the halves added up in double
+    constexpr int HALF = Lane<T>::width / 2;
+    typedef compute_t<T> part __attribute__((vector_size(sizeof v / 2)));
+    typedef double wide __attribute__((vector_size(HALF * 8)));
+    part low, high;
+    __builtin_memcpy(&low, &v, sizeof low);
+    __builtin_memcpy(&high, (const char *)&v + sizeof low, sizeof high);
+    const wide both = __builtin_convertvector(low, wide) + __builtin_convertvector(high, wide);
+    double values[HALF], sum = 0;
+    __builtin_memcpy(values, &both, sizeof both);
+    for (int i = 0; i < HALF; ++i) sum += values[i];
+    return sum;
+}

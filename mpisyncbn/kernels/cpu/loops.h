@@ -1,0 +1,61 @@
+// The loops of the four kernels over a tile. Included once per instruction set, after lanes.h:
+// see levels.h.
+//
+// Values lie in memory in one of two ways. Planes: the positions of one channel of one sample side
+// by side. Rows: the channels of one position side by side.
+
+#include "activation.h"
+#include "terms.h"
+
+// Goes through planes that follow each other in memory, `planes` of `length` values each, in
+// vectors that begin where vectors of `from` do: loads and stores that cross from one cache line
+// into the next are slow, and stores past the cache need whole lines. Calls
+//     inside(i, n, c): n vectors within plane c, from the i-th value on,
+//     across(i, c, n): one vector, its first n values the last of plane c, the others of c + 1,
+//     part(i, n, c): n values within plane c, fewer than a vector,
+//     end(c): after the last value of plane c, if it was not in a vector across.
+template <class T, class P, class Inside, class Across, class Piece, class End>
+INLINE void go_through(const P *from, long planes, long length, Inside inside, Across across, Piece part,
+                       End end) {
+    constexpr long W = Lane<T>::width;
+    const long total = planes * length, ahead = (long)(-(uintptr_t)from % (W * sizeof(T)) / sizeof(T));
+    long i = 0;
+    if (length < 2 * W) {  // too short for two kinds of vectors
+        for (long c = 0; c < planes; ++c, i += length) {
+            if (length >= W) inside(i, 1, c);
+            if (length % W) part(i + length / W * W, length % W, c);
+            end(c);
+        }
+        return;
+    }
+    long c = 0, left = length;  // of plane c
+    if (ahead) {
+        part(0, ahead, 0);
+        i = ahead, left -= ahead;
+    }
+    for (; i + W <= total; ++c) {
+        const long n = left / W;
+        if (n) inside(i, n, c);
+        i += n * W, left -= n * W;
+        if (left && i + W > total) break;
+        if (left) {
+            across(i, c, left);
+            i += W, left += length - W;
+        } else {
+            end(c);
+            left = length;
+        }
+    }
+    if (i < total) {  // the end of the last plane
+        part(i, total - i, c);
+        end(c);
+    }
+}
+
+#include "sums.h"
+#include "moments.h"
+#include "passes.h"
+
+template <class T>
+static const Loops<T> loops = {row_origins<T>, tile_moments<T>, tile_reduce<T>, tile_normalize<T>,
+                               tile_elementwise<T>};

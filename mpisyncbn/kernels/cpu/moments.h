@@ -1,0 +1,84 @@
+// Sums about an origin near the mean, for mean and variance. Included once per instruction set by
+// loops.h.
+
+// A number near the mean of each channel, from a few values: of the first plane of a tile, or of
+// rows spread over all.
+template <class T>
+static void plane_origins(const Operands<T> &on, const Tile &t, compute_t<T> *origins) {
+    const long few = std::min(8L, t.s1 - t.s0);
+    for (long c = t.c0; c < t.c1; ++c) {
+        double sum = 0;
+        for (long s = 0; s < few; ++s) sum += value(on.pointers_at(t.n0, c, t.s0 + s).x[0]);
+        origins[c - t.c0] = (compute_t<T>)(sum / few);
+    }
+}
+
+template <class T>
+static void row_origins(const Operands<T> &on, long rows, long columns, compute_t<T> *origins) {
+    constexpr long W = Lane<T>::width;
+    long few = 8;  // a power of two, added up in pairs: the origin of a constant channel is its value
+    while (few > rows) few /= 2;
+    for (long j = 0; j < columns; j += W) {
+        const TailAccess access{std::min(W, columns - j)};
+        vec<T> sums[8];
+        for (long i = 0; i < few; ++i)
+            sums[i] = access.get(on.pointers_at(i * rows / few, j, 0).x) / (compute_t<T>)few;
+        for (long half = few / 2; half; half /= 2)
+            for (long i = 0; i < half; ++i) sums[i] += sums[i + half];
+        write<false>(origins + j, sums[0]);
+    }
+}
+
+// Whether a channel of a tile has one value only.
+template <class T>
+static bool is_constant(const Operands<T> &on, const Tile &t, bool rows, long c) {
+    const long n0 = rows ? t.s0 : t.n0, n1 = rows ? t.s1 : t.n1, s0 = rows ? 0 : t.s0, s1 = rows ? 1 : t.s1;
+    const auto first = value(on.pointers_at(n0, c, s0).x[0]);
+    for (long n = n0; n < n1; ++n) {
+        const T *const x = on.pointers_at(n, c, 0).x;
+        for (long s = s0; s < s1; ++s)
+            if (value(x[s]) != first) return false;
+    }
+    return true;
+}
+
+// For each channel of a tile: an origin near its mean, the sum of x - origin, and that of its
+// square, or UNDERFLOWED. `row_origins` are those of rows. Both it and `scratch` are padded to
+// whole vectors.
+template <class T>
+static void tile_moments(const Operands<T> &on, const Tile &t, bool rows, long count,
+                         const compute_t<T> *row_origins, compute_t<T> *scratch, double *origin, double *sums,
+                         double *squares) {
+    const long channels = t.c1 - t.c0;
+    compute_t<T> *origins = scratch + 2 * padded(channels);
+    if (rows)
+        std::copy(row_origins, row_origins + padded(channels), origins);
+    else
+        plane_origins(on, t, origins);
+    for (int turn = 0; turn < 2; ++turn) {
+        if (std::fetestexcept(FE_UNDERFLOW)) std::feclearexcept(FE_UNDERFLOW);  // the second is slow
+        tile_sums(on, t, rows, origins, 0, Moments<T>{}, scratch, sums, squares);
+        for (long c = 0; c < channels; ++c) origin[c] = origins[c];
+        // Where the origin is more than two standard deviations from the mean, the squares have
+        // lost digits: once more, about the mean found. The other channels keep their origin, and
+        // get the same sums again.
+        const auto cancelled = [&](long c) { return 1.25 * sums[c] * sums[c] > squares[c] * count; };
+        bool any = false;
+        for (long c = 0; c < channels; ++c) any |= cancelled(c);
+        if (!any) break;
+        for (long c = 0; c < channels; ++c)
+            if (cancelled(c) && std::isfinite(sums[c])) origins[c] += (compute_t<T>)(sums[c] / count);
+    }
+    if (sizeof(compute_t<T>) == 8 || std::is_same_v<T, float16>) return;
+    // Squares that sum to 0 are those of a constant channel, unless one became 0: then the
+    // processor has set its flag.
+    const bool underflow = std::fetestexcept(FE_UNDERFLOW);
+    const auto unclear = [&](long c) {
+        return (squares[c] * count <= sums[c] * sums[c]) & (underflow | (squares[c] > 0));
+    };
+    bool any = false;
+    for (long c = 0; c < channels; ++c) any |= unclear(c);
+    if (any)
+        for (long c = 0; c < channels; ++c)
+            if (unclear(c) && !is_constant(on, t, rows, t.c0 + c)) squares[c] = UNDERFLOWED;
+}

@@ -1,0 +1,95 @@
+// Element-wise work on a tile. Included once per instruction set by loops.h.
+
+template <bool STREAM, class T, class F>
+static void pass_planes(const Operands<T> &on, const Tile &t, const compute_t<T> *coefficients, long stride,
+                        F operation) {
+    constexpr long W = Lane<T>::width;
+    const long channels = t.c1 - t.c0, length = t.s1 - t.s0, together = on.adjacent(length) ? channels : 1;
+    if (STREAM && length < 2 * W)
+        return pass_planes<false>(on, t, coefficients, stride, operation);  // not aligned there
+    for (long n = t.n0; n < t.n1; ++n)
+        for (long from = 0; from < channels; from += together) {
+            const Pointers<T> pointers = on.pointers_at(n, t.c0 + from, t.s0);
+            const compute_t<T> *const of_plane = coefficients + from;
+            go_through<T>(
+                pointers.out, together, length,
+                [&](long i, long vectors, long c) {
+                    const PlaneCoefficients<T> coefficient{of_plane + c, stride};
+                    for (; vectors >= 2; vectors -= 2, i += 2 * W) {
+                        operation.template apply<STREAM>(pointers, i, coefficient, FullAccess{});
+                        operation.template apply<STREAM>(pointers, i + W, coefficient, FullAccess{});
+                    }
+                    if (vectors) operation.template apply<STREAM>(pointers, i, coefficient, FullAccess{});
+                },
+                [&](long i, long c, long values) {
+                    operation.template apply<STREAM>(
+                        pointers, i, TwoPlanesCoefficients<T>{of_plane + c, stride, values}, FullAccess{});
+                },
+                [&](long i, long values, long c) {
+                    operation.template apply<false>(pointers, i, PlaneCoefficients<T>{of_plane + c, stride},
+                                                    TailAccess{values});
+                },
+                [](long) {});
+        }
+    if (STREAM) fence();
+}
+
+// Two rows at a time, one from each half of the tile: they share the coefficients of the channels,
+// and see sum_rows.
+template <bool STREAM, class T, class F>
+static void pass_rows(const Operands<T> &on, const Tile &t, const compute_t<T> *coefficients, long stride,
+                      F operation) {
+    constexpr long W = Lane<T>::width;
+    const long columns = t.c1 - t.c0, half = (t.s1 - t.s0) / 2;
+    for (long r = t.s0; r < t.s0 + half; ++r) {
+        const Pointers<T> one = on.pointers_at(r, t.c0, 0), two = on.pointers_at(r + half, t.c0, 0);
+        long j = 0;
+        for (; j + W <= columns; j += W) {
+            const RowCoefficients<T> coefficient{coefficients + j, stride};
+            operation.template apply<STREAM>(one, j, coefficient, FullAccess{});
+            operation.template apply<STREAM>(two, j, coefficient, FullAccess{});
+        }
+        if (j < columns) {
+            const RowCoefficients<T> coefficient{coefficients + j, stride};
+            operation.template apply<false>(one, j, coefficient, TailAccess{columns - j});
+            operation.template apply<false>(two, j, coefficient, TailAccess{columns - j});
+        }
+    }
+    if ((t.s1 - t.s0) % 2)
+        for (long j = 0; j < columns; j += W)
+            operation.template apply<false>(on.pointers_at(t.s1 - 1, t.c0, 0), j,
+                                            RowCoefficients<T>{coefficients + j, stride},
+                                            TailAccess{std::min(W, columns - j)});
+    if (STREAM) fence();
+}
+
+template <class T, class F>
+static void tile_pass(const Operands<T> &on, const Tile &t, bool rows, bool stream,
+                      const compute_t<T> *coefficients, long stride, F operation) {
+    if (stream) streamed_values.fetch_add((t.c1 - t.c0) * t.count(), std::memory_order_relaxed);
+    if (rows)
+        stream ? pass_rows<true>(on, t, coefficients, stride, operation)
+               : pass_rows<false>(on, t, coefficients, stride, operation);
+    else
+        stream ? pass_planes<true>(on, t, coefficients, stride, operation)
+               : pass_planes<false>(on, t, coefficients, stride, operation);
+}
+
+template <class T>
+static void tile_normalize(const Operands<T> &on, const Tile &t, bool rows, bool stream,
+                           const compute_t<T> *coefficients, long stride, bool add, Activation activation) {
+    auto pass = [&](auto operation) { tile_pass(on, t, rows, stream, coefficients, stride, operation); };
+    by_activation(activation, [&](auto constant) {
+        constexpr Activation ACTIVATION = constant();
+        add ? pass(Normalize<T, true, ACTIVATION>{}) : pass(Normalize<T, false, ACTIVATION>{});
+    });
+}
+
+// `activation` is none where dy is already the gradient of what goes into it.
+template <class T>
+static void tile_elementwise(const Operands<T> &on, const Tile &t, bool rows, bool stream,
+                             const compute_t<T> *coefficients, long stride, Activation activation) {
+    by_activation(activation, [&](auto constant) {
+        tile_pass(on, t, rows, stream, coefficients, stride, Elementwise<T, constant()>{});
+    });
+}

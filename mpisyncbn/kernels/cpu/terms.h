@@ -1,0 +1,91 @@
+// The arithmetic on a vector of values. Included once per instruction set by loops.h.
+//
+// It is the same for planes and rows: the coefficients of a channel come from coefficient(MEAN) and
+// the like, one value for a plane, one vector per column for rows.
+
+// Sums. A vector of two terms per value, added up in compute_t<T> over short runs, in double
+// beyond.
+
+template <class T>
+struct Moments {  // about an origin near the mean, so that the squares keep their digits
+    static constexpr long rows_at_once = 8;  // see sum_rows
+    template <class K, class A>
+    INLINE_MEMBER void operator()(Pointers<T> pointers, long i, K coefficient, A access, vec<T> &a,
+                                  vec<T> &b) const {
+        a = access.get(pointers.x + i) - coefficient(MEAN);
+        b = a * a;
+    }
+};
+
+// SAVED: the activation's output was kept. Else what goes into it is computed again from x.
+template <class T, Activation ACTIVATION, bool SAVED>
+struct Reduce {
+    static constexpr long rows_at_once = 4;  // of two arrays each
+    template <class K, class A>
+    INLINE_MEMBER void operator()(Pointers<T> pointers, long i, K coefficient, A access, vec<T> &a,
+                                  vec<T> &b) const {
+        const vec<T> xm = access.get(pointers.x + i) - coefficient(MEAN);
+        a = access.get(pointers.dy + i);
+        if constexpr (ACTIVATION != Activation::none && !SAVED)
+            a = activation_gradient<ACTIVATION, T>(a, xm * coefficient(SCALE) + coefficient(SHIFT));
+        if constexpr (SAVED) {
+            a = activation_gradient<ACTIVATION, T>(a, access.get(pointers.extra + i));
+            access.template put<false>(pointers.out + i, a);
+        }
+        b = a * xm;
+    }
+};
+
+// Values.
+
+// ADD: a residual is added before the activation.
+template <class T, bool ADD, Activation ACTIVATION>
+struct Normalize {
+    template <bool STREAM, class K, class A>
+    INLINE_MEMBER void apply(Pointers<T> pointers, long i, K coefficient, A access) const {
+        vec<T> z = (access.get(pointers.x + i) - coefficient(MEAN)) * coefficient(SCALE) + coefficient(SHIFT);
+        if constexpr (ADD) z += access.get(pointers.extra + i);
+        access.template put<STREAM>(pointers.out + i, activate<ACTIVATION, T>(z));
+    }
+};
+
+// ACTIVATION: dy is still the gradient of its output.
+template <class T, Activation ACTIVATION>
+struct Elementwise {
+    template <bool STREAM, class K, class A>
+    INLINE_MEMBER void apply(Pointers<T> pointers, long i, K coefficient, A access) const {
+        const vec<T> xm = access.get(pointers.x + i) - coefficient(MEAN);
+        vec<T> dy = access.get(pointers.dy + i);
+        if constexpr (ACTIVATION != Activation::none)
+            dy = activation_gradient<ACTIVATION, T>(dy, xm * coefficient(SCALE) + coefficient(SHIFT));
+        access.template put<STREAM>(
+            pointers.out + i, dy * coefficient(SCALE) + (xm * coefficient(SLOPE) + coefficient(INTERCEPT)));
+    }
+};
+
+// One coefficient per channel, as one vector.
+template <class T>
+struct PlaneCoefficients {
+    const compute_t<T> *coefficients;  // of this channel
+    long stride;                       // from one kind of coefficient to the next
+    INLINE_MEMBER vec<T> operator()(int which) const { return broadcast<T>(coefficients[which * stride]); }
+};
+
+// The coefficients of a channel in the first lanes, and those of the next one in the others.
+template <class T>
+struct TwoPlanesCoefficients {
+    const compute_t<T> *coefficients;
+    long stride, first;
+    INLINE_MEMBER vec<T> operator()(int which) const {
+        const compute_t<T> *both = coefficients + which * stride;
+        return lanes_below<T>(first) ? broadcast<T>(both[0]) : broadcast<T>(both[1]);
+    }
+};
+
+// The coefficients of as many channels as a vector has lanes.
+template <class T>
+struct RowCoefficients {
+    const compute_t<T> *coefficients;  // from this column on
+    long stride;
+    INLINE_MEMBER vec<T> operator()(int which) const { return read<vec<T>>(coefficients + which * stride); }
+};

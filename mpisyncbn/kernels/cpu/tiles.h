@@ -1,0 +1,253 @@
+// How the work is cut into tiles and handed to threads. Part of module.cpp.
+
+int default_threads() {
+#if defined(_OPENMP)
+    return omp_get_max_threads();
+#else
+    return 1;
+#endif
+}
+
+// Values per tile: enough to make its overhead small, few enough to stay in a core's L2 cache.
+constexpr long TILE = 1 << 16;
+// Below this many values, starting threads takes longer than the work (torch's limit too).
+constexpr long PARALLEL = 1 << 15;
+// Output of this many bytes would push itself out of the cache: it is written past it.
+long stream_from = 4 << 20;
+
+long ceil_div(long length, long divisor) { return (length + divisor - 1) / divisor; }
+
+long cut_planes(long samples, long channels, long positions, std::vector<Tile> &tiles) {
+    const long s_parts = ceil_div(positions, TILE), s_step = (ceil_div(positions, s_parts) + 63) / 64 * 64;
+    // Long planes one after the other, as they lie; of short ones several samples, whose sums have
+    // one end.
+    const long run = positions < 1024 ? TILE / 4 : TILE;
+    const long c_most = std::clamp(run / std::min(s_step, positions), 1L, std::min(channels, MAX_CHANNELS));
+    const long c_step = ceil_div(channels, ceil_div(channels, c_most));
+    const long n_step = std::clamp(TILE / (c_step * std::min(s_step, positions)), 1L, samples);
+    long slot = 0;
+    for (long n = 0; n < samples; n += n_step, slot += s_parts)
+        for (long c = 0; c < channels; c += c_step)
+            for (long s = 0, part = 0; s < positions; s += s_step, ++part)
+                tiles.push_back({n, std::min(n + n_step, samples), c, std::min(c + c_step, channels), s,
+                                 std::min(s + s_step, positions), slot + part});
+    return slot;
+}
+
+long cut_rows(long rows, long columns, int threads, std::vector<Tile> &tiles) {
+    // Sums over a tile have an end in memory for every column: of much work, no more tiles than
+    // threads may want.
+    const long most = std::clamp(rows * columns / 48, TILE, 8 * TILE);
+    const long slots = ceil_div(rows, std::max(256L, most / columns)),
+               step = (ceil_div(rows, slots) + 7) / 8 * 8;
+    // Too few for the threads: cut across too, which leaves the sums as they are.
+    const long c_parts =
+        slots >= threads ? 1 : std::clamp(ceil_div(threads, slots), 1L, std::max(columns / 64, 1L));
+    const long c_step = padded(ceil_div(columns, c_parts));
+    long slot = 0;
+    for (long r = 0; r < rows; r += step, ++slot)
+        for (long c = 0; c < columns; c += c_step)
+            tiles.push_back({0, 1, c, std::min(c + c_step, columns), r, std::min(r + step, rows), slot});
+    return slot;
+}
+
+// A way through arrays of one shape: tiles, and what the loops need to find their values.
+template <class T>
+struct Traversal {
+    Operands<T> on;
+    bool rows;
+    long columns;  // channels, several times over where rows of few channels are taken together
+    long count;    // of rows
+    bool stream;   // its output goes past the cache
+    long slots;
+    std::vector<long> counts;  // values per channel of each slot
+    std::vector<Tile> tiles;
+    void count_values() {
+        counts.resize(slots);
+        for (const Tile &t : tiles) counts[t.slot] = t.count();
+    }
+};
+
+template <class T>
+struct Plan {
+    long channels;
+    int threads;
+    int traversal_count;
+    Traversal<T> traversals[2];  // the second: rows left over by the first
+};
+
+// Addresses and strides as the loops take them. x stands in for an absent array, which is never
+// touched.
+template <class T>
+Operands<T> operands_of(const Array *const (&arrays)[4], const Layout &layout) {
+    char *start[4];
+    long outer[4], channel[4];
+    for (int i = 0; i < 4; ++i) {
+        const int from = arrays[i]->data ? i : 0;
+        start[i] = arrays[from]->data, outer[i] = layout.outer[from], channel[i] = layout.channel[from];
+    }
+    return {{(const T *)start[1], (const T *)start[0], (const T *)start[2], (T *)start[3]},
+            {outer[1], outer[0], outer[2], outer[3]},
+            {channel[1], channel[0], channel[2], channel[3]}};
+}
+
+// How many rows make one that is whole vectors, where rows are short and follow each other without
+// a gap; else 1.
+template <class T>
+long rows_taken_together(const Operands<T> &on, const Layout &layout) {
+    const auto &pitch = on.outer;
+    const long channels = layout.channels;
+    const bool dense =
+        pitch.dy == channels && pitch.x == channels && pitch.extra == channels && pitch.out == channels;
+    if (!dense || channels >= 64) return 1;
+    long together = 16 / std::gcd(channels, 16L);
+    while (channels * together < 64) together *= 2;
+    return together <= layout.positions ? together : 1;
+}
+
+// Cuts rows into tiles: those of the first traversal and, where several are taken together, what is
+// left over.
+template <class T>
+void plan_rows(Plan<T> &plan, const Layout &layout) {
+    Traversal<T> &traversal = plan.traversals[0];
+    const long together = rows_taken_together(traversal.on, layout), rows = layout.positions / together;
+    if (const long left = layout.positions % together) {
+        plan.traversal_count = 2;
+        Traversal<T> &tail = plan.traversals[1];
+        tail.on = traversal.on, tail.rows = true, tail.columns = layout.channels, tail.stream = false,
+        tail.slots = 1;
+        tail.tiles.assign(1, {0, 1, 0, layout.channels, rows * together, rows * together + left, 0});
+        tail.count_values();
+    }
+    auto &pitch = traversal.on.outer;
+    pitch.dy *= together, pitch.x *= together, pitch.extra *= together, pitch.out *= together;
+    traversal.columns *= together, traversal.count = rows;
+    traversal.slots = cut_rows(rows, traversal.columns, plan.threads, traversal.tiles);
+    // a row must begin at a multiple of a vector for its stores to pass the cache
+    traversal.stream = traversal.stream && pitch.out * (long)sizeof(T) % 64 == 0;
+}
+
+// The plan for arrays of one shape: x, which decides, dy, what else is read, and what is written.
+// It lasts until the next one of this thread. Null where the arrays do not lie in memory in one
+// way: then somebody has to copy first.
+template <class T>
+const Plan<T> *plan_for(const Array &x, const Array &dy, const Array &extra, const Array &out, int threads) {
+    static thread_local Plan<T> plan;
+    const Array *const arrays[4] = {&x, &dy, &extra, &out};
+    Layout layout;
+    if (!lay_out(arrays, layout)) return nullptr;
+    plan.channels = layout.channels;
+    plan.threads = x.size() < PARALLEL ? 1 : threads > 0 ? threads : default_threads();
+    plan.traversal_count = 1;
+    Traversal<T> &traversal = plan.traversals[0];
+    traversal.on = operands_of<T>(arrays, layout);
+    traversal.rows = layout.rows;
+    traversal.columns = layout.channels;
+    traversal.tiles.clear();
+    traversal.stream = out.data && x.size() * (long)sizeof(T) >= stream_from && (uintptr_t)out.data % 64 == 0;
+    if (layout.rows)
+        plan_rows(plan, layout);
+    else
+        traversal.slots = cut_planes(layout.samples, layout.channels, layout.positions, traversal.tiles);
+    traversal.count_values();
+    return &plan;
+}
+
+// Lets Python's other threads run while there is much to do.
+struct Unlocked {
+    std::optional<nb::gil_scoped_release> release;
+    explicit Unlocked(const Array &x) {
+        if (x.size() >= PARALLEL) release.emplace();
+    }
+};
+
+enum class Direction { up, down };
+
+// Calls operation for every tile, on each thread in memory order, up or down. The sums go down and
+// what follows them goes up: so each pass begins with what the one before it has left in the cache,
+// and the sums with the end of what the layer before or after this one has just written.
+template <class F>
+void each(long length, int threads, Direction direction, F operation) {
+    auto from_to = [&](long begin, long end) {
+        for (long i = begin; i < end; ++i) operation(direction == Direction::up ? i : begin + end - 1 - i);
+    };
+#if defined(_OPENMP)
+    if (threads > 1 && length > 1) {
+#pragma omp parallel num_threads((int)std::min((long)threads, length))
+        {
+            const long all = omp_get_num_threads(), me = omp_get_thread_num();
+            from_to(length * me / all, length * (me + 1) / all);
+        }
+        return;
+    }
+#endif
+    from_to(0, length);
+}
+
+// Memory of this thread for a tile.
+template <class W>
+W *tile_scratch(size_t length) {
+    static thread_local std::vector<W> memory;
+    if (memory.size() < length) memory.resize(length);
+    return memory.data();
+}
+
+// Memory that the calling thread keeps while tiles are worked on with tile_scratch.
+template <class W>
+W *caller_scratch(size_t length) {
+    static thread_local std::vector<W> memory;
+    if (memory.size() < length) memory.resize(length);
+    return memory.data();
+}
+
+// Calls operation(traversal, tile, i) for every tile of traversal i of a plan, on every thread. It
+// must not name a thread_local variable: on the other threads it is another one. So these are all
+// inside functions, and what an operation needs of them is bound to a local name.
+template <class T, class F>
+void every_tile(const Plan<T> &plan, Direction direction, F operation) {
+    for (int i = 0; i < plan.traversal_count; ++i) {
+        const Traversal<T> &traversal = plan.traversals[i];
+        each((long)traversal.tiles.size(), plan.threads, direction,
+             [&](long index) { operation(traversal, traversal.tiles[index], i); });
+    }
+}
+
+// The partial results of the tiles for each channel, `kinds` numbers in double: an array of columns
+// for each kind, for every slot of every traversal.
+template <class T>
+struct Partials {
+    const Plan<T> &plan;
+    const long kinds;
+    double *memory;
+
+    Partials(const Plan<T> &plan, long kinds)
+        : plan(plan), kinds(kinds), memory(partials_memory(length_of(0) + length_of(1))) {}
+
+    // The numbers of one kind, from the tile's first channel on.
+    double *at(int traversal, const Tile &t, long kind) const {
+        return start(traversal, t.slot) + kind * plan.traversals[traversal].columns + t.c0;
+    }
+
+    // Calls operation(traversal, slot, numbers, columns) in a fixed order, as often as all channels
+    // are there: kind k of channel c is numbers[k * columns + c].
+    template <class F>
+    void in_order(F operation) const {
+        for (int i = 0; i < plan.traversal_count; ++i)
+            for (long slot = 0; slot < plan.traversals[i].slots; ++slot)
+                for (long j = 0; j < plan.traversals[i].columns; j += plan.channels)
+                    operation(i, slot, (const double *)start(i, slot) + j, plan.traversals[i].columns);
+    }
+
+  private:
+    long length_of(int i) const {
+        return i < plan.traversal_count ? plan.traversals[i].slots * kinds * plan.traversals[i].columns : 0;
+    }
+    double *start(int i, long slot) const {
+        return memory + (i ? length_of(0) : 0) + slot * kinds * plan.traversals[i].columns;
+    }
+    static double *partials_memory(long length) {
+        static thread_local std::vector<double> memory;
+        if ((long)memory.size() < length) memory.resize(length);
+        return memory.data();
+    }
+};

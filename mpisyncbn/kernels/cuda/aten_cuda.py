@@ -1,0 +1,120 @@
+"""The four kernels for torch tensors on a GPU where Triton is not installed.
+
+They are composed of the fused CUDA operations that torch has for its own SyncBatchNorm.
+
+Their moments are in float32, so digits of the mean are lost where it is large: 6e-8 of it. What is
+known of the mean beyond float32 goes into the shift that they add.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ..activation import Activation, ActivationContext, activate, activation_gradient
+from ..layout import channels_of, dense, rows, with_strides_of
+
+__all__ = ["backward_elementwise", "backward_reduce", "local_moments", "normalize"]
+
+
+def local_moments(x: Tensor) -> tuple[int, Tensor, Tensor]:
+    channels, is_float64 = x.shape[1], x.dtype == torch.float64
+    count = x.numel() // channels
+    if count == 0:
+        zeros = x.new_zeros((3, channels), dtype=torch.float64)
+        return 0, zeros[:2] if is_float64 else zeros[0], zeros[2]
+    # With eps = 0 what comes of a variance is exact to its last digits but one; of none comes 0.
+    mean, invstd = torch.batch_norm_stats(_readable(dense(x)), 0.0)
+    mean, invstd = mean.double(), invstd.double()
+    m2 = torch.where(invstd == 0, 0.0, count / invstd.square())
+    return count, torch.stack((mean, torch.zeros_like(mean))) if is_float64 else mean, m2
+
+
+def normalize(
+    x: Tensor,
+    mean: Tensor,
+    invstd: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    residual: Tensor | None = None,
+    activation: Activation = Activation.NONE,
+) -> Tensor:
+    if x.numel() == 0:
+        return torch.empty_like(x)
+    scale = invstd if weight is None else invstd * weight.double()
+    shift = torch.zeros_like(mean) if bias is None else bias.double()
+    x = dense(x)
+    mean_hi = _narrow(mean, x)
+    shift = shift - (mean - mean_hi.double()) * scale
+    # With something to follow, bfloat16 and float16 are rounded after it.
+    wide = x if residual is None else x.to(mean_hi.dtype)
+    y = torch.empty_like(wide)  # written through a view of it: what autograd gets must not be one
+    vectors = _narrow(scale, x), _narrow(shift, x), mean_hi, torch.ones_like(mean_hi)
+    torch.ops.aten.batch_norm_elemt.out(_readable(wide), *vectors, 0.0, out=_readable(y))
+    if residual is not None:
+        y = y.add_(residual)
+    return activate(y, activation, in_place=True).to(x.dtype)
+
+
+def backward_reduce(
+    dy: Tensor, x: Tensor, mean: Tensor, invstd: Tensor, context: ActivationContext | None = None
+) -> tuple[Tensor, Tensor, Tensor]:
+    if context is not None:
+        y = normalize(x, mean, invstd, context.weight, context.bias) if context.y is None else context.y
+        dy = activation_gradient(dy, y, context.activation)
+    if x.numel() == 0:
+        zeros = x.new_zeros((2, x.shape[1]), dtype=torch.float64)
+        return zeros[0], zeros[1], dy
+    x = dense(x)
+    mean_hi = _narrow(mean, x)
+    sum_dy, sum_dy_xmu, _, _ = torch.batch_norm_backward_reduce(
+        _readable(with_strides_of(x, dy)),
+        _readable(x),
+        mean_hi,
+        torch.ones_like(mean_hi),
+        None,
+        True,
+        False,
+        False,
+    )
+    sum_dy = sum_dy.double()
+    return sum_dy, sum_dy_xmu.double() - (mean - mean_hi.double()) * sum_dy, dy
+
+
+def backward_elementwise(
+    dz: Tensor,
+    x: Tensor,
+    mean: Tensor,
+    invstd: Tensor,
+    weight: Tensor | None,
+    mean_dy: Tensor,
+    mean_dy_xmu: Tensor,
+    context: ActivationContext | None = None,
+) -> Tensor:
+    if x.numel() == 0:
+        return torch.empty_like(x)
+    x = dense(x)
+    mean_hi = _narrow(mean, x)
+    slope = invstd.square() * mean_dy_xmu
+    # The operation divides sums by a count: of means, 1.
+    dx = torch.batch_norm_backward_elemt(
+        _readable(with_strides_of(x, dz)),
+        _readable(x),
+        mean_hi,
+        _narrow(invstd, x),
+        None if weight is None else weight.to(mean_hi.dtype).contiguous(),
+        _narrow(mean_dy - (mean - mean_hi.double()) * slope, x),
+        _narrow(mean_dy_xmu, x),
+        torch.ones(1, dtype=torch.int32, device=x.device),
+    )
+    return dx if dx.ndim == x.ndim else channels_of(dx, x)
+
+
+def _narrow(vector: Tensor, x: Tensor) -> Tensor:
+    """A vector in the dtype in which the operations take it with ``x``."""
+    return vector.to(torch.float64 if x.dtype == torch.float64 else torch.float32)
+
+
+def _readable(x: Tensor) -> Tensor:
+    """A dense tensor in a layout that the operations have fast code for."""
+    return x if x.is_contiguous() else rows(x)

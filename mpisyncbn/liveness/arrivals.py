@@ -1,0 +1,102 @@
+"""Ranks that have not come to the first message of their group, as far as the operating system knows.
+
+Before the ranks of a group have met, none can be asked what it is doing. But a rank that has come leaves a
+mark on its process: an open file in memory, which ends with the process. Whoever waits too long looks at the
+processes of the job on its host, and says which of them have no such mark.
+"""
+
+from __future__ import annotations
+
+import os
+import zlib
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
+
+from .. import config
+
+__all__ = ["absent", "mark", "state_of"]
+
+
+@contextmanager
+def mark(ranks: Sequence[int]) -> Iterator[None]:
+    """While inside, other processes see that this one has come to the group of these ranks of the world."""
+    file = None
+    with suppress(AttributeError, OSError):  # nowhere but on Linux
+        file = os.memfd_create(_name(ranks))
+    try:
+        yield
+    finally:
+        if file is not None:
+            os.close(file)
+
+
+def absent(ranks: Sequence[int]) -> dict[int, str]:
+    """What is known of ranks of the world that are not inside ``mark(ranks)``; of those alone."""
+    found: dict[int, list[int]] = {}
+    for rank, process in _processes():
+        found.setdefault(rank, []).append(process)
+    words = {}
+    for rank in ranks:
+        processes = found.get(rank, [])
+        if any(_has_come(process, ranks) for process in processes):
+            continue
+        if processes:  # the first is the rank, later ones are workers of it
+            process = min(processes, key=_age)
+            words[rank] = f"has not come: its process {process} is {state_of(process)}"
+        else:
+            words[rank] = "may have come, on another host: no process of it is on this one"
+    return words
+
+
+def state_of(process: int) -> str:
+    """Of a process on this host, in a word or two."""
+    try:
+        state = _stat(process)[0]
+    except (OSError, IndexError):
+        return "gone"
+    words = {"T": "stopped", "t": "stopped by a debugger", "Z": "dead", "X": "dead"}
+    return words.get(state, "alive")
+
+
+def _name(ranks: Sequence[int]) -> str:
+    return f"mpisyncbn meets {len(ranks)} ranks {zlib.crc32(repr(list(ranks)).encode())}"
+
+
+def _has_come(process: int, ranks: Sequence[int]) -> bool:
+    mark = f"/memfd:{_name(ranks)}"
+    with suppress(OSError):
+        for file in (config.PROC / str(process) / "fd").iterdir():
+            with suppress(OSError):
+                if os.readlink(file).startswith(mark):
+                    return True
+    return False
+
+
+def _processes() -> Iterator[tuple[int, int]]:
+    """Rank in the world and process, of this job on this host."""
+    job = _job(os.getpid())
+    for folder in config.PROC.glob("[0-9]*"):
+        process = int(folder.name)
+        rank = config.rank_of(process)
+        if rank is not None and _job(process) == job:
+            yield rank, process
+
+
+def _job(process: int) -> int:
+    """What started the ranks of a job on this host: the nearest process above that is no rank itself."""
+    while config.rank_of(process) is not None:
+        process = config.parent_of(process)
+    return process
+
+
+def _age(process: int) -> int:
+    """When it was started; far off for one that is gone."""
+    try:
+        return int(_stat(process)[19])
+    except (OSError, IndexError):
+        return 1 << 62
+
+
+def _stat(process: int) -> list[str]:
+    """State, parent and so on: see proc(5), from the third field on."""
+    return (config.PROC / str(process) / "stat").read_text().rpartition(")")[2].split()

@@ -1,0 +1,158 @@
+"""A rank that waits too long for the others: it says so, finds out what they are doing, and ends the job.
+
+Two threads see to that, from the first group of several ranks on. The clock looks at the exchange that each
+group is in, a few times a second; it makes no call of MPI, so whatever MPI is stuck in cannot hold it up. The
+listener answers the questions of other ranks, through the communicator of the group that they ask in. All
+that an exchange pays for this is two assignments.
+
+A rank that comes to the end of its program tells its neighbours in each group, and waits until all ranks have
+come there. It does so in MPI_Finalize, by native code (kernels/cpu/leave.h), after all that the program has
+registered for its end. One that waits in an exchange for a rank that has left then knows that it waits in
+vain, and ends the job.
+"""
+
+from __future__ import annotations
+
+import atexit
+import gc
+import os
+import sys
+import threading
+import time
+from contextlib import suppress
+from typing import Any
+
+from ..comm import transport
+from ..kernels import native
+from . import exits, rank_status
+from .rank_status import Presence, everyone
+
+__all__ = ["watch"]
+
+_TICK = 0.25  # seconds between two looks
+_JUMP = 5.0  # of a longer time between two looks no more counts: this process was stopped
+_LINGERING = 30.0  # seconds for a rank that has failed to come to its end
+
+_lock = threading.Lock()
+_threads: list[threading.Thread] = []
+_stop = threading.Event()
+_keyval: int | None = None
+
+
+def watch(group: Presence) -> None:
+    """Keep an eye on a group from now on."""
+    global _keyval
+    with _lock:
+        if _keyval is None:
+            MPI = sys.modules["mpi4py.MPI"]
+            _prepare_end(MPI)
+            # MPI calls this at the beginning of MPI_Finalize, where the program calls that itself.
+            _keyval = MPI.Comm.Create_keyval(delete_fn=lambda *_: _finalizing())
+            MPI.COMM_SELF.Set_attr(_keyval, True)
+        if group.size > 1:
+            group.begin()
+            if not _threads and not _stop.is_set():
+                _start()
+
+
+def _start() -> None:
+    MPI = sys.modules["mpi4py.MPI"]
+    loops = {"clock": _tick}
+    if MPI.Query_thread() == MPI.THREAD_MULTIPLE:
+        loops["listener"] = _listen
+    for name, loop in loops.items():
+        thread = threading.Thread(target=loop, name=f"mpisyncbn {name}", daemon=True)
+        try:
+            thread.start()
+        except RuntimeError:  # the interpreter is at its end already
+            return
+        _threads.append(thread)
+    exits.install()
+    atexit.register(_at_exit)
+
+
+def _tick() -> None:
+    last, lingering = time.monotonic(), 0.0
+    while not _stop.wait(_TICK):
+        now = time.monotonic()
+        elapsed, last = min(now - last, _JUMP), now
+        status = exits.status()
+        lingering = lingering + elapsed if status and exits.is_over() else 0.0
+        if lingering > _LINGERING:
+            rank_status.end_job(
+                status, "A rank has failed, and something keeps it from its end: a thread, or a handler"
+            )
+        for group in everyone():
+            if group.look(elapsed):
+                group.expire()
+            rank = group.gone()
+            if rank is not None:
+                group.strand(rank)
+
+
+def _listen() -> None:
+    while not _stop.wait(_TICK):
+        for group in everyone():
+            with group.talking:
+                if group.channel is not None and not group.deaf:
+                    try:
+                        group.listen()
+                    except Exception:  # MPI's: the communicator was revoked
+                        group.deaf = True
+
+
+def _prepare_end(MPI: Any) -> None:
+    """Let MPI_Finalize call native code, ahead of everything else that it does."""
+    kernels = native()
+    if kernels is None:
+        return
+    names = "Comm_create_keyval", "Comm_set_attr", "Issend", "Improbe", "Mrecv", "Ibarrier", "Test", "Abort"
+    with suppress(AttributeError, OSError):  # as in transport.direct: then no rank leaves by native code
+        functions = transport.addresses(MPI, *[f"MPI_{name}" for name in names])
+        own, world, byte = (transport.handle(MPI, each) for each in (MPI.COMM_SELF, MPI.COMM_WORLD, MPI.BYTE))
+        int_handles = MPI._sizeof(MPI.COMM_SELF) == 4
+        kernels.install_finalize_hook(functions, own, world, byte, MPI.ANY_SOURCE, int_handles)
+
+
+def _at_exit() -> None:
+    # Others may have registered more, and use groups there. When all is done, Python collects garbage.
+    gc.enable()
+    gc.callbacks.append(_at_last)
+
+
+def _at_last(*_: Any) -> None:
+    if sys.is_finalizing():  # the threads are gone
+        gc.callbacks.remove(_at_last)
+        _hand_over()
+
+
+def _finalizing() -> None:
+    if not _stop.is_set():
+        _stop.set()
+        for thread in _threads:
+            if thread is not threading.current_thread():
+                thread.join(rank_status.ENDING)
+        _hand_over()
+
+
+def _hand_over() -> None:
+    """Tell native code which groups this rank is about to leave, and after how many exchanges."""
+    kernels = native()
+    for group in everyone():
+        if kernels is not None and group.channel is not None and group.all_native and not group.deaf:
+            hosts = [host for host, _ in group.homes]
+            channel = transport.handle(sys.modules["mpi4py.MPI"], group.channel)
+            kernels.add_departing_group(channel, group.rank, group.exchanges, group.last_limit, hosts)
+
+
+def _in_child() -> None:
+    """A forked process has none of the threads."""
+    global _lock, _stop
+    _lock, _stop = threading.Lock(), threading.Event()
+    _stop.set()
+    _threads.clear()
+    rank_status.forget_all()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_in_child)

@@ -1,0 +1,101 @@
+"""How the package is put together: who imports whom, and its longest files and functions.
+
+python scripts/architecture.py            the tables of docs/architecture.md
+python scripts/architecture.py --longest  the ten longest files and functions, and those with most branches
+"""
+
+from __future__ import annotations
+
+import argparse
+import ast
+import re
+from pathlib import Path
+
+PACKAGE = Path(__file__).resolve().parents[1] / "mpisyncbn"
+BRANCHES = ast.If, ast.IfExp, ast.For, ast.While, ast.ExceptHandler, ast.BoolOp, ast.comprehension, ast.Assert
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--longest", action="store_true")
+    print(longest() if parser.parse_args().longest else table())
+
+
+def table() -> str:
+    """A row for each place, a module at the top or a folder: what it imports of the others."""
+    found: dict[str, set[str]] = {}
+    for path in sorted(PACKAGE.rglob("*.py")):
+        found.setdefault(place(path), set()).update(imports(path))
+    rows = ["| module or folder | imports |", "| --- | --- |"]
+    for name in ordered(found):
+        others = [f"`{each}`" for each in ordered(found) if each in found[name] - {name}]
+        rows.append(f"| `{name}` | {', '.join(others) or '-'} |")
+    return "\n".join(rows)
+
+
+def place(path: Path) -> str:
+    """The module at the top or the folder that a file stands in."""
+    return path.relative_to(PACKAGE).parts[0].removesuffix(".py")
+
+
+def imports(path: Path) -> set[str]:
+    """The places that a file imports from, wherever in it the import stands, but for types alone."""
+    depth, tree, found = len(path.relative_to(PACKAGE).parts), ast.parse(path.read_text()), set()
+    for node in ast.walk(tree):
+        if isinstance(node, ast.If) and getattr(node.test, "id", "") == "TYPE_CHECKING":
+            node.body = []
+    for node in ast.walk(tree):
+        if isinstance(node, ast.ImportFrom) and node.level == depth:
+            names = [node.module] if node.module else [alias.name for alias in node.names]
+            found |= {name.partition(".")[0] for name in names}
+    return {each for each in found if (PACKAGE / each).is_dir() or (PACKAGE / f"{each}.py").exists()}
+
+
+def ordered(found: dict[str, set[str]]) -> list[str]:
+    """Each place before all that it imports."""
+    done: list[str] = []
+
+    def visit(name: str) -> None:
+        if name not in done:
+            for other in sorted(found.get(name, ())):
+                if other != name:
+                    visit(other)
+            done.append(name)
+
+    for name in sorted(found, reverse=True):
+        visit(name)
+    return done[::-1]
+
+
+def longest() -> str:
+    files = sorted(((len(path.read_text().splitlines()), path) for path in sources()), reverse=True)[:10]
+    functions = []
+    for path in PACKAGE.rglob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.FunctionDef):
+                lines = (node.end_lineno or 0) - node.lineno + 1 - docstring_lines(node)
+                branches = sum(isinstance(each, BRANCHES) for each in ast.walk(node))
+                functions.append((lines, branches, f"{path.relative_to(PACKAGE)}: {node.name}"))
+    shown = [f"{lines:4} lines  {path.relative_to(PACKAGE)}" for lines, path in files]
+    shown += [f"{lines:4} lines  {name}" for lines, _, name in sorted(functions, reverse=True)[:10]]
+    by_branches = sorted(((branches, name) for _, branches, name in functions), reverse=True)[:10]
+    shown += [f"{branches:4} branches  {name}" for branches, name in by_branches]
+    text = "".join(path.read_text() for path in PACKAGE.rglob("*.py"))
+    count = len(re.findall(r"(?<!import )\bAny\b", text))
+    return "\n".join([*shown, f"{count:4} times Any"])
+
+
+def docstring_lines(node: ast.FunctionDef) -> int:
+    first = node.body[0]
+    is_text = isinstance(first, ast.Expr) and isinstance(first.value, ast.Constant)
+    return (first.end_lineno or 0) - first.lineno + 1 if is_text else 0
+
+
+def sources() -> list[Path]:
+    return [path for path in PACKAGE.rglob("*") if path.suffix in (".py", ".cpp", ".h")]
+
+
+if __name__ == "__main__":
+    main()
