@@ -56,9 +56,11 @@ def imports(path: Path) -> set[str]:
 def ordered(found: dict[str, set[str]]) -> list[str]:
     """Each place before all that it imports."""
     done: list[str] = []
+    seen: set[str] = set()
 
     def visit(name: str) -> None:
-        if name not in done:
+        if name not in seen:
+            seen.add(name)
             for other in sorted(found.get(name, ())):
                 if other != name:
                     visit(other)
