@@ -18,7 +18,7 @@ import torch
 from hypothesis import HealthCheck, settings
 
 from mpisyncbn import Communicator, init_process_group
-from mpisyncbn.distributed import host_tensors
+from mpisyncbn.distributed import mpi_collectives
 from support import jobs, libraries
 from support.ranks import WORLD, together
 from support.recorder import Recorder
@@ -126,8 +126,8 @@ def recorded() -> Iterator[Recorder]:
 def limit(request: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """What is longer than MPI can count goes in pieces: here what is longer than 24 values."""
     if request.param == "in pieces":
-        monkeypatch.setattr(host_tensors, "LIMIT", 24)
-        monkeypatch.setattr(host_tensors, "_WIDE_PIECE", 5)
+        monkeypatch.setattr(mpi_collectives, "LIMIT", 24)
+        monkeypatch.setattr(mpi_collectives, "_WIDE_PIECE", 5)
 
 
 @pytest.fixture

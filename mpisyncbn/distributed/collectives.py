@@ -11,9 +11,9 @@ import torch
 from torch import Tensor
 
 from ..errors import on_rank
-from . import host_tensors
-from .agreement import DEFAULT, Action, Stepwise, listed, same, seen
-from .opaque import opaque_methods
+from . import host_tensors, mpi_collectives
+from .checked import DEFAULT, Action, Stepwise, listed, same, seen
+from .no_compile import no_compile_methods
 from .work import Work
 
 __all__ = ["Collectives"]
@@ -21,7 +21,7 @@ __all__ = ["Collectives"]
 Prepared = tuple[tuple[Any, ...], Action]
 
 
-@opaque_methods
+@no_compile_methods
 class Collectives(Stepwise):
     """Each method prepares on the caller's thread, where a GPU's values come to host memory in the order of
     its stream, and acts once the ranks agree: see Stepwise._run."""
@@ -37,9 +37,9 @@ class Collectives(Stepwise):
         tensors = listed(tensors)
 
         def prepare() -> Prepared:
-            operation = host_tensors.name_of(opts.reduceOp)
+            operation = mpi_collectives.name_of(opts.reduceOp)
             jobs = [
-                (host_tensors.staged(tensor), host_tensors.reduction(operation, tensor.dtype), tensor)
+                (host_tensors.staged(tensor), mpi_collectives.reduction(operation, tensor.dtype), tensor)
                 for tensor in tensors
             ]
 
@@ -57,8 +57,11 @@ class Collectives(Stepwise):
         (tensor,) = tensors = listed(tensors)
 
         def prepare() -> Prepared:
-            operation, root = host_tensors.name_of(opts.reduceOp), self._root(opts)
-            source, reduction = host_tensors.staged(tensor), host_tensors.reduction(operation, tensor.dtype)
+            operation, root = mpi_collectives.name_of(opts.reduceOp), self._root(opts)
+            source, reduction = (
+                host_tensors.staged(tensor),
+                mpi_collectives.reduction(operation, tensor.dtype),
+            )
 
             def action(comm: Any) -> None:
                 host = host_tensors.contiguous(source)
@@ -75,8 +78,11 @@ class Collectives(Stepwise):
         def prepare() -> Prepared:
             self._one_for_each_rank(parts, out)
             same("the output and this rank's part of the input", out.numel(), parts[self._wire.rank].numel())
-            operation, host = host_tensors.name_of(opts.reduceOp), host_tensors.like(out)
-            reduction, counts = host_tensors.reduction(operation, out.dtype), [part.numel() for part in parts]
+            operation, host = mpi_collectives.name_of(opts.reduceOp), host_tensors.like(out)
+            reduction, counts = (
+                mpi_collectives.reduction(operation, out.dtype),
+                [part.numel() for part in parts],
+            )
             sources = [host_tensors.staged(part) for part in parts]
 
             def action(comm: Any) -> None:
@@ -92,10 +98,10 @@ class Collectives(Stepwise):
         self, outputs: Any, inputs: Any, opts: Any = DEFAULT, name: str = "reduce_scatter_coalesced"
     ) -> Work:
         def prepare() -> Prepared:
-            operation, jobs = host_tensors.name_of(opts.reduceOp), []
+            operation, jobs = mpi_collectives.name_of(opts.reduceOp), []
             for out, values in zip(outputs, inputs, strict=True):
                 self._a_part_for_each_rank(values, out)
-                reduction = host_tensors.reduction(operation, out.dtype)
+                reduction = mpi_collectives.reduction(operation, out.dtype)
                 jobs.append((out, host_tensors.like(out), host_tensors.staged(values), reduction))
 
             def action(comm: Any) -> None:
@@ -125,7 +131,7 @@ class Collectives(Stepwise):
             def action(comm: Any) -> None:
                 for source, tensor in zip(sources, tensors, strict=True):
                     host = host_tensors.contiguous(source)
-                    host_tensors.broadcast(comm, host, root)
+                    mpi_collectives.broadcast(comm, host, root)
                     host_tensors.put_back(host, tensor)
 
             return ("from rank", root, "of", *seen(tensors)), action
@@ -146,7 +152,7 @@ class Collectives(Stepwise):
             def action(comm: Any) -> None:
                 host = host_tensors.contiguous(source)
                 flat = torch.empty((comm.size, *host.shape), dtype=host.dtype) if parts else None
-                host_tensors.gather(comm, host, flat, root)
+                mpi_collectives.gather(comm, host, flat, root)
                 for part, piece in zip(parts, () if flat is None else flat, strict=True):
                     host_tensors.put_back(piece, part)
 
@@ -168,7 +174,7 @@ class Collectives(Stepwise):
             sources = [host_tensors.staged(part) for part in parts]
 
             def action(comm: Any) -> None:
-                host_tensors.scatter(comm, host_tensors.gathered(sources) if sources else None, host, root)
+                mpi_collectives.scatter(comm, host_tensors.gathered(sources) if sources else None, host, root)
                 host_tensors.put_back(host, out)
 
             return ("from rank", root, "of", *seen(outputs)), action
@@ -187,7 +193,7 @@ class Collectives(Stepwise):
 
             def action(comm: Any) -> None:
                 flat = torch.empty(sum(sizes), dtype=torch.uint8)
-                host_tensors.all_gather_uneven(comm, host_tensors.contiguous(source).view(-1), flat, sizes)
+                mpi_collectives.all_gather_uneven(comm, host_tensors.contiguous(source).view(-1), flat, sizes)
                 for part, piece in zip(parts, flat.split(sizes), strict=True):
                     host_tensors.put_back(piece.view(part.dtype), part)
 
@@ -206,7 +212,7 @@ class Collectives(Stepwise):
 
             def action(comm: Any) -> None:
                 for out, host, source in jobs:
-                    host_tensors.gather(comm, host_tensors.contiguous(source), host, None)
+                    mpi_collectives.gather(comm, host_tensors.contiguous(source), host, None)
                     host_tensors.put_back(host, out)
 
             return ("of", *seen(inputs)), action
@@ -230,7 +236,7 @@ class Collectives(Stepwise):
                 for i, source in enumerate(sources):
                     host = host_tensors.contiguous(source)
                     flat = torch.empty((comm.size, *host.shape), dtype=host.dtype)
-                    host_tensors.gather(comm, host, flat, None)
+                    mpi_collectives.gather(comm, host, flat, None)
                     for row, part in zip(outputs, flat, strict=True):
                         host_tensors.put_back(part, row[i])
 
@@ -298,4 +304,4 @@ def _swap(comm: Any, values: Tensor, host: Tensor, sent: list[int], received: li
                     f"{wanted[source]}{on_rank()}"
                 )
     most = max(sum(part) for plan in plans for part in plan)
-    host_tensors.all_to_all(comm, values, host, sent, received, most)
+    mpi_collectives.all_to_all(comm, values, host, sent, received, most)

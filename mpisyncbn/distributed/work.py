@@ -16,7 +16,7 @@ from torch.distributed import Work as _Work
 
 from ..errors import CollectiveTimeoutError, MPISyncBNError, on_rank
 from ..liveness import exits
-from .opaque import opaque_methods
+from .no_compile import no_compile_methods
 
 __all__ = ["Engine", "Work", "keep_works_of_reducers", "patiently"]
 
@@ -59,7 +59,7 @@ def _raise(failed: _Failed) -> None:
     raise failed.error
 
 
-@opaque_methods
+@no_compile_methods
 class _Future(torch.futures.Future):
     """What comes after it comes on the thread that says so, and not whenever it is done.
 
@@ -79,7 +79,7 @@ class _Future(torch.futures.Future):
         super().add_done_callback(callback)
 
 
-@opaque_methods
+@no_compile_methods
 class Work(_Work):
     """A collective that was begun, as torch.distributed knows it."""
 

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.distributed import ReduceOp
 from torch.distributed import _functional_collectives as functional_collectives
 
-from mpisyncbn.distributed import host_tensors
+from mpisyncbn.distributed import mpi_collectives
 from support.ranks import WORLD, no_exchange, together
 
 RANK, SIZE = WORLD.rank, WORLD.size
@@ -221,7 +221,7 @@ def test_average_of_integers(dtype: torch.dtype, limit: None) -> None:
 @no_exchange
 def test_average_in_a_group_larger_than_int8() -> None:
     values = torch.tensor([-128, 127, -1], dtype=torch.int8)
-    host_tensors._divide(values, 128)
+    mpi_collectives._divide(values, 128)
     assert values.tolist() == [-1, 0, 0]
 
 

@@ -90,7 +90,7 @@ def test_an_interrupted_collective_ends_its_group(monkeypatch: pytest.MonkeyPatc
 
     group = dist.new_group()
     abandoned = len(mpisyncbn.fingerprint._abandoned)
-    monkeypatch.setattr(mpisyncbn.distributed.agreement, "patiently", interrupt)
+    monkeypatch.setattr(mpisyncbn.distributed.checked, "patiently", interrupt)
     with pytest.raises(KeyboardInterrupt):
         dist.all_reduce(torch.zeros(3), group=group)
     monkeypatch.undo()

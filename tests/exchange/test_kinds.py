@@ -12,7 +12,7 @@ import torch
 import mpisyncbn
 from mpisyncbn import MPISyncBNError, SyncBatchNorm, functional, sync_batch_norm
 from mpisyncbn.comm.communicator import by_handle
-from mpisyncbn.distributed import host_tensors
+from mpisyncbn.distributed import host_tensors, mpi_collectives
 from mpisyncbn.functional import BatchStats
 from support.ranks import WORLD, up_to_two
 
@@ -107,8 +107,8 @@ OF_ANOTHER_KIND = [
     (lambda: sync_batch_norm(ROWS, None, None, np.ones(3, "f4")), "weight to be Tensor like the input"),
     (lambda: sync_batch_norm(ROWS, None, None, None, np.ones(3, "f4")), "bias to be Tensor like the input"),
     (
-        lambda: host_tensors.name_of("SUM of squares"),
-        f"one of {', '.join(host_tensors._OPERATIONS)} as the reduction, got another",
+        lambda: mpi_collectives.name_of("SUM of squares"),
+        f"one of {', '.join(mpi_collectives._OPERATIONS)} as the reduction, got another",
     ),
     (lambda: host_tensors.staged([1.0]), "a tensor, got list"),
     (

@@ -8,11 +8,11 @@ from types import FunctionType
 
 from torch._C._dynamo.eval_frame import set_eval_frame
 
-__all__ = ["opaque", "opaque_methods"]
+__all__ = ["no_compile", "no_compile_methods"]
 
 
 @contextlib.contextmanager
-def opaque() -> Iterator[None]:
+def no_compile() -> Iterator[None]:
     """Also a decorator: Python inside runs as it is.
 
     torch.compiler.disable does the same, but imports the compiler, which takes a second. The
@@ -25,13 +25,13 @@ def opaque() -> Iterator[None]:
         set_eval_frame(before)
 
 
-def opaque_methods(cls: type) -> type:
-    """Make the methods of a class opaque.
+def no_compile_methods(cls: type) -> type:
+    """Make the methods of a class no_compile.
 
     torch calls them as those of a class in C++, also amid what is compiled; the compiler would
     compile Python that it finds there, and fails at attributes of a process group.
     """
     for name, method in list(vars(cls).items()):
         if isinstance(method, FunctionType) and not name.startswith("__"):
-            setattr(cls, name, opaque()(method))
+            setattr(cls, name, no_compile()(method))
     return cls

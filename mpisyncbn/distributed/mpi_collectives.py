@@ -1,0 +1,278 @@
+"""MPI's collectives on dense tensors in host memory, each as a function of an mpi4py communicator.
+
+Every rank of the communicator must call. MPI counts in C ints, so longer messages go in pieces.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import lru_cache
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.distributed import ReduceOp
+
+from ..comm.communicator import mpi
+from .host_tensors import apart
+
+__all__ = [
+    "OWN_TAG",
+    "Reduction",
+    "all_gather_uneven",
+    "all_to_all",
+    "broadcast",
+    "gather",
+    "name_of",
+    "receiving",
+    "reduction",
+    "scatter",
+    "sending",
+]
+
+LIMIT = 1 << 30  # values or bytes in one call
+_WIDE_PIECE = 1 << 22  # values widened at a time
+
+_MPI_NAMES = {
+    torch.float32: "FLOAT",
+    torch.float64: "DOUBLE",
+    torch.int8: "INT8_T",
+    torch.int16: "INT16_T",
+    torch.int32: "INT32_T",
+    torch.int64: "INT64_T",
+    torch.uint8: "UINT8_T",
+    torch.uint16: "UINT16_T",
+    torch.uint32: "UINT32_T",
+    torch.uint64: "UINT64_T",
+    torch.bool: "C_BOOL",
+    torch.complex64: "C_FLOAT_COMPLEX",
+    torch.complex128: "C_DOUBLE_COMPLEX",
+}
+_HALF = (torch.float16, torch.bfloat16)
+_SHORT = (torch.int8, torch.int16, torch.uint8, torch.uint16)
+_OPERATIONS = ("SUM", "AVG", "PRODUCT", "MIN", "MAX", "BAND", "BOR", "BXOR")
+_OF_BOOL = {
+    "SUM": "LOR",
+    "PRODUCT": "LAND",
+    "MIN": "LAND",
+    "MAX": "LOR",
+    "BAND": "LAND",
+    "BOR": "LOR",
+    "BXOR": "LXOR",
+}
+_OF_NUMBERS = {"AVG": "SUM", "PRODUCT": "PROD"}
+
+
+def name_of(operation: Any) -> str:
+    """``SUM`` of ReduceOp.SUM, and so on. TypeError for what MPI does not have."""
+    for name in _OPERATIONS:
+        if operation == getattr(ReduceOp, name):
+            return name
+    raise TypeError(f"expected one of {', '.join(_OPERATIONS)} as the reduction, got another")
+
+
+class Reduction:
+    """An operation of torch.distributed on tensors of one dtype.
+
+    Half precision is widened to float32 and rounded once, at the end. Bool is reduced logically: SUM and MAX
+    are "or". AVG of integers is their sum, divided and truncated towards zero, as in NCCL. That of 8 and 16
+    bits is taken in 32: MPI libraries do not agree on overflow, Open MPI's vectors saturate.
+    Use ``reduction``, which makes each once.
+
+    Raises TypeError for what has no meaning: averages of bool, order of complex numbers, bits of floats.
+    """
+
+    def __init__(self, name: str, dtype: torch.dtype) -> None:
+        wire = torch.float32 if dtype in _HALF else dtype
+        if name == "AVG" and dtype in _SHORT:
+            wire = torch.int32
+        if wire not in _MPI_NAMES:
+            raise TypeError(f"MPI has no {dtype} to reduce: send it as another dtype")
+        inexact = dtype.is_floating_point or dtype.is_complex
+        if (
+            (name == "AVG" and dtype is torch.bool)
+            or (name in ("BAND", "BOR", "BXOR") and inexact)
+            or (name in ("MIN", "MAX") and dtype.is_complex)
+        ):
+            raise TypeError(f"{name} of {dtype} is not defined")
+        self.name, self.dtype, self.wire = name, dtype, wire
+        MPI = mpi()
+        self.in_place, self._from_address = MPI.IN_PLACE, MPI.memory.fromaddress
+        self.mpi_type = getattr(MPI, _MPI_NAMES[wire])
+        self.mpi_op = getattr(MPI, _OF_BOOL[name] if dtype is torch.bool else _OF_NUMBERS.get(name, name))
+
+    def message(self, values: Tensor) -> list[Any]:
+        return [self._from_address(values.data_ptr(), values.nbytes), values.numel(), self.mpi_type]
+
+    def all(self, comm: Any, values: Tensor) -> None:
+        """Reduce ``values`` in place, on every rank."""
+        for piece, wire in self._pieces(values):
+            comm.Allreduce(self.in_place, self.message(wire), op=self.mpi_op)
+            self._finish(comm, piece, wire)
+
+    def to(self, comm: Any, values: Tensor, root: int) -> None:
+        """Reduce ``values`` in place on ``root``; on other ranks they stay."""
+        for piece, wire in self._pieces(values):
+            if comm.rank == root:
+                comm.Reduce(self.in_place, self.message(wire), op=self.mpi_op, root=root)
+                self._finish(comm, piece, wire)
+            else:
+                comm.Reduce(self.message(wire), None, op=self.mpi_op, root=root)
+
+    def scatter(self, comm: Any, values: Tensor, out: Tensor, counts: list[int]) -> None:
+        """Reduce ``values``, ``counts[r]`` for rank r, and leave this rank's in ``out``; both flat."""
+        if values.numel() > LIMIT:
+            for rank, part in enumerate(values.split(counts)):
+                mine = part.clone()
+                self.to(comm, mine, rank)
+                if rank == comm.rank:
+                    out.copy_(mine)
+            return
+        sent = apart(values.to(self.wire), out)
+        got = out if out.dtype is self.wire else torch.empty(out.shape, dtype=self.wire)
+        comm.Reduce_scatter(self.message(sent), self.message(got), counts, op=self.mpi_op)
+        self._finish(comm, out, got)
+
+    def _pieces(self, values: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
+        half = self.wire is not self.dtype
+        most = _WIDE_PIECE if half else LIMIT
+        if values.numel() > most:
+            for piece in values.view(-1).split(most):
+                yield piece, piece.to(self.wire)
+        elif values.numel():
+            yield values, values.to(self.wire) if half else values
+
+    def _finish(self, comm: Any, piece: Tensor, wire: Tensor) -> None:
+        if self.name == "AVG":
+            _divide(wire, comm.size)
+        if wire is not piece and wire.data_ptr() != piece.data_ptr():
+            piece.copy_(wire)
+
+
+reduction = lru_cache(maxsize=None)(Reduction)
+
+
+def _divide(values: Tensor, size: int) -> None:
+    """In place; integers towards zero."""
+    if values.dtype.is_floating_point or values.dtype.is_complex:
+        values /= size
+    elif values.dtype is torch.uint64:  # which torch does not divide, and int64 does not hold
+        values.numpy()[...] //= np.uint64(size)
+    else:
+        for piece in values.view(-1).split(_WIDE_PIECE):  # int8 does not hold the size of a large group
+            piece.copy_(piece.to(torch.int64).div_(size, rounding_mode="trunc"))
+
+
+def broadcast(comm: Any, values: Tensor, root: int) -> None:
+    for at, length in _spans(values.nbytes):
+        comm.Bcast(_bytes(values, at, length), root=root)
+
+
+def gather(comm: Any, values: Tensor, out: Tensor | None, root: int | None) -> None:
+    """``values`` of all ranks one after the other into ``out``, on ``root`` or, if it is None, on all."""
+    values = apart(values, out)
+    for at, length in _spans(values.nbytes):
+        with _strided(length, values.nbytes) as block:
+            sent = _bytes(values, at, length)
+            received = None if out is None else [_memory(out, at), *block]
+            if root is None:
+                comm.Allgather(sent, received)
+            else:
+                comm.Gather(sent, received, root=root)
+
+
+def scatter(comm: Any, values: Tensor | None, out: Tensor, root: int) -> None:
+    """To each rank its part of ``values`` on ``root``, as large as ``out``."""
+    values = None if values is None else apart(values, out)
+    for at, length in _spans(out.nbytes):
+        with _strided(length, out.nbytes) as block:
+            sent = None if values is None else [_memory(values, at), *block]
+            comm.Scatter(sent, _bytes(out, at, length), root=root)
+
+
+def all_gather_uneven(comm: Any, values: Tensor, out: Tensor, sizes: list[int]) -> None:
+    """As gather to all, where rank r has ``sizes[r]`` bytes."""
+    values = apart(values, out)
+    if sum(sizes) <= LIMIT:
+        comm.Allgatherv(_bytes(values, 0, values.nbytes), [_memory(out), (sizes, _starts(sizes)), mpi().BYTE])
+        return
+    for rank, (start, size) in enumerate(zip(_starts(sizes), sizes, strict=True)):
+        part = out.view(torch.uint8)[start : start + size]
+        if rank == comm.rank:
+            part.copy_(values.view(torch.uint8))
+        broadcast(comm, part, rank)
+
+
+def all_to_all(
+    comm: Any, values: Tensor, out: Tensor, sent: list[int], received: list[int], most: int
+) -> None:
+    """``sent[r]`` bytes of ``values`` to each rank r, and ``received[r]`` from it; both flat, in rank order.
+
+    ``most`` is the largest number of bytes that any rank sends or receives.
+    """
+    MPI = mpi()
+    values, to, of = apart(values, out), _starts(sent), _starts(received)
+    if most <= LIMIT:
+        comm.Alltoallv([_memory(values), (sent, to), MPI.BYTE], [_memory(out), (received, of), MPI.BYTE])
+        return
+    requests = []
+    for rank in range(comm.size):
+        for at, length in _spans(received[rank]):
+            requests.append(comm.Irecv(_bytes(out, of[rank] + at, length), rank, OWN_TAG))
+    for rank in range(comm.size):
+        for at, length in _spans(sent[rank]):
+            requests.append(comm.Isend(_bytes(values, to[rank] + at, length), rank, OWN_TAG))
+    MPI.Request.Waitall(requests)
+
+
+OWN_TAG = 32767  # the largest that every MPI library has
+
+
+def sending(comm: Any, values: Tensor, to: int, tag: int) -> list[Any]:
+    """Requests that send ``values``."""
+    return [comm.Isend(_bytes(values, at, length), to, tag) for at, length in _spans(values.nbytes)]
+
+
+def receiving(comm: Any, values: Tensor, source: int, tag: int) -> list[Any]:
+    """Requests that receive ``values``."""
+    return [comm.Irecv(_bytes(values, at, length), source, tag) for at, length in _spans(values.nbytes)]
+
+
+def _memory(values: Tensor, at: int = 0) -> Any:
+    return mpi().memory.fromaddress(values.data_ptr() + at, values.nbytes - at)
+
+
+def _bytes(values: Tensor, at: int, length: int) -> list[Any]:
+    return [_memory(values, at), length, mpi().BYTE]
+
+
+def _spans(length: int) -> Iterator[tuple[int, int]]:
+    """Beginning and length of pieces that MPI can count; of nothing one, so that all ranks make a call."""
+    yield 0, min(length, LIMIT)
+    for at in range(LIMIT, length, LIMIT):
+        yield at, min(LIMIT, length - at)
+
+
+@contextmanager
+def _strided(length: int, pitch: int) -> Iterator[tuple[int, Any]]:
+    """Count and datatype of ``length`` bytes in each rank's part, where parts lie ``pitch`` bytes apart."""
+    MPI = mpi()
+    if length == pitch:
+        yield length, MPI.BYTE
+        return
+    plain = MPI.BYTE.Create_contiguous(length)
+    spread = plain.Create_resized(0, pitch).Commit()
+    try:
+        yield 1, spread
+    finally:
+        spread.Free()
+        plain.Free()
+
+
+def _starts(sizes: list[int]) -> list[int]:
+    starts = [0]
+    for size in sizes[:-1]:
+        starts.append(starts[-1] + size)
+    return starts
