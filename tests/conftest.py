@@ -126,8 +126,8 @@ def recorded() -> Iterator[Recorder]:
 def limit(request: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """What is longer than MPI can count goes in pieces: here what is longer than 24 values."""
     if request.param == "in pieces":
-        monkeypatch.setattr(mpi_collectives, "LIMIT", 24)
-        monkeypatch.setattr(mpi_collectives, "_WIDE_PIECE", 5)
+        monkeypatch.setattr(mpi_collectives, "MAX_COUNT", 24)
+        monkeypatch.setattr(mpi_collectives, "_WIDENED_PIECE", 5)
 
 
 @pytest.fixture

@@ -63,7 +63,7 @@ def init_process_group(comm: Any = None, timeout: timedelta | None = None) -> No
         raise ValueError(
             f"torch.distributed is initialized already, with backend {dist.get_backend()}{on_rank()}"
         )
-    with rendezvous.over(source):
+    with rendezvous.use_comm(source):
         dist.init_process_group(BACKEND, init_method="mpi4py://", timeout=timeout)
 
 

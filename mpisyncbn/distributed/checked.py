@@ -15,14 +15,14 @@ from .. import fingerprint, profiling
 from ..comm.communicator import Communicator, mpi
 from ..errors import CollectiveTimeoutError, MPISyncBNError, on_rank
 from ..liveness import watchdog
-from .work import Engine, Work, patiently
+from .work import CollectiveThread, Work, wait_until
 
-__all__ = ["DEFAULT", "Action", "Step", "Stepwise", "same", "seen"]
+__all__ = ["DEFAULT", "Action", "CheckedProcessGroup", "GroupCall", "check_same", "dtypes_and_shapes"]
 
 Action = Callable[[Any], None]  # what to do with the MPI communicator, once the ranks agree
 
 
-class Step(NamedTuple):
+class GroupCall(NamedTuple):
     """What one rank is about to do: the same on every rank, or the collective is refused.
 
     Words, and dtypes with shapes of tensors; put together only where an error asks for it.
@@ -41,12 +41,12 @@ class Step(NamedTuple):
         return " ".join([self.operation, *words])
 
 
-def seen(tensors: Any) -> tuple[Any, ...]:
-    """What a Step says of tensors."""
+def dtypes_and_shapes(tensors: Any) -> tuple[Any, ...]:
+    """What a GroupCall says of tensors."""
     return tuple([(tensor.dtype, tensor.shape) for tensor in tensors])
 
 
-def same(what: str, one: Any, other: Any) -> None:
+def check_same(what: str, one: Any, other: Any) -> None:
     if one != other:
         raise ValueError(f"expected {what} to be alike, got {one} and {other}")
 
@@ -65,7 +65,7 @@ _NONE = timedelta(0)
 profiling.find_torch()
 
 
-class Stepwise(dist.ProcessGroup):
+class CheckedProcessGroup(dist.ProcessGroup):
     """What every collective goes through.
 
     Args:
@@ -74,16 +74,16 @@ class Stepwise(dist.ProcessGroup):
     """
 
     def __init__(self, comm: Any, timeout: timedelta) -> None:
-        self._wire = Communicator(comm)._adopt(comm)
-        super().__init__(self._wire.rank, self._wire.size)  # type: ignore[call-arg]
+        self._collective_group = Communicator(comm)._adopt(comm)
+        super().__init__(self._collective_group.rank, self._collective_group.size)  # type: ignore[call-arg]
         self._timeout = timeout
-        self._engine = Engine("mpisyncbn collectives")
+        self._collective_thread = CollectiveThread("mpisyncbn collectives")
         self._unusable = ""
-        self._word = np.zeros(2)
-        self._threads = mpi().Query_thread() == mpi().THREAD_MULTIPLE
+        self._fingerprint_message = np.zeros(2)
+        self._thread_multiple = mpi().Query_thread() == mpi().THREAD_MULTIPLE
         # The watchdog is to notice where a rank has left; the time to wait is the group's own.
-        presence = self._wire.presence
-        presence.channel, presence.limit = self._wire.comm.Dup(), 0.0
+        presence = self._collective_group.presence
+        presence.channel, presence.limit = self._collective_group.comm.Dup(), 0.0
         watchdog.watch(presence)
 
     def _run(
@@ -91,39 +91,39 @@ class Stepwise(dist.ProcessGroup):
     ) -> Work:
         """Prepare, agree on the step, then act. Where one rank cannot prepare, all ranks learn it.
 
-        ``prepare`` returns what its Step is about and the action, or raises TypeError or ValueError.
+        ``prepare`` returns what its GroupCall is about and the action, or raises TypeError or ValueError.
         """
         self._check_usable(operation)
         action: Action | None = None
         problem: Exception | None = None
         try:
             about, action = prepare()
-            step = Step(operation, about)
+            step = GroupCall(operation, about)
         except Exception as error:  # whatever it is, the other ranks must not wait
             problem = error
-            step = Step(operation, (f"refused: {error}",))
+            step = GroupCall(operation, (f"refused: {error}",))
         timeout = opts.timeout
         seconds = (timeout if timeout > _NONE else self._timeout).total_seconds()
 
         def perform() -> None:
-            with self._wire.lock, torch.no_grad():
-                self._wire.presence.doing = step
+            with self._collective_group.lock, torch.no_grad():
+                self._collective_group.presence.doing = step
                 try:
-                    self._meet(step, seconds)
+                    self._check_same_call(step, seconds)
                     if isinstance(problem, (TypeError, ValueError)):
                         raise type(problem)(f"{operation}: {problem}{on_rank()}") from problem
                     if problem is not None:
                         raise problem
-                    self._call(step, action)
+                    self._call_mpi(step, action)
                 finally:
-                    self._wire.presence.doing = None
+                    self._collective_group.presence.doing = None
 
-        if not self._engine.is_here():
-            if opts.asyncOp and self._threads:
+        if not self._collective_thread.is_current_thread():
+            if opts.asyncOp and self._thread_multiple:
                 if profiling.profiler._is_profiler_enabled:
                     perform = profiling.in_background(f"mpi4py:{operation}", perform)
-                return self._engine.submit(perform, Work(result, step))
-            self._engine.drain()
+                return self._collective_thread.submit(perform, Work(result, step))
+            self._collective_thread.drain()
         if profiling.profiler._is_profiler_enabled:
             with profiling.record(f"mpi4py:{operation}"):
                 perform()
@@ -131,15 +131,15 @@ class Stepwise(dist.ProcessGroup):
             perform()
         return Work.done(result, step)
 
-    def _meet(self, step: Step, seconds: float) -> None:
-        group, message = self._wire, self._word
+    def _check_same_call(self, step: GroupCall, seconds: float) -> None:
+        group, message = self._collective_group, self._fingerprint_message
         self._check_usable(step.operation)  # it may have become so while this waited for its turn
         group.ready().presence.exchanges += 1
         h = fingerprint.fingerprint(step, group.exchanges)
         message[0], message[1] = h, h * h
-        request = self._call(step, lambda comm: comm.Iallreduce(group.in_place, message))
+        request = self._call_mpi(step, lambda comm: comm.Iallreduce(group.in_place, message))
         try:
-            here = patiently(request.Test, seconds)
+            here = wait_until(request.Test, seconds)
         except BaseException:  # an interrupt
             fingerprint.abandon(request, message)
             self._unusable = f"this process group is unusable since {step} was interrupted"
@@ -155,10 +155,10 @@ class Stepwise(dist.ProcessGroup):
             )
         fingerprint.check(group, message[0], message[1], step)
 
-    def _call(self, step: Step, action: Any) -> Any:
+    def _call_mpi(self, step: GroupCall, action: Any) -> Any:
         try:
-            return action(self._wire.comm)
-        except self._wire.mpi_error as error:
+            return action(self._collective_group.comm)
+        except self._collective_group.mpi_error as error:
             raise MPISyncBNError(f"MPI failed in {step}{on_rank()}: {error}") from error
 
     def _check_usable(self, operation: str) -> None:
@@ -169,20 +169,22 @@ class Stepwise(dist.ProcessGroup):
 
     def _root(self, opts: Any) -> int:
         root = int(opts.rootRank)
-        if not 0 <= root < self._wire.size:
-            raise ValueError(f"expected a root from 0 to {self._wire.size - 1}, got {root}")
+        if not 0 <= root < self._collective_group.size:
+            raise ValueError(f"expected a root from 0 to {self._collective_group.size - 1}, got {root}")
         return root
 
-    def _one_for_each_rank(self, parts: Any, like: Tensor | None) -> None:
-        if len(parts) != self._wire.size:
-            raise ValueError(f"expected one tensor for each of {self._wire.size} ranks, got {len(parts)}")
+    def _check_one_per_rank(self, parts: Any, like: Tensor | None) -> None:
+        if len(parts) != self._collective_group.size:
+            raise ValueError(
+                f"expected one tensor for each of {self._collective_group.size} ranks, got {len(parts)}"
+            )
         if like is not None:
             for part in parts:
-                same("the dtypes of input and output", part.dtype, like.dtype)
+                check_same("the dtypes of input and output", part.dtype, like.dtype)
 
     def _splits(self, values: Tensor, splits: Any) -> list[int]:
         """Bytes for each rank, from a number of rows for each or, where there is none, equal parts."""
-        size, rows = self._wire.size, values.shape[0] if values.ndim else 1
+        size, rows = self._collective_group.size, values.shape[0] if values.ndim else 1
         if not splits:
             if rows % size:
                 raise ValueError(f"expected rows for {size} equal parts, got {rows}")
@@ -192,5 +194,5 @@ class Stepwise(dist.ProcessGroup):
         return [count * (values.nbytes // max(rows, 1)) for count in splits]
 
 
-def listed(tensors: Any) -> list[Tensor]:
+def as_list(tensors: Any) -> list[Tensor]:
     return [tensors] if isinstance(tensors, torch.Tensor) else list(tensors)

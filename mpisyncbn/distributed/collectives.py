@@ -12,7 +12,7 @@ from torch import Tensor
 
 from ..errors import on_rank
 from . import host_tensors, mpi_collectives
-from .checked import DEFAULT, Action, Stepwise, listed, same, seen
+from .checked import DEFAULT, Action, CheckedProcessGroup, as_list, check_same, dtypes_and_shapes
 from .no_compile import no_compile_methods
 from .work import Work
 
@@ -22,9 +22,9 @@ Prepared = tuple[tuple[Any, ...], Action]
 
 
 @no_compile_methods
-class Collectives(Stepwise):
+class Collectives(CheckedProcessGroup):
     """Each method prepares on the caller's thread, where a GPU's values come to host memory in the order of
-    its stream, and acts once the ranks agree: see Stepwise._run."""
+    its stream, and acts once the ranks agree: see CheckedProcessGroup._run."""
 
     # Reductions.
 
@@ -34,41 +34,41 @@ class Collectives(Stepwise):
     def allreduce_coalesced(
         self, tensors: Any, opts: Any = DEFAULT, name: str = "all_reduce_coalesced"
     ) -> Work:
-        tensors = listed(tensors)
+        tensors = as_list(tensors)
 
         def prepare() -> Prepared:
-            operation = mpi_collectives.name_of(opts.reduceOp)
+            operation = mpi_collectives.reduce_op_name(opts.reduceOp)
             jobs = [
-                (host_tensors.staged(tensor), mpi_collectives.reduction(operation, tensor.dtype), tensor)
+                (host_tensors.to_cpu(tensor), mpi_collectives.reduction_for(operation, tensor.dtype), tensor)
                 for tensor in tensors
             ]
 
             def action(comm: Any) -> None:
                 for source, reduction, tensor in jobs:
                     host = host_tensors.contiguous(source)
-                    reduction.all(comm, host)
-                    host_tensors.put_back(host, tensor)
+                    reduction.all_reduce(comm, host)
+                    host_tensors.copy_back(host, tensor)
 
-            return (operation, "of", *seen(tensors)), action
+            return (operation, "of", *dtypes_and_shapes(tensors)), action
 
         return self._run(name, prepare, tensors, opts)
 
     def reduce(self, tensors: Any, opts: Any = DEFAULT) -> Work:
-        (tensor,) = tensors = listed(tensors)
+        (tensor,) = tensors = as_list(tensors)
 
         def prepare() -> Prepared:
-            operation, root = mpi_collectives.name_of(opts.reduceOp), self._root(opts)
+            operation, root = mpi_collectives.reduce_op_name(opts.reduceOp), self._root(opts)
             source, reduction = (
-                host_tensors.staged(tensor),
-                mpi_collectives.reduction(operation, tensor.dtype),
+                host_tensors.to_cpu(tensor),
+                mpi_collectives.reduction_for(operation, tensor.dtype),
             )
 
             def action(comm: Any) -> None:
                 host = host_tensors.contiguous(source)
-                reduction.to(comm, host, root)
-                host_tensors.put_back(host, tensor)
+                reduction.reduce(comm, host, root)
+                host_tensors.copy_back(host, tensor)
 
-            return (operation, "to rank", root, "of", *seen(tensors)), action
+            return (operation, "to rank", root, "of", *dtypes_and_shapes(tensors)), action
 
         return self._run("reduce", prepare, tensors, opts)
 
@@ -76,21 +76,25 @@ class Collectives(Stepwise):
         (out,), (parts,) = outputs, inputs
 
         def prepare() -> Prepared:
-            self._one_for_each_rank(parts, out)
-            same("the output and this rank's part of the input", out.numel(), parts[self._wire.rank].numel())
-            operation, host = mpi_collectives.name_of(opts.reduceOp), host_tensors.like(out)
+            self._check_one_per_rank(parts, out)
+            check_same(
+                "the output and this rank's part of the input",
+                out.numel(),
+                parts[self._collective_group.rank].numel(),
+            )
+            operation, host = mpi_collectives.reduce_op_name(opts.reduceOp), host_tensors.host_output_for(out)
             reduction, counts = (
-                mpi_collectives.reduction(operation, out.dtype),
+                mpi_collectives.reduction_for(operation, out.dtype),
                 [part.numel() for part in parts],
             )
-            sources = [host_tensors.staged(part) for part in parts]
+            sources = [host_tensors.to_cpu(part) for part in parts]
 
             def action(comm: Any) -> None:
-                values = host_tensors.gathered(sources).view(out.dtype)
-                reduction.scatter(comm, values, host.view(-1), counts)
-                host_tensors.put_back(host, out)
+                values = host_tensors.cat_bytes(sources).view(out.dtype)
+                reduction.reduce_scatter(comm, values, host.view(-1), counts)
+                host_tensors.copy_back(host, out)
 
-            return (operation, "of", *seen(parts)), action
+            return (operation, "of", *dtypes_and_shapes(parts)), action
 
         return self._run("reduce_scatter", prepare, [out], opts)
 
@@ -98,19 +102,19 @@ class Collectives(Stepwise):
         self, outputs: Any, inputs: Any, opts: Any = DEFAULT, name: str = "reduce_scatter_coalesced"
     ) -> Work:
         def prepare() -> Prepared:
-            operation, jobs = mpi_collectives.name_of(opts.reduceOp), []
+            operation, jobs = mpi_collectives.reduce_op_name(opts.reduceOp), []
             for out, values in zip(outputs, inputs, strict=True):
-                self._a_part_for_each_rank(values, out)
-                reduction = mpi_collectives.reduction(operation, out.dtype)
-                jobs.append((out, host_tensors.like(out), host_tensors.staged(values), reduction))
+                self._check_part_per_rank(values, out)
+                reduction = mpi_collectives.reduction_for(operation, out.dtype)
+                jobs.append((out, host_tensors.host_output_for(out), host_tensors.to_cpu(values), reduction))
 
             def action(comm: Any) -> None:
                 for out, host, source, reduction in jobs:
                     flat = host_tensors.contiguous(source).view(-1)
-                    reduction.scatter(comm, flat, host.view(-1), [out.numel()] * comm.size)
-                    host_tensors.put_back(host, out)
+                    reduction.reduce_scatter(comm, flat, host.view(-1), [out.numel()] * comm.size)
+                    host_tensors.copy_back(host, out)
 
-            return (operation, "of", *seen(inputs)), action
+            return (operation, "of", *dtypes_and_shapes(inputs)), action
 
         return self._run(name, prepare, outputs, opts)
 
@@ -120,21 +124,21 @@ class Collectives(Stepwise):
     # From one rank to all, and from all to one.
 
     def broadcast(self, tensors: Any, opts: Any = DEFAULT) -> Work:
-        tensors = listed(tensors)
+        tensors = as_list(tensors)
 
         def prepare() -> Prepared:
             root = self._root(opts)
-            is_root = self._wire.rank == root
-            source = host_tensors.staged if is_root else host_tensors.like
+            is_root = self._collective_group.rank == root
+            source = host_tensors.to_cpu if is_root else host_tensors.host_output_for
             sources = list(map(source, tensors))
 
             def action(comm: Any) -> None:
                 for source, tensor in zip(sources, tensors, strict=True):
                     host = host_tensors.contiguous(source)
                     mpi_collectives.broadcast(comm, host, root)
-                    host_tensors.put_back(host, tensor)
+                    host_tensors.copy_back(host, tensor)
 
-            return ("from rank", root, "of", *seen(tensors)), action
+            return ("from rank", root, "of", *dtypes_and_shapes(tensors)), action
 
         return self._run("broadcast", prepare, tensors, opts)
 
@@ -142,21 +146,21 @@ class Collectives(Stepwise):
         (values,) = inputs
 
         def prepare() -> Prepared:
-            root, source = self._root(opts), host_tensors.staged(values)
-            parts = outputs[0] if self._wire.rank == root else []
-            if self._wire.rank == root:
-                self._one_for_each_rank(parts, values)
+            root, source = self._root(opts), host_tensors.to_cpu(values)
+            parts = outputs[0] if self._collective_group.rank == root else []
+            if self._collective_group.rank == root:
+                self._check_one_per_rank(parts, values)
                 for part in parts:
-                    same("the input and each output", values.numel(), part.numel())
+                    check_same("the input and each output", values.numel(), part.numel())
 
             def action(comm: Any) -> None:
                 host = host_tensors.contiguous(source)
                 flat = torch.empty((comm.size, *host.shape), dtype=host.dtype) if parts else None
                 mpi_collectives.gather(comm, host, flat, root)
                 for part, piece in zip(parts, () if flat is None else flat, strict=True):
-                    host_tensors.put_back(piece, part)
+                    host_tensors.copy_back(piece, part)
 
-            return ("to rank", root, "of", *seen(inputs)), action
+            return ("to rank", root, "of", *dtypes_and_shapes(inputs)), action
 
         return self._run("gather", prepare, outputs, opts)
 
@@ -164,20 +168,22 @@ class Collectives(Stepwise):
         (out,) = outputs
 
         def prepare() -> Prepared:
-            root, host = self._root(opts), host_tensors.like(out)
-            parts = inputs[0] if self._wire.rank == root else []
-            if self._wire.rank == root:
-                self._one_for_each_rank(parts, out)
+            root, host = self._root(opts), host_tensors.host_output_for(out)
+            parts = inputs[0] if self._collective_group.rank == root else []
+            if self._collective_group.rank == root:
+                self._check_one_per_rank(parts, out)
                 for part in parts:
-                    same("the output and each input", out.numel(), part.numel())
+                    check_same("the output and each input", out.numel(), part.numel())
 
-            sources = [host_tensors.staged(part) for part in parts]
+            sources = [host_tensors.to_cpu(part) for part in parts]
 
             def action(comm: Any) -> None:
-                mpi_collectives.scatter(comm, host_tensors.gathered(sources) if sources else None, host, root)
-                host_tensors.put_back(host, out)
+                mpi_collectives.scatter(
+                    comm, host_tensors.cat_bytes(sources) if sources else None, host, root
+                )
+                host_tensors.copy_back(host, out)
 
-            return ("from rank", root, "of", *seen(outputs)), action
+            return ("from rank", root, "of", *dtypes_and_shapes(outputs)), action
 
         return self._run("scatter", prepare, outputs, opts)
 
@@ -187,17 +193,19 @@ class Collectives(Stepwise):
         (parts,), (values,) = outputs, inputs
 
         def prepare() -> Prepared:
-            self._one_for_each_rank(parts, values)
-            same("the input and this rank's output", values.numel(), parts[self._wire.rank].numel())
-            sizes, source = [part.nbytes for part in parts], host_tensors.staged(values)
+            self._check_one_per_rank(parts, values)
+            check_same(
+                "the input and this rank's output", values.numel(), parts[self._collective_group.rank].numel()
+            )
+            sizes, source = [part.nbytes for part in parts], host_tensors.to_cpu(values)
 
             def action(comm: Any) -> None:
                 flat = torch.empty(sum(sizes), dtype=torch.uint8)
                 mpi_collectives.all_gather_uneven(comm, host_tensors.contiguous(source).view(-1), flat, sizes)
                 for part, piece in zip(parts, flat.split(sizes), strict=True):
-                    host_tensors.put_back(piece.view(part.dtype), part)
+                    host_tensors.copy_back(piece.view(part.dtype), part)
 
-            return ("into", *seen(parts)), action
+            return ("into", *dtypes_and_shapes(parts)), action
 
         return self._run("all_gather", prepare, parts, opts)
 
@@ -207,15 +215,15 @@ class Collectives(Stepwise):
         def prepare() -> Prepared:
             jobs = []
             for out, values in zip(outputs, inputs, strict=True):
-                self._a_part_for_each_rank(out, values)
-                jobs.append((out, host_tensors.like(out), host_tensors.staged(values)))
+                self._check_part_per_rank(out, values)
+                jobs.append((out, host_tensors.host_output_for(out), host_tensors.to_cpu(values)))
 
             def action(comm: Any) -> None:
                 for out, host, source in jobs:
                     mpi_collectives.gather(comm, host_tensors.contiguous(source), host, None)
-                    host_tensors.put_back(host, out)
+                    host_tensors.copy_back(host, out)
 
-            return ("of", *seen(inputs)), action
+            return ("of", *dtypes_and_shapes(inputs)), action
 
         return self._run(name, prepare, outputs, opts)
 
@@ -226,11 +234,11 @@ class Collectives(Stepwise):
         """``outputs[r][i]`` becomes ``inputs[i]`` of rank r."""
 
         def prepare() -> Prepared:
-            self._one_for_each_rank(outputs, None)
+            self._check_one_per_rank(outputs, None)
             for row in outputs:
                 for out, values in zip(row, inputs, strict=True):
-                    same("input and output", (values.numel(), values.dtype), (out.numel(), out.dtype))
-            sources = [host_tensors.staged(values) for values in inputs]
+                    check_same("input and output", (values.numel(), values.dtype), (out.numel(), out.dtype))
+            sources = [host_tensors.to_cpu(values) for values in inputs]
 
             def action(comm: Any) -> None:
                 for i, source in enumerate(sources):
@@ -238,9 +246,9 @@ class Collectives(Stepwise):
                     flat = torch.empty((comm.size, *host.shape), dtype=host.dtype)
                     mpi_collectives.gather(comm, host, flat, None)
                     for row, part in zip(outputs, flat, strict=True):
-                        host_tensors.put_back(part, row[i])
+                        host_tensors.copy_back(part, row[i])
 
-            return ("of", *seen(inputs)), action
+            return ("of", *dtypes_and_shapes(inputs)), action
 
         return self._run("all_gather_coalesced", prepare, outputs, opts)
 
@@ -248,13 +256,17 @@ class Collectives(Stepwise):
         self, out: Tensor, values: Tensor, received: Any = None, sent: Any = None, opts: Any = DEFAULT
     ) -> Work:
         def prepare() -> Prepared:
-            same("the dtypes of output and input", out.dtype, values.dtype)
-            host, to, of = host_tensors.like(out), self._splits(values, sent), self._splits(out, received)
-            source = host_tensors.staged(values)
+            check_same("the dtypes of output and input", out.dtype, values.dtype)
+            host, to, of = (
+                host_tensors.host_output_for(out),
+                self._splits(values, sent),
+                self._splits(out, received),
+            )
+            source = host_tensors.to_cpu(values)
 
             def action(comm: Any) -> None:
-                _swap(comm, host_tensors.contiguous(source).view(-1), host, to, of)
-                host_tensors.put_back(host, out)
+                _checked_all_to_all(comm, host_tensors.contiguous(source).view(-1), host, to, of)
+                host_tensors.copy_back(host, out)
 
             return ("of rows of", (out.dtype, out.shape[1:])), action
 
@@ -262,16 +274,16 @@ class Collectives(Stepwise):
 
     def alltoall(self, outputs: Any, inputs: Any, opts: Any = DEFAULT) -> Work:
         def prepare() -> Prepared:
-            self._one_for_each_rank(outputs, None)
-            self._one_for_each_rank(inputs, outputs[0])
+            self._check_one_per_rank(outputs, None)
+            self._check_one_per_rank(inputs, outputs[0])
             to, of = [values.nbytes for values in inputs], [out.nbytes for out in outputs]
-            sources = [host_tensors.staged(values) for values in inputs]
+            sources = [host_tensors.to_cpu(values) for values in inputs]
 
             def action(comm: Any) -> None:
                 flat = torch.empty(sum(of), dtype=torch.uint8)
-                _swap(comm, host_tensors.gathered(sources), flat, to, of)
+                _checked_all_to_all(comm, host_tensors.cat_bytes(sources), flat, to, of)
                 for out, piece in zip(outputs, flat.split(of), strict=True):
-                    host_tensors.put_back(piece.view(out.dtype), out)
+                    host_tensors.copy_back(piece.view(out.dtype), out)
 
             return ("of", outputs[0].dtype), action
 
@@ -280,10 +292,10 @@ class Collectives(Stepwise):
     def barrier(self, opts: Any = DEFAULT) -> Work:
         return self._run("barrier", lambda: ((), lambda comm: None), [], opts)
 
-    def _a_part_for_each_rank(self, whole: Tensor, part: Tensor) -> None:
-        size = self._wire.size
-        same(f"the whole and {size} parts of {part.numel()} values", whole.numel(), size * part.numel())
-        same("the dtypes of output and input", whole.dtype, part.dtype)
+    def _check_part_per_rank(self, whole: Tensor, part: Tensor) -> None:
+        size = self._collective_group.size
+        check_same(f"the whole and {size} parts of {part.numel()} values", whole.numel(), size * part.numel())
+        check_same("the dtypes of output and input", whole.dtype, part.dtype)
 
     # Names that other versions of torch have for the same.
     _allgather_base = all_gather_single
@@ -293,7 +305,9 @@ class Collectives(Stepwise):
     alltoall_base = all_to_all_single
 
 
-def _swap(comm: Any, values: Tensor, host: Tensor, sent: list[int], received: list[int]) -> None:
+def _checked_all_to_all(
+    comm: Any, values: Tensor, host: Tensor, sent: list[int], received: list[int]
+) -> None:
     """``sent[r]`` bytes to each rank r, which must expect as many: that only both together know."""
     plans = comm.allgather((sent, received))
     for source, (theirs, _) in enumerate(plans):

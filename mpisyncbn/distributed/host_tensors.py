@@ -7,10 +7,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-__all__ = ["apart", "contiguous", "gathered", "like", "put_back", "staged"]
+__all__ = ["cat_bytes", "contiguous", "copy_back", "host_output_for", "to_cpu", "without_overlap"]
 
 
-def staged(values: Any) -> Tensor:
+def to_cpu(values: Any) -> Tensor:
     """A tensor whose values may be read later, on any thread: of a device's, a copy in host memory."""
     if not isinstance(values, Tensor):
         raise TypeError(f"expected a tensor, got {type(values).__name__}")
@@ -20,14 +20,14 @@ def staged(values: Any) -> Tensor:
 
 
 def contiguous(values: Tensor) -> Tensor:
-    """The values of a staged tensor without gaps: itself where they are."""
+    """The values of a tensor on the CPU, without gaps: itself where they are."""
     # detached anew: what was made in inference mode may not be changed outside of it
     return values.detach().resolve_conj().resolve_neg().contiguous()
 
 
-def like(values: Tensor) -> Tensor:
+def host_output_for(values: Tensor) -> Tensor:
     """Host memory without gaps for what ``values`` will be: its own where that is such."""
-    own = staged(values) if values.is_cpu else None
+    own = to_cpu(values) if values.is_cpu else None
     if own is not None and own.is_contiguous():
         return own
     if values.layout is not torch.strided:
@@ -35,7 +35,7 @@ def like(values: Tensor) -> Tensor:
     return torch.empty(values.shape, dtype=values.dtype, device="cpu")
 
 
-def put_back(host: Tensor, values: Tensor) -> None:
+def copy_back(host: Tensor, values: Tensor) -> None:
     """Into ``values``, where they are not in ``host`` memory already."""
     if host.data_ptr() != values.data_ptr() or host.device != values.device:
         with torch.no_grad():
@@ -44,12 +44,12 @@ def put_back(host: Tensor, values: Tensor) -> None:
             torch.cuda.current_stream(values.device).synchronize()
 
 
-def gathered(tensors: list[Tensor]) -> Tensor:
+def cat_bytes(tensors: list[Tensor]) -> Tensor:
     """The bytes of several tensors one after the other."""
     return torch.cat([contiguous(each).view(-1).view(torch.uint8) for each in tensors])
 
 
-def apart(values: Tensor, out: Tensor | None) -> Tensor:
+def without_overlap(values: Tensor, out: Tensor | None) -> Tensor:
     """``values``, copied where they share memory with ``out``, as a shard does that is gathered in place.
 
     MPI forbids it: MPICH says so, others may send what they have just received.

@@ -47,7 +47,7 @@ def join(
     layers = [layer for layer in model.modules() if enable and isinstance(layer, Synchronized)]
     groups = list(dict.fromkeys(resolve(layer.communicator) for layer in layers))
     # Where the first to be through ends it for all, nobody is left to answer.
-    answers = [] if throw_on_early_termination else [_Answers(group) for group in groups]
+    answers = [] if throw_on_early_termination else [_ServingThread(group) for group in groups]
     try:
         with model.join(divide_by_initial_world_size, enable, throw_on_early_termination):
             for group in groups:
@@ -64,7 +64,7 @@ def join(
             raise each.error
 
 
-class _Answers(threading.Thread):
+class _ServingThread(threading.Thread):
     """Answers one group beside what DistributedDataParallel does for the gradients."""
 
     def __init__(self, group: Communicator) -> None:

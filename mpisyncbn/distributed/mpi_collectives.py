@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.distributed import ReduceOp
 
 from ..comm.communicator import mpi
-from .host_tensors import apart
+from .host_tensors import without_overlap
 
 __all__ = [
     "OWN_TAG",
@@ -25,15 +25,15 @@ __all__ = [
     "all_to_all",
     "broadcast",
     "gather",
-    "name_of",
-    "receiving",
-    "reduction",
+    "irecv",
+    "isend",
+    "reduce_op_name",
+    "reduction_for",
     "scatter",
-    "sending",
 ]
 
-LIMIT = 1 << 30  # values or bytes in one call
-_WIDE_PIECE = 1 << 22  # values widened at a time
+MAX_COUNT = 1 << 30  # values or bytes in one call
+_WIDENED_PIECE = 1 << 22  # values widened at a time
 
 _MPI_NAMES = {
     torch.float32: "FLOAT",
@@ -65,7 +65,7 @@ _OF_BOOL = {
 _OF_NUMBERS = {"AVG": "SUM", "PRODUCT": "PROD"}
 
 
-def name_of(operation: Any) -> str:
+def reduce_op_name(operation: Any) -> str:
     """``SUM`` of ReduceOp.SUM, and so on. TypeError for what MPI does not have."""
     for name in _OPERATIONS:
         if operation == getattr(ReduceOp, name):
@@ -79,16 +79,16 @@ class Reduction:
     Half precision is widened to float32 and rounded once, at the end. Bool is reduced logically: SUM and MAX
     are "or". AVG of integers is their sum, divided and truncated towards zero, as in NCCL. That of 8 and 16
     bits is taken in 32: MPI libraries do not agree on overflow, Open MPI's vectors saturate.
-    Use ``reduction``, which makes each once.
+    Use ``reduction_for``, which makes each once.
 
     Raises TypeError for what has no meaning: averages of bool, order of complex numbers, bits of floats.
     """
 
     def __init__(self, name: str, dtype: torch.dtype) -> None:
-        wire = torch.float32 if dtype in _HALF else dtype
+        compute_dtype = torch.float32 if dtype in _HALF else dtype
         if name == "AVG" and dtype in _SHORT:
-            wire = torch.int32
-        if wire not in _MPI_NAMES:
+            compute_dtype = torch.int32
+        if compute_dtype not in _MPI_NAMES:
             raise TypeError(f"MPI has no {dtype} to reduce: send it as another dtype")
         inexact = dtype.is_floating_point or dtype.is_complex
         if (
@@ -97,61 +97,61 @@ class Reduction:
             or (name in ("MIN", "MAX") and dtype.is_complex)
         ):
             raise TypeError(f"{name} of {dtype} is not defined")
-        self.name, self.dtype, self.wire = name, dtype, wire
+        self.name, self.dtype, self.compute_dtype = name, dtype, compute_dtype
         MPI = mpi()
         self.in_place, self._from_address = MPI.IN_PLACE, MPI.memory.fromaddress
-        self.mpi_type = getattr(MPI, _MPI_NAMES[wire])
+        self.mpi_type = getattr(MPI, _MPI_NAMES[compute_dtype])
         self.mpi_op = getattr(MPI, _OF_BOOL[name] if dtype is torch.bool else _OF_NUMBERS.get(name, name))
 
-    def message(self, values: Tensor) -> list[Any]:
+    def _mpi_buffer(self, values: Tensor) -> list[Any]:
         return [self._from_address(values.data_ptr(), values.nbytes), values.numel(), self.mpi_type]
 
-    def all(self, comm: Any, values: Tensor) -> None:
+    def all_reduce(self, comm: Any, values: Tensor) -> None:
         """Reduce ``values`` in place, on every rank."""
-        for piece, wire in self._pieces(values):
-            comm.Allreduce(self.in_place, self.message(wire), op=self.mpi_op)
-            self._finish(comm, piece, wire)
+        for piece, widened in self._pieces(values):
+            comm.Allreduce(self.in_place, self._mpi_buffer(widened), op=self.mpi_op)
+            self._store_result(comm, piece, widened)
 
-    def to(self, comm: Any, values: Tensor, root: int) -> None:
+    def reduce(self, comm: Any, values: Tensor, root: int) -> None:
         """Reduce ``values`` in place on ``root``; on other ranks they stay."""
-        for piece, wire in self._pieces(values):
+        for piece, widened in self._pieces(values):
             if comm.rank == root:
-                comm.Reduce(self.in_place, self.message(wire), op=self.mpi_op, root=root)
-                self._finish(comm, piece, wire)
+                comm.Reduce(self.in_place, self._mpi_buffer(widened), op=self.mpi_op, root=root)
+                self._store_result(comm, piece, widened)
             else:
-                comm.Reduce(self.message(wire), None, op=self.mpi_op, root=root)
+                comm.Reduce(self._mpi_buffer(widened), None, op=self.mpi_op, root=root)
 
-    def scatter(self, comm: Any, values: Tensor, out: Tensor, counts: list[int]) -> None:
+    def reduce_scatter(self, comm: Any, values: Tensor, out: Tensor, counts: list[int]) -> None:
         """Reduce ``values``, ``counts[r]`` for rank r, and leave this rank's in ``out``; both flat."""
-        if values.numel() > LIMIT:
+        if values.numel() > MAX_COUNT:
             for rank, part in enumerate(values.split(counts)):
                 mine = part.clone()
-                self.to(comm, mine, rank)
+                self.reduce(comm, mine, rank)
                 if rank == comm.rank:
                     out.copy_(mine)
             return
-        sent = apart(values.to(self.wire), out)
-        got = out if out.dtype is self.wire else torch.empty(out.shape, dtype=self.wire)
-        comm.Reduce_scatter(self.message(sent), self.message(got), counts, op=self.mpi_op)
-        self._finish(comm, out, got)
+        sent = without_overlap(values.to(self.compute_dtype), out)
+        got = out if out.dtype is self.compute_dtype else torch.empty(out.shape, dtype=self.compute_dtype)
+        comm.Reduce_scatter(self._mpi_buffer(sent), self._mpi_buffer(got), counts, op=self.mpi_op)
+        self._store_result(comm, out, got)
 
     def _pieces(self, values: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
-        half = self.wire is not self.dtype
-        most = _WIDE_PIECE if half else LIMIT
+        half = self.compute_dtype is not self.dtype
+        most = _WIDENED_PIECE if half else MAX_COUNT
         if values.numel() > most:
             for piece in values.view(-1).split(most):
-                yield piece, piece.to(self.wire)
+                yield piece, piece.to(self.compute_dtype)
         elif values.numel():
-            yield values, values.to(self.wire) if half else values
+            yield values, values.to(self.compute_dtype) if half else values
 
-    def _finish(self, comm: Any, piece: Tensor, wire: Tensor) -> None:
+    def _store_result(self, comm: Any, piece: Tensor, widened: Tensor) -> None:
         if self.name == "AVG":
-            _divide(wire, comm.size)
-        if wire is not piece and wire.data_ptr() != piece.data_ptr():
-            piece.copy_(wire)
+            _divide(widened, comm.size)
+        if widened is not piece and widened.data_ptr() != piece.data_ptr():
+            piece.copy_(widened)
 
 
-reduction = lru_cache(maxsize=None)(Reduction)
+reduction_for = lru_cache(maxsize=None)(Reduction)
 
 
 def _divide(values: Tensor, size: int) -> None:
@@ -161,22 +161,22 @@ def _divide(values: Tensor, size: int) -> None:
     elif values.dtype is torch.uint64:  # which torch does not divide, and int64 does not hold
         values.numpy()[...] //= np.uint64(size)
     else:
-        for piece in values.view(-1).split(_WIDE_PIECE):  # int8 does not hold the size of a large group
+        for piece in values.view(-1).split(_WIDENED_PIECE):  # int8 does not hold the size of a large group
             piece.copy_(piece.to(torch.int64).div_(size, rounding_mode="trunc"))
 
 
 def broadcast(comm: Any, values: Tensor, root: int) -> None:
-    for at, length in _spans(values.nbytes):
-        comm.Bcast(_bytes(values, at, length), root=root)
+    for offset, length in _spans(values.nbytes):
+        comm.Bcast(_bytes(values, offset, length), root=root)
 
 
 def gather(comm: Any, values: Tensor, out: Tensor | None, root: int | None) -> None:
     """``values`` of all ranks one after the other into ``out``, on ``root`` or, if it is None, on all."""
-    values = apart(values, out)
-    for at, length in _spans(values.nbytes):
+    values = without_overlap(values, out)
+    for offset, length in _spans(values.nbytes):
         with _strided(length, values.nbytes) as block:
-            sent = _bytes(values, at, length)
-            received = None if out is None else [_memory(out, at), *block]
+            sent = _bytes(values, offset, length)
+            received = None if out is None else [_memory(out, offset), *block]
             if root is None:
                 comm.Allgather(sent, received)
             else:
@@ -185,17 +185,17 @@ def gather(comm: Any, values: Tensor, out: Tensor | None, root: int | None) -> N
 
 def scatter(comm: Any, values: Tensor | None, out: Tensor, root: int) -> None:
     """To each rank its part of ``values`` on ``root``, as large as ``out``."""
-    values = None if values is None else apart(values, out)
-    for at, length in _spans(out.nbytes):
+    values = None if values is None else without_overlap(values, out)
+    for offset, length in _spans(out.nbytes):
         with _strided(length, out.nbytes) as block:
-            sent = None if values is None else [_memory(values, at), *block]
-            comm.Scatter(sent, _bytes(out, at, length), root=root)
+            sent = None if values is None else [_memory(values, offset), *block]
+            comm.Scatter(sent, _bytes(out, offset, length), root=root)
 
 
 def all_gather_uneven(comm: Any, values: Tensor, out: Tensor, sizes: list[int]) -> None:
     """As gather to all, where rank r has ``sizes[r]`` bytes."""
-    values = apart(values, out)
-    if sum(sizes) <= LIMIT:
+    values = without_overlap(values, out)
+    if sum(sizes) <= MAX_COUNT:
         comm.Allgatherv(_bytes(values, 0, values.nbytes), [_memory(out), (sizes, _starts(sizes)), mpi().BYTE])
         return
     for rank, (start, size) in enumerate(zip(_starts(sizes), sizes, strict=True)):
@@ -213,46 +213,48 @@ def all_to_all(
     ``most`` is the largest number of bytes that any rank sends or receives.
     """
     MPI = mpi()
-    values, to, of = apart(values, out), _starts(sent), _starts(received)
-    if most <= LIMIT:
+    values, to, of = without_overlap(values, out), _starts(sent), _starts(received)
+    if most <= MAX_COUNT:
         comm.Alltoallv([_memory(values), (sent, to), MPI.BYTE], [_memory(out), (received, of), MPI.BYTE])
         return
     requests = []
     for rank in range(comm.size):
-        for at, length in _spans(received[rank]):
-            requests.append(comm.Irecv(_bytes(out, of[rank] + at, length), rank, OWN_TAG))
+        for offset, length in _spans(received[rank]):
+            requests.append(comm.Irecv(_bytes(out, of[rank] + offset, length), rank, OWN_TAG))
     for rank in range(comm.size):
-        for at, length in _spans(sent[rank]):
-            requests.append(comm.Isend(_bytes(values, to[rank] + at, length), rank, OWN_TAG))
+        for offset, length in _spans(sent[rank]):
+            requests.append(comm.Isend(_bytes(values, to[rank] + offset, length), rank, OWN_TAG))
     MPI.Request.Waitall(requests)
 
 
 OWN_TAG = 32767  # the largest that every MPI library has
 
 
-def sending(comm: Any, values: Tensor, to: int, tag: int) -> list[Any]:
+def isend(comm: Any, values: Tensor, to: int, tag: int) -> list[Any]:
     """Requests that send ``values``."""
-    return [comm.Isend(_bytes(values, at, length), to, tag) for at, length in _spans(values.nbytes)]
+    return [comm.Isend(_bytes(values, offset, length), to, tag) for offset, length in _spans(values.nbytes)]
 
 
-def receiving(comm: Any, values: Tensor, source: int, tag: int) -> list[Any]:
+def irecv(comm: Any, values: Tensor, source: int, tag: int) -> list[Any]:
     """Requests that receive ``values``."""
-    return [comm.Irecv(_bytes(values, at, length), source, tag) for at, length in _spans(values.nbytes)]
+    return [
+        comm.Irecv(_bytes(values, offset, length), source, tag) for offset, length in _spans(values.nbytes)
+    ]
 
 
-def _memory(values: Tensor, at: int = 0) -> Any:
-    return mpi().memory.fromaddress(values.data_ptr() + at, values.nbytes - at)
+def _memory(values: Tensor, offset: int = 0) -> Any:
+    return mpi().memory.fromaddress(values.data_ptr() + offset, values.nbytes - offset)
 
 
-def _bytes(values: Tensor, at: int, length: int) -> list[Any]:
-    return [_memory(values, at), length, mpi().BYTE]
+def _bytes(values: Tensor, offset: int, length: int) -> list[Any]:
+    return [_memory(values, offset), length, mpi().BYTE]
 
 
 def _spans(length: int) -> Iterator[tuple[int, int]]:
     """Beginning and length of pieces that MPI can count; of nothing one, so that all ranks make a call."""
-    yield 0, min(length, LIMIT)
-    for at in range(LIMIT, length, LIMIT):
-        yield at, min(LIMIT, length - at)
+    yield 0, min(length, MAX_COUNT)
+    for offset in range(MAX_COUNT, length, MAX_COUNT):
+        yield offset, min(MAX_COUNT, length - offset)
 
 
 @contextmanager

@@ -18,56 +18,62 @@ from ..arguments import check_timeout
 from ..comm.communicator import mpi
 from ..errors import CollectiveTimeoutError, MPISyncBNError, on_rank
 from . import host_tensors, mpi_collectives
-from .checked import Step, Stepwise, listed, seen
+from .checked import CheckedProcessGroup, GroupCall, as_list, dtypes_and_shapes
 from .no_compile import no_compile_methods
-from .work import Work, patiently
+from .work import Work, wait_until
 
-__all__ = ["Message", "PointToPoint"]
+__all__ = ["PointToPoint", "PointToPointWork"]
 
-_NOTE = np.zeros(1, np.uint8)  # that a rank is here
+_PRESENT = np.zeros(1, np.uint8)  # that a rank is here
 
 
 @no_compile_methods
-class PointToPoint(Stepwise):
+class PointToPoint(CheckedProcessGroup):
     """The methods of a process group that send from one rank to another."""
 
     def __init__(self, comm: Any, timeout: timedelta) -> None:
         super().__init__(comm, timeout)
-        self._messages: set[Message] = set()  # under way
+        self._pending: set[PointToPointWork] = set()  # under way
 
     def send(self, tensors: Any, to: int, tag: int = 0) -> Work:
-        return self._message("send", tensors, to, tag)
+        return self._start("send", tensors, to, tag)
 
     def recv(self, tensors: Any, source: int, tag: int = 0) -> Work:
-        return self._message("recv", tensors, source, tag)
+        return self._start("recv", tensors, source, tag)
 
     def recv_anysource(self, tensors: Any, tag: int = 0) -> Work:
-        return self._message("recv", tensors, mpi().ANY_SOURCE, tag)
+        return self._start("recv", tensors, mpi().ANY_SOURCE, tag)
 
-    def _message(self, operation: str, tensors: Any, peer: int, tag: int) -> Work:
+    def _start(self, operation: str, tensors: Any, peer: int, tag: int) -> Work:
         self._check_usable(operation)
-        self._wire.ready()
-        (tensor,) = listed(tensors)
+        self._collective_group.ready()
+        (tensor,) = as_list(tensors)
         if peer != mpi().ANY_SOURCE and not 0 <= peer < self.size():
             raise ValueError(
                 f"{operation}: expected a rank from 0 to {self.size() - 1}, got {peer}{on_rank()}"
             )
         sends = operation == "send"
-        host = host_tensors.contiguous(host_tensors.staged(tensor)) if sends else host_tensors.like(tensor)
-        start = mpi_collectives.sending if sends else mpi_collectives.receiving
+        host = (
+            host_tensors.contiguous(host_tensors.to_cpu(tensor))
+            if sends
+            else host_tensors.host_output_for(tensor)
+        )
+        start = mpi_collectives.isend if sends else mpi_collectives.irecv
         who = "anyone" if peer == mpi().ANY_SOURCE else f"rank {peer}"
-        what = Step(operation, ("to" if sends else "from", who, "of", *seen([tensor]), "with tag", tag))
-        with self._beside():
-            requests = self._call(what, lambda comm: start(comm, host, peer, tag))
-        message = Message(self, what, requests, host, None if sends else tensor)
-        for other in list(self._messages):
+        what = GroupCall(
+            operation, ("to" if sends else "from", who, "of", *dtypes_and_shapes([tensor]), "with tag", tag)
+        )
+        with self._mpi_lock():
+            requests = self._call_mpi(what, lambda comm: start(comm, host, peer, tag))
+        message = PointToPointWork(self, what, requests, host, None if sends else tensor)
+        for other in list(self._pending):
             other.is_completed()
-        self._messages.add(message)  # until it has gone, also where the caller drops it: MPI reads there
+        self._pending.add(message)  # until it has gone, also where the caller drops it: MPI reads there
         return message
 
-    def _beside(self) -> Any:
+    def _mpi_lock(self) -> Any:
         """What calls of MPI need beside a collective: nothing, or below THREAD_MULTIPLE its end."""
-        return contextlib.nullcontext() if self._threads else self._wire.lock
+        return contextlib.nullcontext() if self._thread_multiple else self._collective_group.lock
 
     def monitored_barrier(self, timeout: timedelta | None = None, wait_all_ranks: bool = False) -> None:
         """A barrier in which rank 0 says who did not come within ``timeout``; None: the group's."""
@@ -75,14 +81,14 @@ class PointToPoint(Stepwise):
         timeout = self._timeout if timeout is None else timeout
         check_timeout(timeout)
         seconds = timeout.total_seconds()
-        self._engine.drain()
-        group, byte = self._wire.ready(), mpi().BYTE
+        self._collective_thread.drain()
+        group, byte = self._collective_group.ready(), mpi().BYTE
         others = range(1, group.size) if group.rank == 0 else [0]
-        with self._beside():
+        with self._mpi_lock():
             if group.rank > 0:
-                group.comm.Isend([_NOTE, 1, byte], 0, mpi_collectives.OWN_TAG).Free()
+                group.comm.Isend([_PRESENT, 1, byte], 0, mpi_collectives.OWN_TAG).Free()
             here = {
-                rank: group.comm.Irecv([_NOTE, 1, byte], rank, mpi_collectives.OWN_TAG) for rank in others
+                rank: group.comm.Irecv([_PRESENT, 1, byte], rank, mpi_collectives.OWN_TAG) for rank in others
             }
             arrived: set[int] = set()
 
@@ -90,10 +96,10 @@ class PointToPoint(Stepwise):
                 arrived.update(rank for rank in here if rank not in arrived and here[rank].Test())
                 return len(arrived) == len(here)
 
-            if patiently(everybody, seconds):
+            if wait_until(everybody, seconds):
                 if group.rank == 0:
                     for rank in others:
-                        group.comm.Send([_NOTE, 1, byte], rank, mpi_collectives.OWN_TAG)
+                        group.comm.Send([_PRESENT, 1, byte], rank, mpi_collectives.OWN_TAG)
                 return
             missing = [rank for rank in here if rank not in arrived]
             for rank in missing:
@@ -104,11 +110,11 @@ class PointToPoint(Stepwise):
 
 
 @no_compile_methods
-class Message(Work):
+class PointToPointWork(Work):
     """Messages under way from one rank to another; they go on whenever MPI is called."""
 
     def __init__(
-        self, group: PointToPoint, what: Step, requests: list[Any], host: Tensor, tensor: Tensor | None
+        self, group: PointToPoint, what: GroupCall, requests: list[Any], host: Tensor, tensor: Tensor | None
     ) -> None:
         super().__init__([host if tensor is None else tensor], what)
         self._polling = threading.Lock()
@@ -118,27 +124,27 @@ class Message(Work):
 
     def is_completed(self) -> bool:
         with self._polling:  # MPI lets one thread at a time ask for a request
-            if not self._over.is_set():
+            if not self._done.is_set():
                 MPI, status = mpi(), mpi().Status()
                 try:
                     if not all(request.Test(status) for request in self._requests):
                         return False
                 except MPI.Exception as error:
-                    self.finish(MPISyncBNError(f"MPI failed in {self._what}{on_rank()}: {error}"))
+                    self.complete(MPISyncBNError(f"MPI failed in {self._what}{on_rank()}: {error}"))
                     return True
-                self._arrived(status)
+                self._complete_message(status)
         return True
 
     def _give_up(self, error: Exception) -> None:
         """Take the receive back: it would get the next message otherwise."""
         with self._polling:
-            if not self._over.is_set() and self._tensor is not None:
+            if not self._done.is_set() and self._tensor is not None:
                 for request in self._requests:
                     request.Cancel()
                     request.Wait()
-                self.finish(error)
+                self.complete(error)
 
-    def _arrived(self, status: Any) -> None:
+    def _complete_message(self, status: Any) -> None:
         error = None
         if self._tensor is not None:
             self._source = status.Get_source()
@@ -146,18 +152,18 @@ class Message(Work):
             if len(self._requests) == 1 and came != most:
                 error = ValueError(f"{self._what}: expected {most} bytes, {came} came{on_rank()}")
             else:
-                host_tensors.put_back(self._host, self._tensor)
-        self.finish(error)
+                host_tensors.copy_back(self._host, self._tensor)
+        self.complete(error)
 
-    def finish(self, error: BaseException | None = None) -> None:
-        self._group._messages.discard(self)
+    def complete(self, error: BaseException | None = None) -> None:
+        self._group._pending.discard(self)
         if self._end is not None:
             self._end()
-        super().finish(error)
+        super().complete(error)
 
     def wait(self, timeout: timedelta | None = None) -> bool:
         seconds = (timeout if timeout and timeout > timedelta(0) else self._group._timeout).total_seconds()
-        if not patiently(self.is_completed, seconds):
+        if not wait_until(self.is_completed, seconds):
             error = CollectiveTimeoutError(f"{self._what}: nothing for {seconds:g} s{on_rank()}")
             self._give_up(error)
             raise error

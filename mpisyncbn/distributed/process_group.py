@@ -41,37 +41,38 @@ class ProcessGroup(Collectives, PointToPoint):
         super().__init__(comm, timeout)
         self._is_world = is_world
         self._store = rendezvous.late_store(store)  # torch keeps its C++ half alone
-        self._communicator: Communicator | None = None
+        self._layer_group: Communicator | None = None
         self._name = self._description = ""
 
     @property
     def communicator(self) -> Communicator:
         """That of synchronized layers in this group; its messages never meet those of the group itself."""
-        if self._communicator is None:
-            self._communicator = resolve(None) if self._is_world else _OfGroup(self)
-        return self._communicator
+        if self._layer_group is None:
+            self._layer_group = resolve(None) if self._is_world else _OwnBackendCommunicator(self)
+        return self._layer_group
 
     def shutdown(self) -> None:
         """Wait for what was begun, and free the communicators, which MPI_Finalize may have done already.
 
         Collective: every rank must call.
         """
-        if self._wire.comm is None:
+        if self._collective_group.comm is None:
             return
         if self._is_world and self._store is not None:
             self._store.close()
-        self._engine.close()
+        self._collective_thread.close()
         abandoned = bool(self._unusable)
-        for message in list(self._messages):
-            if self._wire._is_finalized() or not message.is_completed():
+        for message in list(self._pending):
+            if self._collective_group._is_finalized() or not message.is_completed():
                 fingerprint.abandon(message)
         self._unusable = self._unusable or "this process group was destroyed"
         if abandoned:  # messages are still under way in it
-            self._wire.presence.end()  # other ranks may have freed it: nobody waits for them at the end
+            # other ranks may have freed it: nobody waits for them at the end
+            self._collective_group.presence.end()
             return
-        if self._communicator is not None and not self._is_world:
-            self._communicator.free()
-        self._wire.free()
+        if self._layer_group is not None and not self._is_world:
+            self._layer_group.free()
+        self._collective_group.free()
         if self._is_world:
             rendezvous.forget()
 
@@ -81,10 +82,12 @@ class ProcessGroup(Collectives, PointToPoint):
         self, ranks: list[int], timeout: Any = None, *args: Any, **kwargs: Any
     ) -> ProcessGroup | None:
         """The group of some of these ranks, for those who are in it; None for others."""
-        self._engine.drain()
+        self._collective_thread.drain()
         if self.rank() not in ranks:
             return None
-        return ProcessGroup(subset(self._wire.ready().comm, sorted(ranks)), timeout or self._timeout)
+        return ProcessGroup(
+            subset(self._collective_group.ready().comm, sorted(ranks)), timeout or self._timeout
+        )
 
     # Torch asks the backend of a device for these.
 
@@ -124,23 +127,23 @@ class ProcessGroup(Collectives, PointToPoint):
         return f"ProcessGroup(rank={self.rank()}, size={self.size()}, backend={BACKEND})"
 
 
-class _OfGroup(Communicator):
+class _OwnBackendCommunicator(Communicator):
     """A communicator for synchronized layers, made at their first exchange."""
 
     def __init__(self, group: ProcessGroup) -> None:
-        super().__init__(group._wire.ready().comm)
+        super().__init__(group._collective_group.ready().comm)
         self._group = group
 
     def _make(self) -> Any:
-        self._group._engine.drain()  # one collective at a time, in the same order on every rank
-        with self._group._wire.lock:
+        self._group._collective_thread.drain()  # one collective at a time, in the same order on every rank
+        with self._group._collective_group.lock:
             return super()._make()
 
 
 def create_process_group(options: Any, _: Any) -> ProcessGroup:
     """For torch.distributed, on the ranks of a new group."""
     launcher.refuse_if_apart(mpi())
-    source, ranks = rendezvous.source(), list(options.global_ranks_in_group)
+    source, ranks = rendezvous.world_comm(), list(options.global_ranks_in_group)
     rank, size = (source.rank, source.size) if not ranks else (ranks.index(source.rank), len(ranks))
     if (options.group_rank, options.group_size) != (rank, size):
         raise ValueError(

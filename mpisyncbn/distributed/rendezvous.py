@@ -18,27 +18,27 @@ from .. import config, fingerprint
 from ..comm import launcher
 from ..comm.communicator import mpi, subset
 from .store import LateStore, shared_store
-from .work import patiently
+from .work import wait_until
 
-__all__ = ["forget", "late_store", "over", "register", "source"]
+__all__ = ["forget", "late_store", "register", "use_comm", "world_comm"]
 
 _GIVEN = "rank", "world_size"
 _ALL = {"RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"}
-_source: Any = None
+_used_comm: Any = None
 
 
-def source() -> Any:
-    """The communicator whose ranks are torch's: that of ``over``, else the world."""
+def world_comm() -> Any:
+    """The communicator whose ranks are torch's: that of ``use_comm``, else the world."""
     world = mpi().COMM_WORLD  # or an error that says why MPI cannot be used
-    return world if _source is None else _source
+    return world if _used_comm is None else _used_comm
 
 
 @contextmanager
-def over(comm: Any) -> Iterator[None]:
+def use_comm(comm: Any) -> Iterator[None]:
     """Make a duplicate of ``comm`` the source, until ``forget``, if the body succeeds. Collective."""
-    global _source
+    global _used_comm
     forget()
-    _source = comm.Dup()
+    _used_comm = comm.Dup()
     try:
         yield
     except BaseException:
@@ -47,12 +47,12 @@ def over(comm: Any) -> Iterator[None]:
 
 
 def forget() -> None:
-    """Make the world the source. Collective, after ``over``."""
-    global _source
-    if _source is not None:
+    """Make the world the source. Collective, after ``use_comm``."""
+    global _used_comm
+    if _used_comm is not None:
         if not sys.modules["mpi4py.MPI"].Is_finalized():
-            _source.Free()
-        _source = None
+            _used_comm.Free()
+        _used_comm = None
 
 
 def register(backend: str) -> None:
@@ -62,7 +62,7 @@ def register(backend: str) -> None:
     """
     torchs: Any = import_module("torch.distributed.distributed_c10d")
     torchs._new_process_group_helper = _with_stores(torchs._new_process_group_helper, backend)
-    dist.register_rendezvous_handler("mpi4py", _over_mpi)
+    dist.register_rendezvous_handler("mpi4py", _rendezvous_over_mpi)
     handlers = import_module("torch.distributed.rendezvous")._rendezvous_handlers
     from_environment = handlers["env"]
 
@@ -71,9 +71,9 @@ def register(backend: str) -> None:
         if variables.keys() | {name.upper() for name in arguments} == _ALL:
             return from_environment(url, *args, **kwargs)
         forget()
-        if source().size == 1:  # MPI may not know of the ranks that the variables speak of
+        if world_comm().size == 1:  # MPI may not know of the ranks that the variables speak of
             arguments = {name: int(variables.get(name.upper(), -1)) for name in _GIVEN} | arguments
-        return _over_mpi(f"mpi4py://?{urlencode(arguments)}", *args, **kwargs)
+        return _rendezvous_over_mpi(f"mpi4py://?{urlencode(arguments)}", *args, **kwargs)
 
     handlers["env"] = env
 
@@ -87,20 +87,24 @@ def _with_stores(make: Any, ours: str) -> Any:
         call = signature.bind(*args, **kwargs)
         given, ranks = call.arguments, call.arguments["global_ranks_in_group"]
         late = late_store(given["store"])
-        if late is None or (ranks and source().rank not in ranks) or _backends(given["backend"]) == {ours}:
+        if (
+            late is None
+            or (ranks and world_comm().rank not in ranks)
+            or _backends(given["backend"]) == {ours}
+        ):
             return make(*args, **kwargs)
-        comm, timeout = subset(source(), list(ranks) or list(range(source().size))), given["timeout"]
+        comm, timeout = subset(world_comm(), list(ranks) or list(range(world_comm().size))), given["timeout"]
         store = shared_store(comm, timeout)
         given["store"] = dist.PrefixStore("default_pg", store)
         if not ranks:
             late.become(store)  # torch may meet once more in the one that it was given
         group = make(*call.args, **call.kwargs)
         # The first rank has the store, and must not end while others still look for something in it.
-        everyone = comm.Ibarrier()
-        if patiently(everyone.Test, timeout.total_seconds()):
+        barrier = comm.Ibarrier()
+        if wait_until(barrier.Test, timeout.total_seconds()):
             comm.Free()
         else:
-            fingerprint.abandon(everyone)
+            fingerprint.abandon(barrier)
         return group
 
     return make_with_store
@@ -124,10 +128,10 @@ def _rank_and_size(url: str) -> dict[str, int]:
     return {name: value for name, value in given.items() if value != -1}
 
 
-def _over_mpi(
+def _rendezvous_over_mpi(
     url: str, timeout: timedelta = timedelta(minutes=30), **_: Any
 ) -> Iterator[tuple[Any, int, int]]:
-    comm, given = source(), _rank_and_size(url)
+    comm, given = world_comm(), _rank_and_size(url)
     launcher.refuse_if_apart(mpi())
     if (given.get("rank", comm.rank), given.get("world_size", comm.size)) != (comm.rank, comm.size):
         raise ValueError(

@@ -32,21 +32,21 @@ class LateStore(dist.Store):
         self._lock = threading.Lock()
         self._store: Any = None
         self._socket = -1  # of rank 0, bound to the port, and closed to the world until somebody listens
-        self._address = self._agree(comm)
+        self._address = self._share_address(comm)
 
-    def _agree(self, comm: Any) -> tuple[str, int] | str:
+    def _share_address(self, comm: Any) -> tuple[str, int] | str:
         """Host and port, or why there is none. Collective."""
-        hosts = comm.allgather(socket.gethostname())
+        hostnames = comm.allgather(socket.gethostname())
         found: Any = None
         if comm.rank == 0:
             try:
-                address, family = _address_among(hosts)
+                address, family = _address_among(hostnames)
                 with socket.socket(family, socket.SOCK_STREAM) as bound:
                     bound.bind((address, 0))
                     found = bound.getsockname()[:2]
                     self._socket = bound.detach()
             except (OSError, ValueError) as error:  # the latter for names that are none
-                found = f"rank 0 on {hosts[0]} has no address for the other ranks: {error}"
+                found = f"rank 0 on {hostnames[0]} has no address for the other ranks: {error}"
         return comm.bcast(found)
 
     def opened(self) -> Any:
@@ -55,11 +55,11 @@ class LateStore(dist.Store):
             if self._store is None:
                 if isinstance(self._address, str):
                     raise RuntimeError(f"torch.distributed has no store: {self._address}{on_rank()}")
-                patience = min(self._timeout, timedelta(seconds=60))
+                connect_timeout = min(self._timeout, timedelta(seconds=60))
                 listening = None if self._rank > 0 else self._socket
                 self._socket = -1  # now it belongs to the store
                 self._store = dist.TCPStore(
-                    *self._address, None, self._rank == 0, patience, False, master_listen_fd=listening
+                    *self._address, None, self._rank == 0, connect_timeout, False, master_listen_fd=listening
                 )
                 self._store.set_timeout(self._timeout)
             return self._store
@@ -118,9 +118,9 @@ def shared_store(comm: Any, timeout: timedelta) -> Any:
     return store
 
 
-def _address_among(hosts: list[str]) -> tuple[str, socket.AddressFamily]:
-    """An address of this host that all ``hosts`` can reach. OSError where there is none."""
-    others = [host for host in hosts if host != hosts[0]]
+def _address_among(hostnames: list[str]) -> tuple[str, socket.AddressFamily]:
+    """An address of this host that all ``hostnames`` can reach. OSError where there is none."""
+    others = [host for host in hostnames if host != hostnames[0]]
     if not others:
         return "127.0.0.1", socket.AF_INET
     problem = OSError(f"no route to {others[0]}")

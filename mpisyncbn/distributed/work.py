@@ -18,12 +18,12 @@ from ..errors import CollectiveTimeoutError, MPISyncBNError, on_rank
 from ..liveness import exits
 from .no_compile import no_compile_methods
 
-__all__ = ["Engine", "Work", "keep_works_of_reducers", "patiently"]
+__all__ = ["CollectiveThread", "Work", "keep_works_of_reducers", "wait_until"]
 
 _SPINS = 100  # about as long as a message takes where the others are there already
 
 
-def patiently(test: Callable[[], Any], seconds: float) -> bool:
+def wait_until(test: Callable[[], Any], seconds: float) -> bool:
     """Call ``test`` until it is true or ``seconds`` have passed: often at first, then with pauses.
 
     MPI's own waiting keeps a core busy, which the others of this process may need.
@@ -40,9 +40,9 @@ def patiently(test: Callable[[], Any], seconds: float) -> bool:
     return True
 
 
-_OVER = threading.Event()
-_OVER.set()
-_settling = threading.Lock()  # between whoever finishes a Work and whoever asks for its future
+_DONE = threading.Event()
+_DONE.set()
+_completion_lock = threading.Lock()  # between whoever completes a Work and whoever asks for its future
 
 
 class _Failed:
@@ -86,7 +86,7 @@ class Work(_Work):
     def __init__(self, result: Any, what: Any, over: threading.Event | None = None) -> None:
         super().__init__()
         self._result, self._what = result, what
-        self._over = over or threading.Event()
+        self._done = over or threading.Event()
         self._error: BaseException | None = None
         self._future: Any = None
         self._source = -1
@@ -94,12 +94,12 @@ class Work(_Work):
     @classmethod
     def done(cls, result: Any, what: Any) -> Work:
         """One that is over already."""
-        return cls(result, what, _OVER)
+        return cls(result, what, _DONE)
 
     def wait(self, timeout: Any = None) -> bool:
         """Until it is done. Raises what went wrong, or CollectiveTimeoutError after ``timeout``."""
         seconds = timeout.total_seconds() if timeout is not None else 0
-        if not self._over.wait(seconds if seconds > 0 else None):
+        if not self._done.wait(seconds if seconds > 0 else None):
             raise CollectiveTimeoutError(f"{self._what} took longer than {seconds} s{on_rank()}")
         if self._error is not None:
             raise self._error
@@ -108,42 +108,43 @@ class Work(_Work):
     def synchronize(self) -> None:
         self.wait()
 
-    def finish(self, error: BaseException | None = None) -> None:
+    def complete(self, error: BaseException | None = None) -> None:
         self._error = error
-        with _settling:
-            self._over.set()
+        with _completion_lock:
+            self._done.set()
             future = self._future
         if future is not None:
-            self._settle(future)
+            self._complete_future(future)
 
     def get_future(self) -> Any:
-        with _settling:
+        with _completion_lock:
             if self._future is not None:
                 return self._future
             future = self._future = _Future()
-            over = self._over.is_set()
+            over = self._done.is_set()
         if over:
-            self._settle(future)
+            self._complete_future(future)
         return future
 
-    def _settle(self, future: Any) -> None:  # outside the lock: whoever waits for it may go on at once
+    def _complete_future(self, future: Any) -> None:
+        # outside the lock: whoever waits for it may go on at once
         if self._error is None:
             future.set_result(self._result)
         else:
             future.fail(self._error)
 
-    def kept(self) -> _Work:
+    def as_cpp_work(self) -> _Work:
         """As a Work of C++ that keeps this alive, which C++ alone does not do with an object of Python."""
         return dist.ProcessGroup.barrier(_Returning(self), dist.BarrierOptions())
 
     def boxed(self) -> Any:
-        return self.kept().boxed()
+        return self.as_cpp_work().boxed()
 
     def is_completed(self) -> bool:
-        return self._over.is_set()
+        return self._done.is_set()
 
     def is_success(self) -> bool:
-        return self._over.is_set() and self._error is None
+        return self._done.is_set() and self._error is None
 
     def exception(self) -> BaseException | None:
         return self._error
@@ -168,7 +169,7 @@ class _Returning(dist.ProcessGroup):
         return self._work
 
 
-class Engine:
+class CollectiveThread:
     """Runs what it is given in order, on a thread of its own, which starts with the first."""
 
     def __init__(self, name: str) -> None:
@@ -176,7 +177,7 @@ class Engine:
         self._tasks: queue.SimpleQueue[tuple[Callable[[], None], Work] | None] = queue.SimpleQueue()
         self._thread: threading.Thread | None = None
         self._process = os.getpid()
-        self._last = _OVER  # what was given last is over: not the Work, nor the tensors that it holds
+        self._last = _DONE  # what was given last is over: not the Work, nor the tensors that it holds
 
     def submit(self, run: Callable[[], None], work: Work) -> Work:
         if self._process != os.getpid():
@@ -185,11 +186,11 @@ class Engine:
             self._thread = threading.Thread(target=self._loop, name=self._name, daemon=True)
             self._thread.start()
             atexit.register(self._at_exit)  # before MPI ends
-        self._last = work._over
+        self._last = work._done
         self._tasks.put((run, work))
         return work
 
-    def is_here(self) -> bool:
+    def is_current_thread(self) -> bool:
         """Whether this is the thread: it cannot wait for itself."""
         return threading.current_thread() is self._thread
 
@@ -218,7 +219,7 @@ class Engine:
                 run()
             except BaseException as problem:  # whoever waits for it raises it
                 error = problem
-            work.finish(error)
+            work.complete(error)
             del task, run, work  # and the tensors they hold
 
 
@@ -227,6 +228,6 @@ def keep_works_of_reducers() -> None:
     hand_over = dist.Reducer._set_forward_pass_work_handle
 
     def keeping(reducer: Any, work: Any, use_static_world_size: bool) -> None:
-        hand_over(reducer, work.kept() if isinstance(work, Work) else work, use_static_world_size)
+        hand_over(reducer, work.as_cpp_work() if isinstance(work, Work) else work, use_static_world_size)
 
     dist.Reducer._set_forward_pass_work_handle = keeping  # type: ignore[method-assign, assignment]

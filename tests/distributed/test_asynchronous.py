@@ -181,13 +181,13 @@ def test_a_collective_that_was_begun():
     future, seen = work.get_future(), []
     assert work.get_future() is future
     assert not work.is_success()
-    work.finish()
+    work.complete()
     work.synchronize()
     future.add_done_callback(lambda done: seen.append(done.value()))
     assert [*seen, work.result()] == ["the result"] * 2
     failed = Work(None, "all_reduce of something")
     future = failed.get_future()
-    failed.finish(ValueError("no"))
+    failed.complete(ValueError("no"))
     with pytest.raises(ValueError, match="no"):
         future.wait()
     assert not failed.is_success()

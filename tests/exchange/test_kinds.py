@@ -107,12 +107,12 @@ OF_ANOTHER_KIND = [
     (lambda: sync_batch_norm(ROWS, None, None, np.ones(3, "f4")), "weight to be Tensor like the input"),
     (lambda: sync_batch_norm(ROWS, None, None, None, np.ones(3, "f4")), "bias to be Tensor like the input"),
     (
-        lambda: mpi_collectives.name_of("SUM of squares"),
+        lambda: mpi_collectives.reduce_op_name("SUM of squares"),
         f"one of {', '.join(mpi_collectives._OPERATIONS)} as the reduction, got another",
     ),
-    (lambda: host_tensors.staged([1.0]), "a tensor, got list"),
+    (lambda: host_tensors.to_cpu([1.0]), "a tensor, got list"),
     (
-        lambda: host_tensors.staged(torch.eye(2).to_sparse()),
+        lambda: host_tensors.to_cpu(torch.eye(2).to_sparse()),
         "a dense tensor, got one of layout torch.sparse",
     ),
 ]
