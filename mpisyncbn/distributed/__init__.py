@@ -5,20 +5,21 @@
     mpisyncbn.init_process_group()     # or: import mpisyncbn.distributed, and
                                        # torch.distributed.init_process_group("mpi4py")
 
-There is no address to agree on and no variable to set. Every collective begins with a message of two numbers,
-the fingerprint of what this rank is about to do: ranks that disagree get CollectiveMismatchError, with the
-list of who did what, and ranks that wait too long CollectiveTimeoutError. Then come the values, in one call
-of MPI. Collectives with ``async_op=True``, and those of DistributedDataParallel, run on a thread of their
-process group, beside the backward pass; that takes MPI_THREAD_MULTIPLE, mpi4py's default.
+No address and no variable has to be set. Every collective begins with a message of two numbers,
+the fingerprint of what this rank is about to do. Ranks that make different calls get
+CollectiveMismatchError, which lists each rank's call; ranks that wait too long get
+CollectiveTimeoutError. Then the values go in one call of MPI. Collectives with ``async_op=True``,
+and those of DistributedDataParallel, run on a thread of their process group, which lets the
+backward pass go on. That takes MPI_THREAD_MULTIPLE, mpi4py's default.
 
-A collective goes collectives.py -> checked.py -> mpi_collectives.py -> MPI, by way of work.py if in the
-background.
+A collective goes through collectives.py, checked.py and mpi_collectives.py to MPI; asynchronous
+ones go by way of the thread in work.py.
 """
 
 from __future__ import annotations
 
 from datetime import timedelta
-from typing import Any
+from typing import TYPE_CHECKING
 
 import torch.distributed as dist
 
@@ -32,19 +33,25 @@ from .no_compile import no_compile
 from .process_group import BACKEND, ProcessGroup, create_process_group
 from .work import keep_works_of_reducers
 
+if TYPE_CHECKING:
+    from mpi4py import MPI
+
 __all__ = ["BACKEND", "ProcessGroup", "init_process_group", "join", "monitored_barrier"]
 
 
-def init_process_group(comm: Any = None, timeout: timedelta | None = None) -> None:
+def init_process_group(
+    comm: MPI.Intracomm | Communicator | None = None, timeout: timedelta | None = None
+) -> None:
     """Make ``mpi4py`` the backend of torch.distributed's default group.
 
     Args:
-        comm: None or a communicator of all ranks of the world, whose order of ranks becomes torch's.
+        comm: a communicator of all ranks of the world, whose order becomes the order of torch's
+            ranks; None: MPI.COMM_WORLD.
         timeout: how long a rank waits for the others in a collective; None: torch's 30 minutes.
 
     Raises:
-        ValueError: it is initialized already, or ``comm`` does not contain all ranks:
-            torch.distributed.new_group() makes groups of some.
+        ValueError: torch.distributed is initialized already, or ``comm`` does not contain all
+            ranks: torch.distributed.new_group() makes groups of some.
         TypeError: ``comm`` is not an mpi4py communicator.
         MPISyncBNError: torch.distributed or a launcher knows of more ranks than MPI.
 
@@ -52,28 +59,36 @@ def init_process_group(comm: Any = None, timeout: timedelta | None = None) -> No
     """
     MPI = mpi()
     launcher.refuse_if_apart(MPI)
-    source = Communicator(comm)._source
-    if MPI.Comm.Compare(source, MPI.COMM_WORLD) == MPI.UNEQUAL:
+    given = Communicator(comm)._source
+    if MPI.Comm.Compare(given, MPI.COMM_WORLD) == MPI.UNEQUAL:
         raise ValueError(
             f"expected a communicator of all {MPI.COMM_WORLD.size} ranks of the world, got one of "
-            f"{source.size}{on_rank()}: initialize with all, then make groups with "
+            f"{given.size}{on_rank()}: initialize with all, then make groups with "
             "torch.distributed.new_group()"
         )
     if dist.is_initialized():
         raise ValueError(
             f"torch.distributed is initialized already, with backend {dist.get_backend()}{on_rank()}"
         )
-    with rendezvous.use_comm(source):
+    with rendezvous.use_comm(given):
         dist.init_process_group(BACKEND, init_method="mpi4py://", timeout=timeout)
 
 
 @no_compile()
 def monitored_barrier(
-    group: Any = None, timeout: timedelta | None = None, wait_all_ranks: bool = False
+    group: dist.ProcessGroup | None = None, timeout: timedelta | None = None, wait_all_ranks: bool = False
 ) -> None:
-    """torch.distributed.monitored_barrier, which takes only gloo, for groups of this backend.
+    """Wait for all ranks of a group, as torch.distributed.monitored_barrier does for gloo alone.
 
-    Raises CollectiveTimeoutError, on rank 0 with the ranks that did not come within ``timeout``.
+    Args:
+        group: a process group of backend mpi4py; None: torch's default group.
+        timeout: how long to wait; None: the timeout of the group.
+        wait_all_ranks: has no effect: rank 0 always waits for all ranks, and lists all that miss.
+
+    Raises:
+        TypeError: ``group`` is of another backend.
+        CollectiveTimeoutError: a rank did not come in time; on rank 0 it says which ones.
+
     Collective: every rank of the group must call.
     """
     group = dist.group.WORLD if group is None else group

@@ -1,10 +1,11 @@
-"""One collective of a process group: the ranks agree on what they are about to do, then do it."""
+"""The base of every collective: the ranks compare what they are about to do, then do it."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from datetime import timedelta
-from typing import Any, NamedTuple
+from functools import partial
+from typing import TYPE_CHECKING, Any, NamedTuple, NoReturn, Protocol, TypeVar
 
 import numpy as np
 import torch
@@ -17,19 +18,36 @@ from ..errors import CollectiveTimeoutError, MPISyncBNError, on_rank
 from ..liveness import watchdog
 from .work import CollectiveThread, Work, wait_until
 
-__all__ = ["DEFAULT", "Action", "CheckedProcessGroup", "GroupCall", "check_same", "dtypes_and_shapes"]
+if TYPE_CHECKING:
+    from mpi4py import MPI
 
-Action = Callable[[Any], None]  # what to do with the MPI communicator, once the ranks agree
+__all__ = [
+    "DEFAULT",
+    "Action",
+    "CheckedProcessGroup",
+    "GroupCall",
+    "Prepared",
+    "Tensors",
+    "as_list",
+    "check_same",
+    "dtypes_and_shapes",
+]
+
+T = TypeVar("T")
+Tensors = Tensor | Sequence[Tensor]
+Action = Callable[["MPI.Intracomm"], object]  # what a rank does with MPI, once the ranks agree
+Prepared = tuple[tuple[object, ...], Action]  # `about` of a GroupCall, and the action
 
 
 class GroupCall(NamedTuple):
-    """What one rank is about to do: the same on every rank, or the collective is refused.
+    """What one rank is about to do in a group. Ranks with different calls are refused.
 
-    Words, and dtypes with shapes of tensors; put together only where an error asks for it.
+    ``about`` holds words, numbers, and a (dtype, shape) for each tensor. They become text only
+    where an error needs it.
     """
 
     operation: str
-    about: tuple[Any, ...] = ()
+    about: tuple[object, ...] = ()
 
     def __str__(self) -> str:
         words = [
@@ -41,18 +59,31 @@ class GroupCall(NamedTuple):
         return " ".join([self.operation, *words])
 
 
-def dtypes_and_shapes(tensors: Any) -> tuple[Any, ...]:
-    """What a GroupCall says of tensors."""
+def dtypes_and_shapes(tensors: Sequence[Tensor]) -> tuple[tuple[torch.dtype, torch.Size], ...]:
+    """How a GroupCall describes tensors."""
     return tuple([(tensor.dtype, tensor.shape) for tensor in tensors])
 
 
-def check_same(what: str, one: Any, other: Any) -> None:
+def as_list(tensors: Tensors) -> list[Tensor]:
+    """One tensor or several, as a list."""
+    return [tensors] if isinstance(tensors, torch.Tensor) else list(tensors)
+
+
+def check_same(what: str, one: object, other: object) -> None:
+    """Raise ValueError if ``one`` and ``other`` differ; ``what`` names both in the error."""
     if one != other:
         raise ValueError(f"expected {what} to be alike, got {one} and {other}")
 
 
-class _Options:
-    """What torch's options have where none are given."""
+class Options(Protocol):
+    """The fields that all option classes of torch.distributed have."""
+
+    asyncOp: bool
+    timeout: timedelta
+
+
+class _DefaultOptions:
+    """The values that torch's option classes have by default."""
 
     asyncOp = True
     reduceOp = dist.ReduceOp.SUM
@@ -60,61 +91,55 @@ class _Options:
     timeout = timedelta(milliseconds=-1)
 
 
-DEFAULT = _Options()
-_NONE = timedelta(0)
+DEFAULT: Any = _DefaultOptions()  # stands for an instance of any option class
+_ZERO = timedelta(0)
 profiling.find_torch()
 
 
 class CheckedProcessGroup(dist.ProcessGroup):
-    """What every collective goes through.
+    """A process group whose ranks compare their calls before each collective.
 
     Args:
-        comm: a communicator that nobody else uses, which this takes over.
+        comm: a communicator that nobody else uses; this object owns it from now on.
         timeout: how long a rank waits for the others.
     """
 
-    def __init__(self, comm: Any, timeout: timedelta) -> None:
+    def __init__(self, comm: MPI.Intracomm, timeout: timedelta) -> None:
         self._collective_group = Communicator(comm)._adopt(comm)
         super().__init__(self._collective_group.rank, self._collective_group.size)  # type: ignore[call-arg]
         self._timeout = timeout
         self._collective_thread = CollectiveThread("mpisyncbn collectives")
-        self._unusable = ""
+        self._unusable = ""  # why the group cannot be used any more
         self._fingerprint_message = np.zeros(2)
         self._thread_multiple = mpi().Query_thread() == mpi().THREAD_MULTIPLE
-        # The watchdog is to notice where a rank has left; the time to wait is the group's own.
+        # The watchdog looks only for ranks that have left: the time to wait is this group's own.
         presence = self._collective_group.presence
         presence.channel, presence.limit = self._collective_group.comm.Dup(), 0.0
         watchdog.watch(presence)
 
-    def _run(
-        self, operation: str, prepare: Callable[[], tuple[tuple[Any, ...], Action]], result: Any, opts: Any
-    ) -> Work:
-        """Prepare, agree on the step, then act. Where one rank cannot prepare, all ranks learn it.
+    def _run(self, operation: str, prepare: Callable[[], Prepared], result: object, opts: Options) -> Work:
+        """Run a collective: prepare, compare the calls of all ranks, then act.
 
-        ``prepare`` returns what its GroupCall is about and the action, or raises TypeError or ValueError.
+        ``prepare`` raises TypeError or ValueError where this rank cannot use its arguments. Such
+        a rank compares its call as well, so that all ranks learn of it and none is left waiting.
+        Collective: every rank must call.
         """
         self._check_usable(operation)
-        action: Action | None = None
-        problem: Exception | None = None
         try:
             about, action = prepare()
-            step = GroupCall(operation, about)
-        except Exception as error:  # whatever it is, the other ranks must not wait
-            problem = error
-            step = GroupCall(operation, (f"refused: {error}",))
+            call = GroupCall(operation, about)
+        except Exception as error:  # of any kind: the other ranks must not wait
+            call = GroupCall(operation, (f"refused: {error}",))
+            action = partial(_refuse, operation, error)
         timeout = opts.timeout
-        seconds = (timeout if timeout > _NONE else self._timeout).total_seconds()
+        seconds = (timeout if timeout > _ZERO else self._timeout).total_seconds()
 
         def perform() -> None:
             with self._collective_group.lock, torch.no_grad():
-                self._collective_group.presence.doing = step
+                self._collective_group.presence.doing = call
                 try:
-                    self._check_same_call(step, seconds)
-                    if isinstance(problem, (TypeError, ValueError)):
-                        raise type(problem)(f"{operation}: {problem}{on_rank()}") from problem
-                    if problem is not None:
-                        raise problem
-                    self._call_mpi(step, action)
+                    self._check_same_call(call, seconds)
+                    self._call_mpi(call, action)
                 finally:
                     self._collective_group.presence.doing = None
 
@@ -122,68 +147,87 @@ class CheckedProcessGroup(dist.ProcessGroup):
             if opts.asyncOp and self._thread_multiple:
                 if profiling.profiler._is_profiler_enabled:
                     perform = profiling.in_background(f"mpi4py:{operation}", perform)
-                return self._collective_thread.submit(perform, Work(result, step))
+                return self._collective_thread.submit(perform, Work(result, call))
             self._collective_thread.drain()
         if profiling.profiler._is_profiler_enabled:
             with profiling.record(f"mpi4py:{operation}"):
                 perform()
         else:
             perform()
-        return Work.done(result, step)
+        return Work.completed(result, call)
 
-    def _check_same_call(self, step: GroupCall, seconds: float) -> None:
+    def _check_same_call(self, call: GroupCall, seconds: float) -> None:
+        """Return once all ranks are about to make this call.
+
+        Raises CollectiveMismatchError on every rank if some make another call, and
+        CollectiveTimeoutError if some do not come within ``seconds``.
+        Collective: every rank must call.
+        """
         group, message = self._collective_group, self._fingerprint_message
-        self._check_usable(step.operation)  # it may have become so while this waited for its turn
+        self._check_usable(call.operation)  # an earlier one may have failed since _run looked
         group.ready().presence.exchanges += 1
-        h = fingerprint.fingerprint(step, group.exchanges)
+        h = fingerprint.fingerprint(call, group.exchanges)
         message[0], message[1] = h, h * h
-        request = self._call_mpi(step, lambda comm: comm.Iallreduce(group.in_place, message))
+        request = self._call_mpi(call, lambda comm: comm.Iallreduce(group.in_place, message))
         try:
-            here = wait_until(request.Test, seconds)
+            all_here = wait_until(request.Test, seconds)
         except BaseException:  # an interrupt
             fingerprint.abandon(request, message)
-            self._unusable = f"this process group is unusable since {step} was interrupted"
+            self._unusable = f"this process group is unusable since {call} was interrupted"
             raise
-        if not here:
+        if not all_here:
             fingerprint.abandon(request, message)
-            self._unusable = f"this process group is unusable since {step} timed out"
+            self._unusable = f"this process group is unusable since {call} timed out"
             raise CollectiveTimeoutError(
-                f"{step}: rank {group.rank} of {group.size} waited {seconds:g} s for the other ranks of its "
+                f"{call}: rank {group.rank} of {group.size} waited {seconds:g} s for the other ranks of its "
                 f"group, in collective number {group.exchanges}. Some rank does something else, is late or "
                 "gone: mpisyncbn.distributed.monitored_barrier() says which, and timeout= of "
                 "init_process_group or new_group how long to wait"
             )
-        fingerprint.check(group, message[0], message[1], step)
+        fingerprint.check(group, message[0], message[1], call)
 
-    def _call_mpi(self, step: GroupCall, action: Any) -> Any:
+    def _call_mpi(self, call: GroupCall, action: Callable[[MPI.Intracomm], T]) -> T:
+        """Return what ``action`` returns. Errors of MPI become an MPISyncBNError with the call."""
         try:
             return action(self._collective_group.comm)
         except self._collective_group.mpi_error as error:
-            raise MPISyncBNError(f"MPI failed in {step}{on_rank()}: {error}") from error
+            raise MPISyncBNError(f"MPI failed in {call}{on_rank()}: {error}") from error
 
     def _check_usable(self, operation: str) -> None:
+        """Raise MPISyncBNError if the group was destroyed, or a collective left it unusable."""
         if self._unusable:
             raise MPISyncBNError(f"{operation}: {self._unusable}{on_rank()}")
 
-    # What arguments must be.
-
-    def _root(self, opts: Any) -> int:
-        root = int(opts.rootRank)
+    def _check_root(self, root: int) -> int:
+        """Return ``root`` if it is a rank of this group; raise ValueError if not."""
         if not 0 <= root < self._collective_group.size:
             raise ValueError(f"expected a root from 0 to {self._collective_group.size - 1}, got {root}")
         return root
 
-    def _check_one_per_rank(self, parts: Any, like: Tensor | None) -> None:
-        if len(parts) != self._collective_group.size:
-            raise ValueError(
-                f"expected one tensor for each of {self._collective_group.size} ranks, got {len(parts)}"
-            )
-        if like is not None:
-            for part in parts:
-                check_same("the dtypes of input and output", part.dtype, like.dtype)
+    def _check_one_per_rank(self, parts: Sequence[object]) -> None:
+        """Raise ValueError unless ``parts`` has one entry for each rank."""
+        size = self._collective_group.size
+        if len(parts) != size:
+            raise ValueError(f"expected one tensor for each of {size} ranks, got {len(parts)}")
 
-    def _splits(self, values: Tensor, splits: Any) -> list[int]:
-        """Bytes for each rank, from a number of rows for each or, where there is none, equal parts."""
+    def _check_one_tensor_per_rank(self, parts: Sequence[Tensor], other: Tensor) -> None:
+        """Raise ValueError unless ``parts`` has a tensor of ``other``'s dtype for each rank."""
+        self._check_one_per_rank(parts)
+        for part in parts:
+            check_same("the dtypes of input and output", part.dtype, other.dtype)
+
+    def _check_part_per_rank(self, whole: Tensor, part: Tensor) -> None:
+        """Raise ValueError unless ``whole`` is as long as one ``part`` per rank, in its dtype."""
+        size = self._collective_group.size
+        check_same(f"the whole and {size} parts of {part.numel()} values", whole.numel(), size * part.numel())
+        check_same("the dtypes of output and input", whole.dtype, part.dtype)
+
+    def _split_bytes(self, values: Tensor, splits: Sequence[int] | None) -> list[int]:
+        """Return the number of bytes of ``values`` for each rank.
+
+        ``splits`` is the number of rows for each rank; without it, all ranks get equally many.
+        Raises ValueError if the rows cannot be split so.
+        """
         size, rows = self._collective_group.size, values.shape[0] if values.ndim else 1
         if not splits:
             if rows % size:
@@ -194,5 +238,8 @@ class CheckedProcessGroup(dist.ProcessGroup):
         return [count * (values.nbytes // max(rows, 1)) for count in splits]
 
 
-def as_list(tensors: Any) -> list[Tensor]:
-    return [tensors] if isinstance(tensors, torch.Tensor) else list(tensors)
+def _refuse(operation: str, problem: Exception, _: MPI.Intracomm) -> NoReturn:
+    """The action of a rank that cannot use its arguments: raise what is wrong with them."""
+    if isinstance(problem, (TypeError, ValueError)):
+        raise type(problem)(f"{operation}: {problem}{on_rank()}") from problem
+    raise problem

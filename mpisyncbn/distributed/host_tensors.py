@@ -2,60 +2,70 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch import Tensor
 
 __all__ = ["cat_bytes", "contiguous", "copy_back", "host_output_for", "to_cpu", "without_overlap"]
 
 
-def to_cpu(values: Any) -> Tensor:
-    """A tensor whose values may be read later, on any thread: of a device's, a copy in host memory."""
+def to_cpu(values: Tensor) -> Tensor:
+    """Return a detached tensor on the CPU with these values, which any thread may read later.
+
+    It shares the memory of ``values`` if these are on the CPU; else it is a copy.
+    Raises TypeError for anything but a dense tensor.
+    """
     if not isinstance(values, Tensor):
         raise TypeError(f"expected a tensor, got {type(values).__name__}")
-    if values.layout is not torch.strided:
-        raise TypeError(f"expected a dense tensor, got one of layout {values.layout}")
+    _check_dense(values)
     return values.detach().cpu()
 
 
 def contiguous(values: Tensor) -> Tensor:
-    """The values of a tensor on the CPU, without gaps: itself where they are."""
-    # detached anew: what was made in inference mode may not be changed outside of it
+    """Return ``values`` as a contiguous tensor, which shares their memory if they are contiguous."""
+    # detached anew: a tensor made in inference mode may not be changed outside of it
     return values.detach().resolve_conj().resolve_neg().contiguous()
 
 
 def host_output_for(values: Tensor) -> Tensor:
-    """Host memory without gaps for what ``values`` will be: its own where that is such."""
+    """Return a contiguous tensor on the CPU, in which a result for ``values`` may be written.
+
+    It shares the memory of ``values`` if these are on the CPU and contiguous; else it is new, and
+    ``copy_back`` has to follow. Raises TypeError for a tensor that is not dense.
+    """
     own = to_cpu(values) if values.is_cpu else None
     if own is not None and own.is_contiguous():
         return own
-    if values.layout is not torch.strided:
-        raise TypeError(f"expected a dense tensor, got one of layout {values.layout}")
+    _check_dense(values)
     return torch.empty(values.shape, dtype=values.dtype, device="cpu")
 
 
 def copy_back(host: Tensor, values: Tensor) -> None:
-    """Into ``values``, where they are not in ``host`` memory already."""
+    """Copy ``host`` into ``values``, unless both share their memory."""
     if host.data_ptr() != values.data_ptr() or host.device != values.device:
         with torch.no_grad():
             values.detach().copy_(host.view(values.shape))
-        if values.is_cuda:  # whoever waits may go on in another stream
+        if values.is_cuda:  # a thread that waits for the result may read it in another stream
             torch.cuda.current_stream(values.device).synchronize()
 
 
 def cat_bytes(tensors: list[Tensor]) -> Tensor:
-    """The bytes of several tensors one after the other."""
+    """Return the bytes of several tensors, one after the other, as a new tensor of dtype uint8."""
     return torch.cat([contiguous(each).view(-1).view(torch.uint8) for each in tensors])
 
 
 def without_overlap(values: Tensor, out: Tensor | None) -> Tensor:
-    """``values``, copied where they share memory with ``out``, as a shard does that is gathered in place.
+    """Return ``values``, or a copy if they share memory with ``out``.
 
-    MPI forbids it: MPICH says so, others may send what they have just received.
+    They do where a program gathers into a tensor of which its own shard is a part. MPI forbids it:
+    MPICH raises an error, other libraries may send what they have just received.
     """
     if out is None or not (
         values.data_ptr() < out.data_ptr() + out.nbytes and out.data_ptr() < values.data_ptr() + values.nbytes
     ):
         return values
     return values.clone()
+
+
+def _check_dense(values: Tensor) -> None:
+    if values.layout is not torch.strided:
+        raise TypeError(f"expected a dense tensor, got one of layout {values.layout}")

@@ -25,13 +25,15 @@ def join(
 ) -> Iterator[None]:
     """``model.join()`` of DistributedDataParallel, for models with synchronized batch norm.
 
-    A rank that has left the body goes on answering the others' synchronized layers, with a count of zero,
-    until all have left it. To know what to answer, the ranks send one message more for each exchange.
+    A rank that has left the body goes on answering the others' synchronized layers, with a count
+    of zero, until all ranks have left it. To know what to answer, the ranks send one message more
+    for each exchange.
 
     Args:
-        model: the arguments after it are those of its ``join``.
+        model: the other arguments are those of its method ``join``.
 
     Raises:
+        TypeError: ``model`` is not a DistributedDataParallel.
         MPISyncBNError: MPI is without MPI_THREAD_MULTIPLE.
 
     Collective: every rank of the model's group must enter, and leave.
@@ -44,36 +46,45 @@ def join(
             f"join() needs MPI_THREAD_MULTIPLE, MPI provides level {MPI.Query_thread()}{on_rank()}: set "
             "mpi4py.rc.thread_level to 'multiple', its default"
         )
-    layers = [layer for layer in model.modules() if enable and isinstance(layer, Synchronized)]
-    groups = list(dict.fromkeys(resolve(layer.communicator) for layer in layers))
-    # Where the first to be through ends it for all, nobody is left to answer.
-    answers = [] if throw_on_early_termination else [_ServingThread(group) for group in groups]
+    groups = _groups_of(model) if enable else []
+    # With early termination all ranks stop at the same time, and no rank is left to serve.
+    threads = [] if throw_on_early_termination else [_ServingThread(group) for group in groups]
     try:
         with model.join(divide_by_initial_world_size, enable, throw_on_early_termination):
             for group in groups:
                 group.ready().joining = True
             yield
-            for each in answers:
-                each.start()
+            for thread in threads:
+                thread.start()
     finally:
         for group in groups:
             group.joining = False
-    for each in answers:
-        each.join()
-        if each.error is not None:
-            raise each.error
+    for thread in threads:
+        thread.finish()
+
+
+def _groups_of(model: DistributedDataParallel) -> list[Communicator]:
+    """Return the groups of the model's synchronized layers, each once, in the order of layers."""
+    layers = [layer for layer in model.modules() if isinstance(layer, Synchronized)]
+    return list(dict.fromkeys(resolve(layer.communicator) for layer in layers))
 
 
 class _ServingThread(threading.Thread):
-    """Answers one group beside what DistributedDataParallel does for the gradients."""
+    """Serves one group's exchanges, while DistributedDataParallel does the same for gradients."""
 
     def __init__(self, group: Communicator) -> None:
         super().__init__(name="mpisyncbn join", daemon=True)
         self._group = group
-        self.error: Exception | None = None
+        self._error: Exception | None = None
 
     def run(self) -> None:
         try:
             exchange.answer(self._group)
         except Exception as error:
-            self.error = error
+            self._error = error
+
+    def finish(self) -> None:
+        """Wait for the thread, and raise its error if there was one."""
+        self.join()
+        if self._error is not None:
+            raise self._error

@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import lru_cache
-from typing import Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -17,6 +17,10 @@ from torch.distributed import ReduceOp
 
 from ..comm.communicator import mpi
 from .host_tensors import without_overlap
+
+if TYPE_CHECKING:
+    from mpi4py import MPI
+    from mpi4py.typing import BufSpec
 
 __all__ = [
     "OWN_TAG",
@@ -33,7 +37,8 @@ __all__ = [
 ]
 
 MAX_COUNT = 1 << 30  # values or bytes in one call
-_WIDENED_PIECE = 1 << 22  # values widened at a time
+OWN_TAG = 32767  # of this package's own messages; the largest tag that every MPI library has
+_WIDENED_PIECE = 1 << 22  # values that are widened at a time
 
 _MPI_NAMES = {
     torch.float32: "FLOAT",
@@ -53,6 +58,8 @@ _MPI_NAMES = {
 _HALF = (torch.float16, torch.bfloat16)
 _SHORT = (torch.int8, torch.int16, torch.uint8, torch.uint16)
 _OPERATIONS = ("SUM", "AVG", "PRODUCT", "MIN", "MAX", "BAND", "BOR", "BXOR")
+_BITWISE = ("BAND", "BOR", "BXOR")
+_ORDERED = ("MIN", "MAX")
 _OF_BOOL = {
     "SUM": "LOR",
     "PRODUCT": "LAND",
@@ -65,8 +72,8 @@ _OF_BOOL = {
 _OF_NUMBERS = {"AVG": "SUM", "PRODUCT": "PROD"}
 
 
-def reduce_op_name(operation: Any) -> str:
-    """``SUM`` of ReduceOp.SUM, and so on. TypeError for what MPI does not have."""
+def reduce_op_name(operation: ReduceOp | ReduceOp.RedOpType) -> str:
+    """Return "SUM" for ReduceOp.SUM, and so on. TypeError for operations that MPI does not have."""
     for name in _OPERATIONS:
         if operation == getattr(ReduceOp, name):
             return name
@@ -74,14 +81,15 @@ def reduce_op_name(operation: Any) -> str:
 
 
 class Reduction:
-    """An operation of torch.distributed on tensors of one dtype.
+    """A reduction of torch.distributed for tensors of one dtype. ``reduction_for`` makes each once.
 
-    Half precision is widened to float32 and rounded once, at the end. Bool is reduced logically: SUM and MAX
-    are "or". AVG of integers is their sum, divided and truncated towards zero, as in NCCL. That of 8 and 16
-    bits is taken in 32: MPI libraries do not agree on overflow, Open MPI's vectors saturate.
-    Use ``reduction_for``, which makes each once.
+    MPI computes in ``compute_dtype``. Half precision is widened to float32 and rounded once, at
+    the end. Bool is reduced logically: SUM and MAX are "or". AVG of integers is their sum, divided
+    and truncated towards zero, as in NCCL. AVG of 8 and 16 bits takes the sum in 32 bits, because
+    MPI libraries do not agree on overflow: Open MPI's vector code saturates.
 
-    Raises TypeError for what has no meaning: averages of bool, order of complex numbers, bits of floats.
+    Raises TypeError for reductions without a meaning: the average of bool, the minimum and maximum
+    of complex numbers, bitwise operations on floating point.
     """
 
     def __init__(self, name: str, dtype: torch.dtype) -> None:
@@ -90,61 +98,61 @@ class Reduction:
             compute_dtype = torch.int32
         if compute_dtype not in _MPI_NAMES:
             raise TypeError(f"MPI has no {dtype} to reduce: send it as another dtype")
-        inexact = dtype.is_floating_point or dtype.is_complex
-        if (
-            (name == "AVG" and dtype is torch.bool)
-            or (name in ("BAND", "BOR", "BXOR") and inexact)
-            or (name in ("MIN", "MAX") and dtype.is_complex)
-        ):
+        if not _is_defined(name, dtype):
             raise TypeError(f"{name} of {dtype} is not defined")
         self.name, self.dtype, self.compute_dtype = name, dtype, compute_dtype
         MPI = mpi()
-        self.in_place, self._from_address = MPI.IN_PLACE, MPI.memory.fromaddress
-        self.mpi_type = getattr(MPI, _MPI_NAMES[compute_dtype])
-        self.mpi_op = getattr(MPI, _OF_BOOL[name] if dtype is torch.bool else _OF_NUMBERS.get(name, name))
+        self._in_place, self._from_address = MPI.IN_PLACE, MPI.memory.fromaddress
+        self._mpi_type = getattr(MPI, _MPI_NAMES[compute_dtype])
+        self._mpi_op = getattr(MPI, _OF_BOOL[name] if dtype is torch.bool else _OF_NUMBERS.get(name, name))
 
-    def _mpi_buffer(self, values: Tensor) -> list[Any]:
-        return [self._from_address(values.data_ptr(), values.nbytes), values.numel(), self.mpi_type]
-
-    def all_reduce(self, comm: Any, values: Tensor) -> None:
+    def all_reduce(self, comm: MPI.Intracomm, values: Tensor) -> None:
         """Reduce ``values`` in place, on every rank."""
         for piece, widened in self._pieces(values):
-            comm.Allreduce(self.in_place, self._mpi_buffer(widened), op=self.mpi_op)
+            comm.Allreduce(self._in_place, self._mpi_buffer(widened), op=self._mpi_op)
             self._store_result(comm, piece, widened)
 
-    def reduce(self, comm: Any, values: Tensor, root: int) -> None:
-        """Reduce ``values`` in place on ``root``; on other ranks they stay."""
+    def reduce(self, comm: MPI.Intracomm, values: Tensor, root: int) -> None:
+        """Reduce ``values`` in place on rank ``root``; on other ranks they stay as they are."""
         for piece, widened in self._pieces(values):
             if comm.rank == root:
-                comm.Reduce(self.in_place, self._mpi_buffer(widened), op=self.mpi_op, root=root)
+                comm.Reduce(self._in_place, self._mpi_buffer(widened), op=self._mpi_op, root=root)
                 self._store_result(comm, piece, widened)
             else:
-                comm.Reduce(self._mpi_buffer(widened), None, op=self.mpi_op, root=root)
+                comm.Reduce(self._mpi_buffer(widened), None, op=self._mpi_op, root=root)
 
-    def reduce_scatter(self, comm: Any, values: Tensor, out: Tensor, counts: list[int]) -> None:
-        """Reduce ``values``, ``counts[r]`` for rank r, and leave this rank's in ``out``; both flat."""
+    def reduce_scatter(self, comm: MPI.Intracomm, values: Tensor, out: Tensor, counts: list[int]) -> None:
+        """Reduce ``values``, and write this rank's part of the result to ``out``.
+
+        Rank r gets ``counts[r]`` values. Both tensors are 1-d and contiguous.
+        """
         if values.numel() > MAX_COUNT:
             for rank, part in enumerate(values.split(counts)):
-                mine = part.clone()
-                self.reduce(comm, mine, rank)
+                reduced = part.clone()
+                self.reduce(comm, reduced, rank)
                 if rank == comm.rank:
-                    out.copy_(mine)
+                    out.copy_(reduced)
             return
-        sent = without_overlap(values.to(self.compute_dtype), out)
-        got = out if out.dtype is self.compute_dtype else torch.empty(out.shape, dtype=self.compute_dtype)
-        comm.Reduce_scatter(self._mpi_buffer(sent), self._mpi_buffer(got), counts, op=self.mpi_op)
-        self._store_result(comm, out, got)
+        widened = without_overlap(values.to(self.compute_dtype), out)
+        result = out if out.dtype is self.compute_dtype else torch.empty(out.shape, dtype=self.compute_dtype)
+        comm.Reduce_scatter(self._mpi_buffer(widened), self._mpi_buffer(result), counts, op=self._mpi_op)
+        self._store_result(comm, out, result)
+
+    def _mpi_buffer(self, values: Tensor) -> BufSpec:
+        return [self._from_address(values.data_ptr(), values.nbytes), values.numel(), self._mpi_type]
 
     def _pieces(self, values: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
-        half = self.compute_dtype is not self.dtype
-        most = _WIDENED_PIECE if half else MAX_COUNT
+        """Yield pieces that MPI takes in one call, each as it is and in ``compute_dtype``."""
+        is_widened = self.compute_dtype is not self.dtype
+        most = _WIDENED_PIECE if is_widened else MAX_COUNT
         if values.numel() > most:
             for piece in values.view(-1).split(most):
                 yield piece, piece.to(self.compute_dtype)
         elif values.numel():
-            yield values, values.to(self.compute_dtype) if half else values
+            yield values, values.to(self.compute_dtype) if is_widened else values
 
-    def _store_result(self, comm: Any, piece: Tensor, widened: Tensor) -> None:
+    def _store_result(self, comm: MPI.Intracomm, piece: Tensor, widened: Tensor) -> None:
+        """Copy MPI's result from ``widened`` to ``piece``; for AVG divide by the ranks."""
         if self.name == "AVG":
             _divide(widened, comm.size)
         if widened is not piece and widened.data_ptr() != piece.data_ptr():
@@ -154,24 +162,38 @@ class Reduction:
 reduction_for = lru_cache(maxsize=None)(Reduction)
 
 
+def _is_defined(name: str, dtype: torch.dtype) -> bool:
+    """Whether a reduction has a meaning for values of ``dtype``."""
+    if name == "AVG":
+        return dtype is not torch.bool
+    if name in _BITWISE:
+        return not (dtype.is_floating_point or dtype.is_complex)
+    return not (name in _ORDERED and dtype.is_complex)
+
+
 def _divide(values: Tensor, size: int) -> None:
-    """In place; integers towards zero."""
+    """Divide in place by the number of ranks; integers are truncated towards zero."""
     if values.dtype.is_floating_point or values.dtype.is_complex:
         values /= size
-    elif values.dtype is torch.uint64:  # which torch does not divide, and int64 does not hold
+    elif values.dtype is torch.uint64:  # torch cannot divide it, and int64 cannot hold it
         values.numpy()[...] //= np.uint64(size)
     else:
-        for piece in values.view(-1).split(_WIDENED_PIECE):  # int8 does not hold the size of a large group
+        # in int64, because int8 cannot hold the size of a large group
+        for piece in values.view(-1).split(_WIDENED_PIECE):
             piece.copy_(piece.to(torch.int64).div_(size, rounding_mode="trunc"))
 
 
-def broadcast(comm: Any, values: Tensor, root: int) -> None:
+def broadcast(comm: MPI.Intracomm, values: Tensor, root: int) -> None:
+    """Overwrite ``values`` with those of rank ``root``."""
     for offset, length in _spans(values.nbytes):
         comm.Bcast(_bytes(values, offset, length), root=root)
 
 
-def gather(comm: Any, values: Tensor, out: Tensor | None, root: int | None) -> None:
-    """``values`` of all ranks one after the other into ``out``, on ``root`` or, if it is None, on all."""
+def gather(comm: MPI.Intracomm, values: Tensor, out: Tensor | None, root: int | None) -> None:
+    """Write the ``values`` of all ranks, one after the other, to ``out``.
+
+    ``root`` is the rank that gets them, while ``out`` is None on others; None: all ranks get them.
+    """
     values = without_overlap(values, out)
     for offset, length in _spans(values.nbytes):
         with _strided(length, values.nbytes) as block:
@@ -183,8 +205,11 @@ def gather(comm: Any, values: Tensor, out: Tensor | None, root: int | None) -> N
                 comm.Gather(sent, received, root=root)
 
 
-def scatter(comm: Any, values: Tensor | None, out: Tensor, root: int) -> None:
-    """To each rank its part of ``values`` on ``root``, as large as ``out``."""
+def scatter(comm: MPI.Intracomm, values: Tensor | None, out: Tensor, root: int) -> None:
+    """Write each rank's part of the ``values`` of rank ``root`` to its ``out``.
+
+    ``values`` is None on the other ranks.
+    """
     values = None if values is None else without_overlap(values, out)
     for offset, length in _spans(out.nbytes):
         with _strided(length, out.nbytes) as block:
@@ -192,8 +217,11 @@ def scatter(comm: Any, values: Tensor | None, out: Tensor, root: int) -> None:
             comm.Scatter(sent, _bytes(out, offset, length), root=root)
 
 
-def all_gather_uneven(comm: Any, values: Tensor, out: Tensor, sizes: list[int]) -> None:
-    """As gather to all, where rank r has ``sizes[r]`` bytes."""
+def all_gather_uneven(comm: MPI.Intracomm, values: Tensor, out: Tensor, sizes: list[int]) -> None:
+    """Write the ``values`` of all ranks, one after the other, to ``out``, on every rank.
+
+    Rank r has ``sizes[r]`` bytes. Both tensors are 1-d and contiguous.
+    """
     values = without_overlap(values, out)
     if sum(sizes) <= MAX_COUNT:
         comm.Allgatherv(_bytes(values, 0, values.nbytes), [_memory(out), (sizes, _starts(sizes)), mpi().BYTE])
@@ -206,11 +234,12 @@ def all_gather_uneven(comm: Any, values: Tensor, out: Tensor, sizes: list[int]) 
 
 
 def all_to_all(
-    comm: Any, values: Tensor, out: Tensor, sent: list[int], received: list[int], most: int
+    comm: MPI.Intracomm, values: Tensor, out: Tensor, sent: list[int], received: list[int], most: int
 ) -> None:
-    """``sent[r]`` bytes of ``values`` to each rank r, and ``received[r]`` from it; both flat, in rank order.
+    """Send ``sent[r]`` bytes of ``values`` to each rank r, and receive ``received[r]`` from it.
 
-    ``most`` is the largest number of bytes that any rank sends or receives.
+    What is received goes to ``out``. Both tensors are contiguous, with the parts in the order of
+    ranks. ``most`` is the largest number of bytes that any rank sends or receives.
     """
     MPI = mpi()
     values, to, of = without_overlap(values, out), _starts(sent), _starts(received)
@@ -227,39 +256,39 @@ def all_to_all(
     MPI.Request.Waitall(requests)
 
 
-OWN_TAG = 32767  # the largest that every MPI library has
-
-
-def isend(comm: Any, values: Tensor, to: int, tag: int) -> list[Any]:
-    """Requests that send ``values``."""
+def isend(comm: MPI.Intracomm, values: Tensor, to: int, tag: int) -> list[MPI.Request]:
+    """Begin to send ``values``, and return the requests, one for each piece."""
     return [comm.Isend(_bytes(values, offset, length), to, tag) for offset, length in _spans(values.nbytes)]
 
 
-def irecv(comm: Any, values: Tensor, source: int, tag: int) -> list[Any]:
-    """Requests that receive ``values``."""
+def irecv(comm: MPI.Intracomm, values: Tensor, source: int, tag: int) -> list[MPI.Request]:
+    """Begin to receive into ``values``, and return the requests, one for each piece."""
     return [
         comm.Irecv(_bytes(values, offset, length), source, tag) for offset, length in _spans(values.nbytes)
     ]
 
 
-def _memory(values: Tensor, offset: int = 0) -> Any:
+def _memory(values: Tensor, offset: int = 0) -> MPI.buffer:
     return mpi().memory.fromaddress(values.data_ptr() + offset, values.nbytes - offset)
 
 
-def _bytes(values: Tensor, offset: int, length: int) -> list[Any]:
+def _bytes(values: Tensor, offset: int, length: int) -> BufSpec:
     return [_memory(values, offset), length, mpi().BYTE]
 
 
 def _spans(length: int) -> Iterator[tuple[int, int]]:
-    """Beginning and length of pieces that MPI can count; of nothing one, so that all ranks make a call."""
+    """Yield the offsets and lengths of pieces that MPI can count.
+
+    For a ``length`` of 0 there is one empty piece, so that all ranks make the same calls.
+    """
     yield 0, min(length, MAX_COUNT)
     for offset in range(MAX_COUNT, length, MAX_COUNT):
         yield offset, min(MAX_COUNT, length - offset)
 
 
 @contextmanager
-def _strided(length: int, pitch: int) -> Iterator[tuple[int, Any]]:
-    """Count and datatype of ``length`` bytes in each rank's part, where parts lie ``pitch`` bytes apart."""
+def _strided(length: int, pitch: int) -> Iterator[tuple[int, MPI.Datatype]]:
+    """Yield count and datatype of ``length`` bytes in each part; parts are ``pitch`` bytes apart."""
     MPI = mpi()
     if length == pitch:
         yield length, MPI.BYTE
@@ -274,6 +303,7 @@ def _strided(length: int, pitch: int) -> Iterator[tuple[int, Any]]:
 
 
 def _starts(sizes: list[int]) -> list[int]:
+    """Return where each part begins, if parts of these sizes follow each other."""
     starts = [0]
     for size in sizes[:-1]:
         starts.append(starts[-1] + size)

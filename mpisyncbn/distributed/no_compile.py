@@ -1,4 +1,4 @@
-"""What torch.compile may call, and not look into."""
+"""Keeps torch.compile out of functions and methods: compiled code may call them as they are."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ __all__ = ["no_compile", "no_compile_methods"]
 
 @contextlib.contextmanager
 def no_compile() -> Iterator[None]:
-    """Also a decorator: Python inside runs as it is.
+    """Run the body, or as a decorator the function, without compiling it.
 
     torch.compiler.disable does the same, but imports the compiler, which takes a second. The
-    compiler passes over generators and contextlib, so that it does not look into this either.
+    compiler skips generators and contextlib, and so it does not compile this function either.
     """
     before = set_eval_frame(None)
     try:
@@ -26,10 +26,10 @@ def no_compile() -> Iterator[None]:
 
 
 def no_compile_methods(cls: type) -> type:
-    """Make the methods of a class no_compile.
+    """Decorate the methods of a class with ``no_compile``, and return the class.
 
-    torch calls them as those of a class in C++, also amid what is compiled; the compiler would
-    compile Python that it finds there, and fails at attributes of a process group.
+    torch calls methods of a process group as if they were written in C++, within compiled
+    functions too. The compiler would compile those in Python, and fail at the group's attributes.
     """
     for name, method in list(vars(cls).items()):
         if isinstance(method, FunctionType) and not name.startswith("__"):

@@ -1,4 +1,4 @@
-"""Messages from one rank to another: send, recv, and the barrier that says who does not come."""
+"""Messages from one rank to another: send, recv, and the barrier that names missing ranks."""
 
 # mypy: disable-error-code="override, assignment"
 # Torch calls these with lists and options alone, and has names for the other ways to call it.
@@ -7,8 +7,9 @@ from __future__ import annotations
 
 import contextlib
 import threading
+from contextlib import AbstractContextManager
 from datetime import timedelta
-from typing import Any
+from typing import TYPE_CHECKING, NoReturn
 
 import numpy as np
 from torch import Tensor
@@ -17,34 +18,39 @@ from .. import profiling
 from ..arguments import check_timeout
 from ..comm.communicator import mpi
 from ..errors import CollectiveTimeoutError, MPISyncBNError, on_rank
-from . import host_tensors, mpi_collectives
-from .checked import CheckedProcessGroup, GroupCall, as_list, dtypes_and_shapes
+from .checked import CheckedProcessGroup, GroupCall, Tensors, as_list, dtypes_and_shapes
+from .host_tensors import contiguous, copy_back, host_output_for, to_cpu
+from .mpi_collectives import OWN_TAG, irecv, isend
 from .no_compile import no_compile_methods
 from .work import Work, wait_until
 
+if TYPE_CHECKING:
+    from mpi4py import MPI
+
 __all__ = ["PointToPoint", "PointToPointWork"]
 
-_PRESENT = np.zeros(1, np.uint8)  # that a rank is here
+_ONE_BYTE = np.zeros(1, np.uint8)  # the message of monitored_barrier
 
 
 @no_compile_methods
 class PointToPoint(CheckedProcessGroup):
     """The methods of a process group that send from one rank to another."""
 
-    def __init__(self, comm: Any, timeout: timedelta) -> None:
+    def __init__(self, comm: MPI.Intracomm, timeout: timedelta) -> None:
         super().__init__(comm, timeout)
-        self._pending: set[PointToPointWork] = set()  # under way
+        self._pending: set[PointToPointWork] = set()  # MPI still reads or writes their memory
 
-    def send(self, tensors: Any, to: int, tag: int = 0) -> Work:
-        return self._start("send", tensors, to, tag)
+    def send(self, tensors: Tensors, to: int, tag: int = 0) -> Work:
+        return self._begin("send", tensors, to, tag)
 
-    def recv(self, tensors: Any, source: int, tag: int = 0) -> Work:
-        return self._start("recv", tensors, source, tag)
+    def recv(self, tensors: Tensors, source: int, tag: int = 0) -> Work:
+        return self._begin("recv", tensors, source, tag)
 
-    def recv_anysource(self, tensors: Any, tag: int = 0) -> Work:
-        return self._start("recv", tensors, mpi().ANY_SOURCE, tag)
+    def recv_anysource(self, tensors: Tensors, tag: int = 0) -> Work:
+        return self._begin("recv", tensors, mpi().ANY_SOURCE, tag)
 
-    def _start(self, operation: str, tensors: Any, peer: int, tag: int) -> Work:
+    def _begin(self, operation: str, tensors: Tensors, peer: int, tag: int) -> Work:
+        """Begin to "send" one tensor to the rank ``peer``, or to "recv" one from it."""
         self._check_usable(operation)
         self._collective_group.ready()
         (tensor,) = as_list(tensors)
@@ -52,122 +58,153 @@ class PointToPoint(CheckedProcessGroup):
             raise ValueError(
                 f"{operation}: expected a rank from 0 to {self.size() - 1}, got {peer}{on_rank()}"
             )
-        sends = operation == "send"
-        host = (
-            host_tensors.contiguous(host_tensors.to_cpu(tensor))
-            if sends
-            else host_tensors.host_output_for(tensor)
-        )
-        start = mpi_collectives.isend if sends else mpi_collectives.irecv
         who = "anyone" if peer == mpi().ANY_SOURCE else f"rank {peer}"
-        what = GroupCall(
-            operation, ("to" if sends else "from", who, "of", *dtypes_and_shapes([tensor]), "with tag", tag)
-        )
+        about = (who, "of", *dtypes_and_shapes([tensor]), "with tag", tag)
+        if operation == "send":
+            call, host = GroupCall("send", ("to", *about)), contiguous(to_cpu(tensor))
+            start, received = isend, None
+        else:
+            call, host = GroupCall("recv", ("from", *about)), host_output_for(tensor)
+            start, received = irecv, tensor
         with self._mpi_lock():
-            requests = self._call_mpi(what, lambda comm: start(comm, host, peer, tag))
-        message = PointToPointWork(self, what, requests, host, None if sends else tensor)
+            requests = self._call_mpi(call, lambda comm: start(comm, host, peer, tag))
+        work = PointToPointWork(self, call, requests, host, received)
         for other in list(self._pending):
-            other.is_completed()
-        self._pending.add(message)  # until it has gone, also where the caller drops it: MPI reads there
-        return message
+            other.is_completed()  # which takes it out of the set
+        self._pending.add(work)  # the caller may drop it before it is done
+        return work
 
-    def _mpi_lock(self) -> Any:
-        """What calls of MPI need beside a collective: nothing, or below THREAD_MULTIPLE its end."""
+    def _mpi_lock(self) -> AbstractContextManager[object]:
+        """Return the lock under which to call MPI while a collective may be running.
+
+        With THREAD_MULTIPLE there is none; below it, MPI takes one call at a time.
+        """
         return contextlib.nullcontext() if self._thread_multiple else self._collective_group.lock
 
     def monitored_barrier(self, timeout: timedelta | None = None, wait_all_ranks: bool = False) -> None:
-        """A barrier in which rank 0 says who did not come within ``timeout``; None: the group's."""
+        """Wait for all ranks, at most for ``timeout``; None: the group's.
+
+        Raises CollectiveTimeoutError, which says on rank 0 which ranks did not come.
+        Collective: every rank must call.
+        """
         self._check_usable("monitored_barrier")
         timeout = self._timeout if timeout is None else timeout
         check_timeout(timeout)
         seconds = timeout.total_seconds()
         self._collective_thread.drain()
-        group, byte = self._collective_group.ready(), mpi().BYTE
-        others = range(1, group.size) if group.rank == 0 else [0]
+        group = self._collective_group.ready()
         with self._mpi_lock():
-            if group.rank > 0:
-                group.comm.Isend([_PRESENT, 1, byte], 0, mpi_collectives.OWN_TAG).Free()
-            here = {
-                rank: group.comm.Irecv([_PRESENT, 1, byte], rank, mpi_collectives.OWN_TAG) for rank in others
-            }
-            arrived: set[int] = set()
+            missing = _wait_for_each(group.comm, seconds)
+        if missing:
+            self._unusable = "this process group is unusable since monitored_barrier timed out"
+            who = f"ranks {missing}" if group.rank == 0 else "rank 0, or another rank it waits for,"
+            raise CollectiveTimeoutError(
+                f"monitored_barrier: {who} did not come within {seconds:g} s{on_rank()}"
+            )
 
-            def everybody() -> bool:
-                arrived.update(rank for rank in here if rank not in arrived and here[rank].Test())
-                return len(arrived) == len(here)
 
-            if wait_until(everybody, seconds):
-                if group.rank == 0:
-                    for rank in others:
-                        group.comm.Send([_PRESENT, 1, byte], rank, mpi_collectives.OWN_TAG)
-                return
-            missing = [rank for rank in here if rank not in arrived]
-            for rank in missing:
-                here[rank].Cancel()
-        self._unusable = "this process group is unusable since monitored_barrier timed out"
-        who = f"ranks {missing}" if group.rank == 0 else "rank 0, or another rank it waits for,"
-        raise CollectiveTimeoutError(f"monitored_barrier: {who} did not come within {seconds:g} s{on_rank()}")
+def _wait_for_each(comm: MPI.Intracomm, seconds: float) -> list[int]:
+    """Tell rank 0 that this rank is here, and wait until rank 0 says that all are.
+
+    Return the ranks that did not come within ``seconds``; on other ranks that can only be rank 0.
+    Collective: every rank must call.
+    """
+    message = [_ONE_BYTE, 1, mpi().BYTE]
+    others = range(1, comm.size) if comm.rank == 0 else [0]
+    if comm.rank > 0:
+        comm.Isend(message, 0, OWN_TAG).Free()
+    receives = {rank: comm.Irecv(message, rank, OWN_TAG) for rank in others}
+
+    def all_arrived() -> bool:
+        for rank in [rank for rank, receive in receives.items() if receive.Test()]:
+            del receives[rank]
+        return not receives
+
+    if wait_until(all_arrived, seconds) and comm.rank == 0:
+        for rank in others:
+            comm.Send(message, rank, OWN_TAG)
+    for receive in receives.values():
+        receive.Cancel()
+    return list(receives)
 
 
 @no_compile_methods
 class PointToPointWork(Work):
-    """Messages under way from one rank to another; they go on whenever MPI is called."""
+    """A message under way from one rank to another. Any call of MPI lets it make progress.
+
+    Args:
+        group: the process group that it belongs to.
+        call: what the errors call it.
+        requests: MPI's requests, one for each piece of the message.
+        host: the memory that MPI reads or writes, kept until it is done.
+        received: the tensor to receive into; None: this rank sends.
+    """
 
     def __init__(
-        self, group: PointToPoint, what: GroupCall, requests: list[Any], host: Tensor, tensor: Tensor | None
+        self,
+        group: PointToPoint,
+        call: GroupCall,
+        requests: list[MPI.Request],
+        host: Tensor,
+        received: Tensor | None,
     ) -> None:
-        super().__init__([host if tensor is None else tensor], what)
+        super().__init__([host if received is None else received], call)
         self._polling = threading.Lock()
-        self._group, self._requests, self._host, self._tensor = group, requests, host, tensor
+        self._group, self._requests, self._host, self._received = group, requests, host, received
         profiled = profiling.profiler._is_profiler_enabled
-        self._end = profiling.begin(f"mpi4py:{what.operation}") if profiled else None
+        self._end_profiling = profiling.begin(f"mpi4py:{call.operation}") if profiled else None
 
     def is_completed(self) -> bool:
-        with self._polling:  # MPI lets one thread at a time ask for a request
+        with self._polling:  # MPI lets one thread at a time test a request
             if not self._done.is_set():
                 MPI, status = mpi(), mpi().Status()
                 try:
                     if not all(request.Test(status) for request in self._requests):
                         return False
                 except MPI.Exception as error:
-                    self.complete(MPISyncBNError(f"MPI failed in {self._what}{on_rank()}: {error}"))
+                    self.complete(MPISyncBNError(f"MPI failed in {self._call}{on_rank()}: {error}"))
                     return True
                 self._complete_message(status)
         return True
 
-    def _give_up(self, error: Exception) -> None:
-        """Take the receive back: it would get the next message otherwise."""
+    def _cancel(self, error: Exception) -> None:
+        """Cancel a receive, which would else get the next message, and complete with ``error``."""
         with self._polling:
-            if not self._done.is_set() and self._tensor is not None:
+            if not self._done.is_set() and self._received is not None:
                 for request in self._requests:
                     request.Cancel()
                     request.Wait()
                 self.complete(error)
 
-    def _complete_message(self, status: Any) -> None:
+    def _complete_message(self, status: MPI.Status) -> None:
+        """Check the length of what was received, copy it to its tensor, and complete."""
         error = None
-        if self._tensor is not None:
+        if self._received is not None:
             self._source = status.Get_source()
-            came, most = status.Get_count(mpi().BYTE), self._host.nbytes
-            if len(self._requests) == 1 and came != most:
-                error = ValueError(f"{self._what}: expected {most} bytes, {came} came{on_rank()}")
+            length, expected = status.Get_count(mpi().BYTE), self._host.nbytes
+            if len(self._requests) == 1 and length != expected:
+                error = ValueError(f"{self._call}: expected {expected} bytes, {length} came{on_rank()}")
             else:
-                host_tensors.copy_back(self._host, self._tensor)
+                copy_back(self._host, self._received)
         self.complete(error)
 
     def complete(self, error: BaseException | None = None) -> None:
         self._group._pending.discard(self)
-        if self._end is not None:
-            self._end()
+        if self._end_profiling is not None:
+            self._end_profiling()
         super().complete(error)
 
     def wait(self, timeout: timedelta | None = None) -> bool:
+        """Wait until it is done, and return True.
+
+        Raises CollectiveTimeoutError after ``timeout``; None or zero: the group's.
+        """
         seconds = (timeout if timeout and timeout > timedelta(0) else self._group._timeout).total_seconds()
         if not wait_until(self.is_completed, seconds):
-            error = CollectiveTimeoutError(f"{self._what}: nothing for {seconds:g} s{on_rank()}")
-            self._give_up(error)
+            error = CollectiveTimeoutError(f"{self._call}: nothing for {seconds:g} s{on_rank()}")
+            self._cancel(error)
             raise error
         return super().wait()
 
-    def get_future(self) -> Any:
-        raise NotImplementedError(f"{self._what}: messages from rank to rank have no future: wait() for them")
+    def get_future(self) -> NoReturn:
+        raise NotImplementedError(f"{self._call}: messages from rank to rank have no future: wait() for them")

@@ -1,4 +1,4 @@
-"""The process group of backend ``mpi4py``: an MPI communicator as torch.distributed takes it."""
+"""The process group of backend ``mpi4py``: an MPI communicator, as torch.distributed uses it."""
 
 # mypy: disable-error-code="override, assignment"
 # Torch calls these with lists and options alone, and has names for the other ways to call it.
@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 from datetime import timedelta
-from typing import Any
+from typing import TYPE_CHECKING
 
 import torch
 
@@ -19,6 +19,10 @@ from .collectives import Collectives
 from .no_compile import no_compile_methods
 from .point_to_point import PointToPoint
 
+if TYPE_CHECKING:
+    from mpi4py import MPI
+    from torch._C._distributed_c10d import Store, _DistributedBackendOptions
+
 __all__ = ["BACKEND", "ProcessGroup", "create_process_group"]
 
 BACKEND = "mpi4py"
@@ -28,31 +32,37 @@ BACKEND = "mpi4py"
 class ProcessGroup(Collectives, PointToPoint):
     """The ranks of an MPI communicator as a process group of torch.distributed, which makes it.
 
-    Methods are torch's, with torch's arguments; every one but send and recv is collective.
+    The methods have torch's names and arguments. All but send and recv are collective.
 
     Raises:
-        TypeError, ValueError: arguments that no rank can use, or that this one cannot.
-        CollectiveMismatchError: on every rank that could, if not all were about to do the same.
+        TypeError, ValueError: the arguments cannot be used, by any rank or by this one.
+        CollectiveMismatchError: not all ranks were about to make the same call. It is raised on
+            every rank whose own arguments could be used.
         CollectiveTimeoutError: the other ranks did not come within the group's timeout.
     """
 
-    def __init__(self, comm: Any, timeout: timedelta, *, is_world: bool = False, store: Any = None) -> None:
+    def __init__(
+        self, comm: MPI.Intracomm, timeout: timedelta, *, is_world: bool = False, store: Store | None = None
+    ) -> None:
         check_timeout(timeout)
         super().__init__(comm, timeout)
         self._is_world = is_world
-        self._store = rendezvous.late_store(store)  # torch keeps its C++ half alone
+        self._store = rendezvous.late_store(store)  # kept here: torch keeps only its C++ half
         self._layer_group: Communicator | None = None
         self._name = self._description = ""
 
     @property
     def communicator(self) -> Communicator:
-        """That of synchronized layers in this group; its messages never meet those of the group itself."""
+        """The Communicator of synchronized layers in this group.
+
+        Their messages never meet those of the group itself.
+        """
         if self._layer_group is None:
             self._layer_group = resolve(None) if self._is_world else _OwnBackendCommunicator(self)
         return self._layer_group
 
     def shutdown(self) -> None:
-        """Wait for what was begun, and free the communicators, which MPI_Finalize may have done already.
+        """Wait for everything that was begun, and free the communicators unless MPI is finalized.
 
         Collective: every rank must call.
         """
@@ -61,13 +71,11 @@ class ProcessGroup(Collectives, PointToPoint):
         if self._is_world and self._store is not None:
             self._store.close()
         self._collective_thread.close()
-        abandoned = bool(self._unusable)
-        for message in list(self._pending):
-            if self._collective_group._is_finalized() or not message.is_completed():
-                fingerprint.abandon(message)
+        still_in_flight = bool(self._unusable)
+        self._keep_pending_alive()
         self._unusable = self._unusable or "this process group was destroyed"
-        if abandoned:  # messages are still under way in it
-            # other ranks may have freed it: nobody waits for them at the end
+        if still_in_flight:  # its communicators cannot be freed
+            # other ranks may have freed theirs: at the end, nobody waits for this one
             self._collective_group.presence.end()
             return
         if self._layer_group is not None and not self._is_world:
@@ -78,22 +86,30 @@ class ProcessGroup(Collectives, PointToPoint):
 
     abort = shutdown
 
+    def _keep_pending_alive(self) -> None:
+        """Keep the memory of messages that are not done: MPI may still read and write it."""
+        for work in list(self._pending):
+            if self._collective_group._is_finalized() or not work.is_completed():
+                fingerprint.abandon(work)
+
     def split_group(
-        self, ranks: list[int], timeout: Any = None, *args: Any, **kwargs: Any
+        self, ranks: list[int], timeout: timedelta | None = None, *args: object, **kwargs: object
     ) -> ProcessGroup | None:
-        """The group of some of these ranks, for those who are in it; None for others."""
+        """Return a group of some of the ranks, on these ranks; None on the others.
+
+        Collective: every rank in ``ranks`` must call.
+        """
         self._collective_thread.drain()
         if self.rank() not in ranks:
             return None
-        return ProcessGroup(
-            subset(self._collective_group.ready().comm, sorted(ranks)), timeout or self._timeout
-        )
+        comm = subset(self._collective_group.ready().comm, sorted(ranks))
+        return ProcessGroup(comm, timeout or self._timeout)
 
-    # Torch asks the backend of a device for these.
+    # What torch asks the backend of a device for.
 
     supports_splitting = False
 
-    def _get_backend(self, device: Any) -> ProcessGroup:
+    def _get_backend(self, device: torch.device) -> ProcessGroup:
         return self
 
     def _set_default_timeout(self, timeout: timedelta) -> None:
@@ -128,27 +144,32 @@ class ProcessGroup(Collectives, PointToPoint):
 
 
 class _OwnBackendCommunicator(Communicator):
-    """A communicator for synchronized layers, made at their first exchange."""
+    """The communicator of a group's synchronized layers, made at their first exchange."""
 
-    def __init__(self, group: ProcessGroup) -> None:
-        super().__init__(group._collective_group.ready().comm)
-        self._group = group
+    def __init__(self, process_group: ProcessGroup) -> None:
+        super().__init__(process_group._collective_group.ready().comm)
+        self._process_group = process_group
 
-    def _make(self) -> Any:
-        self._group._collective_thread.drain()  # one collective at a time, in the same order on every rank
-        with self._group._collective_group.lock:
+    def _make(self) -> MPI.Intracomm:
+        # one collective at a time, in the same order on every rank
+        self._process_group._collective_thread.drain()
+        with self._process_group._collective_group.lock:
             return super()._make()
 
 
-def create_process_group(options: Any, _: Any) -> ProcessGroup:
-    """For torch.distributed, on the ranks of a new group."""
+def create_process_group(options: _DistributedBackendOptions, _: object) -> ProcessGroup:
+    """Return the process group that torch.distributed asks for, on each of its ranks.
+
+    Raises ValueError if torch and MPI number the ranks differently.
+    Collective: every rank of the group must call.
+    """
     launcher.refuse_if_apart(mpi())
-    source, ranks = rendezvous.world_comm(), list(options.global_ranks_in_group)
-    rank, size = (source.rank, source.size) if not ranks else (ranks.index(source.rank), len(ranks))
+    world, ranks = rendezvous.world_comm(), list(options.global_ranks_in_group)
+    rank, size = (world.rank, world.size) if not ranks else (ranks.index(world.rank), len(ranks))
     if (options.group_rank, options.group_size) != (rank, size):
         raise ValueError(
             f"torch.distributed calls this rank {options.group_rank} of {options.group_size}, MPI {rank} of "
             f"{size}: unset RANK and WORLD_SIZE, or start the ranks with mpiexec or srun alone"
         )
-    comm = source.Dup() if not ranks else subset(source, ranks)
+    comm = world.Dup() if not ranks else subset(world, ranks)
     return ProcessGroup(comm, options.timeout, is_world=not ranks, store=options.store)

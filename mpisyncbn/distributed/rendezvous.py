@@ -5,11 +5,11 @@ from __future__ import annotations
 import functools
 import inspect
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from datetime import timedelta
 from importlib import import_module
-from typing import Any
+from typing import TYPE_CHECKING, Any, TypeVar
 from urllib.parse import parse_qs, urlencode, urlparse
 
 import torch.distributed as dist
@@ -20,22 +20,31 @@ from ..comm.communicator import mpi, subset
 from .store import LateStore, shared_store
 from .work import wait_until
 
+if TYPE_CHECKING:
+    from mpi4py import MPI
+    from torch._C._distributed_c10d import Store
+
 __all__ = ["forget", "late_store", "register", "use_comm", "world_comm"]
 
-_GIVEN = "rank", "world_size"
-_ALL = {"RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"}
-_used_comm: Any = None
+T = TypeVar("T")
+Found = Iterator[tuple["Store", int, int]]  # a rendezvous of torch yields store, rank and size
+_ARGUMENTS = "rank", "world_size"
+_VARIABLES = {"RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"}
+_used_comm: MPI.Intracomm | None = None
 
 
-def world_comm() -> Any:
-    """The communicator whose ranks are torch's: that of ``use_comm``, else the world."""
-    world = mpi().COMM_WORLD  # or an error that says why MPI cannot be used
+def world_comm() -> MPI.Intracomm:
+    """Return the communicator whose ranks are torch's: ``use_comm``'s, else MPI.COMM_WORLD."""
+    world: MPI.Intracomm = mpi().COMM_WORLD  # or an error that says why MPI cannot be used
     return world if _used_comm is None else _used_comm
 
 
 @contextmanager
-def use_comm(comm: Any) -> Iterator[None]:
-    """Make a duplicate of ``comm`` the source, until ``forget``, if the body succeeds. Collective."""
+def use_comm(comm: MPI.Intracomm) -> Iterator[None]:
+    """Number torch's ranks as ``comm`` does, until ``forget`` or until the body fails.
+
+    Collective: every rank of ``comm`` must enter.
+    """
     global _used_comm
     forget()
     _used_comm = comm.Dup()
@@ -47,7 +56,7 @@ def use_comm(comm: Any) -> Iterator[None]:
 
 
 def forget() -> None:
-    """Make the world the source. Collective, after ``use_comm``."""
+    """Number torch's ranks as the world does again. Collective after ``use_comm``."""
     global _used_comm
     if _used_comm is not None:
         if not sys.modules["mpi4py.MPI"].Is_finalized():
@@ -56,81 +65,89 @@ def forget() -> None:
 
 
 def register(backend: str) -> None:
-    """The address ``mpi4py://``; and ``env://``, torch's default, unless its variables are all set.
+    """Register how torch finds the ranks, and give groups of other backends a store.
 
-    Groups of backends other than ``backend``, which is ours, get a store when torch makes them.
+    The address ``mpi4py://`` goes by MPI, and so does ``env://``, torch's default, unless all of
+    its variables are set. Groups of backends other than ``backend``, which is ours, get a store
+    when torch makes them.
     """
-    torchs: Any = import_module("torch.distributed.distributed_c10d")
-    torchs._new_process_group_helper = _with_stores(torchs._new_process_group_helper, backend)
-    dist.register_rendezvous_handler("mpi4py", _rendezvous_over_mpi)
+    c10d: Any = import_module("torch.distributed.distributed_c10d")
+    c10d._new_process_group_helper = _with_stores(c10d._new_process_group_helper, backend)
+    dist.register_rendezvous_handler("mpi4py", _find_by_mpi)
     handlers = import_module("torch.distributed.rendezvous")._rendezvous_handlers
-    from_environment = handlers["env"]
+    find_by_variables = handlers["env"]
 
-    def env(url: str, *args: Any, **kwargs: Any) -> Any:
+    def find(url: str, *args: Any, **kwargs: Any) -> Found:
         variables, arguments = config.rendezvous_given(), _rank_and_size(url)
-        if variables.keys() | {name.upper() for name in arguments} == _ALL:
-            return from_environment(url, *args, **kwargs)
+        if variables.keys() | {name.upper() for name in arguments} == _VARIABLES:
+            return find_by_variables(url, *args, **kwargs)
         forget()
-        if world_comm().size == 1:  # MPI may not know of the ranks that the variables speak of
-            arguments = {name: int(variables.get(name.upper(), -1)) for name in _GIVEN} | arguments
-        return _rendezvous_over_mpi(f"mpi4py://?{urlencode(arguments)}", *args, **kwargs)
+        if world_comm().size == 1:  # the variables may speak of ranks that MPI does not know
+            arguments = {name: int(variables.get(name.upper(), -1)) for name in _ARGUMENTS} | arguments
+        return _find_by_mpi(f"mpi4py://?{urlencode(arguments)}", *args, **kwargs)
 
-    handlers["env"] = env
+    handlers["env"] = find
 
 
-def _with_stores(make: Any, ours: str) -> Any:
-    """Torch's own way to make a group, on each of its ranks, with a store of the group for other backends."""
+def _with_stores(make: Callable[..., T], ours: str) -> Callable[..., T]:
+    """Wrap torch's function that makes a group, so that groups of other backends get a store."""
     signature = inspect.signature(make)
 
     @functools.wraps(make)
-    def make_with_store(*args: Any, **kwargs: Any) -> Any:
+    def make_with_store(*args: Any, **kwargs: Any) -> T:
         call = signature.bind(*args, **kwargs)
         given, ranks = call.arguments, call.arguments["global_ranks_in_group"]
         late = late_store(given["store"])
-        if (
-            late is None
-            or (ranks and world_comm().rank not in ranks)
-            or _backends(given["backend"]) == {ours}
-        ):
+        if late is None or not _needs_store(given["backend"], ranks, ours):
             return make(*args, **kwargs)
-        comm, timeout = subset(world_comm(), list(ranks) or list(range(world_comm().size))), given["timeout"]
+        world, timeout = world_comm(), given["timeout"]
+        comm = subset(world, list(ranks) or list(range(world.size)))
         store = shared_store(comm, timeout)
         given["store"] = dist.PrefixStore("default_pg", store)
         if not ranks:
-            late.become(store)  # torch may meet once more in the one that it was given
-        group = make(*call.args, **call.kwargs)
-        # The first rank has the store, and must not end while others still look for something in it.
+            late.become(store)  # torch may use the store that it was given once more
+        made = make(*call.args, **call.kwargs)
+        # The first rank has the store, and must not end while others still read in it.
         barrier = comm.Ibarrier()
         if wait_until(barrier.Test, timeout.total_seconds()):
             comm.Free()
         else:
             fingerprint.abandon(barrier)
-        return group
+        return made
 
     return make_with_store
 
 
-def _backends(given: Any) -> set[str]:
-    """Those that torch would make for the devices of a group."""
-    config: Any = import_module("torch.distributed.distributed_c10d").BackendConfig(given)
-    return set(config.get_device_backend_map().values())
+def _needs_store(backend: str | None, ranks: list[int], ours: str) -> bool:
+    """Whether this rank is in the group, and the group has a backend other than ``ours``."""
+    is_in_group = not ranks or world_comm().rank in ranks
+    return is_in_group and _backends(backend) != {ours}
 
 
-def late_store(store: Any) -> LateStore | None:
-    """The LateStore under torch's prefixes, if it is one."""
+def _backends(name: str | None) -> set[str]:
+    """Return the backends that torch makes for a group whose backend has this name."""
+    backend_config: Any = import_module("torch.distributed.distributed_c10d").BackendConfig(name)
+    return set(backend_config.get_device_backend_map().values())
+
+
+def late_store(store: Store | None) -> LateStore | None:
+    """Return the LateStore under torch's prefixes; None if the store is of another kind."""
     under = getattr(store, "_underlying_non_prefix_store", store)
     return under if isinstance(under, LateStore) else None
 
 
 def _rank_and_size(url: str) -> dict[str, int]:
-    """``rank`` and ``world_size``, where torch was given them."""
-    given = {name: int(value[0]) for name, value in parse_qs(urlparse(url).query).items() if name in _GIVEN}
+    """Return ``rank`` and ``world_size`` from the URL, those of them that torch was given."""
+    query = parse_qs(urlparse(url).query)
+    given = {name: int(value[0]) for name, value in query.items() if name in _ARGUMENTS}
     return {name: value for name, value in given.items() if value != -1}
 
 
-def _rendezvous_over_mpi(
-    url: str, timeout: timedelta = timedelta(minutes=30), **_: Any
-) -> Iterator[tuple[Any, int, int]]:
+def _find_by_mpi(url: str, timeout: timedelta = timedelta(minutes=30), **_: Any) -> Found:
+    """Yield a store, and rank and size as MPI counts them. Raise ValueError if the URL has others.
+
+    Collective: every rank of the world must call.
+    """
     comm, given = world_comm(), _rank_and_size(url)
     launcher.refuse_if_apart(mpi())
     if (given.get("rank", comm.rank), given.get("world_size", comm.size)) != (comm.rank, comm.size):
@@ -140,5 +157,5 @@ def _rendezvous_over_mpi(
             "MPI does not know"
         )
     store = LateStore(comm, timeout) if comm.size > 1 else dist.HashStore()
-    yield store, comm.rank, comm.size  # and this frame keeps it until the group does
+    yield store, comm.rank, comm.size  # and this frame keeps the store until the group does
     raise RuntimeError("MPI cannot find other ranks than it has found")

@@ -1,8 +1,8 @@
 """The store of torch.distributed, by which the ranks of other backends find each other.
 
-Backend mpi4py needs none, and torch's TCPStore takes anybody who connects. So none is made until gloo, nccl
-or the program itself wants one, and it listens on the loopback interface, if the ranks share a host, else on
-the interface by which rank 0 reaches the others.
+Backend mpi4py needs no store, and torch's TCPStore accepts every connection. So a store is opened
+only when gloo, nccl or the program itself uses it. It listens on the loopback interface if the
+ranks share a machine, else on the interface by which rank 0 reaches the others.
 """
 
 from __future__ import annotations
@@ -10,34 +10,38 @@ from __future__ import annotations
 import os
 import socket
 import threading
+from collections.abc import Callable
 from datetime import timedelta
-from typing import Any
+from typing import TYPE_CHECKING
 
 import torch.distributed as dist
 
 from ..errors import on_rank
 
+if TYPE_CHECKING:
+    from mpi4py import MPI
+
 __all__ = ["LateStore", "shared_store"]
 
 
 class LateStore(dist.Store):
-    """A TCPStore that rank 0 of ``comm`` opens when it uses this first; other ranks wait for that.
+    """A TCPStore that rank 0 of ``comm`` opens when it first uses it; other ranks wait for that.
 
-    Collective: every rank of ``comm`` must make one. Using it is not.
+    Collective: every rank of ``comm`` must construct it. Its methods are not collective.
     """
 
-    def __init__(self, comm: Any, timeout: timedelta) -> None:
+    def __init__(self, comm: MPI.Intracomm, timeout: timedelta) -> None:
         super().__init__()
         self._rank, self._timeout = comm.rank, timeout
         self._lock = threading.Lock()
-        self._store: Any = None
-        self._socket = -1  # of rank 0, bound to the port, and closed to the world until somebody listens
+        self._store: dist.Store | None = None
+        self._socket = -1  # on rank 0 a socket that is bound to the port, but does not listen yet
         self._address = self._share_address(comm)
 
-    def _share_address(self, comm: Any) -> tuple[str, int] | str:
-        """Host and port, or why there is none. Collective."""
+    def _share_address(self, comm: MPI.Intracomm) -> tuple[str, int] | str:
+        """Return address and port on rank 0, or a text that says why it has none. Collective."""
         hostnames = comm.allgather(socket.gethostname())
-        found: Any = None
+        found: tuple[str, int] | str = ""
         if comm.rank == 0:
             try:
                 address, family = _address_among(hostnames)
@@ -45,12 +49,12 @@ class LateStore(dist.Store):
                     bound.bind((address, 0))
                     found = bound.getsockname()[:2]
                     self._socket = bound.detach()
-            except (OSError, ValueError) as error:  # the latter for names that are none
+            except (OSError, ValueError) as error:  # ValueError: for an invalid hostname
                 found = f"rank 0 on {hostnames[0]} has no address for the other ranks: {error}"
         return comm.bcast(found)
 
-    def opened(self) -> Any:
-        """The TCPStore itself."""
+    def opened(self) -> dist.Store:
+        """Return the TCPStore, opened or connected at the first call. RuntimeError if that fails."""
         with self._lock:
             if self._store is None:
                 if isinstance(self._address, str):
@@ -65,14 +69,14 @@ class LateStore(dist.Store):
             return self._store
 
     def close(self) -> None:
-        """Give the port back. Later use is an error."""
+        """Close the port. Later use is an error."""
         with self._lock:
             if self._socket >= 0:
                 os.close(self._socket)
             self._socket, self._store, self._address = -1, None, "its process group was destroyed"
 
-    def become(self, store: Any) -> None:
-        """Be another store from now on, and give the port back."""
+    def become(self, store: dist.Store) -> None:
+        """Close the port, and forward to ``store`` from now on."""
         self.close()
         with self._lock:
             self._store = store
@@ -87,7 +91,8 @@ class LateStore(dist.Store):
             self._store.set_timeout(timeout)
 
 
-def _forward(name: str) -> Any:
+def _forward(name: str) -> Callable[..., object]:
+    """Return a method that calls the one of this name of the opened store."""
     return lambda self, *args: getattr(self.opened(), name)(*args)
 
 
@@ -100,10 +105,11 @@ for _cpp, _python in ("deleteKey", "delete_key"), ("getNumKeys", "num_keys"):  #
     setattr(LateStore, _cpp, _forward(_python))
 
 
-def shared_store(comm: Any, timeout: timedelta) -> Any:
-    """A TCPStore of the ranks of ``comm`` alone; its port is closed when torch drops it.
+def shared_store(comm: MPI.Intracomm, timeout: timedelta) -> dist.Store:
+    """Return a TCPStore for the ranks of ``comm`` alone; when torch drops it, its port closes.
 
-    Raises RuntimeError on every rank, where some cannot reach it. Collective.
+    Raises RuntimeError on every rank if some ranks cannot reach it.
+    Collective: every rank of ``comm`` must call.
     """
     if comm.size == 1:
         return dist.HashStore()
@@ -119,15 +125,15 @@ def shared_store(comm: Any, timeout: timedelta) -> Any:
 
 
 def _address_among(hostnames: list[str]) -> tuple[str, socket.AddressFamily]:
-    """An address of this host that all ``hostnames`` can reach. OSError where there is none."""
-    others = [host for host in hostnames if host != hostnames[0]]
+    """Return an address of this machine that all ``hostnames`` reach. OSError if there is none."""
+    others = [name for name in hostnames if name != hostnames[0]]
     if not others:
         return "127.0.0.1", socket.AF_INET
     problem = OSError(f"no route to {others[0]}")
     for family, kind, protocol, _, address in socket.getaddrinfo(others[0], 9, type=socket.SOCK_DGRAM):
         with socket.socket(family, kind, protocol) as route:
             try:
-                route.connect(address)  # which sends nothing, and chooses the interface
+                route.connect(address)  # UDP: it sends nothing, and chooses the interface
                 return route.getsockname()[0], family
             except OSError as error:
                 problem = error

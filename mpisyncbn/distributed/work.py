@@ -1,4 +1,4 @@
-"""Collectives in the background: a thread per process group, and what its callers wait on."""
+"""Work, which torch waits for, and the thread that runs a process group's collectives."""
 
 from __future__ import annotations
 
@@ -8,7 +8,8 @@ import queue
 import threading
 import time
 from collections.abc import Callable
-from typing import Any
+from datetime import timedelta
+from typing import NoReturn, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -20,13 +21,15 @@ from .no_compile import no_compile_methods
 
 __all__ = ["CollectiveThread", "Work", "keep_works_of_reducers", "wait_until"]
 
-_SPINS = 100  # about as long as a message takes where the others are there already
+T = TypeVar("T")
+_SPINS = 100  # they take about as long as a message does if the other ranks are there already
 
 
-def wait_until(test: Callable[[], Any], seconds: float) -> bool:
-    """Call ``test`` until it is true or ``seconds`` have passed: often at first, then with pauses.
+def wait_until(test: Callable[[], object], seconds: float) -> bool:
+    """Call ``test`` until it is true or ``seconds`` have passed; return whether it became true.
 
-    MPI's own waiting keeps a core busy, which the others of this process may need.
+    The calls follow each other closely at first, then with pauses: MPI's own waiting keeps a core
+    busy, which other threads of this process may need.
     """
     for _ in range(_SPINS):
         if test():
@@ -42,65 +45,79 @@ def wait_until(test: Callable[[], Any], seconds: float) -> bool:
 
 _DONE = threading.Event()
 _DONE.set()
-_completion_lock = threading.Lock()  # between whoever completes a Work and whoever asks for its future
+_completion_lock = threading.Lock()  # so that each future is completed exactly once
 
 
 class _Failed:
-    """What a failed future holds. DistributedDataParallel looks for tensors in it, and meets the error."""
+    """The value of a failed future.
+
+    DistributedDataParallel looks for tensors in the value by pickling it, which raises the error.
+    """
 
     def __init__(self, error: BaseException) -> None:
         self.error = error
 
-    def __reduce_ex__(self, _: Any) -> Any:
+    def __reduce_ex__(self, _: object) -> NoReturn:
         raise self.error
 
 
-def _raise(failed: _Failed) -> None:
+def _raise(failed: _Failed) -> NoReturn:
     raise failed.error
 
 
 @no_compile_methods
-class _Future(torch.futures.Future):
-    """What comes after it comes on the thread that says so, and not whenever it is done.
+class _Future(torch.futures.Future[object]):
+    """A future that runs its callbacks on the thread that adds them, once it is complete.
 
-    Hooks of DistributedDataParallel begin collectives there, which must have the same order on every rank.
+    Hooks of DistributedDataParallel begin collectives in callbacks, and these must have the same
+    order on every rank.
     """
 
     def fail(self, error: BaseException) -> None:
         self._set_unwrap_func(_raise)
         self.set_result(_Failed(error))
 
-    def then(self, callback: Any) -> Any:
+    def then(self, callback: Callable[[torch.futures.Future[object]], T]) -> torch.futures.Future[T]:
         self.wait()
         return super().then(callback)
 
-    def add_done_callback(self, callback: Any) -> None:
+    def add_done_callback(self, callback: Callable[[torch.futures.Future[object]], None]) -> None:
         self.wait()
         super().add_done_callback(callback)
 
 
 @no_compile_methods
 class Work(_Work):
-    """A collective that was begun, as torch.distributed knows it."""
+    """A collective, or a message, that was begun: torch.distributed's handle to wait for it.
 
-    def __init__(self, result: Any, what: Any, over: threading.Event | None = None) -> None:
+    Args:
+        result: the tensors that hold the result, as torch nests them.
+        call: what the errors call it; only its text is used.
+        done: the event that is set once it is done; None: a new one.
+    """
+
+    def __init__(self, result: object, call: object, done: threading.Event | None = None) -> None:
         super().__init__()
-        self._result, self._what = result, what
-        self._done = over or threading.Event()
+        self._result, self._call = result, call
+        self._done = done or threading.Event()
         self._error: BaseException | None = None
-        self._future: Any = None
+        self._future: _Future | None = None
         self._source = -1
 
     @classmethod
-    def done(cls, result: Any, what: Any) -> Work:
-        """One that is over already."""
-        return cls(result, what, _DONE)
+    def completed(cls, result: object, call: object) -> Work:
+        """Return a Work that is done already."""
+        return cls(result, call, _DONE)
 
-    def wait(self, timeout: Any = None) -> bool:
-        """Until it is done. Raises what went wrong, or CollectiveTimeoutError after ``timeout``."""
+    def wait(self, timeout: timedelta | None = None) -> bool:
+        """Wait until it is done, and return True.
+
+        Raises the collective's own error, or CollectiveTimeoutError after ``timeout``; None or
+        zero: never.
+        """
         seconds = timeout.total_seconds() if timeout is not None else 0
         if not self._done.wait(seconds if seconds > 0 else None):
-            raise CollectiveTimeoutError(f"{self._what} took longer than {seconds} s{on_rank()}")
+            raise CollectiveTimeoutError(f"{self._call} took longer than {seconds} s{on_rank()}")
         if self._error is not None:
             raise self._error
         return True
@@ -109,6 +126,7 @@ class Work(_Work):
         self.wait()
 
     def complete(self, error: BaseException | None = None) -> None:
+        """Mark it as done, or as failed with ``error``, and wake everyone who waits."""
         self._error = error
         with _completion_lock:
             self._done.set()
@@ -116,28 +134,28 @@ class Work(_Work):
         if future is not None:
             self._complete_future(future)
 
-    def get_future(self) -> Any:
+    def get_future(self) -> torch.futures.Future[object]:
         with _completion_lock:
             if self._future is not None:
                 return self._future
             future = self._future = _Future()
-            over = self._done.is_set()
-        if over:
+            done = self._done.is_set()
+        if done:
             self._complete_future(future)
         return future
 
-    def _complete_future(self, future: Any) -> None:
-        # outside the lock: whoever waits for it may go on at once
+    def _complete_future(self, future: _Future) -> None:
+        """Complete the future. The lock must be free: waiting threads may go on at once."""
         if self._error is None:
             future.set_result(self._result)
         else:
             future.fail(self._error)
 
     def as_cpp_work(self) -> _Work:
-        """As a Work of C++ that keeps this alive, which C++ alone does not do with an object of Python."""
-        return dist.ProcessGroup.barrier(_Returning(self), dist.BarrierOptions())
+        """Return a Work of C++ that keeps this one alive, which torch's C++ alone would not do."""
+        return dist.ProcessGroup.barrier(_ReturnsWork(self), dist.BarrierOptions())
 
-    def boxed(self) -> Any:
+    def boxed(self) -> torch.ScriptObject:
         return self.as_cpp_work().boxed()
 
     def is_completed(self) -> bool:
@@ -149,7 +167,7 @@ class Work(_Work):
     def exception(self) -> BaseException | None:
         return self._error
 
-    def result(self) -> Any:
+    def result(self) -> object:  # type: ignore[override]
         return self._result
 
     def _source_rank(self) -> int:
@@ -158,28 +176,32 @@ class Work(_Work):
     source_rank = _source_rank
 
 
-class _Returning(dist.ProcessGroup):
-    """A group for torch's own remedy: what a method of a group in Python returns to C++ is kept there."""
+class _ReturnsWork(dist.ProcessGroup):
+    """A process group whose barrier returns a given Work.
+
+    torch keeps alive what a method of a Python process group returns to C++, and nothing else does.
+    """
 
     def __init__(self, work: Work) -> None:
         super().__init__(0, 1)  # type: ignore[call-arg]
         self._work = work
 
-    def barrier(self, _: Any) -> Work:  # type: ignore[override]
+    def barrier(self, _: object) -> Work:  # type: ignore[override]
         return self._work
 
 
 class CollectiveThread:
-    """Runs what it is given in order, on a thread of its own, which starts with the first."""
+    """A thread that runs one process group's collectives in order. It starts with the first one."""
 
     def __init__(self, name: str) -> None:
         self._name = name
         self._tasks: queue.SimpleQueue[tuple[Callable[[], None], Work] | None] = queue.SimpleQueue()
         self._thread: threading.Thread | None = None
         self._process = os.getpid()
-        self._last = _DONE  # what was given last is over: not the Work, nor the tensors that it holds
+        self._last = _DONE  # `done` of the last task; its Work would keep the tensors
 
     def submit(self, run: Callable[[], None], work: Work) -> Work:
+        """Call ``run`` on the thread, after all earlier ones, then complete ``work``. Return it."""
         if self._process != os.getpid():
             raise MPISyncBNError("a forked process cannot use the process groups of the one it comes from")
         if self._thread is None:
@@ -191,19 +213,20 @@ class CollectiveThread:
         return work
 
     def is_current_thread(self) -> bool:
-        """Whether this is the thread: it cannot wait for itself."""
+        """Whether the caller is this thread, which cannot wait for itself."""
         return threading.current_thread() is self._thread
 
     def drain(self) -> None:
-        """Wait for everything that was given so far."""
+        """Wait for all collectives that were submitted so far."""
         if self._process == os.getpid():
             self._last.wait()
 
     def _at_exit(self) -> None:
-        if exits.status() == 0:  # else the job ends, and nobody comes
+        if exits.status() == 0:  # else the job ends, and the other ranks do not come
             self.drain()
 
     def close(self) -> None:
+        """Wait for all collectives, and end the thread."""
         self.drain()
         if self._thread is not None:
             atexit.unregister(self._at_exit)
@@ -217,17 +240,20 @@ class CollectiveThread:
             error = None
             try:
                 run()
-            except BaseException as problem:  # whoever waits for it raises it
+            except BaseException as problem:  # raised by work.wait()
                 error = problem
             work.complete(error)
             del task, run, work  # and the tensors they hold
 
 
 def keep_works_of_reducers() -> None:
-    """DistributedDataParallel.join() hands a Work to its reducer, in C++, and drops it."""
+    """Keep alive the Work that DistributedDataParallel.join() hands to its reducer, and then drops.
+
+    The reducer is in C++, which alone would keep only the C++ half of the Work.
+    """
     hand_over = dist.Reducer._set_forward_pass_work_handle
 
-    def keeping(reducer: Any, work: Any, use_static_world_size: bool) -> None:
+    def hand_over_kept(reducer: dist.Reducer, work: _Work, use_static_world_size: bool) -> None:
         hand_over(reducer, work.as_cpp_work() if isinstance(work, Work) else work, use_static_world_size)
 
-    dist.Reducer._set_forward_pass_work_handle = keeping  # type: ignore[method-assign, assignment]
+    dist.Reducer._set_forward_pass_work_handle = hand_over_kept  # type: ignore[method-assign, assignment]
