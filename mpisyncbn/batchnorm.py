@@ -7,11 +7,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from . import autograd, convert, functional
+from . import autograd, convert
 from .arguments import check_arguments, check_batches, check_fused
 from .autograd.evaluation import evaluate
 from .kernels import has_float64
 from .layer_names import new_key
+from .running_stats import record_batch
 
 __all__ = ["SyncBatchNorm"]
 
@@ -111,7 +112,7 @@ class SyncBatchNorm(convert.Synchronized):
             if momentum is None:  # cumulative; as a tensor, so that no device is waited for
                 exact = torch.float64 if has_float64(batches) else torch.float32
                 momentum = 0.0 if batches is None else (batches + 1).to(exact).reciprocal()
-            functional.enter_batch(running_mean, running_var, batches, stats, momentum, near)
+            record_batch(running_mean, running_var, batches, stats, momentum, near)
         return y
 
     def extra_repr(self) -> str:

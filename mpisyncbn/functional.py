@@ -8,10 +8,9 @@ the sums of this rank, one exchange, dx. ``kernels`` does the work where the dat
 from __future__ import annotations
 
 import sys
-import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
-from functools import lru_cache, partial
+from functools import partial
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -22,7 +21,8 @@ from .comm import transport
 from .comm.communicator import resolve
 from .errors import on_rank
 from .fingerprint import Call
-from .kernels import Activation, ActivationContext, Kernels, has_float64, kernels_for, native
+from .kernels import Activation, ActivationContext, Kernels, kernels_for, native
+from .running_stats import record_batch
 
 __all__ = ["BatchStats", "batch_norm_backward", "batch_norm_forward", "update_running_stats"]
 
@@ -162,89 +162,7 @@ def update_running_stats(running_mean: Any, running_var: Any, stats: BatchStats,
     """
     check_running(running_mean, running_var, momentum)
     _check_stats(stats, ("mean", "var"), len(running_mean), running_mean)
-    return enter_batch(running_mean, running_var, None, stats, momentum)
-
-
-def enter_batch(
-    running_mean: Any,
-    running_var: Any,
-    batches: Any,
-    stats: BatchStats,
-    momentum: Any,
-    near: BatchStats | None = None,
-) -> Any:
-    """The same, and one more in the tensor ``batches``, if it is not None. Where anything raises, neither.
-
-    ``near``: the same statistics where the input is, if they are known there.
-    """
-    count = stats.count
-    if momentum.__class__ is not float and transport.known(momentum):
-        momentum = float(momentum)
-    if (
-        type(stats.mean) is np.ndarray
-        and type(stats.var) is np.ndarray
-        and count
-        and transport.on_host(running_mean)
-        and momentum.__class__ is float
-        and (host := native()) is not None
-    ):
-        arrays = running_mean, running_var, batches, transport.changed(running_mean), stats.mean, stats.var
-        written = 0 if batches is None else batches._version - running_mean._version
-        try:
-            if host.update_running_stats(*arrays, count / max(count - 1, 1), momentum):
-                return True  # what was refused is looked at more closely below
-        except BaseException:
-            if batches is not None and batches._version - running_mean._version > written:
-                batches.sub_(1)  # counted, and then something went wrong
-            raise
-    count = int(count) if isinstance(count, np.generic) else count
-    if isinstance(count, int) and count == 0:
-        return False
-    unseen = not (transport.on_host(stats.mean) or transport.on_host(running_mean))
-    if not isinstance(count, int) or unseen:
-        return _enter_unseen(running_mean, running_var, batches, stats, momentum)
-    mean, var = transport.to_host(stats.mean, stats.var)
-    with np.errstate(all="ignore"):
-        unbiased = var * (count / max(count - 1, 1))
-        # Below the limit for NaN, infinity and what would overflow when stored. The norms are an
-        # upper bound of the maxima, for a fifth of their cost.
-        limit = _largest(running_var.dtype)
-        fits = mean.dot(mean) + unbiased.dot(unbiased) <= min(limit * limit, sys.float_info.max)
-        if not fits and not (np.abs(mean).max() <= limit and unbiased.max() <= limit):
-            _warn_not_finite(on_rank())
-            return False
-    there = near is not None and near.mean is not stats.mean and type(momentum) is float
-    if not (there and _in_one_kernel(running_mean, running_var, batches, near, momentum)):
-        transport.blend((running_mean, running_var), (mean, unbiased), momentum, batches)
-    return True
-
-
-def _in_one_kernel(running_mean: Any, running_var: Any, batches: Any, near: Any, momentum: float) -> bool:
-    """Without a copy, where the kernels for that device can. Returns whether it was done."""
-    enter = getattr(kernels_for(running_mean), "record_batch", None)
-    over = near.count / max(near.count - 1, 1)
-    vectors = running_mean, running_var, batches, near.mean, near.var
-    return enter is not None and enter(*vectors, over, momentum)
-
-
-def _enter_unseen(running_mean: Any, running_var: Any, batches: Any, stats: BatchStats, momentum: Any) -> Any:
-    """The same where the host does not know the statistics: in a compiled graph, or on a device, which is
-    not waited for. No warning comes of it."""
-    count, mean = stats.count, stats.mean
-    over = max(count - 1, 1) if isinstance(count, int) else (count - 1).clamp(min=1)
-    unbiased = stats.var * (count / over)
-    limit = _largest(running_var.dtype)
-    updated = (count > 0) & (abs(mean).max() <= limit) & (unbiased.max() <= limit)
-    for running, new in ((running_mean, mean), (running_var, unbiased)):
-        if hasattr(running, "copy_"):  # torch
-            wide = "double" if has_float64(running) else "float"
-            old, new = getattr(running, wide)(), getattr(new, wide)()
-            running.copy_(transport.lerp(old, new, momentum).where(updated, old))
-        else:
-            running[...] = np.where(updated, transport.lerp(running, new, momentum), running)
-    if batches is not None:
-        batches.add_(updated)
-    return updated
+    return record_batch(running_mean, running_var, None, stats, momentum)
 
 
 def _check_stats(stats: Any, names: tuple[str, ...], channels: int, like: Any) -> None:
@@ -278,24 +196,6 @@ def layer_dtype(x: Any, *parameters: Any) -> str:
 def _call(x: Any, weight: Any, bias: Any, direction: str, eps: float | None = None) -> Call:
     profiling.find_torch()  # which may have been imported since
     return Call("functional.batch_norm", direction, x.shape[1], layer_dtype(x, weight, bias), eps)
-
-
-def _largest(dtype: Any) -> float:
-    if str(dtype).startswith("torch."):
-        import torch
-
-        return torch.finfo(dtype).max
-    return float(np.finfo(dtype).max)
-
-
-@lru_cache(maxsize=1)
-def _warn_not_finite(rank: str) -> None:
-    warnings.warn(
-        "a batch whose mean or variance is not finite, or overflows the dtype of the running statistics, was "
-        f"kept out of the running statistics{rank}; further ones will be, silently",
-        RuntimeWarning,
-        stacklevel=4,
-    )
 
 
 @contextmanager

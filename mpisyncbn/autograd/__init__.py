@@ -32,6 +32,7 @@ from ..errors import on_rank
 from ..fingerprint import Call
 from ..functional import BatchStats
 from ..kernels import Activation, ActivationContext, Kernels, activation_named, generic, kernels_for, native
+from ..running_stats import record_batch
 from .evaluation import evaluate, finish
 
 __all__ = ["batch_norm", "fits", "sync_batch_norm"]
@@ -109,7 +110,7 @@ def sync_batch_norm(
         residual,
     )
     if running_mean is not None and running_var is not None:
-        functional.enter_batch(running_mean, running_var, None, stats, momentum, near)
+        record_batch(running_mean, running_var, None, stats, momentum, near)
     return y
 
 

@@ -10,8 +10,7 @@ device again. Tensors and arrays in host memory know nothing of all this.
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -23,7 +22,6 @@ from .staging import device_of, stage_of
 
 __all__ = [
     "addresses",
-    "blend",
     "changed",
     "chosen",
     "device_of",
@@ -196,65 +194,3 @@ def from_host(values: np.ndarray, like: Any) -> Any:
 def changed(array: Any) -> Any:
     """What tells autograd that native code writes to such arrays, as torch itself tells it; or None."""
     return None if isinstance(array, np.ndarray) else loaded_torch()._C._increment_version
-
-
-def blend(running: Sequence[Any], batch: Sequence[np.ndarray], momentum: Any, batches: Any = None) -> None:
-    """``running = (1 - momentum) * running + momentum * batch`` in place, for vectors of one kind.
-
-    And one more in the tensor ``batches``. Whatever raises, all or nothing of it.
-    """
-    first = running[0]
-    if not hasattr(first, "lerp_"):  # NumPy, CuPy
-        news = near(first, *batch)
-        blended = [lerp(old, new, momentum) for old, new in zip(running, news, strict=True)]
-        with _all_or_nothing(*running):
-            for old, value in zip(running, blended, strict=True):
-                old[...] = value
-        return
-    torch = loaded_torch()
-    # half precision is rounded once, after the sum
-    wide = first.dtype
-    if wide.itemsize < 4:
-        wide = torch.float64 if has_float64(first) else torch.float32
-    news = [torch.from_numpy(vector) for vector in batch] if on_host(first) else near(first, *batch)
-    news = [new.to(wide) for new in news]
-    weight = momentum if isinstance(momentum, (int, float)) else momentum.to(first.device, wide)
-    with _all_or_nothing(*running, *(() if batches is None else (batches,))):
-        for old, new in zip(running, news, strict=True):
-            if old.dtype == wide:
-                old.lerp_(new, weight)
-            else:
-                old.copy_(old.to(wide).lerp_(new, weight))
-        if batches is not None:
-            batches.add_(1)
-
-
-def lerp(old: Any, new: Any, momentum: Any) -> Any:
-    """``(1 - momentum) * old + momentum * new``, rounded as by ``torch.lerp``: a step from the nearer end.
-
-    So a momentum of 1 gives ``new``, also if it is lost in ``new - old``.
-    """
-    if hasattr(old, "lerp"):
-        is_number = isinstance(momentum, (int, float))
-        return old.lerp(new, momentum if is_number else momentum.to(old.device, old.dtype))
-    step = new - old
-    from_old, from_new = old + momentum * step, new - (1 - momentum) * step
-    if known(momentum):
-        return from_old if momentum < 0.5 else from_new
-    return np.where(momentum < 0.5, from_old, from_new)
-
-
-@contextmanager
-def _all_or_nothing(*arrays: Any) -> Iterator[None]:
-    """What is written inside is taken back where anything raises there, an interrupt for example."""
-    # not on a device, where nothing but an interrupt does, and copies would take longer than the rest
-    copies = [
-        each.copy() if isinstance(each, np.ndarray) else each.clone() for each in arrays if on_host(each)
-    ]
-    try:
-        yield
-    except BaseException:
-        for each, copy in zip(arrays, copies, strict=False):
-            with suppress(Exception):  # what cannot be written has not been
-                each[...] = copy
-        raise

@@ -233,7 +233,7 @@ def test_a_layer_without_a_count(momentum):
 
 
 def test_a_batch_that_is_not_finite_is_kept_out_everywhere():
-    mpisyncbn.functional._warn_not_finite.cache_clear()
+    mpisyncbn.running_stats._warn_not_finite.cache_clear()
     layer = mpisyncbn.SyncBatchNorm(3)
     layer(shard((4, 3), 1))
     before = {k: v.clone() for k, v in layer.state_dict().items()}

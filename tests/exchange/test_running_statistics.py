@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from mpisyncbn import functional
+from mpisyncbn import functional, running_stats
 from mpisyncbn.comm import transport
 from mpisyncbn.functional import BatchStats
 from mpisyncbn.kernels import native
@@ -57,7 +57,7 @@ def test_what_is_not_finite_never_enters_the_running_statistics(bad, dtype, wher
     good, spoilt = np.ones(2), np.array([1.0, bad])
     stats = BatchStats(spoilt if where == "mean" else good, spoilt if where == "var" else good, None, 5)
     running = torch.zeros(2, dtype=dtype), torch.ones(2, dtype=dtype)
-    functional._warn_not_finite.cache_clear()
+    running_stats._warn_not_finite.cache_clear()
     with pytest.warns(RuntimeWarning, match="kept out of the running statistics") as caught:
         assert not functional.update_running_stats(*running, stats, 0.1)
     assert caught[0].filename == __file__
@@ -94,9 +94,9 @@ def test_what_just_fits_enters_the_running_statistics(way, dtype, largest):
 def test_what_no_host_has_seen_enters_whole_or_not_at_all(mean, var, count):
     running, batches = (torch.zeros(2), torch.ones(2)), torch.tensor(7)
     stats = stats_of(mean, var, torch.tensor(count))
-    refused = functional.enter_batch(*running, batches, stats, 0.5)
+    refused = running_stats.record_batch(*running, batches, stats, 0.5)
     kept = [*running[0].tolist(), *running[1].tolist(), batches.item()]
-    entered = functional.enter_batch(*running, batches, stats_of(2.0, 3.0, torch.tensor(1)), 0.5)
+    entered = running_stats.record_batch(*running, batches, stats_of(2.0, 3.0, torch.tensor(1)), 0.5)
     assert not refused
     assert kept == [0, 0, 1, 1, 7]
     assert entered
@@ -115,12 +115,12 @@ def test_half_precision_running_statistics_in_native_code(dtype, momentum, monke
     start[0][8:12] = torch.tensor([torch.inf, torch.nan, limit, 0.0])
     found = []
     for host in (native(), None):
-        monkeypatch.setattr(functional, "native", lambda host=host: host)
+        monkeypatch.setattr(running_stats, "native", lambda host=host: host)
         running, batches = [each.clone() for each in start], torch.tensor(0)
         taken = BatchStats(mean, abs(var), None, 5)
         arrays = *running, batches, None, taken.mean, taken.var
         assert host is None or host.update_running_stats(*arrays, 1.25, momentum)
-        assert host is not None or functional.enter_batch(*running, batches, taken, momentum)
+        assert host is not None or running_stats.record_batch(*running, batches, taken, momentum)
         found.append((*running, batches))
     for one, other in zip(*found, strict=True):
         assert torch.equal(one.nan_to_num(7.0), other.nan_to_num(7.0))
@@ -149,7 +149,7 @@ def test_a_momentum_of_one_forgets():
 @pytest.mark.parametrize("momentum", [0.0, 0.3, 0.5, 0.9, 1.0])
 def test_running_statistics_are_rounded_as_by_torchs_lerp(kind, seen, momentum, monkeypatch):
     """Without native code; and as on a device, where the host does not see the statistics."""
-    monkeypatch.setattr(functional, "native", lambda: None)
+    monkeypatch.setattr(running_stats, "native", lambda: None)
     make = KINDS[kind]
     means, variances = [1e30, -1e30, 1e-30, 3.0, 0.0], [1e30, 7.0, 1e-9, 0.0, 1.0]
     start = [torch.tensor(each, dtype=torch.float64) for each in (means, variances)]
@@ -162,7 +162,7 @@ def test_running_statistics_are_rounded_as_by_torchs_lerp(kind, seen, momentum, 
         else:
             monkeypatch.setattr(transport, "known", lambda number: False)
             stats = BatchStats(*map(make, batch), None, 2**60)
-            assert functional._enter_unseen(*running, None, stats, number)
+            assert running_stats._record_without_sync(*running, None, stats, number)
         for found, old, new in zip(running, start, batch, strict=True):
             # but for one rounding: torch's may be a multiply-add
             assert np.allclose(found, old.lerp(new, momentum), rtol=4e-16, atol=0)
@@ -213,7 +213,7 @@ def test_statistics_that_the_host_does_not_see(count):
     """As on a device, or in a compiled graph."""
     running = torch.zeros(2), torch.ones(2)
     stats = BatchStats(torch.tensor([1.0, 2.0]), torch.tensor([4.0, 8.0]), None, count)
-    assert functional._enter_unseen(*running, None, stats, 0.5)
+    assert running_stats._record_without_sync(*running, None, stats, 0.5)
     unbiased = stats.var * (int(count) / max(int(count) - 1, 1))
     assert torch.equal(running[0], stats.mean / 2)
     assert torch.allclose(running[1], (1 + unbiased) / 2)
