@@ -83,7 +83,9 @@ class SyncBatchNorm(convert.Synchronized):
             tensors = input, self.running_mean, self.running_var, self.weight, self.bias
             if not torch.jit.is_tracing():
                 vectors, layer = (*tensors[3:], *tensors[1:3]), self.layer_name
-                if torch.compiler.is_compiling() or not autograd.fits(input, *vectors, 0.0, self.eps):
+                if torch.compiler.is_compiling() or not autograd.passes_fast_check(
+                    input, *vectors, 0.0, self.eps
+                ):
                     check_arguments(input, *vectors, eps=self.eps, layer=layer)
                 check_fused(activation, residual, input, layer)
             # local: batch norm in evaluation needs nobody else
@@ -94,7 +96,7 @@ class SyncBatchNorm(convert.Synchronized):
             running_var = _tensor(self, self._buffers, "running_var")
             batches = _tensor(self, self._buffers, "num_batches_tracked")
             check_batches(batches)
-        y, stats, near = autograd.batch_norm(
+        y, stats, device_stats = autograd.batch_norm(
             input,
             running_mean,
             running_var,
@@ -112,7 +114,7 @@ class SyncBatchNorm(convert.Synchronized):
             if momentum is None:  # cumulative; as a tensor, so that no device is waited for
                 exact = torch.float64 if has_float64(batches) else torch.float32
                 momentum = 0.0 if batches is None else (batches + 1).to(exact).reciprocal()
-            record_batch(running_mean, running_var, batches, stats, momentum, near)
+            record_batch(running_mean, running_var, batches, stats, momentum, device_stats)
         return y
 
     def extra_repr(self) -> str:

@@ -8,10 +8,10 @@ the sums of this rank, one exchange, dx. ``kernels`` does the work where the dat
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeAlias
 
 import numpy as np
 
@@ -21,10 +21,16 @@ from .comm import transport
 from .comm.communicator import resolve
 from .errors import on_rank
 from .fingerprint import Call
-from .kernels import Activation, ActivationContext, Kernels, kernels_for, native
+from .kernels import Activation, ActivationContext, Array, Kernels, kernels_for, native
 from .running_stats import record_batch
 
 __all__ = ["BatchStats", "batch_norm_backward", "batch_norm_forward", "update_running_stats"]
+
+
+# The exchanges: from count, mean and M2 of this rank to count, mean and variance of the group; and from sums
+# of this rank to sums of the group.
+MergeMoments: TypeAlias = Callable[[int, Array, Array], tuple[int, Array, Array]]
+ReduceSums: TypeAlias = Callable[[Array, Array], Sequence[Array]]
 
 
 class BatchStats(NamedTuple):

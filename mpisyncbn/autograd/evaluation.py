@@ -8,7 +8,7 @@ from torch import Tensor
 
 from ..kernels.activation import activate, activation_named
 
-__all__ = ["evaluate", "finish"]
+__all__ = ["add_residual_and_activation", "evaluate"]
 
 
 def evaluate(
@@ -33,7 +33,7 @@ def evaluate(
         else:
             running_mean, running_var = running_mean.clone(), running_var.clone()
     y = F.batch_norm(x, running_mean, running_var, weight, bias, running_mean is None, 0.0, eps)
-    return finish(y, activation, residual)
+    return add_residual_and_activation(y, activation, residual)
 
 
 def _is_recorded(*tensors: Tensor | None) -> bool:
@@ -42,7 +42,7 @@ def _is_recorded(*tensors: Tensor | None) -> bool:
     return any(each is not None and each.requires_grad for each in tensors)
 
 
-def finish(y: Tensor, activation: str | None, residual: Tensor | None) -> Tensor:
+def add_residual_and_activation(y: Tensor, activation: str | None, residual: Tensor | None) -> Tensor:
     """Residual and activation as operations of their own, where nothing fuses them with the rest."""
     if residual is not None:
         y = y + residual

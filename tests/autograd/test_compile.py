@@ -261,8 +261,8 @@ def test_the_first_import_may_happen_in_any_mode():
 import torch, warnings
 from torch._subclasses.fake_tensor import FakeTensorMode
 with torch.device("meta"), torch.inference_mode(), FakeTensorMode():
-    from mpisyncbn.autograd import _BACKWARD, _FORWARD
-for token in (_FORWARD, _BACKWARD):
+    from mpisyncbn.autograd.compiled import _BACKWARD_ORDER, _FORWARD_ORDER
+for token in (_FORWARD_ORDER, _BACKWARD_ORDER):
     print(type(token) is torch.Tensor, token.device, token.is_inference())
 """)
     assert out.split() == ["True", "cpu", "False"] * 2

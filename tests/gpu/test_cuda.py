@@ -165,7 +165,7 @@ def test_fused(kernels):
 @pytest.mark.parametrize("group", TRANSPORTS, indirect=True)
 def test_one_wait_each_way(group, device, monkeypatch):
     """Whatever the options, the host waits for the device in the exchange alone, and once in each."""
-    monkeypatch.setattr("mpisyncbn.autograd.kernels_for", lambda x: generic)
+    monkeypatch.setattr("mpisyncbn.autograd.fused.kernels_for", lambda x: generic)
     per_exchange = {"host": 1, "device": 2}[group.ready().transport]  # for MPI, and for what came of it
     for options in ({}, {"momentum": None}, {"track_running_stats": False}):
         layer = mpisyncbn.SyncBatchNorm(3, process_group=group, device=DEVICE, **options)
@@ -199,7 +199,7 @@ def no_other_wait(gpu: bool) -> Iterator[None]:
 
 @pytest.mark.parametrize("group", TRANSPORTS, indirect=True)
 def test_ranks_in_different_calls(group, monkeypatch):
-    monkeypatch.setattr("mpisyncbn.autograd.kernels_for", lambda x: generic)
+    monkeypatch.setattr("mpisyncbn.autograd.fused.kernels_for", lambda x: generic)
     first, second = (mpisyncbn.SyncBatchNorm(3, process_group=group, device=DEVICE) for _ in range(2))
     x = there(shard((local_batch(), 3, 4), 1))
     first(x), second(x)
@@ -270,7 +270,7 @@ def test_a_wait_left_out_is_found_out(device, monkeypatch):
     """The tests above can fail: without the wait, values come from before the copy."""
     if device is None:
         pytest.skip("scripts/gpu_check does it with long kernels")
-    monkeypatch.setattr("mpisyncbn.autograd.kernels_for", lambda x: generic)
+    monkeypatch.setattr("mpisyncbn.autograd.fused.kernels_for", lambda x: generic)
     monkeypatch.setattr("support.device.Event.synchronize", lambda self: None)
     layer = mpisyncbn.SyncBatchNorm(3, device=DEVICE, track_running_stats=False)
     y = layer(shard((local_batch(), 3, 4), 1))
@@ -354,7 +354,7 @@ def test_messages_go_with_their_group(group):
 
 
 def test_derivatives_of_derivatives(monkeypatch):
-    monkeypatch.setattr("mpisyncbn.autograd.kernels_for", lambda x: generic)
+    monkeypatch.setattr("mpisyncbn.autograd.fused.kernels_for", lambda x: generic)
     x = there(shard((local_batch(), 3, 4), 1, 1.0, torch.float64))
 
     def second(data):

@@ -1,0 +1,132 @@
+"""The composite path: generic kernels and exchanges, which autograd can differentiate any number of times.
+
+It serves second derivatives, forward mode and torch.func. The statistics of a forward pass are known, so
+they come back here as functions of the input without a message; only their derivatives send some.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .. import exchange, functional
+from ..comm import transport
+from ..errors import on_rank
+from ..functional import BatchStats, ReduceSums
+from ..kernels import generic
+from .layer_context import FunctionContext, LayerContext
+
+__all__ = ["differentiable_stats", "differentiable_sums", "refuse_batched"]
+
+
+class _MergeMoments(torch.autograd.Function):
+    """Mean and variance of the group as functions of those of this rank.
+
+    Their values are known, so ``forward`` sends no message.
+    """
+
+    @staticmethod
+    def forward(mean: Tensor, m2: Tensor, count: int, layer: LayerContext) -> tuple[Tensor, Tensor]:
+        return tuple(torch.as_tensor(v).clone() for v in layer.device_stats[:2])  # type: ignore[return-value]
+
+    @staticmethod
+    def setup_context(ctx: FunctionContext, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+        mean, _, ctx.count, ctx.layer = inputs
+        ctx.total = max(ctx.layer.stats.count, 1)
+        ctx.rows = mean.ndim == 2  # float64: in two parts, and only their sum matters here
+        mean = mean.sum(0) if ctx.rows else mean
+        ctx.save_for_backward(mean, output[0])
+        ctx.save_for_forward(mean, output[0])
+
+    @staticmethod
+    def backward(ctx: FunctionContext, dmean: Tensor, dvar: Tensor) -> tuple[Tensor | None, ...]:
+        mean, merged = ctx.saved_tensors
+        dmean, dvar = differentiable_sums(ctx.layer, "gradient of the moments")(dmean, dvar)
+        # var = (sum m2 + sum count * (mean - merged)**2) / total; merged is where its slope is zero
+        dmean = (dmean + 2 * (mean - merged) * dvar) * (ctx.count / ctx.total)
+        return dmean.expand(2, -1) if ctx.rows else dmean, dvar / ctx.total, None, None
+
+    @staticmethod
+    def jvp(
+        ctx: FunctionContext, dmean: Tensor | None, dm2: Tensor | None, *_: None
+    ) -> tuple[Tensor, Tensor]:
+        mean, merged = ctx.saved_tensors
+        dmean = (
+            torch.zeros_like(mean)
+            if dmean is None
+            else (dmean.sum(0) if ctx.rows else dmean) * (ctx.count / ctx.total)
+        )
+        dvar = 2 * (mean - merged) * dmean
+        if dm2 is not None:
+            dvar = dvar + dm2 / ctx.total
+        dmean, dvar = differentiable_sums(ctx.layer, "tangent of the moments")(dmean, dvar)
+        return dmean, dvar
+
+    @staticmethod
+    def vmap(
+        info: object,
+        in_dims: tuple[int | None, ...],
+        mean: Tensor,
+        m2: Tensor,
+        count: int,
+        layer: LayerContext,
+    ) -> tuple[tuple[Tensor, Tensor], tuple[None, None]]:
+        refuse_batched(in_dims)
+        return _MergeMoments.apply(mean, m2, count, layer), (None, None)
+
+
+class _AllReduce(torch.autograd.Function):
+    """The sum over the group of float64 values of any shape. It is its own adjoint."""
+
+    @staticmethod
+    def forward(values: Tensor, layer: LayerContext, direction: str) -> Tensor:
+        (total,) = exchange.reduce_sums(layer.group, layer.call(direction), values.reshape(-1))
+        return transport.from_host(total, values).reshape(values.shape)
+
+    @staticmethod
+    def setup_context(ctx: FunctionContext, inputs: tuple[Any, ...], output: Tensor) -> None:
+        _, ctx.layer, ctx.direction = inputs
+
+    @staticmethod
+    def backward(ctx: FunctionContext, grad: Tensor) -> tuple[Tensor | None, ...]:
+        return _AllReduce.apply(grad, ctx.layer, f"adjoint of the {ctx.direction}"), None, None
+
+    @staticmethod
+    def jvp(ctx: FunctionContext, tangent: Tensor, *_: None) -> Tensor:
+        return _AllReduce.apply(tangent, ctx.layer, f"tangent of the {ctx.direction}")
+
+    @staticmethod
+    def vmap(
+        info: object, in_dims: tuple[int, None, None], values: Tensor, layer: LayerContext, direction: str
+    ) -> tuple[Tensor, int]:
+        return _AllReduce.apply(values.movedim(in_dims[0], 0), layer, direction), 0
+
+
+def refuse_batched(in_dims: tuple[int | None, ...]) -> None:
+    """Raise NotImplementedError for a batched input.
+
+    torch.func.jacrev and jacfwd batch gradients and tangents, not the input.
+    """
+    if any(dim is not None for dim in in_dims):
+        raise NotImplementedError(
+            "vmap over the input or the parameters of a synchronized batch norm is not supported: it would "
+            f"be one collective per sample{on_rank()}; call it on the whole batch"
+        )
+
+
+def differentiable_stats(x: Tensor, layer: LayerContext) -> BatchStats:
+    """The statistics of the forward pass as differentiable functions of ``x``."""
+    count, mean, m2 = generic.local_moments(x)
+    mean, var = _MergeMoments.apply(mean, m2, count, layer)
+    return BatchStats(mean, var, functional.invstd_of(var, layer.eps), layer.stats.count)
+
+
+def differentiable_sums(layer: LayerContext, direction: str) -> ReduceSums:
+    """A function that sums vectors over the group. It is differentiable any number of times."""
+
+    def reduce_sums(*sums: Tensor) -> tuple[Tensor, ...]:
+        return _AllReduce.apply(torch.stack(sums), layer, direction).unbind()
+
+    return reduce_sums

@@ -1,0 +1,152 @@
+"""The fused path: one ``autograd.Function`` over the kernels for the place where the data lives.
+
+It has first derivatives in reverse mode, which is what training needs. Everything else that is asked of it,
+it hands to the composite path (composite.py).
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from .. import exchange, functional
+from ..kernels import Activation, ActivationContext, Array, Kernels, generic, kernels_for
+from .composite import differentiable_stats, differentiable_sums, refuse_batched
+from .layer_context import FunctionContext, LayerContext
+
+__all__ = ["apply"]
+
+
+def apply(
+    x: Tensor, weight: Tensor | None, bias: Tensor | None, residual: Tensor | None, layer: LayerContext
+) -> Tensor:
+    """``y``, as a differentiable function of the tensors. Fills the statistics of ``layer``.
+
+    Collective, forward and backward: every rank of the group must call.
+    """
+    function = _Transformable if torch._C._are_functorch_transforms_active() else _SyncBatchNorm
+    return function.apply(x, weight, bias, residual, layer)
+
+
+class _SyncBatchNorm(torch.autograd.Function):
+    """The layer by the fastest kernels."""
+
+    @staticmethod
+    def forward(ctx: FunctionContext, *inputs: Any) -> Tensor:
+        y = _forward(*inputs)
+        _save_for_backward(ctx, inputs, y)
+        return y
+
+    @staticmethod
+    def backward(ctx: FunctionContext, dy: Tensor) -> tuple[Tensor | None, ...]:
+        x, weight, *saved = ctx.saved_tensors
+        layer = ctx.layer
+        context = ActivationContext(layer.activation, weight, *saved) if saved else None
+        need_dx, need_dweight, need_dbias, *_ = ctx.needs_input_grad
+        kernels: Kernels
+        # create_graph, where the result will be differentiated again, and batched gradients
+        if torch.is_grad_enabled() or torch._C._functorch.is_batchedtensor(dy):
+            stats, kernels = differentiable_stats(x, layer), generic
+            reduce_sums = differentiable_sums(layer, "backward")
+        else:
+            stats, kernels = layer.device_stats, kernels_for(x)
+            reduce_sums = layer.exchange(exchange.reduce_sums, "backward")
+        with np.errstate(all="ignore"):
+            dx, dweight, dbias, dz = functional.backward(
+                dy, x, stats, weight, kernels, reduce_sums, need_dx, context
+            )
+        return (
+            dx,
+            _to_dtype(dweight, weight.dtype) if need_dweight else None,
+            _to_dtype(dbias, ctx.bias_dtype) if need_dbias else None,
+            dz if ctx.has_residual else None,
+            None,
+        )
+
+    @staticmethod
+    def jvp(
+        ctx: FunctionContext,
+        dx: Tensor | None,
+        dweight: Tensor | None,
+        dbias: Tensor | None,
+        dresidual: Tensor | None,
+        _: None,
+    ) -> Tensor:
+        # With unit weight the Jacobian with respect to x is symmetric, so forward mode is the
+        # backward formula applied to the tangent.
+        x, weight, *saved = ctx.saved_tensors
+        layer = ctx.layer
+        stats = differentiable_stats(x, layer)
+        dy = torch.zeros_like(x)
+        if dx is not None:
+            reduce_sums = differentiable_sums(layer, "tangent")
+            dy = dy + functional.backward(dx, x, stats, weight, generic, reduce_sums)[0]
+        if dweight is not None:
+            dy = dy + generic.normalize(x, stats.mean, stats.invstd, dweight, None)
+        if dbias is not None:
+            dy = dy + generic._channels(dbias, x).to(dy.dtype)
+        if dresidual is not None:
+            dy = dy + dresidual
+        if saved:
+            context = ActivationContext(layer.activation, weight, *saved)
+            dy = generic.backward_reduce(dy, x, stats.mean, stats.invstd, context)[2]
+        return dy
+
+
+class _Transformable(_SyncBatchNorm):
+    """The layer for torch.func, which wants ``forward`` in two halves. It is slower, so for that alone."""
+
+    @staticmethod
+    def forward(*inputs: Any) -> Tensor:
+        return _forward(*inputs)
+
+    @staticmethod
+    def setup_context(ctx: FunctionContext, inputs: tuple[Any, ...], output: Tensor) -> None:
+        _save_for_backward(ctx, inputs, output)
+
+    @staticmethod
+    def vmap(info: object, in_dims: tuple[int | None, ...], *inputs: Any) -> tuple[Tensor, None]:
+        refuse_batched(in_dims)
+        return _Transformable.apply(*inputs), None
+
+
+def _forward(
+    x: Tensor, weight: Tensor | None, bias: Tensor | None, residual: Tensor | None, layer: LayerContext
+) -> Tensor:
+    """``y``. Fills the statistics of ``layer``."""
+    with np.errstate(all="ignore"):  # values that are not finite are data
+        y, layer.stats, layer.device_stats = functional.forward(
+            x,
+            weight,
+            bias,
+            layer.eps,
+            kernels_for(x),
+            layer.exchange(exchange.merge_moments, "forward"),
+            residual,
+            layer.activation,
+        )
+    return y
+
+
+def _save_for_backward(ctx: FunctionContext, inputs: tuple[Any, ...], y: Tensor) -> None:
+    x, weight, bias, residual, ctx.layer = inputs
+    ctx.bias_dtype = None if bias is None else bias.dtype
+    ctx.has_residual = residual is not None
+    saved: tuple[Tensor | None, ...] = (x, weight)
+    if ctx.layer.activation != Activation.NONE:
+        # With a residual, only the output itself tells where it was positive.
+        saved = (x, weight, bias, y if ctx.has_residual else None)
+    ctx.save_for_backward(*saved)
+    ctx.save_for_forward(*saved)
+
+
+def _to_dtype(vector: Array, dtype: torch.dtype) -> Tensor:
+    """A gradient of a parameter as a tensor of that parameter's dtype."""
+    if not isinstance(vector, np.ndarray):
+        return vector.to(dtype)
+    if dtype == torch.float32:  # NumPy converts a short vector in a fifth of torch's time
+        return torch.from_numpy(vector.astype(np.float32))
+    return torch.from_numpy(vector).to(dtype)

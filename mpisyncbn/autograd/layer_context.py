@@ -1,0 +1,62 @@
+"""What one call of a layer is, for both of its passes: its group, its name, its statistics."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import lru_cache, partial
+from typing import Any, TypeAlias, TypeVar
+
+import torch
+
+from ..comm.communicator import Communicator
+from ..fingerprint import Call
+from ..functional import BatchStats
+from ..kernels import Activation
+
+__all__ = ["FunctionContext", "LayerContext", "is_recomputing", "layer_call"]
+
+FunctionContext: TypeAlias = Any  # torch's FunctionCtx, to which a forward adds attributes of its own
+Result = TypeVar("Result")
+
+
+class LayerContext:
+    """The part of a call of a layer that forward and backward share, beside tensors."""
+
+    __slots__ = ("activation", "channels", "device_stats", "dtype", "eps", "group", "name", "stats")
+
+    def __init__(
+        self,
+        group: Communicator,
+        name: str,
+        channels: int,
+        dtype: str,
+        eps: float,
+        activation: Activation,
+    ) -> None:
+        self.group, self.name, self.channels, self.dtype, self.eps = group, name, channels, dtype, eps
+        self.activation = activation
+        self.stats: BatchStats  # on the host
+        self.device_stats: BatchStats  # where the input is
+
+    def call(self, direction: str) -> Call:
+        """The call that is compared between the ranks."""
+        return layer_call(self.name, direction, self.channels, self.dtype, self.eps)
+
+    def exchange(self, function: Callable[..., Result], direction: str) -> Callable[..., Result]:
+        """A function of exchange.py for this call alone: what is left to hand over are values."""
+        return partial(function, self.group, self.call(direction))
+
+
+@lru_cache(maxsize=4096)  # making one takes ten times as long
+def layer_call(layer: str, direction: str, channels: int, dtype: str, eps: float) -> Call:
+    """The call of a layer that is compared between the ranks."""
+    return Call(layer, direction, channels, dtype, float(eps))  # 0 on one rank is 0.0 on another
+
+
+def is_recomputing() -> bool:
+    """Whether this forward runs inside a backward pass.
+
+    Activation checkpointing repeats it there, and the batch must not enter the running statistics
+    twice (pytorch#96136).
+    """
+    return torch._C._current_graph_task_id() != -1
