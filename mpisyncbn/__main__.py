@@ -191,7 +191,7 @@ def _on_host(x: Any, otherwise: str) -> str:
 
 def _latency(group: Communicator, repeats: int = 200) -> dict[str, Any]:
     """One exchange of a layer with 256 channels, as the slowest rank sees it."""
-    call = fingerprint.Call("the latency measurement", "forward", _CHANNELS, "float32")
+    call = fingerprint.LayerCall("the latency measurement", "forward", _CHANNELS, "float32")
     zeros, seconds = np.zeros(_CHANNELS), []
     for repeat in range(repeats + 20):
         begin = time.perf_counter()

@@ -1,7 +1,7 @@
-"""What goes on the wire: pack, one collective, unpack, merge.
+"""The messages: pack, one collective, unpack, merge.
 
 Every message is a float64 buffer that begins with two words of fingerprint, ``h`` and ``h * h``
-(diagnostics.py). Its length is fixed by the number of channels: a rank with an empty batch sends
+(fingerprint.py). Its length is fixed by the number of channels: a rank with an empty batch sends
 zeros of the same size, and a forward that meets a backward is found out rather than truncated.
 
 =========  ==========  ===========================================  ===================
@@ -20,8 +20,9 @@ Sums decide that, which MPI requires to be identical on all ranks, so all ranks 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any, NoReturn
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
+from typing import TYPE_CHECKING, Any, NoReturn, TypeAlias
 
 import numpy as np
 
@@ -29,22 +30,27 @@ from . import fingerprint, profiling
 from .comm import transport
 from .comm.communicator import Communicator
 from .errors import CollectiveMismatchError, MPISyncBNError
-from .fingerprint import Call
+from .fingerprint import LayerCall
+from .kernels import Array
 
-__all__ = ["answer", "merge_moments", "reduce_sums"]
+if TYPE_CHECKING:
+    from mpi4py import MPI
+
+__all__ = ["merge_moments", "reduce_sums", "serve_joined"]
+
+Moments: TypeAlias = tuple[int, np.ndarray, np.ndarray]  # count, mean and variance of a group
+Buffer: TypeAlias = Any  # as mpi4py takes it: an array, or a list that names memory on a device
 
 _SUM, _GATHER = 1, 2  # kinds of messages, as a joined rank is told of them
-# A variance below _LOST * mean**2 has lost digits in the sums. If there is none, rounding leaves up to
-# _ROUNDING * mean**2.
-_LOST, _ROUNDING = 1e-8, 1e-15
-# What a rank adds to the first word if its M2 will not show in the sums. 131,072 of them are less than 1.
-_HIDDEN = 2.0**-18
-_NO_DATA = Call("no layer, for want of data", "answer", 0, "any")
+# A variance below _CANCELLATION * mean**2 has lost digits in the sums. Where there is no variance, rounding
+# leaves up to _ROUNDING * mean**2.
+_CANCELLATION, _ROUNDING = 1e-8, 1e-15
+# A rank adds this to the first word if its M2 is absorbed by the sum of squares. 131,072 of them are below 1.
+_ABSORBED_FLAG = 2.0**-18
+_NO_DATA = LayerCall("no layer, for want of data", "answer", 0, "any")
 
 
-def merge_moments(
-    group: Communicator, call: Call, count: int, mean: Any, m2: Any
-) -> tuple[int, np.ndarray, np.ndarray]:
+def merge_moments(group: Communicator, call: LayerCall, count: int, mean: Array, m2: Array) -> Moments:
     """Count, mean and biased variance of the whole group from the moments of its ranks.
 
     float32 layers: sums of ``count * mean`` and ``M2 + count * mean**2`` in float64, in a message whose
@@ -68,41 +74,45 @@ def merge_moments(
     Collective: every rank of the group must call.
     """
     group.check_world()
-    merge: Any
+    merge: Callable[..., Moments]
     if call.dtype == "float64":
         merge, vectors = _gather_moments, _where_sent(group, *mean, m2)
     else:
         merge, vectors = _sum_moments, _where_sent(group, mean, m2)
+    lock: AbstractContextManager[object] = group.lock
     if profiling.profiler._is_profiler_enabled:
-        with profiling.record("mpisyncbn:merge_moments"):
+        lock = profiling.recorded("mpisyncbn:merge_moments", lock)
+    with lock:  # until all is done: nothing comes between two messages
+        try:
             return merge(group, call, count, *vectors)
-    return merge(group, call, count, *vectors)
+        finally:
+            group.presence.doing = None
 
 
-def reduce_sums(group: Communicator, call: Call, *sums: Any) -> tuple[np.ndarray, ...]:
+def reduce_sums(group: Communicator, call: LayerCall, *sums: Array) -> tuple[np.ndarray, ...]:
     """Vectors of one length, any arrays, summed over the group, as float64 NumPy vectors.
 
     Collective: every rank of the group must call.
     """
     vectors = _where_sent(group, *sums)
-    lock: Any = group.lock
+    lock: AbstractContextManager[object] = group.lock
     if profiling.profiler._is_profiler_enabled:
         lock = profiling.recorded("mpisyncbn:reduce_sums", lock)
-    if group.link is not None and len(sums) == 2 and type(vectors[0]) is np.ndarray:
-        totals = np.empty((2, len(sums[0])))
-        with lock:
-            try:
-                problem = group.link.sum_vectors(_sign(group, call, 3 + totals.size), *vectors, totals)
+    with lock:
+        try:
+            if group.link is not None and len(sums) == 2 and type(vectors[0]) is np.ndarray:
+                totals = np.empty((2, len(sums[0])))
+                h = _begin_exchange(group, call, 3 + totals.size)
+                problem = group.link.sum_vectors(h, *vectors, totals)
                 if problem:
                     _raise_problem(group, call, problem)
-            finally:
-                group.presence.doing = None
-        return totals[0], totals[1]
-    with lock:
-        return tuple(_exchanged(group, call, _SUM, 0, *vectors)[3:].reshape(len(sums), -1))
+                return totals[0], totals[1]
+            return tuple(_exchange_vectors(group, call, _SUM, 0, *vectors)[3:].reshape(len(sums), -1))
+        finally:
+            group.presence.doing = None
 
 
-def _where_sent(group: Communicator, *vectors: Any) -> Sequence[Any]:
+def _where_sent(group: Communicator, *vectors: Array) -> Sequence[Array]:
     """The vectors on the device, where messages are there; else in host memory."""
     if type(vectors[0]) is np.ndarray:
         return vectors
@@ -114,116 +124,115 @@ def _where_sent(group: Communicator, *vectors: Any) -> Sequence[Any]:
     return transport.to_host(*vectors)
 
 
-def _sum_moments(
-    group: Communicator, call: Call, count: int, mean: Any, m2: Any
-) -> tuple[int, np.ndarray, np.ndarray]:
-    with group.lock:  # nothing comes between the two messages
-        if group.link is not None and type(mean) is np.ndarray:
-            found = np.empty((2, len(mean)))
-            try:
-                h = _sign(group, call, 3 + found.size)
-                problem, total, lost, hidden = group.link.sum_moments(h, count, mean, m2, found)
-                if problem:
-                    _raise_problem(group, call, problem)
-            finally:
-                group.presence.doing = None
-            merged, var = found[0], found[1]
-        else:
-            first = mean * count
-            second = mean * first + m2
-            mark = _HIDDEN * _hides(m2, second)
-            totals = _exchanged(group, call, _SUM, count, first, second, mark=mark)
-            total, merged, var, lost = _merged(totals)
-            hidden = totals[0] % 1 > 0
-        if lost:
-            merged, var = _restored(group, call, (count, mean, m2), merged, var, hidden)
-        return total, merged, var
+def _sum_moments(group: Communicator, call: LayerCall, count: int, mean: Array, m2: Array) -> Moments:
+    """Merge the moments by sums. What they lose by cancellation is found by a second exchange."""
+    if group.link is not None and type(mean) is np.ndarray:
+        merged = np.empty((2, len(mean)))
+        h = _begin_exchange(group, call, 3 + merged.size)
+        problem, total, cancelled, absorbed = group.link.sum_moments(h, count, mean, m2, merged)
+        if problem:
+            _raise_problem(group, call, problem)
+        mean_of_all, var = merged[0], merged[1]
+    else:
+        sums = mean * count
+        squares = mean * sums + m2
+        flag = _ABSORBED_FLAG * _is_absorbed(m2, squares)
+        totals = _exchange_vectors(group, call, _SUM, count, sums, squares, flag=flag)
+        total, mean_of_all, var, cancelled = _moments_of_sums(totals)
+        absorbed = totals[0] % 1 > 0
+    if cancelled:
+        mean_of_all, var = _merge_about_mean(group, call, (count, mean, m2), mean_of_all, var, absorbed)
+    return total, mean_of_all, var
 
 
-def _hides(m2: Any, second: Any) -> bool:
-    """Whether this rank has deviations in some channel that are lost when ``second`` is added up."""
+def _is_absorbed(m2: Array, squares: Array) -> bool:
+    """Whether in some channel this rank has an M2 that vanishes in its sum of squares.
+
+    For arrays on a device the answer is no: it would take more time than the rest of the message.
+    """
     if type(m2) is not np.ndarray:
-        return False  # on a device that would take more time than the rest of the message
-    little = m2 < _LOST * second
-    return bool(np.count_nonzero(little) and m2[little].any())
+        return False
+    is_small = m2 < _CANCELLATION * squares
+    return bool(np.count_nonzero(is_small) and m2[is_small].any())
 
 
-def _merged(totals: np.ndarray) -> tuple[int, np.ndarray, np.ndarray, bool]:
-    """Count, mean and variance of the group, and whether some variance has lost digits."""
+def _moments_of_sums(totals: np.ndarray) -> tuple[int, np.ndarray, np.ndarray, bool]:
+    """Count, mean and variance of the group, and whether some variance has lost digits by cancellation."""
     total, channels = int(totals[2]), len(totals) // 2 - 1
     means = totals[3:] / max(total, 1)
-    merged, var = means[:channels], means[channels:]
-    square = merged * merged
+    mean, var = means[:channels], means[channels:]
+    square = mean * mean
     var -= square
-    return total, merged, var, bool(np.count_nonzero(var < _LOST * square))
+    return total, mean, var, bool(np.count_nonzero(var < _CANCELLATION * square))
 
 
-def _restored(
+def _merge_about_mean(
     group: Communicator,
-    call: Call,
-    moments: tuple[Any, ...],
-    merged: np.ndarray,
+    call: LayerCall,
+    moments: tuple[int, Array, Array],
+    mean_of_all: np.ndarray,
     var: np.ndarray,
-    hidden: bool,
+    absorbed: bool,
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Mean and variance of the group where digits were lost: by sums about the mean, unless all is constant.
+    """Mean and variance of the group by sums about its mean, where digits were lost by cancellation.
 
-    ``hidden``: whether a rank said that it has deviations which do not show. Where none has, a channel is
-    constant if its mean is a number of float32, which few others are, and only rounding is left of its
-    variance. And about such a number the sums of a constant channel are exactly 0.
+    If no rank has said that an M2 of its own was ``absorbed``, the exchange may not be needed: a channel
+    is constant then if its mean is a number of float32, which few others are, and only rounding is left of
+    its variance. And about such a number the sums of a constant channel are exactly 0.
     """
-    square = merged * merged
-    lost = var < _LOST * square
-    near = merged.astype(np.float32).astype(float)
-    constant = (abs(var) <= _ROUNDING * square) & (abs(merged - near) <= _ROUNDING * abs(merged))
-    if not hidden and constant[lost].all():
-        return merged, np.where(lost, 0.0, var)
-    origin = np.where(lost, near, 0.0)
+    square = mean_of_all * mean_of_all
+    cancelled = var < _CANCELLATION * square
+    rounded = mean_of_all.astype(np.float32).astype(float)
+    is_rounding = abs(var) <= _ROUNDING * square
+    constant = is_rounding & (abs(mean_of_all - rounded) <= _ROUNDING * abs(mean_of_all))
+    if not absorbed and constant[cancelled].all():
+        return mean_of_all, np.where(cancelled, 0.0, var)
+    origin = np.where(cancelled, rounded, 0.0)
     count, *vectors = moments
     mean, m2 = transport.to_host(*vectors)
     distance = mean - origin
-    first = distance * count
+    sums = distance * count
     again = call._replace(direction=f"{call.direction} once more")
-    _, distance, var, _ = _merged(_exchanged(group, again, _SUM, count, first, distance * first + m2))
+    totals = _exchange_vectors(group, again, _SUM, count, sums, distance * sums + m2)
+    _, distance, var, _ = _moments_of_sums(totals)
     # What is left where all means are equal is rounding, of either sign. (NaN stays NaN.)
     var *= var > _ROUNDING * (distance * distance)
     return origin + distance, var
 
 
 def _gather_moments(
-    group: Communicator, call: Call, count: int, near: Any, rest: Any, m2: Any
-) -> tuple[int, np.ndarray, np.ndarray]:
-    gathered = _exchanged(group, call, _GATHER, count, near, rest, m2)[:, 2:]
+    group: Communicator, call: LayerCall, count: int, mean_hi: Array, mean_lo: Array, m2: Array
+) -> Moments:
+    """Merge the moments of all ranks, in rank order. The mean is in two parts."""
+    gathered = _exchange_vectors(group, call, _GATHER, count, mean_hi, mean_lo, m2)[:, 2:]
     counts = gathered[:, :1]
-    nears, rests, m2s = np.split(gathered[:, 1:], 3, axis=1)
+    means_hi, means_lo, m2s = np.split(gathered[:, 1:], 3, axis=1)
     total = int(counts.sum())
     # Means as distances from that of the first rank with data: small numbers, which keep their digits.
     # An empty rank's row is zeros, and its weight of 0 keeps it out of all sums.
-    origin = nears[np.argmax(counts > 0)]
-    distances = (nears - origin) + rests
-    merged = (counts * distances).sum(axis=0) / max(total, 1)
-    var = (m2s + counts * (distances - merged) ** 2).sum(axis=0) / max(total, 1)
-    return total, origin + merged, var
+    origin = means_hi[np.argmax(counts > 0)]
+    distances = (means_hi - origin) + means_lo
+    mean = (counts * distances).sum(axis=0) / max(total, 1)
+    var = (m2s + counts * (distances - mean) ** 2).sum(axis=0) / max(total, 1)
+    return total, origin + mean, var
 
 
-def _exchanged(
-    group: Communicator, call: Call, kind: int, count: int, *vectors: Any, mark: float = 0.0
+def _exchange_vectors(
+    group: Communicator, call: LayerCall, kind: int, count: int, *vectors: Array, flag: float = 0.0
 ) -> np.ndarray:
-    """What comes of messages with ``count`` and vectors: their sum, or a row of each rank. On the host.
+    """Send a message of ``count`` and vectors. Returns the sum of all messages, or a row for each.
 
-    ``mark``, less than 1, is added to the first word. What reads the fingerprint cuts it off.
+    ``flag``, less than 1, is added to the first word. Readers of the fingerprint cut it off.
     """
-    with group.lock:
-        try:
-            length = 3 + sum(len(vector) for vector in vectors)
-            h = _sign(group, call, length, kind)
-            header = np.array([h + mark, h * h, count], float)
-            return _COLLECTIVES[kind](group, call, *_packed(group, header, vectors, length)).copy()
-        finally:
-            group.presence.doing = None
+    length = 3 + sum(len(vector) for vector in vectors)
+    h = _begin_exchange(group, call, length, kind)
+    header = np.array([h + flag, h * h, count], float)
+    return _COLLECTIVES[kind](group, call, *_pack(group, header, vectors, length)).copy()
 
 
-def _packed(group: Communicator, header: Any, vectors: Sequence[Any], length: int) -> tuple[Any, Any]:
+def _pack(
+    group: Communicator, header: np.ndarray, vectors: Sequence[Array], length: int
+) -> tuple[Array, Buffer]:
     """A message, as array and as MPI wants it, where the vectors are.
 
     The fingerprint stands first, so that it arrives even where another rank sent a shorter message.
@@ -237,26 +246,26 @@ def _packed(group: Communicator, header: Any, vectors: Sequence[Any], length: in
     return message, message
 
 
-def _allreduce(group: Communicator, call: Call, message: Any, buffer: Any) -> np.ndarray:
+def _allreduce(group: Communicator, call: LayerCall, message: Array, buffer: Buffer) -> np.ndarray:
     """The sum of all ranks' messages, in host memory. In place."""
-    _meet(group, call, message, group.comm.Allreduce, group.in_place, buffer)
+    _run_collective(group, call, message, group.comm.Allreduce, group.in_place, buffer)
     (total,) = transport.to_host(message)
     fingerprint.check(group, total[0], total[1], call)
     return total
 
 
-def _allgather(group: Communicator, call: Call, message: Any, buffer: Any) -> np.ndarray:
+def _allgather(group: Communicator, call: LayerCall, message: Array, buffer: Buffer) -> np.ndarray:
     """The messages of all ranks, one row each, in host memory."""
     if type(message) is np.ndarray:
-        everyone: Any = np.empty(group.size * len(message))
-        into: Any = everyone
+        result: Array = np.empty(group.size * len(message))
+        result_buffer: Buffer = result
     else:
         on_device = group.device_message(group.size, len(message), message)
-        everyone, into = on_device.values, on_device.buffer
+        result, result_buffer = on_device.values, on_device.buffer
         if group.size == 1:  # they are the same
             buffer = group.in_place
-    _meet(group, call, message, group.comm.Allgather, buffer, into)
-    (gathered,) = transport.to_host(everyone)
+    _run_collective(group, call, message, group.comm.Allgather, buffer, result_buffer)
+    (gathered,) = transport.to_host(result)
     gathered = gathered.reshape(group.size, -1)
     fingerprint.check(group, gathered[:, 0].sum(), gathered[:, 1].sum(), call)
     return gathered
@@ -265,7 +274,14 @@ def _allgather(group: Communicator, call: Call, message: Any, buffer: Any) -> np
 _COLLECTIVES = {_SUM: _allreduce, _GATHER: _allgather}
 
 
-def _meet(group: Communicator, call: Call, message: Any, collective: Any, *buffers: Any) -> None:
+def _run_collective(
+    group: Communicator,
+    call: LayerCall,
+    message: Array,
+    collective: Callable[..., None],
+    *buffers: Buffer,
+) -> None:
+    """Call MPI, with the device of the message as the current one. Raises MPI's errors as ours."""
     try:
         if type(message) is np.ndarray:
             collective(*buffers)
@@ -276,28 +292,31 @@ def _meet(group: Communicator, call: Call, message: Any, collective: Any, *buffe
         _raise_failed(group, call, error)
 
 
-def _sign(group: Communicator, call: Call, length: int, kind: int = _SUM) -> int:
+def _begin_exchange(group: Communicator, call: LayerCall, length: int, kind: int = _SUM) -> int:
     """The fingerprint of the exchange that is about to happen. From here on the watchdog looks at it."""
     presence = group.presence
     presence.doing = call
     group.ready()
     presence.exchanges += 1
     if group.debug and not group.joining:
-        fingerprint.agree(group, call)
+        fingerprint.compare_calls(group, call)
     h = fingerprint.fingerprint(call, presence.exchanges)
     if group.joining:
-        _announce(group, kind, length, h)
+        _share_header(group, kind, length, h)
     return h
 
 
-def _announce(group: Communicator, kind: int, length: int, h: int) -> np.ndarray:
-    """What the ranks with data are about to send; from a joined rank all zeros, and the same comes of it."""
-    announced = np.array([kind, length, h], float)
-    group.comm.Allreduce(group.in_place, announced, op=group.largest)
-    return announced
+def _share_header(group: Communicator, kind: int, length: int, h: int) -> np.ndarray:
+    """Tell joined ranks of the next message: its kind, its length and its fingerprint.
+
+    Returns these three. A joined rank hands over zeros, and zeros come back where all ranks have joined.
+    """
+    header = np.array([kind, length, h], float)
+    group.comm.Allreduce(group.in_place, header, op=group.largest)
+    return header
 
 
-def answer(group: Communicator) -> None:
+def serve_joined(group: Communicator) -> None:
     """Take part in the exchanges of others, with a count of zero, until every rank of the group is here.
 
     Collective: every rank of the group must call, each when it has no more data (joining.py).
@@ -307,25 +326,25 @@ def answer(group: Communicator) -> None:
             group.presence.exchanges += 1
             group.presence.doing = _NO_DATA
             try:
-                kind, length, h = (int(word) for word in _announce(group, 0, 0, 0))
+                kind, length, h = (int(word) for word in _share_header(group, 0, 0, 0))
                 if not kind:
                     return
                 header = np.array([h, h * h, 0], float)
-                message = _packed(group, header, [np.zeros(length - 3)], length)
+                message = _pack(group, header, [np.zeros(length - 3)], length)
                 _COLLECTIVES[kind](group, _NO_DATA, *message)
             finally:
                 group.presence.doing = None
 
 
-def _raise_problem(group: Communicator, call: Call, problem: int) -> NoReturn:
-    """Say what a Link returned: see kernels/cpu/link.h."""
+def _raise_problem(group: Communicator, call: LayerCall, problem: int) -> NoReturn:
+    """Raise what a Link returned as its problem: see kernels/cpu/link.h."""
     if problem == -1:
         fingerprint.mismatch(group, call)
     _raise_failed(group, call, group.mpi_error(problem))
 
 
-def _raise_failed(group: Communicator, call: Call, error: Exception) -> NoReturn:
-    if error.Get_error_class() == group.truncated:  # type: ignore[attr-defined]
+def _raise_failed(group: Communicator, call: LayerCall, error: MPI.Exception) -> NoReturn:
+    if error.Get_error_class() == group.truncated:
         try:
             fingerprint.mismatch(group, call)  # some rank sent a longer message
         except CollectiveMismatchError as mismatch:

@@ -1,4 +1,4 @@
-"""Who is in which collective: the fingerprint in every message, and the errors that come of it."""
+"""The fingerprint in every message, and the error where ranks are in different calls."""
 
 from __future__ import annotations
 
@@ -6,26 +6,27 @@ import socket
 import time
 import zlib
 from functools import lru_cache
-from typing import Any, NamedTuple, NoReturn
+from typing import TYPE_CHECKING, NamedTuple, NoReturn
 
 import numpy as np
 
 from .errors import CollectiveMismatchError, MPISyncBNError
 
-__all__ = ["Call", "abandon", "agree", "check", "fingerprint", "mismatch"]
+if TYPE_CHECKING:
+    from .comm.communicator import Communicator
+
+__all__ = ["LayerCall", "check", "compare_calls", "fingerprint", "keep_alive", "mismatch"]
 
 # P ranks stay exact while P * 2**36, the sum of the squares, is below 2**53: up to 131,072 ranks.
 _BITS = 18
 _MASK = (1 << _BITS) - 1
 
-_PATIENCE = (
-    10.0  # seconds that a rank which knows of a mismatch waits for the others to say what they were doing
-)
-_abandoned: list[Any] = []
+_PATIENCE = 10.0  # seconds that a rank which knows of a mismatch waits for the others to say their calls
+_kept_alive: list[tuple[object, ...]] = []
 
 
-class Call(NamedTuple):
-    """What one rank believes it is doing. Equal on every rank of a group, or the exchange is refused.
+class LayerCall(NamedTuple):
+    """The exchange that a rank believes it is in. Equal on every rank of a group, or else it is refused.
 
     Every field is fixed by the layer, never by this rank's input: a rank with an empty batch, or
     one that autocast gave another dtype, takes part like any other.
@@ -43,16 +44,16 @@ class Call(NamedTuple):
 
 
 @lru_cache(maxsize=4096)
-def _hash(call: tuple[Any, ...]) -> int:
+def _hash(call: tuple[object, ...]) -> int:
     return zlib.crc32(repr(tuple(call)).encode())
 
 
-def fingerprint(call: tuple[Any, ...], exchanges: int) -> int:
+def fingerprint(call: tuple[object, ...], exchanges: int) -> int:
     """18 bits of ``call`` and of how many exchanges this communicator has done."""
     return (_hash(call) + exchanges * 40503) & _MASK
 
 
-def check(group: Any, sum_h: float, sum_hh: float, call: Any) -> None:
+def check(group: Communicator, sum_h: float, sum_hh: float, call: object) -> None:
     """Raise on every rank unless all ranks sent the same fingerprint.
 
     By Cauchy-Schwarz ``P * sum(h * h) >= sum(h)**2``, with equality only if all ``h`` are equal.
@@ -66,10 +67,11 @@ def check(group: Any, sum_h: float, sum_hh: float, call: Any) -> None:
         mismatch(group, call)
 
 
-def agree(group: Any, call: Call) -> None:
-    """With MPISYNCBN_DEBUG=1, before each collective: a message of fixed size, whatever the ranks do.
+def compare_calls(group: Communicator, call: LayerCall) -> None:
+    """Raise CollectiveMismatchError on every rank where the ranks are about to make different calls.
 
-    Without it, ranks with different numbers of channels end in an error of MPI itself, or hang in it.
+    With MPISYNCBN_DEBUG=1 this comes before each collective. Its message has a fixed size, whatever the call.
+        Without it, ranks with different numbers of channels end in an error of MPI itself, or hang in it.
     Collective: every rank of the group must call.
     """
     try:
@@ -82,7 +84,7 @@ def agree(group: Any, call: Call) -> None:
         _raise_mismatch(group, [f"on {host}: {what}" for host, what in calls], group.exchanges)
 
 
-def mismatch(group: Any, call: Any) -> NoReturn:
+def mismatch(group: Communicator, call: object) -> NoReturn:
     """Raise CollectiveMismatchError, which says what each rank was doing.
 
     Collective among the ranks that noticed, which are all where all sent messages of one length.
@@ -95,7 +97,7 @@ def mismatch(group: Any, call: Any) -> NoReturn:
     deadline = time.monotonic() + _PATIENCE
     while not request.Test():
         if time.monotonic() > deadline:
-            abandon(request, record, records)
+            keep_alive(request, record, records)
             break
         time.sleep(0.001)
     silent = f"no answer in {_PATIENCE:.0f} s; it may wait in MPI for a message as long as its own"
@@ -103,16 +105,16 @@ def mismatch(group: Any, call: Any) -> NoReturn:
     _raise_mismatch(group, calls, group.exchanges)
 
 
-def abandon(*memory: Any) -> None:
-    """Keep what MPI may still write to."""
-    _abandoned.append(memory)
+def keep_alive(*memory: object) -> None:
+    """Keep memory that MPI may still write to, until the process ends."""
+    _kept_alive.append(memory)
 
 
-def _here(call: Any) -> tuple[str, str]:
+def _here(call: object) -> tuple[str, str]:
     return socket.gethostname(), str(call)
 
 
-def _raise_mismatch(group: Any, calls: list[str], number: int) -> NoReturn:
+def _raise_mismatch(group: Communicator, calls: list[str], number: int) -> NoReturn:
     group.forget_names()
     listing = "\n".join(f"  rank {rank} {what}" for rank, what in enumerate(calls))
     raise CollectiveMismatchError(

@@ -20,7 +20,7 @@ from .arguments import check_arguments, check_count, check_gradient, check_runni
 from .comm import transport
 from .comm.communicator import resolve
 from .errors import on_rank
-from .fingerprint import Call
+from .fingerprint import LayerCall
 from .kernels import Activation, ActivationContext, Array, Kernels, kernels_for, native
 from .running_stats import record_batch
 
@@ -199,9 +199,9 @@ def layer_dtype(x: Any, *parameters: Any) -> str:
     return "float64" if decides.dtype.itemsize == 8 else "float32"
 
 
-def _call(x: Any, weight: Any, bias: Any, direction: str, eps: float | None = None) -> Call:
+def _call(x: Any, weight: Any, bias: Any, direction: str, eps: float | None = None) -> LayerCall:
     profiling.find_torch()  # which may have been imported since
-    return Call("functional.batch_norm", direction, x.shape[1], layer_dtype(x, weight, bias), eps)
+    return LayerCall("functional.batch_norm", direction, x.shape[1], layer_dtype(x, weight, bias), eps)
 
 
 @contextmanager

@@ -9,7 +9,7 @@ from typing import Any, TypeAlias, TypeVar
 import torch
 
 from ..comm.communicator import Communicator
-from ..fingerprint import Call
+from ..fingerprint import LayerCall
 from ..functional import BatchStats
 from ..kernels import Activation
 
@@ -38,7 +38,7 @@ class LayerContext:
         self.stats: BatchStats  # on the host
         self.device_stats: BatchStats  # where the input is
 
-    def call(self, direction: str) -> Call:
+    def call(self, direction: str) -> LayerCall:
         """The call that is compared between the ranks."""
         return layer_call(self.name, direction, self.channels, self.dtype, self.eps)
 
@@ -48,9 +48,9 @@ class LayerContext:
 
 
 @lru_cache(maxsize=4096)  # making one takes ten times as long
-def layer_call(layer: str, direction: str, channels: int, dtype: str, eps: float) -> Call:
+def layer_call(layer: str, direction: str, channels: int, dtype: str, eps: float) -> LayerCall:
     """The call of a layer that is compared between the ranks."""
-    return Call(layer, direction, channels, dtype, float(eps))  # 0 on one rank is 0.0 on another
+    return LayerCall(layer, direction, channels, dtype, float(eps))  # 0 on one rank is 0.0 on another
 
 
 def is_recomputing() -> bool:

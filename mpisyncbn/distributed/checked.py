@@ -172,11 +172,11 @@ class CheckedProcessGroup(dist.ProcessGroup):
         try:
             all_here = wait_until(request.Test, seconds)
         except BaseException:  # an interrupt
-            fingerprint.abandon(request, message)
+            fingerprint.keep_alive(request, message)
             self._unusable = f"this process group is unusable since {call} was interrupted"
             raise
         if not all_here:
-            fingerprint.abandon(request, message)
+            fingerprint.keep_alive(request, message)
             self._unusable = f"this process group is unusable since {call} timed out"
             raise CollectiveTimeoutError(
                 f"{call}: rank {group.rank} of {group.size} waited {seconds:g} s for the other ranks of its "

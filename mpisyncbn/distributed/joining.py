@@ -79,7 +79,7 @@ class _ServingThread(threading.Thread):
 
     def run(self) -> None:
         try:
-            exchange.answer(self._group)
+            exchange.serve_joined(self._group)
         except Exception as error:
             self._error = error
 

@@ -90,7 +90,7 @@ class ProcessGroup(Collectives, PointToPoint):
         """Keep the memory of messages that are not done: MPI may still read and write it."""
         for work in list(self._pending):
             if self._collective_group._is_finalized() or not work.is_completed():
-                fingerprint.abandon(work)
+                fingerprint.keep_alive(work)
 
     def split_group(
         self, ranks: list[int], timeout: timedelta | None = None, *args: object, **kwargs: object

@@ -112,7 +112,7 @@ def _with_stores(make: Callable[..., T], ours: str) -> Callable[..., T]:
         if wait_until(barrier.Test, timeout.total_seconds()):
             comm.Free()
         else:
-            fingerprint.abandon(barrier)
+            fingerprint.keep_alive(barrier)
         return made
 
     return make_with_store

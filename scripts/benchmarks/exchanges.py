@@ -14,7 +14,7 @@ from mpi4py import MPI
 
 import mpisyncbn
 from mpisyncbn import exchange as ours
-from mpisyncbn.fingerprint import Call
+from mpisyncbn.fingerprint import LayerCall
 from mpisyncbn.kernels import kernels_for
 
 from . import native
@@ -61,7 +61,7 @@ def exchanges(group: Any, x: Any) -> dict[str, Callable[[], Any]]:
     channels = x.shape[1]
     count, mean, m2 = kernels_for(x).local_moments(x)
     forward, backward = (
-        Call("benchmark", direction, channels, "float32") for direction in ("forward", "backward")
+        LayerCall("benchmark", direction, channels, "float32") for direction in ("forward", "backward")
     )
     message, comm = np.zeros(2 * channels + 3), group.comm
     link, totals = group.link, np.empty((2, channels))

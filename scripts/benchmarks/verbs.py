@@ -10,7 +10,7 @@ from torch import Tensor
 
 import mpisyncbn
 from mpisyncbn import exchange, functional
-from mpisyncbn.fingerprint import Call
+from mpisyncbn.fingerprint import LayerCall
 from mpisyncbn.kernels import kernels_for
 
 from .cases import verb_cases
@@ -44,7 +44,7 @@ def calls(x: Tensor, dy: Tensor) -> dict[str, Callable[[], Any]]:
     channels = x.shape[1]
     weight, bias = torch.ones(channels), torch.zeros(channels)
     group = mpisyncbn.Communicator()
-    call = Call("benchmark", "forward", channels, "float32")
+    call = LayerCall("benchmark", "forward", channels, "float32")
     count, mean, var = exchange.merge_moments(group, call, *kernels.local_moments(x))
     invstd = functional.invstd_of(var, 1e-5)
     sum_dy, sum_dy_xmu, _ = kernels.backward_reduce(dy, x, mean, invstd)

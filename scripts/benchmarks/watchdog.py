@@ -15,7 +15,7 @@ from typing import Any
 
 import mpisyncbn
 from mpisyncbn import exchange
-from mpisyncbn.fingerprint import Call
+from mpisyncbn.fingerprint import LayerCall
 from mpisyncbn.kernels import kernels_for
 
 from .cases import QUICK_CHANNELS, WITHOUT, ratio
@@ -34,7 +34,7 @@ def watchdog(quick: bool) -> Iterator[dict[str, Any]]:
         vectors = kernels_for(x).local_moments(x)
         peers = {}
         for name, module in (("exchange", exchange), (WITHOUT, bare)):
-            call = Call("benchmark", "forward", channels, "float32")
+            call = LayerCall("benchmark", "forward", channels, "float32")
             peers[name] = often(partial(module.merge_moments, group, call, *vectors), _CALLS)
         figures = interleave(peers, 1.0 if quick else 10.0, calls=_CALLS)
         yield {

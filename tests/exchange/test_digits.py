@@ -11,12 +11,12 @@ import mpisyncbn
 from mpisyncbn import exchange, functional
 from mpisyncbn.comm import transport
 from mpisyncbn.comm.communicator import Communicator
-from mpisyncbn.fingerprint import Call, fingerprint
+from mpisyncbn.fingerprint import LayerCall, fingerprint
 from support.device import GPU, pretend
 from support.oracle import bits_equal_on_all_ranks, distance, oracle
 from support.ranks import WORLD
 
-CALL = Call("a layer", "forward", 1, "float32")
+CALL = LayerCall("a layer", "forward", 1, "float32")
 AGAIN = CALL._replace(direction="forward once more")
 STEP = 0.0625  # from 1e6 to the next number of float32
 BOUNDS = [0, *np.cumsum([400 * (1 + r) // sum(range(1, WORLD.size + 1)) for r in range(WORLD.size - 1)]), 400]
@@ -194,7 +194,7 @@ def test_ranks_without_data_answer_once_more(group, debug):
     x = mine(whole(some)) if stays else np.empty((0, 1), "f")
     for _ in range(2 * stays):
         found.append(exchange.merge_moments(group, CALL, *moments(x)))
-    exchange.answer(group)
+    exchange.serve_joined(group)
     exchanges = WORLD.allgather(group.exchanges)
     expected_mean, expected_var = exact(np.concatenate(WORLD.allgather(x)))
     assert len(set(exchanges)) == 1

@@ -16,7 +16,7 @@ from mpisyncbn import exchange, kernels
 from mpisyncbn.comm import transport
 from mpisyncbn.comm.communicator import Communicator, resolve
 from mpisyncbn.errors import CollectiveMismatchError
-from mpisyncbn.fingerprint import Call, fingerprint
+from mpisyncbn.fingerprint import LayerCall, fingerprint
 from support.device import GPU, pretend
 from support.ranks import WORLD, error_of, together
 from support.recorder import Recorder
@@ -25,7 +25,7 @@ needs_native = pytest.mark.skipif(kernels.native() is None, reason="the native k
 ALLREDUCE = ctypes.CFUNCTYPE(
     ctypes.c_int, ctypes.c_void_p, ctypes.c_void_p, ctypes.c_int, *[ctypes.c_void_p] * 3
 )
-CALL = Call("a layer", "forward", 3, "float32")
+CALL = LayerCall("a layer", "forward", 3, "float32")
 WIDE = CALL._replace(dtype="float64")
 
 
@@ -158,7 +158,7 @@ def test_what_a_rank_that_waits_would_say(recorded):
     exchange.merge_moments(group, CALL, 1, one, one)
     exchange.merge_moments(group, WIDE, 1, np.ones((2, 3)), one)
     exchange.reduce_sums(group, CALL._replace(direction="backward"), one, one)
-    exchange.answer(group)
+    exchange.serve_joined(group)
     doing = [
         "forward of a layer (3 channels, float32)",
         "forward of a layer (3 channels, float64)",
@@ -176,7 +176,7 @@ def test_no_exchange_is_seen_after_it(group):
         lambda: exchange.merge_moments(group, CALL, 1, ones, ones),
         lambda: exchange.reduce_sums(group, CALL, ones, ones),
         lambda: exchange.merge_moments(group, WIDE, 1, np.ones((2, 3)), ones),
-        lambda: exchange.answer(group),  # all ranks are through
+        lambda: exchange.serve_joined(group),  # all ranks are through
     ):
         call()
         seen.append(group.presence.doing)
@@ -229,7 +229,7 @@ def test_ranks_without_data_answer_the_others(group, debug):
             found.append(exchange.reduce_sums(group, CALL, mean, m2))
         else:
             found.append(exchange.merge_moments(group, WIDE, count, np.stack((mean, mean * 0)), m2))
-    exchange.answer(group)
+    exchange.serve_joined(group)
     exchanges = WORLD.allgather(group.exchanges)
     group.joining = False
     exchange.reduce_sums(group, CALL, mean)
@@ -248,12 +248,12 @@ def test_ranks_without_data_answer_the_others(group, debug):
 
 def test_a_fingerprint_may_be_zero(group, monkeypatch):
     """A rank that joins hears of one as of any other."""
-    monkeypatch.setattr(exchange.diagnostics, "fingerprint", lambda call, exchanges: 0)
+    monkeypatch.setattr(exchange.fingerprint, "fingerprint", lambda call, exchanges: 0)
     group.joining = True
     total = None
     if WORLD.rank == 0:
         total, _, _ = exchange.merge_moments(group, CALL, 5, np.ones(3), np.ones(3))
-    exchange.answer(group)
+    exchange.serve_joined(group)
     assert total == (5 if WORLD.rank == 0 else None)
 
 

@@ -12,12 +12,12 @@ from hypothesis import strategies as st
 
 from mpisyncbn import CollectiveMismatchError
 from mpisyncbn import fingerprint as fingerprints
-from mpisyncbn.fingerprint import Call, check, fingerprint
+from mpisyncbn.fingerprint import LayerCall, check, fingerprint
 from support.ranks import no_exchange
 
 pytestmark = no_exchange
 LARGEST = 2**18 - 1
-CALL = Call("a layer", "forward", 3, "float32")
+CALL = LayerCall("a layer", "forward", 3, "float32")
 
 
 def agree(size, sum_h, sum_hh):
@@ -71,6 +71,6 @@ def test_every_field_of_a_call_counts():
     others = ["another layer", "backward", 4, "float64", 1e-3]
     calls = [
         CALL,
-        *(CALL._replace(**{name: other}) for name, other in zip(Call._fields, others, strict=True)),
+        *(CALL._replace(**{name: other}) for name, other in zip(LayerCall._fields, others, strict=True)),
     ]
     assert len({fingerprint(call, 1) for call in calls}) == 6

@@ -12,14 +12,14 @@ from mpisyncbn import exchange, kernels
 from mpisyncbn.comm import transport
 from mpisyncbn.comm.communicator import Communicator
 from mpisyncbn.errors import CollectiveMismatchError, MPISyncBNError
-from mpisyncbn.fingerprint import Call
+from mpisyncbn.fingerprint import LayerCall
 from support.ranks import WORLD
 
 pytestmark = pytest.mark.skipif(kernels.native() is None, reason="the native kernels were not built")
 ALLREDUCE = ctypes.CFUNCTYPE(
     ctypes.c_int, ctypes.c_void_p, ctypes.c_void_p, ctypes.c_int, *[ctypes.c_void_p] * 3
 )
-CALL = Call("a layer", "forward", 3, "float32")
+CALL = LayerCall("a layer", "forward", 3, "float32")
 
 
 def fake_allreduce(code, messages):

@@ -19,7 +19,7 @@ from benchmarks.timing import interleave
 from mpisyncbn import exchange, functional
 from mpisyncbn.comm import transport
 from mpisyncbn.errors import TransportError
-from mpisyncbn.fingerprint import Call
+from mpisyncbn.fingerprint import LayerCall
 
 from .context import Context
 from .records import summary
@@ -32,7 +32,7 @@ _BAR = 25.0  # microseconds beyond MPI's own
 def _ours(group: Any, channels: int, context: Context) -> Callable[[], Any]:
     """From the moments on the device to the merged statistics there."""
     mean, m2 = torch.ones(2, channels, dtype=torch.float64, device=context.device).unbind()
-    call = Call("the latency check", "forward", channels, "float32")
+    call = LayerCall("the latency check", "forward", channels, "float32")
 
     def whole() -> Any:
         _, merged, var = exchange.merge_moments(group, call, 100, mean, m2)
