@@ -11,11 +11,12 @@ from typing import TYPE_CHECKING, NamedTuple, NoReturn
 import numpy as np
 
 from .errors import CollectiveMismatchError, MPISyncBNError
+from .kernels import Array
 
 if TYPE_CHECKING:
     from .comm.communicator import Communicator
 
-__all__ = ["LayerCall", "check", "compare_calls", "fingerprint", "keep_alive", "mismatch"]
+__all__ = ["LayerCall", "check", "compare_calls", "fingerprint", "keep_alive", "layer_dtype", "mismatch"]
 
 # P ranks stay exact while P * 2**36, the sum of the squares, is below 2**53: up to 131,072 ranks.
 _BITS = 18
@@ -41,6 +42,12 @@ class LayerCall(NamedTuple):
     def __str__(self) -> str:
         eps = "" if self.eps in (None, 1e-5) else f", eps {self.eps}"
         return f"{self.direction} of {self.layer} ({self.channels} channels, {self.dtype}{eps})"
+
+
+def layer_dtype(x: Array, *parameters: Array | None) -> str:
+    """The dtype of a layer, "float64" or "float32": that of its parameters or, if it has none, of ``x``."""
+    decides = next((p for p in parameters if p is not None), x)
+    return "float64" if decides.dtype.itemsize == 8 else "float32"
 
 
 @lru_cache(maxsize=4096)

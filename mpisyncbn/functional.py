@@ -1,8 +1,8 @@
 """Synchronized batch normalization, the whole algorithm, for any array. Read this first.
 
-One training step of one layer: the moments of this rank, one exchange, normalize; then, backward,
-the sums of this rank, one exchange, dx. ``kernels`` does the work where the data lives (kernels/),
-``exchange`` is the one message each way (exchange.py). Formulas: docs/algorithm.md.
+A training step of one layer is ``forward``, the moments of this rank, one exchange, normalize, and then
+``backward``, the sums of this rank, one exchange, dx. The kernels work where the data lives (kernels/), and
+an exchange is the one message each way (exchange.py). Formulas: docs/algorithm.md.
 """
 
 from __future__ import annotations
@@ -20,12 +20,11 @@ from .arguments import check_arguments, check_count, check_gradient, check_runni
 from .comm import transport
 from .comm.communicator import resolve
 from .errors import on_rank
-from .fingerprint import LayerCall
+from .fingerprint import LayerCall, layer_dtype
 from .kernels import Activation, ActivationContext, Array, Kernels, kernels_for, native
 from .running_stats import record_batch
 
 __all__ = ["BatchStats", "batch_norm_backward", "batch_norm_forward", "update_running_stats"]
-
 
 # The exchanges: from count, mean and M2 of this rank to count, mean and variance of the group; and from sums
 # of this rank to sums of the group.
@@ -36,42 +35,51 @@ ReduceSums: TypeAlias = Callable[[Array, Array], Sequence[Array]]
 class BatchStats(NamedTuple):
     """Statistics of the whole group's batch, the same on every rank. Vectors are float64, of length C."""
 
-    mean: Any
-    var: Any  # biased: divided by count
-    invstd: Any  # (var + eps) ** -0.5
-    count: Any  # values per channel
+    mean: Array
+    var: Array  # biased: divided by count
+    invstd: Array  # (var + eps) ** -0.5
+    count: Array  # values per channel: an int, or an array in a compiled graph
 
 
 def forward(
-    x: Any,
-    weight: Any,
-    bias: Any,
+    x: Array,
+    weight: Array | None,
+    bias: Array | None,
     eps: float,
     kernels: Kernels,
-    merge_moments: Any,
-    residual: Any = None,
+    merge_moments: MergeMoments,
+    residual: Array | None = None,
     activation: Activation = Activation.NONE,
-) -> tuple[Any, BatchStats, BatchStats]:
+) -> tuple[Array, BatchStats, BatchStats]:
+    """``y``, the statistics of the group's batch, and the same where the kernels for ``x`` take them.
+
+    Collective: every rank of the group must call.
+    """
     count, mean, m2 = kernels.local_moments(x)
     count, mean, var = merge_moments(count, mean, m2)
     stats = BatchStats(mean, var, invstd_of(var, eps), count)
-    near = stats  # the same, where x is
+    device_stats = stats
     if not transport.on_host(x):
-        near = BatchStats._make((*transport.near(x, *stats[:3]), count))
-    return kernels.normalize(x, near.mean, near.invstd, weight, bias, residual, activation), stats, near
+        device_stats = BatchStats._make((*transport.near(x, *stats[:3]), count))
+    mean, _, invstd, _ = device_stats
+    return kernels.normalize(x, mean, invstd, weight, bias, residual, activation), stats, device_stats
 
 
 def backward(
-    dy: Any,
-    x: Any,
-    near: BatchStats,
-    weight: Any,
+    dy: Array,
+    x: Array,
+    device_stats: BatchStats,
+    weight: Array | None,
     kernels: Kernels,
-    reduce_sums: Any,
+    reduce_sums: ReduceSums,
     need_dx: bool = True,
     context: ActivationContext | None = None,
-) -> tuple[Any, Any, Any, Any]:
-    mean, _, invstd, count = near
+) -> tuple[Array, Array, Array, Array]:
+    """``dx``, the gradients of weight and bias of this rank alone, and that of the residual.
+
+    ``dx`` is None where it is not needed. Collective if it is: every rank of the group must call.
+    """
+    mean, _, invstd, count = device_stats
     sum_dy, sum_dy_xmu, dz = kernels.backward_reduce(dy, x, mean, invstd, context)
     dx = None
     if need_dx:
@@ -83,8 +91,13 @@ def backward(
 
 
 def batch_norm_forward(
-    x: Any, weight: Any = None, bias: Any = None, *, eps: float = 1e-5, process_group: Any = None
-) -> tuple[Any, BatchStats]:
+    x: Array,
+    weight: Array | None = None,
+    bias: Array | None = None,
+    *,
+    eps: float = 1e-5,
+    process_group: Any = None,
+) -> tuple[Array, BatchStats]:
     """Normalize ``x`` with the mean and variance of the whole group's batch (Ioffe and Szegedy 2015).
 
     Args:
@@ -108,20 +121,20 @@ def batch_norm_forward(
     Collective: every rank of the group must call.
     """
     check_arguments(x, weight, bias, eps=eps)
-    group, call = resolve(process_group), _call(x, weight, bias, "forward", float(eps))
-    with _quietly(x):
-        y, stats, near = forward(
-            x, weight, bias, eps, kernels_for(x), partial(exchange.merge_moments, group, call)
-        )
+    group, call = resolve(process_group), _layer_call(x, weight, bias, "forward", float(eps))
+    merge_moments = partial(exchange.merge_moments, group, call)
+    with _no_grad_or_warnings(x):
+        y, stats, device_stats = forward(x, weight, bias, eps, kernels_for(x), merge_moments)
         check_count(stats.count, x)
         if transport.on_host(x):
-            near = BatchStats._make((*(transport.from_host(vector, x) for vector in stats[:3]), stats.count))
-    return y, near
+            vectors = (transport.from_host(vector, x) for vector in stats[:3])
+            device_stats = BatchStats._make((*vectors, stats.count))
+    return y, device_stats
 
 
 def batch_norm_backward(
-    dy: Any, x: Any, stats: BatchStats, weight: Any = None, *, process_group: Any = None
-) -> tuple[Any, Any, Any]:
+    dy: Array, x: Array, stats: BatchStats, weight: Array | None = None, *, process_group: Any = None
+) -> tuple[Array, Array, Array]:
     """The gradients of ``batch_norm_forward``.
 
     Args:
@@ -138,19 +151,20 @@ def batch_norm_backward(
     check_arguments(x, weight, None)
     check_gradient(dy, x)
     _check_stats(stats, ("mean", "var", "invstd"), x.shape[1], x)
-    group, call = resolve(process_group), _call(x, weight, None, "backward")
-    with _quietly(x):
+    group, call = resolve(process_group), _layer_call(x, weight, None, "backward")
+    reduce_sums = partial(exchange.reduce_sums, group, call)
+    with _no_grad_or_warnings(x):
         vectors = transport.to_host(*stats[:3]) if transport.on_host(x) else stats[:3]
-        near = BatchStats._make((*vectors, stats.count))
-        dx, dweight, dbias, _ = backward(
-            dy, x, near, weight, kernels_for(x), partial(exchange.reduce_sums, group, call)
-        )
+        device_stats = BatchStats._make((*vectors, stats.count))
+        dx, dweight, dbias, _ = backward(dy, x, device_stats, weight, kernels_for(x), reduce_sums)
         if transport.on_host(x):
             dweight, dbias = transport.from_host(dweight, x), transport.from_host(dbias, x)
     return dx, dweight, dbias
 
 
-def update_running_stats(running_mean: Any, running_var: Any, stats: BatchStats, momentum: Any) -> bool:
+def update_running_stats(
+    running_mean: Array, running_var: Array, stats: BatchStats, momentum: float | Array
+) -> bool | Array:
     """Move the running statistics towards those of the batch, in place.
 
     ``running = (1 - momentum) * running + momentum * batch``, with the unbiased variance of the
@@ -171,7 +185,7 @@ def update_running_stats(running_mean: Any, running_var: Any, stats: BatchStats,
     return record_batch(running_mean, running_var, None, stats, momentum)
 
 
-def _check_stats(stats: Any, names: tuple[str, ...], channels: int, like: Any) -> None:
+def _check_stats(stats: object, names: tuple[str, ...], channels: int, like: Array) -> None:
     if not isinstance(stats, BatchStats):
         raise TypeError(
             "expected stats to be the BatchStats that batch_norm_forward returned, got "
@@ -180,11 +194,12 @@ def _check_stats(stats: Any, names: tuple[str, ...], channels: int, like: Any) -
     check_stats(stats, names, channels, like)
 
 
-def invstd_of(var: Any, eps: float) -> Any:
-    if type(var) is np.ndarray and eps > 0 and (host := native()) is not None:
-        found = np.empty(len(var))
-        host.invstd(var, eps, found)
-        return found
+def invstd_of(var: Array, eps: float) -> Array:
+    """``(var + eps) ** -0.5``; 0 for a constant channel where ``eps`` is 0."""
+    if type(var) is np.ndarray and eps > 0 and (native_cpu := native()) is not None:
+        invstd = np.empty(len(var))
+        native_cpu.invstd(var, eps, invstd)
+        return invstd
     if eps == 0:
         # A constant channel gives 0, so that y is its bias and dx is 0, not NaN. So does a variance that
         # float64 has no digits for.
@@ -193,20 +208,16 @@ def invstd_of(var: Any, eps: float) -> Any:
     return (var + eps) ** -0.5
 
 
-def layer_dtype(x: Any, *parameters: Any) -> str:
-    """What decides the message: fixed by the layer, so by ``x`` only where nothing else is given."""
-    decides = next((p for p in parameters if p is not None), x)
-    return "float64" if decides.dtype.itemsize == 8 else "float32"
-
-
-def _call(x: Any, weight: Any, bias: Any, direction: str, eps: float | None = None) -> LayerCall:
+def _layer_call(
+    x: Array, weight: Array | None, bias: Array | None, direction: str, eps: float | None = None
+) -> LayerCall:
     profiling.find_torch()  # which may have been imported since
     return LayerCall("functional.batch_norm", direction, x.shape[1], layer_dtype(x, weight, bias), eps)
 
 
 @contextmanager
-def _quietly(x: Any) -> Iterator[None]:
-    """No autograd recording, and no NumPy warnings about values that are not finite: they are data."""
+def _no_grad_or_warnings(x: Array) -> Iterator[None]:
+    """Let autograd record nothing, and NumPy not warn of values that are not finite: they are data."""
     if hasattr(x, "detach"):
         import torch
 

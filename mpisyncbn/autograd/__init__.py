@@ -19,10 +19,11 @@ import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 
-from .. import functional, profiling
+from .. import profiling
 from ..arguments import UNNAMED, check_arguments, check_count, check_fused, check_tensor
 from ..comm.communicator import Communicator, resolve
 from ..errors import on_rank
+from ..fingerprint import layer_dtype
 from ..functional import BatchStats
 from ..kernels import activation_named, native
 from ..running_stats import record_batch
@@ -142,7 +143,7 @@ def batch_norm(
         )
     if activation is not None or residual is not None:
         check_fused(activation, residual, x, layer)
-    dtype = functional.layer_dtype(x, weight, bias, running_mean)
+    dtype = layer_dtype(x, weight, bias, running_mean)
     if compiling:
         # A graph can hold no object, but the name of one.
         group_key = _group_key(process_group)
