@@ -1,36 +1,40 @@
-"""What a caller may pass: every argument is looked at before anything is computed, sent or changed.
+"""Checks of what a caller may pass, before anything is computed, sent or changed.
 
-What is refused raises ValueError or TypeError, where torch raises them, and says what was expected, what
-came, on which rank, and the cure.
+They raise ValueError or TypeError, as torch does. The message says what was expected, what came, on which
+rank, and the cure.
 """
 
 from __future__ import annotations
 
 import math
-from typing import Any
+from typing import Any, TypeAlias
 
 import numpy as np
 
 from .arrays import check_array, check_kind
 from .comm import transport
 from .errors import on_rank
-from .kernels import loaded_torch
+from .kernels import Array, loaded_torch
 
 __all__ = [
     "UNNAMED",
-    "at",
+    "AnyProcessGroup",
     "check_activation",
     "check_arguments",
-    "check_batches",
     "check_count",
     "check_fused",
     "check_gradient",
     "check_module",
+    "check_num_batches_tracked",
     "check_running",
     "check_stats",
     "check_tensor",
     "check_timeout",
+    "in_layer",
 ]
+
+# An mpi4py communicator, a Communicator, a process group of torch, or None for the world.
+AnyProcessGroup: TypeAlias = Any
 
 FLOATING = ("float16", "bfloat16", "float32", "float64")
 _COUNTING = ("int8", "int16", "int32", "int64", "uint8", *FLOATING)
@@ -40,33 +44,33 @@ _NUMBER = (int, float, np.integer, np.floating)
 
 
 def check_arguments(
-    x: Any,
-    weight: Any,
-    bias: Any,
-    running_mean: Any = None,
-    running_var: Any = None,
+    x: Array,
+    weight: Array | None,
+    bias: Array | None,
+    running_mean: Array | None = None,
+    running_var: Array | None = None,
     *,
-    momentum: Any = 0.1,
+    momentum: float | Array | None = 0.1,
     eps: float = 1e-5,
     layer: str | None = None,
 ) -> None:
-    """Of a forward pass. ``x`` is an array of any kind, the others are like it. Errors name the ``layer``."""
+    """Check the arguments of a forward pass. Errors name the ``layer``, if it has a name of its own."""
     check_array("input", x)
     if x.ndim < 2:
         raise ValueError(
-            f"expected at least 2D input, (N, C, *), got {x.ndim}D input{at(layer)}: "
+            f"expected at least 2D input, (N, C, *), got {x.ndim}D input{in_layer(layer)}: "
             "one sample alone is x[None]"
         )
     channels = x.shape[1]
     if channels == 0:
         raise ValueError(
-            f"expected a non-zero number of input channels, got shape {tuple(x.shape)}{at(layer)}: "
+            f"expected a non-zero number of input channels, got shape {tuple(x.shape)}{in_layer(layer)}: "
             "dimension 1 is that of the channels"
         )
     name = dtype_name(x.dtype)
     if name not in FLOATING:
         raise TypeError(
-            f"expected input of dtype {', '.join(FLOATING)}, got {name}{at(layer)}: convert it first"
+            f"expected input of dtype {', '.join(FLOATING)}, got {name}{in_layer(layer)}: convert it first"
         )
     _check_number("eps", eps, "to be finite and at least 0", math.inf)
     if momentum is not None:
@@ -74,15 +78,15 @@ def check_arguments(
     if (running_mean is None) != (running_var is None):
         missing = "running_mean" if running_mean is None else "running_var"
         raise ValueError(
-            f"expected running_mean and running_var both or neither, got no {missing}{at(layer)}: hand over "
-            "the other one too, or none"
+            f"expected running_mean and running_var both or neither, got no {missing}{in_layer(layer)}: hand "
+            "over the other one too, or none"
         )
     given = {"weight": weight, "bias": bias, "running_mean": running_mean, "running_var": running_var}
     _check_vectors({label: vector for label, vector in given.items() if vector is not None}, x, layer)
 
 
-def _check_vectors(vectors: dict[str, Any], x: Any, layer: str | None) -> None:
-    """Of one value per channel of ``x``."""
+def _check_vectors(vectors: dict[str, Array], x: Array, layer: str | None) -> None:
+    """Check vectors, by their names in errors, that have one value for each channel of ``x``."""
     channels = x.shape[1]
     first = None
     for label, vector in vectors.items():
@@ -90,21 +94,21 @@ def _check_vectors(vectors: dict[str, Any], x: Any, layer: str | None) -> None:
         if vector.ndim != 1 or vector.shape[0] != channels:
             raise ValueError(
                 f"expected {label} of shape ({channels},), one value per channel of the input "
-                f"{tuple(x.shape)}, got {tuple(vector.shape)}{at(layer)}: an input is (N, C, *), with the "
-                "channels in dimension 1"
+                f"{tuple(x.shape)}, got {tuple(vector.shape)}{in_layer(layer)}: an input is (N, C, *), with "
+                "the channels in dimension 1"
             )
         if getattr(vector, "device", None) != getattr(x, "device", None):
             raise ValueError(
-                f"expected {label} on the input's device, {x.device}, got {vector.device}{at(layer)}: "
+                f"expected {label} on the input's device, {x.device}, got {vector.device}{in_layer(layer)}: "
                 "move the module or the input with .to(device)"
             )
         first = vector.dtype if first is None else first
         if vector.dtype != first or (first != x.dtype and not _is_mixed(dtype_name(x.dtype), first)):
-            raise TypeError(_of_other_dtypes(label, first, {"input": x, **vectors}, layer))
+            raise TypeError(_dtype_problem(label, first, {"input": x, **vectors}, layer))
 
 
-def _of_other_dtypes(label: str, first: Any, arrays: dict[str, Any], layer: str | None) -> str:
-    """Which array has which dtype, where that of one cannot go with the others."""
+def _dtype_problem(label: str, first: object, arrays: dict[str, Array], layer: str | None) -> str:
+    """The text of an error that says which array has which dtype, where that of one does not fit."""
     name = dtype_name(arrays["input"].dtype)
     possible = [name, "float32"] if name in _HALVES else [name]
     wanted = possible if arrays[label].dtype == first else [dtype_name(first)]
@@ -112,19 +116,19 @@ def _of_other_dtypes(label: str, first: Any, arrays: dict[str, Any], layer: str 
     cure = ".to(torch.{})" if hasattr(arrays["input"], "is_cpu") else ".astype('{}')"
     return (
         f"expected {label} of dtype {' or '.join(wanted)}, the same for all, got "
-        f"{dtype_name(arrays[label].dtype)}{at(layer)}. They are: {found}. Convert the module, or the "
-        f"arrays, with {' or '.join(cure.format(each) for each in possible)}"
+        f"{dtype_name(arrays[label].dtype)}{in_layer(layer)}. They are: {found}. Convert the module, or "
+        f"the arrays, with {' or '.join(cure.format(each) for each in possible)}"
     )
 
 
-def at(layer: str | None) -> str:
-    """Where an error happened: `` in layer bn.1 (on rank 2 of 4)``, if the layer has a name of its own."""
+def in_layer(layer: str | None) -> str:
+    """The end of a message: `` in layer bn.1 (on rank 2 of 4)``, or `` (on rank 2 of 4)`` without a name."""
     named = layer is not None and not layer.startswith("#") and layer != UNNAMED
     return f" in layer {layer}{on_rank()}" if named else on_rank()
 
 
-def check_tensor(x: Any) -> None:
-    """Of functions of torch tensors alone."""
+def check_tensor(x: object) -> None:
+    """Check the input of functions that take torch tensors alone."""
     if not isinstance(x, loaded_torch().Tensor):
         raise TypeError(
             f"expected input to be a torch tensor, got {type(x).__name__}{on_rank()}: for arrays there is "
@@ -132,13 +136,14 @@ def check_tensor(x: Any) -> None:
         )
 
 
-def check_activation(activation: Any) -> None:
+def check_activation(activation: object) -> None:
+    """Check an activation by its public name."""
     if activation is not None and not (isinstance(activation, str) and activation == "relu"):
         raise ValueError(f"expected activation to be 'relu' or None, got {activation!r}{on_rank()}")
 
 
-def check_fused(activation: str | None, residual: Any, x: Any, layer: str | None = None) -> None:
-    """Whether these can follow the normalization of a tensor ``x``."""
+def check_fused(activation: object, residual: Array | None, x: Array, layer: str | None = None) -> None:
+    """Check an activation and a residual, which are to follow the normalization of the tensor ``x``."""
     check_activation(activation)
     if residual is None:
         return
@@ -148,13 +153,13 @@ def check_fused(activation: str | None, residual: Any, x: Any, layer: str | None
     if residual.shape != x.shape or residual.dtype != x.dtype or residual.device != x.device:
         raise ValueError(
             f"expected residual like the input, {tuple(x.shape)} {x.dtype} on {x.device}, got "
-            f"{tuple(residual.shape)} {residual.dtype} on {residual.device}{at(layer)}: "
+            f"{tuple(residual.shape)} {residual.dtype} on {residual.device}{in_layer(layer)}: "
             "convert or expand it first"
         )
 
 
-def check_batches(batches: Any) -> None:
-    """num_batches_tracked, the count of a layer: something to which 1 can be added, in place."""
+def check_num_batches_tracked(batches: Array) -> None:
+    """Check the count of a layer, a tensor to which 1 can be added in place; or None."""
     torch = loaded_torch()
     if batches is None or (batches.__class__ is torch.Tensor and batches.dtype is torch.int64):
         return
@@ -166,18 +171,18 @@ def check_batches(batches: Any) -> None:
     check_array("num_batches_tracked", batches)
 
 
-def check_gradient(dy: Any, x: Any) -> None:
-    """Of a backward pass by arrays."""
+def check_gradient(dy: Array, x: Array) -> None:
+    """Check the gradient of the output of ``x``."""
     check_kind("dy", dy, "the input", x)
-    if dy.shape != x.shape or dy.dtype != x.dtype or _place(dy) != _place(x):
+    if dy.shape != x.shape or dy.dtype != x.dtype or _on_device(dy) != _on_device(x):
         raise ValueError(
-            f"expected dy like x, {tuple(x.shape)} {x.dtype}{_place(x)}, got {tuple(dy.shape)} "
-            f"{dy.dtype}{_place(dy)}{on_rank()}"
+            f"expected dy like x, {tuple(x.shape)} {x.dtype}{_on_device(x)}, got {tuple(dy.shape)} "
+            f"{dy.dtype}{_on_device(dy)}{on_rank()}"
         )
 
 
-def check_stats(stats: Any, names: tuple[str, ...], channels: int, like: Any) -> None:
-    """Some vectors of a BatchStats, and its count. Native code trusts their lengths."""
+def check_stats(stats: Any, names: tuple[str, ...], channels: int, like: Array) -> None:
+    """Check the vectors ``names`` of a BatchStats, and its count. Native code trusts their lengths."""
     first = getattr(stats, names[0])
     if not transport.on_host(first):
         check_kind(f"stats.{names[0]}", first, "the other arguments", like)
@@ -188,10 +193,10 @@ def check_stats(stats: Any, names: tuple[str, ...], channels: int, like: Any) ->
             raise ValueError(
                 f"expected stats.{name} of {channels} channels, got shape {tuple(vector.shape)}{on_rank()}"
             )
-        if dtype_name(vector.dtype) not in ("float32", "float64") or _place(vector) != _place(first):
+        if dtype_name(vector.dtype) not in ("float32", "float64") or _on_device(vector) != _on_device(first):
             raise TypeError(
-                f"expected stats.{name} of dtype float64{_place(first)}, got {dtype_name(vector.dtype)}"
-                f"{_place(vector)}{on_rank()}"
+                f"expected stats.{name} of dtype float64{_on_device(first)}, got {dtype_name(vector.dtype)}"
+                f"{_on_device(vector)}{on_rank()}"
             )
     count = stats.count
     if not isinstance(count, (int, np.integer)):
@@ -206,8 +211,8 @@ def check_stats(stats: Any, names: tuple[str, ...], channels: int, like: Any) ->
         raise ValueError(f"expected stats.count to be at least 0, got {count}{on_rank()}")
 
 
-def check_running(running_mean: Any, running_var: Any, momentum: Any) -> None:
-    """Of an update of running statistics by arrays."""
+def check_running(running_mean: Array, running_var: Array, momentum: float | Array) -> None:
+    """Check running statistics that are to be updated."""
     check_array("running_mean", running_mean)
     check_kind("running_var", running_var, "running_mean", running_mean)
     if (
@@ -224,34 +229,34 @@ def check_running(running_mean: Any, running_var: Any, momentum: Any) -> None:
     _check_momentum(momentum, "from 0 to 1, or a 0-d tensor", running_mean)
 
 
-def check_count(count: int, x: Any, layer: str | None = None) -> None:
+def check_count(count: int, x: Array, layer: str | None = None) -> None:
     """Raise on every rank where one value is all that the group has: its variance says nothing."""
     if count == 1:
         raise ValueError(
             f"expected more than 1 value per channel over the whole group when training, "
-            f"got input of shape {tuple(x.shape)}{at(layer)}: use a larger batch or eval mode"
+            f"got input of shape {tuple(x.shape)}{in_layer(layer)}: use a larger batch or eval mode"
         )
 
 
-def check_module(module: Any) -> None:
+def check_module(module: object) -> None:
     if not isinstance(module, loaded_torch().nn.Module):
         raise TypeError(f"expected a torch.nn.Module, got {type(module).__name__}{on_rank()}")
 
 
-def check_timeout(timeout: Any) -> None:
+def check_timeout(timeout: object) -> None:
     if not hasattr(timeout, "total_seconds"):
         raise TypeError(
             f"expected timeout to be a datetime.timedelta, got {type(timeout).__name__}{on_rank()}"
         )
 
 
-def dtype_name(dtype: Any) -> str:
+def dtype_name(dtype: object) -> str:
     """``float32`` for ``torch.float32`` and ``numpy.dtype("float32")`` alike."""
     return str(dtype).rpartition(".")[2]
 
 
-def _check_momentum(momentum: Any, expected: str, like: Any) -> None:
-    """A number, or an array of no dimensions. No device is waited for to learn its value."""
+def _check_momentum(momentum: float | Array, expected: str, like: Array) -> None:
+    """Check a number, or an array of no dimensions. No device is waited for to learn its value."""
     if isinstance(momentum, _NUMBER) or getattr(momentum, "ndim", None) != 0:
         _check_number("momentum", momentum, expected, 1.0)
         return
@@ -267,24 +272,24 @@ def _check_momentum(momentum: Any, expected: str, like: Any) -> None:
         )
     if transport.known(momentum):
         _check_number("momentum", float(momentum), expected, 1.0)
-    elif _place(momentum) not in (_place(like), " on cpu"):
-        where = "" if transport.on_host(like) else f", or{_place(like)}"
+    elif _on_device(momentum) not in (_on_device(like), " on cpu"):
+        where = "" if transport.on_host(like) else f", or{_on_device(like)}"
         raise ValueError(
-            f"expected momentum in host memory{where}, got a tensor{_place(momentum)}{on_rank()}: move it "
-            "there, momentum.cpu()"
+            f"expected momentum in host memory{where}, got a tensor{_on_device(momentum)}{on_rank()}: move "
+            "it there, momentum.cpu()"
         )
 
 
-def _check_number(label: str, value: Any, expected: str, limit: float) -> None:
+def _check_number(label: str, value: object, expected: str, limit: float) -> None:
     if not isinstance(value, _NUMBER):
         raise TypeError(f"expected {label} {expected}, got {type(value).__name__}{on_rank()}")
     if not 0.0 <= value <= limit or value == math.inf:
         raise ValueError(f"expected {label} {expected}, got {value}{on_rank()}")
 
 
-def _is_mixed(name: str, parameters: Any) -> bool:
+def _is_mixed(name: str, parameters: object) -> bool:
     return name in _HALVES and dtype_name(parameters) == "float32"
 
 
-def _place(array: Any) -> str:
+def _on_device(array: Array) -> str:
     return "" if isinstance(array, np.ndarray) else f" on {array.device}"

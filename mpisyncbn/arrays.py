@@ -1,14 +1,13 @@
-"""Which kinds of arrays are taken: those whose values kernels can read, and whose sums are plain sums."""
+"""Checks of the kinds of arrays: kernels must be able to read the values, and sums must be plain sums."""
 
 from __future__ import annotations
 
 import sys
-from typing import Any
 
 import numpy as np
 
 from .errors import on_rank
-from .kernels import loaded_torch
+from .kernels import Array, loaded_torch
 
 __all__ = ["check_array", "check_kind"]
 
@@ -23,8 +22,8 @@ _WRAPPERS = {
 }
 
 
-def check_array(label: str, value: Any) -> None:
-    """Of values in memory, one beside the other or with strides: what kernels can read."""
+def check_array(label: str, value: Array) -> None:
+    """Check that ``value`` is an array whose values are in memory, one beside the other or with strides."""
     if not hasattr(value, "ndim") or not hasattr(value, "dtype"):
         raise TypeError(
             f"expected {label} to be an array, got {type(value).__name__}{on_rank()}: convert it first, "
@@ -42,8 +41,8 @@ def check_array(label: str, value: Any) -> None:
         )
 
 
-def check_kind(label: str, value: Any, whose: str, like: Any) -> None:
-    """An array, and one of torch exactly where the other is."""
+def check_kind(label: str, value: Array, whose: str, like: Array) -> None:
+    """Check that ``value`` is an array, and one of torch exactly if ``like`` is."""
     if not hasattr(value, "ndim") or hasattr(value, "is_cpu") != hasattr(like, "is_cpu"):
         raise TypeError(
             f"expected {label} to be {type(like).__name__} like {whose}, got {type(value).__name__}"
@@ -52,8 +51,8 @@ def check_kind(label: str, value: Any, whose: str, like: Any) -> None:
     check_array(label, value)
 
 
-def _check_numpy(label: str, value: Any) -> None:
-    """Of a NumPy array. A subclass may do something else by ``sum`` and ``*``."""
+def _check_numpy(label: str, value: Array) -> None:
+    """Check that a NumPy array is none of a subclass that means something else by ``sum`` or ``*``."""
     if hasattr(type(value), "mask"):  # numpy.ma's, and those of other libraries
         raise TypeError(
             f"expected {label} to be a plain array, got a masked one, {type(value).__name__}{on_rank()}: "
@@ -66,7 +65,7 @@ def _check_numpy(label: str, value: Any) -> None:
         )
 
 
-def _check_tensor(label: str, value: Any) -> None:
+def _check_tensor(label: str, value: Array) -> None:
     kind = type(value).__name__
     kind = "nested tensor" if value.is_nested else "quantized tensor" if value.is_quantized else kind
     if kind in _WRAPPERS:
@@ -83,8 +82,8 @@ def _check_tensor(label: str, value: Any) -> None:
         )
 
 
-def _has_values(value: Any) -> bool:
-    """Whether a tensor, or a copy of it, has them in memory."""
+def _has_values(value: Array) -> bool:
+    """Whether a tensor, or a copy of it, has its values in memory."""
     torch = loaded_torch()
     cls = type(value)
     if cls.__torch_dispatch__ is torch.Tensor.__torch_dispatch__ or torch.compiler.is_compiling():

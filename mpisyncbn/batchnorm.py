@@ -1,14 +1,15 @@
-"""SyncBatchNorm, the module."""
+"""SyncBatchNorm, the layer as a torch module."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from . import autograd, convert
-from .arguments import check_arguments, check_batches, check_fused
+from .arguments import AnyProcessGroup, check_arguments, check_fused, check_num_batches_tracked
 from .autograd.evaluation import evaluate
 from .kernels import has_float64
 from .layer_names import new_key
@@ -55,7 +56,7 @@ class SyncBatchNorm(convert.Synchronized):
         momentum: float | Tensor | None = 0.1,
         affine: bool = True,
         track_running_stats: bool = True,
-        process_group: Any = None,
+        process_group: AnyProcessGroup = None,
         device: Any = None,
         dtype: Any = None,
         *,
@@ -94,8 +95,8 @@ class SyncBatchNorm(convert.Synchronized):
         if self.track_running_stats:
             running_mean = _tensor(self, self._buffers, "running_mean")
             running_var = _tensor(self, self._buffers, "running_var")
-            batches = _tensor(self, self._buffers, "num_batches_tracked")
-            check_batches(batches)
+            num_batches_tracked = _tensor(self, self._buffers, "num_batches_tracked")
+            check_num_batches_tracked(num_batches_tracked)
         y, stats, device_stats = autograd.batch_norm(
             input,
             running_mean,
@@ -110,11 +111,10 @@ class SyncBatchNorm(convert.Synchronized):
             residual,
         )
         if running_mean is not None:
-            momentum: Any = self.momentum
-            if momentum is None:  # cumulative; as a tensor, so that no device is waited for
-                exact = torch.float64 if has_float64(batches) else torch.float32
-                momentum = 0.0 if batches is None else (batches + 1).to(exact).reciprocal()
-            record_batch(running_mean, running_var, batches, stats, momentum, device_stats)
+            momentum: float | Tensor | None = self.momentum
+            if momentum is None:
+                momentum = _cumulative_momentum(num_batches_tracked)
+            record_batch(running_mean, running_var, num_batches_tracked, stats, momentum, device_stats)
         return y
 
     def extra_repr(self) -> str:
@@ -125,7 +125,7 @@ class SyncBatchNorm(convert.Synchronized):
     def convert_sync_batchnorm(
         cls,
         module: nn.Module,
-        process_group: Any = None,
+        process_group: AnyProcessGroup = None,
         *,
         name: str | None = None,
         fuse_relu: bool = False,
@@ -138,10 +138,12 @@ class SyncBatchNorm(convert.Synchronized):
         Args:
             module: a model, or a single layer.
             process_group: the ranks to normalize over: an mpi4py communicator, a Communicator, or None
-                for the world.
+                for the world. Layers that are synchronized already get it too.
             name: of the model, the same on every rank; None: the name of its class. Give models of one class
                 different names: ranks that use different layers in one exchange are told so by them.
-            fuse_relu: let a layer do the work of an ``nn.ReLU`` that follows it in an ``nn.Sequential``.
+            fuse_relu: let a layer do the work of an ``nn.ReLU`` that follows it in an ``nn.Sequential``, at
+                no pass over memory of its own. Only where neither has hooks and the layer stands nowhere
+                else in the model.
 
         Returns:
             ``module`` itself.
@@ -150,10 +152,22 @@ class SyncBatchNorm(convert.Synchronized):
             TypeError: some layer, named in the message, has a ``forward`` of its own, which would be
                 lost, or is compiled by torch.jit. No layer is changed then.
             TypeError, ValueError: ``name`` is no text, or begins with ``#``.
+
+        Warns:
+            UserWarning: the model holds batch norms that are none of torch's, and stay local.
         """
         return convert.convert_sync_batchnorm(module, process_group, name=name, fuse_relu=fuse_relu, to=cls)
 
 
+def _cumulative_momentum(num_batches_tracked: Tensor | None) -> float | Tensor:
+    """The weight of the next batch in an average of all, as a tensor, so that no device is waited for."""
+    if num_batches_tracked is None:
+        return 0.0
+    dtype = torch.float64 if has_float64(num_batches_tracked) else torch.float32
+    return (num_batches_tracked + 1).to(dtype).reciprocal()
+
+
 # nn.Module looks for an attribute everywhere else before it looks where it keeps its tensors.
-def _tensor(layer: nn.Module, kept: dict[str, Any], name: str) -> Any:
-    return kept[name] if name in kept else getattr(layer, name)  # parametrized
+def _tensor(layer: nn.Module, tensors: Mapping[str, Tensor | None], name: str) -> Tensor | None:
+    """A parameter or buffer of a layer, out of those that it keeps or, if parametrized, as an attribute."""
+    return tensors[name] if name in tensors else getattr(layer, name)

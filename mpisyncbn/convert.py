@@ -1,4 +1,4 @@
-"""From BatchNorm to SyncBatchNorm and back, in place, so that everything attached to a layer stays on it.
+"""Conversion from BatchNorm to SyncBatchNorm and back, in place: a layer keeps all that is attached to it.
 
 A conversion changes a layer's class and nothing else: hooks, parameters, buffers, extra
 attributes, parametrizations and every reference to the layer survive, because it is the same object.
@@ -10,7 +10,7 @@ import sys
 from collections import Counter
 from collections.abc import Iterator
 from itertools import pairwise
-from typing import Any, cast
+from typing import Any, NoReturn, cast
 
 import torch
 from torch import nn
@@ -19,16 +19,16 @@ from torch.nn.modules.lazy import LazyModuleMixin
 from torch.nn.utils import parametrize
 
 from . import tracing
-from .arguments import at, check_activation, check_module, check_tensor
+from .arguments import AnyProcessGroup, check_activation, check_module, check_tensor, in_layer
 from .comm.communicator import Communicator, resolve
 from .convertible import (
+    abbreviated,
     check_name,
-    first_of,
+    label_of,
     refuse_own_activation,
     refuse_own_forward,
     refuse_replacement,
     refuse_scripted,
-    said,
     warn_of_others,
 )
 from .errors import on_rank
@@ -44,8 +44,10 @@ __all__ = [
 
 
 class BatchNorm(tracing.Leaf, _BatchNorm):
-    """Batch norm of this rank alone for input of any dimension: what reverting makes of a layer
-    that was never anything but synchronized."""
+    """Batch norm of this rank alone, for input of any dimension.
+
+    Reverting makes this of a layer that was never anything but synchronized.
+    """
 
     def _check_input_dim(self, input: torch.Tensor) -> None:
         if not torch.jit.is_scripting():  # what is in here torch.jit.script leaves out
@@ -53,27 +55,27 @@ class BatchNorm(tracing.Leaf, _BatchNorm):
             if input.ndim < 2:
                 raise ValueError(
                     f"expected at least 2D input, (N, C, *), got {input.ndim}D input"
-                    f"{at(getattr(self, 'layer_name', None))}: one sample alone is x[None]"
+                    f"{in_layer(getattr(self, 'layer_name', None))}: one sample alone is x[None]"
                 )
 
 
 class Synchronized(BatchNorm):
-    """What conversion writes on a layer, and reverting takes off again."""
+    """A layer with the attributes that conversion sets and reverting deletes."""
 
     communicator: Communicator | None = None  # of the ranks to normalize over; None: the world
     _given: _Given | None = None  # the process_group, where it is another object than that
     activation: str | None = None  # "relu", where the layer does that too
     layer_name: str | None = None  # on all ranks: the name of the model and its own in it
     _key: str = "#"  # known by while it has no name, to this process only
-    _converted_from: tuple[type, dict[str, Any]] | None = None  # class, and attributes that were replaced
+    _converted_from: tuple[type, dict[str, object]] | None = None  # class, and attributes that were replaced
 
     @property
-    def process_group(self) -> Any:
+    def process_group(self) -> AnyProcessGroup:
         """As it was given: an mpi4py communicator, a process group of torch, a Communicator, or None."""
         return self.communicator if self._given is None else self._given.process_group
 
     @process_group.setter
-    def process_group(self, process_group: Any) -> None:
+    def process_group(self, process_group: AnyProcessGroup) -> None:
         # A Communicator at once: the user may free what was given.
         communicator = None if process_group is None else resolve(process_group)
         for name in ("communicator", "_given"):
@@ -100,24 +102,23 @@ class Synchronized(BatchNorm):
             refuse_replacement(sys._getframe(1), self.layer_name)
         return super().named_children()
 
-    def _slow_forward(
-        self, *args: Any, **kwargs: Any
-    ) -> Any:  # called in place of forward by torch.jit.trace
+    def _slow_forward(self, *args: Any, **kwargs: Any) -> Any:
+        # torch.jit.trace calls this in place of forward
         if self.training:
             tracing.refuse("torch.jit.trace", self.layer_name)
         return super()._slow_forward(*args, **kwargs)
 
-    def __prepare_scriptable__(self) -> Any:  # called by torch.jit.script
+    def __prepare_scriptable__(self) -> NoReturn:  # called by torch.jit.script
         tracing.refuse("torch.jit.script", self.layer_name)
 
 
 class _Given:
     """A process group as the user gave it. Neither mpi4py nor torch can copy theirs: copies share it."""
 
-    def __init__(self, process_group: Any, communicator: Communicator | None = None) -> None:
+    def __init__(self, process_group: AnyProcessGroup, communicator: Communicator | None = None) -> None:
         self.process_group, self.communicator = process_group, communicator
 
-    def __deepcopy__(self, memo: dict[int, Any]) -> _Given:
+    def __deepcopy__(self, memo: dict[int, object]) -> _Given:
         return self
 
     def __reduce__(self) -> tuple[Any, ...]:
@@ -132,7 +133,15 @@ class _Given:
         return _Given, (kept, self.communicator)
 
 
-_WRITTEN = ("process_group", "communicator", "_given", "activation", "layer_name", "_key", "_converted_from")
+_CONVERSION_ATTRIBUTES = (
+    "process_group",
+    "communicator",
+    "_given",
+    "activation",
+    "layer_name",
+    "_key",
+    "_converted_from",
+)
 _WRAPPED = ("module", "_orig_mod", "_fsdp_wrapped_module")  # as torch's wrappers call the model in them
 # Nothing asks for these by class, or, as DistributedDataParallel on CPUs, only to refuse them.
 _KNOWN = (nn.SyncBatchNorm, BatchNorm)
@@ -140,7 +149,7 @@ _PLAIN = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)  # which add nothing t
 
 
 class FusedReLU(tracing.Leaf, nn.Identity):
-    """Stands where a ReLU stood that the layer before it has taken over; reverting puts it back."""
+    """The place of a ReLU that the layer before it has taken over. Reverting puts the ReLU back."""
 
     def __init__(self, layer: nn.Module, relu: nn.Module) -> None:
         super().__init__()
@@ -149,69 +158,54 @@ class FusedReLU(tracing.Leaf, nn.Identity):
 
 def convert_sync_batchnorm(
     module: nn.Module,
-    process_group: Any = None,
+    process_group: AnyProcessGroup = None,
     *,
     name: str | None = None,
     fuse_relu: bool = False,
     to: type[Synchronized],
 ) -> nn.Module:
-    """Turn every ``BatchNorm*d`` (also lazy ones, and ``torch.nn.SyncBatchNorm``) of a model into ``to``.
+    """Convert the layers of a model, as ``SyncBatchNorm.convert_sync_batchnorm`` says.
 
-    Args:
-        module: a model, or a single layer.
-        process_group: the ranks to normalize over: an mpi4py communicator, a Communicator, or None
-            for the world. Layers that are synchronized already get it too.
-        name: of the model, the same on every rank; None: the name of its class. Ranks that use layers of
-            different names in one exchange are told so: give models of one class different names.
-        fuse_relu: let a layer do the work of an ``nn.ReLU`` that follows it in an ``nn.Sequential``, at no
-            pass over memory of its own. Only where nothing else could tell: no hooks on either, and
-            the layer stands nowhere else in the model.
-        to: the class of the new layers. Each stays an instance of the class that it had, such as BatchNorm2d.
-
-    Returns:
-        ``module`` itself, its layers changed in place.
-
-    Raises:
-        TypeError: some layer, named in the message, has a ``forward`` of its own, which would be
-            lost, or is compiled by torch.jit. No layer is changed then.
-        TypeError, ValueError: ``name`` is no text, or begins with ``#``.
-
-    Warns:
-        UserWarning: the model holds batch norms that are none of torch's, and stay local.
-
-    Not collective.
+    Each becomes a ``to``, and stays an instance of the class that it had, such as BatchNorm2d.
     """
     check_module(module)
     check_name(name)
     if process_group is not None:
         resolve(process_group)  # before any layer is changed
-    layers = [(place, layer) for place, layer in module.named_modules() if isinstance(layer, _BatchNorm)]
-    plain = [(place, layer) for place, layer in layers if not isinstance(layer, Synchronized)]
+    layers = [(path, layer) for path, layer in module.named_modules() if isinstance(layer, _BatchNorm)]
+    plain = [(path, layer) for path, layer in layers if not isinstance(layer, Synchronized)]
     refuse_own_activation(plain)
     refuse_own_forward(plain)
     refuse_scripted(module)
     warn_of_others(module)
     model = _class_name(module) if name is None else name
-    for place, layer in layers:
-        if isinstance(layer, Synchronized) and layer._converted_from and not isinstance(layer, to):
-            _revert(layer)  # converted to another class before
-        if not isinstance(layer, Synchronized):
-            original = parametrize.type_before_parametrizations(layer)
-            replaced = {key: vars(layer).pop(key) for key in _WRITTEN if key in vars(layer)}
-            if replaced.get("process_group") is not None:  # torch.nn.SyncBatchNorm's
-                replaced["process_group"] = _Given(replaced["process_group"])
-            _change_class(layer, _synchronized(to, original))
-            layer = cast(Synchronized, layer)
-            layer._converted_from = (original, replaced)
-            layer._key = new_key(layer)
-        layer.process_group = process_group
-        layer.layer_name = f"{model}: {place}" if place else name
+    for path, layer in layers:
+        synchronized = _convert(layer, to)
+        synchronized.process_group = process_group
+        synchronized.layer_name = f"{model}: {path}" if path else name
     if fuse_relu:
         _fuse_relu(module)
     return module
 
 
-def set_process_group(module: nn.Module, process_group: Any) -> None:
+def _convert(layer: _BatchNorm, to: type[Synchronized]) -> Synchronized:
+    """``layer`` itself, of a class derived from ``to`` if it was not synchronized already."""
+    if isinstance(layer, Synchronized) and layer._converted_from and not isinstance(layer, to):
+        _revert(layer)  # converted to another class before
+    if isinstance(layer, Synchronized):
+        return layer
+    original = parametrize.type_before_parametrizations(layer)
+    replaced = {key: vars(layer).pop(key) for key in _CONVERSION_ATTRIBUTES if key in vars(layer)}
+    if replaced.get("process_group") is not None:  # torch.nn.SyncBatchNorm's
+        replaced["process_group"] = _Given(replaced["process_group"])
+    _change_class(layer, _synchronized(to, original))
+    layer = cast(Synchronized, layer)
+    layer._converted_from = (original, replaced)
+    layer._key = new_key(layer)
+    return layer
+
+
+def set_process_group(module: nn.Module, process_group: AnyProcessGroup) -> None:
     """Let all synchronized layers of a model normalize over other ranks from now on.
 
     Args:
@@ -248,13 +242,13 @@ def revert_sync_batchnorm(module: nn.Module) -> nn.Module:
     check_module(module)
     fused = {id(vars(each)["_layer"]) for each in module.modules() if isinstance(each, FusedReLU)}
     lost = [
-        said(name)
+        label_of(name)
         for name, layer in module.named_modules()
         if isinstance(layer, Synchronized) and layer.activation and id(layer) not in fused
     ]
     if lost:
         raise TypeError(
-            f"cannot revert layers whose activation would be lost: {first_of(lost)}{on_rank()}. Put an "
+            f"cannot revert layers whose activation would be lost: {abbreviated(lost)}{on_rank()}. Put an "
             "nn.ReLU behind such a layer and set its activation to None; no layer was changed"
         )
     for layer in module.modules():
@@ -267,25 +261,25 @@ def revert_sync_batchnorm(module: nn.Module) -> nn.Module:
 
 
 def _fuse_relu(module: nn.Module) -> None:
-    places = Counter(id(each) for _, each in module.named_modules(remove_duplicate=False))
+    uses = Counter(id(each) for _, each in module.named_modules(remove_duplicate=False))
     for container in module.modules():
         if type(container) is not nn.Sequential:
             continue
         for (_, layer), (name, relu) in pairwise(container._modules.items()):
-            alone = isinstance(layer, Synchronized) and type(relu) is nn.ReLU and places[id(layer)] == 1
+            alone = isinstance(layer, Synchronized) and type(relu) is nn.ReLU and uses[id(layer)] == 1
             if alone and not _has_hooks(layer) and not _has_hooks(relu):
                 cast(Synchronized, layer).activation = "relu"
                 container._modules[name] = FusedReLU(layer, relu)
 
 
-def _has_hooks(module: Any) -> bool:
+def _has_hooks(module: nn.Module) -> bool:
     return any(
         hooks for key, hooks in vars(module).items() if key.endswith("_hooks") and "state_dict" not in key
     )
 
 
 def _class_name(model: nn.Module) -> str:
-    """As in ``DistributedDataParallel(Generator)``: of a wrapper, with that of the model in it."""
+    """The name of a model's class; that of a wrapper as in ``DistributedDataParallel(Generator)``."""
     own = parametrize.type_before_parametrizations(model).__name__
     if len(model._modules) == 1:
         ((name, inner),) = model._modules.items()
@@ -301,7 +295,7 @@ def _revert(layer: Synchronized) -> None:
         original = original.cls_to_become  # has seen its first input in the meantime
     give_up_key(layer)
     _change_class(layer, original)
-    for key in _WRITTEN:
+    for key in _CONVERSION_ATTRIBUTES:
         vars(layer).pop(key, None)
     for key, value in replaced.items():
         vars(layer)[key] = value.process_group if isinstance(value, _Given) else value
@@ -316,6 +310,7 @@ def _change_class(layer: nn.Module, cls: type) -> None:
 
 
 def _synchronized(to: type, original: type) -> type:
+    """The class that a layer of the class ``original`` is converted to."""
     return to if original in _KNOWN else _mixed(to, original)
 
 

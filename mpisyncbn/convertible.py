@@ -1,9 +1,9 @@
-"""What conversion refuses before it changes anything, and what it warns of."""
+"""Checks before a conversion, which raise before anything is changed, and its warning."""
 
 from __future__ import annotations
 
 import warnings
-from typing import Any
+from types import FrameType
 
 import torch
 from torch import nn
@@ -13,26 +13,26 @@ from torch.nn.utils import parametrize
 from .errors import on_rank
 
 __all__ = [
+    "abbreviated",
     "check_name",
-    "first_of",
+    "label_of",
     "refuse_own_activation",
     "refuse_own_forward",
     "refuse_replacement",
     "refuse_scripted",
-    "said",
     "warn_of_others",
 ]
 _CONVERTERS = ("convert_sync_batchnorm", "convert_syncbn_model")
 
 
-def check_name(name: Any) -> None:
+def check_name(name: object) -> None:
     if name is not None and not isinstance(name, str):
         raise TypeError(f"expected name to be a str or None, got {type(name).__name__}{on_rank()}")
     if name is not None and (not name or name.startswith("#")):
         raise ValueError(f"expected a name that is not empty and begins with no #, got {name!r}{on_rank()}")
 
 
-def refuse_own_forward(layers: list[tuple[str, Any]]) -> None:
+def refuse_own_forward(layers: list[tuple[str, _BatchNorm]]) -> None:
     lost = [(name, type(layer)) for name, layer in layers if _has_own_forward(layer)]
     if lost:
         raise TypeError(
@@ -42,20 +42,20 @@ def refuse_own_forward(layers: list[tuple[str, Any]]) -> None:
         )
 
 
-def refuse_own_activation(layers: list[tuple[str, Any]]) -> None:
+def refuse_own_activation(layers: list[tuple[str, _BatchNorm]]) -> None:
     taken = [
-        said(name)
+        label_of(name)
         for name, layer in layers
         if "activation" in {**layer._modules, **layer._parameters, **layer._buffers}
     ]
     if taken:
         raise TypeError(
-            f"cannot convert layers that hold something named activation: {first_of(taken)}{on_rank()}. A "
+            f"cannot convert layers that hold something named activation: {abbreviated(taken)}{on_rank()}. A "
             "synchronized layer has an attribute of that name; rename yours; no layer was changed"
         )
 
 
-def _has_own_forward(layer: Any) -> bool:
+def _has_own_forward(layer: nn.Module) -> bool:
     classes = [type(layer), getattr(layer, "cls_to_become", None)]  # a lazy layer becomes another
     known = (None, _BatchNorm.forward, nn.SyncBatchNorm.forward)
     return "forward" in vars(layer) or any(getattr(cls, "forward", None) not in known for cls in classes)
@@ -65,15 +65,15 @@ def refuse_scripted(module: nn.Module) -> None:
     for name, layer in module.named_modules():
         if isinstance(layer, torch.jit.ScriptModule) and "BatchNorm" in layer.original_name:
             raise TypeError(
-                f"cannot convert {said(name)}: it is compiled by torch.jit{on_rank()}. "
+                f"cannot convert {label_of(name)}: it is compiled by torch.jit{on_rank()}. "
                 "Convert the model before compiling it; no layer was changed"
             )
 
 
-def refuse_replacement(caller: Any, layer: str | None) -> None:
-    """Where ``caller``, the frame that asks a synchronized layer for its children, is another converter.
+def refuse_replacement(caller: FrameType, layer: str | None) -> None:
+    """Raise TypeError if the frame that asks a synchronized layer for its children is another converter.
 
-    They take any ``_BatchNorm`` for a local one, make a layer of their own, and ask for the children last.
+    Converters take any ``_BatchNorm`` for a local one, make a layer of their own, and last ask for children.
     """
     library = caller.f_globals.get("__name__", "").partition(".")[0]
     if caller.f_code.co_name in _CONVERTERS and library in ("torch", "timm", "apex"):
@@ -101,7 +101,7 @@ def warn_of_others(module: nn.Module) -> None:
             and not any("Frozen" in kind for kind in named)  # which has no batch statistics
             and not isinstance(each, _BatchNorm)
         ):
-            others.append(f"{said(name)} ({cls.__module__}.{cls.__qualname__})")
+            others.append(f"{label_of(name)} ({cls.__module__}.{cls.__qualname__})")
     if others:
         warnings.warn(
             "layers that are no BatchNorm of torch's stay local to each rank: "
@@ -111,17 +111,18 @@ def warn_of_others(module: nn.Module) -> None:
 
 
 def _by_class(layers: list[tuple[str, type]]) -> str:
-    """One of each class by name, and how many more there are."""
+    """The name of one layer of each class, and how many more there are."""
     names: dict[str, list[str]] = {}
     for name, cls in layers:
-        names.setdefault(f"{cls.__module__}.{cls.__qualname__}", []).append(said(name))
-    return ", ".join(f"{first_of(some)} ({cls})" for cls, some in names.items())
+        names.setdefault(f"{cls.__module__}.{cls.__qualname__}", []).append(label_of(name))
+    return ", ".join(f"{abbreviated(some)} ({cls})" for cls, some in names.items())
 
 
-def first_of(names: list[str]) -> str:
-    """A model may have hundreds of them."""
+def abbreviated(names: list[str]) -> str:
+    """The first name, and how many more there are: a model may have hundreds."""
     return names[0] if len(names) == 1 else f"{names[0]}, and {len(names) - 1} more"
 
 
-def said(name: str) -> str:
+def label_of(name: str) -> str:
+    """How an error calls the module of a name, which is empty for the model itself."""
     return name or "the module itself"

@@ -11,12 +11,19 @@ import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
-from typing import Any, NamedTuple, TypeAlias
+from typing import NamedTuple, TypeAlias
 
 import numpy as np
 
 from . import exchange, profiling
-from .arguments import check_arguments, check_count, check_gradient, check_running, check_stats
+from .arguments import (
+    AnyProcessGroup,
+    check_arguments,
+    check_count,
+    check_gradient,
+    check_running,
+    check_stats,
+)
 from .comm import transport
 from .comm.communicator import resolve
 from .errors import on_rank
@@ -96,7 +103,7 @@ def batch_norm_forward(
     bias: Array | None = None,
     *,
     eps: float = 1e-5,
-    process_group: Any = None,
+    process_group: AnyProcessGroup = None,
 ) -> tuple[Array, BatchStats]:
     """Normalize ``x`` with the mean and variance of the whole group's batch (Ioffe and Szegedy 2015).
 
@@ -133,7 +140,12 @@ def batch_norm_forward(
 
 
 def batch_norm_backward(
-    dy: Array, x: Array, stats: BatchStats, weight: Array | None = None, *, process_group: Any = None
+    dy: Array,
+    x: Array,
+    stats: BatchStats,
+    weight: Array | None = None,
+    *,
+    process_group: AnyProcessGroup = None,
 ) -> tuple[Array, Array, Array]:
     """The gradients of ``batch_norm_forward``.
 

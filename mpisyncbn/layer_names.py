@@ -1,4 +1,4 @@
-"""Names for layers that were given none: after the exchange in which each was first used."""
+"""Names for layers that were given none: each is named after the exchange in which it was first used."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def new_key(layer: Any) -> str:
 
 
 def give_up_key(layer: Any) -> None:
-    """``layer`` will have another key, or none."""
+    """Forget the key of ``layer``, which will have another, or none."""
     key = layer._key
     if _layers.get(key) is layer:
         del _layers[key]
@@ -34,6 +34,7 @@ class FirstUses(dict[str, str]):
     _room = 2 * _KEPT
 
     def add(self, key: str, exchange: int) -> str:
+        """Name a layer, by its key, after the number of the exchange that it is about to begin."""
         if len(self) >= self._room:
             dropped = [key for key in list(self) if key not in _layers]  # in order of their first use
             for each in dropped[:-_KEPT]:

@@ -1,10 +1,10 @@
-"""Names of collectives and exchanges in torch.profiler. Without one, it costs a look at a flag."""
+"""Names of collectives and exchanges in torch.profiler. Where none is enabled, it costs a look at a flag."""
 
 from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
 __all__ = ["begin", "find_torch", "in_background", "profiler", "record", "recorded"]
@@ -18,20 +18,20 @@ profiler: Any = _NoTorch  # torch.autograd.profiler, whose flag is for such ques
 
 
 def find_torch() -> None:
-    """From here on heed torch's profiler, if torch has been imported."""
+    """Use torch's profiler from here on, if torch has been imported."""
     global profiler
     if "torch.autograd.profiler" in sys.modules:
         profiler = sys.modules["torch.autograd.profiler"]
 
 
 def record(name: str) -> Any:
-    """A context manager for what ``name`` stands for."""
+    """A context manager of torch: what runs inside appears in the profile as ``name``."""
     return profiler.record_function(name)
 
 
 @contextmanager
-def recorded(name: str, lock: Any) -> Iterator[None]:
-    """``lock``, recorded from when it is waited for until it is released."""
+def recorded(name: str, lock: AbstractContextManager[object]) -> Iterator[None]:
+    """Hold ``lock``, and record that as ``name`` from when it is waited for until it is released."""
     with record(name), lock:
         yield
 

@@ -1,4 +1,4 @@
-"""How torch.fx and torch.jit see the layers: as one step of a model, or not at all."""
+"""Layers under torch.fx, which takes each as one step of a model, and torch.jit, which is refused."""
 
 from __future__ import annotations
 
@@ -28,6 +28,7 @@ class Leaf(nn.Module):
 
 
 def refuse(tool: str, layer: str | None) -> NoReturn:
+    """Raise TypeError: a tool such as torch.jit.trace cannot compile a synchronized layer."""
     raise TypeError(
         f"{tool} cannot compile what a synchronized layer sends to other ranks"
         f"{f': {layer}' if layer else ''}{on_rank()}. Revert the model or a copy of it first, "

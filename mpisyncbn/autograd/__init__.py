@@ -13,14 +13,13 @@ Evaluation needs no other rank: evaluation.py.
 from __future__ import annotations
 
 import math
-from typing import Any
 
 import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 
 from .. import profiling
-from ..arguments import UNNAMED, check_arguments, check_count, check_fused, check_tensor
+from ..arguments import UNNAMED, AnyProcessGroup, check_arguments, check_count, check_fused, check_tensor
 from ..comm.communicator import Communicator, resolve
 from ..errors import on_rank
 from ..fingerprint import layer_dtype
@@ -45,7 +44,7 @@ def sync_batch_norm(
     training: bool = True,
     momentum: float | Tensor = 0.1,
     eps: float = 1e-5,
-    process_group: Any = None,
+    process_group: AnyProcessGroup = None,
     *,
     activation: str | None = None,
     residual: Tensor | None = None,
@@ -118,7 +117,7 @@ def batch_norm(
     bias: Tensor | None,
     momentum: float | Tensor | None,
     eps: float,
-    process_group: Any,
+    process_group: AnyProcessGroup,
     layer: str,
     activation: str | None = None,
     residual: Tensor | None = None,
@@ -184,7 +183,7 @@ def passes_fast_check(
         return False
 
 
-def _group_key(process_group: Any) -> str:
+def _group_key(process_group: AnyProcessGroup) -> str:
     if process_group is None:
         return ""
     if not isinstance(process_group, Communicator) and torch.compiler.is_compiling():
