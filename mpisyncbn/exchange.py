@@ -230,9 +230,7 @@ def _exchange_vectors(
     return _COLLECTIVES[kind](group, call, *_pack(group, header, vectors, length)).copy()
 
 
-def _pack(
-    group: Communicator, header: np.ndarray, vectors: Sequence[Array], length: int
-) -> tuple[Array, Buffer]:
+def _pack(group: Communicator, header: Array, vectors: Sequence[Array], length: int) -> tuple[Array, Buffer]:
     """A message, as array and as MPI wants it, where the vectors are.
 
     The fingerprint stands first, so that it arrives even where another rank sent a shorter message.
@@ -275,11 +273,7 @@ _COLLECTIVES = {_SUM: _allreduce, _GATHER: _allgather}
 
 
 def _run_collective(
-    group: Communicator,
-    call: LayerCall,
-    message: Array,
-    collective: Callable[..., None],
-    *buffers: Buffer,
+    group: Communicator, call: LayerCall, message: Array, collective: Callable[..., None], *buffers: Buffer
 ) -> None:
     """Call MPI, with the device of the message as the current one. Raises MPI's errors as ours."""
     try:

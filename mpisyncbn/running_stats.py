@@ -57,24 +57,15 @@ def record_batch(
         momentum = float(momentum)
     if _record_natively(running_mean, running_var, num_batches_tracked, stats, momentum):
         return True
-    count = int(stats.count) if isinstance(stats.count, np.generic) else stats.count
+    if isinstance(stats.count, np.generic):
+        stats = stats._replace(count=int(stats.count))
+    count = stats.count
     if isinstance(count, int) and count == 0:
         return False
     if not isinstance(count, int) or not (transport.on_host(stats.mean) or transport.on_host(running_mean)):
         return _record_without_sync(running_mean, running_var, num_batches_tracked, stats, momentum)
-    mean, var = transport.to_host(stats.mean, stats.var)
-    with np.errstate(all="ignore"):
-        unbiased = var * (count / max(count - 1, 1))
-        if not _fits(mean, unbiased, running_var):
-            _warn_not_finite(on_rank())
-            return False
-    if (
-        device_stats is None
-        or device_stats.mean is stats.mean
-        or not _record_on_device(running_mean, running_var, num_batches_tracked, device_stats, momentum)
-    ):
-        lerp_((running_mean, running_var), (mean, unbiased), momentum, num_batches_tracked)
-    return True
+    arrays = running_mean, running_var, num_batches_tracked
+    return _record_from_host(*arrays, stats, momentum, device_stats)
 
 
 def _record_natively(
@@ -104,6 +95,30 @@ def _record_natively(
         if num_batches_tracked is not None and num_batches_tracked._version - running_mean._version > ahead:
             num_batches_tracked.sub_(1)  # counted, and then something went wrong
         raise
+
+
+def _record_from_host(
+    running_mean: Array,
+    running_var: Array,
+    num_batches_tracked: Tensor | None,
+    stats: BatchStats,
+    momentum: float | Array,
+    device_stats: BatchStats | None,
+) -> bool:
+    """Do it from statistics that the host knows, wherever the running ones are. Returns whether it did."""
+    mean, var = transport.to_host(stats.mean, stats.var)
+    with np.errstate(all="ignore"):
+        unbiased = var * (stats.count / max(stats.count - 1, 1))
+        if not _fits(mean, unbiased, running_var):
+            _warn_not_finite(on_rank())
+            return False
+    if (
+        device_stats is None
+        or device_stats.mean is stats.mean
+        or not _record_on_device(running_mean, running_var, num_batches_tracked, device_stats, momentum)
+    ):
+        lerp_((running_mean, running_var), (mean, unbiased), momentum, num_batches_tracked)
+    return True
 
 
 def _record_on_device(
@@ -174,7 +189,7 @@ def _warn_not_finite(rank: str) -> None:
         "a batch whose mean or variance is not finite, or overflows the dtype of the running statistics, was "
         f"kept out of the running statistics{rank}; further ones will be, silently",
         RuntimeWarning,
-        stacklevel=4,
+        stacklevel=5,  # whoever called functional.update_running_stats
     )
 
 
