@@ -7,7 +7,7 @@ rank, and the cure.
 from __future__ import annotations
 
 import math
-from typing import Any, TypeAlias
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 import numpy as np
 
@@ -15,6 +15,9 @@ from .arrays import check_array, check_kind
 from .comm import transport
 from .errors import on_rank
 from .kernels import Array, loaded_torch
+
+if TYPE_CHECKING:
+    from .functional import BatchStats
 
 __all__ = [
     "UNNAMED",
@@ -181,7 +184,7 @@ def check_gradient(dy: Array, x: Array) -> None:
         )
 
 
-def check_stats(stats: Any, names: tuple[str, ...], channels: int, like: Array) -> None:
+def check_stats(stats: BatchStats, names: tuple[str, ...], channels: int, like: Array) -> None:
     """Check the vectors ``names`` of a BatchStats, and its count. Native code trusts their lengths."""
     first = getattr(stats, names[0])
     if not transport.on_host(first):

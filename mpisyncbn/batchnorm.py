@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -57,8 +56,8 @@ class SyncBatchNorm(convert.Synchronized):
         affine: bool = True,
         track_running_stats: bool = True,
         process_group: AnyProcessGroup = None,
-        device: Any = None,
-        dtype: Any = None,
+        device: torch.device | str | int | None = None,
+        dtype: torch.dtype | None = None,
         *,
         bias: bool = True,
         activation: str | None = None,

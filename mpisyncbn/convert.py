@@ -93,7 +93,7 @@ class Synchronized(BatchNorm):
             check_activation(value)
         super().__setattr__(name, value)
 
-    def __setstate__(self, state: dict[str, Any]) -> None:
+    def __setstate__(self, state: dict[str, object]) -> None:
         super().__setstate__(state)
         self._key = new_key(self)  # copied or loaded, it is another layer
 
@@ -121,7 +121,7 @@ class _Given:
     def __deepcopy__(self, memo: dict[int, object]) -> _Given:
         return self
 
-    def __reduce__(self) -> tuple[Any, ...]:
+    def __reduce__(self) -> tuple[object, ...]:
         if self.communicator is None:
             raise TypeError(
                 f"cannot pickle a layer that had a process_group of torch before it was converted{on_rank()}:"
@@ -334,7 +334,7 @@ def _mixed(to: type, original: Any) -> type:
     return type(name, (to, original), members)
 
 
-def _reduce_mixed(layer: Any, protocol: Any) -> tuple[Any, ...]:
+def _reduce_mixed(layer: Any, protocol: int) -> tuple[object, ...]:
     # The class was made at run time, so pickle cannot find it by name: it is made again.
     _, _, *state = super(layer._mixed[0], layer).__reduce_ex__(protocol)
     return (_rebuild, layer._mixed, *state)

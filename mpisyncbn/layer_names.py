@@ -4,24 +4,27 @@ from __future__ import annotations
 
 import itertools
 import weakref
-from typing import Any
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from .convert import Synchronized
 
 __all__ = ["FirstUses", "give_up_key", "new_key"]
 
 _numbers = itertools.count()
-_layers: weakref.WeakValueDictionary[str, Any] = weakref.WeakValueDictionary()
+_layers: weakref.WeakValueDictionary[str, Synchronized] = weakref.WeakValueDictionary()
 # A compiled backward pass may still ask for the name of a layer that was dropped after forward.
 _KEPT = 256
 
 
-def new_key(layer: Any) -> str:
+def new_key(layer: Synchronized) -> str:
     """A key for ``layer``, which only this process knows: it begins with ``#``, as no name does."""
     key = f"#{next(_numbers)}"
     _layers[key] = layer
     return key
 
 
-def give_up_key(layer: Any) -> None:
+def give_up_key(layer: Synchronized) -> None:
     """Forget the key of ``layer``, which will have another, or none."""
     key = layer._key
     if _layers.get(key) is layer:

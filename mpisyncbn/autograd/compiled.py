@@ -8,8 +8,6 @@ graph that saved what the next forward changes would refuse its backward pass.
 
 from __future__ import annotations
 
-from typing import Any
-
 import numpy as np
 import torch
 from torch import Tensor
@@ -110,7 +108,7 @@ def _mark_must_save(*results: Tensor) -> tuple[Tensor, ...]:
 
 
 @torch.ops.mpisyncbn.merge_moments.default.py_impl(_CachingTorchDispatchMode)
-def _bypass_checkpoint_mode(_: object, *args: Any) -> tuple[Tensor, ...]:
+def _bypass_checkpoint_mode(_: object, *args: object) -> tuple[Tensor, ...]:
     """Run the exchange as if the graph held no checkpoint: torch 2.13 has one there repeat everything."""
     return torch.ops.mpisyncbn.merge_moments(*args)
 

@@ -6,8 +6,6 @@ they come back here as functions of the input without a message; only their deri
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch import Tensor
 
@@ -32,7 +30,11 @@ class _MergeMoments(torch.autograd.Function):
         return tuple(torch.as_tensor(v).clone() for v in layer.device_stats[:2])  # type: ignore[return-value]
 
     @staticmethod
-    def setup_context(ctx: FunctionContext, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    def setup_context(
+        ctx: FunctionContext,
+        inputs: tuple[Tensor, Tensor, int, LayerContext],
+        output: tuple[Tensor, Tensor],
+    ) -> None:
         mean, _, ctx.count, ctx.layer = inputs
         ctx.total = max(ctx.layer.stats.count, 1)
         ctx.rows = mean.ndim == 2  # float64: in two parts, and only their sum matters here
@@ -86,7 +88,7 @@ class _AllReduce(torch.autograd.Function):
         return transport.from_host(total, values).reshape(values.shape)
 
     @staticmethod
-    def setup_context(ctx: FunctionContext, inputs: tuple[Any, ...], output: Tensor) -> None:
+    def setup_context(ctx: FunctionContext, inputs: tuple[Tensor, LayerContext, str], output: Tensor) -> None:
         _, ctx.layer, ctx.direction = inputs
 
     @staticmethod

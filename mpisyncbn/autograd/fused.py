@@ -6,7 +6,7 @@ it hands to the composite path (composite.py).
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, TypeAlias
 
 import numpy as np
 import torch
@@ -18,6 +18,9 @@ from .composite import differentiable_stats, differentiable_sums, refuse_batched
 from .layer_context import FunctionContext, LayerContext
 
 __all__ = ["apply"]
+
+# x, weight, bias, residual, and what else a call is
+Inputs: TypeAlias = tuple[Tensor, Tensor | None, Tensor | None, Tensor | None, LayerContext]
 
 
 def apply(
@@ -104,7 +107,7 @@ class _Transformable(_SyncBatchNorm):
         return _forward(*inputs)
 
     @staticmethod
-    def setup_context(ctx: FunctionContext, inputs: tuple[Any, ...], output: Tensor) -> None:
+    def setup_context(ctx: FunctionContext, inputs: Inputs, output: Tensor) -> None:
         _save_for_backward(ctx, inputs, output)
 
     @staticmethod
@@ -131,7 +134,7 @@ def _forward(
     return y
 
 
-def _save_for_backward(ctx: FunctionContext, inputs: tuple[Any, ...], y: Tensor) -> None:
+def _save_for_backward(ctx: FunctionContext, inputs: Inputs, y: Tensor) -> None:
     x, weight, bias, residual, ctx.layer = inputs
     ctx.bias_dtype = None if bias is None else bias.dtype
     ctx.has_residual = residual is not None
