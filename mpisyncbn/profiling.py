@@ -38,10 +38,10 @@ def recorded(name: str, lock: AbstractContextManager[object]) -> Iterator[None]:
 
 def begin(name: str) -> Callable[[], None]:
     """Begin a record; calling what this returns ends it, on any thread. Only while a profiler is enabled."""
-    recording, over = record(name), sys.modules["torch"].futures.Future()
+    recording, ended = record(name), sys.modules["torch"].futures.Future()
     recording.__enter__()
-    recording._call_end_callbacks_on_future(over)  # in which the profiler of this thread is known
-    return lambda: over.set_result(None)
+    recording._call_end_callbacks_on_future(ended)  # in which the profiler of this thread is known
+    return lambda: ended.set_result(None)
 
 
 def in_background(name: str, run: Callable[[], None]) -> Callable[[], None]:

@@ -1,9 +1,9 @@
 """The update of running statistics: exponential averages of each batch's mean and unbiased variance.
 
-``record_batch`` chooses among three ways. One call of native code serves arrays in host memory, which is
-the usual case. NumPy or torch's operations serve whatever else the host knows the statistics of. And where
-it does not know them, on a device or in a compiled graph, operations of the device do all of it, so that
-nobody waits.
+``record_batch`` chooses who does it. In host memory that is one call of native code. Where the host knows a
+batch's statistics, and the running ones are on a device, it is one kernel there. Where neither can, it is
+operations of NumPy, CuPy or torch. And where the host does not know the statistics, because they are on a
+device alone or in a compiled graph, these operations also decide whether to do it, so that nobody waits.
 """
 
 from __future__ import annotations

@@ -21,7 +21,7 @@ def evaluate(
     activation: str | None = None,
     residual: Tensor | None = None,
 ) -> Tensor:
-    """``y``, and a gradient of the statistics of this moment, whatever becomes of them before the backward.
+    """``y``. Its gradient is for the running statistics of now, whatever becomes of them before the backward.
 
     Without running statistics those of the batch serve. Not collective.
     """
@@ -43,7 +43,7 @@ def _is_recorded(*tensors: Tensor | None) -> bool:
 
 
 def add_residual_and_activation(y: Tensor, activation: str | None, residual: Tensor | None) -> Tensor:
-    """Residual and activation as operations of their own, where nothing fuses them with the rest."""
+    """Add a residual and apply an activation, each by an operation of its own."""
     if residual is not None:
         y = y + residual
     return activate(y, activation_named(activation))

@@ -35,7 +35,7 @@ def apply(
 
 
 class _SyncBatchNorm(torch.autograd.Function):
-    """The layer by the fastest kernels."""
+    """The layer as one operation of autograd."""
 
     @staticmethod
     def forward(ctx: FunctionContext, *inputs: Any) -> Tensor:
