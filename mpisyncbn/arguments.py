@@ -242,11 +242,13 @@ def check_count(count: int, x: Array, layer: str | None = None) -> None:
 
 
 def check_module(module: object) -> None:
+    """Check that ``module`` is a module of torch."""
     if not isinstance(module, loaded_torch().nn.Module):
         raise TypeError(f"expected a torch.nn.Module, got {type(module).__name__}{on_rank()}")
 
 
 def check_timeout(timeout: object) -> None:
+    """Check a timeout of a process group."""
     if not hasattr(timeout, "total_seconds"):
         raise TypeError(
             f"expected timeout to be a datetime.timedelta, got {type(timeout).__name__}{on_rank()}"

@@ -26,6 +26,7 @@ _CONVERTERS = ("convert_sync_batchnorm", "convert_syncbn_model")
 
 
 def check_name(name: object) -> None:
+    """Check the name of a model; None is one too."""
     if name is not None and not isinstance(name, str):
         raise TypeError(f"expected name to be a str or None, got {type(name).__name__}{on_rank()}")
     if name is not None and (not name or name.startswith("#")):
@@ -33,6 +34,7 @@ def check_name(name: object) -> None:
 
 
 def refuse_own_forward(layers: list[tuple[str, _BatchNorm]]) -> None:
+    """Raise TypeError for layers, by their names, that have a ``forward`` of their own."""
     lost = [(name, type(layer)) for name, layer in layers if _has_own_forward(layer)]
     if lost:
         raise TypeError(
@@ -43,6 +45,7 @@ def refuse_own_forward(layers: list[tuple[str, _BatchNorm]]) -> None:
 
 
 def refuse_own_activation(layers: list[tuple[str, _BatchNorm]]) -> None:
+    """Raise TypeError for layers that hold a module or tensor named ``activation``."""
     taken = [
         label_of(name)
         for name, layer in layers
@@ -62,6 +65,7 @@ def _has_own_forward(layer: nn.Module) -> bool:
 
 
 def refuse_scripted(module: nn.Module) -> None:
+    """Raise TypeError if torch.jit has compiled a batch norm in the model."""
     for name, layer in module.named_modules():
         if isinstance(layer, torch.jit.ScriptModule) and "BatchNorm" in layer.original_name:
             raise TypeError(
@@ -85,6 +89,7 @@ def refuse_replacement(caller: FrameType, layer: str | None) -> None:
 
 
 def warn_of_others(module: nn.Module) -> None:
+    """Warn of batch norms in the model that are none of torch's: they stay local to each rank."""
     others = []
     for name, each in module.named_modules():
         cls = parametrize.type_before_parametrizations(each)

@@ -118,7 +118,7 @@ def _where_sent(group: Communicator, *vectors: Array) -> Sequence[Array]:
         return vectors
     if isinstance(vectors[0], np.ndarray):  # of a subclass, which may not do as arrays do
         return [np.asarray(vector) for vector in vectors]
-    group.ready()  # which is when the ranks agree on the transport
+    group.ready()  # the ranks agree on the transport there
     if group.transport == "device" and transport.on_device(vectors[0]):
         return vectors
     return transport.to_host(*vectors)
@@ -195,7 +195,7 @@ def _merge_about_mean(
     again = call._replace(direction=f"{call.direction} once more")
     totals = _exchange_vectors(group, again, _SUM, count, sums, distance * sums + m2)
     _, distance, var, _ = _moments_of_sums(totals)
-    # What is left where all means are equal is rounding, of either sign. (NaN stays NaN.)
+    # Where all means are equal, only rounding is left, of either sign. (NaN stays NaN.)
     var *= var > _ROUNDING * (distance * distance)
     return origin + distance, var
 

@@ -180,8 +180,8 @@ def update_running_stats(
     """Move the running statistics towards those of the batch, in place.
 
     ``running = (1 - momentum) * running + momentum * batch``, with the unbiased variance of the
-    global batch. All of it or, for an empty batch and for one with a statistic that is not finite
-    (in the dtype of the running statistics), nothing. ``stats`` decides, so all ranks do alike.
+    global batch. An empty batch, and one with a statistic that is not finite in the dtype of the running
+    statistics, changes nothing. ``stats`` decides that, so all ranks do alike.
 
     Args:
         running_mean, running_var: of length C, floating point, any array.

@@ -1,4 +1,4 @@
-"""What one call of a layer is, for both of its passes: its group, its name, its statistics."""
+"""The context that forward and backward of one call of a layer share: its group, its name, its statistics."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ Result = TypeVar("Result")
 
 
 class LayerContext:
-    """The part of a call of a layer that forward and backward share, beside tensors."""
+    """The context that forward and backward of one call share, beside the tensors that autograd saves."""
 
     __slots__ = ("activation", "channels", "device_stats", "dtype", "eps", "group", "name", "stats")
 
@@ -43,7 +43,7 @@ class LayerContext:
         return layer_call(self.name, direction, self.channels, self.dtype, self.eps)
 
     def exchange(self, function: Callable[..., Result], direction: str) -> Callable[..., Result]:
-        """A function of exchange.py for this call alone: what is left to hand over are values."""
+        """A function of exchange.py, bound to the group and to this call: it takes the values alone."""
         return partial(function, self.group, self.call(direction))
 
 
