@@ -17,6 +17,7 @@ import numpy as np
 
 from .. import config
 from ..errors import MPISyncBNError, TransportError, on_rank
+from ..kernels.link import native_link
 from ..layer_names import FirstUses
 from ..liveness import arrivals, watchdog
 from ..liveness.rank_status import Presence, agreed_timeout
@@ -117,7 +118,7 @@ class Communicator:
         # A name for this process alone, for compiled graphs, which can hold a string but no object.
         self.handle = f"group {next(_numbers)}"
         _by_handle[self.handle] = self
-        self.link: Any = None  # native code for an exchange, see transport.direct
+        self.link: Any = None  # native code for an exchange
         self.transport = "host"  # of data on a device, agreed on with the duplicate
         self._messages: dict[int, np.ndarray] = {}
         self._device_messages: dict[Any, DeviceMessage] = {}
@@ -154,7 +155,7 @@ class Communicator:
         """Take over a communicator that nobody else knows. Collective."""
         MPI = mpi()
         comm.Set_errhandler(MPI.ERRORS_RETURN)
-        link = transport.direct(comm, MPI)
+        link = native_link(comm, MPI)
         # Some launchers hand the environment to the ranks of the first host only. A rank that agrees
         # with the others before each exchange, or refuses to start, must not be alone in it.
         # And where some ranks have native code and others not, none uses it: each rounds in its own way.

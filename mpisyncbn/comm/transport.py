@@ -17,17 +17,14 @@ import numpy as np
 
 from .. import config
 from ..errors import TransportError, on_rank
-from ..kernels import has_float64, loaded_torch, native
+from ..kernels import has_float64, loaded_torch
 from .staging import device_of, stage_of
 
 __all__ = [
-    "addresses",
     "changed",
     "chosen",
     "device_of",
-    "direct",
     "from_host",
-    "handle",
     "known",
     "near",
     "on_device",
@@ -35,7 +32,6 @@ __all__ = [
     "to_host",
 ]
 
-_WORD = (1 << 64) - 1
 # What MPICH calls a kind of device in MPIX_GPU_query_support, and MPI-4.1 a kind of memory.
 _KINDS = {"cuda": 0, "rocm": 2}
 _OPEN_MPI_ECHOES_BELOW = (6, 0, 0)  # mpi_memory_alloc_kinds: there, what the program asked for
@@ -102,38 +98,6 @@ def _is_rocm() -> bool:
 def _name(MPI: Any) -> str:
     vendor, version = MPI.get_vendor()
     return f"{vendor} {'.'.join(map(str, version))}"
-
-
-def direct(comm: Any, MPI: Any) -> Any:
-    """Native code that packs, sends and merges the message in one call; None where there is none.
-
-    It calls the MPI_Allreduce of the library that mpi4py is linked with, and no other that may have been
-    loaded since. ``comm`` must return error codes.
-    """
-    kernels = native()
-    if kernels is None:
-        return None
-    try:
-        (address,) = addresses(MPI, "MPI_Allreduce")
-    except (AttributeError, OSError):
-        return None
-    on, double, add = (handle(MPI, each) for each in (comm, MPI.DOUBLE, MPI.SUM))
-    in_place, int_handles = int(MPI.IN_PLACE), MPI._sizeof(comm) == 4
-    return kernels.Link(address, on, double, add, in_place, int_handles, comm.Get_size())
-
-
-def addresses(MPI: Any, *names: str) -> list[Any]:
-    """Of functions of the library that mpi4py is linked with.
-
-    Raises AttributeError or OSError where one is not there.
-    """
-    library = ctypes.CDLL(MPI.__file__)
-    return [ctypes.cast(getattr(library, name), ctypes.c_void_p).value for name in names]
-
-
-def handle(MPI: Any, thing: Any) -> int:
-    """MPI's handle for an object of mpi4py, as native code takes it."""
-    return MPI._handleof(thing) & _WORD
 
 
 def on_host(array: Any) -> bool:

@@ -22,8 +22,7 @@ import time
 from contextlib import suppress
 from typing import Any
 
-from ..comm import transport
-from ..kernels import native
+from ..kernels import link, native
 from . import exits, rank_status
 from .rank_status import Presence, everyone
 
@@ -107,9 +106,9 @@ def _prepare_end(MPI: Any) -> None:
     if kernels is None:
         return
     names = "Comm_create_keyval", "Comm_set_attr", "Issend", "Improbe", "Mrecv", "Ibarrier", "Test", "Abort"
-    with suppress(AttributeError, OSError):  # as in transport.direct: then no rank leaves by native code
-        functions = transport.addresses(MPI, *[f"MPI_{name}" for name in names])
-        own, world, byte = (transport.handle(MPI, each) for each in (MPI.COMM_SELF, MPI.COMM_WORLD, MPI.BYTE))
+    with suppress(AttributeError, OSError):  # then no rank leaves by native code
+        functions = link.addresses(MPI, *[f"MPI_{name}" for name in names])
+        own, world, byte = (link.handle(MPI, each) for each in (MPI.COMM_SELF, MPI.COMM_WORLD, MPI.BYTE))
         int_handles = MPI._sizeof(MPI.COMM_SELF) == 4
         kernels.install_finalize_hook(functions, own, world, byte, MPI.ANY_SOURCE, int_handles)
 
@@ -141,7 +140,7 @@ def _hand_over() -> None:
     for group in everyone():
         if kernels is not None and group.channel is not None and group.all_native and not group.deaf:
             hosts = [host for host, _ in group.homes]
-            channel = transport.handle(sys.modules["mpi4py.MPI"], group.channel)
+            channel = link.handle(sys.modules["mpi4py.MPI"], group.channel)
             kernels.add_departing_group(channel, group.rank, group.exchanges, group.last_limit, hosts)
 
 

@@ -19,7 +19,7 @@ from torch import Tensor
 
 import mpisyncbn
 from mpisyncbn import Communicator, SyncBatchNorm, autograd, functional, kernels
-from mpisyncbn.comm import transport
+from mpisyncbn.kernels import link
 from support.ranks import WORLD, no_exchange, together
 
 RANK, SIZE = WORLD.rank, WORLD.size
@@ -76,7 +76,7 @@ DTYPES = (torch.float32, torch.float16)
 @contextlib.contextmanager
 def without_native() -> Iterator[None]:
     with contextlib.ExitStack() as stack:
-        for module in (kernels, functional, autograd, transport):
+        for module in (kernels, functional, autograd, link):
             stack.enter_context(mock.patch.object(module, "native", return_value=None))
         yield
 

@@ -9,10 +9,10 @@ import pytest
 from mpi4py import MPI
 
 from mpisyncbn import exchange, kernels
-from mpisyncbn.comm import transport
 from mpisyncbn.comm.communicator import Communicator
 from mpisyncbn.errors import CollectiveMismatchError, MPISyncBNError
 from mpisyncbn.fingerprint import LayerCall
+from mpisyncbn.kernels import link
 from support.ranks import WORLD
 
 pytestmark = pytest.mark.skipif(kernels.native() is None, reason="the native kernels were not built")
@@ -91,7 +91,7 @@ def test_native_code_gives_the_same_bits(channels, monkeypatch):
 
 def test_where_one_rank_has_no_native_code_none_uses_it(monkeypatch):
     if WORLD.rank == 0:
-        monkeypatch.setattr(transport, "native", lambda: None)
+        monkeypatch.setattr(link, "native", lambda: None)
     group = Communicator().ready()
     assert group.link is None
     group.free()

@@ -1,0 +1,51 @@
+"""What native code needs of the MPI library that mpi4py is linked with: addresses and handles, as numbers."""
+
+from __future__ import annotations
+
+import ctypes
+from types import ModuleType
+from typing import TYPE_CHECKING
+
+from . import native
+
+if TYPE_CHECKING:
+    from mpi4py import MPI as mpi4py_MPI
+
+    from .cpu._cpu import Link
+
+__all__ = ["addresses", "handle", "native_link"]
+
+_MASK_64 = (1 << 64) - 1
+
+
+def native_link(comm: mpi4py_MPI.Intracomm, MPI: ModuleType) -> Link | None:
+    """A Link, which packs, sends and merges a message in one call; None where there is no native code.
+
+    It calls the MPI_Allreduce of the library that mpi4py is linked with, and no other that may have been
+    loaded since. ``comm`` must return error codes.
+    """
+    kernels = native()
+    if kernels is None:
+        return None
+    try:
+        (address,) = addresses(MPI, "MPI_Allreduce")
+    except (AttributeError, OSError):
+        return None
+    on, double, add = (handle(MPI, each) for each in (comm, MPI.DOUBLE, MPI.SUM))
+    in_place, int_handles = int(MPI.IN_PLACE), MPI._sizeof(comm) == 4
+    return kernels.Link(address, on, double, add, in_place, int_handles, comm.Get_size())
+
+
+def addresses(MPI: ModuleType, *names: str) -> list[int]:
+    """The addresses of functions of the library that mpi4py is linked with.
+
+    Raises AttributeError or OSError where one is not there.
+    """
+    library = ctypes.CDLL(MPI.__file__)
+    functions = [ctypes.cast(getattr(library, name), ctypes.c_void_p) for name in names]
+    return [function.value or 0 for function in functions]
+
+
+def handle(MPI: ModuleType, thing: mpi4py_MPI.Comm | mpi4py_MPI.Datatype | mpi4py_MPI.Op) -> int:
+    """MPI's handle for an object of mpi4py, as native code takes it."""
+    return MPI._handleof(thing) & _MASK_64
