@@ -17,8 +17,9 @@ if TYPE_CHECKING:
     from . import functional
     from .autograd import sync_batch_norm
     from .batchnorm import SyncBatchNorm
-    from .comm.communicator import Communicator, new_group, new_subgroups
-    from .comm.topology import local_rank
+    from .comm.communicator import Communicator
+    from .comm.groups import new_group, new_subgroups
+    from .comm.nodes import local_rank
     from .convert import revert_sync_batchnorm, set_process_group
     from .distributed import init_process_group
 
@@ -55,9 +56,9 @@ _HOME = {
     "convert_sync_batchnorm": "batchnorm:SyncBatchNorm",
     "functional": "",
     "init_process_group": "distributed",
-    "local_rank": "comm.topology",
-    "new_group": "comm.communicator",
-    "new_subgroups": "comm.communicator",
+    "local_rank": "comm.nodes",
+    "new_group": "comm.groups",
+    "new_subgroups": "comm.groups",
     "revert_sync_batchnorm": "convert",
     "set_process_group": "convert",
     "sync_batch_norm": "autograd",

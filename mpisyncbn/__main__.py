@@ -21,7 +21,8 @@ import numpy as np
 
 from . import config, exchange, fingerprint
 from .comm import launcher, transport
-from .comm.communicator import Communicator, mpi
+from .comm.communicator import Communicator
+from .comm.runtime import mpi
 from .errors import TransportError
 from .kernels import kernels_for, native, on_cuda
 from .liveness.rank_status import agreed_timeout

@@ -20,7 +20,8 @@ from torch.nn.utils import parametrize
 
 from . import tracing
 from .arguments import AnyProcessGroup, check_activation, check_module, check_tensor, in_layer
-from .comm.communicator import Communicator, resolve
+from .comm.communicator import Communicator
+from .comm.groups import resolve
 from .convertible import (
     abbreviated,
     check_name,

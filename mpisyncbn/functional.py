@@ -25,7 +25,7 @@ from .arguments import (
     check_stats,
 )
 from .comm import transport
-from .comm.communicator import resolve
+from .comm.groups import resolve
 from .errors import on_rank
 from .fingerprint import LayerCall, layer_dtype
 from .kernels import Activation, ActivationContext, Array, Kernels, kernels_for, native

@@ -20,7 +20,8 @@ from torch._subclasses.fake_tensor import FakeTensor
 
 from .. import profiling
 from ..arguments import UNNAMED, AnyProcessGroup, check_arguments, check_count, check_fused, check_tensor
-from ..comm.communicator import Communicator, resolve
+from ..comm.communicator import Communicator
+from ..comm.groups import resolve
 from ..errors import on_rank
 from ..fingerprint import layer_dtype
 from ..functional import BatchStats

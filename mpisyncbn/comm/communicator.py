@@ -1,16 +1,14 @@
-"""Communicator: an MPI communicator of our own; groups of ranks by splitting one."""
+"""Communicator: an MPI communicator of our own, for the ranks that normalize together."""
 
 from __future__ import annotations
 
 import itertools
 import os
 import socket
-import sys
 import threading
 import weakref
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager, suppress
-from operator import index
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
@@ -21,58 +19,19 @@ from ..kernels.link import native_link
 from ..layer_names import FirstUses
 from ..liveness import arrivals, watchdog
 from ..liveness.rank_status import Presence, agreed_timeout
-from . import ancestors, launcher, transport, unreferenced
+from . import launcher, runtime, transport, unreferenced
+from .runtime import mpi
 from .staging import DeviceMessage, device_key
 
 if TYPE_CHECKING:
     from mpi4py import MPI
 
-__all__ = ["Communicator", "by_handle", "mpi", "new_group", "new_subgroups", "resolve", "subset"]
+__all__ = ["Communicator", "by_handle", "check_comm", "type_name", "world"]
 
 
-def mpi() -> Any:
-    """The module ``mpi4py.MPI``, ready for use.
-
-    Importing it initializes MPI, so it is imported at first use and never before: a worker process
-    that only re-imports the program must stay out of MPI.
-    """
-    if _forked:
-        raise MPISyncBNError(
-            "this process was forked from one that runs MPI, which it cannot use itself: train in the "
-            "parent, and use the model here in eval mode only"
-        )
-    if "mpi4py.MPI" not in sys.modules and _is_worker() and config.launched():
-        raise MPISyncBNError(
-            "this is a worker process of a rank of MPI, and no rank itself: synchronized batch norm works in "
-            "training mode on the ranks that the launcher started"
-        )
-    if "mpi4py.MPI" not in sys.modules and (rank := ancestors.rank_above()) is not None:
-        raise MPISyncBNError(ancestors.of_child(rank))
-    from mpi4py import MPI
-
-    if MPI.Is_finalized():
-        raise MPISyncBNError(
-            "MPI is already finalized: synchronized batch norm needs it running; call MPI.Finalize() later, "
-            "or leave it to mpi4py at exit"
-        )
-    if not MPI.Is_initialized():
-        raise MPISyncBNError(
-            "MPI is not initialized (mpi4py.rc.initialize is off): call MPI.Init_thread(MPI.THREAD_MULTIPLE) "
-            "before the first training step"
-        )
-    if MPI.Query_thread() < MPI.THREAD_SERIALIZED:
-        raise MPISyncBNError(
-            f"MPI provides thread level {MPI.Query_thread()}, expected at least MPI.THREAD_SERIALIZED "
-            f"({MPI.THREAD_SERIALIZED}), because autograd may run backward on another thread{on_rank()}: "
-            "ask for it with mpi4py.rc.thread_level or MPI.Init_thread"
-        )
-    return MPI
-
-
-def _is_worker() -> bool:
-    """Whether multiprocessing started this process."""
-    multiprocessing = sys.modules.get("multiprocessing.process")
-    return multiprocessing is not None and multiprocessing.parent_process() is not None
+_numbers = itertools.count()
+_by_handle: weakref.WeakValueDictionary[str, Communicator] = weakref.WeakValueDictionary()
+_world: Communicator | None = None
 
 
 class Communicator:
@@ -99,7 +58,7 @@ class Communicator:
             comm = comm._source if comm._source is not None else comm.ready().comm
         elif comm is None:
             comm = MPI.COMM_WORLD
-        _check(comm)
+        check_comm(comm)
         self._source: Any = comm
         self._is_world = comm == MPI.COMM_WORLD
         # What every exchange needs of mpi4py, looked up once.
@@ -107,14 +66,13 @@ class Communicator:
         self.in_place, self.mpi_error, self.truncated = MPI.IN_PLACE, MPI.Exception, MPI.ERR_TRUNCATE
         self.largest = MPI.MAX
         self.joining = False  # whether some ranks may be without data: joining.py
-        self._freed = False
+        self.freed = False
         self.rank: int = comm.Get_rank()
         self.size: int = comm.Get_size()
         self.comm = None
         self.presence = Presence(self.rank, self.size)
         self.debug = False
-        # Below THREAD_MULTIPLE MPI may be in one call at a time, whatever the communicator.
-        self.lock = threading.RLock() if MPI.Query_thread() == MPI.THREAD_MULTIPLE else _one_at_a_time
+        self.lock = runtime.lock()
         # A name for this process alone, for compiled graphs, which can hold a string but no object.
         self.handle = f"group {next(_numbers)}"
         _by_handle[self.handle] = self
@@ -133,7 +91,7 @@ class Communicator:
         """This communicator with its duplicate made. Collective at the first call."""
         if self.comm is None:
             mpi()
-            if self._freed:
+            if self.freed:
                 raise MPISyncBNError(f"this Communicator was freed{on_rank()}: make a new one")
             with self._beginning():
                 self._adopt(self._make())
@@ -148,7 +106,7 @@ class Communicator:
 
     def _make(self) -> MPI.Intracomm:
         """A communicator that nobody else knows. Collective."""
-        _check(self._source)
+        check_comm(self._source)
         return self._source.Dup()
 
     def _adopt(self, comm: MPI.Intracomm) -> Communicator:
@@ -209,12 +167,12 @@ class Communicator:
         """The ranks in the world of all ranks of the group, where this one knows them."""
         if self._source is None or self._source == mpi().COMM_NULL:  # freed, of which _make hears
             return []
-        ours, world = self._source.Get_group(), mpi().COMM_WORLD.Get_group()
+        ours, everybody = self._source.Get_group(), mpi().COMM_WORLD.Get_group()
         try:
-            return list(ours.Translate_ranks(None, world))
+            return list(ours.Translate_ranks(None, everybody))
         finally:
             ours.Free()
-            world.Free()
+            everybody.Free()
 
     @contextmanager
     def taking_part(self, doing: str) -> Iterator[None]:
@@ -284,7 +242,7 @@ class Communicator:
 
         Collective: every rank of the group must call.
         """
-        self._freed = True
+        self.freed = True
         if self.comm is not None:
             if self._is_finalized():
                 self.presence.end()
@@ -297,7 +255,7 @@ class Communicator:
             self._device_messages.clear()
 
     def __repr__(self) -> str:
-        return f"Communicator(rank={self.rank}, size={self.size}{', freed' if self._freed else ''})"
+        return f"Communicator(rank={self.rank}, size={self.size}{', freed' if self.freed else ''})"
 
     def __copy__(self) -> Communicator:
         return self
@@ -307,7 +265,7 @@ class Communicator:
 
     def __reduce__(self) -> tuple[Any, ...]:
         if self._is_world:
-            return resolve, (None,)
+            return _unpickled_world, (None,)
         raise TypeError(
             f"cannot pickle {self!r}: a private group exists only in this run. Save the state_dict instead "
             "of the module, or set process_group to None (the world) before pickling and hand the group back "
@@ -315,103 +273,53 @@ class Communicator:
         )
 
 
-def _make_room(buffers: dict[Any, Any]) -> None:
-    if len(buffers) >= 256:  # more than the numbers of channels that a model has: they come and go
-        buffers.clear()
-
-
-_one_at_a_time = threading.RLock()
-_numbers = itertools.count()
-_by_handle: weakref.WeakValueDictionary[str, Communicator] = weakref.WeakValueDictionary()
-_world: Communicator | None = None
-_keyval: int | None = None
-_forked = False
-
-
-def resolve(process_group: Any) -> Communicator:
-    """The Communicator that stands for ``process_group``; always the same one for the same group.
-
-    Args:
-        process_group: None (the world), a Communicator, an intra-communicator of mpi4py, or a process
-            group of torch.distributed, of whatever backend, among ranks of this MPI job.
-    """
+def world() -> Communicator:
+    """The Communicator of all ranks: always the same one, until it is freed."""
     global _world
-    if process_group is None:
-        if _world is None or _world._freed:
-            _world = Communicator()
-        return _world
-    if isinstance(process_group, Communicator):
-        return process_group
-    torch_distributed = sys.modules.get("torch.distributed")
-    if torch_distributed is not None and isinstance(process_group, torch_distributed.ProcessGroup):
-        return _of_torch(process_group)
-    MPI = mpi()
-    if not isinstance(process_group, MPI.Comm):
-        raise TypeError(
-            "expected process_group to be an mpi4py communicator, an mpisyncbn.Communicator, a process group "
-            "of torch.distributed that contains this rank, or None (the world), got "
-            f"{_type_name(process_group)}{on_rank()}"
+    if _world is None or _world.freed:
+        _world = Communicator()
+    return _world
+
+
+def _unpickled_world(_: None) -> Communicator:
+    return world()
+
+
+# The name that pickles of models have for it.
+_unpickled_world.__module__, _unpickled_world.__qualname__ = "mpisyncbn.communicator", "resolve"
+
+
+def by_handle(handle: str) -> Communicator:
+    """The Communicator with this ``handle``; the world for an empty one."""
+    if not handle:
+        return world()
+    if handle not in _by_handle:
+        raise MPISyncBNError(
+            f"the Communicator of a compiled graph is gone{on_rank()}: keep it as long as the graph"
         )
-    _check(process_group)
-    if process_group == MPI.COMM_WORLD:
-        return resolve(None)
-    # Kept as an attribute of the user's communicator: MPI drops it with the communicator,
-    # while a dictionary by handle would hand it on to the next one that gets the same handle.
-    global _keyval
-    if _keyval is None:
-        _keyval = MPI.Comm.Create_keyval()
-    communicator = process_group.Get_attr(_keyval)
-    if communicator is None or communicator._freed:
-        communicator = Communicator(process_group)
-        process_group.Set_attr(_keyval, communicator)
-    return communicator
+    return _by_handle[handle]
 
 
-class _OfTorch(Communicator):
-    """The ranks of a process group of another backend, gloo or nccl, which know each other by that."""
-
-    def __init__(self, group: Any) -> None:
-        super().__init__(mpi().COMM_SELF)
-        self._source, self._group, self._is_world = None, group, False
-        self.rank, self.size = group.rank(), group.size()
-
-    def _make(self) -> MPI.Intracomm:
-        from torch.distributed import all_gather_object
-
-        if self.size > 1:
-            launcher.refuse_if_apart(mpi())
-        world = mpi().COMM_WORLD
-        ranks: list[Any] = [None] * self.size
-        all_gather_object(ranks, world.rank, group=self._group)
-        if len(set(ranks)) < self.size:
-            raise MPISyncBNError(
-                f"expected a process group of ranks of one MPI job, got one of {self.size} that MPI knows as "
-                f"ranks {ranks} of a world of {world.size}{on_rank()}: start all of them with one mpiexec"
-            )
-        self._group = None  # which may end before this does
-        return subset(world, ranks)
+def check_comm(comm: Any) -> None:
+    """Raise TypeError or ValueError unless this is an intra-communicator of mpi4py that has this rank."""
+    MPI = mpi()
+    if not isinstance(comm, MPI.Comm):
+        raise TypeError(f"expected an mpi4py communicator, got {type_name(comm)}{on_rank()}")
+    if comm == MPI.COMM_NULL:
+        raise ValueError(
+            f"expected a communicator that contains this rank, got MPI.COMM_NULL{on_rank()}: it was freed, "
+            "or this rank is not in the group; build the layer only on the group's own ranks"
+        )
+    if comm.Is_inter():
+        raise ValueError(
+            f"expected an intra-communicator, got an inter-communicator{on_rank()}: "
+            "merge it first, comm.Merge()"
+        )
 
 
-_of_torch_groups: weakref.WeakKeyDictionary[Any, Communicator] = weakref.WeakKeyDictionary()
-
-
-def _of_torch(group: Any) -> Communicator:
-    ours = getattr(group, "communicator", None)  # of backend mpi4py
-    if ours is not None:
-        return ours
-    communicator = _of_torch_groups.get(group)
-    if communicator is None or communicator._freed:
-        communicator = _of_torch_groups[group] = _OfTorch(group)
-    return communicator
-
-
-def subset(comm: MPI.Intracomm, ranks: list[int]) -> MPI.Intracomm:
-    """A communicator of some ranks of ``comm``, in that order. Collective among them alone."""
-    group = comm.Get_group().Incl(ranks)
-    try:
-        return comm.Create_group(group)
-    finally:
-        group.Free()
+def type_name(value: object) -> str:
+    """The full name of the type of a value, for messages."""
+    return f"{type(value).__module__}.{type(value).__qualname__}"
 
 
 class _Settings(NamedTuple):
@@ -438,138 +346,15 @@ class _Settings(NamedTuple):
         return cls(debug, where, timeout, has_link, home, next(_numbers), unreferenced.dropped(), problem)
 
 
-def by_handle(handle: str) -> Communicator:
-    """The Communicator with this ``handle``; the world for an empty one."""
-    if not handle:
-        return resolve(None)
-    if handle not in _by_handle:
-        raise MPISyncBNError(
-            f"the Communicator of a compiled graph is gone{on_rank()}: keep it as long as the graph"
-        )
-    return _by_handle[handle]
-
-
-def _check(comm: Any) -> None:
-    MPI = mpi()
-    if not isinstance(comm, MPI.Comm):
-        raise TypeError(f"expected an mpi4py communicator, got {_type_name(comm)}{on_rank()}")
-    if comm == MPI.COMM_NULL:
-        raise ValueError(
-            f"expected a communicator that contains this rank, got MPI.COMM_NULL{on_rank()}: it was freed, "
-            "or this rank is not in the group; build the layer only on the group's own ranks"
-        )
-    if comm.Is_inter():
-        raise ValueError(
-            f"expected an intra-communicator, got an inter-communicator{on_rank()}: "
-            "merge it first, comm.Merge()"
-        )
-
-
-def _type_name(value: Any) -> str:
-    return f"{type(value).__module__}.{type(value).__qualname__}"
-
-
-def new_group(ranks: Iterable[int], comm: Any = None) -> Communicator | None:
-    """A group of some of the ranks of ``comm``.
-
-    Collective: every rank of ``comm`` must call, with the same ranks, also those outside the group.
-
-    Args:
-        ranks: ranks in ``comm``, each once. In the group they are in ascending order.
-        comm: the communicator to choose from; None: the world.
-
-    Returns:
-        The group's Communicator; None on a rank outside it. None as a process_group means the
-        world, so build layers of this group on its own ranks only.
-
-    Raises:
-        ValueError: on every rank, where ``ranks`` is empty, names a rank twice or one that does not
-            exist, or differs between ranks.
-        MPISyncBNError: ``comm`` is the world, and torch.distributed or a launcher knows of more ranks.
-    """
-    parent = resolve(comm)
-    parent.check_world()
-
-    def read() -> list[int]:
-        chosen = sorted(int(index(rank)) for rank in ranks)
-        if not chosen or len(set(chosen)) < len(chosen) or chosen[0] < 0 or chosen[-1] >= parent.size:
-            raise ValueError
-        return chosen
-
-    chosen = _agree(parent, "ranks", ranks, read, f"distinct ranks from 0 to {parent.size - 1}, at least one")
-    with parent.taking_part("making a new group"):
-        group = parent.comm.Split(0 if parent.rank in chosen else mpi().UNDEFINED, key=parent.rank)
-    return None if group == mpi().COMM_NULL else _child(group)
-
-
-def new_subgroups(group_size: int | None = None, comm: Any = None) -> Communicator:
-    """Split ``comm`` into groups of consecutive ranks, and return the one this rank is in.
-
-    Collective: every rank of ``comm`` must call, with the same ``group_size``.
-
-    Args:
-        group_size: ranks per group, a divisor of the size of ``comm``; None: one group per node
-            (ranks that share memory).
-        comm: the communicator to split; None: the world.
-
-    Raises:
-        ValueError: on every rank, where ``group_size`` does not divide the number of ranks, or
-            differs between ranks.
-        MPISyncBNError: ``comm`` is the world, and torch.distributed or a launcher knows of more ranks.
-    """
-    parent = resolve(comm)
-    parent.check_world()
-
-    def read() -> int | None:
-        size = None if group_size is None else int(index(group_size))
-        if size is not None and (size < 1 or parent.size % size):
-            raise ValueError
-        return size
-
-    size = _agree(parent, "group_size", group_size, read, f"a divisor of the {parent.size} ranks, or None")
-    with parent.taking_part("making new groups"):
-        if size is None:
-            comm = parent.comm.Split_type(mpi().COMM_TYPE_SHARED, key=parent.rank)
-        else:
-            comm = parent.comm.Split(parent.rank // size, key=parent.rank)
-    return _child(comm)
-
-
-def _child(comm: MPI.Intracomm) -> Communicator:
-    child = Communicator(comm)
-    with child._beginning():
-        return child._adopt(comm)
-
-
-def _agree(parent: Communicator, name: str, given: Any, read: Callable[[], Any], expected: str) -> Any:
-    """What ``read`` makes of ``given``.
-
-    Raises on every rank if it cannot on any, or the ranks differ: nobody is left waiting alone.
-    """
-    try:
-        value, problem = read(), None
-    except Exception:  # of any kind: the other ranks have to hear of it
-        value, problem = None, f"expected {expected}, got {given!r}"
-    comm = parent.ready().comm
-    with parent.taking_part(f"agreeing on the {name} of a new group"):
-        everyone = comm.allgather((value, problem))
-    for rank, (_, theirs) in enumerate(everyone):
-        if theirs is not None:
-            raise ValueError(f"{name}: {theirs} on rank {rank}")
-    for rank, (theirs, _) in enumerate(everyone):
-        if theirs != value:
-            raise ValueError(
-                f"{name}: expected the same on every rank, got {theirs} on rank {rank} "
-                f"and {value} on rank {parent.rank}"
-            )
-    return value
+def _make_room(buffers: dict[Any, Any]) -> None:
+    if len(buffers) >= 256:  # more than the numbers of channels that a model has: they come and go
+        buffers.clear()
 
 
 def _in_child() -> None:
-    """A forked process: what it has of MPI belongs to its parent."""
-    global _forked, _one_at_a_time
-    _forked = "mpi4py.MPI" in sys.modules
-    _one_at_a_time = threading.RLock()
+    """A forked process, the only place that sees to it: what it has of MPI belongs to its parent."""
+    runtime.forked()
+    watchdog.forked()
     for communicator in list(_by_handle.values()):
         communicator.comm = communicator.link = None
         communicator.lock = threading.RLock()  # a thread that is not here may hold the other

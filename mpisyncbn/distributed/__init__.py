@@ -25,7 +25,8 @@ import torch.distributed as dist
 
 from .. import profiling
 from ..comm import launcher
-from ..comm.communicator import Communicator, mpi
+from ..comm.communicator import Communicator
+from ..comm.runtime import mpi
 from ..errors import on_rank
 from . import rendezvous
 from .joining import join

@@ -13,7 +13,8 @@ import torch.distributed as dist
 from torch import Tensor
 
 from .. import fingerprint, profiling
-from ..comm.communicator import Communicator, mpi
+from ..comm.communicator import Communicator
+from ..comm.runtime import mpi
 from ..errors import CollectiveTimeoutError, MPISyncBNError, on_rank
 from ..liveness import watchdog
 from .work import CollectiveThread, Work, wait_until

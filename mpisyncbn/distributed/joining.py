@@ -9,7 +9,9 @@ from contextlib import contextmanager
 from torch.nn.parallel import DistributedDataParallel
 
 from .. import exchange
-from ..comm.communicator import Communicator, mpi, resolve
+from ..comm.communicator import Communicator
+from ..comm.groups import resolve
+from ..comm.runtime import mpi
 from ..convert import Synchronized
 from ..errors import MPISyncBNError, on_rank
 

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from torch.distributed import ReduceOp
 
-from ..comm.communicator import mpi
+from ..comm.runtime import mpi
 from .host_tensors import without_overlap
 
 if TYPE_CHECKING:

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from .. import profiling
 from ..arguments import check_timeout
-from ..comm.communicator import mpi
+from ..comm.runtime import mpi
 from ..errors import CollectiveTimeoutError, MPISyncBNError, on_rank
 from .checked import CheckedProcessGroup, GroupCall, Tensors, as_list, dtypes_and_shapes
 from .host_tensors import contiguous, copy_back, host_output_for, to_cpu

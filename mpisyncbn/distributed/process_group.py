@@ -13,7 +13,9 @@ import torch
 from .. import fingerprint
 from ..arguments import check_timeout
 from ..comm import launcher
-from ..comm.communicator import Communicator, mpi, resolve, subset
+from ..comm.communicator import Communicator
+from ..comm.groups import resolve, subset
+from ..comm.runtime import mpi
 from . import rendezvous
 from .collectives import Collectives
 from .no_compile import no_compile_methods

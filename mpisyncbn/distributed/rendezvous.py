@@ -16,7 +16,8 @@ import torch.distributed as dist
 
 from .. import config, fingerprint
 from ..comm import launcher
-from ..comm.communicator import mpi, subset
+from ..comm.groups import subset
+from ..comm.runtime import mpi
 from .store import LateStore, shared_store
 from .work import wait_until
 

@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import atexit
 import gc
-import os
 import sys
 import threading
 import time
@@ -26,7 +25,7 @@ from ..kernels import link, native
 from . import exits, rank_status
 from .rank_status import Presence, everyone
 
-__all__ = ["watch"]
+__all__ = ["forked", "watch"]
 
 _TICK = 0.25  # seconds between two looks
 _JUMP = 5.0  # of a longer time between two looks no more counts: this process was stopped
@@ -144,14 +143,10 @@ def _hand_over() -> None:
             kernels.add_departing_group(channel, group.rank, group.exchanges, group.last_limit, hosts)
 
 
-def _in_child() -> None:
-    """A forked process has none of the threads."""
+def forked() -> None:
+    """Note that this process was forked: it has none of the threads."""
     global _lock, _stop
     _lock, _stop = threading.Lock(), threading.Event()
     _stop.set()
     _threads.clear()
     rank_status.forget_all()
-
-
-if hasattr(os, "register_at_fork"):
-    os.register_at_fork(after_in_child=_in_child)

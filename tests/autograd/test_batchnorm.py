@@ -81,7 +81,7 @@ def test_like_torch_on_the_whole_batch(inner, options):
 
 
 def exchanges_done() -> int:
-    from mpisyncbn.comm.communicator import resolve
+    from mpisyncbn.comm.groups import resolve
 
     return resolve(None).exchanges
 

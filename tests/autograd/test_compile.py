@@ -16,7 +16,7 @@ from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selectiv
 
 import mpisyncbn
 from mpisyncbn import exchange
-from mpisyncbn.comm.communicator import resolve
+from mpisyncbn.comm.groups import resolve
 from support.jobs import run_alone
 from support.oracle import distance, shard
 from support.ranks import WORLD, up_to_two

@@ -15,7 +15,7 @@ from torch import nn
 
 import mpisyncbn
 from mpisyncbn import Communicator, SyncBatchNorm, convert_sync_batchnorm, revert_sync_batchnorm
-from mpisyncbn.comm.communicator import resolve
+from mpisyncbn.comm.groups import resolve
 from support.models import (
     C,
     Named,

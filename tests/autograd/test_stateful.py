@@ -22,7 +22,7 @@ from mpi4py import MPI
 from torch import Tensor, nn
 
 from mpisyncbn import Communicator, new_group, new_subgroups
-from mpisyncbn.comm.communicator import resolve
+from mpisyncbn.comm.groups import resolve
 from support.oracle import distance, shard
 from support.ranks import WORLD
 from support.subject import DTYPES, KINK, TOLERANCE, Subject, whole_batch

@@ -15,7 +15,7 @@ from torch.fx.passes.shape_prop import ShapeProp
 from torch.nn.utils import parametrize
 
 from mpisyncbn import SyncBatchNorm, convert_sync_batchnorm, revert_sync_batchnorm
-from mpisyncbn.comm.communicator import resolve
+from mpisyncbn.comm.groups import resolve
 from support.models import C, Named, Twice, data, equal, step
 from support.ranks import no_exchange
 

@@ -15,7 +15,7 @@ from torch import nn
 
 import mpisyncbn
 from mpisyncbn import Communicator, MPISyncBNError, SyncBatchNorm, functional, new_group, new_subgroups
-from mpisyncbn.comm.communicator import resolve
+from mpisyncbn.comm.groups import resolve
 from support.jobs import run_alone
 from support.oracle import distance, local_batch, oracle, shard
 from support.ranks import WORLD, several
@@ -246,6 +246,11 @@ def test_the_world_can_be_pickled_and_a_private_group_refuses() -> None:
             TypeError, match=rf"cannot pickle Communicator\(rank={RANK}, .* Save the state_dict"
         ):
             pickle.dumps(SyncBatchNorm(3, process_group=group))
+
+
+def test_pickles_of_the_world_name_the_same_function_in_all_versions() -> None:
+    assert pickle.loads(b"cmpisyncbn.communicator\nresolve\n(NtR.") is resolve(None)
+    assert b"cmpisyncbn.communicator\nresolve\n" in pickle.dumps(Communicator(), protocol=0)
 
 
 def test_groups_that_overlap_are_used_in_turn() -> None:

@@ -14,7 +14,7 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 
 import mpisyncbn
 from mpisyncbn import config
-from mpisyncbn.comm import communicator, launcher, topology
+from mpisyncbn.comm import groups, launcher, nodes
 from support.ranks import WORLD, once, together
 
 SIZES = ("OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "MV2_COMM_WORLD_SIZE", "FLUX_JOB_SIZE", "JSM_NAMESPACE_SIZE")
@@ -240,7 +240,7 @@ def test_a_torch_group_of_several_mpi_jobs(monkeypatch):
         dist, "all_gather_object", lambda ranks, *_, **__: ranks.__setitem__(slice(None), [0, 0])
     )
     with pytest.raises(mpisyncbn.MPISyncBNError, match=r"knows as ranks \[0, 0\] of .* with one mpiexec"):
-        communicator._OfTorch(group).ready()
+        groups._OfTorch(group).ready()
 
 
 @pytest.mark.full("torchrun takes its time")
@@ -292,4 +292,4 @@ def test_local_rank():
 )
 def test_ranks_beside(everyone, beside):
     for rank, ranks in beside.items():
-        assert topology._ranks_beside(everyone, rank) == ranks
+        assert nodes._ranks_beside(everyone, rank) == ranks

@@ -21,7 +21,7 @@ from mpisyncbn import (
     revert_sync_batchnorm,
 )
 from mpisyncbn.comm import unreferenced
-from mpisyncbn.comm.communicator import resolve
+from mpisyncbn.comm.groups import resolve
 from mpisyncbn.liveness import rank_status
 from support.oracle import distance, local_batch, oracle, shard
 from support.ranks import WORLD, no_exchange, several

@@ -14,7 +14,8 @@ from mpi4py import MPI
 
 from mpisyncbn import exchange, kernels
 from mpisyncbn.comm import transport
-from mpisyncbn.comm.communicator import Communicator, resolve
+from mpisyncbn.comm.communicator import Communicator
+from mpisyncbn.comm.groups import resolve
 from mpisyncbn.errors import CollectiveMismatchError
 from mpisyncbn.fingerprint import LayerCall, fingerprint
 from support.device import GPU, pretend

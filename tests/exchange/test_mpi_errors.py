@@ -68,7 +68,7 @@ def test_an_error_of_mpi_in_debug_mode_and_before_it(monkeypatch):
     unready = Communicator()
     unready._source = Failing(WORLD, Dup=fails(MPI.ERR_INTERN))
     with (
-        patch.object(mpisyncbn.comm.communicator, "_check"),
+        patch.object(mpisyncbn.comm.communicator, "check_comm"),
         pytest.raises(MPISyncBNError, match=rf"MPI failed to duplicate .* \(on rank {RANK} of {SIZE}\)"),
     ):
         unready.ready()

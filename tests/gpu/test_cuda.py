@@ -14,7 +14,7 @@ import torch
 from mpi4py import MPI
 
 import mpisyncbn
-from mpisyncbn.comm import communicator, staging, transport
+from mpisyncbn.comm import runtime, staging, transport
 from mpisyncbn.errors import CollectiveMismatchError, MPISyncBNError
 from mpisyncbn.kernels import generic
 from mpisyncbn.kernels.cuda import aten_cuda
@@ -30,7 +30,7 @@ KERNELS = [
     pytest.param(generic, id="generic"),
 ]
 at_length = pytest.mark.full("a compiler, for half a minute")
-AWARE = not GPU or transport.chosen(communicator.mpi())[0] == "device"
+AWARE = not GPU or transport.chosen(runtime.mpi())[0] == "device"
 TRANSPORTS = [
     "host",
     pytest.param(

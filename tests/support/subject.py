@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 import mpisyncbn
 from mpisyncbn import SyncBatchNorm, functional
-from mpisyncbn.comm.communicator import resolve
+from mpisyncbn.comm.groups import resolve
 from support.oracle import distance
 
 DTYPES = {"float32": torch.float32, "float64": torch.float64, "bfloat16": torch.bfloat16}

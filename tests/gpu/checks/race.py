@@ -11,7 +11,7 @@ import numpy as np
 import torch
 
 import mpisyncbn
-from mpisyncbn.comm import communicator, transport
+from mpisyncbn.comm import groups, transport
 from mpisyncbn.errors import TransportError
 from support.whole_batch import distance, whole_batch
 
@@ -34,7 +34,7 @@ def race(context: Context) -> None:
     except TransportError as error:
         records.skip("layer", summary(error))
         return
-    records.figure("transport", communicator.resolve(None).transport)
+    records.figure("transport", groups.resolve(None).transport)
     good = _steps(context, layer, 5 if context.quick else _TIMES)
     records.at_most("worst error, waits in place", max(good), 1e-5)
     with _no_waits():

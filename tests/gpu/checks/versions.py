@@ -36,7 +36,7 @@ def transport(context: Context, asked: str) -> None:
     import torch
 
     import mpisyncbn
-    from mpisyncbn.comm import communicator, transport
+    from mpisyncbn.comm import runtime, transport
     from mpisyncbn.errors import TransportError
     from support.whole_batch import distance, whole_batch
 
@@ -44,7 +44,7 @@ def transport(context: Context, asked: str) -> None:
 
     records = context.records
     with mock.patch.dict(os.environ, {"MPISYNCBN_TRANSPORT": "auto"}):
-        choice, reason = transport.chosen(communicator.mpi())
+        choice, reason = transport.chosen(runtime.mpi())
     aware = choice == "device"
     records.figure("MPI takes pointers to device memory", f"{'yes' if aware else 'no'}: {reason}")
     group = mpisyncbn.Communicator()

@@ -8,7 +8,9 @@ from pathlib import Path
 from typing import Any
 
 from . import launcher
-from .communicator import mpi, resolve
+from .communicator import world
+from .groups import resolve
+from .runtime import mpi
 
 __all__ = ["local_rank"]
 
@@ -28,7 +30,7 @@ def local_rank(comm: Any = None) -> int:
     Collective: every rank of ``comm`` must call.
     """
     group = resolve(comm).ready()
-    if group is resolve(None):
+    if group is world():
         launcher.warn_if_apart(mpi())
     with group.taking_part("finding the ranks of each machine"):
         shared = group.comm.Split_type(mpi().COMM_TYPE_SHARED, key=group.rank)

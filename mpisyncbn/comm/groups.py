@@ -1,0 +1,208 @@
+"""From a process group, whoever made it, to its Communicator; new groups by splitting one."""
+
+from __future__ import annotations
+
+import sys
+import weakref
+from collections.abc import Callable, Iterable
+from operator import index
+from typing import TYPE_CHECKING, Any
+
+from ..errors import MPISyncBNError, on_rank
+from . import launcher
+from .communicator import Communicator, check_comm, type_name, world
+from .runtime import mpi
+
+if TYPE_CHECKING:
+    from mpi4py import MPI
+
+__all__ = ["new_group", "new_subgroups", "resolve", "subset"]
+
+_keyval: int | None = None
+
+
+def resolve(process_group: Any) -> Communicator:
+    """The Communicator that stands for ``process_group``; always the same one for the same group.
+
+    Args:
+        process_group: None (the world), a Communicator, an intra-communicator of mpi4py, or a process
+            group of torch.distributed, of whatever backend, among ranks of this MPI job.
+    """
+    if process_group is None:
+        return world()
+    if isinstance(process_group, Communicator):
+        return process_group
+    torch_distributed = sys.modules.get("torch.distributed")
+    if torch_distributed is not None and isinstance(process_group, torch_distributed.ProcessGroup):
+        return _of_torch(process_group)
+    MPI = mpi()
+    if not isinstance(process_group, MPI.Comm):
+        raise TypeError(
+            "expected process_group to be an mpi4py communicator, an mpisyncbn.Communicator, a process group "
+            "of torch.distributed that contains this rank, or None (the world), got "
+            f"{type_name(process_group)}{on_rank()}"
+        )
+    check_comm(process_group)
+    if process_group == MPI.COMM_WORLD:
+        return world()
+    return _of_mpi(process_group)
+
+
+def _of_mpi(comm: MPI.Intracomm) -> Communicator:
+    """The Communicator for one of mpi4py.
+
+    It is an attribute of that: MPI drops it with the communicator, while a dictionary by handle would hand it
+    on to the next one that gets the same handle.
+    """
+    global _keyval
+    if _keyval is None:
+        _keyval = mpi().Comm.Create_keyval()
+    communicator: Any = comm.Get_attr(_keyval)
+    if communicator is None or communicator.freed:
+        communicator = Communicator(comm)
+        comm.Set_attr(_keyval, communicator)
+    return communicator
+
+
+class _OfTorch(Communicator):
+    """The ranks of a process group of another backend, gloo or nccl, which know each other by that."""
+
+    def __init__(self, group: Any) -> None:
+        super().__init__(mpi().COMM_SELF)
+        self._source, self._group, self._is_world = None, group, False
+        self.rank, self.size = group.rank(), group.size()
+
+    def _make(self) -> MPI.Intracomm:
+        from torch.distributed import all_gather_object
+
+        if self.size > 1:
+            launcher.refuse_if_apart(mpi())
+        comm_world = mpi().COMM_WORLD
+        ranks: list[Any] = [None] * self.size
+        all_gather_object(ranks, comm_world.rank, group=self._group)
+        if len(set(ranks)) < self.size:
+            raise MPISyncBNError(
+                f"expected a process group of ranks of one MPI job, got one of {self.size} that MPI knows as "
+                f"ranks {ranks} of a world of {comm_world.size}{on_rank()}: start all of them with one "
+                "mpiexec"
+            )
+        self._group = None  # which may end before this does
+        return subset(comm_world, ranks)
+
+
+_of_torch_groups: weakref.WeakKeyDictionary[Any, Communicator] = weakref.WeakKeyDictionary()
+
+
+def _of_torch(group: Any) -> Communicator:
+    ours = getattr(group, "communicator", None)  # of backend mpi4py
+    if ours is not None:
+        return ours
+    communicator = _of_torch_groups.get(group)
+    if communicator is None or communicator.freed:
+        communicator = _of_torch_groups[group] = _OfTorch(group)
+    return communicator
+
+
+def subset(comm: MPI.Intracomm, ranks: list[int]) -> MPI.Intracomm:
+    """A communicator of some ranks of ``comm``, in that order. Collective among them alone."""
+    group = comm.Get_group().Incl(ranks)
+    try:
+        return comm.Create_group(group)
+    finally:
+        group.Free()
+
+
+def new_group(ranks: Iterable[int], comm: Any = None) -> Communicator | None:
+    """A group of some of the ranks of ``comm``.
+
+    Collective: every rank of ``comm`` must call, with the same ranks, also those outside the group.
+
+    Args:
+        ranks: ranks in ``comm``, each once. In the group they are in ascending order.
+        comm: the communicator to choose from; None: the world.
+
+    Returns:
+        The group's Communicator; None on a rank outside it. None as a process_group means the
+        world, so build layers of this group on its own ranks only.
+
+    Raises:
+        ValueError: on every rank, where ``ranks`` is empty, names a rank twice or one that does not
+            exist, or differs between ranks.
+        MPISyncBNError: ``comm`` is the world, and torch.distributed or a launcher knows of more ranks.
+    """
+    parent = resolve(comm)
+    parent.check_world()
+
+    def read() -> list[int]:
+        chosen = sorted(int(index(rank)) for rank in ranks)
+        if not chosen or len(set(chosen)) < len(chosen) or chosen[0] < 0 or chosen[-1] >= parent.size:
+            raise ValueError
+        return chosen
+
+    chosen = _agree(parent, "ranks", ranks, read, f"distinct ranks from 0 to {parent.size - 1}, at least one")
+    with parent.taking_part("making a new group"):
+        group = parent.comm.Split(0 if parent.rank in chosen else mpi().UNDEFINED, key=parent.rank)
+    return None if group == mpi().COMM_NULL else _child(group)
+
+
+def new_subgroups(group_size: int | None = None, comm: Any = None) -> Communicator:
+    """Split ``comm`` into groups of consecutive ranks, and return the one this rank is in.
+
+    Collective: every rank of ``comm`` must call, with the same ``group_size``.
+
+    Args:
+        group_size: ranks per group, a divisor of the size of ``comm``; None: one group per node
+            (ranks that share memory).
+        comm: the communicator to split; None: the world.
+
+    Raises:
+        ValueError: on every rank, where ``group_size`` does not divide the number of ranks, or
+            differs between ranks.
+        MPISyncBNError: ``comm`` is the world, and torch.distributed or a launcher knows of more ranks.
+    """
+    parent = resolve(comm)
+    parent.check_world()
+
+    def read() -> int | None:
+        size = None if group_size is None else int(index(group_size))
+        if size is not None and (size < 1 or parent.size % size):
+            raise ValueError
+        return size
+
+    size = _agree(parent, "group_size", group_size, read, f"a divisor of the {parent.size} ranks, or None")
+    with parent.taking_part("making new groups"):
+        if size is None:
+            comm = parent.comm.Split_type(mpi().COMM_TYPE_SHARED, key=parent.rank)
+        else:
+            comm = parent.comm.Split(parent.rank // size, key=parent.rank)
+    return _child(comm)
+
+
+def _child(comm: MPI.Intracomm) -> Communicator:
+    child = Communicator(comm)
+    with child._beginning():
+        return child._adopt(comm)
+
+
+def _agree(parent: Communicator, name: str, given: Any, read: Callable[[], Any], expected: str) -> Any:
+    """What ``read`` makes of ``given``.
+
+    Raises on every rank if it cannot on any, or the ranks differ: nobody is left waiting alone.
+    """
+    try:
+        value, problem = read(), None
+    except Exception:  # of any kind: the other ranks have to hear of it
+        value, problem = None, f"expected {expected}, got {given!r}"
+    comm = parent.ready().comm
+    with parent.taking_part(f"agreeing on the {name} of a new group"):
+        everyone = comm.allgather((value, problem))
+    for rank, (_, theirs) in enumerate(everyone):
+        if theirs is not None:
+            raise ValueError(f"{name}: {theirs} on rank {rank}")
+    for rank, (theirs, _) in enumerate(everyone):
+        if theirs != value:
+            raise ValueError(
+                f"{name}: expected the same on every rank, got {theirs} on rank {rank} "
+                f"and {value} on rank {parent.rank}"
+            )
+    return value

@@ -1,0 +1,75 @@
+"""MPI itself: the module mpi4py.MPI, for a process that may use it."""
+
+from __future__ import annotations
+
+import sys
+import threading
+from types import ModuleType
+
+from .. import config
+from ..errors import MPISyncBNError, on_rank
+from . import ancestors
+
+__all__ = ["forked", "lock", "mpi"]
+
+_forked = False  # whether this process was forked from one that runs MPI
+_one_at_a_time = threading.RLock()
+
+
+def mpi() -> ModuleType:
+    """The module ``mpi4py.MPI``, ready for use.
+
+    Importing it initializes MPI, so it is imported at first use and never before: a worker process
+    that only re-imports the program must stay out of MPI.
+    """
+    if _forked:
+        raise MPISyncBNError(
+            "this process was forked from one that runs MPI, which it cannot use itself: train in the "
+            "parent, and use the model here in eval mode only"
+        )
+    if "mpi4py.MPI" not in sys.modules and _is_worker() and config.launched():
+        raise MPISyncBNError(
+            "this is a worker process of a rank of MPI, and no rank itself: synchronized batch norm works in "
+            "training mode on the ranks that the launcher started"
+        )
+    if "mpi4py.MPI" not in sys.modules and (rank := ancestors.rank_above()) is not None:
+        raise MPISyncBNError(ancestors.of_child(rank))
+    from mpi4py import MPI
+
+    if MPI.Is_finalized():
+        raise MPISyncBNError(
+            "MPI is already finalized: synchronized batch norm needs it running; call MPI.Finalize() later, "
+            "or leave it to mpi4py at exit"
+        )
+    if not MPI.Is_initialized():
+        raise MPISyncBNError(
+            "MPI is not initialized (mpi4py.rc.initialize is off): call MPI.Init_thread(MPI.THREAD_MULTIPLE) "
+            "before the first training step"
+        )
+    if MPI.Query_thread() < MPI.THREAD_SERIALIZED:
+        raise MPISyncBNError(
+            f"MPI provides thread level {MPI.Query_thread()}, expected at least MPI.THREAD_SERIALIZED "
+            f"({MPI.THREAD_SERIALIZED}), because autograd may run backward on another thread{on_rank()}: "
+            "ask for it with mpi4py.rc.thread_level or MPI.Init_thread"
+        )
+    return MPI
+
+
+def _is_worker() -> bool:
+    """Whether multiprocessing started this process."""
+    multiprocessing = sys.modules.get("multiprocessing.process")
+    return multiprocessing is not None and multiprocessing.parent_process() is not None
+
+
+def lock() -> threading.RLock:
+    """A lock to hold in the collectives of a communicator."""
+    MPI = mpi()
+    # Below THREAD_MULTIPLE MPI may be in one call at a time, whatever the communicator.
+    return threading.RLock() if MPI.Query_thread() == MPI.THREAD_MULTIPLE else _one_at_a_time
+
+
+def forked() -> None:
+    """Note that this process was forked: what it has of MPI belongs to its parent."""
+    global _forked, _one_at_a_time
+    _forked = "mpi4py.MPI" in sys.modules
+    _one_at_a_time = threading.RLock()  # a thread that is not here may hold the other
