@@ -275,7 +275,7 @@ def _check_momentum(momentum: float | Array, expected: str, like: Array) -> None
             f"expected momentum without a gradient, got a tensor that requires one{on_rank()}: "
             "hand over momentum.detach()"
         )
-    if transport.known(momentum):
+    if transport.is_readable_now(momentum):
         _check_number("momentum", float(momentum), expected, 1.0)
     elif _on_device(momentum) not in (_on_device(like), " on cpu"):
         where = "" if transport.on_host(like) else f", or{_on_device(like)}"

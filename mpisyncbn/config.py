@@ -11,17 +11,17 @@ from .errors import on_rank
 
 __all__ = [
     "PROC",
+    "any_launcher_size",
     "debug",
     "device_aware",
-    "identity",
     "in_batch_script",
     "launched",
+    "mpi_launcher_size",
     "own_rank",
     "parent_of",
+    "rank_identity",
     "rank_of",
     "rendezvous_given",
-    "started",
-    "tasks",
     "timeout",
     "transport",
 ]
@@ -31,6 +31,7 @@ PROC = Path("/proc")
 
 
 def _choice(name: str, default: str, choices: tuple[str, ...]) -> str:
+    """The value of a variable that has only a few. Raises ValueError if it has another."""
     value = os.environ.get(name, "").strip().lower() or default
     if value not in choices:
         raise ValueError(
@@ -84,13 +85,16 @@ _IDENTITY += ("PALS_APID", "PALS_RANKID")
 _NOT_OF_MPI = (("WORLD_SIZE", "RANK", "LOCAL_RANK"), ("HOROVOD_SIZE", "HOROVOD_RANK", "HOROVOD_LOCAL_RANK"))
 
 
-def tasks() -> tuple[int, str]:
+def mpi_launcher_size() -> tuple[int, str]:
     """How many ranks a launcher of MPI started, and the variable that says so; 1 and nothing if none does."""
     return _sizes()[0]
 
 
-def started(size: int) -> tuple[int, str]:
-    """The same of any launcher, if MPI has a world of ``size``: of one that started more, if there is one."""
+def any_launcher_size(size: int) -> tuple[int, str]:
+    """How many ranks any launcher started, and the variable that says so, if MPI has a world of ``size``.
+
+    It is a launcher that started more ranks, if there is one.
+    """
     given = _sizes()
     if size > 1:  # some launcher told MPI so; variables of another one are left over
         return next((each for each in given if each[0] == size), given[0])
@@ -98,22 +102,29 @@ def started(size: int) -> tuple[int, str]:
     # mpiexec -n 1 may be all that has started this process, but torchrun's own mark has no other source
     unknown = not variable or variable.startswith("SLURM_")
     unknown = unknown and not any(name in os.environ for name in _WITHOUT_SIZE)
-    for names in _NOT_OF_MPI if unknown or "TORCHELASTIC_RUN_ID" in os.environ else ():
-        values = [os.environ.get(name, "") for name in names]
-        if all(value.isdigit() for value in values) and int(values[0]) > max(1, *map(int, values[1:])):
-            return int(values[0]), names[0]
+    if unknown or "TORCHELASTIC_RUN_ID" in os.environ:
+        return _size_outside_mpi() or (ranks, variable)
     return ranks, variable
 
 
+def _size_outside_mpi() -> tuple[int, str] | None:
+    """How many ranks a launcher started that tells MPI nothing, and the variable that says so, if any."""
+    for names in _NOT_OF_MPI:
+        values = [os.environ.get(name, "") for name in names]
+        if all(value.isdigit() for value in values) and int(values[0]) > max(1, *map(int, values[1:])):
+            return int(values[0]), names[0]
+    return None
+
+
 def _sizes() -> list[tuple[int, str]]:
-    """What each launcher of MPI says."""
+    """How many ranks each launcher of MPI started, and the variable that says so; the nearest first."""
     given = [(os.environ.get(name, ""), name) for name in _SIZES]
     return [(int(value), name) for value, name in given if value.isdigit()] or [(1, "")]
 
 
 def launched() -> bool:
     """Whether a launcher started this process as one of several ranks, as far as the environment says."""
-    return tasks()[0] > 1 or any(name in os.environ for name in _WITHOUT_SIZE)
+    return mpi_launcher_size()[0] > 1 or any(name in os.environ for name in _WITHOUT_SIZE)
 
 
 def in_batch_script() -> bool:
@@ -146,14 +157,14 @@ def parent_of(process: int | str) -> int:
         return 0
 
 
-def identity(process: int | None = None) -> dict[str, str]:
-    """By which MPI is one certain rank of one certain job, in this process or another one of this host."""
+def rank_identity(process: int | None = None) -> dict[str, str]:
+    """The variables by which MPI knows which rank of which job a process is: this one, or another here."""
     variables = os.environ if process is None else _variables_of(process)
     return {name: variables.get(name, "") for name in _IDENTITY}
 
 
 def _variables_of(process: int) -> dict[str, str]:
-    """With which a process was started; none if it may not be looked at."""
+    """The variables with which a process was started; none if it may not be looked at."""
     try:
         given = (PROC / str(process) / "environ").read_bytes()
     except OSError:
@@ -163,6 +174,7 @@ def _variables_of(process: int) -> dict[str, str]:
 
 
 def _rank_in(variables: Mapping[str, str]) -> int | None:
+    """The rank that a launcher gave to a process with these variables, if any did."""
     return next((int(variables[name]) for name in _RANKS if variables.get(name, "").isdigit()), None)
 
 
@@ -180,6 +192,6 @@ def device_aware(kind: str) -> str | None:
 
 
 def rendezvous_given() -> dict[str, str]:
-    """Those variables that are set by which torch's own launchers tell ranks of each other."""
+    """The variables, where set, by which torch's own launchers tell ranks of each other."""
     names = "RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"
     return {name: os.environ[name] for name in names if os.environ.get(name)}

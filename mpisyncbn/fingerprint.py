@@ -85,7 +85,7 @@ def compare_calls(group: Communicator, call: LayerCall) -> None:
         calls = group.comm.allgather(_here(call))
     except group.mpi_error as error:
         raise MPISyncBNError(
-            f"MPI failed before the {call} on rank {group.rank}: {error}{group.lost(error)}"
+            f"MPI failed before the {call} on rank {group.rank}: {error}{group.revoke_if_rank_lost(error)}"
         ) from error
     if len({what for _, what in calls}) > 1:
         _raise_mismatch(group, [f"on {host}: {what}" for host, what in calls], group.exchanges)

@@ -1,8 +1,8 @@
 """Whether this process is a child of a rank, and no rank itself.
 
-What a rank starts (a subprocess, a worker, a program in a shell) inherits the variables by which the
-launcher made it a rank. MPI believes them in the child too: it waits for ranks that do not come, or fails,
-and may take the rank down with it. So a process looks above itself before it initializes MPI.
+A process that a rank starts (a subprocess, a worker, a program in a shell) inherits the variables by which
+the launcher made that a rank. MPI believes them in the child too: it waits for ranks that do not come, or
+fails, and may take the rank down with it. So a process looks above itself before it initializes MPI.
 """
 
 from __future__ import annotations
@@ -11,40 +11,39 @@ import importlib.abc
 import os
 import sys
 import warnings
-from typing import Any
 
 from .. import config
 
-__all__ = ["guard", "of_child", "rank_above"]
+__all__ = ["ancestor_rank_pid", "child_message", "guard"]
 
 
 def guard() -> None:
-    """Where this is the child of a rank, warn before somebody else's import of mpi4py.MPI initializes MPI.
+    """In a child of a rank, warn before somebody else's import of mpi4py.MPI initializes MPI.
 
-    No error: under Open MPI it may go well, if every rank has started the same child.
+    This is no error: under Open MPI it may go well, if every rank has started the same child.
     """
-    if rank_above() is not None:
+    if ancestor_rank_pid() is not None:
         sys.meta_path.insert(0, _Finder())
 
 
-def of_child(rank: int) -> str:
-    """What is wrong in a child of this process, and the cure."""
+def child_message(rank_pid: int) -> str:
+    """What is wrong in a child of the process with this id, and the cure."""
     return (
-        f"this process is a child of process {rank}, which is a rank of MPI, and has inherited the variables "
-        "that the launcher gave to that rank: MPI would hang here, or fail. Let the rank do what needs MPI; "
-        "or start the child with mpiexec, or without variables that begin with PMI, OMPI_ or SLURM_, as a "
-        "world of its own"
+        f"this process is a child of process {rank_pid}, which is a rank of MPI, and has inherited the "
+        "variables that the launcher gave to that rank: MPI would hang here, or fail. Let the rank do what "
+        "needs MPI; or start the child with mpiexec, or without variables that begin with PMI, OMPI_ or "
+        "SLURM_, as a world of its own"
     )
 
 
-def rank_above() -> int | None:
-    """The process of which this one is a child, if it is a rank of MPI and handed its variables down."""
-    mine = config.identity()
-    size, variable = config.tasks()
+def ancestor_rank_pid() -> int | None:
+    """The id of the process above this one that is a rank of MPI and handed its variables down, if any."""
+    mine = config.rank_identity()
+    size, variable = config.mpi_launcher_size()
     if variable and size == 1 and not mine["PMI_FD"]:
         return None  # PMIx lets children of a rank that has no others be worlds of one
     socket, process = _socket(os.getpid(), mine), os.getppid()
-    while any((theirs := config.identity(process)).values()):
+    while any((theirs := config.rank_identity(process)).values()):
         # A launcher in between gives variables of its own or, if they say the same, a socket of its own.
         if theirs == mine and socket in ("", _socket(process, mine)) and _runs_mpi(process):
             return process
@@ -53,7 +52,7 @@ def rank_above() -> int | None:
 
 
 def _socket(process: int, identity: dict[str, str]) -> str:
-    """By which a process talks to its launcher; nothing if it has none, or did not inherit it."""
+    """The socket by which a process talks to its launcher; empty if it has none, or did not inherit it."""
     try:
         link = os.readlink(config.PROC / str(process) / "fd" / (identity["PMI_FD"] or "none"))
     except OSError:
@@ -62,7 +61,7 @@ def _socket(process: int, identity: dict[str, str]) -> str:
 
 
 def _runs_mpi(process: int) -> bool:
-    """Whether it has imported mpi4py.MPI; what only starts a rank, such as a shell or torchrun, has not."""
+    """Whether a process has imported mpi4py.MPI. One that only starts a rank, as torchrun does, has not."""
     try:
         return b"/mpi4py/MPI." in (config.PROC / str(process) / "maps").read_bytes()
     except OSError:
@@ -70,9 +69,11 @@ def _runs_mpi(process: int) -> bool:
 
 
 class _Finder(importlib.abc.MetaPathFinder):
-    """Finds nothing, and is asked before every import."""
+    """Python asks it before every import. It finds nothing, and warns before the import of mpi4py.MPI."""
 
-    def find_spec(self, name: str, path: Any, target: Any = None) -> None:
-        rank = rank_above() if name == "mpi4py.MPI" and sys.modules["mpi4py"].rc.initialize else None
-        if rank is not None:
-            warnings.warn(of_child(rank), RuntimeWarning, stacklevel=2)
+    def find_spec(self, name: str, path: object, target: object = None) -> None:
+        if name != "mpi4py.MPI" or not sys.modules["mpi4py"].rc.initialize:
+            return
+        rank_pid = ancestor_rank_pid()
+        if rank_pid is not None:
+            warnings.warn(child_message(rank_pid), RuntimeWarning, stacklevel=2)

@@ -4,33 +4,35 @@ from __future__ import annotations
 
 import itertools
 import os
-import socket
 import threading
 import weakref
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from .. import config
-from ..errors import MPISyncBNError, TransportError, on_rank
+from ..errors import MPISyncBNError, on_rank
+from ..kernels import Array
 from ..kernels.link import native_link
 from ..layer_names import FirstUses
 from ..liveness import arrivals, watchdog
-from ..liveness.rank_status import Presence, agreed_timeout
-from . import launcher, runtime, transport, unreferenced
+from ..liveness.rank_status import RankStatus, agreed_timeout
+from . import launcher, runtime, unreferenced
+from .handshake import exchange_handshakes
 from .runtime import mpi
 from .staging import DeviceMessage, device_key
+from .streams import Device
 
 if TYPE_CHECKING:
     from mpi4py import MPI
 
-__all__ = ["Communicator", "by_handle", "check_comm", "type_name", "world"]
+__all__ = ["Communicator", "by_graph_key", "check_comm", "type_name", "world"]
 
 
 _numbers = itertools.count()
-_by_handle: weakref.WeakValueDictionary[str, Communicator] = weakref.WeakValueDictionary()
+_by_graph_key: weakref.WeakValueDictionary[str, Communicator] = weakref.WeakValueDictionary()
 _world: Communicator | None = None
 
 
@@ -65,27 +67,27 @@ class Communicator:
         self._is_finalized = MPI.Is_finalized
         self.in_place, self.mpi_error, self.truncated = MPI.IN_PLACE, MPI.Exception, MPI.ERR_TRUNCATE
         self.largest = MPI.MAX
-        self.joining = False  # whether some ranks may be without data: joining.py
+        self.in_join_context = False  # whether some ranks may be without data: joining.py
         self.freed = False
         self.rank: int = comm.Get_rank()
         self.size: int = comm.Get_size()
         self.comm = None
-        self.presence = Presence(self.rank, self.size)
+        self.rank_status = RankStatus(self.rank, self.size)
         self.debug = False
         self.lock = runtime.lock()
         # A name for this process alone, for compiled graphs, which can hold a string but no object.
-        self.handle = f"group {next(_numbers)}"
-        _by_handle[self.handle] = self
-        self.link: Any = None  # native code for an exchange
+        self.graph_key = f"group {next(_numbers)}"
+        _by_graph_key[self.graph_key] = self
+        self.link: Any = None  # a Link, native code for an exchange; None without
         self.transport = "host"  # of data on a device, agreed on with the duplicate
         self._messages: dict[int, np.ndarray] = {}
-        self._device_messages: dict[Any, DeviceMessage] = {}
+        self._device_messages: dict[tuple[int, int, Device], DeviceMessage] = {}
         self._names = FirstUses()
 
     @property
     def exchanges(self) -> int:
         """How many exchanges this rank has begun."""
-        return self.presence.exchanges
+        return self.rank_status.exchanges
 
     def ready(self) -> Communicator:
         """This communicator with its duplicate made. Collective at the first call."""
@@ -93,8 +95,8 @@ class Communicator:
             mpi()
             if self.freed:
                 raise MPISyncBNError(f"this Communicator was freed{on_rank()}: make a new one")
-            with self._beginning():
-                self._adopt(self._make())
+            with self._first_collective():
+                self._take_over(self._create_comm())
         elif self._is_finalized():
             mpi()  # says so
         return self
@@ -102,70 +104,66 @@ class Communicator:
     def check_world(self) -> None:
         """Before training: raise MPISyncBNError if this is the world, and something knows of more ranks."""
         if self._is_world:
-            launcher.compare(mpi)
+            launcher.check_world(mpi)
 
-    def _make(self) -> MPI.Intracomm:
+    def _create_comm(self) -> MPI.Intracomm:
         """A communicator that nobody else knows. Collective."""
         check_comm(self._source)
         return self._source.Dup()
 
-    def _adopt(self, comm: MPI.Intracomm) -> Communicator:
+    def _take_over(self, comm: MPI.Intracomm) -> Communicator:
         """Take over a communicator that nobody else knows. Collective."""
         MPI = mpi()
         comm.Set_errhandler(MPI.ERRORS_RETURN)
         link = native_link(comm, MPI)
+        try:
+            handshakes = exchange_handshakes(comm, MPI, link is not None)
+        except self.mpi_error as error:
+            self.revoke_if_rank_lost(error, comm)
+            raise
         # Some launchers hand the environment to the ranks of the first host only. A rank that agrees
         # with the others before each exchange, or refuses to start, must not be alone in it.
         # And where some ranks have native code and others not, none uses it: each rounds in its own way.
-        mine = _Settings.of(MPI, link is not None)
-        try:
-            settings = [_Settings(*each) for each in comm.allgather(tuple(mine))]
-        except self.mpi_error as error:
-            self.lost(error, comm)
-            raise
-        for each in settings:
-            if each.error is not None:
-                comm.Free()
-                raise each.error
-        self.debug = any(each.debug for each in settings)
-        self.transport = "device" if all(each.transport == "device" for each in settings) else "host"
-        self.link = link if all(each.has_link for each in settings) else None
+        self.debug = any(each.debug for each in handshakes)
+        self.transport = "device" if all(each.transport == "device" for each in handshakes) else "host"
+        self.link = link if all(each.has_link for each in handshakes) else None
         self.comm = comm
-        presence = self.presence
-        presence.limit = presence.last_limit = agreed_timeout([each.timeout for each in settings])
-        presence.all_native = self.link is not None
-        presence.homes = [each.home for each in settings]
-        presence.comm = presence.channel = comm
-        unreferenced.free(each.dropped for each in settings)
-        unreferenced.keep((*settings[0].home, settings[0].number), self)
+        status = self.rank_status
+        status.timeout = status.finalize_timeout = agreed_timeout([each.timeout for each in handshakes])
+        status.all_native = self.link is not None
+        status.process_ids = [each.process_id for each in handshakes]
+        status.comm = status.p2p_comm = comm
+        unreferenced.free_unreferenced(each.unreferenced for each in handshakes)
+        unreferenced.track((*handshakes[0].process_id, handshakes[0].number), self)
         return self
 
     @contextmanager
-    def _beginning(self) -> Iterator[None]:
-        """Under the eyes of the watchdog, while the ranks of a group meet for the first time."""
-        presence = self.presence
-        with suppress(ValueError):  # of which all ranks hear from _adopt
-            presence.limit = agreed_timeout([config.timeout()])
-        presence.world = self._world_ranks()
-        watchdog.watch(presence)
-        before = presence.doing
-        presence.doing = before or "the first message of a group"
+    def _first_collective(self) -> Iterator[None]:
+        """Let the watchdog look after this rank while the ranks of a group meet for the first time."""
+        status = self.rank_status
+        with suppress(ValueError):  # of which all ranks hear from _take_over
+            status.timeout = agreed_timeout([config.timeout()])
+        status.world = self._world_ranks()
+        watchdog.watch(status)
+        before = status.current_call
+        status.current_call = before or "the first message of a group"
         try:
-            with arrivals.mark(presence.world):
+            with arrivals.mark_arrival(status.world):
                 yield
         except BaseException as error:
-            presence.end()
+            status.unregister()
             if isinstance(error, self.mpi_error):
                 raise MPISyncBNError(
-                    f"MPI failed to duplicate the communicator{on_rank()}: {error}{self.lost(error)}"
+                    f"MPI failed to duplicate the communicator{on_rank()}: {error}"
+                    f"{self.revoke_if_rank_lost(error)}"
                 ) from error
             raise
         finally:
-            presence.doing = before
+            status.current_call = before
 
     def _world_ranks(self) -> list[int]:
         """The ranks in the world of all ranks of the group, where this one knows them."""
-        if self._source is None or self._source == mpi().COMM_NULL:  # freed, of which _make hears
+        if self._source is None or self._source == mpi().COMM_NULL:  # freed, of which _create_comm hears
             return []
         ours, everybody = self._source.Get_group(), mpi().COMM_WORLD.Get_group()
         try:
@@ -175,15 +173,15 @@ class Communicator:
             everybody.Free()
 
     @contextmanager
-    def taking_part(self, doing: str) -> Iterator[None]:
-        """In what is not an exchange, but collective too."""
+    def collective(self, name: str) -> Iterator[None]:
+        """A context for a collective that is no exchange: the watchdog and other ranks hear its name."""
         with self.lock:
-            self.presence.exchanges += 1
-            self.presence.doing = doing
+            self.rank_status.exchanges += 1
+            self.rank_status.current_call = name
             try:
                 yield
             finally:
-                self.presence.doing = None
+                self.rank_status.current_call = None
 
     def message(self, length: int) -> np.ndarray:
         """The float64 buffer for messages of ``length`` values. Reused: copy what must stay."""
@@ -193,8 +191,11 @@ class Communicator:
             buffer = self._messages[length] = np.zeros(length)
         return buffer
 
-    def device_message(self, copies: int, length: int, like: Any) -> DeviceMessage:
-        """The same, for so many messages one after the other, in the memory of the device of ``like``."""
+    def device_message(self, copies: int, length: int, like: Array) -> DeviceMessage:
+        """The float64 buffer for so many messages one after the other, on the device of ``like``.
+
+        It is reused: copy what must stay.
+        """
         key = copies, length, device_key(like)
         message = self._device_messages.get(key)
         if message is None:
@@ -217,17 +218,24 @@ class Communicator:
         return name
 
     def forget_names(self) -> None:
-        """After a mismatch, where the ranks may have named different layers alike. On every rank."""
+        """Forget all names of layers: after a mismatch the ranks may have named different layers alike.
+
+        Every rank of the group must call.
+        """
         self._names.clear()
 
-    def lost(self, error: Any, comm: Any = None) -> str:
-        """More words for an error of MPI that says that a rank is gone, which the others learn then too."""
+    def revoke_if_rank_lost(self, error: Exception, comm: MPI.Intracomm | None = None) -> str:
+        """Revoke the communicator if an error of MPI says that a rank is gone: the others learn of it then.
+
+        Returns more words for the error; none if it says something else. ``comm`` stands for a communicator
+        that is not taken over yet.
+        """
         MPI = mpi()
         losses = {MPI.ERR_PROC_FAILED, MPI.ERR_PROC_FAILED_PENDING, MPI.ERR_REVOKED}
         losses.discard(MPI.ERR_UNKNOWN)  # which they are where MPI has no such errors
-        if error.Get_error_class() not in losses:
+        if error.Get_error_class() not in losses:  # type: ignore[attr-defined]
             return ""
-        self.presence.deaf = True
+        self.rank_status.listening = False
         comm = comm or self.comm
         if comm is not None:
             with suppress(Exception):  # not in every MPI, and failing already
@@ -245,11 +253,11 @@ class Communicator:
         self.freed = True
         if self.comm is not None:
             if self._is_finalized():
-                self.presence.end()
+                self.rank_status.unregister()
             else:
                 mpi()
-                with self.taking_part("freeing the communicator"):
-                    unreferenced.give_back(self.presence)
+                with self.collective("freeing the communicator"):
+                    unreferenced.free_comm(self.rank_status)
             self.comm = self.link = None
             self._messages.clear()
             self._device_messages.clear()
@@ -260,10 +268,10 @@ class Communicator:
     def __copy__(self) -> Communicator:
         return self
 
-    def __deepcopy__(self, memo: dict[int, Any]) -> Communicator:
+    def __deepcopy__(self, memo: dict[int, object]) -> Communicator:
         return self  # a copied layer talks to the same ranks
 
-    def __reduce__(self) -> tuple[Any, ...]:
+    def __reduce__(self) -> tuple[Callable[[None], Communicator], tuple[None]]:
         if self._is_world:
             return _unpickled_world, (None,)
         raise TypeError(
@@ -289,15 +297,15 @@ def _unpickled_world(_: None) -> Communicator:
 _unpickled_world.__module__, _unpickled_world.__qualname__ = "mpisyncbn.communicator", "resolve"
 
 
-def by_handle(handle: str) -> Communicator:
-    """The Communicator with this ``handle``; the world for an empty one."""
-    if not handle:
+def by_graph_key(graph_key: str) -> Communicator:
+    """The Communicator with this ``graph_key``; the world for an empty one."""
+    if not graph_key:
         return world()
-    if handle not in _by_handle:
+    if graph_key not in _by_graph_key:
         raise MPISyncBNError(
             f"the Communicator of a compiled graph is gone{on_rank()}: keep it as long as the graph"
         )
-    return _by_handle[handle]
+    return _by_graph_key[graph_key]
 
 
 def check_comm(comm: Any) -> None:
@@ -322,31 +330,8 @@ def type_name(value: object) -> str:
     return f"{type(value).__module__}.{type(value).__qualname__}"
 
 
-class _Settings(NamedTuple):
-    """What a rank brings along to a new group."""
-
-    debug: bool
-    transport: str
-    timeout: float | None
-    has_link: bool
-    home: tuple[str, int]  # host and process
-    number: int  # of groups that this rank has seen so far
-    dropped: list[unreferenced.Name]
-    error: Exception | None  # what is wrong with its environment
-
-    @classmethod
-    def of(cls, MPI: Any, has_link: bool) -> _Settings:
-        problem: Exception | None
-        debug, where, timeout, problem = False, "host", None, None
-        try:
-            debug, where, timeout = config.debug(), transport.chosen(MPI)[0], config.timeout()
-        except (ValueError, TransportError) as error:
-            problem = error
-        home = socket.gethostname(), os.getpid()
-        return cls(debug, where, timeout, has_link, home, next(_numbers), unreferenced.dropped(), problem)
-
-
 def _make_room(buffers: dict[Any, Any]) -> None:
+    """Drop all buffers if there are too many."""
     if len(buffers) >= 256:  # more than the numbers of channels that a model has: they come and go
         buffers.clear()
 
@@ -355,7 +340,7 @@ def _in_child() -> None:
     """A forked process, the only place that sees to it: what it has of MPI belongs to its parent."""
     runtime.forked()
     watchdog.forked()
-    for communicator in list(_by_handle.values()):
+    for communicator in list(_by_graph_key.values()):
         communicator.comm = communicator.link = None
         communicator.lock = threading.RLock()  # a thread that is not here may hold the other
 

@@ -6,7 +6,7 @@ import sys
 import weakref
 from collections.abc import Callable, Iterable
 from operator import index
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from ..errors import MPISyncBNError, on_rank
 from . import launcher
@@ -15,9 +15,11 @@ from .runtime import mpi
 
 if TYPE_CHECKING:
     from mpi4py import MPI
+    from torch.distributed import ProcessGroup
 
 __all__ = ["new_group", "new_subgroups", "resolve", "subset"]
 
+_T = TypeVar("_T")
 _keyval: int | None = None
 
 
@@ -64,52 +66,54 @@ def _of_mpi(comm: MPI.Intracomm) -> Communicator:
     return communicator
 
 
-class _OfTorch(Communicator):
+class _OtherBackendCommunicator(Communicator):
     """The ranks of a process group of another backend, gloo or nccl, which know each other by that."""
 
-    def __init__(self, group: Any) -> None:
+    def __init__(self, process_group: ProcessGroup) -> None:
         super().__init__(mpi().COMM_SELF)
-        self._source, self._group, self._is_world = None, group, False
-        self.rank, self.size = group.rank(), group.size()
+        self._source, self._is_world = None, False
+        self._process_group: ProcessGroup | None = process_group
+        self.rank, self.size = process_group.rank(), process_group.size()
 
-    def _make(self) -> MPI.Intracomm:
+    def _create_comm(self) -> MPI.Intracomm:
         from torch.distributed import all_gather_object
 
         if self.size > 1:
-            launcher.refuse_if_apart(mpi())
+            launcher.check_world_size(mpi())
         comm_world = mpi().COMM_WORLD
-        ranks: list[Any] = [None] * self.size
-        all_gather_object(ranks, comm_world.rank, group=self._group)
+        ranks: list[int] = [-1] * self.size
+        all_gather_object(ranks, comm_world.rank, group=self._process_group)
         if len(set(ranks)) < self.size:
             raise MPISyncBNError(
                 f"expected a process group of ranks of one MPI job, got one of {self.size} that MPI knows as "
                 f"ranks {ranks} of a world of {comm_world.size}{on_rank()}: start all of them with one "
                 "mpiexec"
             )
-        self._group = None  # which may end before this does
+        self._process_group = None  # which may end before this does
         return subset(comm_world, ranks)
 
 
-_of_torch_groups: weakref.WeakKeyDictionary[Any, Communicator] = weakref.WeakKeyDictionary()
+_of_torch_groups: weakref.WeakKeyDictionary[ProcessGroup, Communicator] = weakref.WeakKeyDictionary()
 
 
-def _of_torch(group: Any) -> Communicator:
-    ours = getattr(group, "communicator", None)  # of backend mpi4py
+def _of_torch(process_group: ProcessGroup) -> Communicator:
+    """The Communicator for a process group of torch."""
+    ours = getattr(process_group, "communicator", None)  # of backend mpi4py
     if ours is not None:
         return ours
-    communicator = _of_torch_groups.get(group)
+    communicator = _of_torch_groups.get(process_group)
     if communicator is None or communicator.freed:
-        communicator = _of_torch_groups[group] = _OfTorch(group)
+        communicator = _of_torch_groups[process_group] = _OtherBackendCommunicator(process_group)
     return communicator
 
 
 def subset(comm: MPI.Intracomm, ranks: list[int]) -> MPI.Intracomm:
     """A communicator of some ranks of ``comm``, in that order. Collective among them alone."""
-    group = comm.Get_group().Incl(ranks)
+    mpi_group = comm.Get_group().Incl(ranks)
     try:
-        return comm.Create_group(group)
+        return comm.Create_group(mpi_group)
     finally:
-        group.Free()
+        mpi_group.Free()
 
 
 def new_group(ranks: Iterable[int], comm: Any = None) -> Communicator | None:
@@ -139,10 +143,12 @@ def new_group(ranks: Iterable[int], comm: Any = None) -> Communicator | None:
             raise ValueError
         return chosen
 
-    chosen = _agree(parent, "ranks", ranks, read, f"distinct ranks from 0 to {parent.size - 1}, at least one")
-    with parent.taking_part("making a new group"):
-        group = parent.comm.Split(0 if parent.rank in chosen else mpi().UNDEFINED, key=parent.rank)
-    return None if group == mpi().COMM_NULL else _child(group)
+    chosen = _same_on_all_ranks(
+        parent, "ranks", ranks, read, f"distinct ranks from 0 to {parent.size - 1}, at least one"
+    )
+    with parent.collective("making a new group"):
+        own = parent.comm.Split(0 if parent.rank in chosen else mpi().UNDEFINED, key=parent.rank)
+    return None if own == mpi().COMM_NULL else _child(own)
 
 
 def new_subgroups(group_size: int | None = None, comm: Any = None) -> Communicator:
@@ -169,8 +175,10 @@ def new_subgroups(group_size: int | None = None, comm: Any = None) -> Communicat
             raise ValueError
         return size
 
-    size = _agree(parent, "group_size", group_size, read, f"a divisor of the {parent.size} ranks, or None")
-    with parent.taking_part("making new groups"):
+    size = _same_on_all_ranks(
+        parent, "group_size", group_size, read, f"a divisor of the {parent.size} ranks, or None"
+    )
+    with parent.collective("making new groups"):
         if size is None:
             comm = parent.comm.Split_type(mpi().COMM_TYPE_SHARED, key=parent.rank)
         else:
@@ -180,26 +188,30 @@ def new_subgroups(group_size: int | None = None, comm: Any = None) -> Communicat
 
 def _child(comm: MPI.Intracomm) -> Communicator:
     child = Communicator(comm)
-    with child._beginning():
-        return child._adopt(comm)
+    with child._first_collective():
+        return child._take_over(comm)
 
 
-def _agree(parent: Communicator, name: str, given: Any, read: Callable[[], Any], expected: str) -> Any:
-    """What ``read`` makes of ``given``.
+def _same_on_all_ranks(
+    parent: Communicator, name: str, given: object, read: Callable[[], _T], expected: str
+) -> _T:
+    """What ``read`` makes of the argument ``given``, which all ranks must give alike. Collective.
 
-    Raises on every rank if it cannot on any, or the ranks differ: nobody is left waiting alone.
+    Raises ValueError on every rank if ``read`` raises on any, or the ranks differ: no rank is left waiting.
     """
+    value: Any = None
+    problem = None
     try:
-        value, problem = read(), None
+        value = read()
     except Exception:  # of any kind: the other ranks have to hear of it
-        value, problem = None, f"expected {expected}, got {given!r}"
+        problem = f"expected {expected}, got {given!r}"
     comm = parent.ready().comm
-    with parent.taking_part(f"agreeing on the {name} of a new group"):
-        everyone = comm.allgather((value, problem))
-    for rank, (_, theirs) in enumerate(everyone):
+    with parent.collective(f"agreeing on the {name} of a new group"):
+        gathered = comm.allgather((value, problem))
+    for rank, (_, theirs) in enumerate(gathered):
         if theirs is not None:
             raise ValueError(f"{name}: {theirs} on rank {rank}")
-    for rank, (theirs, _) in enumerate(everyone):
+    for rank, (theirs, _) in enumerate(gathered):
         if theirs != value:
             raise ValueError(
                 f"{name}: expected the same on every rank, got {theirs} on rank {rank} "

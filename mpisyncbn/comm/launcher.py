@@ -13,14 +13,15 @@ import warnings
 import weakref
 from collections.abc import Callable
 from functools import cache
+from types import ModuleType
 from typing import Any, NamedTuple
 
 from .. import config
 from ..errors import MPISyncBNError, on_rank
 
-__all__ = ["compare", "describe", "refuse_if_apart", "warn_if_apart"]
+__all__ = ["check_world", "check_world_size", "describe", "warn_world_size"]
 
-# Of a library, by mpi4py's name for it: how srun starts its ranks.
+# How srun starts the ranks of a library, by mpi4py's name for the library.
 _SRUN = {
     "Open MPI": "srun --mpi=pmix",
     "MPICH": "srun --mpi=pmi2",
@@ -28,75 +29,78 @@ _SRUN = {
     "Cray MPICH": "srun --mpi=cray_shasta",
     "MVAPICH": "srun --mpi=pmi2",
 }
-_compared: Callable[[], Any] = object  # gives torch's group at the last comparison, which it does not keep
+_checked: Callable[[], Any] = object  # gives torch's group at the last check, without keeping it alive
 
 
-class _Apart(NamedTuple):
-    """That something knows of more ranks than MPI."""
+class _WorldSizeMismatch(NamedTuple):
+    """What is wrong where something knows of more ranks than MPI."""
 
-    words: str  # what knows of how many, and the cure
+    text: str  # what knows of how many, and the cure
     variable: str = ""
 
 
-def compare(mpi: Callable[[], Any]) -> None:
-    """``refuse_if_apart``, the first time and again whenever torch.distributed was initialized since.
+def check_world(mpi: Callable[[], ModuleType]) -> None:
+    """``check_world_size``, the first time and again whenever torch.distributed was initialized since.
 
-    For every forward: as long as nothing has changed, it costs a fraction of a microsecond.
+    Every forward calls it: as long as nothing has changed, it costs a fraction of a microsecond.
     """
-    global _compared
+    global _checked
     group = _torch_group()
-    if group is not _compared():
-        refuse_if_apart(mpi())
-        _compared = type(None) if group is None else weakref.ref(group)
+    if group is not _checked():
+        check_world_size(mpi())
+        _checked = type(None) if group is None else weakref.ref(group)
 
 
-def refuse_if_apart(MPI: Any) -> None:
+def check_world_size(MPI: ModuleType) -> None:
     """Raise MPISyncBNError if torch.distributed or a launcher knows of more ranks than MPI.
 
     Only warn in a shell that srun started: there may be one for each task, and somebody sits in the first.
     """
-    found = _apart(MPI)
+    found = _world_size_mismatch(MPI)
     if found is None:
         return
     if found.variable.startswith("SLURM_") and _has_terminal():
-        warn_if_apart(MPI)
+        warn_world_size(MPI)
         return
     raise MPISyncBNError(
-        f"{found.words} As it is, each world would train by itself, on statistics of its own batches; if "
+        f"{found.text} As it is, each world would train by itself, on statistics of its own batches; if "
         f"that is meant, give the layers a process_group of their own, such as MPI.COMM_SELF{on_rank()}"
     )
 
 
-def warn_if_apart(MPI: Any) -> None:
-    """The same for what is no training: a warning, once."""
-    if (found := _apart(MPI)) is not None:
-        _warn(found.words)
+def warn_world_size(MPI: ModuleType) -> None:
+    """Warn, once, if torch.distributed or a launcher knows of more ranks than MPI: outside training."""
+    if (found := _world_size_mismatch(MPI)) is not None:
+        _warn(found.text)
 
 
-def describe(MPI: Any) -> dict[str, str]:
-    """For the report of ``python -m mpisyncbn``."""
-    ranks, variable = config.started(MPI.COMM_WORLD.Get_size())
+def describe(MPI: ModuleType) -> dict[str, str]:
+    """What the launcher started, and what is wrong with that: for the report of ``python -m mpisyncbn``."""
+    ranks, variable = config.any_launcher_size(MPI.COMM_WORLD.Get_size())
     known = f"{ranks} rank{'' if ranks == 1 else 's'} ({variable})" if variable else "none that is known here"
-    found = _apart(MPI)
-    return {"launcher": known, **({} if found is None else {"APART": found.words})}
+    found = _world_size_mismatch(MPI)
+    return {"launcher": known, **({} if found is None else {"APART": found.text})}
 
 
-def _apart(MPI: Any) -> _Apart | None:
+def _world_size_mismatch(MPI: ModuleType) -> _WorldSizeMismatch | None:
+    """What knows of more ranks than MPI; None if nothing does."""
     size = MPI.COMM_WORLD.Get_size()
     if MPI.Comm.Get_parent() != MPI.COMM_NULL:  # spawned: a world beside another, on purpose
         return None
     if _torch_group() is not None:
         ranks = sys.modules["torch.distributed"].get_world_size()
         if ranks > size:
-            return _Apart(f"torch.distributed has {ranks} ranks, MPI a world of {size}: {_cure(MPI)}")
-    ranks, variable = config.started(size)
+            return _WorldSizeMismatch(
+                f"torch.distributed has {ranks} ranks, MPI a world of {size}: {_cure(MPI)}"
+            )
+    ranks, variable = config.any_launcher_size(size)
     if ranks <= size or (variable.startswith("SLURM_") and config.in_batch_script()):
         return None
-    words = f"the launcher started {ranks} ranks ({variable}={ranks}), MPI has a world of {size}: "
-    return _Apart(words + _cure(MPI, variable), variable)
+    text = f"the launcher started {ranks} ranks ({variable}={ranks}), MPI has a world of {size}: "
+    return _WorldSizeMismatch(text + _cure(MPI, variable), variable)
 
 
-def _cure(MPI: Any, variable: str = "") -> str:
+def _cure(MPI: ModuleType, variable: str = "") -> str:
     """What to change, for this library and this launcher."""
     vendor, version = MPI.get_vendor()
     library = f"{vendor} {'.'.join(map(str, version))}"
@@ -120,9 +124,8 @@ def _cure(MPI: Any, variable: str = "") -> str:
 
 def _torch_group() -> Any:
     """The default group of torch.distributed; None as long as there is none."""
-    members = getattr(
-        sys.modules.get("torch.distributed"), "GroupMember", None
-    )  # not in every build of torch
+    # not in every build of torch
+    members = getattr(sys.modules.get("torch.distributed"), "GroupMember", None)
     return None if members is None else members.WORLD
 
 
@@ -136,7 +139,7 @@ def _has_terminal() -> bool:
 
 
 @cache
-def _warn(words: str) -> None:
-    """Once. One rank's voice is enough, where they can be told apart."""
+def _warn(text: str) -> None:
+    """Warn, once, and on one rank where ranks can be told apart."""
     if config.own_rank() in (0, None):
-        warnings.warn(words, RuntimeWarning, stacklevel=4)
+        warnings.warn(text, RuntimeWarning, stacklevel=4)

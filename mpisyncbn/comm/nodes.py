@@ -31,29 +31,32 @@ def local_rank(comm: Any = None) -> int:
     """
     group = resolve(comm).ready()
     if group is world():
-        launcher.warn_if_apart(mpi())
-    with group.taking_part("finding the ranks of each machine"):
+        launcher.warn_world_size(mpi())
+    with group.collective("finding the ranks of each machine"):
         shared = group.comm.Split_type(mpi().COMM_TYPE_SHARED, key=group.rank)
         first = shared.bcast(group.rank)
         shared.Free()
-        everyone = group.comm.allgather((first, _machine()))
-    return _ranks_beside(everyone, group.rank).index(group.rank)
+        gathered = group.comm.allgather((first, _machine()))
+    return _ranks_on_node_of(gathered, group.rank).index(group.rank)
 
 
-def _ranks_beside(everyone: list[tuple[int, Any]], rank: int) -> list[int]:
-    """Ranks that share memory with ``rank``, or a machine with any of those, in order."""
-    firsts, machines = {everyone[rank][0]}, {everyone[rank][1]}
+def _ranks_on_node_of(gathered: list[tuple[int, tuple[str, str]]], rank: int) -> list[int]:
+    """The ranks that share memory with ``rank``, or a machine with any of those, in order."""
+    firsts, machines = {gathered[rank][0]}, {gathered[rank][1]}
     while True:
-        beside = [r for r, (first, machine) in enumerate(everyone) if first in firsts or machine in machines]
+        found = [r for r, (first, machine) in enumerate(gathered) if first in firsts or machine in machines]
         known = len(firsts), len(machines)
-        firsts.update(everyone[r][0] for r in beside)
-        machines.update(everyone[r][1] for r in beside)
+        firsts.update(gathered[r][0] for r in found)
+        machines.update(gathered[r][1] for r in found)
         if known == (len(firsts), len(machines)):
-            return beside
+            return found
 
 
 def _machine() -> tuple[str, str]:
-    """Name and boot: two machines may bear one name, and hardly be up since the same boot."""
+    """The name and the boot of this machine.
+
+    Two machines may bear one name, and hardly be up since the same boot.
+    """
     try:
         boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
     except OSError:

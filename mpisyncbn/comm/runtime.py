@@ -32,8 +32,8 @@ def mpi() -> ModuleType:
             "this is a worker process of a rank of MPI, and no rank itself: synchronized batch norm works in "
             "training mode on the ranks that the launcher started"
         )
-    if "mpi4py.MPI" not in sys.modules and (rank := ancestors.rank_above()) is not None:
-        raise MPISyncBNError(ancestors.of_child(rank))
+    if "mpi4py.MPI" not in sys.modules and (rank_pid := ancestors.ancestor_rank_pid()) is not None:
+        raise MPISyncBNError(ancestors.child_message(rank_pid))
     from mpi4py import MPI
 
     if MPI.Is_finalized():

@@ -3,33 +3,33 @@
 - ``host``: in host memory. Vectors of a device are staged there by way of pinned buffers (staging.py).
 - ``device``: in the memory of the device; its pointer goes to a CUDA-aware MPI (staging.DeviceMessage).
 
-Either way what comes out of the exchange is known on the host: NumPy vectors, which ``near`` copies to the
-device again. Tensors and arrays in host memory know nothing of all this.
+Either way the result of the exchange is on the host: NumPy vectors, which ``to_device_of`` copies to the
+device again. For tensors and arrays in host memory nothing of this is used.
 """
 
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Callable, Sequence
+from types import ModuleType
 
 import numpy as np
 
 from .. import config
 from ..errors import TransportError, on_rank
-from ..kernels import has_float64, loaded_torch
-from .staging import device_of, stage_of
+from ..kernels import Array, has_float64, loaded_torch
+from .staging import device_of, staging_for
 
 __all__ = [
-    "changed",
     "chosen",
     "device_of",
     "from_host",
-    "known",
-    "near",
+    "is_readable_now",
     "on_device",
     "on_host",
+    "to_device_of",
     "to_host",
+    "version_counter_of",
 ]
 
 # What MPICH calls a kind of device in MPIX_GPU_query_support, and MPI-4.1 a kind of memory.
@@ -37,7 +37,7 @@ _KINDS = {"cuda": 0, "rocm": 2}
 _OPEN_MPI_ECHOES_BELOW = (6, 0, 0)  # mpi_memory_alloc_kinds: there, what the program asked for
 
 
-def chosen(MPI: Any) -> tuple[str, str]:
+def chosen(MPI: ModuleType) -> tuple[str, str]:
     """The transport that this rank would use for data on a device, and the reason why.
 
     The ranks of a group use ``device`` only where all of them would. A wrong yes is a segmentation fault
@@ -59,13 +59,28 @@ def chosen(MPI: Any) -> tuple[str, str]:
     return "device" if aware else "host", reason
 
 
-def _is_aware(MPI: Any, kind: str) -> tuple[bool, str]:
+def _is_aware(MPI: ModuleType, kind: str) -> tuple[bool, str]:
     """Whether MPI takes pointers to device memory, and who said so."""
-    query = f"MPIX_Query_{kind}_support"
+    for ask in (_ask_library, _ask_for_alloc_kinds):
+        answer = ask(MPI, kind)
+        if answer is not None:
+            return answer
+    variable = config.device_aware(kind)
+    if variable is not None:
+        return True, f"{variable} is set"
+    return False, (
+        f"MPIX_Query_{kind}_support, MPIX_GPU_query_support, mpi_memory_alloc_kinds and the variables of "
+        "Cray MPICH and MVAPICH2 were looked for, and none is there"
+    )
+
+
+def _ask_library(MPI: ModuleType, kind: str) -> tuple[bool, str] | None:
+    """What MPI's own functions say; None where there are none."""
     try:  # its symbols are also those of the MPI library it is linked with
-        library: Any = ctypes.CDLL(MPI.__file__)
+        library = ctypes.CDLL(MPI.__file__)
     except OSError:
-        library = None
+        return None
+    query = f"MPIX_Query_{kind}_support"
     if hasattr(library, query):
         aware = getattr(library, query)() == 1
         return aware, f"{query}() says {'yes' if aware else 'no'}"
@@ -73,40 +88,42 @@ def _is_aware(MPI: Any, kind: str) -> tuple[bool, str]:
         found = ctypes.c_int(0)
         aware = library.MPIX_GPU_query_support(_KINDS[kind], ctypes.byref(found)) == 0 and found.value == 1
         return aware, f"MPIX_GPU_query_support() says {'yes' if aware else 'no'}"
+    return None
+
+
+def _ask_for_alloc_kinds(MPI: ModuleType, kind: str) -> tuple[bool, str] | None:
+    """What the kinds of memory say that MPI supports; None where it tells none."""
     vendor, version = MPI.get_vendor()
-    if vendor != "Open MPI" or version >= _OPEN_MPI_ECHOES_BELOW:
-        info = MPI.COMM_WORLD.Get_info()
-        kinds = info.Get("mpi_memory_alloc_kinds")
-        info.Free()
-        if kinds is not None:
-            aware = any(each.partition(":")[0] == kind for each in kinds.split(","))
-            return aware, f"mpi_memory_alloc_kinds is {kinds!r}"
-    variable = config.device_aware(kind)
-    if variable is not None:
-        return True, f"{variable} is set"
-    return False, (
-        f"{query}, MPIX_GPU_query_support, mpi_memory_alloc_kinds and the variables of Cray MPICH and "
-        "MVAPICH2 were looked for, and none is there"
-    )
+    if vendor == "Open MPI" and version < _OPEN_MPI_ECHOES_BELOW:
+        return None
+    info = MPI.COMM_WORLD.Get_info()
+    kinds = info.Get("mpi_memory_alloc_kinds")
+    info.Free()
+    if kinds is None:
+        return None
+    aware = any(each.partition(":")[0] == kind for each in kinds.split(","))
+    return aware, f"mpi_memory_alloc_kinds is {kinds!r}"
 
 
 def _is_rocm() -> bool:
+    """Whether torch is built for ROCm."""
     torch = loaded_torch()
     return torch is not None and torch.version.hip is not None
 
 
-def _name(MPI: Any) -> str:
+def _name(MPI: ModuleType) -> str:
+    """The vendor and version of the MPI library."""
     vendor, version = MPI.get_vendor()
     return f"{vendor} {'.'.join(map(str, version))}"
 
 
-def on_host(array: Any) -> bool:
+def on_host(array: Array) -> bool:
     """Whether the values of an array are in host memory."""
     return isinstance(array, np.ndarray) or getattr(array, "is_cpu", False)
 
 
-def known(number: Any) -> bool:
-    """Whether the value of a number, or of an array of no dimensions, can be looked at without waiting."""
+def is_readable_now(number: Array | float) -> bool:
+    """Whether the value of a number, or of an array of no dimensions, can be read without waiting."""
     if isinstance(number, (int, float)):  # also one that torch.compile traces: it has no attributes
         return True
     if not hasattr(number, "is_cpu"):
@@ -117,44 +134,44 @@ def known(number: Any) -> bool:
     return type(number) in (torch.Tensor, torch.nn.Parameter)
 
 
-def on_device(array: Any) -> bool:
-    """Whether its values are in memory whose pointer a CUDA-aware MPI takes."""
-    return not on_host(array) and stage_of(array) is not None
+def on_device(array: Array) -> bool:
+    """Whether the values of an array are in memory whose pointer a CUDA-aware MPI takes."""
+    return not on_host(array) and staging_for(array) is not None
 
 
-def to_host(*vectors: Any) -> Sequence[np.ndarray]:
+def to_host(*vectors: Array) -> Sequence[np.ndarray]:
     """Float64 NumPy vectors with the values of any arrays, all of one kind.
 
-    Those of a device are views of a pinned buffer: use them before the next few calls.
+    For arrays on a device they are views of a pinned buffer: use them before the next few calls.
     """
     if isinstance(vectors[0], np.ndarray):
         return vectors
     if on_host(vectors[0]):
         return [vector.detach().double().numpy() for vector in vectors]
-    stage = stage_of(vectors[0])
-    if stage is not None:
-        return stage.to_host(vectors)
+    staging = staging_for(vectors[0])
+    if staging is not None:
+        return staging.to_host(vectors)
     return [vector.detach().to("cpu").double().numpy() for vector in vectors]
 
 
-def near(x: Any, *vectors: Any) -> Sequence[Any]:
+def to_device_of(x: Array, *vectors: Array) -> Sequence[Array]:
     """The vectors where kernels for ``x`` take them: NumPy ones are copied to its device, if it is on one."""
     if not isinstance(vectors[0], np.ndarray) or on_host(x):
         return vectors
-    stage = stage_of(x)
-    if stage is not None:
-        return stage.to_device(vectors)
+    staging = staging_for(x)
+    if staging is not None:
+        return staging.to_device(vectors)
     dtype = "float64" if has_float64(x) else "float32"
     return list(loaded_torch().from_numpy(np.stack(vectors).astype(dtype)).to(x.device))
 
 
-def from_host(values: np.ndarray, like: Any) -> Any:
+def from_host(values: np.ndarray, like: Array) -> Array:
     """``values`` as the kind of array that ``like`` is, on its device."""
     if isinstance(like, np.ndarray):
         return values
-    return loaded_torch().from_numpy(values) if on_host(like) else near(like, values)[0]
+    return loaded_torch().from_numpy(values) if on_host(like) else to_device_of(like, values)[0]
 
 
-def changed(array: Any) -> Any:
-    """What tells autograd that native code writes to such arrays, as torch itself tells it; or None."""
+def version_counter_of(array: Array) -> Callable[[tuple[Array, ...]], object] | None:
+    """The function by which native code tells autograd that it has changed tensors; None for NumPy arrays."""
     return None if isinstance(array, np.ndarray) else loaded_torch()._C._increment_version

@@ -1,8 +1,8 @@
-"""Communicators of groups that nobody uses any more, given back to MPI.
+"""Communicators of groups that nobody refers to any more, given back to MPI.
 
 MPI has room for some thousand communicators, and giving one back is collective, while Python drops an object
 whenever it likes, on each rank for itself. So whenever ranks meet to make a new group they tell each other
-what they have dropped, and what all of its ranks have dropped is freed.
+which groups they have dropped, and those that all of their ranks have dropped are freed.
 """
 
 from __future__ import annotations
@@ -10,39 +10,46 @@ from __future__ import annotations
 import weakref
 from collections import Counter
 from collections.abc import Iterable
-from typing import Any
+from typing import TYPE_CHECKING, TypeAlias
 
-from ..liveness.rank_status import Presence
+from ..liveness.rank_status import RankStatus
 
-__all__ = ["dropped", "free", "give_back", "keep"]
+if TYPE_CHECKING:
+    from .communicator import Communicator
 
-Name = tuple[str, int, int]  # host and process of a group's first rank, and which of its groups it is
-_kept: dict[Name, tuple[weakref.ref[Any], Presence]] = {}
+__all__ = ["GroupId", "free_comm", "free_unreferenced", "group_ids", "track"]
 
-
-def keep(name: Name, group: Any) -> None:
-    """Remember what ``group``, a Communicator, got from MPI."""
-    _kept[name] = weakref.ref(group), group.presence
+GroupId: TypeAlias = tuple[str, int, int]  # hostname and pid of a group's first rank, and a number of its own
+_tracked: dict[GroupId, tuple[weakref.ref[Communicator], RankStatus]] = {}
 
 
-def dropped() -> list[Name]:
-    """Groups that this rank has no use for."""
-    return [name for name, (group, _) in list(_kept.items()) if group() is None]
+def track(group_id: GroupId, group: Communicator) -> None:
+    """Remember what ``group`` got from MPI, to give it back when nobody refers to the group any more."""
+    _tracked[group_id] = weakref.ref(group), group.rank_status
 
 
-def free(everyone: Iterable[list[Name]]) -> None:
-    """Free the groups whose ranks are all here and have all ``dropped`` them. Collective."""
-    for name, ranks in sorted(Counter(name for names in everyone for name in names).items()):
-        if name in _kept and _kept[name][1].size == ranks:
-            give_back(_kept.pop(name)[1])
+def group_ids() -> list[GroupId]:
+    """The tracked groups that nobody refers to on this rank."""
+    return [group_id for group_id, (group, _) in list(_tracked.items()) if group() is None]
 
 
-def give_back(presence: Presence) -> None:
+def free_unreferenced(of_ranks: Iterable[list[GroupId]]) -> None:
+    """Free the groups that all of their ranks name in their ``group_ids``, one list of each rank.
+
+    Collective: every rank of the new group must call, with the same lists.
+    """
+    counts = Counter(group_id for group_ids in of_ranks for group_id in group_ids)
+    for group_id, ranks in sorted(counts.items()):
+        if group_id in _tracked and _tracked[group_id][1].size == ranks:
+            free_comm(_tracked.pop(group_id)[1])
+
+
+def free_comm(rank_status: RankStatus) -> None:
     """Free the communicator of a group, unless that was done. Collective among its ranks."""
-    presence.end()
-    comm, channel = presence.comm, presence.channel
-    presence.comm = presence.channel = None
+    rank_status.unregister()
+    comm, p2p_comm = rank_status.comm, rank_status.p2p_comm
+    rank_status.comm = rank_status.p2p_comm = None
     if comm is not None:
-        if channel is not comm:
-            channel.Free()
+        if p2p_comm is not None and p2p_comm is not comm:
+            p2p_comm.Free()
         comm.Free()

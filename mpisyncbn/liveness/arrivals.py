@@ -1,8 +1,8 @@
 """Ranks that have not come to the first message of their group, as far as the operating system knows.
 
 Before the ranks of a group have met, none can be asked what it is doing. But a rank that has come leaves a
-mark on its process: an open file in memory, which ends with the process. Whoever waits too long looks at the
-processes of the job on its host, and says which of them have no such mark.
+mark on its process: an open file in memory, which ends with the process. A rank that waits too long looks at
+the processes of the job on its host, and says which of them have no such mark.
 """
 
 from __future__ import annotations
@@ -14,11 +14,11 @@ from contextlib import contextmanager, suppress
 
 from .. import config
 
-__all__ = ["absent", "mark", "state_of"]
+__all__ = ["describe_missing", "mark_arrival", "state_of"]
 
 
 @contextmanager
-def mark(ranks: Sequence[int]) -> Iterator[None]:
+def mark_arrival(ranks: Sequence[int]) -> Iterator[None]:
     """While inside, other processes see that this one has come to the group of these ranks of the world."""
     file = None
     with suppress(AttributeError, OSError):  # nowhere but on Linux
@@ -30,15 +30,15 @@ def mark(ranks: Sequence[int]) -> Iterator[None]:
             os.close(file)
 
 
-def absent(ranks: Sequence[int]) -> dict[int, str]:
-    """What is known of ranks of the world that are not inside ``mark(ranks)``; of those alone."""
+def describe_missing(ranks: Sequence[int]) -> dict[int, str]:
+    """What is known of the ranks of the world that are not inside ``mark_arrival(ranks)``, by rank."""
     found: dict[int, list[int]] = {}
     for rank, process in _processes():
         found.setdefault(rank, []).append(process)
     words = {}
     for rank in ranks:
         processes = found.get(rank, [])
-        if any(_has_come(process, ranks) for process in processes):
+        if any(_has_arrived(process, ranks) for process in processes):
             continue
         if processes:  # the first is the rank, later ones are workers of it
             process = min(processes, key=_age)
@@ -49,7 +49,7 @@ def absent(ranks: Sequence[int]) -> dict[int, str]:
 
 
 def state_of(process: int) -> str:
-    """Of a process on this host, in a word or two."""
+    """The state of a process on this host, in a word or two."""
     try:
         state = _stat(process)[0]
     except (OSError, IndexError):
@@ -59,10 +59,12 @@ def state_of(process: int) -> str:
 
 
 def _name(ranks: Sequence[int]) -> str:
+    """The name of the file that marks an arrival in the group of these ranks."""
     return f"mpisyncbn meets {len(ranks)} ranks {zlib.crc32(repr(list(ranks)).encode())}"
 
 
-def _has_come(process: int, ranks: Sequence[int]) -> bool:
+def _has_arrived(process: int, ranks: Sequence[int]) -> bool:
+    """Whether a process of this host is inside ``mark_arrival(ranks)``."""
     mark = f"/memfd:{_name(ranks)}"
     with suppress(OSError):
         for file in (config.PROC / str(process) / "fd").iterdir():
@@ -73,7 +75,7 @@ def _has_come(process: int, ranks: Sequence[int]) -> bool:
 
 
 def _processes() -> Iterator[tuple[int, int]]:
-    """Rank in the world and process, of this job on this host."""
+    """Rank in the world and process id of each process of this job on this host."""
     job = _job(os.getpid())
     for folder in config.PROC.glob("[0-9]*"):
         process = int(folder.name)
@@ -83,14 +85,14 @@ def _processes() -> Iterator[tuple[int, int]]:
 
 
 def _job(process: int) -> int:
-    """What started the ranks of a job on this host: the nearest process above that is no rank itself."""
+    """The process that started the ranks of a job on this host: the nearest one above that is no rank."""
     while config.rank_of(process) is not None:
         process = config.parent_of(process)
     return process
 
 
 def _age(process: int) -> int:
-    """When it was started; far off for one that is gone."""
+    """The time at which a process was started; far in the future for one that is gone."""
     try:
         return int(_stat(process)[19])
     except (OSError, IndexError):
@@ -98,5 +100,5 @@ def _age(process: int) -> int:
 
 
 def _stat(process: int) -> list[str]:
-    """State, parent and so on: see proc(5), from the third field on."""
+    """The words of /proc/<pid>/stat from the third on, state, parent and so on: see proc(5)."""
     return (config.PROC / str(process) / "stat").read_text().rpartition(")")[2].split()

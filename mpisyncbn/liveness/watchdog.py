@@ -1,13 +1,13 @@
 """A rank that waits too long for the others: it says so, finds out what they are doing, and ends the job.
 
-Two threads see to that, from the first group of several ranks on. The clock looks at the exchange that each
-group is in, a few times a second; it makes no call of MPI, so whatever MPI is stuck in cannot hold it up. The
-listener answers the questions of other ranks, through the communicator of the group that they ask in. All
-that an exchange pays for this is two assignments.
+Two threads see to that, from the first group of several ranks on. The clock looks at the exchange that
+each group is in, a few times a second; it makes no call of MPI, so that it goes on where MPI is stuck. The
+listener answers the questions of other ranks, through the communicator of the group that they ask in. An
+exchange pays for this with two assignments.
 
 A rank that comes to the end of its program tells its neighbours in each group, and waits until all ranks have
 come there. It does so in MPI_Finalize, by native code (kernels/cpu/leave.h), after all that the program has
-registered for its end. One that waits in an exchange for a rank that has left then knows that it waits in
+registered for its end. A rank that waits in an exchange for one that has departed then knows that it waits in
 vain, and ends the job.
 """
 
@@ -19,11 +19,11 @@ import sys
 import threading
 import time
 from contextlib import suppress
-from typing import Any
+from types import ModuleType
 
 from ..kernels import link, native
-from . import exits, rank_status
-from .rank_status import Presence, everyone
+from . import exits, reports
+from .rank_status import RankStatus, all_statuses, forget_all
 
 __all__ = ["forked", "watch"]
 
@@ -37,8 +37,8 @@ _stop = threading.Event()
 _keyval: int | None = None
 
 
-def watch(group: Presence) -> None:
-    """Keep an eye on a group from now on."""
+def watch(rank_status: RankStatus) -> None:
+    """Look after this rank in a group from now on."""
     global _keyval
     with _lock:
         if _keyval is None:
@@ -47,13 +47,14 @@ def watch(group: Presence) -> None:
             # MPI calls this at the beginning of MPI_Finalize, where the program calls that itself.
             _keyval = MPI.Comm.Create_keyval(delete_fn=lambda *_: _finalizing())
             MPI.COMM_SELF.Set_attr(_keyval, True)
-        if group.size > 1:
-            group.begin()
+        if rank_status.size > 1:
+            rank_status.register()
             if not _threads and not _stop.is_set():
                 _start()
 
 
 def _start() -> None:
+    """Start the threads."""
     MPI = sys.modules["mpi4py.MPI"]
     loops = {"clock": _tick}
     if MPI.Query_thread() == MPI.THREAD_MULTIPLE:
@@ -70,6 +71,7 @@ def _start() -> None:
 
 
 def _tick() -> None:
+    """The clock's thread: end the job if this rank waits too long or in vain, or has failed and lingers."""
     last, lingering = time.monotonic(), 0.0
     while not _stop.wait(_TICK):
         now = time.monotonic()
@@ -77,29 +79,30 @@ def _tick() -> None:
         status = exits.status()
         lingering = lingering + elapsed if status and exits.is_over() else 0.0
         if lingering > _LINGERING:
-            rank_status.end_job(
+            reports.abort_job(
                 status, "A rank has failed, and something keeps it from its end: a thread, or a handler"
             )
-        for group in everyone():
-            if group.look(elapsed):
-                group.expire()
-            rank = group.gone()
+        for rank_status in all_statuses():
+            if rank_status.add_wait(elapsed):
+                rank_status.abort_on_timeout()
+            rank = rank_status.awaited_departed_rank()
             if rank is not None:
-                group.strand(rank)
+                rank_status.abort_on_departed(rank)
 
 
 def _listen() -> None:
+    """The listener's thread: receive and answer the messages of other ranks."""
     while not _stop.wait(_TICK):
-        for group in everyone():
-            with group.talking:
-                if group.channel is not None and not group.deaf:
+        for rank_status in all_statuses():
+            with rank_status.p2p_lock:
+                if rank_status.listening:
                     try:
-                        group.listen()
+                        rank_status.listen()
                     except Exception:  # MPI's: the communicator was revoked
-                        group.deaf = True
+                        rank_status.listening = False
 
 
-def _prepare_end(MPI: Any) -> None:
+def _prepare_end(MPI: ModuleType) -> None:
     """Let MPI_Finalize call native code, ahead of everything else that it does."""
     kernels = native()
     if kernels is None:
@@ -118,29 +121,34 @@ def _at_exit() -> None:
     gc.callbacks.append(_at_last)
 
 
-def _at_last(*_: Any) -> None:
+def _at_last(*_: object) -> None:
     if sys.is_finalizing():  # the threads are gone
         gc.callbacks.remove(_at_last)
         _hand_over()
 
 
 def _finalizing() -> None:
+    """End the threads: the program has called MPI_Finalize itself."""
     if not _stop.is_set():
         _stop.set()
         for thread in _threads:
             if thread is not threading.current_thread():
-                thread.join(rank_status.ENDING)
+                thread.join(reports.ABORT_SECONDS)
         _hand_over()
 
 
 def _hand_over() -> None:
-    """Tell native code which groups this rank is about to leave, and after how many exchanges."""
+    """Tell native code which groups this rank is about to depart from, and after how many exchanges."""
     kernels = native()
-    for group in everyone():
-        if kernels is not None and group.channel is not None and group.all_native and not group.deaf:
-            hosts = [host for host, _ in group.homes]
-            channel = link.handle(sys.modules["mpi4py.MPI"], group.channel)
-            kernels.add_departing_group(channel, group.rank, group.exchanges, group.last_limit, hosts)
+    if kernels is None:
+        return
+    for rank_status in all_statuses():
+        if rank_status.p2p_comm is not None and rank_status.all_native and rank_status.listening:
+            hostnames = [hostname for hostname, _ in rank_status.process_ids]
+            comm = link.handle(sys.modules["mpi4py.MPI"], rank_status.p2p_comm)
+            kernels.add_departing_group(
+                comm, rank_status.rank, rank_status.exchanges, rank_status.finalize_timeout, hostnames
+            )
 
 
 def forked() -> None:
@@ -149,4 +157,4 @@ def forked() -> None:
     _lock, _stop = threading.Lock(), threading.Event()
     _stop.set()
     _threads.clear()
-    rank_status.forget_all()
+    forget_all()

@@ -107,4 +107,4 @@ def test_whose_child_this_is(mine, socket, above, found, tmp_path, monkeypatch):
         (folder / "stat").write_text(f"{process} (a) name) S {process + 1} 1")
         if link:
             (folder / "fd" / "11").symlink_to(link)
-    assert ancestors.rank_above() == found
+    assert ancestors.ancestor_rank_pid() == found

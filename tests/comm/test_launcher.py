@@ -45,10 +45,10 @@ def library(vendor="Open MPI", size=1, parent=None):
 
 @pytest.mark.parametrize("name", SIZES)
 def test_every_launcher_says_how_many_tasks_it_started(name, variables):
-    assert config.tasks() == (1, "")
+    assert config.mpi_launcher_size() == (1, "")
     assert not config.launched()
     variables(**{name: "4"})
-    assert config.tasks() == config.started(1) == (4, name)
+    assert config.mpi_launcher_size() == config.any_launcher_size(1) == (4, name)
     assert config.launched()
 
 
@@ -62,8 +62,8 @@ def test_every_launcher_says_how_many_tasks_it_started(name, variables):
 )
 def test_the_launcher_nearest_to_the_rank_counts(given, found, variables):
     variables(**given)
-    assert config.tasks() == found
-    launcher.refuse_if_apart(library())
+    assert config.mpi_launcher_size() == found
+    launcher.check_world_size(library())
 
 
 @pytest.mark.parametrize("name", RANKS)
@@ -92,7 +92,7 @@ def test_ranks_that_mpi_does_not_know_are_told_the_cure(vendor, given, words, va
     variables(**{given: "4"})
     for _ in range(2):  # and not the first time alone
         with pytest.raises(mpisyncbn.MPISyncBNError, match=r"such as MPI\.COMM_SELF") as said:
-            launcher.refuse_if_apart(library(vendor))
+            launcher.check_world_size(library(vendor))
     text = str(said.value)
     assert text.startswith(f"the launcher started 4 ranks ({given}=4), MPI has a world of 1: ")
     assert words in text
@@ -105,7 +105,7 @@ def test_launchers_that_tell_mpi_nothing(given, variables):
     with pytest.raises(
         mpisyncbn.MPISyncBNError, match=r"started 2 ranks .* world of 1: torchrun, .* mpiexec"
     ):
-        launcher.refuse_if_apart(library())
+        launcher.check_world_size(library())
     assert launcher.describe(library())["launcher"].startswith("2 ranks (")
 
 
@@ -128,7 +128,7 @@ def test_launchers_that_tell_mpi_nothing(given, variables):
 )
 def test_nothing_is_said_where_the_launcher_of_mpi_agrees(size, given, variables):
     variables(**given)
-    launcher.refuse_if_apart(library(size=size))
+    launcher.check_world_size(library(size=size))
     assert "APART" not in launcher.describe(library(size=size))
 
 
@@ -136,8 +136,8 @@ def test_sizes_are_compared(variables):
     """Not whether the world has one rank."""
     variables(PMI_SIZE="8")
     with pytest.raises(mpisyncbn.MPISyncBNError, match=r"started 8 ranks .* world of 4"):
-        launcher.refuse_if_apart(library(size=4))
-    launcher.refuse_if_apart(library(size=4, parent="another world"))  # spawned by it
+        launcher.check_world_size(library(size=4))
+    launcher.check_world_size(library(size=4, parent="another world"))  # spawned by it
 
 
 def test_in_a_shell_of_slurm_it_is_a_warning(variables, monkeypatch):
@@ -145,14 +145,14 @@ def test_in_a_shell_of_slurm_it_is_a_warning(variables, monkeypatch):
     variables(SLURM_STEP_NUM_TASKS="4", SLURM_PROCID="0")
     monkeypatch.setattr(launcher, "_has_terminal", lambda: True)
     with pytest.warns(RuntimeWarning, match="started 4 ranks"):
-        launcher.refuse_if_apart(library())
+        launcher.check_world_size(library())
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        launcher.refuse_if_apart(library())  # not again
+        launcher.check_world_size(library())  # not again
     monkeypatch.setattr(launcher, "_torch_group", lambda: "a group")
     monkeypatch.setitem(sys.modules, "torch.distributed", SimpleNamespace(get_world_size=lambda: 2))
     with pytest.raises(mpisyncbn.MPISyncBNError, match=r"torch\.distributed has 2 ranks, MPI a world of 1: "):
-        launcher.refuse_if_apart(library())  # whoever sits there: ranks that know each other are no shells
+        launcher.check_world_size(library())  # whoever sits there: ranks that know each other are no shells
 
 
 def test_a_batch_script_has_variables_of_the_shell_that_submitted_it(variables, tmp_path, monkeypatch):
@@ -162,17 +162,17 @@ def test_a_batch_script_has_variables_of_the_shell_that_submitted_it(variables, 
         (tmp_path / process / "stat").write_text(words)
         (tmp_path / process / "cmdline").write_text(words)
     monkeypatch.setattr(config, "PROC", tmp_path)
-    launcher.refuse_if_apart(library())
+    launcher.check_world_size(library())
     (tmp_path / "4/cmdline").write_text("slurmstepd: [7.0]")
     with pytest.raises(mpisyncbn.MPISyncBNError, match="started 4 ranks"):
-        launcher.refuse_if_apart(library())
+        launcher.check_world_size(library())
 
 
 def test_one_of_them_says_it_for_all(variables):
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         variables(SLURM_STEP_NUM_TASKS="4", SLURM_PROCID="1")
-        launcher.warn_if_apart(library())
+        launcher.warn_world_size(library())
 
 
 @pytest.fixture
@@ -240,7 +240,7 @@ def test_a_torch_group_of_several_mpi_jobs(monkeypatch):
         dist, "all_gather_object", lambda ranks, *_, **__: ranks.__setitem__(slice(None), [0, 0])
     )
     with pytest.raises(mpisyncbn.MPISyncBNError, match=r"knows as ranks \[0, 0\] of .* with one mpiexec"):
-        groups._OfTorch(group).ready()
+        groups._OtherBackendCommunicator(group).ready()
 
 
 @pytest.mark.full("torchrun takes its time")
@@ -292,4 +292,4 @@ def test_local_rank():
 )
 def test_ranks_beside(everyone, beside):
     for rank, ranks in beside.items():
-        assert nodes._ranks_beside(everyone, rank) == ranks
+        assert nodes._ranks_on_node_of(everyone, rank) == ranks

@@ -111,7 +111,7 @@ def test_a_variable_that_nothing_understands(monkeypatch, capsys):
 
 def test_report_says_that_the_ranks_are_apart(monkeypatch):
     """And measures all the same."""
-    monkeypatch.setattr(config, "started", lambda size: (size + 1, "PMI_SIZE"))
+    monkeypatch.setattr(config, "any_launcher_size", lambda size: (size + 1, "PMI_SIZE"))
     facts = report.report()
     more = WORLD.size + 1
     sizes = f"the launcher started {more} ranks (PMI_SIZE={more}), MPI has a world of {WORLD.size}: "

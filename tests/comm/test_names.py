@@ -126,24 +126,24 @@ def test_buffers_for_messages_of_any_length_do_not_pile_up():
 
 def test_groups_of_one_rank_are_not_watched():
     group = resolve(WORLD.Split(RANK)).ready()
-    assert group.presence not in rank_status.everyone()
+    assert group.rank_status not in rank_status.all_statuses()
 
 
 def test_groups_are_watched_until_they_are_freed():
     group = Communicator().ready()
-    watched = [group.presence in rank_status.everyone()]
+    watched = [group.rank_status in rank_status.all_statuses()]
     group.free()
-    watched.append(group.presence in rank_status.everyone())
+    watched.append(group.rank_status in rank_status.all_statuses())
     assert watched == [SIZE > 1, False]
 
 
 def test_what_nobody_uses_any_more_is_given_back():
     x = shard((local_batch(), 3))
     SyncBatchNorm(3, process_group=Communicator())(x)
-    before = len(unreferenced._kept)
+    before = len(unreferenced._tracked)
     for _ in range(20):
         SyncBatchNorm(3, process_group=Communicator())(x)
-    assert len(unreferenced._kept) == before
+    assert len(unreferenced._tracked) == before
 
 
 @several
@@ -151,7 +151,7 @@ def test_what_one_rank_uses_still_is_not_given_back():
     x = shard((local_batch(), 3))
     group = Communicator()
     SyncBatchNorm(3, process_group=group)(x)
-    kept = group.presence
+    kept = group.rank_status
     if RANK:
         del group
     for _ in range(3):
@@ -173,7 +173,7 @@ def test_a_duplicate_outlives_the_communicator_it_was_made_of():
     comm.Free()
     Communicator().ready()
     layer(x)
-    kept = layer.communicator.presence
+    kept = layer.communicator.rank_status
     del layer
     Communicator().ready()
     assert kept.comm is None

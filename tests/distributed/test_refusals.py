@@ -97,9 +97,9 @@ def test_an_interrupted_collective_ends_its_group(monkeypatch: pytest.MonkeyPatc
     with pytest.raises(MPISyncBNError, match=r"unusable since all_reduce SUM .* was interrupted"):
         dist.all_reduce(torch.zeros(3), group=group)
     assert len(mpisyncbn.fingerprint._kept_alive) == abandoned + 1, "MPI may write there still"
-    watched = [group._collective_group.presence in mpisyncbn.liveness.rank_status.everyone()]
+    watched = [group._collective_group.rank_status in mpisyncbn.liveness.rank_status.all_statuses()]
     dist.destroy_process_group(group)
-    watched.append(group._collective_group.presence in mpisyncbn.liveness.rank_status.everyone())
+    watched.append(group._collective_group.rank_status in mpisyncbn.liveness.rank_status.all_statuses())
     assert watched == [SIZE > 1, False], "at its end a rank must not wait for others in it"
 
 

@@ -189,7 +189,7 @@ def test_a_rank_says_that_it_hides_more_and_others_do_not(recorded):
 @pytest.mark.parametrize("debug", [False, True])
 def test_ranks_without_data_answer_once_more(group, debug):
     """The last rank has left, as join() lets it. With and without MPISYNCBN_DEBUG=1."""
-    group.debug, group.joining = debug, True
+    group.debug, group.in_join_context = debug, True
     stays, found = WORLD.rank < max(WORLD.size - 1, 1), []
     x = mine(whole(some)) if stays else np.empty((0, 1), "f")
     for _ in range(2 * stays):

@@ -154,7 +154,7 @@ def test_counts_are_whole_numbers_beyond_half_precision():
 
 
 def test_what_a_rank_that_waits_would_say(recorded):
-    """To the others, when one of them has waited too long (presence.py)."""
+    """To the others, when one of them has waited too long (rank_status.py)."""
     group, one = recorded.group, np.ones(3)
     exchange.merge_moments(group, CALL, 1, one, one)
     exchange.merge_moments(group, WIDE, 1, np.ones((2, 3)), one)
@@ -180,9 +180,9 @@ def test_no_exchange_is_seen_after_it(group):
         lambda: exchange.serve_joined(group),  # all ranks are through
     ):
         call()
-        seen.append(group.presence.doing)
+        seen.append(group.rank_status.current_call)
     assert seen == [None] * 4
-    assert group.presence.exchanges == 4
+    assert group.rank_status.exchanges == 4
 
 
 def test_sums_of_any_number_of_vectors(group):
@@ -220,7 +220,7 @@ STEPS = (3, 0, 1, 2)  # of the ranks, before they have no more data
 @pytest.mark.parametrize("debug", [False, True])
 def test_ranks_without_data_answer_the_others(group, debug):
     """What comes of each exchange is that of the ranks with data."""
-    group.debug, group.joining = debug, True
+    group.debug, group.in_join_context = debug, True
     mean, m2, count = np.arange(3.0) + 1 + WORLD.rank, np.arange(3.0), 2 + WORLD.rank
     found = []
     for step in range(STEPS[WORLD.rank % 4]):
@@ -232,7 +232,7 @@ def test_ranks_without_data_answer_the_others(group, debug):
             found.append(exchange.merge_moments(group, WIDE, count, np.stack((mean, mean * 0)), m2))
     exchange.serve_joined(group)
     exchanges = WORLD.allgather(group.exchanges)
-    group.joining = False
+    group.in_join_context = False
     exchange.reduce_sums(group, CALL, mean)
     with together():
         assert exchanges == [4] * WORLD.size
@@ -250,7 +250,7 @@ def test_ranks_without_data_answer_the_others(group, debug):
 def test_a_fingerprint_may_be_zero(group, monkeypatch):
     """A rank that joins hears of one as of any other."""
     monkeypatch.setattr(exchange.fingerprint, "fingerprint", lambda call, exchanges: 0)
-    group.joining = True
+    group.in_join_context = True
     total = None
     if WORLD.rank == 0:
         total, _, _ = exchange.merge_moments(group, CALL, 5, np.ones(3), np.ones(3))

@@ -11,7 +11,7 @@ import torch
 
 import mpisyncbn
 from mpisyncbn import MPISyncBNError, SyncBatchNorm, functional, sync_batch_norm
-from mpisyncbn.comm.communicator import by_handle
+from mpisyncbn.comm.communicator import by_graph_key
 from mpisyncbn.distributed import host_tensors, mpi_collectives
 from mpisyncbn.functional import BatchStats
 from support.ranks import WORLD, up_to_two
@@ -142,7 +142,7 @@ def test_what_is_of_another_kind_or_out_of_range(error, call, words):
 
 def test_a_communicator_that_is_gone():
     with pytest.raises(MPISyncBNError, match="the Communicator of a compiled graph is gone"):
-        by_handle("of nobody")
+        by_graph_key("of nobody")
 
 
 MASKED = "got a masked one, MaskedArray{}: leave those samples out, or fill them first, .filled()"

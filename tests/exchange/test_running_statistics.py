@@ -160,7 +160,7 @@ def test_running_statistics_are_rounded_as_by_torchs_lerp(kind, seen, momentum, 
             stats = BatchStats(*(each.numpy() for each in batch), None, 2**60)
             assert functional.update_running_stats(*running, stats, number)
         else:
-            monkeypatch.setattr(transport, "known", lambda number: False)
+            monkeypatch.setattr(transport, "is_readable_now", lambda number: False)
             stats = BatchStats(*map(make, batch), None, 2**60)
             assert running_stats._record_without_sync(*running, None, stats, number)
         for found, old, new in zip(running, start, batch, strict=True):

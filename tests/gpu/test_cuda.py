@@ -228,7 +228,7 @@ def test_nothing_is_copied_while_a_graph_is_captured(device):
     vector = torch.zeros(3, dtype=torch.float64)
     message = staging.DeviceMessage(MPI, 1, 6, vector)
     for copied in (
-        lambda: staging.stage_of(vector).to_host([vector]),
+        lambda: staging.staging_for(vector).to_host([vector]),
         lambda: message.pack(np.ones(3), [vector]),
     ):
         with pytest.raises(MPISyncBNError, match="cannot be captured in a CUDA graph"):
@@ -257,7 +257,7 @@ def test_buffers_outlive_inference_mode():
     """Which makes tensors that cannot be written to when it is over."""
     layer = mpisyncbn.SyncBatchNorm(700, device=DEVICE, track_running_stats=False)
     x = shard((local_batch(), 700, 4), 1)
-    staging.stage_of(there(x))._slots[:] = [None] * len(staging.stage_of(there(x))._slots)
+    staging.staging_for(there(x))._slots[:] = [None] * len(staging.staging_for(there(x))._slots)
     with torch.inference_mode():
         inferred = layer(there(x)).cpu()
     trained = layer(there(x).requires_grad_())
@@ -283,7 +283,7 @@ def test_buffers_are_not_used_too_early(device):
     if device is None:
         pytest.skip("on a GPU nothing can be held up so exactly")
     device.lazy_uploads = True
-    stage = staging.stage_of(torch.zeros(1))
+    stage = staging.staging_for(torch.zeros(1))
     sent = [np.arange(4.0) + step for step in range(100)]
     got = [stage.to_device([values, -values]) for values in sent]
     device.run_until(None)
@@ -331,11 +331,11 @@ def test_functional(kernels, dtype, monkeypatch):
 def test_no_two_threads_take_turns_at_one_buffer():
     like = torch.zeros(1, device=DEVICE)
     stages = []
-    thread = threading.Thread(target=lambda: stages.append(staging.stage_of(like)))
+    thread = threading.Thread(target=lambda: stages.append(staging.staging_for(like)))
     thread.start()
     thread.join()
-    assert staging.stage_of(like) is staging.stage_of(like)
-    assert stages[0] is not staging.stage_of(like)
+    assert staging.staging_for(like) is staging.staging_for(like)
+    assert stages[0] is not staging.staging_for(like)
 
 
 @pytest.mark.parametrize("group", TRANSPORTS, indirect=True)

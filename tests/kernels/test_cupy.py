@@ -10,7 +10,7 @@ import torch
 from mpi4py import MPI
 
 from mpisyncbn import functional, kernels
-from mpisyncbn.comm import staging, transport
+from mpisyncbn.comm import staging, streams, transport
 from mpisyncbn.comm.communicator import Communicator
 from mpisyncbn.errors import CollectiveMismatchError, MPISyncBNError
 from mpisyncbn.functional import BatchStats
@@ -193,8 +193,8 @@ def test_running_statistics(cupy, batch, ours, dtype):
     assert found == [[0.25, -0.5], [2.0, 3.25]]
 
 
-class Hasty(staging._CuPy):
-    """A driver that does not wait for copies."""
+class Hasty(streams.CuPyStreams):
+    """Streams that do not wait for copies."""
 
     def event(self):
         event = super().event()
@@ -202,23 +202,24 @@ class Hasty(staging._CuPy):
         return event
 
 
-DRIVERS = pytest.mark.parametrize("driver", [staging._CuPy, Hasty])
+DRIVERS = pytest.mark.parametrize("driver", [streams.CuPyStreams, Hasty])
 
 
 @DRIVERS
 def test_staged_to_the_host(cupy, driver):
-    stage, numbers = staging.Stage(driver(cupy.cuda.Device(0))), np.random.default_rng(0)
+    stage, numbers = staging.StagingBuffers(driver(cupy.cuda.Device(0))), np.random.default_rng(0)
     right = []
     for length in (3, 1000, 1, 70):
         vectors = [numbers.normal(size=length) for _ in range(3)]
         found = stage.to_host([cupy.asarray(vector) for vector in vectors])
         right.append(np.array_equal(found, vectors))
-    assert all(right) if driver is staging._CuPy else not any(right)
+    assert all(right) if driver is streams.CuPyStreams else not any(right)
 
 
 @pytest.mark.parametrize("dtype", ["f2", "f4"])
 def test_staged_to_the_host_in_float64(cupy, dtype):
-    stage, values = staging.Stage(staging._CuPy(cupy.cuda.Device(0))), np.arange(5, dtype=dtype)
+    stage = staging.StagingBuffers(streams.CuPyStreams(cupy.cuda.Device(0)))
+    values = np.arange(5, dtype=dtype)
     strided = cupy.asarray(np.arange(10, dtype=dtype))[::2]
     found = stage.to_host([cupy.asarray(values), strided])
     assert found[0].dtype == found[1].dtype == np.float64
@@ -228,14 +229,14 @@ def test_staged_to_the_host_in_float64(cupy, dtype):
 @DRIVERS
 def test_staged_to_the_device_and_not_waited_for(cupy, driver):
     """More copies than there are buffers: none is filled again before it was read."""
-    stage, numbers = staging.Stage(driver(cupy.cuda.Device(0))), np.random.default_rng(0)
+    stage, numbers = staging.StagingBuffers(driver(cupy.cuda.Device(0))), np.random.default_rng(0)
     vectors = [numbers.normal(size=(2, length)) for length in (3, 600, 1, 70, 2000) * 10]
     uploaded = [stage.to_device(list(rows)) for rows in vectors]
     right = [
         np.array_equal([row.get() for row in found], rows)
         for found, rows in zip(uploaded, vectors, strict=True)
     ]
-    assert all(right) if driver is staging._CuPy else not all(right)
+    assert all(right) if driver is streams.CuPyStreams else not all(right)
 
 
 @pytest.mark.parametrize("waiting", [True, False])

@@ -9,8 +9,8 @@ import time
 import pytest
 
 from mpisyncbn import Communicator, SyncBatchNorm
-from mpisyncbn.liveness import rank_status, watchdog
-from mpisyncbn.liveness.rank_status import DEFAULT_TIMEOUT, Presence, agreed_timeout
+from mpisyncbn.liveness import rank_status, reports, watchdog
+from mpisyncbn.liveness.rank_status import DEFAULT_TIMEOUT, RankStatus, agreed_timeout
 from support.oracle import local_batch, shard
 from support.ranks import WORLD, several
 
@@ -38,7 +38,7 @@ def test_a_limit_given_to_one_rank_holds_for_all(monkeypatch):
     if RANK == SIZE - 1:
         monkeypatch.setenv("MPISYNCBN_TIMEOUT", "77")
     group = Communicator().ready()
-    assert group.presence.limit == 77
+    assert group.rank_status.timeout == 77
 
 
 @pytest.mark.parametrize("value", ["soon", "-1", "nan", "inf"])
@@ -56,33 +56,33 @@ def test_a_limit_that_is_none_is_refused_on_every_rank(value, monkeypatch):
 
 
 def test_waiting_counts_in_one_exchange_only():
-    group = Presence(0, 2)
-    group.limit = 10.0
-    waits = [group.look(4.0)]
-    group.doing, group.exchanges = "forward", 1
-    waits += [group.look(4.0) for _ in range(3)]  # the first look sees it begin
+    group = RankStatus(0, 2)
+    group.timeout = 10.0
+    waits = [group.add_wait(4.0)]
+    group.current_call, group.exchanges = "forward", 1
+    waits += [group.add_wait(4.0) for _ in range(3)]  # the first look sees it begin
     group.exchanges = 2
-    waits += [group.look(4.0) for _ in range(3)]
-    group.doing = None
-    waits += [group.look(100.0)]
-    group.doing = "backward"
-    waits += [group.look(4.0) for _ in range(3)]
+    waits += [group.add_wait(4.0) for _ in range(3)]
+    group.current_call = None
+    waits += [group.add_wait(100.0)]
+    group.current_call = "backward"
+    waits += [group.add_wait(4.0) for _ in range(3)]
     assert waits == [False] * 11
-    assert group.look(4.0)
+    assert group.add_wait(4.0)
 
 
 def test_no_limit_is_no_limit():
-    group = Presence(0, 2)
-    group.limit, group.doing = 0.0, "forward"
-    assert not any(group.look(1e6) for _ in range(3))
+    group = RankStatus(0, 2)
+    group.timeout, group.current_call = 0.0, "forward"
+    assert not any(group.add_wait(1e6) for _ in range(3))
 
 
 def test_time_in_which_the_process_was_stopped_is_not_waited(monkeypatch):
     """A suspended job goes on where it was."""
     looks = []
-    group = Presence(0, 2)
-    monkeypatch.setattr(group, "look", lambda elapsed: looks.append(elapsed))
-    monkeypatch.setattr(watchdog, "everyone", lambda: [group])
+    group = RankStatus(0, 2)
+    monkeypatch.setattr(group, "add_wait", lambda elapsed: looks.append(elapsed))
+    monkeypatch.setattr(watchdog, "all_statuses", lambda: [group])
     monkeypatch.setattr(watchdog, "_stop", Ticks(3))
     monkeypatch.setattr(time, "monotonic", Clock([0.0, 0.25, 3600.0, 3600.25]))
     watchdog._tick()
@@ -119,10 +119,10 @@ def test_groups_know_their_ranks_of_the_world_before_they_meet(ending):
     comm = WORLD.Split(0, key=-RANK)
     group = Communicator(comm)
     assert group._world_ranks() == order
-    waiting = Presence(comm.rank, SIZE)
-    waiting.world, waiting.doing = order, "the first message of a group"
+    waiting = RankStatus(comm.rank, SIZE)
+    waiting.world, waiting.current_call = order, "the first message of a group"
     with pytest.raises(Ended):
-        waiting.expire()
+        waiting.abort_on_timeout()
     WORLD.barrier()
     lines = ending[1].splitlines()
     assert lines[0] == "the other ranks could not be asked before the first exchange"
@@ -140,22 +140,22 @@ def ending(monkeypatch):
     """What is said and how the job ends, if it does."""
     said = []
 
-    def end_job(status, cure):
+    def abort_job(status, cure):
         said.append((status, cure))
         raise Ended
 
-    monkeypatch.setattr(rank_status, "say", said.append)
-    monkeypatch.setattr(rank_status, "end_job", end_job)
-    monkeypatch.setattr(rank_status, "ASKING", 0.01)
-    monkeypatch.setattr(rank_status, "ANSWERING", 0.01)
+    monkeypatch.setattr(reports, "print_report", said.append)
+    monkeypatch.setattr(reports, "abort_job", abort_job)
+    monkeypatch.setattr(rank_status, "ASK_SECONDS", 0.01)
+    monkeypatch.setattr(rank_status, "ANSWER_SECONDS", 0.01)
     return said
 
 
 def test_a_rank_that_waited_too_long_says_so_and_ends_the_job(ending):
-    group = Presence(1, 4)
-    group.limit, group.doing, group.exchanges, group._waited = 3.0, "forward of bn1", 12, 3.25
+    group = RankStatus(1, 4)
+    group.timeout, group.current_call, group.exchanges, group._waited = 3.0, "forward of bn1", 12, 3.25
     with pytest.raises(Ended):
-        group.expire()
+        group.abort_on_timeout()
     host = socket.gethostname()
     assert ending[0].startswith(
         f"rank 1 of 4 on {host} has waited 3.2 s (the limit is 3 s, MPISYNCBN_TIMEOUT) for other ranks of "
@@ -167,23 +167,23 @@ def test_a_rank_that_waited_too_long_says_so_and_ends_the_job(ending):
 
 
 def test_a_rank_that_waits_in_vain_says_so_and_ends_the_job(ending):
-    group = Presence(1, 4)
-    group.doing, group.exchanges, group.left = "forward of bn1", 12, {3: 11}
+    group = RankStatus(1, 4)
+    group.current_call, group.exchanges, group.departed = "forward of bn1", 12, {3: 11}
     with pytest.raises(Ended):
-        group.strand(group.gone())
+        group.abort_on_departed(group.awaited_departed_rank())
     assert (
         f"rank 1 of 4 on {socket.gethostname()} waits in exchange number 12, forward of bn1, in vain"
         in ending[0]
     )
     assert "rank 3 has left the program after exchange number 11" in ending[0]
-    assert ending[1][0] == rank_status.STRANDED
+    assert ending[1][0] == rank_status.RANK_DEPARTED
 
 
 @pytest.mark.parametrize(("status", "over"), [(1, True), (1, False), (0, True)])
 def test_a_rank_that_failed_and_lingers_ends_the_job(status, over, ending, monkeypatch):
     monkeypatch.setattr(watchdog.exits, "status", lambda: status)
     monkeypatch.setattr(watchdog.exits, "is_over", lambda: over)
-    monkeypatch.setattr(watchdog, "everyone", list)
+    monkeypatch.setattr(watchdog, "all_statuses", list)
     monkeypatch.setattr(watchdog, "_stop", Ticks(10))
     monkeypatch.setattr(time, "monotonic", Clock(range(0, 100, 4)))
     monkeypatch.setattr(watchdog, "_LINGERING", 30.0)
@@ -199,5 +199,5 @@ def test_a_rank_that_failed_and_lingers_ends_the_job(status, over, ending, monke
 
 def test_nobody_waits_for_what_never_returns():
     release = threading.Event()
-    rank_status.within(0.01, release.wait)
+    reports.run_with_timeout(0.01, release.wait)
     release.set()

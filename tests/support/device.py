@@ -89,7 +89,7 @@ class SlowDevice:
         self.lazy_uploads = lazy_uploads
         self.is_capturing = False
 
-    def current(self) -> Any:
+    def device_context(self) -> Any:
         return nullcontext()
 
     def pinned(self, length: int) -> tuple[Tensor, np.ndarray]:
@@ -100,7 +100,7 @@ class SlowDevice:
         vector = torch.full((length,), torch.nan, dtype=torch.float64)
         return vector, vector.data_ptr()
 
-    def join(self, vectors: Any, out: Tensor) -> None:
+    def concatenate(self, vectors: Any, out: Tensor) -> None:
         out.fill_(torch.nan)
         self.queue.append(lambda: torch.cat(tuple(vectors), out=out))
 
@@ -150,5 +150,5 @@ def pretend(monkeypatch: pytest.MonkeyPatch) -> SlowDevice:
     slow = SlowDevice(lazy_uploads=False)  # torch itself would read what is not there yet
     monkeypatch.setattr("mpisyncbn.comm.staging._of_thread", threading.local())
     monkeypatch.setattr("mpisyncbn.comm.transport.on_host", lambda array: isinstance(array, np.ndarray))
-    monkeypatch.setattr("mpisyncbn.comm.staging._driver_of", lambda like, where: slow)
+    monkeypatch.setattr("mpisyncbn.comm.staging.streams_of", lambda array: slow)
     return slow

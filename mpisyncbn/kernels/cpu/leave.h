@@ -5,7 +5,7 @@
 // MPI deletes the attributes of MPI_COMM_SELF at the beginning of MPI_Finalize, whoever calls that.
 // As in link.h, MPI's functions and handles come from mpi4py as numbers.
 
-constexpr int MESSAGE_BYTES = 1024;  // bytes of a message, as in presence.py; so are the tags and times
+constexpr int MESSAGE_BYTES = 1024;  // bytes of a message, as in rank_status.py; so are the tags and times
 enum Tag { ASK = 1, ANSWER = 2, DEPARTED = 3 };
 constexpr double ASK_SECONDS = 1, ANSWER_SECONDS = 2, FORWARD_SECONDS = 0.25, LONGEST_STEP = 5;  // seconds
 constexpr int TIMED_OUT = 124;

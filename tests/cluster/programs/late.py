@@ -9,9 +9,9 @@ import numpy as np
 from mpi4py import MPI
 
 from mpisyncbn import functional
-from mpisyncbn.liveness import rank_status
+from mpisyncbn.liveness import reports
 
-rank_status._FORWARDING = 1.0  # else the first to end the job may end a rank that has more to say
+reports._FORWARD_SECONDS = 1.0  # else the first to end the job may end a rank that has more to say
 folder, rank = Path(sys.argv[1]), MPI.COMM_WORLD.rank
 os.dup2(os.open(folder / f"{rank}.said", os.O_CREAT | os.O_WRONLY), 2)
 MPI.COMM_WORLD.Barrier()

@@ -36,7 +36,7 @@ def _ours(group: Any, channels: int, context: Context) -> Callable[[], Any]:
 
     def whole() -> Any:
         _, merged, var = exchange.merge_moments(group, call, 100, mean, m2)
-        return transport.near(mean, merged, var, functional.invstd_of(var, 1e-5))
+        return transport.to_device_of(mean, merged, var, functional.invstd_of(var, 1e-5))
 
     return whole
 

@@ -96,10 +96,10 @@ def _uploads(device: torch.device) -> int:
     sent = [np.full(16384, float(number + 1)) for number in range(_COPIES)]
     with torch.cuda.stream(side):
         for vector in sent:  # makes the buffers
-            transport.near(like, vector)
+            transport.to_device_of(like, vector)
         torch.cuda.synchronize(device)
         torch.cuda._sleep(_CYCLES)
-        got = [transport.near(like, vector)[0] for vector in sent]
+        got = [transport.to_device_of(like, vector)[0] for vector in sent]
     torch.cuda.synchronize(device)
     return sum(
         not np.array_equal(found.cpu().numpy(), vector) for found, vector in zip(got, sent, strict=True)

@@ -15,8 +15,8 @@ import pytest
 
 import mpisyncbn
 from mpisyncbn import Communicator, SyncBatchNorm
-from mpisyncbn.liveness import arrivals, rank_status
-from mpisyncbn.liveness.rank_status import Presence
+from mpisyncbn.liveness import arrivals, rank_status, reports
+from mpisyncbn.liveness.rank_status import RankStatus
 from support.oracle import local_batch, shard
 from support.ranks import WORLD, several
 
@@ -32,16 +32,16 @@ def test_what_a_rank_is_doing_can_be_seen_while_it_waits():
     if RANK == 0:  # the others come when this one waits
         thread = threading.Thread(target=layer, args=(shard((local_batch(), 3)),))
         thread.start()
-        while group.presence.doing is None:
+        while group.rank_status.current_call is None:
             time.sleep(0.001)
-        seen = [str(group.presence.doing), group.presence.number, group.presence.state()]
+        seen = [str(group.rank_status.current_call), group.rank_status.number, group.rank_status.state()]
     WORLD.Barrier()
     if RANK == 0:
         thread.join()
     else:
         layer(shard((local_batch(), 3)))
-    assert group.presence.doing is None
-    assert group.presence.gone() is None
+    assert group.rank_status.current_call is None
+    assert group.rank_status.awaited_departed_rank() is None
     if RANK == 0:
         call = "forward of the layer first used in exchange number 1 (3 channels, float32)"
         assert seen[:2] == [call, 2]
@@ -54,7 +54,7 @@ def test_nothing_is_left_to_see_after_an_error(monkeypatch):
     monkeypatch.setattr(mpisyncbn.fingerprint, "check", interrupted)
     with pytest.raises(KeyboardInterrupt):
         SyncBatchNorm(3, process_group=group)(shard((local_batch(), 3)))
-    assert group.presence.doing is None
+    assert group.rank_status.current_call is None
 
 
 def interrupted(*_):
@@ -73,16 +73,16 @@ def hear(group, until):
 def quiet(monkeypatch):
     """A group that the threads leave alone, and what is said about it."""
     said = []
-    monkeypatch.setattr(rank_status, "say", said.append)
+    monkeypatch.setattr(reports, "print_report", said.append)
     group = Communicator().ready()
-    group.presence.end()
-    return group.presence, said
+    group.rank_status.unregister()
+    return group.rank_status, said
 
 
 @several
 def test_ranks_that_are_asked_say_what_they_do(quiet):
     group, said = quiet
-    group.exchanges, group.doing = 5, "forward of a layer" if RANK != 1 else None
+    group.exchanges, group.current_call = 5, "forward of a layer" if RANK != 1 else None
     if RANK == 0:
         group._ask_at = time.monotonic()
         hear(group, lambda: len(group._answers) == SIZE - 1 and not group._sends)
@@ -112,16 +112,16 @@ def test_ranks_that_are_asked_say_what_they_do(quiet):
 
 
 def test_a_rank_in_another_group_says_so():
-    here, there = Presence(0, 2), Presence(0, 2)
-    there.exchanges, there.doing = 7, "backward of b"
-    there.begin()
+    here, there = RankStatus(0, 2), RankStatus(0, 2)
+    there.exchanges, there.current_call = 7, "backward of b"
+    there.register()
     try:
         assert here.state() == (
             "is missing: it has done 0 exchanges of this group, and waits in exchange number 7 of another "
             "one, backward of b"
         )
     finally:
-        there.end()
+        there.unregister()
 
 
 @several
@@ -129,29 +129,33 @@ def test_a_rank_that_has_left_is_heard_of(quiet):
     """By its neighbours, to which native code says so."""
     group, _ = quiet
     if RANK == 0:
-        group._send(1, rank_status._LEFT, "10")
+        group._send(group.p2p_comm, 1, rank_status._DEPARTED, "10")
         hear(group, lambda: not group._sends)
     if RANK == 1:
-        hear(group, lambda: group.left)
+        hear(group, lambda: group.departed)
     WORLD.barrier()
-    assert group.left == ({0: 10} if RANK == 1 else {})
+    assert group.departed == ({0: 10} if RANK == 1 else {})
 
 
 @several
 def test_a_rank_that_has_left_is_missed_in_later_exchanges_only(quiet):
     group, _ = quiet
-    group.left, group.exchanges = {1: 5}, 5
-    assert group.gone() is None
-    group.doing = "forward"
-    assert group.gone() is None  # it was in this one too, and done with it sooner
+    group.departed, group.exchanges = {1: 5}, 5
+    assert group.awaited_departed_rank() is None
+    group.current_call = "forward"
+    assert group.awaited_departed_rank() is None  # it was in this one too, and done with it sooner
     group.exchanges = 6
-    assert group.gone() == 1
+    assert group.awaited_departed_rank() == 1
 
 
 def test_what_is_known_of_a_rank_that_does_not_answer():
     child = subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE)
-    group = Presence(0, 4)
-    group.homes = [(socket.gethostname(), os.getpid()), (socket.gethostname(), child.pid), ("elsewhere", 1)]
+    group = RankStatus(0, 4)
+    group.process_ids = [
+        (socket.gethostname(), os.getpid()),
+        (socket.gethostname(), child.pid),
+        ("elsewhere", 1),
+    ]
     known = [group._line(1)]
     child.send_signal(signal.SIGSTOP)
     while "alive" in group._line(1):
@@ -160,7 +164,7 @@ def test_what_is_known_of_a_rank_that_does_not_answer():
     child.kill()
     child.communicate()
     known += [group._line(1), group._line(2)]
-    group.left = {2: 3}
+    group.departed = {2: 3}
     known.append(group._line(2))
     here = f"  rank 1 on {socket.gethostname()} is missing: no answer, its process {child.pid} is"
     assert known == [
@@ -181,9 +185,9 @@ def test_who_has_not_come_to_the_first_exchange_is_named():
     def seen(*here):
         with contextlib.ExitStack() as marks:
             for group in here:
-                marks.enter_context(arrivals.mark(group))
+                marks.enter_context(arrivals.mark_arrival(group))
             WORLD.barrier()
-            found = arrivals.absent(ranks)
+            found = arrivals.describe_missing(ranks)
             WORLD.barrier()
             return found
 
@@ -191,7 +195,7 @@ def test_who_has_not_come_to_the_first_exchange_is_named():
         without_one = seen(*([] if late == RANK else [ranks]), [late])
         everybody = seen(ranks)
         worker.kill()
-    elsewhere = arrivals.absent([SIZE])
+    elsewhere = arrivals.describe_missing([SIZE])
     assert without_one == {late: f"has not come: its process {process} is alive"}
     assert everybody == {}
     assert elsewhere == {SIZE: "may have come, on another host: no process of it is on this one"}

@@ -1,0 +1,60 @@
+"""What the ranks of a new group tell each other before anything else."""
+
+from __future__ import annotations
+
+import itertools
+import os
+import socket
+from types import ModuleType
+from typing import TYPE_CHECKING, NamedTuple
+
+from .. import config
+from ..errors import TransportError
+from . import transport, unreferenced
+
+if TYPE_CHECKING:
+    from mpi4py import MPI as mpi4py_MPI
+
+    from ..liveness.rank_status import ProcessId
+    from .unreferenced import GroupId
+
+__all__ = ["Handshake", "exchange_handshakes"]
+
+_numbers = itertools.count()
+
+
+class Handshake(NamedTuple):
+    """What a rank brings along to a new group."""
+
+    debug: bool
+    transport: str
+    timeout: float | None
+    has_link: bool
+    process_id: ProcessId
+    number: int  # of groups that this rank has seen so far
+    unreferenced: list[GroupId]
+    error: Exception | None  # what is wrong with its environment
+
+
+def exchange_handshakes(comm: mpi4py_MPI.Intracomm, MPI: ModuleType, has_link: bool) -> list[Handshake]:
+    """The handshakes of all ranks of ``comm``, by rank. Collective.
+
+    Raises, on every rank, what is wrong with the environment of any; ``comm`` is freed then.
+    """
+    handshakes = [Handshake(*each) for each in comm.allgather(tuple(_own(MPI, has_link)))]
+    for each in handshakes:
+        if each.error is not None:
+            comm.Free()
+            raise each.error
+    return handshakes
+
+
+def _own(MPI: ModuleType, has_link: bool) -> Handshake:
+    problem: Exception | None
+    debug, where, timeout, problem = False, "host", None, None
+    try:
+        debug, where, timeout = config.debug(), transport.chosen(MPI)[0], config.timeout()
+    except (ValueError, TransportError) as error:
+        problem = error
+    process_id, number = (socket.gethostname(), os.getpid()), next(_numbers)
+    return Handshake(debug, where, timeout, has_link, process_id, number, unreferenced.group_ids(), problem)

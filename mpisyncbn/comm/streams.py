@@ -1,0 +1,178 @@
+"""Memory, streams and events of a device, by torch or by CuPy, for staging.py."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any, Protocol, TypeAlias
+
+import numpy as np
+
+from ..kernels import Array, loaded_torch
+
+__all__ = ["Device", "Event", "Streams", "streams_of"]
+
+Device: TypeAlias = Any  # a torch.device, or a Device of CuPy
+
+
+class Event(Protocol):
+    """A point on a stream, of torch or CuPy."""
+
+    def record(self, stream: Any, /) -> object: ...
+    def synchronize(self) -> object: ...
+
+
+class Streams(Protocol):
+    """The operations of one device that staging needs. None of them waits for the device."""
+
+    def device_context(self) -> AbstractContextManager[object]:
+        """A context in which the device is the current one."""
+
+    def empty(self, length: int) -> tuple[Array, int]:
+        """A float64 vector on the device, and its address."""
+
+    def concatenate(self, vectors: Sequence[Array], out: Array) -> None:
+        """Write vectors on the device one after the other to ``out``."""
+
+    def pinned(self, length: int) -> tuple[Array, np.ndarray]:
+        """Pinned host memory for so many float64 values, and its NumPy view."""
+
+    def event(self) -> Event:
+        """A new event."""
+
+    def record(self, event: Event) -> None:
+        """Let the event be done when all that is on the current stream now is done."""
+
+    def download(self, vectors: Sequence[Array], memory: Array) -> None:
+        """Copy vectors on the device one after the other to pinned memory."""
+
+    def upload(self, memory: Array, rows: int) -> Sequence[Array]:
+        """Copy pinned memory to the device, as so many vectors of one length."""
+
+    def capturing(self) -> bool:
+        """Whether the current stream is being captured in a graph."""
+
+
+def streams_of(array: Array) -> Streams | None:
+    """The streams of the device that holds an array; None where no memory is pinned for its kind."""
+    if getattr(array, "is_cuda", False):
+        return TorchStreams(array.device)
+    return None if hasattr(array, "detach") else CuPyStreams(array.device)
+
+
+class TorchStreams:
+    """The streams of a CUDA or ROCm device, for tensors of torch."""
+
+    def __init__(self, device: Device) -> None:
+        self.torch, self.device = loaded_torch(), device
+        self._streams: dict[int, Any] = {}
+
+    def device_context(self) -> AbstractContextManager[object]:
+        if self.torch.cuda.current_device() == self.device.index:
+            return nullcontext()
+        return self.torch.cuda.device(self.device)
+
+    def empty(self, length: int) -> tuple[Array, int]:
+        with self.torch.inference_mode(False):  # which would not let it be written to when it is over
+            vector = self.torch.empty(length, dtype=self.torch.float64, device=self.device)
+        return vector, vector.data_ptr()
+
+    def concatenate(self, vectors: Sequence[Array], out: Array) -> None:
+        self.torch.cat(tuple(vectors), out=out)
+
+    def pinned(self, length: int) -> tuple[Array, np.ndarray]:
+        with self.torch.inference_mode(False):
+            memory = self.torch.empty(length, dtype=self.torch.float64, device="cpu", pin_memory=True)
+        return memory, memory.numpy()
+
+    def event(self) -> Event:
+        return self.torch.cuda.Event()
+
+    def record(self, event: Event) -> None:
+        # an object for the current stream takes torch ten times as long to make as to know which it is
+        key = self.torch._C._cuda_getCurrentStream(self.device.index)
+        stream = self._streams.get(key)
+        if stream is None:
+            stream = self._streams[key] = self.torch.cuda.current_stream(self.device)
+        event.record(stream)
+
+    def download(self, vectors: Sequence[Array], memory: Array) -> None:
+        matrix = vectors[0]._base
+        if matrix is not None and _are_rows(vectors, matrix):  # as kernels return them: in one copy
+            memory.copy_(matrix.detach().view(-1), non_blocking=True)
+            return
+        lengths = [vector.shape[0] for vector in vectors]
+        for vector, part in zip(vectors, memory.split(lengths), strict=True):
+            part.copy_(vector.detach(), non_blocking=True)
+
+    def upload(self, memory: Array, rows: int) -> Sequence[Array]:
+        return memory.view(rows, -1).to(self.device, non_blocking=True).unbind()
+
+    def capturing(self) -> bool:
+        with self.device_context():
+            return self.torch.cuda.is_current_stream_capturing()
+
+
+def _are_rows(vectors: Sequence[Array], matrix: Array) -> bool:
+    """Whether these are all rows of a matrix without gaps, one below the other."""
+    length = vectors[0].shape[0]
+    if matrix.numel() != len(vectors) * length or not matrix.is_contiguous():
+        return False
+    begin = matrix.storage_offset()
+    for vector in vectors:
+        if vector._base is not matrix or vector.storage_offset() != begin or vector.shape[0] != length:
+            return False
+        begin += length
+    return vectors[0].dtype == matrix.dtype and vectors[0].stride(0) == 1
+
+
+class CuPyStreams:
+    """The current stream of a device, for arrays of CuPy."""
+
+    def __init__(self, device: Device) -> None:
+        import cupy
+        import cupyx
+
+        self.cupy, self.empty_pinned, self.device = cupy, cupyx.empty_pinned, device
+
+    def device_context(self) -> AbstractContextManager[object]:
+        return self.device
+
+    def empty(self, length: int) -> tuple[Array, int]:
+        with self.device:
+            vector = self.cupy.empty(length)
+        return vector, vector.data.ptr
+
+    def concatenate(self, vectors: Sequence[Array], out: Array) -> None:
+        with self.device:
+            self.cupy.concatenate(tuple(vectors), out=out)
+
+    def pinned(self, length: int) -> tuple[Array, np.ndarray]:
+        memory = self.empty_pinned(length)
+        return memory, memory
+
+    def event(self) -> Event:
+        with self.device:
+            return self.cupy.cuda.Event(disable_timing=True)
+
+    def record(self, event: Event) -> None:
+        with self.device:
+            event.record(self.cupy.cuda.get_current_stream())
+
+    def download(self, vectors: Sequence[Array], memory: Array) -> None:
+        begin = 0
+        with self.device:
+            for vector in vectors:
+                end = begin + len(vector)
+                self.cupy.ascontiguousarray(vector, "float64").get(out=memory[begin:end], blocking=False)
+                begin = end
+
+    def upload(self, memory: Array, rows: int) -> Sequence[Array]:
+        with self.device:
+            matrix = self.cupy.empty((rows, len(memory) // rows))
+            matrix.set(memory.reshape(matrix.shape))
+            return list(matrix)
+
+    def capturing(self) -> bool:
+        with self.device:
+            return self.cupy.cuda.get_current_stream().is_capturing()

@@ -1,0 +1,65 @@
+"""What a rank says on stderr about itself, and how it ends the job."""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+import sysconfig
+import threading
+import time
+import traceback
+from collections.abc import Callable
+from pathlib import Path
+
+__all__ = ["ABORT_SECONDS", "abort_job", "current_line", "print_report", "run_with_timeout", "stacks"]
+
+ABORT_SECONDS = 1.0  # at most, for what may never return
+_FORWARD_SECONDS = 0.25  # for the launcher: what it has not passed on when the job ends may be lost
+
+
+def current_line() -> str:
+    """Where the program is: the innermost line of it that is not Python's or a package's."""
+    frame = sys._current_frames().get(threading.main_thread().ident or 0)
+    if frame is None:
+        return "its end"
+    lines, paths = traceback.extract_stack(frame), sysconfig.get_paths()
+    others = (str(Path(__file__).parents[1]), "<frozen", paths["stdlib"], paths["purelib"], paths["platlib"])
+    line = ([line for line in lines if not line.filename.startswith(others)] or lines)[-1]
+    return f"{line.filename}, line {line.lineno}, in {line.name}"
+
+
+def stacks() -> str:
+    """The Python stacks of all threads of the program."""
+    names = {thread.ident: thread.name for thread in threading.enumerate()}
+    shown = []
+    for ident, frame in sys._current_frames().items():
+        name = names.get(ident, "")
+        if name and not name.startswith("mpisyncbn "):
+            lines = "".join(traceback.format_stack(frame)).rstrip()
+            shown.append(f"Python stack of {name}, innermost call last:\n{lines}")
+    return "\n".join(shown)
+
+
+def print_report(text: str) -> None:
+    """Print a line, or several, on stderr, unless that takes too long."""
+    run_with_timeout(ABORT_SECONDS, lambda: print(f"mpisyncbn: {text}", file=sys.stderr, flush=True))
+
+
+def abort_job(status: int, cure: str) -> None:
+    """End the job with an exit status, and say so. It does not return."""
+    print_report(f"this ends the job with status {status}. {cure}")
+    time.sleep(_FORWARD_SECONDS)
+    run_with_timeout(ABORT_SECONDS, lambda: sys.modules["mpi4py.MPI"].COMM_WORLD.Abort(status))
+    # It does not come through where the network is gone. No launcher takes this for a regular end.
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def run_with_timeout(seconds: float, function: Callable[[], object]) -> None:
+    """Call a function on another thread, and wait for it no longer than that.
+
+    It may never return: the reader of stderr may be stuck, and so may MPI.
+    """
+    thread = threading.Thread(target=function, name="mpisyncbn helper", daemon=True)
+    thread.start()
+    thread.join(seconds)
