@@ -15,7 +15,8 @@ import statistics
 import sys
 import time
 import zlib
-from typing import Any
+from types import ModuleType
+from typing import TypeAlias
 
 import numpy as np
 
@@ -24,14 +25,17 @@ from .comm import launcher, transport
 from .comm.communicator import Communicator
 from .comm.runtime import mpi
 from .errors import TransportError
-from .kernels import kernels_for, native, on_cuda
+from .kernels import Array, kernels_for, native, on_cuda
 from .liveness.rank_status import agreed_timeout
 
 _OPTIONAL = ("numpy", "mpi4py", "torch", "cupy", "triton")
 _CHANNELS = 256
 
+Facts: TypeAlias = dict[str, object]  # by name, of one topic
+
 
 def main() -> None:
+    """Print the report on rank 0. Collective."""
     parser = argparse.ArgumentParser(prog="python -m mpisyncbn", description=__doc__.splitlines()[0])
     parser.add_argument("--json", action="store_true", help="print JSON instead of text")
     options = parser.parse_args()
@@ -43,8 +47,8 @@ def main() -> None:
         print(json.dumps(facts, indent=2) if options.json else as_text(facts))
 
 
-def report() -> dict[str, Any]:
-    """The facts, nested by topic. Collective."""
+def report() -> dict[str, Facts]:
+    """All facts, by topic. Collective."""
     MPI = mpi()
     group = Communicator(MPI.COMM_WORLD.Dup())  # not the world, which may refuse to work
     facts = {
@@ -76,7 +80,8 @@ def report() -> dict[str, Any]:
     return facts
 
 
-def as_text(facts: dict[str, Any]) -> str:
+def as_text(facts: dict[str, Facts]) -> str:
+    """The facts as lines, indented below their topics."""
     width = max(len(name) for topic in facts.values() for name in topic)
     lines = []
     for topic, entries in facts.items():
@@ -85,6 +90,7 @@ def as_text(facts: dict[str, Any]) -> str:
 
 
 def _versions() -> dict[str, str]:
+    """The version of each package that is used where it is installed."""
     found = {}
     for name in _OPTIONAL:
         try:
@@ -96,16 +102,17 @@ def _versions() -> dict[str, str]:
     return found
 
 
-def _thread_level(MPI: Any) -> str:
+def _thread_level(MPI: ModuleType) -> str:
+    """The name of the thread level that MPI provides."""
     levels = ("THREAD_SINGLE", "THREAD_FUNNELED", "THREAD_SERIALIZED", "THREAD_MULTIPLE")
     return next(name for name in levels if getattr(MPI, name) == MPI.Query_thread())
 
 
-def _sums(MPI: Any) -> str:
-    """Whether MPI_Allreduce gives the same bits for the same values. Tried, since no library says so.
+def _sums(MPI: ModuleType) -> str:
+    """Whether MPI_Allreduce gives the same bits for the same values. It is tried, since no library says so.
 
-    Some libraries choose the order of a long sum by the processor and by the addresses of the buffers. What
-    is tried is as long as the gradients of a model; the messages of a layer are far shorter.
+    Some libraries choose the order of a long sum by the processor and by the addresses of the buffers.
+    The sums here are as long as the gradients of a model; the messages of a layer are far shorter.
     """
     world, memory = MPI.COMM_WORLD, np.empty(1_000_600, np.float32)
     everywhere, repeated = True, True
@@ -127,7 +134,8 @@ def _sums(MPI: Any) -> str:
     return "the same bits on all ranks and in all buffers"
 
 
-def _ranks() -> dict[str, Any]:
+def _ranks() -> Facts:
+    """How many ranks there are, where they are, and what started them. Collective."""
     world = mpi().COMM_WORLD
     hosts = world.allgather(socket.gethostname())
     shared = world.Split_type(mpi().COMM_TYPE_SHARED)
@@ -146,17 +154,17 @@ def _ranks() -> dict[str, Any]:
     }
 
 
-def _transport() -> dict[str, str]:
-    """For data on a device; messages of data in host memory stay there."""
+def _transport() -> Facts:
+    """The transport of data on a device; messages of data in host memory stay there."""
     try:
         return dict(zip(("in use", "because"), transport.chosen(mpi()), strict=True))
     except TransportError as error:
         return {"in use": "none", "because": str(error)}
 
 
-def _kernels() -> dict[str, str]:
-    """For each kind of array, what would serve it."""
-    used = {"NumPy": _on_host(np.zeros((1, 1)), "generic: composed of NumPy operations")}
+def _kernels() -> Facts:
+    """The kernels that would serve each kind of array."""
+    used: Facts = {"NumPy": _on_host(np.zeros((1, 1)), "generic: composed of NumPy operations")}
     try:
         import torch
     except ImportError:
@@ -178,7 +186,8 @@ def _kernels() -> dict[str, str]:
     return used
 
 
-def _on_host(x: Any, otherwise: str) -> str:
+def _on_host(x: Array, otherwise: str) -> str:
+    """The kernels that serve an array in host memory, in words; ``otherwise`` where they are not native."""
     host = native()
     if host is None or kernels_for(x) is not host:
         return (
@@ -190,8 +199,8 @@ def _on_host(x: Any, otherwise: str) -> str:
     return f"native, instruction set {host.instruction_set()}, {threads} thread{plural}"
 
 
-def _latency(group: Communicator, repeats: int = 200) -> dict[str, Any]:
-    """One exchange of a layer with 256 channels, as the slowest rank sees it."""
+def _latency(group: Communicator, repeats: int = 200) -> Facts:
+    """The time of one exchange of a layer with 256 channels, on the slowest rank. Collective."""
     call = fingerprint.LayerCall("the latency measurement", "forward", _CHANNELS, "float32")
     zeros, seconds = np.zeros(_CHANNELS), []
     for repeat in range(repeats + 20):

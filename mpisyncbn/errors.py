@@ -24,9 +24,9 @@ class TransportError(MPISyncBNError):
 
 
 def on_rank() -> str:
-    """Where an error happened: `` (on rank 2 of 4)``, or nothing while MPI is not running.
+    """Text that says where an error happened: `` (on rank 2 of 4)``; empty while MPI is not running.
 
-    Never imports mpi4py: a wrong argument must not be what initializes MPI.
+    It never imports mpi4py: a wrong argument must not be what initializes MPI.
     """
     torch = sys.modules.get("torch")
     if torch is not None and torch.compiler.is_compiling():

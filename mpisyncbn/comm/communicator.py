@@ -8,7 +8,7 @@ import threading
 import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
 
@@ -30,7 +30,8 @@ if TYPE_CHECKING:
 
 __all__ = ["Communicator", "by_graph_key", "check_comm", "type_name", "world"]
 
-
+_Key = TypeVar("_Key")
+_Buffer = TypeVar("_Buffer")
 _numbers = itertools.count()
 _by_graph_key: weakref.WeakValueDictionary[str, Communicator] = weakref.WeakValueDictionary()
 _world: Communicator | None = None
@@ -54,23 +55,22 @@ class Communicator:
 
     comm: Any  # the duplicate, an MPI.Intracomm; None until the first exchange, and after free()
 
-    def __init__(self, comm: Any = None) -> None:
+    def __init__(self, comm: Communicator | MPI.Comm | None = None) -> None:
         MPI = mpi()
+        source: Any = MPI.COMM_WORLD if comm is None else comm
         if isinstance(comm, Communicator):
-            comm = comm._source if comm._source is not None else comm.ready().comm
-        elif comm is None:
-            comm = MPI.COMM_WORLD
-        check_comm(comm)
-        self._source: Any = comm
-        self._is_world = comm == MPI.COMM_WORLD
+            source = comm._source if comm._source is not None else comm.ready().comm
+        check_comm(source)
+        self._source: Any = source
+        self._is_world = source == MPI.COMM_WORLD
         # What every exchange needs of mpi4py, looked up once.
         self._is_finalized = MPI.Is_finalized
         self.in_place, self.mpi_error, self.truncated = MPI.IN_PLACE, MPI.Exception, MPI.ERR_TRUNCATE
         self.largest = MPI.MAX
         self.in_join_context = False  # whether some ranks may be without data: joining.py
         self.freed = False
-        self.rank: int = comm.Get_rank()
-        self.size: int = comm.Get_size()
+        self.rank: int = source.Get_rank()
+        self.size: int = source.Get_size()
         self.comm = None
         self.rank_status = RankStatus(self.rank, self.size)
         self.debug = False
@@ -90,7 +90,7 @@ class Communicator:
         return self.rank_status.exchanges
 
     def ready(self) -> Communicator:
-        """This communicator with its duplicate made. Collective at the first call."""
+        """This communicator, once its duplicate is made. Collective at the first call."""
         if self.comm is None:
             mpi()
             if self.freed:
@@ -102,7 +102,7 @@ class Communicator:
         return self
 
     def check_world(self) -> None:
-        """Before training: raise MPISyncBNError if this is the world, and something knows of more ranks."""
+        """Raise MPISyncBNError if this is the world, and a launcher or torch knows of more ranks."""
         if self._is_world:
             launcher.check_world(mpi)
 
@@ -112,7 +112,7 @@ class Communicator:
         return self._source.Dup()
 
     def _take_over(self, comm: MPI.Intracomm) -> Communicator:
-        """Take over a communicator that nobody else knows. Collective."""
+        """Use a communicator that nobody else knows from here on. Collective."""
         MPI = mpi()
         comm.Set_errhandler(MPI.ERRORS_RETURN)
         link = native_link(comm, MPI)
@@ -139,9 +139,9 @@ class Communicator:
 
     @contextmanager
     def _first_collective(self) -> Iterator[None]:
-        """Let the watchdog look after this rank while the ranks of a group meet for the first time."""
+        """A context in which the ranks of a group meet for the first time. The watchdog looks after it."""
         status = self.rank_status
-        with suppress(ValueError):  # of which all ranks hear from _take_over
+        with suppress(ValueError):  # _take_over raises it on all ranks
             status.timeout = agreed_timeout([config.timeout()])
         status.world = self._world_ranks()
         watchdog.watch(status)
@@ -162,8 +162,8 @@ class Communicator:
             status.current_call = before
 
     def _world_ranks(self) -> list[int]:
-        """The ranks in the world of all ranks of the group, where this one knows them."""
-        if self._source is None or self._source == mpi().COMM_NULL:  # freed, of which _create_comm hears
+        """The rank in the world of each rank of the group; empty where this rank does not know them."""
+        if self._source is None or self._source == mpi().COMM_NULL:  # freed: _create_comm says so
             return []
         ours, everybody = self._source.Get_group(), mpi().COMM_WORLD.Get_group()
         try:
@@ -293,7 +293,7 @@ def _unpickled_world(_: None) -> Communicator:
     return world()
 
 
-# The name that pickles of models have for it.
+# Pickles of models have this name for it.
 _unpickled_world.__module__, _unpickled_world.__qualname__ = "mpisyncbn.communicator", "resolve"
 
 
@@ -308,7 +308,7 @@ def by_graph_key(graph_key: str) -> Communicator:
     return _by_graph_key[graph_key]
 
 
-def check_comm(comm: Any) -> None:
+def check_comm(comm: object) -> None:
     """Raise TypeError or ValueError unless this is an intra-communicator of mpi4py that has this rank."""
     MPI = mpi()
     if not isinstance(comm, MPI.Comm):
@@ -330,14 +330,14 @@ def type_name(value: object) -> str:
     return f"{type(value).__module__}.{type(value).__qualname__}"
 
 
-def _make_room(buffers: dict[Any, Any]) -> None:
+def _make_room(buffers: dict[_Key, _Buffer]) -> None:
     """Drop all buffers if there are too many."""
     if len(buffers) >= 256:  # more than the numbers of channels that a model has: they come and go
         buffers.clear()
 
 
 def _in_child() -> None:
-    """A forked process, the only place that sees to it: what it has of MPI belongs to its parent."""
+    """In a forked process, leave all that it has of MPI to its parent. This is the only hook for that."""
     runtime.forked()
     watchdog.forked()
     for communicator in list(_by_graph_key.values()):

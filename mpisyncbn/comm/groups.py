@@ -1,4 +1,4 @@
-"""From a process group, whoever made it, to its Communicator; new groups by splitting one."""
+"""The Communicator of a process group of mpi4py or torch, and new groups, made by splitting one."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import sys
 import weakref
 from collections.abc import Callable, Iterable
 from operator import index
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeAlias, TypeVar, cast
 
 from ..errors import MPISyncBNError, on_rank
 from . import launcher
@@ -17,14 +17,15 @@ if TYPE_CHECKING:
     from mpi4py import MPI
     from torch.distributed import ProcessGroup
 
-__all__ = ["new_group", "new_subgroups", "resolve", "subset"]
+__all__ = ["AnyGroup", "new_group", "new_subgroups", "resolve", "subset"]
 
+AnyGroup: TypeAlias = "Communicator | MPI.Comm | ProcessGroup | None"  # None: the world
 _T = TypeVar("_T")
 _keyval: int | None = None
 
 
-def resolve(process_group: Any) -> Communicator:
-    """The Communicator that stands for ``process_group``; always the same one for the same group.
+def resolve(process_group: AnyGroup) -> Communicator:
+    """The Communicator that stands for ``process_group``: always the same one for the same group.
 
     Args:
         process_group: None (the world), a Communicator, an intra-communicator of mpi4py, or a process
@@ -36,7 +37,7 @@ def resolve(process_group: Any) -> Communicator:
         return process_group
     torch_distributed = sys.modules.get("torch.distributed")
     if torch_distributed is not None and isinstance(process_group, torch_distributed.ProcessGroup):
-        return _of_torch(process_group)
+        return _of_torch(cast("ProcessGroup", process_group))
     MPI = mpi()
     if not isinstance(process_group, MPI.Comm):
         raise TypeError(
@@ -50,7 +51,7 @@ def resolve(process_group: Any) -> Communicator:
     return _of_mpi(process_group)
 
 
-def _of_mpi(comm: MPI.Intracomm) -> Communicator:
+def _of_mpi(comm: MPI.Comm) -> Communicator:
     """The Communicator for one of mpi4py.
 
     It is an attribute of that: MPI drops it with the communicator, while a dictionary by handle would hand it
@@ -67,7 +68,7 @@ def _of_mpi(comm: MPI.Intracomm) -> Communicator:
 
 
 class _OtherBackendCommunicator(Communicator):
-    """The ranks of a process group of another backend, gloo or nccl, which know each other by that."""
+    """The ranks of a process group of another backend, gloo or nccl, by which they find each other."""
 
     def __init__(self, process_group: ProcessGroup) -> None:
         super().__init__(mpi().COMM_SELF)
@@ -116,7 +117,7 @@ def subset(comm: MPI.Intracomm, ranks: list[int]) -> MPI.Intracomm:
         mpi_group.Free()
 
 
-def new_group(ranks: Iterable[int], comm: Any = None) -> Communicator | None:
+def new_group(ranks: Iterable[int], comm: AnyGroup = None) -> Communicator | None:
     """A group of some of the ranks of ``comm``.
 
     Collective: every rank of ``comm`` must call, with the same ranks, also those outside the group.
@@ -151,7 +152,7 @@ def new_group(ranks: Iterable[int], comm: Any = None) -> Communicator | None:
     return None if own == mpi().COMM_NULL else _child(own)
 
 
-def new_subgroups(group_size: int | None = None, comm: Any = None) -> Communicator:
+def new_subgroups(group_size: int | None = None, comm: AnyGroup = None) -> Communicator:
     """Split ``comm`` into groups of consecutive ranks, and return the one this rank is in.
 
     Collective: every rank of ``comm`` must call, with the same ``group_size``.
@@ -180,13 +181,14 @@ def new_subgroups(group_size: int | None = None, comm: Any = None) -> Communicat
     )
     with parent.collective("making new groups"):
         if size is None:
-            comm = parent.comm.Split_type(mpi().COMM_TYPE_SHARED, key=parent.rank)
+            own = parent.comm.Split_type(mpi().COMM_TYPE_SHARED, key=parent.rank)
         else:
-            comm = parent.comm.Split(parent.rank // size, key=parent.rank)
-    return _child(comm)
+            own = parent.comm.Split(parent.rank // size, key=parent.rank)
+    return _child(own)
 
 
 def _child(comm: MPI.Intracomm) -> Communicator:
+    """A Communicator that takes over a communicator that nobody else knows. Collective."""
     child = Communicator(comm)
     with child._first_collective():
         return child._take_over(comm)

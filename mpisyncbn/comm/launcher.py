@@ -14,10 +14,13 @@ import weakref
 from collections.abc import Callable
 from functools import cache
 from types import ModuleType
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 from .. import config
 from ..errors import MPISyncBNError, on_rank
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
 
 __all__ = ["check_world", "check_world_size", "describe", "warn_world_size"]
 
@@ -29,7 +32,7 @@ _SRUN = {
     "Cray MPICH": "srun --mpi=cray_shasta",
     "MVAPICH": "srun --mpi=pmi2",
 }
-_checked: Callable[[], Any] = object  # gives torch's group at the last check, without keeping it alive
+_checked: Callable[[], object] = object  # gives torch's group at the last check, without keeping it alive
 
 
 class _WorldSizeMismatch(NamedTuple):
@@ -122,7 +125,7 @@ def _cure(MPI: ModuleType, variable: str = "") -> str:
     )
 
 
-def _torch_group() -> Any:
+def _torch_group() -> ProcessGroup | None:
     """The default group of torch.distributed; None as long as there is none."""
     # not in every build of torch
     members = getattr(sys.modules.get("torch.distributed"), "GroupMember", None)

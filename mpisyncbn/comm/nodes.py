@@ -5,17 +5,16 @@ from __future__ import annotations
 import os
 import socket
 from pathlib import Path
-from typing import Any
 
 from . import launcher
 from .communicator import world
-from .groups import resolve
+from .groups import AnyGroup, resolve
 from .runtime import mpi
 
 __all__ = ["local_rank"]
 
 
-def local_rank(comm: Any = None) -> int:
+def local_rank(comm: AnyGroup = None) -> int:
     """This rank's place among those of ``comm`` on its machine, from 0: which of the GPUs there it takes.
 
         torch.cuda.set_device(mpisyncbn.local_rank() % torch.cuda.device_count())

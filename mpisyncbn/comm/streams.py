@@ -13,12 +13,13 @@ from ..kernels import Array, loaded_torch
 __all__ = ["Device", "Event", "Streams", "streams_of"]
 
 Device: TypeAlias = Any  # a torch.device, or a Device of CuPy
+Stream: TypeAlias = Any  # of torch, or CuPy
 
 
 class Event(Protocol):
     """A point on a stream, of torch or CuPy."""
 
-    def record(self, stream: Any, /) -> object: ...
+    def record(self, stream: Stream, /) -> object: ...
     def synchronize(self) -> object: ...
 
 
@@ -65,7 +66,7 @@ class TorchStreams:
 
     def __init__(self, device: Device) -> None:
         self.torch, self.device = loaded_torch(), device
-        self._streams: dict[int, Any] = {}
+        self._streams: dict[int, Stream] = {}
 
     def device_context(self) -> AbstractContextManager[object]:
         if self.torch.cuda.current_device() == self.device.index:

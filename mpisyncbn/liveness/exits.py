@@ -1,9 +1,9 @@
 """The end of one rank must not leave the others waiting.
 
 A rank that fails prints its traceback, and then Python calls MPI_Finalize, in which it waits for the others,
-as they wait for it in a collective: a hang, unless the program was started with ``python -m mpi4py``. Here is
-the same for programs that were not: at the end of Python it is known how the program ended, and mpi4py is
-told to end the job, which it does after all that others have registered for the end.
+as they wait for it in a collective: a hang, unless the program was started with ``python -m mpi4py``. This
+module does the same for programs that were not. At the end of Python it knows how the program ended, and
+tells mpi4py to end the job, which that does after all that others have registered for the end.
 """
 
 from __future__ import annotations
@@ -17,17 +17,20 @@ import os
 import socket
 import sys
 import threading
+from collections.abc import Callable
 from types import FrameType
-from typing import Any
+from typing import NoReturn, TypeAlias
 
 __all__ = ["install", "is_over", "status"]
 
+Exit: TypeAlias = Callable[[str | int | None], NoReturn]
+
 _installed_in = 0  # the process; a forked child is no rank
-_code: Any = None  # of the SystemExit that Python ends with, if it does
+_code: object = None  # of the SystemExit that Python ends with, if it does
 
 
 def install() -> None:
-    """See to it that a failure of this rank ends the whole job. For what a launcher of MPI has started."""
+    """See to it that a failure of this rank, started by a launcher of MPI, ends the whole job."""
     global _installed_in
     if not _installed_in:
         _installed_in = os.getpid()
@@ -36,7 +39,7 @@ def install() -> None:
 
 
 def status() -> int:
-    """What this process is about to end with, if it fails; 0 as long as nothing says so."""
+    """The exit status that this process is about to end with; 0 as long as nothing says that it fails."""
     return _ending()[0]
 
 
@@ -49,7 +52,7 @@ def is_over() -> bool:
 
 
 def _ending() -> tuple[int, str]:
-    """The status, and why."""
+    """The exit status that this process is about to end with, and the reason for it."""
     if _code is not None:
         return (_code and (_code & 255 or 1)) if isinstance(_code, int) else 1, "sys.exit, or SystemExit"
     if hasattr(sys, "ps1") or sys.flags.inspect or sys.flags.interactive or not sys.orig_argv:
@@ -61,14 +64,14 @@ def _ending() -> tuple[int, str]:
 
 
 def _note_exits() -> None:
-    """Note the status of a SystemExit that nothing has caught: Python itself reads the ``code`` of that.
+    """Note the status of a SystemExit that nothing has caught, when Python itself reads its ``code``.
 
     No code in Python runs then any more, and when exit handlers run the exception is forgotten.
     """
     attributes = gc.get_referents(SystemExit.__dict__)[0]  # itself; SystemExit.__dict__ cannot be changed
     member = attributes["code"]
 
-    def read(error: SystemExit) -> Any:
+    def read(error: SystemExit) -> object:
         global _code
         code = member.__get__(error)
         if sys._getframe().f_back is None and threading.get_ident() == threading.main_thread().ident:
@@ -78,12 +81,14 @@ def _note_exits() -> None:
     attributes["code"] = property(read, member.__set__, member.__delete__, member.__doc__)
     ctypes.pythonapi.PyType_Modified(ctypes.py_object(SystemExit))
     if sys.version_info < (3, 12):  # there an exception of C is no object until somebody looks at it
-        sys.exit = _looking_at(sys.exit)
+        sys.exit = _looking_at(sys.exit)  # type: ignore[assignment]
 
 
-def _looking_at(original: Any) -> Any:
+def _looking_at(original: Exit) -> Exit:
+    """``sys.exit`` that looks at its exception, which makes that an object with a ``code``."""
+
     @functools.wraps(original)
-    def exit(status: Any = None, /) -> Any:
+    def exit(status: str | int | None = None, /) -> NoReturn:
         try:
             original(status)
         finally:
@@ -103,10 +108,12 @@ def _was_left(frame: FrameType) -> bool:
 
 
 def _is_program(frame: FrameType) -> bool:
+    """Whether a frame is the program's, or Python's way to it, and not that of a handler."""
     return frame.f_globals.get("__name__") in ("__main__", "runpy")
 
 
 def _at_exit() -> None:
+    """Let mpi4py end the job if this rank has failed."""
     MPI = sys.modules.get("mpi4py.MPI")
     code, why = _ending()
     if (
