@@ -43,7 +43,7 @@ def watch(rank_status: RankStatus) -> None:
     with _lock:
         if _keyval is None:
             MPI = sys.modules["mpi4py.MPI"]
-            _prepare_end(MPI)
+            _install_finalize_hook(MPI)
             # MPI calls this at the beginning of MPI_Finalize, where the program calls that itself.
             _keyval = MPI.Comm.Create_keyval(delete_fn=lambda *_: _finalizing())
             MPI.COMM_SELF.Set_attr(_keyval, True)
@@ -102,8 +102,8 @@ def _listen() -> None:
                         rank_status.listening = False
 
 
-def _prepare_end(MPI: ModuleType) -> None:
-    """Let MPI_Finalize call native code, ahead of everything else that it does."""
+def _install_finalize_hook(MPI: ModuleType) -> None:
+    """Have MPI_Finalize call native code before everything else that it does."""
     kernels = native()
     if kernels is None:
         return
@@ -124,7 +124,7 @@ def _at_exit() -> None:
 def _at_last(*_: object) -> None:
     if sys.is_finalizing():  # the threads are gone
         gc.callbacks.remove(_at_last)
-        _hand_over()
+        _hand_to_native_code()
 
 
 def _finalizing() -> None:
@@ -134,10 +134,10 @@ def _finalizing() -> None:
         for thread in _threads:
             if thread is not threading.current_thread():
                 thread.join(reports.ABORT_SECONDS)
-        _hand_over()
+        _hand_to_native_code()
 
 
-def _hand_over() -> None:
+def _hand_to_native_code() -> None:
     """Tell native code which groups this rank is about to depart from, and after how many exchanges."""
     kernels = native()
     if kernels is None:
