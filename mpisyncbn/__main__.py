@@ -109,10 +109,11 @@ def _thread_level(MPI: ModuleType) -> str:
 
 
 def _sums(MPI: ModuleType) -> str:
-    """Whether MPI_Allreduce gives the same bits for the same values. It is tried, since no library says so.
+    """Whether MPI_Allreduce gives the same bits for the same values.
 
-    Some libraries choose the order of a long sum by the processor and by the addresses of the buffers.
-    The sums here are as long as the gradients of a model; the messages of a layer are far shorter.
+    It is tried, since no library says so. Some libraries choose the order of a long sum by the
+    processor and by the addresses of the buffers. The sums here are as long as the gradients of a
+    model; the messages of a layer are far shorter.
     """
     world, memory = MPI.COMM_WORLD, np.empty(1_000_600, np.float32)
     everywhere, repeated = True, True
@@ -187,7 +188,7 @@ def _kernels() -> Facts:
 
 
 def _on_host(x: Array, otherwise: str) -> str:
-    """The kernels that serve an array in host memory, in words; ``otherwise`` where they are not native."""
+    """The kernels for an array in host memory, in words: native, or else ``otherwise``."""
     host = native()
     if host is None or kernels_for(x) is not host:
         return (

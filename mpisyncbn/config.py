@@ -41,17 +41,17 @@ def _choice(name: str, default: str, choices: tuple[str, ...]) -> str:
 
 
 def transport() -> str:
-    """``MPISYNCBN_TRANSPORT``: where the message lives; ``auto`` (default), ``host`` or ``device``."""
+    """``MPISYNCBN_TRANSPORT``: where messages are; ``auto`` (default), ``host`` or ``device``."""
     return _choice("MPISYNCBN_TRANSPORT", "auto", ("auto", "host", "device"))
 
 
 def debug() -> bool:
-    """``MPISYNCBN_DEBUG=1``: the ranks agree on what they are about to do before every collective."""
+    """``MPISYNCBN_DEBUG=1``: the ranks compare what they are about to do before they do it."""
     return _choice("MPISYNCBN_DEBUG", "0", ("0", "1")) == "1"
 
 
 def timeout() -> float | None:
-    """``MPISYNCBN_TIMEOUT``: seconds that a rank waits in an exchange; 0: for ever; None: not given."""
+    """``MPISYNCBN_TIMEOUT``: seconds to wait in an exchange; 0: for ever; None: not given."""
     value = os.environ.get("MPISYNCBN_TIMEOUT", "").strip()
     if not value:
         return None
@@ -66,8 +66,8 @@ def timeout() -> float | None:
     return seconds
 
 
-# Nearest to the rank first: mpiexec inside a job may start its helpers with srun, whose variables the ranks
-# inherit.
+# Nearest to the rank first: mpiexec inside a job may start its helpers with srun, whose variables
+# the ranks inherit.
 _SIZES = (
     "OMPI_COMM_WORLD_SIZE",
     "PMI_SIZE",
@@ -81,25 +81,27 @@ _WITHOUT_SIZE = ("PMIX_RANK", "PALS_RANKID")  # of launchers that give no size
 # The variables by which MPI knows which rank of which job a process is.
 _IDENTITY: tuple[str, ...] = ("PMIX_NAMESPACE", "PMIX_RANK", "PMI_FD", "PMI_PORT", "PMI_ID", "PMI_RANK")
 _IDENTITY += ("PALS_APID", "PALS_RANKID")
-# Of launchers that tell MPI nothing. One variable alone may be left over from anything, so all must be set.
+# Of launchers that tell MPI nothing. One variable alone may be left over from anything, so all must
+# be set.
 _NOT_OF_MPI = (("WORLD_SIZE", "RANK", "LOCAL_RANK"), ("HOROVOD_SIZE", "HOROVOD_RANK", "HOROVOD_LOCAL_RANK"))
 
 
 def mpi_launcher_size() -> tuple[int, str]:
-    """How many ranks a launcher of MPI started, and the variable that says so; 1 and nothing if none does."""
+    """How many ranks a launcher of MPI started, and the variable that says so; 1, "" if none."""
     return _sizes()[0]
 
 
 def any_launcher_size(size: int) -> tuple[int, str]:
-    """How many ranks any launcher started, and the variable that says so, if MPI has a world of ``size``.
+    """How many ranks any launcher started, and the variable that says so.
 
-    It is a launcher that started more ranks, if there is one.
+    MPI has a world of ``size``. A launcher that started more ranks than that comes first.
     """
     given = _sizes()
     if size > 1:  # some launcher told MPI so; variables of another one are left over
         return next((each for each in given if each[0] == size), given[0])
     ranks, variable = given[0]
-    # mpiexec -n 1 may be all that has started this process, but torchrun's own mark has no other source
+    # mpiexec -n 1 may be all that has started this process, but torchrun's own mark has no other
+    # source
     unknown = not variable or variable.startswith("SLURM_")
     unknown = unknown and not any(name in os.environ for name in _WITHOUT_SIZE)
     if unknown or "TORCHELASTIC_RUN_ID" in os.environ:
@@ -108,7 +110,7 @@ def any_launcher_size(size: int) -> tuple[int, str]:
 
 
 def _size_outside_mpi() -> tuple[int, str] | None:
-    """How many ranks a launcher started that tells MPI nothing, and the variable that says so, if any."""
+    """How many ranks a launcher not of MPI started, and the variable that says so; or None."""
     for names in _NOT_OF_MPI:
         values = [os.environ.get(name, "") for name in names]
         if all(value.isdigit() for value in values) and int(values[0]) > max(1, *map(int, values[1:])):
@@ -117,13 +119,13 @@ def _size_outside_mpi() -> tuple[int, str] | None:
 
 
 def _sizes() -> list[tuple[int, str]]:
-    """How many ranks each launcher of MPI started, and the variable that says so; the nearest first."""
+    """How many ranks each launcher of MPI started, and the variable that says so."""
     given = [(os.environ.get(name, ""), name) for name in _SIZES]
     return [(int(value), name) for value, name in given if value.isdigit()] or [(1, "")]
 
 
 def launched() -> bool:
-    """Whether a launcher started this process as one of several ranks, as far as the environment says."""
+    """Whether the environment says that a launcher started this process as a rank of several."""
     return mpi_launcher_size()[0] > 1 or any(name in os.environ for name in _WITHOUT_SIZE)
 
 
@@ -145,7 +147,7 @@ def own_rank() -> int | None:
 
 
 def rank_of(process: int) -> int | None:
-    """The rank that a launcher gave to a process of this host, if it did and the process may be looked at."""
+    """The rank that a launcher gave to a process of this host, if that is known."""
     return _rank_in(_variables_of(process))
 
 
@@ -158,7 +160,7 @@ def parent_of(process: int | str) -> int:
 
 
 def rank_identity(process: int | None = None) -> dict[str, str]:
-    """The variables by which MPI knows which rank of which job a process is: this one, or another here."""
+    """The variables that make a process of this host a certain rank of a certain job."""
     variables = os.environ if process is None else _variables_of(process)
     return {name: variables.get(name, "") for name in _IDENTITY}
 
@@ -179,7 +181,7 @@ def _rank_in(variables: Mapping[str, str]) -> int | None:
 
 
 def device_aware(kind: str) -> str | None:
-    """The variable, if any, by which a user told MPI to take pointers to device memory, "cuda" or "rocm"."""
+    """The variable, if any, by which a user told MPI to take pointers to "cuda" or "rocm"."""
     names = ["MPICH_GPU_SUPPORT_ENABLED"]  # Cray MPICH
     if kind == "cuda":  # MVAPICH2-GDR, Intel MPI, conda-forge's Open MPI 4
         names += ["MV2_USE_CUDA", "I_MPI_OFFLOAD", "OMPI_MCA_opal_cuda_support"]

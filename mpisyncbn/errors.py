@@ -24,7 +24,7 @@ class TransportError(MPISyncBNError):
 
 
 def on_rank() -> str:
-    """Text that says where an error happened: `` (on rank 2 of 4)``; empty while MPI is not running.
+    """Where an error happened, as text: `` (on rank 2 of 4)``; empty while MPI is not running.
 
     It never imports mpi4py: a wrong argument must not be what initializes MPI.
     """

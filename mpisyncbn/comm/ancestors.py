@@ -1,8 +1,9 @@
 """Whether this process is a child of a rank, and no rank itself.
 
-A process that a rank starts (a subprocess, a worker, a program in a shell) inherits the variables by which
-the launcher made that a rank. MPI believes them in the child too: it waits for ranks that do not come, or
-fails, and may take the rank down with it. So a process looks above itself before it initializes MPI.
+A process that a rank starts (a subprocess, a worker, a program in a shell) inherits the variables
+by which the launcher made that a rank. MPI believes them in the child too: it waits for ranks that
+do not come, or fails, and may take the rank down with it. So a process looks above itself before it
+initializes MPI.
 """
 
 from __future__ import annotations
@@ -37,14 +38,15 @@ def child_message(rank_pid: int) -> str:
 
 
 def ancestor_rank_pid() -> int | None:
-    """The id of the process above this one that is a rank of MPI and handed its variables down, if any."""
+    """The id of a process above this one that is a rank and handed its variables down, if any."""
     mine = config.rank_identity()
     size, variable = config.mpi_launcher_size()
     if variable and size == 1 and not mine["PMI_FD"]:
         return None  # PMIx lets children of a rank that has no others be worlds of one
     socket, process = _socket(os.getpid(), mine), os.getppid()
     while any((theirs := config.rank_identity(process)).values()):
-        # A launcher in between gives variables of its own or, if they say the same, a socket of its own.
+        # A launcher in between gives variables of its own or, if they say the same, a socket of its
+        # own.
         if theirs == mine and socket in ("", _socket(process, mine)) and _runs_mpi(process):
             return process
         process = config.parent_of(process)
@@ -52,7 +54,7 @@ def ancestor_rank_pid() -> int | None:
 
 
 def _socket(process: int, identity: dict[str, str]) -> str:
-    """The socket by which a process talks to its launcher; empty if it has none, or did not inherit it."""
+    """The socket by which a process talks to its launcher; empty if it has none of its own."""
     try:
         link = os.readlink(config.PROC / str(process) / "fd" / (identity["PMI_FD"] or "none"))
     except OSError:
@@ -61,7 +63,7 @@ def _socket(process: int, identity: dict[str, str]) -> str:
 
 
 def _runs_mpi(process: int) -> bool:
-    """Whether a process has imported mpi4py.MPI. One that only starts a rank, as torchrun does, has not."""
+    """Whether a process has imported mpi4py.MPI. One that only starts a rank has not."""
     try:
         return b"/mpi4py/MPI." in (config.PROC / str(process) / "maps").read_bytes()
     except OSError:
@@ -69,7 +71,7 @@ def _runs_mpi(process: int) -> bool:
 
 
 class _Finder(importlib.abc.MetaPathFinder):
-    """Python asks it before every import. It finds nothing, and warns before the import of mpi4py.MPI."""
+    """Finds no module, but warns before the import of mpi4py.MPI: Python asks it each time."""
 
     def find_spec(self, name: str, path: object, target: object = None) -> None:
         if name != "mpi4py.MPI" or not sys.modules["mpi4py"].rc.initialize:

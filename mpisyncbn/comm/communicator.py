@@ -102,7 +102,7 @@ class Communicator:
         return self
 
     def check_world(self) -> None:
-        """Raise MPISyncBNError if this is the world, and a launcher or torch knows of more ranks."""
+        """Raise MPISyncBNError if this is the world, and a launcher or torch has more ranks."""
         if self._is_world:
             launcher.check_world(mpi)
 
@@ -121,9 +121,10 @@ class Communicator:
         except self.mpi_error as error:
             self.revoke_if_rank_lost(error, comm)
             raise
-        # Some launchers hand the environment to the ranks of the first host only. A rank that agrees
-        # with the others before each exchange, or refuses to start, must not be alone in it.
-        # And where some ranks have native code and others not, none uses it: each rounds in its own way.
+        # Some launchers hand the environment to the ranks of the first host only. A rank that
+        # agrees with the others before each exchange, or refuses to start, must not be alone in it.
+        # And where some ranks have native code and others not, none uses it: each rounds in its own
+        # way.
         self.debug = any(each.debug for each in handshakes)
         self.transport = "device" if all(each.transport == "device" for each in handshakes) else "host"
         self.link = link if all(each.has_link for each in handshakes) else None
@@ -139,7 +140,7 @@ class Communicator:
 
     @contextmanager
     def _first_collective(self) -> Iterator[None]:
-        """A context in which the ranks of a group meet for the first time. The watchdog looks after it."""
+        """A context for the first collective of the group, which the watchdog looks after."""
         status = self.rank_status
         with suppress(ValueError):  # _take_over raises it on all ranks
             status.timeout = agreed_timeout([config.timeout()])
@@ -162,7 +163,7 @@ class Communicator:
             status.current_call = before
 
     def _world_ranks(self) -> list[int]:
-        """The rank in the world of each rank of the group; empty where this rank does not know them."""
+        """The rank in the world of each rank of the group; empty where they are not known."""
         if self._source is None or self._source == mpi().COMM_NULL:  # freed: _create_comm says so
             return []
         ours, everybody = self._source.Get_group(), mpi().COMM_WORLD.Get_group()
@@ -174,7 +175,7 @@ class Communicator:
 
     @contextmanager
     def collective(self, name: str) -> Iterator[None]:
-        """A context for a collective that is no exchange: the watchdog and other ranks hear its name."""
+        """A context for a collective that is no exchange; reports of this rank name it."""
         with self.lock:
             self.rank_status.exchanges += 1
             self.rank_status.current_call = name
@@ -218,17 +219,17 @@ class Communicator:
         return name
 
     def forget_names(self) -> None:
-        """Forget all names of layers: after a mismatch the ranks may have named different layers alike.
+        """Forget all names of layers. Every rank of the group must call.
 
-        Every rank of the group must call.
+        After a mismatch the ranks may have named different layers alike.
         """
         self._names.clear()
 
     def revoke_if_rank_lost(self, error: Exception, comm: MPI.Intracomm | None = None) -> str:
-        """Revoke the communicator if an error of MPI says that a rank is gone: the others learn of it then.
+        """Revoke the communicator if an error of MPI says that a rank is gone.
 
-        Returns more words for the error; none if it says something else. ``comm`` stands for a communicator
-        that is not taken over yet.
+        The other ranks learn of it by that. Returns more words for the error; none if it says
+        something else. ``comm`` stands for a communicator that is not taken over yet.
         """
         MPI = mpi()
         losses = {MPI.ERR_PROC_FAILED, MPI.ERR_PROC_FAILED_PENDING, MPI.ERR_REVOKED}
@@ -309,7 +310,7 @@ def by_graph_key(graph_key: str) -> Communicator:
 
 
 def check_comm(comm: object) -> None:
-    """Raise TypeError or ValueError unless this is an intra-communicator of mpi4py that has this rank."""
+    """Raise TypeError or ValueError unless it is an intra-communicator that has this rank."""
     MPI = mpi()
     if not isinstance(comm, MPI.Comm):
         raise TypeError(f"expected an mpi4py communicator, got {type_name(comm)}{on_rank()}")
@@ -337,7 +338,7 @@ def _make_room(buffers: dict[_Key, _Buffer]) -> None:
 
 
 def _in_child() -> None:
-    """In a forked process, leave all that it has of MPI to its parent. This is the only hook for that."""
+    """Leave all that a forked process has of MPI to its parent: the only hook for forks."""
     runtime.forked()
     watchdog.forked()
     for communicator in list(_by_graph_key.values()):

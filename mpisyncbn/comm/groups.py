@@ -54,8 +54,8 @@ def resolve(process_group: AnyGroup) -> Communicator:
 def _of_mpi(comm: MPI.Comm) -> Communicator:
     """The Communicator for one of mpi4py.
 
-    It is an attribute of that: MPI drops it with the communicator, while a dictionary by handle would hand it
-    on to the next one that gets the same handle.
+    It is an attribute of that: MPI drops it with the communicator, while a dictionary by handle
+    would hand it on to the next one that gets the same handle.
     """
     global _keyval
     if _keyval is None:
@@ -68,7 +68,7 @@ def _of_mpi(comm: MPI.Comm) -> Communicator:
 
 
 class _OtherBackendCommunicator(Communicator):
-    """The ranks of a process group of another backend, gloo or nccl, by which they find each other."""
+    """The ranks of a torch process group of another backend, gloo or nccl."""
 
     def __init__(self, process_group: ProcessGroup) -> None:
         super().__init__(mpi().COMM_SELF)
@@ -199,7 +199,8 @@ def _same_on_all_ranks(
 ) -> _T:
     """What ``read`` makes of the argument ``given``, which all ranks must give alike. Collective.
 
-    Raises ValueError on every rank if ``read`` raises on any, or the ranks differ: no rank is left waiting.
+    Raises ValueError on every rank if ``read`` raises on any, or the ranks differ: no rank is left
+    waiting.
     """
     value: Any = None
     problem = None

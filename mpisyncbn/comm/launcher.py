@@ -1,8 +1,9 @@
 """What started this process, and whether MPI knows of all ranks.
 
-A launcher and an MPI library that do not understand each other are no error to either: each rank believes
-to be the only one, and the program would train as many times as there are ranks, each on its own batches.
-So do torchrun, and whatever else starts ranks for torch.distributed, which tells MPI nothing.
+A launcher and an MPI library that do not understand each other are no error to either: each rank
+believes to be the only one, and the program would train as many times as there are ranks, each on
+its own batches. So do torchrun, and whatever else starts ranks for torch.distributed, which tells
+MPI nothing.
 """
 
 from __future__ import annotations
@@ -32,7 +33,7 @@ _SRUN = {
     "Cray MPICH": "srun --mpi=cray_shasta",
     "MVAPICH": "srun --mpi=pmi2",
 }
-_checked: Callable[[], object] = object  # gives torch's group at the last check, without keeping it alive
+_checked: Callable[[], object] = object  # gives torch's group at the last check
 
 
 class _WorldSizeMismatch(NamedTuple):
@@ -43,7 +44,7 @@ class _WorldSizeMismatch(NamedTuple):
 
 
 def check_world(mpi: Callable[[], ModuleType]) -> None:
-    """``check_world_size``, the first time and again whenever torch.distributed was initialized since.
+    """Call ``check_world_size`` at first, and whenever torch.distributed was initialized since.
 
     Every forward calls it: as long as nothing has changed, it costs a fraction of a microsecond.
     """
@@ -57,7 +58,8 @@ def check_world(mpi: Callable[[], ModuleType]) -> None:
 def check_world_size(MPI: ModuleType) -> None:
     """Raise MPISyncBNError if torch.distributed or a launcher knows of more ranks than MPI.
 
-    Only warn in a shell that srun started: there may be one for each task, and somebody sits in the first.
+    Only warn in a shell that srun started: there may be one for each task, and somebody sits in the
+    first.
     """
     found = _world_size_mismatch(MPI)
     if found is None:
@@ -72,13 +74,13 @@ def check_world_size(MPI: ModuleType) -> None:
 
 
 def warn_world_size(MPI: ModuleType) -> None:
-    """Warn, once, if torch.distributed or a launcher knows of more ranks than MPI: outside training."""
+    """Warn, once, if torch.distributed or a launcher knows of more ranks than MPI."""
     if (found := _world_size_mismatch(MPI)) is not None:
         _warn(found.text)
 
 
 def describe(MPI: ModuleType) -> dict[str, str]:
-    """What the launcher started, and what is wrong with that: for the report of ``python -m mpisyncbn``."""
+    """What the launcher started, and what is wrong with that, for ``python -m mpisyncbn``."""
     ranks, variable = config.any_launcher_size(MPI.COMM_WORLD.Get_size())
     known = f"{ranks} rank{'' if ranks == 1 else 's'} ({variable})" if variable else "none that is known here"
     found = _world_size_mismatch(MPI)
@@ -133,7 +135,7 @@ def _torch_group() -> ProcessGroup | None:
 
 
 def _has_terminal() -> bool:
-    """Whether somebody sits there: Slurm gives a terminal to the shell of ``srun --pty`` and to no task."""
+    """Whether somebody sits there: Slurm gives a terminal to ``srun --pty`` and to no task."""
     try:
         os.close(os.open("/dev/tty", os.O_RDWR))
     except OSError:

@@ -15,13 +15,13 @@ __all__ = ["local_rank"]
 
 
 def local_rank(comm: AnyGroup = None) -> int:
-    """This rank's place among those of ``comm`` on its machine, from 0: which of the GPUs there it takes.
+    """This rank's place among those of ``comm`` on its machine, from 0: the GPU that it takes.
 
         torch.cuda.set_device(mpisyncbn.local_rank() % torch.cuda.device_count())
 
-    MPI says who shares memory; the variables of launchers, such as SLURM_LOCALID, are wrong under some
-    others. (The remainder is for launchers that show each rank one GPU alone.) Ranks in containers on one
-    machine may share no memory: they are told by the machine's name and boot.
+    MPI says who shares memory; the variables of launchers, such as SLURM_LOCALID, are wrong under
+    some others. (The remainder is for launchers that show each rank one GPU alone.) Ranks in
+    containers on one machine may share no memory: they are told by the machine's name and boot.
 
     Args:
         comm: an mpi4py communicator, a Communicator, or None for the world.

@@ -1,7 +1,8 @@
 """Between a device and the host: the one place where a layer waits for a device.
 
-Vectors travel by way of pinned buffers. Copying to the host waits once, for all vectors together. Copying to
-the device waits for nothing: the buffer is not used again before an event says that the copy is done.
+Vectors travel by way of pinned buffers. Copying to the host waits once, for all vectors together.
+Copying to the device waits for nothing: the buffer is not used again before an event says that the
+copy is done.
 """
 
 from __future__ import annotations
@@ -49,7 +50,7 @@ class StagingBuffers:
         return found
 
     def to_device(self, vectors: Sequence[np.ndarray]) -> Sequence[Array]:
-        """Vectors of one length as rows of one float64 array on the device, without waiting for it."""
+        """Vectors of one length as rows of a float64 array on the device. Waits for nothing."""
         memory, array, event = self._slot(len(vectors) * len(vectors[0]))
         np.concatenate(vectors, out=array)
         uploaded = self.streams.upload(memory, len(vectors))
@@ -57,7 +58,7 @@ class StagingBuffers:
         return uploaded
 
     def _slot(self, length: int) -> tuple[Array, np.ndarray, Event]:
-        """The next buffer, once the copies that use it are done: memory, its NumPy view, and their event."""
+        """The next buffer, once its copies are done: memory, its NumPy view, and an event."""
         self._turn = (self._turn + 1) % _SLOTS
         slot = self._slots[self._turn]
         if slot is None:
@@ -90,7 +91,7 @@ class _Slot:
 
 
 class DeviceMessage:
-    """Float64 messages in device memory, which stays there as long as its group, for a CUDA-aware MPI."""
+    """Float64 messages in device memory, for a CUDA-aware MPI. A group keeps its own."""
 
     def __init__(self, MPI: ModuleType, copies: int, length: int, like: Array) -> None:
         staging = staging_for(like)
@@ -135,7 +136,7 @@ _of_thread = threading.local()  # so that no two threads take turns at one buffe
 
 
 def staging_for(array: Array) -> StagingBuffers | None:
-    """This thread's buffers for the device of an array; None where no memory is pinned for its kind."""
+    """This thread's buffers for the device of an array; None where nothing is pinned for it."""
     key, buffers = device_key(array), _of_thread.__dict__
     found = buffers.get(key)
     if found is None:

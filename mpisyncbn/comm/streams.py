@@ -55,7 +55,7 @@ class Streams(Protocol):
 
 
 def streams_of(array: Array) -> Streams | None:
-    """The streams of the device that holds an array; None where no memory is pinned for its kind."""
+    """The streams of the device that holds an array; None where nothing is pinned for it."""
     if getattr(array, "is_cuda", False):
         return TorchStreams(array.device)
     return None if hasattr(array, "detach") else CuPyStreams(array.device)
@@ -90,7 +90,7 @@ class TorchStreams:
         return self.torch.cuda.Event()
 
     def record(self, event: Event) -> None:
-        # an object for the current stream takes torch ten times as long to make as to know which it is
+        # torch makes an object for the current stream ten times as slowly as it finds its key
         key = self.torch._C._cuda_getCurrentStream(self.device.index)
         stream = self._streams.get(key)
         if stream is None:

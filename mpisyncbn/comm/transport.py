@@ -3,8 +3,8 @@
 - ``host``: in host memory. Vectors of a device are staged there by way of pinned buffers (staging.py).
 - ``device``: in the memory of the device; its pointer goes to a CUDA-aware MPI (staging.DeviceMessage).
 
-Either way the result of the exchange is on the host: NumPy vectors, which ``to_device_of`` copies to the
-device again. For tensors and arrays in host memory nothing of this is used.
+Either way the result of the exchange is on the host: NumPy vectors, which ``to_device_of`` copies
+to the device again. For tensors and arrays in host memory nothing of this is used.
 """
 
 from __future__ import annotations
@@ -40,8 +40,8 @@ _OPEN_MPI_ECHOES_BELOW = (6, 0, 0)  # mpi_memory_alloc_kinds: there, what the pr
 def chosen(MPI: ModuleType) -> tuple[str, str]:
     """The transport that this rank would use for data on a device, and the reason why.
 
-    The ranks of a group use ``device`` only where all of them would. A wrong yes is a segmentation fault
-    inside MPI, so what is not known for sure means host.
+    The ranks of a group use ``device`` only where all of them would. A wrong yes is a segmentation
+    fault inside MPI, so what is not known for sure means host.
 
     Raises TransportError where MPISYNCBN_TRANSPORT forces one that is not available.
     """
@@ -123,7 +123,7 @@ def on_host(array: Array) -> bool:
 
 
 def is_readable_now(number: Array | float) -> bool:
-    """Whether the value of a number, or of an array of no dimensions, can be read without waiting."""
+    """Whether a number, or an array of no dimensions, can be read without waiting."""
     if isinstance(number, (int, float)):  # also one that torch.compile traces: it has no attributes
         return True
     if not hasattr(number, "is_cpu"):
@@ -155,7 +155,7 @@ def to_host(*vectors: Array) -> Sequence[np.ndarray]:
 
 
 def to_device_of(x: Array, *vectors: Array) -> Sequence[Array]:
-    """The vectors where kernels for ``x`` take them: NumPy ones are copied to its device, if it is on one."""
+    """The vectors where kernels for ``x`` take them: on its device, if it is on one."""
     if not isinstance(vectors[0], np.ndarray) or on_host(x):
         return vectors
     staging = staging_for(x)
@@ -173,5 +173,5 @@ def from_host(values: np.ndarray, like: Array) -> Array:
 
 
 def version_counter_of(array: Array) -> Callable[[tuple[Array, ...]], object] | None:
-    """The function by which native code tells autograd that it has changed tensors; None for NumPy arrays."""
+    """The function that tells autograd of tensors changed in place; None for NumPy arrays."""
     return None if isinstance(array, np.ndarray) else loaded_torch()._C._increment_version

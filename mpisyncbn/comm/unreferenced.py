@@ -1,8 +1,9 @@
 """Communicators of groups that nobody refers to any more, given back to MPI.
 
-MPI has room for some thousand communicators, and giving one back is collective, while Python drops an object
-whenever it likes, on each rank for itself. So whenever ranks meet to make a new group they tell each other
-which groups they have dropped, and those that all of their ranks have dropped are freed.
+MPI has room for some thousand communicators, and giving one back is collective, while Python drops
+an object whenever it likes, on each rank for itself. So whenever ranks meet to make a new group
+they tell each other which groups they have dropped, and those that all of their ranks have dropped
+are freed.
 """
 
 from __future__ import annotations
@@ -19,12 +20,12 @@ if TYPE_CHECKING:
 
 __all__ = ["GroupId", "free_comm", "free_unreferenced", "group_ids", "track"]
 
-GroupId: TypeAlias = tuple[str, int, int]  # hostname and pid of a group's first rank, and a number of its own
+GroupId: TypeAlias = tuple[str, int, int]  # hostname and pid of a group's first rank, and a number
 _tracked: dict[GroupId, tuple[weakref.ref[Communicator], RankStatus]] = {}
 
 
 def track(group_id: GroupId, group: Communicator) -> None:
-    """Remember what ``group`` got from MPI, to give it back when nobody refers to the group any more."""
+    """Remember the communicator of ``group``, to free it when nobody refers to that."""
     _tracked[group_id] = weakref.ref(group), group.rank_status
 
 

@@ -1,4 +1,4 @@
-"""What native code needs of the MPI library that mpi4py is linked with: addresses and handles, as numbers."""
+"""Addresses and handles of the MPI library that mpi4py is linked with, for native code."""
 
 from __future__ import annotations
 
@@ -19,10 +19,10 @@ _MASK_64 = (1 << 64) - 1
 
 
 def native_link(comm: mpi4py_MPI.Intracomm, MPI: ModuleType) -> Link | None:
-    """A Link, which packs, sends and merges a message in one call; None where there is no native code.
+    """A Link, which packs, sends and merges a message in one call; None without native code.
 
-    It calls the MPI_Allreduce of the library that mpi4py is linked with, and no other that may have been
-    loaded since. ``comm`` must return error codes.
+    It calls the MPI_Allreduce of the library that mpi4py is linked with, and no other that may have
+    been loaded since. ``comm`` must return error codes.
     """
     kernels = native()
     if kernels is None:

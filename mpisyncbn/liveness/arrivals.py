@@ -1,8 +1,8 @@
-"""Ranks that have not come to the first message of their group, as far as the operating system knows.
+"""Ranks that have not come to the first message of their group, as the operating system knows.
 
-Before the ranks of a group have met, none can be asked what it is doing. But a rank that has come leaves a
-mark on its process: an open file in memory, which ends with the process. A rank that waits too long looks at
-the processes of the job on its host, and says which of them have no such mark.
+Before the ranks of a group have met, none can be asked what it is doing. But a rank that has come
+leaves a mark on its process: an open file in memory, which ends with the process. A rank that waits
+too long looks at the processes of the job on its host, and says which of them have no such mark.
 """
 
 from __future__ import annotations
@@ -19,7 +19,10 @@ __all__ = ["describe_missing", "mark_arrival", "state_of"]
 
 @contextmanager
 def mark_arrival(ranks: Sequence[int]) -> Iterator[None]:
-    """While inside, other processes see that this one has come to the group of these ranks of the world."""
+    """A context in which other processes see that this one has come to this group.
+
+    ``ranks``: the ranks of the group in the world.
+    """
     file = None
     with suppress(AttributeError, OSError):  # nowhere but on Linux
         file = os.memfd_create(_name(ranks))
@@ -31,7 +34,7 @@ def mark_arrival(ranks: Sequence[int]) -> Iterator[None]:
 
 
 def describe_missing(ranks: Sequence[int]) -> dict[int, str]:
-    """What is known of the ranks of the world that are not inside ``mark_arrival(ranks)``, by rank."""
+    """What is known of ranks that are not inside ``mark_arrival(ranks)``, by rank."""
     found: dict[int, list[int]] = {}
     for rank, process in _processes():
         found.setdefault(rank, []).append(process)
@@ -85,7 +88,7 @@ def _processes() -> Iterator[tuple[int, int]]:
 
 
 def _job(process: int) -> int:
-    """The process that started the ranks of a job on this host: the nearest one above that is no rank."""
+    """The process that started the ranks of a job here: the nearest above that is no rank."""
     while config.rank_of(process) is not None:
         process = config.parent_of(process)
     return process

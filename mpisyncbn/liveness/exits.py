@@ -1,9 +1,10 @@
 """The end of one rank must not leave the others waiting.
 
-A rank that fails prints its traceback, and then Python calls MPI_Finalize, in which it waits for the others,
-as they wait for it in a collective: a hang, unless the program was started with ``python -m mpi4py``. This
-module does the same for programs that were not. At the end of Python it knows how the program ended, and
-tells mpi4py to end the job, which that does after all that others have registered for the end.
+A rank that fails prints its traceback, and then Python calls MPI_Finalize, in which it waits for
+the others, as they wait for it in a collective: a hang, unless the program was started with
+``python -m mpi4py``. This module does the same for programs that were not. At the end of Python it
+knows how the program ended, and tells mpi4py to end the job, which that does after all that others
+have registered for the end.
 """
 
 from __future__ import annotations
@@ -39,12 +40,12 @@ def install() -> None:
 
 
 def status() -> int:
-    """The exit status that this process is about to end with; 0 as long as nothing says that it fails."""
+    """The exit status that this process is about to end with; 0 if it is not failing."""
     return _ending()[0]
 
 
 def is_over() -> bool:
-    """Whether the program has come to its end, and Python not yet: it waits for threads, or runs handlers."""
+    """Whether the program is over, and Python not: it waits for threads, or runs handlers."""
     frame = sys._current_frames().get(threading.main_thread().ident or 0)
     while frame is not None and frame.f_back is not None:
         frame = frame.f_back
@@ -64,7 +65,7 @@ def _ending() -> tuple[int, str]:
 
 
 def _note_exits() -> None:
-    """Note the status of a SystemExit that nothing has caught, when Python itself reads its ``code``.
+    """Note the status of a SystemExit that nothing has caught, when Python reads its code.
 
     No code in Python runs then any more, and when exit handlers run the exception is forgotten.
     """
@@ -100,8 +101,8 @@ def _looking_at(original: Exit) -> Exit:
 def _was_left(frame: FrameType) -> bool:
     """Whether an exception has left the program by this frame, the outermost of a traceback.
 
-    Others see an exception too, and set sys.last_value: pytest, the module code, the program itself. A frame
-    that caught it goes on, and returns.
+    Others see an exception too, and set sys.last_value: pytest, the module code, the program
+    itself. A frame that caught it goes on, and returns.
     """
     ended = not dis.opname[frame.f_code.co_code[frame.f_lasti]].startswith("RETURN")
     return frame.f_back is None and _is_program(frame) and ended
@@ -131,7 +132,8 @@ def _at_exit() -> None:
         file=sys.stderr,
         flush=True,
     )
-    # mpi4py aborts then, instead of MPI_Finalize, after all that others have registered for the end.
+    # mpi4py aborts then, instead of MPI_Finalize, after all that others have registered for the
+    # end.
     from mpi4py.run import set_abort_status
 
     set_abort_status(code)

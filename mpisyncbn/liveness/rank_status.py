@@ -1,4 +1,4 @@
-"""This rank in one group: what it is doing, what it tells other ranks that ask, and its last words."""
+"""What this rank is doing in one group, what it tells ranks that ask, and its last words."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ _registered: list[RankStatus] = []
 
 
 def agreed_timeout(given: list[float | None]) -> float:
-    """The timeout of a group, from what the environment of each rank says: some launchers hand it to few."""
+    """The timeout of a group, from the environment of each rank: some launchers give it to few."""
     timeouts = {seconds for seconds in given if seconds is not None}
     return min(timeouts - {0.0}, default=0.0 if timeouts else DEFAULT_TIMEOUT)
 
@@ -42,7 +42,7 @@ def all_statuses() -> list[RankStatus]:
 
 
 class RankStatus:
-    """This rank in a group, from the first message of the group until MPI takes the communicator back."""
+    """This rank in a group, from its first message until the communicator is freed."""
 
     def __init__(self, rank: int, size: int) -> None:
         self.rank, self.size = rank, size
@@ -83,7 +83,7 @@ class RankStatus:
     # For the clock: no call of MPI.
 
     def add_wait(self, elapsed: float) -> bool:
-        """Add seconds to the time in this exchange. Returns whether this rank has waited too long in it."""
+        """Add seconds to the time in this exchange. Returns whether they are too many."""
         if self.current_call is None or self._seen != self.exchanges:
             self._seen, self._waited = -1 if self.current_call is None else self.exchanges, 0.0
             return False
@@ -91,13 +91,13 @@ class RankStatus:
         return 0 < self.timeout <= self._waited
 
     def awaited_departed_rank(self) -> int | None:
-        """A rank that this one waits for in vain, because it has departed; None if there is none."""
+        """A departed rank that this one waits for in vain; None if there is none."""
         if self.current_call is None:
             return None
         return next((rank for rank, exchanges in self.departed.items() if exchanges < self.exchanges), None)
 
     def abort_on_timeout(self) -> None:
-        """Ask the other ranks what they are doing, say so, and end the job: this rank has waited too long."""
+        """Ask the other ranks what they are doing, report that, and end the job."""
         self.report(
             f"has waited {self._waited:.1f} s (the limit is {self.timeout:g} s, MPISYNCBN_TIMEOUT) for other "
             f"ranks of its group in exchange number {self.number}, {self.current_call}"
@@ -134,13 +134,14 @@ class RankStatus:
     # For the listener: messages between two ranks.
 
     def listen(self) -> None:
-        """Receive the messages of other ranks, and answer; nothing where MPI has no communicator yet."""
+        """Receive the messages of other ranks, and answer, once there is a communicator."""
         comm = self.p2p_comm
         if comm is None:
             return
         MPI = sys.modules["mpi4py.MPI"]
         heard, status = np.zeros(_MESSAGE_BYTES, np.uint8), MPI.Status()
-        # Python may end this thread between two calls: a message that is only seen stays for native code.
+        # Python may end this thread between two calls: a message that is only seen stays for native
+        # code.
         while comm.Iprobe(MPI.ANY_SOURCE, MPI.ANY_TAG, status):
             source, tag = status.Get_source(), status.Get_tag()
             comm.Recv(heard, source, tag)
@@ -185,7 +186,7 @@ class RankStatus:
         return f"{missing} is at {reports.current_line()}"
 
     def report(self, what: str) -> None:
-        """Say something about this rank on its stderr, and where it is in its program. Only once."""
+        """Say something about this rank on stderr, with its Python stacks. Only once."""
         if not self._reported:
             self._reported = True
             rank = f"rank {self.rank} of {self.size} on {socket.gethostname()}"
@@ -202,7 +203,7 @@ class RankStatus:
         return f"  rank {rank}{self._on_host(rank)} {what}"
 
     def _process(self, rank: int) -> str:
-        """What is known of a rank that does not answer; the operating system knows those on this host."""
+        """What is known of a rank that does not answer: on this host, by the system."""
         if rank in self.departed:
             return ", it has left the program"
         if not self.process_ids or self.process_ids[rank][0] != socket.gethostname():

@@ -1,14 +1,14 @@
-"""A rank that waits too long for the others: it says so, finds out what they are doing, and ends the job.
+"""A rank that waits too long for the others asks what they are doing, says so, and ends the job.
 
-Two threads see to that, from the first group of several ranks on. The clock looks at the exchange that
-each group is in, a few times a second; it makes no call of MPI, so that it goes on where MPI is stuck. The
-listener answers the questions of other ranks, through the communicator of the group that they ask in. An
-exchange pays for this with two assignments.
+Two threads see to that, from the first group of several ranks on. The clock looks at the exchange
+that each group is in, a few times a second; it makes no call of MPI, so that it goes on where MPI
+is stuck. The listener answers the questions of other ranks, through the communicator of the group
+that they ask in. An exchange pays for this with two assignments.
 
-A rank that comes to the end of its program tells its neighbours in each group, and waits until all ranks have
-come there. It does so in MPI_Finalize, by native code (kernels/cpu/leave.h), after all that the program has
-registered for its end. A rank that waits in an exchange for one that has departed then knows that it waits in
-vain, and ends the job.
+A rank that comes to the end of its program tells its neighbours in each group, and waits until all
+ranks have come there. It does so in MPI_Finalize, by native code (kernels/cpu/leave.h), after all
+that the program has registered for its end. A rank that waits in an exchange for one that has
+departed then knows that it waits in vain, and ends the job.
 """
 
 from __future__ import annotations
@@ -71,7 +71,7 @@ def _start() -> None:
 
 
 def _tick() -> None:
-    """The clock's thread: end the job if this rank waits too long or in vain, or has failed and lingers."""
+    """The clock's thread: end the job if this rank waits too long or in vain, or lingers."""
     last, lingering = time.monotonic(), 0.0
     while not _stop.wait(_TICK):
         now = time.monotonic()
@@ -116,7 +116,8 @@ def _install_finalize_hook(MPI: ModuleType) -> None:
 
 
 def _at_exit() -> None:
-    # Others may have registered more, and use groups there. When all is done, Python collects garbage.
+    # Others may have registered more, and use groups there. When all is done, Python collects
+    # garbage.
     gc.enable()
     gc.callbacks.append(_at_last)
 
@@ -138,7 +139,7 @@ def _finalizing() -> None:
 
 
 def _hand_to_native_code() -> None:
-    """Tell native code which groups this rank is about to depart from, and after how many exchanges."""
+    """Tell native code which groups this rank departs from, after how many exchanges."""
     kernels = native()
     if kernels is None:
         return
