@@ -86,7 +86,7 @@ def merge_moments(group: Communicator, call: LayerCall, count: int, mean: Array,
         try:
             return merge(group, call, count, *vectors)
         finally:
-            group.presence.doing = None
+            group.rank_status.current_call = None
 
 
 def reduce_sums(group: Communicator, call: LayerCall, *sums: Array) -> tuple[np.ndarray, ...]:
@@ -109,7 +109,7 @@ def reduce_sums(group: Communicator, call: LayerCall, *sums: Array) -> tuple[np.
                 return totals[0], totals[1]
             return tuple(_exchange_vectors(group, call, _SUM, 0, *vectors)[3:].reshape(len(sums), -1))
         finally:
-            group.presence.doing = None
+            group.rank_status.current_call = None
 
 
 def _where_sent(group: Communicator, *vectors: Array) -> Sequence[Array]:
@@ -288,14 +288,14 @@ def _run_collective(
 
 def _begin_exchange(group: Communicator, call: LayerCall, length: int, kind: int = _SUM) -> int:
     """The fingerprint of the exchange that is about to happen. From here on the watchdog looks at it."""
-    presence = group.presence
-    presence.doing = call
+    rank_status = group.rank_status
+    rank_status.current_call = call
     group.ready()
-    presence.exchanges += 1
-    if group.debug and not group.joining:
+    rank_status.exchanges += 1
+    if group.debug and not group.in_join_context:
         fingerprint.compare_calls(group, call)
-    h = fingerprint.fingerprint(call, presence.exchanges)
-    if group.joining:
+    h = fingerprint.fingerprint(call, rank_status.exchanges)
+    if group.in_join_context:
         _share_header(group, kind, length, h)
     return h
 
@@ -317,8 +317,8 @@ def serve_joined(group: Communicator) -> None:
     """
     while True:
         with group.lock:
-            group.presence.exchanges += 1
-            group.presence.doing = _NO_DATA
+            group.rank_status.exchanges += 1
+            group.rank_status.current_call = _NO_DATA
             try:
                 kind, length, h = (int(word) for word in _share_header(group, 0, 0, 0))
                 if not kind:
@@ -327,7 +327,7 @@ def serve_joined(group: Communicator) -> None:
                 message = _pack(group, header, [np.zeros(length - 3)], length)
                 _COLLECTIVES[kind](group, _NO_DATA, *message)
             finally:
-                group.presence.doing = None
+                group.rank_status.current_call = None
 
 
 def _raise_problem(group: Communicator, call: LayerCall, problem: int) -> NoReturn:
@@ -345,5 +345,5 @@ def _raise_failed(group: Communicator, call: LayerCall, error: MPI.Exception) ->
             raise mismatch from error
     raise MPISyncBNError(
         f"MPI failed in rank {group.rank} of {group.size}, exchange number {group.exchanges} of this "
-        f"communicator, {call}: {error}{group.lost(error)}"
+        f"communicator, {call}: {error}{group.revoke_if_rank_lost(error)}"
     ) from error

@@ -67,7 +67,7 @@ def forward(
     stats = BatchStats(mean, var, invstd_of(var, eps), count)
     device_stats = stats
     if not transport.on_host(x):
-        device_stats = BatchStats._make((*transport.near(x, *stats[:3]), count))
+        device_stats = BatchStats._make((*transport.to_device_of(x, *stats[:3]), count))
     mean, _, invstd, _ = device_stats
     return kernels.normalize(x, mean, invstd, weight, bias, residual, activation), stats, device_stats
 
@@ -92,7 +92,7 @@ def backward(
     if need_dx:
         total_dy, total_dy_xmu = reduce_sums(sum_dy, sum_dy_xmu)
         count = count + (count == 0)  # nobody has a value: nothing is divided, nothing returned
-        mean_dy, mean_dy_xmu = transport.near(x, total_dy / count, total_dy_xmu / count)
+        mean_dy, mean_dy_xmu = transport.to_device_of(x, total_dy / count, total_dy_xmu / count)
         dx = kernels.backward_elementwise(dz, x, mean, invstd, weight, mean_dy, mean_dy_xmu, context)
     return dx, sum_dy_xmu * invstd, sum_dy, dz
 

@@ -53,7 +53,7 @@ def record_batch(
         Whether the batch was recorded: a bool or, where only a device or a compiled graph knows that, an
         array of no dimensions. Not collective.
     """
-    if momentum.__class__ is not float and transport.known(momentum):
+    if momentum.__class__ is not float and transport.is_readable_now(momentum):
         momentum = float(momentum)
     if _record_natively(running_mean, running_var, num_batches_tracked, stats, momentum):
         return True
@@ -86,7 +86,7 @@ def _record_natively(
         and (native_cpu := native()) is not None
     ):
         return False
-    arrays = running_mean, running_var, num_batches_tracked, transport.changed(running_mean)
+    arrays = running_mean, running_var, num_batches_tracked, transport.version_counter_of(running_mean)
     ahead = 0 if num_batches_tracked is None else num_batches_tracked._version - running_mean._version
     try:
         to_unbiased = count / max(count - 1, 1)
@@ -207,7 +207,7 @@ def lerp_(
         _lerp_tensors_(running, batch, momentum, num_batches_tracked)
         return
     # NumPy, CuPy
-    news = transport.near(running[0], *batch)
+    news = transport.to_device_of(running[0], *batch)
     results = [lerp(old, new, momentum) for old, new in zip(running, news, strict=True)]
     with _all_or_nothing(*running):
         for old, result in zip(running, results, strict=True):
@@ -226,7 +226,9 @@ def _lerp_tensors_(
     if dtype.itemsize < 4:
         dtype = torch.float64 if has_float64(first) else torch.float32
     on_host = transport.on_host(first)
-    news = [torch.from_numpy(vector) for vector in batch] if on_host else transport.near(first, *batch)
+    news = (
+        [torch.from_numpy(vector) for vector in batch] if on_host else transport.to_device_of(first, *batch)
+    )
     news = [new.to(dtype) for new in news]
     weight = momentum if isinstance(momentum, (int, float)) else momentum.to(first.device, dtype)
     counts = () if num_batches_tracked is None else (num_batches_tracked,)
@@ -251,7 +253,7 @@ def lerp(old: Array, new: Array, momentum: float | Array) -> Array:
         return old.lerp(new, momentum)
     step = new - old
     from_old, from_new = old + momentum * step, new - (1 - momentum) * step
-    if transport.known(momentum):
+    if transport.is_readable_now(momentum):
         return from_old if momentum < 0.5 else from_new
     return np.where(momentum < 0.5, from_old, from_new)
 

@@ -192,4 +192,4 @@ def _group_key(process_group: AnyProcessGroup) -> str:
             "expected process_group to be an mpisyncbn.Communicator in a compiled function, got an mpi4py "
             "communicator: make it one outside, mpisyncbn.Communicator(comm)"
         )
-    return resolve(process_group).handle
+    return resolve(process_group).graph_key

@@ -17,7 +17,7 @@ from torch.utils.checkpoint import CheckpointPolicy, _CachingTorchDispatchMode
 from .. import exchange, functional
 from ..arguments import check_count
 from ..comm import transport
-from ..comm.communicator import by_handle
+from ..comm.communicator import by_graph_key
 from ..functional import BatchStats
 from ..kernels import generic
 from .layer_context import FunctionContext, is_recomputing, layer_call
@@ -66,7 +66,7 @@ def _merge_moments_op(
     mean: Tensor, m2: Tensor, count: int, token: Tensor, group: str, layer: str, dtype: str, eps: float
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     with np.errstate(all="ignore"):
-        communicator = by_handle(group)
+        communicator = by_graph_key(group)
         call = layer_call(communicator.name_of(layer), "forward", m2.shape[-1], dtype, eps)
         total, merged, var = exchange.merge_moments(communicator, call, count, mean, m2)
         merged, var = (transport.from_host(vector, m2) for vector in (merged, var))
@@ -79,7 +79,7 @@ def _merge_moments_op(
 def _reduce_sums_op(
     sums: Tensor, token: Tensor, group: str, layer: str, direction: str, dtype: str, eps: float
 ) -> Tensor:
-    communicator = by_handle(group)
+    communicator = by_graph_key(group)
     call = layer_call(communicator.name_of(layer), direction, sums.shape[-1], dtype, eps)
     (total,) = exchange.reduce_sums(communicator, call, sums.reshape(-1))
     return transport.from_host(total, sums).reshape(sums.shape)

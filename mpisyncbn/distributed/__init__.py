@@ -59,7 +59,7 @@ def init_process_group(
     Collective: every rank must call.
     """
     MPI = mpi()
-    launcher.refuse_if_apart(MPI)
+    launcher.check_world_size(MPI)
     given = Communicator(comm)._source
     if MPI.Comm.Compare(given, MPI.COMM_WORLD) == MPI.UNEQUAL:
         raise ValueError(

@@ -106,7 +106,7 @@ class CheckedProcessGroup(dist.ProcessGroup):
     """
 
     def __init__(self, comm: MPI.Intracomm, timeout: timedelta) -> None:
-        self._collective_group = Communicator(comm)._adopt(comm)
+        self._collective_group = Communicator(comm)._take_over(comm)
         super().__init__(self._collective_group.rank, self._collective_group.size)  # type: ignore[call-arg]
         self._timeout = timeout
         self._collective_thread = CollectiveThread("mpisyncbn collectives")
@@ -114,9 +114,9 @@ class CheckedProcessGroup(dist.ProcessGroup):
         self._fingerprint_message = np.zeros(2)
         self._thread_multiple = mpi().Query_thread() == mpi().THREAD_MULTIPLE
         # The watchdog looks only for ranks that have left: the time to wait is this group's own.
-        presence = self._collective_group.presence
-        presence.channel, presence.limit = self._collective_group.comm.Dup(), 0.0
-        watchdog.watch(presence)
+        rank_status = self._collective_group.rank_status
+        rank_status.p2p_comm, rank_status.timeout = self._collective_group.comm.Dup(), 0.0
+        watchdog.watch(rank_status)
 
     def _run(self, operation: str, prepare: Callable[[], Prepared], result: object, opts: Options) -> Work:
         """Run a collective: prepare, compare the calls of all ranks, then act.
@@ -137,12 +137,12 @@ class CheckedProcessGroup(dist.ProcessGroup):
 
         def perform() -> None:
             with self._collective_group.lock, torch.no_grad():
-                self._collective_group.presence.doing = call
+                self._collective_group.rank_status.current_call = call
                 try:
                     self._check_same_call(call, seconds)
                     self._call_mpi(call, action)
                 finally:
-                    self._collective_group.presence.doing = None
+                    self._collective_group.rank_status.current_call = None
 
         if not self._collective_thread.is_current_thread():
             if opts.asyncOp and self._thread_multiple:
@@ -166,7 +166,7 @@ class CheckedProcessGroup(dist.ProcessGroup):
         """
         group, message = self._collective_group, self._fingerprint_message
         self._check_usable(call.operation)  # an earlier one may have failed since _run looked
-        group.ready().presence.exchanges += 1
+        group.ready().rank_status.exchanges += 1
         h = fingerprint.fingerprint(call, group.exchanges)
         message[0], message[1] = h, h * h
         request = self._call_mpi(call, lambda comm: comm.Iallreduce(group.in_place, message))

@@ -54,13 +54,13 @@ def join(
     try:
         with model.join(divide_by_initial_world_size, enable, throw_on_early_termination):
             for group in groups:
-                group.ready().joining = True
+                group.ready().in_join_context = True
             yield
             for thread in threads:
                 thread.start()
     finally:
         for group in groups:
-            group.joining = False
+            group.in_join_context = False
     for thread in threads:
         thread.finish()
 

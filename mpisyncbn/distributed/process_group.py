@@ -78,7 +78,7 @@ class ProcessGroup(Collectives, PointToPoint):
         self._unusable = self._unusable or "this process group was destroyed"
         if still_in_flight:  # its communicators cannot be freed
             # other ranks may have freed theirs: at the end, nobody waits for this one
-            self._collective_group.presence.end()
+            self._collective_group.rank_status.unregister()
             return
         if self._layer_group is not None and not self._is_world:
             self._layer_group.free()
@@ -152,11 +152,11 @@ class _OwnBackendCommunicator(Communicator):
         super().__init__(process_group._collective_group.ready().comm)
         self._process_group = process_group
 
-    def _make(self) -> MPI.Intracomm:
+    def _create_comm(self) -> MPI.Intracomm:
         # one collective at a time, in the same order on every rank
         self._process_group._collective_thread.drain()
         with self._process_group._collective_group.lock:
-            return super()._make()
+            return super()._create_comm()
 
 
 def create_process_group(options: _DistributedBackendOptions, _: object) -> ProcessGroup:
@@ -165,7 +165,7 @@ def create_process_group(options: _DistributedBackendOptions, _: object) -> Proc
     Raises ValueError if torch and MPI number the ranks differently.
     Collective: every rank of the group must call.
     """
-    launcher.refuse_if_apart(mpi())
+    launcher.check_world_size(mpi())
     world, ranks = rendezvous.world_comm(), list(options.global_ranks_in_group)
     rank, size = (world.rank, world.size) if not ranks else (ranks.index(world.rank), len(ranks))
     if (options.group_rank, options.group_size) != (rank, size):

@@ -150,7 +150,7 @@ def _find_by_mpi(url: str, timeout: timedelta = timedelta(minutes=30), **_: Any)
     Collective: every rank of the world must call.
     """
     comm, given = world_comm(), _rank_and_size(url)
-    launcher.refuse_if_apart(mpi())
+    launcher.check_world_size(mpi())
     if (given.get("rank", comm.rank), given.get("world_size", comm.size)) != (comm.rank, comm.size):
         raise ValueError(
             f"expected rank {comm.rank} of {comm.size}, as MPI counts, got {given}: leave rank and "
