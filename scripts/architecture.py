@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import ast
 import re
+from collections.abc import Iterator
 from pathlib import Path
 
 PACKAGE = Path(__file__).resolve().parents[1] / "mpisyncbn"
@@ -71,19 +72,35 @@ def ordered(found: dict[str, set[str]]) -> list[str]:
     return done[::-1]
 
 
-def longest() -> str:
-    files = sorted(((len(path.read_text().splitlines()), path) for path in sources()), reverse=True)[:10]
-    functions = []
+def sizes() -> tuple[dict[str, int], dict[str, int]]:
+    """Lines of each file, C++ included, and of each function of Python without its docstring."""
+    files, functions = {}, {}
+    for path in PACKAGE.rglob("*"):
+        if path.suffix in (".py", ".cpp", ".h"):
+            files[str(path.relative_to(PACKAGE))] = len(path.read_text().splitlines())
+    for name, node in functions_of_the_package():
+        functions[name] = (node.end_lineno or 0) - node.lineno + 1 - docstring_lines(node)
+    return files, functions
+
+
+def functions_of_the_package() -> Iterator[tuple[str, ast.FunctionDef]]:
     for path in PACKAGE.rglob("*.py"):
         for node in ast.walk(ast.parse(path.read_text())):
             if isinstance(node, ast.FunctionDef):
-                lines = (node.end_lineno or 0) - node.lineno + 1 - docstring_lines(node)
-                branches = sum(isinstance(each, BRANCHES) for each in ast.walk(node))
-                functions.append((lines, branches, f"{path.relative_to(PACKAGE)}: {node.name}"))
-    shown = [f"{lines:4} lines  {path.relative_to(PACKAGE)}" for lines, path in files]
-    shown += [f"{lines:4} lines  {name}" for lines, _, name in sorted(functions, reverse=True)[:10]]
-    by_branches = sorted(((branches, name) for _, branches, name in functions), reverse=True)[:10]
-    shown += [f"{branches:4} branches  {name}" for branches, name in by_branches]
+                yield f"{path.relative_to(PACKAGE)}: {node.name}", node
+
+
+def longest() -> str:
+    """The ten longest files and functions, the ten with most branches, and how often Any stands there."""
+    files, functions = sizes()
+    branches = {
+        name: sum(isinstance(each, BRANCHES) for each in ast.walk(node))
+        for name, node in functions_of_the_package()
+    }
+    shown = []
+    for unit, counts in (("lines", files), ("lines", functions), ("branches", branches)):
+        largest = sorted(counts, key=lambda name: counts[name], reverse=True)[:10]
+        shown += [f"{counts[name]:4} {unit}  {name}" for name in largest]
     text = "".join(path.read_text() for path in PACKAGE.rglob("*.py"))
     count = len(re.findall(r"(?<!import )\bAny\b", text))
     return "\n".join([*shown, f"{count:4} times Any"])
@@ -93,10 +110,6 @@ def docstring_lines(node: ast.FunctionDef) -> int:
     first = node.body[0]
     is_text = isinstance(first, ast.Expr) and isinstance(first.value, ast.Constant)
     return (first.end_lineno or 0) - first.lineno + 1 if is_text else 0
-
-
-def sources() -> list[Path]:
-    return [path for path in PACKAGE.rglob("*") if path.suffix in (".py", ".cpp", ".h")]
 
 
 if __name__ == "__main__":

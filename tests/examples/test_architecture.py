@@ -3,57 +3,31 @@
 from __future__ import annotations
 
 import ast
+import pickle
 import re
 from pathlib import Path
 
 import pytest
+import torch
 
+import architecture
 import mpisyncbn
 from support.jobs import ROOT, run_alone
 from support.ranks import no_exchange
 
 PACKAGE = ROOT / "mpisyncbn"
-# Data goes down this list and back; imports go down it and never up.
-ORDER = [
-    "__init__",
-    "__main__",
-    "distributed",
-    "collectives",
-    "steps",
-    "rendezvous",
-    "store",
-    "buffers",
-    "progress",
-    "joining",
-    "batchnorm",
-    "convert",
-    "convertible",
-    "tracing",
-    "autograd",
-    "evaluation",
-    "functional",
-    "arguments",
-    "arrays",
-    "exchange",
-    "nodes",
-    "communicator",
-    "names",
-    "leftovers",
-    "watchdog",
-    "presence",
-    "attendance",
-    "ancestors",
-    "transport",
-    "staging",
-    "diagnostics",
-    "kernels",
-    "compiling",
-    "profiling",
-    "exits",
-    "launcher",
-    "config",
-    "errors",
-]
+# Data goes down these lines and back; imports go down them and never up. In kernels/ there is no order.
+FLOORS = {
+    "": "__init__ __main__ distributed batchnorm autograd convert convertible tracing functional exchange"
+    " fingerprint arguments arrays running_stats communicator comm layer_names liveness kernels profiling"
+    " config errors",
+    "autograd": "__init__ fused compiled composite evaluation layer_context",
+    "comm": "__init__ nodes groups communicator runtime ancestors handshake transport staging streams"
+    " unreferenced launcher",
+    "distributed": "__init__ joining process_group rendezvous store collectives point_to_point checked"
+    " mpi_collectives host_tensors work no_compile",
+    "liveness": "__init__ watchdog rank_status reports arrivals exits",
+}
 MODULES = sorted(PACKAGE.rglob("*.py"))
 
 
@@ -61,43 +35,55 @@ def tree(path: Path) -> ast.Module:
     return ast.parse(path.read_text())
 
 
-def place(path: Path) -> str:
-    """Where a file stands in ORDER: a kernel module stands with its folder."""
-    return path.relative_to(PACKAGE).parts[0].removesuffix(".py")
-
-
-def imports(path: Path) -> list[tuple[str, str]]:
-    """``(module, name)`` of every import in the file, wherever it stands; our own without the dots."""
-    found = []
-    for node in ast.walk(tree(path)):
-        if isinstance(node, ast.Import):
-            found += [(alias.name, "") for alias in node.names]
-        elif isinstance(node, ast.ImportFrom):
-            found += [("." * node.level + (node.module or ""), alias.name) for alias in node.names]
+def imports(path: Path) -> list[tuple[str, ...]]:
+    """Parts of the path of each module of the package that the file imports, but for types alone."""
+    module, found = tree(path), []
+    for node in ast.walk(module):
+        if isinstance(node, ast.If) and getattr(node.test, "id", "") == "TYPE_CHECKING":
+            node.body = []
+    for node in ast.walk(module):
+        if isinstance(node, ast.ImportFrom) and node.level:
+            base = path.relative_to(PACKAGE).parts[: -node.level]
+            base += tuple(node.module.split(".")) if node.module else ()
+            for alias in node.names:
+                inside = PACKAGE.joinpath(*base, alias.name)
+                is_module = inside.is_dir() or inside.with_suffix(".py").exists()
+                found.append((*base, alias.name) if is_module else base)
+        elif isinstance(node, ast.Import | ast.ImportFrom):
+            names = (
+                [node.module] if isinstance(node, ast.ImportFrom) else [alias.name for alias in node.names]
+            )
+            assert not any(name.startswith("mpisyncbn") for name in names), f"{path} imports by the full name"
     return found
 
 
 @pytest.mark.parametrize("path", MODULES, ids=lambda p: str(p.relative_to(PACKAGE)))
 def test_imports_go_down(path):
-    here = place(path)
-    inside = here == "kernels"
-    for module, name in imports(path):
-        if not module.startswith("."):
-            assert not module.startswith("mpisyncbn"), f"{path.name} imports {module} by its full name"
-            continue
-        if inside and module.startswith(".") and not module.startswith(".."):
-            continue  # kernel modules stand together
-        target = module.lstrip(".").partition(".")[0] or name
-        assert target in ORDER, f"{path.name} imports {target}, which has no place in the house"
-        assert ORDER.index(target) > ORDER.index(here), f"{path.name} imports {target}, which is above it"
+    folder, *name = path.relative_to(PACKAGE).with_suffix("").parts
+    top, inside = FLOORS[""].split(), FLOORS.get(folder, "").split()
+    for target, *rest in imports(path):
+        if target != folder:
+            assert top.index(target) > top.index(folder), f"{path.name} imports {target}, which is above it"
+        elif rest and inside:
+            assert inside.index(rest[0]) > inside.index(name[0]), f"{path.name} imports {rest[0]}, above it"
 
 
 def test_every_module_has_a_place():
-    assert {place(path) for path in MODULES} == set(ORDER)
+    places = [path.relative_to(PACKAGE).with_suffix("").parts for path in MODULES]
+    for folder, line in FLOORS.items():
+        here = {place[0] for place in places} if not folder else {p[1] for p in places if p[0] == folder}
+        assert here == set(line.split()), folder
+
+
+def test_a_model_pickled_before_modules_moved():
+    model = pickle.loads((ROOT / "tests" / "autograd" / "model_of_0.1.pickle").read_bytes())
+    assert [type(layer).__name__ for layer in model] == ["Linear", "SyncBatchNorm", "SyncBatchNorm"]
+    assert model.state_dict().keys() >= {"1.running_mean", "2.num_batches_tracked"}
+    assert model.eval()(torch.ones(2, 2)).shape == (2, 3)
 
 
 def test_one_place_reads_the_environment():
-    readers = {place(path) for path in MODULES if re.search(r"\benviron\b|\bgetenv\b", path.read_text())}
+    readers = {path.stem for path in MODULES if re.search(r"\benviron\b|\bgetenv\b", path.read_text())}
     assert readers == {"config"}
 
 
@@ -211,3 +197,11 @@ def test_each_claim_of_the_comparison_names_tests_that_exist():
             functions = {node.name for node in tree(path).body if hasattr(node, "name")}
             named = set(re.findall(r"`(test_\w+)`", rest))
             assert named <= functions, f"{claim}: {file} has no {named - functions}"
+
+
+def test_the_page_on_the_architecture_shows_what_is():
+    shown = (ROOT / "docs" / "architecture.md").read_text()
+    assert architecture.table() in shown, "docs/architecture.md: python scripts/architecture.py has the table"
+    lines, longest = architecture.sizes()
+    assert max(lines.values()) <= 350, max(lines, key=lines.__getitem__)
+    assert max(longest.values()) <= 50, max(longest, key=longest.__getitem__)

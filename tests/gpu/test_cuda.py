@@ -48,7 +48,7 @@ def device(monkeypatch):
 @pytest.fixture
 def kernels(request, monkeypatch):
     """The module that serves tensors on the device."""
-    for module in ("autograd", "functional"):
+    for module in ("autograd.fused", "functional"):
         monkeypatch.setattr(f"mpisyncbn.{module}.kernels_for", lambda x: request.param)
     return request.param
 
