@@ -13,7 +13,9 @@ import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 
 import mpisyncbn
-from mpisyncbn import MPISyncBNError, buffers, distributed, joining, progress, rendezvous, staging
+from mpisyncbn import MPISyncBNError
+from mpisyncbn.comm import staging
+from mpisyncbn.distributed import host_tensors, joining, process_group, rendezvous, work
 from support.ranks import WORLD, several
 
 RANK, SIZE = WORLD.rank, WORLD.size
@@ -43,11 +45,11 @@ def test_torch_counts_otherwise() -> None:
     with pytest.raises(
         ValueError, match=f"calls this rank {RANK + 1} of {SIZE + 1}, MPI {RANK} of {SIZE}: unset RANK"
     ):
-        distributed._create(options, None)
+        process_group.create_process_group(options, None)
 
 
 def test_ranks_are_found_once() -> None:
-    found: Any = rendezvous._over_mpi("mpi4py://", timedelta(seconds=60))
+    found: Any = rendezvous._find_by_mpi("mpi4py://", timedelta(seconds=60))
     store, rank, size = next(found)
     with pytest.raises(RuntimeError, match="cannot find other ranks than it has found"):
         next(found)
@@ -64,21 +66,21 @@ def test_a_message_on_a_device_that_mpi_does_not_know() -> None:
 def test_host_memory_for_a_sparse_result() -> None:
     sparse = torch.sparse_coo_tensor(size=(2, 2), device="meta")
     with pytest.raises(TypeError, match=r"expected a dense tensor, got one of layout torch\.sparse_coo"):
-        buffers.like(sparse)
+        host_tensors.host_output_for(sparse)
 
 
 def test_a_forked_process(monkeypatch: pytest.MonkeyPatch) -> None:
-    engine = progress.Engine("of the parent")
-    monkeypatch.setattr(os, "getpid", lambda: engine._process + 1)
+    thread = work.CollectiveThread("of the parent")
+    monkeypatch.setattr(os, "getpid", lambda: thread._process + 1)
     with pytest.raises(MPISyncBNError, match="a forked process cannot use the process groups"):
-        engine.submit(lambda: None, progress.Work(None, "all_reduce"))
+        thread.submit(lambda: None, work.Work(None, "all_reduce"))
 
 
 def test_an_mpi_that_fails() -> None:
     group: Any = dist.group.WORLD
 
     def fail(_: Any) -> None:
-        raise group._wire.mpi_error(1)
+        raise group._collective_group.mpi_error(1)
 
     with pytest.raises(MPISyncBNError, match="MPI failed in all_reduce"):
-        group._call("all_reduce", fail)
+        group._call_mpi("all_reduce", fail)
