@@ -35,7 +35,7 @@ class LikeCuPy(np.ndarray):
 @pytest.mark.skipif(GPU, reason="with a GPU, scripts/gpu_check does this with CuPy")
 @pytest.mark.parametrize("pointer", [0, 77])
 def test_arrays_by_way_of_dlpack(pointer, monkeypatch):
-    """The verbs of dlpack.py are those of cuda.py, on the stream that is current."""
+    """dlpack.py runs the Triton kernels, on the stream that is current."""
     streams = []
     current = SimpleNamespace(get_current_stream=lambda: SimpleNamespace(ptr=pointer))
     monkeypatch.setitem(sys.modules, "cupy", SimpleNamespace(from_dlpack=np.from_dlpack, cuda=current))

@@ -79,7 +79,7 @@ struct Link {
             code = int_handles ? call<int>(length) : call<void *>(length);
         }
         if (code != 0) return code;
-        // Cauchy-Schwarz, see diagnostics.py. Not finite where MPI mixed up messages of different
+        // Cauchy-Schwarz, see fingerprint.py. Not finite where MPI mixed up messages of different
         // lengths.
         const double sum_h = message[0], sum_hh = message[1];
         if (!(sum_h >= 0 && sum_h < 0x1p53 && sum_hh >= 0 && sum_hh < 0x1p53)) return MISMATCH;

@@ -32,7 +32,7 @@ _VECTOR = 512  # channels of a program where there is one row
 
 
 class Plan:
-    """The grid of a kernel, its sizes and options; and its launches, see cuda.py.
+    """The grid of a kernel, its sizes and options; and its launches, see __init__.py.
 
     For sums: in how many ``shares`` the tiles of a channel are dealt out, and whether ``one`` tile is all.
     """
