@@ -7,7 +7,7 @@ rank, and the cure.
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING, Any, TypeAlias
+from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -15,13 +15,13 @@ from .arrays import check_array, check_kind
 from .comm import transport
 from .errors import on_rank
 from .kernels import Array, loaded_torch
+from .kernels.activation import ACTIVATIONS
 
 if TYPE_CHECKING:
     from .functional import BatchStats
 
 __all__ = [
     "UNNAMED",
-    "AnyProcessGroup",
     "check_activation",
     "check_arguments",
     "check_count",
@@ -35,9 +35,6 @@ __all__ = [
     "check_timeout",
     "in_layer",
 ]
-
-# An mpi4py communicator, a Communicator, a process group of torch, or None for the world.
-AnyProcessGroup: TypeAlias = Any
 
 FLOATING = ("float16", "bfloat16", "float32", "float64")
 _COUNTING = ("int8", "int16", "int32", "int64", "uint8", *FLOATING)
@@ -141,8 +138,9 @@ def check_tensor(x: object) -> None:
 
 def check_activation(activation: object) -> None:
     """Check an activation by its public name."""
-    if activation is not None and not (isinstance(activation, str) and activation == "relu"):
-        raise ValueError(f"expected activation to be 'relu' or None, got {activation!r}{on_rank()}")
+    if activation is not None and not (isinstance(activation, str) and activation in ACTIVATIONS):
+        names = " or ".join(map(repr, ACTIVATIONS))
+        raise ValueError(f"expected activation to be {names}, got {activation!r}{on_rank()}")
 
 
 def check_fused(activation: object, residual: Array | None, x: Array, layer: str | None = None) -> None:

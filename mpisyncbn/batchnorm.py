@@ -8,8 +8,9 @@ import torch
 from torch import Tensor, nn
 
 from . import autograd, convert
-from .arguments import AnyProcessGroup, check_arguments, check_fused, check_num_batches_tracked
+from .arguments import check_arguments, check_fused, check_num_batches_tracked
 from .autograd.evaluation import evaluate
+from .comm.groups import AnyGroup
 from .kernels import has_float64
 from .layer_names import new_key
 from .running_stats import record_batch
@@ -55,7 +56,7 @@ class SyncBatchNorm(convert.Synchronized):
         momentum: float | Tensor | None = 0.1,
         affine: bool = True,
         track_running_stats: bool = True,
-        process_group: AnyProcessGroup = None,
+        process_group: AnyGroup = None,
         device: torch.device | str | int | None = None,
         dtype: torch.dtype | None = None,
         *,
@@ -124,7 +125,7 @@ class SyncBatchNorm(convert.Synchronized):
     def convert_sync_batchnorm(
         cls,
         module: nn.Module,
-        process_group: AnyProcessGroup = None,
+        process_group: AnyGroup = None,
         *,
         name: str | None = None,
         fuse_relu: bool = False,

@@ -19,9 +19,9 @@ from torch.nn.modules.lazy import LazyModuleMixin
 from torch.nn.utils import parametrize
 
 from . import tracing
-from .arguments import AnyProcessGroup, check_activation, check_module, check_tensor, in_layer
+from .arguments import check_activation, check_module, check_tensor, in_layer
 from .comm.communicator import Communicator
-from .comm.groups import resolve
+from .comm.groups import AnyGroup, resolve
 from .convertible import (
     abbreviated,
     check_name,
@@ -71,12 +71,12 @@ class Synchronized(BatchNorm):
     _converted_from: tuple[type, dict[str, object]] | None = None  # class, and attributes that were replaced
 
     @property
-    def process_group(self) -> AnyProcessGroup:
+    def process_group(self) -> AnyGroup:
         """As it was given: an mpi4py communicator, a process group of torch, a Communicator, or None."""
         return self.communicator if self._given is None else self._given.process_group
 
     @process_group.setter
-    def process_group(self, process_group: AnyProcessGroup) -> None:
+    def process_group(self, process_group: AnyGroup) -> None:
         # A Communicator at once: the user may free what was given.
         communicator = None if process_group is None else resolve(process_group)
         for name in ("communicator", "_given"):
@@ -116,7 +116,7 @@ class Synchronized(BatchNorm):
 class _Given:
     """A process group as the user gave it. Neither mpi4py nor torch can copy theirs: copies share it."""
 
-    def __init__(self, process_group: AnyProcessGroup, communicator: Communicator | None = None) -> None:
+    def __init__(self, process_group: AnyGroup, communicator: Communicator | None = None) -> None:
         self.process_group, self.communicator = process_group, communicator
 
     def __deepcopy__(self, memo: dict[int, object]) -> _Given:
@@ -159,7 +159,7 @@ class FusedReLU(tracing.Leaf, nn.Identity):
 
 def convert_sync_batchnorm(
     module: nn.Module,
-    process_group: AnyProcessGroup = None,
+    process_group: AnyGroup = None,
     *,
     name: str | None = None,
     fuse_relu: bool = False,
@@ -206,7 +206,7 @@ def _convert(layer: _BatchNorm, to: type[Synchronized]) -> Synchronized:
     return layer
 
 
-def set_process_group(module: nn.Module, process_group: AnyProcessGroup) -> None:
+def set_process_group(module: nn.Module, process_group: AnyGroup) -> None:
     """Let all synchronized layers of a model normalize over other ranks from now on.
 
     Args:

@@ -17,7 +17,6 @@ import numpy as np
 
 from . import exchange, profiling
 from .arguments import (
-    AnyProcessGroup,
     check_arguments,
     check_count,
     check_gradient,
@@ -25,7 +24,7 @@ from .arguments import (
     check_stats,
 )
 from .comm import transport
-from .comm.groups import resolve
+from .comm.groups import AnyGroup, resolve
 from .errors import on_rank
 from .fingerprint import LayerCall, layer_dtype
 from .kernels import Activation, ActivationContext, Array, Kernels, kernels_for, native
@@ -103,7 +102,7 @@ def batch_norm_forward(
     bias: Array | None = None,
     *,
     eps: float = 1e-5,
-    process_group: AnyProcessGroup = None,
+    process_group: AnyGroup = None,
 ) -> tuple[Array, BatchStats]:
     """Normalize ``x`` with the mean and variance of the whole group's batch (Ioffe and Szegedy 2015).
 
@@ -145,7 +144,7 @@ def batch_norm_backward(
     stats: BatchStats,
     weight: Array | None = None,
     *,
-    process_group: AnyProcessGroup = None,
+    process_group: AnyGroup = None,
 ) -> tuple[Array, Array, Array]:
     """The gradients of ``batch_norm_forward``.
 

@@ -1,7 +1,7 @@
 """How the package is put together: who imports whom, and its longest files and functions.
 
-python scripts/architecture.py            the tables of docs/architecture.md
-python scripts/architecture.py --longest  the ten longest files and functions, and those with most branches
+python scripts/architecture.py            the table of docs/architecture.md
+python scripts/architecture.py --longest  the longest files and functions, and those with most branches
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ def table() -> str:
     """A row for each place, a module at the top or a folder: what it imports of the others."""
     found: dict[str, set[str]] = {}
     for path in sorted(PACKAGE.rglob("*.py")):
-        found.setdefault(place(path), set()).update(imports(path))
+        found.setdefault(place(path), set()).update(parts[0] for parts in imports(path))
     rows = ["| module or folder | imports |", "| --- | --- |"]
     for name in ordered(found):
         others = [f"`{each}`" for each in ordered(found) if each in found[name] - {name}]
@@ -41,17 +41,21 @@ def place(path: Path) -> str:
     return path.relative_to(PACKAGE).parts[0].removesuffix(".py")
 
 
-def imports(path: Path) -> set[str]:
-    """The places that a file imports from, wherever in it the import stands, but for types alone."""
-    depth, tree, found = len(path.relative_to(PACKAGE).parts), ast.parse(path.read_text()), set()
-    for node in ast.walk(tree):
+def imports(path: Path) -> list[tuple[str, ...]]:
+    """Parts of the path of each module of the package that the file imports, but for types alone."""
+    module, found = ast.parse(path.read_text()), []
+    for node in ast.walk(module):
         if isinstance(node, ast.If) and getattr(node.test, "id", "") == "TYPE_CHECKING":
             node.body = []
-    for node in ast.walk(tree):
-        if isinstance(node, ast.ImportFrom) and node.level == depth:
-            names = [node.module] if node.module else [alias.name for alias in node.names]
-            found |= {name.partition(".")[0] for name in names}
-    return {each for each in found if (PACKAGE / each).is_dir() or (PACKAGE / f"{each}.py").exists()}
+    for node in ast.walk(module):
+        if isinstance(node, ast.ImportFrom) and node.level:
+            base = path.relative_to(PACKAGE).parts[: -node.level]
+            base += tuple(node.module.split(".")) if node.module else ()
+            for alias in node.names:
+                inside = PACKAGE.joinpath(*base, alias.name)
+                is_module = inside.is_dir() or inside.with_suffix(".py").exists()
+                found.append((*base, alias.name) if is_module else base)
+    return found
 
 
 def ordered(found: dict[str, set[str]]) -> list[str]:

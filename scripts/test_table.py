@@ -111,10 +111,12 @@ def lines_by_file(folder: Path) -> dict[str, set[tuple[str, int]]]:
 
 def mutants(count: int, jobs: int) -> dict[str, list[str]]:
     """By the change: the test files in which a test fails, or "all" where pytest does not end."""
+    from mutate import copy_tree
+
     everything = [place for path in sorted((ROOT / "mpisyncbn").rglob("*.py")) for place in places(path)]
     chosen = random.Random(0).sample(everything, count)
     with tempfile.TemporaryDirectory() as folder, ThreadPoolExecutor(jobs) as pool:
-        copies = [copied(Path(folder) / str(job)) for job in range(jobs)]
+        copies = [copy_tree(Path(folder) / str(job)) for job in range(jobs)]
         if (found := killers(copies[0])) != []:
             sys.exit(f"test_table: without a mutant, tests fail or there are none: {found}")
 
@@ -168,14 +170,6 @@ def mutated(path: Path, operator: str, number: int) -> tuple[str, str]:
     pairs = zip(source.splitlines(), code.splitlines(), strict=False)
     line, (old, new) = next(each for each in enumerate(pairs, 1) if each[1][0] != each[1][1])
     return f"{path.relative_to(ROOT)}:{line}: `{old.strip()}` to `{new.strip()}`", code
-
-
-def copied(folder: Path) -> Path:
-    for name in ("mpisyncbn", "tests", "scripts", "docs"):
-        shutil.copytree(ROOT / name, folder / name, ignore=shutil.ignore_patterns("__pycache__"))
-    for name in ("pyproject.toml", "setup.cfg", "setup.py", "README.md", "LICENSE"):
-        shutil.copy(ROOT / name, folder)
-    return folder
 
 
 def table(found: dict[str, Any], reports: list[Path]) -> str:

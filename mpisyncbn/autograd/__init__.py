@@ -19,9 +19,9 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 
 from .. import profiling
-from ..arguments import UNNAMED, AnyProcessGroup, check_arguments, check_count, check_fused, check_tensor
+from ..arguments import UNNAMED, check_arguments, check_count, check_fused, check_tensor
 from ..comm.communicator import Communicator
-from ..comm.groups import resolve
+from ..comm.groups import AnyGroup, resolve
 from ..errors import on_rank
 from ..fingerprint import layer_dtype
 from ..functional import BatchStats
@@ -45,7 +45,7 @@ def sync_batch_norm(
     training: bool = True,
     momentum: float | Tensor = 0.1,
     eps: float = 1e-5,
-    process_group: AnyProcessGroup = None,
+    process_group: AnyGroup = None,
     *,
     activation: str | None = None,
     residual: Tensor | None = None,
@@ -118,7 +118,7 @@ def batch_norm(
     bias: Tensor | None,
     momentum: float | Tensor | None,
     eps: float,
-    process_group: AnyProcessGroup,
+    process_group: AnyGroup,
     layer: str,
     activation: str | None = None,
     residual: Tensor | None = None,
@@ -184,7 +184,7 @@ def passes_fast_check(
         return False
 
 
-def _group_key(process_group: AnyProcessGroup) -> str:
+def _group_key(process_group: AnyGroup) -> str:
     if process_group is None:
         return ""
     if not isinstance(process_group, Communicator) and torch.compiler.is_compiling():

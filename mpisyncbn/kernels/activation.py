@@ -14,6 +14,7 @@ import numpy as np
 from .protocol import Array
 
 __all__ = [
+    "ACTIVATIONS",
     "Activation",
     "ActivationContext",
     "activate",
@@ -30,12 +31,12 @@ class Activation(IntEnum):
     RELU = 1
 
 
-_BY_NAME = {None: Activation.NONE, "relu": Activation.RELU}
+ACTIVATIONS = {"relu": Activation.RELU, None: Activation.NONE}  # by public name
 
 
 def activation_named(name: str | None) -> Activation:
     """The activation of a public name, as ``arguments.check_activation`` lets it pass."""
-    return _BY_NAME[name]
+    return ACTIVATIONS[name]
 
 
 class ActivationContext(NamedTuple):

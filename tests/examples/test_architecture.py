@@ -35,37 +35,24 @@ def tree(path: Path) -> ast.Module:
     return ast.parse(path.read_text())
 
 
-def imports(path: Path) -> list[tuple[str, ...]]:
-    """Parts of the path of each module of the package that the file imports, but for types alone."""
-    module, found = tree(path), []
-    for node in ast.walk(module):
-        if isinstance(node, ast.If) and getattr(node.test, "id", "") == "TYPE_CHECKING":
-            node.body = []
-    for node in ast.walk(module):
-        if isinstance(node, ast.ImportFrom) and node.level:
-            base = path.relative_to(PACKAGE).parts[: -node.level]
-            base += tuple(node.module.split(".")) if node.module else ()
-            for alias in node.names:
-                inside = PACKAGE.joinpath(*base, alias.name)
-                is_module = inside.is_dir() or inside.with_suffix(".py").exists()
-                found.append((*base, alias.name) if is_module else base)
-        elif isinstance(node, ast.Import | ast.ImportFrom):
-            names = (
-                [node.module] if isinstance(node, ast.ImportFrom) else [alias.name for alias in node.names]
-            )
-            assert not any(name.startswith("mpisyncbn") for name in names), f"{path} imports by the full name"
-    return found
-
-
 @pytest.mark.parametrize("path", MODULES, ids=lambda p: str(p.relative_to(PACKAGE)))
 def test_imports_go_down(path):
     folder, *name = path.relative_to(PACKAGE).with_suffix("").parts
     top, inside = FLOORS[""].split(), FLOORS.get(folder, "").split()
-    for target, *rest in imports(path):
+    for target, *rest in architecture.imports(path):
         if target != folder:
             assert top.index(target) > top.index(folder), f"{path.name} imports {target}, which is above it"
         elif rest and inside:
             assert inside.index(rest[0]) > inside.index(name[0]), f"{path.name} imports {rest[0]}, above it"
+
+
+@pytest.mark.parametrize("path", MODULES, ids=lambda p: str(p.relative_to(PACKAGE)))
+def test_nothing_is_imported_by_its_full_name(path):
+    for node in ast.walk(tree(path)):
+        names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
+        if isinstance(node, ast.ImportFrom) and not node.level:
+            names = [node.module]
+        assert not any(name.startswith("mpisyncbn") for name in names), f"{path} imports by the full name"
 
 
 def test_every_module_has_a_place():
