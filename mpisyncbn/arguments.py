@@ -1,24 +1,21 @@
 """Checks of what a caller may pass, before anything is computed, sent or changed.
 
-They raise ValueError or TypeError, as torch does. The message says what was expected, what came, on which
-rank, and the cure.
+They raise ValueError or TypeError, as torch does. The message says what was expected, what came, on
+which rank, and the cure.
 """
 
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING
 
 import numpy as np
 
 from .arrays import check_array, check_kind
+from .batch_stats import BatchStats
 from .comm import transport
 from .errors import on_rank
 from .kernels import Array, loaded_torch
 from .kernels.activation import ACTIVATIONS
-
-if TYPE_CHECKING:
-    from .functional import BatchStats
 
 __all__ = [
     "UNNAMED",
@@ -108,7 +105,7 @@ def _check_vectors(vectors: dict[str, Array], x: Array, layer: str | None) -> No
 
 
 def _dtype_problem(label: str, first: object, arrays: dict[str, Array], layer: str | None) -> str:
-    """The text of an error that says which array has which dtype, where that of one does not fit."""
+    """The text of the error for an array, ``label``, whose dtype does not fit. It lists all dtypes."""
     name = dtype_name(arrays["input"].dtype)
     possible = [name, "float32"] if name in _HALVES else [name]
     wanted = possible if arrays[label].dtype == first else [dtype_name(first)]
@@ -144,7 +141,7 @@ def check_activation(activation: object) -> None:
 
 
 def check_fused(activation: object, residual: Array | None, x: Array, layer: str | None = None) -> None:
-    """Check an activation and a residual, which are to follow the normalization of the tensor ``x``."""
+    """Check the activation and the residual that follow the normalization of the tensor ``x``."""
     check_activation(activation)
     if residual is None:
         return
@@ -182,8 +179,13 @@ def check_gradient(dy: Array, x: Array) -> None:
         )
 
 
-def check_stats(stats: BatchStats, names: tuple[str, ...], channels: int, like: Array) -> None:
+def check_stats(stats: object, names: tuple[str, ...], channels: int, like: Array) -> None:
     """Check the vectors ``names`` of a BatchStats, and its count. Native code trusts their lengths."""
+    if not isinstance(stats, BatchStats):
+        raise TypeError(
+            "expected stats to be the BatchStats that batch_norm_forward returned, got "
+            f"{type(stats).__name__}{on_rank()}"
+        )
     first = getattr(stats, names[0])
     if not transport.on_host(first):
         check_kind(f"stats.{names[0]}", first, "the other arguments", like)
@@ -231,7 +233,7 @@ def check_running(running_mean: Array, running_var: Array, momentum: float | Arr
 
 
 def check_count(count: int, x: Array, layer: str | None = None) -> None:
-    """Raise on every rank where one value is all that the group has: its variance says nothing."""
+    """Raise on every rank if the group has one value per channel: it has no variance."""
     if count == 1:
         raise ValueError(
             f"expected more than 1 value per channel over the whole group when training, "
@@ -259,7 +261,7 @@ def dtype_name(dtype: object) -> str:
 
 
 def _check_momentum(momentum: float | Array, expected: str, like: Array) -> None:
-    """Check a number, or an array of no dimensions. No device is waited for to learn its value."""
+    """Check a number, or an array of no dimensions. A value on a device is not read."""
     if isinstance(momentum, _NUMBER) or getattr(momentum, "ndim", None) != 0:
         _check_number("momentum", momentum, expected, 1.0)
         return

@@ -23,7 +23,7 @@ _WRAPPERS = {
 
 
 def check_array(label: str, value: Array) -> None:
-    """Check that ``value`` is an array whose values are in memory, one beside the other or with strides."""
+    """Check that ``value`` is an array whose values are in memory, with or without strides."""
     if not hasattr(value, "ndim") or not hasattr(value, "dtype"):
         raise TypeError(
             f"expected {label} to be an array, got {type(value).__name__}{on_rank()}: convert it first, "
@@ -52,7 +52,7 @@ def check_kind(label: str, value: Array, whose: str, like: Array) -> None:
 
 
 def _check_numpy(label: str, value: Array) -> None:
-    """Check that a NumPy array is none of a subclass that means something else by ``sum`` or ``*``."""
+    """Refuse subclasses of NumPy arrays that mean something else by ``sum`` or ``*``."""
     if hasattr(type(value), "mask"):  # numpy.ma's, and those of other libraries
         raise TypeError(
             f"expected {label} to be a plain array, got a masked one, {type(value).__name__}{on_rank()}: "

@@ -27,14 +27,14 @@ class SyncBatchNorm(convert.Synchronized):
     Args:
         num_features: the number of channels C of an input of shape ``(N, C, *)``.
         eps: added to the variance, at least 0.
-        momentum: weight of a batch in the running statistics, from 0 to 1: a number, or a 0-d tensor in host
-            memory or on the layer's device; None: cumulative average.
+        momentum: weight of a batch in the running statistics, from 0 to 1: a number, or a 0-d tensor
+            in host memory or on the layer's device; None: cumulative average.
         affine: if True, the layer has learnable per-channel weight and bias.
         track_running_stats: if True, keeps running statistics for evaluation; if False, batch
             statistics are used in evaluation too, then of this rank alone.
-        process_group: the ranks to normalize over: an mpi4py communicator, a Communicator, a process group
-            of torch.distributed, or None for the world. As an attribute it is what was given, and may
-            be set; ``communicator`` beside it is the Communicator that stands for it, None for the world.
+        process_group: the ranks to normalize over: an mpi4py communicator, a Communicator, a process
+            group of torch.distributed, or None for the world. The attribute ``process_group`` may be
+            set; ``communicator`` is the Communicator that stands for it, None for the world.
         device, dtype: of parameters and buffers.
         bias: if False, there is no bias even if ``affine``.
         activation: "relu" if the layer ends in max(., 0), which then costs no pass over memory of its
@@ -89,7 +89,7 @@ class SyncBatchNorm(convert.Synchronized):
                 ):
                     check_arguments(input, *vectors, eps=self.eps, layer=layer)
                 check_fused(activation, residual, input, layer)
-            # local: batch norm in evaluation needs nobody else
+            # local: batch norm in evaluation needs no other rank
             return evaluate(*tensors, self.eps, activation, residual)
         running_mean = running_var = None
         if self.track_running_stats:
@@ -139,28 +139,28 @@ class SyncBatchNorm(convert.Synchronized):
             module: a model, or a single layer.
             process_group: the ranks to normalize over: an mpi4py communicator, a Communicator, or None
                 for the world. Layers that are synchronized already get it too.
-            name: of the model, the same on every rank; None: the name of its class. Give models of one class
-                different names: ranks that use different layers in one exchange are told so by them.
-            fuse_relu: let a layer do the work of an ``nn.ReLU`` that follows it in an ``nn.Sequential``, at
-                no pass over memory of its own. Only where neither has hooks and the layer stands nowhere
-                else in the model.
+            name: of the model, the same on every rank; None: the name of its class. Give models of one
+                class different names: they tell apart the layers of two models in one exchange.
+            fuse_relu: let a layer do the work of an ``nn.ReLU`` that follows it in an
+                ``nn.Sequential``, without a pass over memory of its own, if neither has hooks and the
+                layer stands nowhere else in the model.
 
         Returns:
             ``module`` itself.
 
         Raises:
-            TypeError: some layer, named in the message, has a ``forward`` of its own, which would be
-                lost, or is compiled by torch.jit. No layer is changed then.
+            TypeError: some layer has a ``forward`` of its own, which would be lost, or is compiled by
+                torch.jit. The message names it. No layer is changed then.
             TypeError, ValueError: ``name`` is no text, or begins with ``#``.
 
         Warns:
-            UserWarning: the model holds batch norms that are none of torch's, and stay local.
+            UserWarning: the model holds batch norms that are not torch's. They stay local.
         """
         return convert.convert_sync_batchnorm(module, process_group, name=name, fuse_relu=fuse_relu, to=cls)
 
 
 def _cumulative_momentum(num_batches_tracked: Tensor | None) -> float | Tensor:
-    """The weight of the next batch in an average of all, as a tensor, so that no device is waited for."""
+    """The weight of the next batch in the average of all, as a tensor: the host waits for no device."""
     if num_batches_tracked is None:
         return 0.0
     dtype = torch.float64 if has_float64(num_batches_tracked) else torch.float32

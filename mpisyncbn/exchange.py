@@ -1,8 +1,8 @@
 """The messages: pack, one collective, unpack, merge.
 
 Every message is a float64 buffer that begins with two words of fingerprint, ``h`` and ``h * h``
-(fingerprint.py). Its length is fixed by the number of channels: a rank with an empty batch sends
-zeros of the same size, and a forward that meets a backward is found out rather than truncated.
+(fingerprint.py). The number of channels fixes its length. So a rank with an empty batch sends zeros
+of the same size, and a forward that meets a backward is reported, not cut short.
 
 =========  ==========  ===========================================  ===================
 direction  collective  after the fingerprint                        float64 values sent
@@ -14,8 +14,8 @@ float64               (the mean in two rows: see kernels/)
 backward   Allreduce   0, sum_dy, sum_dy_xmu                        2C + 3
 =========  ==========  ===========================================  ===================
 
-"Once more" comes after a forward whose sums show that they lost the digits of a variance, and then only.
-Sums decide that, which MPI requires to be identical on all ranks, so all ranks decide alike.
+"Once more" follows a forward only if its sums show that they lost the digits of a variance. MPI
+requires these sums to be identical on all ranks, so all ranks decide the same.
 """
 
 from __future__ import annotations
@@ -42,10 +42,11 @@ Moments: TypeAlias = tuple[int, np.ndarray, np.ndarray]  # count, mean and varia
 Buffer: TypeAlias = Any  # as mpi4py takes it: an array, or a list that names memory on a device
 
 _SUM, _GATHER = 1, 2  # kinds of messages, as a joined rank is told of them
-# A variance below _CANCELLATION * mean**2 has lost digits in the sums. Where there is no variance, rounding
-# leaves up to _ROUNDING * mean**2.
+# A variance below _CANCELLATION * mean**2 has lost digits in the sums. If there is no variance,
+# rounding leaves up to _ROUNDING * mean**2.
 _CANCELLATION, _ROUNDING = 1e-8, 1e-15
-# A rank adds this to the first word if its M2 is absorbed by the sum of squares. 131,072 of them are below 1.
+# A rank adds this to the first word if the sum of squares absorbs its M2. 131,072 of them are
+# below 1.
 _ABSORBED_FLAG = 2.0**-18
 _NO_DATA = LayerCall("no layer, for want of data", "answer", 0, "any")
 
@@ -53,11 +54,11 @@ _NO_DATA = LayerCall("no layer, for want of data", "answer", 0, "any")
 def merge_moments(group: Communicator, call: LayerCall, count: int, mean: Array, m2: Array) -> Moments:
     """Count, mean and biased variance of the whole group from the moments of its ranks.
 
-    float32 layers: sums of ``count * mean`` and ``M2 + count * mean**2`` in float64, in a message whose
-    size does not grow with the number of ranks. Their error is 2e-16 * (mean / std)**2 of the variance:
-    where mean / std is beyond 1e4 in some channel that is not constant, they are summed once more, about
-    the mean. float64 layers: all moments to all ranks, merged in rank order (Chan, Golub and LeVeque 1979,
-    eq. 2.1), which does not cancel.
+    float32 layers send the sums ``count * mean`` and ``M2 + count * mean**2`` in float64. The size of
+    that message does not grow with the number of ranks. The relative error of the variance is
+    2e-16 * (mean / std)**2. If mean / std is beyond 1e4 in some channel that is not constant, a second
+    message sums about the mean. float64 layers send all moments to all ranks, which merge them in rank
+    order without cancellation (Chan, Golub and LeVeque 1979, eq. 2.1).
 
     Args:
         count: values per channel on this rank; 0 for an empty batch.
@@ -79,10 +80,7 @@ def merge_moments(group: Communicator, call: LayerCall, count: int, mean: Array,
         merge, vectors = _gather_moments, _where_sent(group, *mean, m2)
     else:
         merge, vectors = _sum_moments, _where_sent(group, mean, m2)
-    lock: AbstractContextManager[object] = group.lock
-    if profiling.profiler._is_profiler_enabled:
-        lock = profiling.recorded("mpisyncbn:merge_moments", lock)
-    with lock:  # until all is done: nothing comes between two messages
+    with _locked(group, "mpisyncbn:merge_moments"):  # held for both messages: nothing comes between them
         try:
             return merge(group, call, count, *vectors)
         finally:
@@ -95,10 +93,7 @@ def reduce_sums(group: Communicator, call: LayerCall, *sums: Array) -> tuple[np.
     Collective: every rank of the group must call.
     """
     vectors = _where_sent(group, *sums)
-    lock: AbstractContextManager[object] = group.lock
-    if profiling.profiler._is_profiler_enabled:
-        lock = profiling.recorded("mpisyncbn:reduce_sums", lock)
-    with lock:
+    with _locked(group, "mpisyncbn:reduce_sums"):
         try:
             if group.link is not None and len(sums) == 2 and type(vectors[0]) is np.ndarray:
                 totals = np.empty((2, len(sums[0])))
@@ -112,11 +107,18 @@ def reduce_sums(group: Communicator, call: LayerCall, *sums: Array) -> tuple[np.
             group.rank_status.current_call = None
 
 
+def _locked(group: Communicator, name: str) -> AbstractContextManager[object]:
+    """The lock of a group's exchanges, which a running profiler of torch records under a name."""
+    if profiling.profiler._is_profiler_enabled:
+        return profiling.recorded(name, group.lock)
+    return group.lock
+
+
 def _where_sent(group: Communicator, *vectors: Array) -> Sequence[Array]:
-    """The vectors on the device, where messages are there; else in host memory."""
+    """The vectors, on the device if messages of this group are there, else in host memory."""
     if type(vectors[0]) is np.ndarray:
         return vectors
-    if isinstance(vectors[0], np.ndarray):  # of a subclass, which may not do as arrays do
+    if isinstance(vectors[0], np.ndarray):  # a subclass may override what arrays do
         return [np.asarray(vector) for vector in vectors]
     group.ready()  # the ranks agree on the transport there
     if group.transport == "device" and transport.on_device(vectors[0]):
@@ -125,7 +127,7 @@ def _where_sent(group: Communicator, *vectors: Array) -> Sequence[Array]:
 
 
 def _sum_moments(group: Communicator, call: LayerCall, count: int, mean: Array, m2: Array) -> Moments:
-    """Merge the moments by sums. What they lose by cancellation is found by a second exchange."""
+    """Merge the moments by sums. A second exchange recovers what they lose by cancellation."""
     if group.link is not None and type(mean) is np.ndarray:
         merged = np.empty((2, len(mean)))
         h = _begin_exchange(group, call, 3 + merged.size)
@@ -146,9 +148,9 @@ def _sum_moments(group: Communicator, call: LayerCall, count: int, mean: Array, 
 
 
 def _is_absorbed(m2: Array, squares: Array) -> bool:
-    """Whether in some channel this rank has an M2 that vanishes in its sum of squares.
+    """Whether an M2 of this rank vanishes in its sum of squares, in some channel.
 
-    For arrays on a device the answer is no: it would take more time than the rest of the message.
+    For arrays on a device the answer is no: finding out would take longer than the whole message.
     """
     if type(m2) is not np.ndarray:
         return False
@@ -174,11 +176,11 @@ def _merge_about_mean(
     var: np.ndarray,
     absorbed: bool,
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Mean and variance of the group by sums about its mean, where digits were lost by cancellation.
+    """Mean and variance of the group by sums about its mean, after digits were lost by cancellation.
 
-    If no rank has said that an M2 of its own was ``absorbed``, the exchange may not be needed: a channel
-    is constant then if its mean is a number of float32, which few others are, and only rounding is left of
-    its variance. And about such a number the sums of a constant channel are exactly 0.
+    The exchange is skipped if all such channels are constant, and no rank has said that an M2 of its
+    own was ``absorbed``. A channel is constant if its mean is a number of float32, which few others
+    are, and only rounding is left of its variance. Its sums about that number are exactly 0.
     """
     square = mean_of_all * mean_of_all
     cancelled = var < _CANCELLATION * square
@@ -195,7 +197,7 @@ def _merge_about_mean(
     again = call._replace(direction=f"{call.direction} once more")
     totals = _exchange_vectors(group, again, _SUM, count, sums, distance * sums + m2)
     _, distance, var, _ = _moments_of_sums(totals)
-    # Where all means are equal, only rounding is left, of either sign. (NaN stays NaN.)
+    # If all means are equal, only rounding is left, of either sign. (NaN stays NaN.)
     var *= var > _ROUNDING * (distance * distance)
     return origin + distance, var
 
@@ -231,9 +233,9 @@ def _exchange_vectors(
 
 
 def _pack(group: Communicator, header: Array, vectors: Sequence[Array], length: int) -> tuple[Array, Buffer]:
-    """A message, as array and as MPI wants it, where the vectors are.
+    """A message beside the vectors, in host memory or on their device: as an array, and as a buffer for MPI.
 
-    The fingerprint stands first, so that it arrives even where another rank sent a shorter message.
+    The fingerprint stands first, so that it arrives even if another rank sent a shorter message.
     """
     if type(vectors[0]) is not np.ndarray:
         on_device = group.device_message(1, length, vectors[0])
@@ -245,7 +247,7 @@ def _pack(group: Communicator, header: Array, vectors: Sequence[Array], length: 
 
 
 def _allreduce(group: Communicator, call: LayerCall, message: Array, buffer: Buffer) -> np.ndarray:
-    """The sum of all ranks' messages, in host memory. In place."""
+    """The sum of all ranks' messages, in host memory. MPI sums them in ``message`` itself."""
     _run_collective(group, call, message, group.comm.Allreduce, group.in_place, buffer)
     (total,) = transport.to_host(message)
     fingerprint.check(group, total[0], total[1], call)
@@ -260,7 +262,7 @@ def _allgather(group: Communicator, call: LayerCall, message: Array, buffer: Buf
     else:
         on_device = group.device_message(group.size, len(message), message)
         result, result_buffer = on_device.values, on_device.buffer
-        if group.size == 1:  # they are the same
+        if group.size == 1:  # message and result are one buffer
             buffer = group.in_place
     _run_collective(group, call, message, group.comm.Allgather, buffer, result_buffer)
     (gathered,) = transport.to_host(result)
@@ -287,7 +289,7 @@ def _run_collective(
 
 
 def _begin_exchange(group: Communicator, call: LayerCall, length: int, kind: int = _SUM) -> int:
-    """The fingerprint of the exchange that is about to happen. From here on the watchdog looks at it."""
+    """The fingerprint of the exchange that begins here. From here on the watchdog watches it."""
     rank_status = group.rank_status
     rank_status.current_call = call
     group.ready()
@@ -303,7 +305,7 @@ def _begin_exchange(group: Communicator, call: LayerCall, length: int, kind: int
 def _share_header(group: Communicator, kind: int, length: int, h: int) -> np.ndarray:
     """Tell joined ranks of the next message: its kind, its length and its fingerprint.
 
-    Returns these three. A joined rank hands over zeros, and zeros come back where all ranks have joined.
+    Returns these three. A joined rank hands over zeros. Zeros come back once all ranks have joined.
     """
     header = np.array([kind, length, h], float)
     group.comm.Allreduce(group.in_place, header, op=group.largest)

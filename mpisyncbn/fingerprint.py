@@ -1,4 +1,4 @@
-"""The fingerprint in every message, and the error where ranks are in different calls."""
+"""The fingerprint in every message, and the error if ranks are in different calls."""
 
 from __future__ import annotations
 
@@ -22,15 +22,15 @@ __all__ = ["LayerCall", "check", "compare_calls", "fingerprint", "keep_alive", "
 _BITS = 18
 _MASK = (1 << _BITS) - 1
 
-_PATIENCE = 10.0  # seconds that a rank which knows of a mismatch waits for the others to say their calls
+_PATIENCE = 10.0  # seconds that a rank waits for the others to say their calls, after a mismatch
 _kept_alive: list[tuple[object, ...]] = []
 
 
 class LayerCall(NamedTuple):
-    """The exchange that a rank believes it is in. Equal on every rank of a group, or else it is refused.
+    """The exchange that a rank believes it is in. It must be equal on every rank of a group.
 
-    Every field is fixed by the layer, never by this rank's input: a rank with an empty batch, or
-    one that autocast gave another dtype, takes part like any other.
+    The layer fixes every field, never this rank's input. So a rank with an empty batch, or with an
+    input of another dtype by autocast, takes part like any other.
     """
 
     layer: str
@@ -45,7 +45,7 @@ class LayerCall(NamedTuple):
 
 
 def layer_dtype(x: Array, *parameters: Array | None) -> str:
-    """The dtype of a layer, "float64" or "float32": that of its parameters or, if it has none, of ``x``."""
+    """The dtype of a layer, "float64" or "float32": of its parameters or, if it has none, of ``x``."""
     decides = next((p for p in parameters if p is not None), x)
     return "float64" if decides.dtype.itemsize == 8 else "float32"
 
@@ -75,10 +75,10 @@ def check(group: Communicator, sum_h: float, sum_hh: float, call: object) -> Non
 
 
 def compare_calls(group: Communicator, call: LayerCall) -> None:
-    """Raise CollectiveMismatchError on every rank where the ranks are about to make different calls.
+    """Raise CollectiveMismatchError on every rank if the ranks are about to make different calls.
 
-    With MPISYNCBN_DEBUG=1 this comes before each collective. Its message has a fixed size, whatever the call.
-        Without it, ranks with different numbers of channels end in an error of MPI itself, or hang in it.
+    With MPISYNCBN_DEBUG=1 this comes before each collective. Its message has the same size for every
+    call. Without it, ranks with different numbers of channels end in an error of MPI, or hang in it.
     Collective: every rank of the group must call.
     """
     try:
@@ -92,10 +92,10 @@ def compare_calls(group: Communicator, call: LayerCall) -> None:
 
 
 def mismatch(group: Communicator, call: object) -> NoReturn:
-    """Raise CollectiveMismatchError, which says what each rank was doing.
+    """Raise CollectiveMismatchError, which lists the call of each rank.
 
-    Collective among the ranks that noticed, which are all where all sent messages of one length.
-    Where not, some may be waiting in MPI for ever: they are not waited for.
+    Collective among the ranks that noticed. All ranks notice if all sent messages of one length.
+    Otherwise some may wait in MPI for ever; after 10 seconds this rank raises without them.
     """
     record = np.array(["on {}: {}".format(*_here(call)).encode()], "S512")
     records = np.zeros(group.size, "S512")

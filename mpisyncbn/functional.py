@@ -1,50 +1,35 @@
 """Synchronized batch normalization, the whole algorithm, for any array. Read this first.
 
-A training step of one layer is ``forward``, the moments of this rank, one exchange, normalize, and then
-``backward``, the sums of this rank, one exchange, dx. The kernels work where the data lives (kernels/), and
-an exchange is the one message each way (exchange.py). Formulas: docs/algorithm.md.
+A training step of one layer has two halves. ``forward``: the moments of this rank, one exchange,
+normalize. ``backward``: the sums of this rank, one exchange, dx. The kernels work where the data
+lives (kernels/). An exchange is the one message each way (exchange.py). Formulas:
+docs/algorithm.md.
 """
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
-from typing import NamedTuple, TypeAlias
+from typing import TypeAlias
 
 import numpy as np
 
 from . import exchange, profiling
-from .arguments import (
-    check_arguments,
-    check_count,
-    check_gradient,
-    check_running,
-    check_stats,
-)
+from .arguments import check_arguments, check_count, check_gradient, check_stats
+from .batch_stats import BatchStats, invstd_of
 from .comm import transport
 from .comm.groups import AnyGroup, resolve
-from .errors import on_rank
 from .fingerprint import LayerCall, layer_dtype
-from .kernels import Activation, ActivationContext, Array, Kernels, kernels_for, native
-from .running_stats import record_batch
+from .kernels import Activation, ActivationContext, Array, Kernels, kernels_for
+from .running_stats import update_running_stats
 
 __all__ = ["BatchStats", "batch_norm_backward", "batch_norm_forward", "update_running_stats"]
 
-# The exchanges: from count, mean and M2 of this rank to count, mean and variance of the group; and from sums
-# of this rank to sums of the group.
+# The two exchanges. MergeMoments: count, mean and M2 of this rank -> count, mean and variance of
+# the group. ReduceSums: sums of this rank -> sums of the group.
 MergeMoments: TypeAlias = Callable[[int, Array, Array], tuple[int, Array, Array]]
 ReduceSums: TypeAlias = Callable[[Array, Array], Sequence[Array]]
-
-
-class BatchStats(NamedTuple):
-    """Statistics of the whole group's batch, the same on every rank. Vectors are float64, of length C."""
-
-    mean: Array
-    var: Array  # biased: divided by count
-    invstd: Array  # (var + eps) ** -0.5
-    count: Array  # values per channel: an int, or an array in a compiled graph
 
 
 def forward(
@@ -57,7 +42,10 @@ def forward(
     residual: Array | None = None,
     activation: Activation = Activation.NONE,
 ) -> tuple[Array, BatchStats, BatchStats]:
-    """``y``, the statistics of the group's batch, and the same where the kernels for ``x`` take them.
+    """Normalize ``x`` with the statistics of the group's batch. Arguments are checked by the caller.
+
+    Returns:
+        ``y``; the statistics in host memory; the same statistics on the device of ``x``.
 
     Collective: every rank of the group must call.
     """
@@ -81,16 +69,20 @@ def backward(
     need_dx: bool = True,
     context: ActivationContext | None = None,
 ) -> tuple[Array, Array, Array, Array]:
-    """``dx``, the gradients of weight and bias of this rank alone, and that of the residual.
+    """The gradients of ``forward``, from the gradient ``dy`` of its ``y``.
 
-    ``dx`` is None where it is not needed. Collective if it is: every rank of the group must call.
+    Returns:
+        ``dx``, None unless ``need_dx``; the gradients of weight and bias, which are sums of this rank
+        alone; the gradient of the residual.
+
+    Collective if ``need_dx``: every rank of the group must call.
     """
     mean, _, invstd, count = device_stats
     sum_dy, sum_dy_xmu, dz = kernels.backward_reduce(dy, x, mean, invstd, context)
     dx = None
     if need_dx:
         total_dy, total_dy_xmu = reduce_sums(sum_dy, sum_dy_xmu)
-        count = count + (count == 0)  # nobody has a value: nothing is divided, nothing returned
+        count = count + (count == 0)  # if no rank has a value, all sums are 0
         mean_dy, mean_dy_xmu = transport.to_device_of(x, total_dy / count, total_dy_xmu / count)
         dx = kernels.backward_elementwise(dz, x, mean, invstd, weight, mean_dy, mean_dy_xmu, context)
     return dx, sum_dy_xmu * invstd, sum_dy, dz
@@ -115,12 +107,12 @@ def batch_norm_forward(
 
     Returns:
         ``y``, like ``x``, and the BatchStats that ``batch_norm_backward`` needs, as arrays of the
-        same kind. autograd does not record this: that is what ``sync_batch_norm`` is for.
+        same kind. autograd does not record this; ``sync_batch_norm`` is for that.
 
     Raises:
         ValueError, TypeError: an argument is of the wrong shape, dtype or device.
         TypeError: an argument is a masked array, a matrix, or an array of another library.
-        ValueError: on every rank, where the group has a single value per channel.
+        ValueError: on every rank, if the group has a single value per channel.
         CollectiveMismatchError: on every rank, if the ranks were in different calls.
         MPISyncBNError: the group is the world, and torch.distributed or a launcher knows of more ranks.
 
@@ -161,7 +153,7 @@ def batch_norm_backward(
     """
     check_arguments(x, weight, None)
     check_gradient(dy, x)
-    _check_stats(stats, ("mean", "var", "invstd"), x.shape[1], x)
+    check_stats(stats, ("mean", "var", "invstd"), x.shape[1], x)
     group, call = resolve(process_group), _layer_call(x, weight, None, "backward")
     reduce_sums = partial(exchange.reduce_sums, group, call)
     with _no_grad_or_warnings(x):
@@ -173,56 +165,10 @@ def batch_norm_backward(
     return dx, dweight, dbias
 
 
-def update_running_stats(
-    running_mean: Array, running_var: Array, stats: BatchStats, momentum: float | Array
-) -> bool | Array:
-    """Move the running statistics towards those of the batch, in place.
-
-    ``running = (1 - momentum) * running + momentum * batch``, with the unbiased variance of the
-    global batch. An empty batch, and one with a statistic that is not finite in the dtype of the running
-    statistics, changes nothing. ``stats`` decides that, so all ranks do alike.
-
-    Args:
-        running_mean, running_var: of length C, floating point, any array.
-        momentum: weight of this batch, from 0 to 1: a number, or a 0-d array of their kind, in host memory or
-            on their device.
-
-    Returns:
-        Whether they were updated; as a 0-d array where that is known on a device alone, which is not
-        waited for, and in a graph of torch.compile. Not collective.
-    """
-    check_running(running_mean, running_var, momentum)
-    _check_stats(stats, ("mean", "var"), len(running_mean), running_mean)
-    return record_batch(running_mean, running_var, None, stats, momentum)
-
-
-def _check_stats(stats: object, names: tuple[str, ...], channels: int, like: Array) -> None:
-    if not isinstance(stats, BatchStats):
-        raise TypeError(
-            "expected stats to be the BatchStats that batch_norm_forward returned, got "
-            f"{type(stats).__name__}{on_rank()}"
-        )
-    check_stats(stats, names, channels, like)
-
-
-def invstd_of(var: Array, eps: float) -> Array:
-    """``(var + eps) ** -0.5``; 0 for a constant channel where ``eps`` is 0."""
-    if type(var) is np.ndarray and eps > 0 and (native_cpu := native()) is not None:
-        invstd = np.empty(len(var))
-        native_cpu.invstd(var, eps, invstd)
-        return invstd
-    if eps == 0:
-        # A constant channel gives 0, so that y is its bias and dx is 0, not NaN. So does a variance that
-        # float64 has no digits for.
-        constant = var < sys.float_info.min
-        return (var + constant) ** -0.5 * ~constant
-    return (var + eps) ** -0.5
-
-
 def _layer_call(
     x: Array, weight: Array | None, bias: Array | None, direction: str, eps: float | None = None
 ) -> LayerCall:
-    profiling.find_torch()  # which may have been imported since
+    profiling.find_torch()  # it may have been imported since
     return LayerCall("functional.batch_norm", direction, x.shape[1], layer_dtype(x, weight, bias), eps)
 
 

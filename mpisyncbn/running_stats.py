@@ -1,9 +1,12 @@
 """The update of running statistics: exponential averages of each batch's mean and unbiased variance.
 
-``record_batch`` chooses who does it. In host memory that is one call of native code. Where the host knows a
-batch's statistics, and the running ones are on a device, it is one kernel there. Where neither can, it is
-operations of NumPy, CuPy or torch. And where the host does not know the statistics, because they are on a
-device alone or in a compiled graph, these operations also decide whether to do it, so that nobody waits.
+``record_batch`` picks the shortest way:
+
+- One call of native code, if the statistics and the running ones are in host memory.
+- One kernel on the device, if the running ones are there and the host knows the statistics too.
+- Operations of NumPy, CuPy or torch, if there is no such kernel.
+- Operations that also decide whether to do it, if the host does not know the statistics: they are
+  on a device alone, or in a compiled graph. The host does not wait for them.
 """
 
 from __future__ import annotations
@@ -13,10 +16,12 @@ import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from functools import lru_cache
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeAlias
 
 import numpy as np
 
+from .arguments import check_running, check_stats
+from .batch_stats import BatchStats
 from .comm import transport
 from .errors import on_rank
 from .kernels import Array, has_float64, kernels_for, loaded_torch, native
@@ -24,9 +29,37 @@ from .kernels import Array, has_float64, kernels_for, loaded_torch, native
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from .functional import BatchStats
+__all__ = ["lerp", "lerp_", "record_batch", "update_running_stats"]
 
-__all__ = ["lerp", "lerp_", "record_batch"]
+# running_mean, running_var and num_batches_tracked
+Running: TypeAlias = "tuple[Array, Array, Tensor | None]"
+
+
+def update_running_stats(
+    running_mean: Array, running_var: Array, stats: BatchStats, momentum: float | Array
+) -> bool | Array:
+    """Move the running statistics towards those of the batch, in place.
+
+    ``running = (1 - momentum) * running + momentum * batch``, with the unbiased variance of the
+    group's batch. An empty batch changes nothing, and neither does one with a statistic that is not
+    finite in the dtype of the running statistics. ``stats`` decides that, so all ranks do the same.
+
+    Args:
+        running_mean, running_var: of length C, floating point, any array.
+        stats: of the batch; ``invstd`` is not looked at.
+        momentum: weight of this batch, from 0 to 1: a number, or a 0-d array of their kind, in host
+            memory or on their device.
+
+    Returns:
+        Whether they were updated: a bool, or a 0-d array if only a device or a compiled graph knows
+        that. Not collective.
+
+    Raises:
+        ValueError, TypeError: an argument is of the wrong shape, dtype, device or range.
+    """
+    check_running(running_mean, running_var, momentum)
+    check_stats(stats, ("mean", "var"), len(running_mean), running_mean)
+    return record_batch(running_mean, running_var, None, stats, momentum)
 
 
 def record_batch(
@@ -37,10 +70,9 @@ def record_batch(
     momentum: float | Array,
     device_stats: BatchStats | None = None,
 ) -> bool | Array:
-    """Move the running statistics towards those of a batch, in place, and add 1 to ``num_batches_tracked``.
+    """Do ``update_running_stats`` without checks, and add 1 to ``num_batches_tracked``.
 
-    functional.update_running_stats says what the new values are, and which batches are left out. Where
-    anything raises, nothing is changed.
+    If anything raises, nothing is changed.
 
     Args:
         running_mean, running_var: floating point, of length C.
@@ -50,47 +82,47 @@ def record_batch(
         device_stats: the same statistics on the device of the running ones, if they are known there.
 
     Returns:
-        Whether the batch was recorded: a bool or, where only a device or a compiled graph knows that, an
-        array of no dimensions. Not collective.
+        Whether the batch was recorded: a bool, or an array of no dimensions if only a device or a compiled
+        graph knows that. Not collective.
     """
+    running = running_mean, running_var, num_batches_tracked
     if momentum.__class__ is not float and transport.is_readable_now(momentum):
         momentum = float(momentum)
-    if _record_natively(running_mean, running_var, num_batches_tracked, stats, momentum):
+    if _record_natively(running, stats, momentum):
         return True
     if isinstance(stats.count, np.generic):
         stats = stats._replace(count=int(stats.count))
-    count = stats.count
-    if isinstance(count, int) and count == 0:
+    if not isinstance(stats.count, int):
+        return _record_without_sync(running, stats, momentum)
+    if stats.count == 0:
         return False
-    if not isinstance(count, int) or not (transport.on_host(stats.mean) or transport.on_host(running_mean)):
-        return _record_without_sync(running_mean, running_var, num_batches_tracked, stats, momentum)
-    arrays = running_mean, running_var, num_batches_tracked
-    return _record_from_host(*arrays, stats, momentum, device_stats)
+    if transport.on_host(stats.mean) or transport.on_host(running_mean):
+        return _record_from_host(running, stats, momentum, device_stats)
+    return _record_without_sync(running, stats, momentum)
 
 
-def _record_natively(
-    running_mean: Array,
-    running_var: Array,
-    num_batches_tracked: Tensor | None,
-    stats: BatchStats,
-    momentum: float | Array,
-) -> bool:
-    """Do it in one call of native code. Returns False where that refuses, and then nothing is changed."""
-    count = stats.count
+def _bessel_factor(count: int) -> float:
+    """The unbiased variance over the biased one, ``count / (count - 1)``; 1 for a single value."""
+    return count / max(count - 1, 1)
+
+
+def _record_natively(running: Running, stats: BatchStats, momentum: float | Array) -> bool:
+    """Do it in one call of native code. Returns False if that refuses, and then nothing is changed."""
+    running_mean, _, num_batches_tracked = running
     if not (
         type(stats.mean) is np.ndarray
         and type(stats.var) is np.ndarray
-        and count
+        and stats.count
         and transport.on_host(running_mean)
         and momentum.__class__ is float
         and (native_cpu := native()) is not None
     ):
         return False
-    arrays = running_mean, running_var, num_batches_tracked, transport.version_counter_of(running_mean)
+    arrays = *running, transport.version_counter_of(running_mean)
+    factor = _bessel_factor(stats.count)
     ahead = 0 if num_batches_tracked is None else num_batches_tracked._version - running_mean._version
     try:
-        to_unbiased = count / max(count - 1, 1)
-        return native_cpu.update_running_stats(*arrays, stats.mean, stats.var, to_unbiased, momentum)
+        return native_cpu.update_running_stats(*arrays, stats.mean, stats.var, factor, momentum)
     except BaseException:
         if num_batches_tracked is not None and num_batches_tracked._version - running_mean._version > ahead:
             num_batches_tracked.sub_(1)  # counted, and then something went wrong
@@ -98,68 +130,47 @@ def _record_natively(
 
 
 def _record_from_host(
-    running_mean: Array,
-    running_var: Array,
-    num_batches_tracked: Tensor | None,
-    stats: BatchStats,
-    momentum: float | Array,
-    device_stats: BatchStats | None,
+    running: Running, stats: BatchStats, momentum: float | Array, device_stats: BatchStats | None
 ) -> bool:
     """Do it from statistics that the host knows, wherever the running ones are. Returns whether it did."""
     mean, var = transport.to_host(stats.mean, stats.var)
     with np.errstate(all="ignore"):
-        unbiased = var * (stats.count / max(stats.count - 1, 1))
-        if not _fits(mean, unbiased, running_var):
+        unbiased = var * _bessel_factor(stats.count)
+        if not _fits(mean, unbiased, running[1]):
             _warn_not_finite(on_rank())
             return False
-    if (
-        device_stats is None
-        or device_stats.mean is stats.mean
-        or not _record_on_device(running_mean, running_var, num_batches_tracked, device_stats, momentum)
-    ):
-        lerp_((running_mean, running_var), (mean, unbiased), momentum, num_batches_tracked)
+    if device_stats is None or not _record_on_device(running, device_stats, momentum):
+        lerp_(running[:2], (mean, unbiased), momentum, running[2])
     return True
 
 
-def _record_on_device(
-    running_mean: Array,
-    running_var: Array,
-    num_batches_tracked: Tensor | None,
-    stats: BatchStats,
-    momentum: float | Array,
-) -> bool:
-    """Do it in one kernel, from statistics on the device. Returns False where no kernel can."""
-    if type(momentum) is not float:
+def _record_on_device(running: Running, stats: BatchStats, momentum: float | Array) -> bool:
+    """Do it in one kernel, from statistics on the device. Returns False if no kernel can."""
+    if transport.on_host(stats.mean) or type(momentum) is not float:
         return False
-    record = getattr(kernels_for(running_mean), "record_batch", None)
-    to_unbiased = stats.count / max(stats.count - 1, 1)
-    arrays = running_mean, running_var, num_batches_tracked, stats.mean, stats.var
-    return record is not None and record(*arrays, to_unbiased, momentum)
+    record = getattr(kernels_for(running[0]), "record_batch", None)
+    arrays = *running, stats.mean, stats.var
+    return record is not None and record(*arrays, _bessel_factor(stats.count), momentum)
 
 
-def _record_without_sync(
-    running_mean: Array,
-    running_var: Array,
-    num_batches_tracked: Tensor | None,
-    stats: BatchStats,
-    momentum: float | Array,
-) -> Array:
-    """Do it where the host does not know the statistics, and does not wait for them. Nothing warns there.
+def _record_without_sync(running: Running, stats: BatchStats, momentum: float | Array) -> Array:
+    """Do it without knowing the statistics on the host, and without waiting for them. Nothing warns.
 
     Returns whether it was done, as an array of no dimensions.
     """
+    running_mean, running_var, num_batches_tracked = running
     count, mean = stats.count, stats.mean
     divisor = max(count - 1, 1) if isinstance(count, int) else (count - 1).clamp(min=1)
     unbiased = stats.var * (count / divisor)
     largest = _largest(running_var)
     fits = (count > 0) & (abs(mean).max() <= largest) & (unbiased.max() <= largest)
-    for running, batch in ((running_mean, mean), (running_var, unbiased)):
-        if hasattr(running, "copy_"):  # torch
-            convert = "double" if has_float64(running) else "float"
-            old, new = getattr(running, convert)(), getattr(batch, convert)()
-            running.copy_(lerp(old, new, momentum).where(fits, old))
+    for average, batch in ((running_mean, mean), (running_var, unbiased)):
+        if hasattr(average, "copy_"):  # torch
+            convert = "double" if has_float64(average) else "float"
+            old, new = getattr(average, convert)(), getattr(batch, convert)()
+            average.copy_(lerp(old, new, momentum).where(fits, old))
         else:
-            running[...] = np.where(fits, lerp(running, batch, momentum), running)
+            average[...] = np.where(fits, lerp(average, batch, momentum), average)
     if num_batches_tracked is not None:
         num_batches_tracked.add_(fits)
     return fits
@@ -189,7 +200,7 @@ def _warn_not_finite(rank: str) -> None:
         "a batch whose mean or variance is not finite, or overflows the dtype of the running statistics, was "
         f"kept out of the running statistics{rank}; further ones will be, silently",
         RuntimeWarning,
-        stacklevel=5,  # whoever called functional.update_running_stats
+        stacklevel=5,  # the caller of functional.update_running_stats
     )
 
 
@@ -201,7 +212,7 @@ def lerp_(
 ) -> None:
     """Set ``running = (1 - momentum) * running + momentum * batch`` in place, for vectors of one kind.
 
-    Adds 1 to ``num_batches_tracked``, if it is not None. Where anything raises, nothing is changed.
+    Adds 1 to ``num_batches_tracked``, if it is not None. If anything raises, nothing is changed.
     """
     if hasattr(running[0], "lerp_"):
         _lerp_tensors_(running, batch, momentum, num_batches_tracked)
@@ -243,9 +254,9 @@ def _lerp_tensors_(
 
 
 def lerp(old: Array, new: Array, momentum: float | Array) -> Array:
-    """``(1 - momentum) * old + momentum * new``, rounded as ``torch.lerp`` does: a step from the nearer end.
+    """``(1 - momentum) * old + momentum * new``, rounded as ``torch.lerp`` does.
 
-    So a momentum of 1 gives ``new``, also if it is lost in ``new - old``.
+    It is a step from the nearer end, so that a momentum of 1 gives ``new`` exactly.
     """
     if hasattr(old, "lerp"):
         if not isinstance(momentum, (int, float)):
@@ -260,10 +271,10 @@ def lerp(old: Array, new: Array, momentum: float | Array) -> Array:
 
 @contextmanager
 def _all_or_nothing(*arrays: Array) -> Iterator[None]:
-    """Take back what was written inside where anything raises there, an interrupt for example.
+    """Restore the arrays if anything raises inside, an interrupt for example.
 
-    Arrays on a device are not taken back: nothing but an interrupt raises there, and copies would take
-    longer than the rest.
+    Arrays on a device are not restored: only an interrupt raises there, and copies of them would take
+    longer than the update.
     """
     copies = [
         each.copy() if isinstance(each, np.ndarray) else each.clone()
@@ -274,6 +285,6 @@ def _all_or_nothing(*arrays: Array) -> Iterator[None]:
         yield
     except BaseException:
         for each, copy in zip(arrays, copies, strict=False):
-            with suppress(Exception):  # what cannot be written has not been
+            with suppress(Exception):  # an array that cannot be written has not changed
                 each[...] = copy
         raise

@@ -20,11 +20,11 @@ from torch._subclasses.fake_tensor import FakeTensor
 
 from .. import profiling
 from ..arguments import UNNAMED, check_arguments, check_count, check_fused, check_tensor
+from ..batch_stats import BatchStats
 from ..comm.communicator import Communicator
 from ..comm.groups import AnyGroup, resolve
 from ..errors import on_rank
 from ..fingerprint import layer_dtype
-from ..functional import BatchStats
 from ..kernels import activation_named, native
 from ..running_stats import record_batch
 from . import compiled, fused

@@ -16,9 +16,9 @@ from torch.utils.checkpoint import CheckpointPolicy, _CachingTorchDispatchMode
 
 from .. import exchange, functional
 from ..arguments import check_count
+from ..batch_stats import BatchStats
 from ..comm import transport
 from ..comm.communicator import by_graph_key
-from ..functional import BatchStats
 from ..kernels import generic
 from .layer_context import FunctionContext, is_recomputing, layer_call
 

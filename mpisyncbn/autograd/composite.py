@@ -9,10 +9,11 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .. import exchange, functional
+from .. import exchange
+from ..batch_stats import BatchStats, invstd_of
 from ..comm import transport
 from ..errors import on_rank
-from ..functional import BatchStats, ReduceSums
+from ..functional import ReduceSums
 from ..kernels import generic
 from .layer_context import FunctionContext, LayerContext
 
@@ -122,7 +123,7 @@ def differentiable_stats(x: Tensor, layer: LayerContext) -> BatchStats:
     """The statistics of the forward pass as differentiable functions of ``x``."""
     count, mean, m2 = generic.local_moments(x)
     mean, var = _MergeMoments.apply(mean, m2, count, layer)
-    return BatchStats(mean, var, functional.invstd_of(var, layer.eps), layer.stats.count)
+    return BatchStats(mean, var, invstd_of(var, layer.eps), layer.stats.count)
 
 
 def differentiable_sums(layer: LayerContext, direction: str) -> ReduceSums:

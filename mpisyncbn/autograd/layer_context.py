@@ -8,9 +8,9 @@ from typing import Any, TypeAlias, TypeVar
 
 import torch
 
+from ..batch_stats import BatchStats
 from ..comm.communicator import Communicator
 from ..fingerprint import LayerCall
-from ..functional import BatchStats
 from ..kernels import Activation
 
 __all__ = ["FunctionContext", "LayerContext", "is_recomputing", "layer_call"]

@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 import mpisyncbn
-from mpisyncbn import exchange, functional
+from mpisyncbn import exchange
+from mpisyncbn.batch_stats import invstd_of
 from mpisyncbn.fingerprint import LayerCall
 from mpisyncbn.kernels import kernels_for
 
@@ -46,7 +47,7 @@ def calls(x: Tensor, dy: Tensor) -> dict[str, Callable[[], Any]]:
     group = mpisyncbn.Communicator()
     call = LayerCall("benchmark", "forward", channels, "float32")
     count, mean, var = exchange.merge_moments(group, call, *kernels.local_moments(x))
-    invstd = functional.invstd_of(var, 1e-5)
+    invstd = invstd_of(var, 1e-5)
     sum_dy, sum_dy_xmu, _ = kernels.backward_reduce(dy, x, mean, invstd)
     group.free()
     arguments = mean, invstd

@@ -10,7 +10,7 @@ import torch.autograd.forward_ad as forward_ad
 from torch import Tensor
 
 import mpisyncbn
-from mpisyncbn.functional import BatchStats
+from mpisyncbn.batch_stats import BatchStats
 from support.oracle import distance, local_batch, oracle, shard
 from support.ranks import WORLD
 

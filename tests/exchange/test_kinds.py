@@ -11,9 +11,9 @@ import torch
 
 import mpisyncbn
 from mpisyncbn import MPISyncBNError, SyncBatchNorm, functional, sync_batch_norm
+from mpisyncbn.batch_stats import BatchStats
 from mpisyncbn.comm.communicator import by_graph_key
 from mpisyncbn.distributed import host_tensors, mpi_collectives
-from mpisyncbn.functional import BatchStats
 from support.ranks import WORLD, up_to_two
 
 pytestmark = up_to_two

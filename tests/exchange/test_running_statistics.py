@@ -9,8 +9,8 @@ import pytest
 import torch
 
 from mpisyncbn import functional, running_stats
+from mpisyncbn.batch_stats import BatchStats
 from mpisyncbn.comm import transport
-from mpisyncbn.functional import BatchStats
 from mpisyncbn.kernels import native
 from support.oracle import shard
 from support.ranks import no_exchange
@@ -162,7 +162,7 @@ def test_running_statistics_are_rounded_as_by_torchs_lerp(kind, seen, momentum, 
         else:
             monkeypatch.setattr(transport, "is_readable_now", lambda number: False)
             stats = BatchStats(*map(make, batch), None, 2**60)
-            assert running_stats._record_without_sync(*running, None, stats, number)
+            assert running_stats._record_without_sync((*running, None), stats, number)
         for found, old, new in zip(running, start, batch, strict=True):
             # but for one rounding: torch's may be a multiply-add
             assert np.allclose(found, old.lerp(new, momentum), rtol=4e-16, atol=0)
@@ -213,7 +213,7 @@ def test_statistics_that_the_host_does_not_see(count):
     """As on a device, or in a compiled graph."""
     running = torch.zeros(2), torch.ones(2)
     stats = BatchStats(torch.tensor([1.0, 2.0]), torch.tensor([4.0, 8.0]), None, count)
-    assert running_stats._record_without_sync(*running, None, stats, 0.5)
+    assert running_stats._record_without_sync((*running, None), stats, 0.5)
     unbiased = stats.var * (int(count) / max(int(count) - 1, 1))
     assert torch.equal(running[0], stats.mean / 2)
     assert torch.allclose(running[1], (1 + unbiased) / 2)

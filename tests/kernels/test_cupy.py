@@ -10,10 +10,10 @@ import torch
 from mpi4py import MPI
 
 from mpisyncbn import functional, kernels
+from mpisyncbn.batch_stats import BatchStats
 from mpisyncbn.comm import staging, streams, transport
 from mpisyncbn.comm.communicator import Communicator
 from mpisyncbn.errors import CollectiveMismatchError, MPISyncBNError
-from mpisyncbn.functional import BatchStats
 from mpisyncbn.kernels import generic
 from support import fake_cupy
 from support.oracle import bits_equal_on_all_ranks, distance, oracle, shard

@@ -16,7 +16,8 @@ import torch.distributed as dist
 import mpisyncbn
 from benchmarks.peers import gloo
 from benchmarks.timing import interleave
-from mpisyncbn import exchange, functional
+from mpisyncbn import exchange
+from mpisyncbn.batch_stats import invstd_of
 from mpisyncbn.comm import transport
 from mpisyncbn.errors import TransportError
 from mpisyncbn.fingerprint import LayerCall
@@ -36,7 +37,7 @@ def _ours(group: Any, channels: int, context: Context) -> Callable[[], Any]:
 
     def whole() -> Any:
         _, merged, var = exchange.merge_moments(group, call, 100, mean, m2)
-        return transport.to_device_of(mean, merged, var, functional.invstd_of(var, 1e-5))
+        return transport.to_device_of(mean, merged, var, invstd_of(var, 1e-5))
 
     return whole
 

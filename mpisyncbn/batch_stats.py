@@ -1,0 +1,35 @@
+"""The statistics of a batch, which forward hands to backward and to the running statistics."""
+
+from __future__ import annotations
+
+import sys
+from typing import NamedTuple
+
+import numpy as np
+
+from .kernels import Array, native
+
+__all__ = ["BatchStats", "invstd_of"]
+
+
+class BatchStats(NamedTuple):
+    """Statistics of the whole group's batch, the same on every rank. Vectors are float64, of length C."""
+
+    mean: Array
+    var: Array  # biased: divided by count
+    invstd: Array  # (var + eps) ** -0.5
+    count: Array  # values per channel: an int, or an array in a compiled graph
+
+
+def invstd_of(var: Array, eps: float) -> Array:
+    """``(var + eps) ** -0.5``; 0 for a constant channel where ``eps`` is 0."""
+    if type(var) is np.ndarray and eps > 0 and (native_cpu := native()) is not None:
+        invstd = np.empty(len(var))
+        native_cpu.invstd(var, eps, invstd)
+        return invstd
+    if eps == 0:
+        # A constant channel gives 0, so that y is its bias and dx is 0, not NaN. So does a variance
+        # that float64 has no digits for.
+        constant = var < sys.float_info.min
+        return (var + constant) ** -0.5 * ~constant
+    return (var + eps) ** -0.5
