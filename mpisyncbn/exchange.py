@@ -32,19 +32,23 @@ from .comm.communicator import Communicator
 from .errors import CollectiveMismatchError, MPISyncBNError
 from .fingerprint import LayerCall
 from .kernels import Array
+from .merging import (
+    Moments,
+    cancelled_channels,
+    is_absorbed,
+    moments_of_rows,
+    moments_of_sums,
+    without_rounding,
+)
 
 if TYPE_CHECKING:
     from mpi4py import MPI
 
 __all__ = ["merge_moments", "reduce_sums", "serve_joined"]
 
-Moments: TypeAlias = tuple[int, np.ndarray, np.ndarray]  # count, mean and variance of a group
 Buffer: TypeAlias = Any  # as mpi4py takes it: an array, or a list that names memory on a device
 
 _SUM, _GATHER = 1, 2  # kinds of messages, as a joined rank is told of them
-# A variance below _CANCELLATION * mean**2 has lost digits in the sums. If there is no variance,
-# rounding leaves up to _ROUNDING * mean**2.
-_CANCELLATION, _ROUNDING = 1e-8, 1e-15
 # A rank adds this to the first word if the sum of squares absorbs its M2. 131,072 of them are
 # below 1.
 _ABSORBED_FLAG = 2.0**-18
@@ -138,34 +142,13 @@ def _sum_moments(group: Communicator, call: LayerCall, count: int, mean: Array, 
     else:
         sums = mean * count
         squares = mean * sums + m2
-        flag = _ABSORBED_FLAG * _is_absorbed(m2, squares)
+        flag = _ABSORBED_FLAG * is_absorbed(m2, squares)
         totals = _exchange_vectors(group, call, _SUM, count, sums, squares, flag=flag)
-        total, mean_of_all, var, cancelled = _moments_of_sums(totals)
+        total, mean_of_all, var, cancelled = moments_of_sums(totals)
         absorbed = totals[0] % 1 > 0
     if cancelled:
         mean_of_all, var = _merge_about_mean(group, call, (count, mean, m2), mean_of_all, var, absorbed)
     return total, mean_of_all, var
-
-
-def _is_absorbed(m2: Array, squares: Array) -> bool:
-    """Whether an M2 of this rank vanishes in its sum of squares, in some channel.
-
-    For arrays on a device the answer is no: finding out would take longer than the whole message.
-    """
-    if type(m2) is not np.ndarray:
-        return False
-    is_small = m2 < _CANCELLATION * squares
-    return bool(np.count_nonzero(is_small) and m2[is_small].any())
-
-
-def _moments_of_sums(totals: np.ndarray) -> tuple[int, np.ndarray, np.ndarray, bool]:
-    """Count, mean and variance of the group, and whether some variance has lost digits by cancellation."""
-    total, channels = int(totals[2]), len(totals) // 2 - 1
-    means = totals[3:] / max(total, 1)
-    mean, var = means[:channels], means[channels:]
-    square = mean * mean
-    var -= square
-    return total, mean, var, bool(np.count_nonzero(var < _CANCELLATION * square))
 
 
 def _merge_about_mean(
@@ -179,44 +162,26 @@ def _merge_about_mean(
     """Mean and variance of the group by sums about its mean, after digits were lost by cancellation.
 
     The exchange is skipped if all such channels are constant, and no rank has said that an M2 of its
-    own was ``absorbed``. A channel is constant if its mean is a number of float32, which few others
-    are, and only rounding is left of its variance. Its sums about that number are exactly 0.
+    own was ``absorbed``.
     """
-    square = mean_of_all * mean_of_all
-    cancelled = var < _CANCELLATION * square
-    rounded = mean_of_all.astype(np.float32).astype(float)
-    is_rounding = abs(var) <= _ROUNDING * square
-    constant = is_rounding & (abs(mean_of_all - rounded) <= _ROUNDING * abs(mean_of_all))
-    if not absorbed and constant[cancelled].all():
+    cancelled, origin, constant = cancelled_channels(mean_of_all, var)
+    if constant and not absorbed:
         return mean_of_all, np.where(cancelled, 0.0, var)
-    origin = np.where(cancelled, rounded, 0.0)
     count, *vectors = moments
     mean, m2 = transport.to_host(*vectors)
     distance = mean - origin
     sums = distance * count
     again = call._replace(direction=f"{call.direction} once more")
     totals = _exchange_vectors(group, again, _SUM, count, sums, distance * sums + m2)
-    _, distance, var, _ = _moments_of_sums(totals)
-    # If all means are equal, only rounding is left, of either sign. (NaN stays NaN.)
-    var *= var > _ROUNDING * (distance * distance)
-    return origin + distance, var
+    _, distance, var, _ = moments_of_sums(totals)
+    return origin + distance, without_rounding(var, distance)
 
 
 def _gather_moments(
     group: Communicator, call: LayerCall, count: int, mean_hi: Array, mean_lo: Array, m2: Array
 ) -> Moments:
     """Merge the moments of all ranks, in rank order. The mean is in two parts."""
-    gathered = _exchange_vectors(group, call, _GATHER, count, mean_hi, mean_lo, m2)[:, 2:]
-    counts = gathered[:, :1]
-    means_hi, means_lo, m2s = np.split(gathered[:, 1:], 3, axis=1)
-    total = int(counts.sum())
-    # Means as distances from that of the first rank with data: small numbers, which keep their digits.
-    # An empty rank's row is zeros, and its weight of 0 keeps it out of all sums.
-    origin = means_hi[np.argmax(counts > 0)]
-    distances = (means_hi - origin) + means_lo
-    mean = (counts * distances).sum(axis=0) / max(total, 1)
-    var = (m2s + counts * (distances - mean) ** 2).sum(axis=0) / max(total, 1)
-    return total, origin + mean, var
+    return moments_of_rows(_exchange_vectors(group, call, _GATHER, count, mean_hi, mean_lo, m2))
 
 
 def _exchange_vectors(
