@@ -1,7 +1,7 @@
 """The activations that a layer may end in, for arrays of any kind.
 
 Another activation is one more member, name and branch here, and one more branch in cpu/activation.h and in
-cuda/cuda_activation.py.
+cuda/activation.py.
 """
 
 from __future__ import annotations

@@ -104,7 +104,7 @@ def test_where_triton_does_not_work(problem, why, monkeypatch):
 )
 def test_how_sums_are_shared_out(samples, channels, length, dtype):
     """Every tile to one program; no more than float32 can add up, and no more programs than CUDA counts."""
-    plan = cuda.module.cuda_plans.plan_sums(samples, channels, length, dtype, 132)
+    plan = cuda.module.plans.plan_sums(samples, channels, length, dtype, 132)
     rows, width, _, tiles, share, _ = plan.sizes
     height, columns = plan.options["ROWS"], plan.options["COLUMNS"]
     blocks, shares, _ = plan.grid
@@ -124,7 +124,7 @@ def test_how_sums_are_shared_out(samples, channels, length, dtype):
 )
 def test_how_elements_are_shared_out(samples, channels, length, dtype):
     """Each to one program, and none to a program that is beyond the last."""
-    plan = cuda.module.cuda_plans.plan_elementwise(samples, channels, length, dtype, 132)
+    plan = cuda.module.plans.plan_elementwise(samples, channels, length, dtype, 132)
     rows, width, stride, _, across = plan.sizes
     planes, steps = plan.options["PLANES"], plan.options["STEPS"]
     high, columns = plan.options["ROWS"] * steps, plan.options["COLUMNS"]
@@ -136,14 +136,14 @@ def test_how_elements_are_shared_out(samples, channels, length, dtype):
         assert (down - 1) * high < rows <= down * high
         assert (across - 1) * columns < width <= across * columns
         assert plan.options["ROWS"] * columns <= 1 << 12
-        assert width < 1 << 30 or plan.options["INDEX"] == cuda.module.cuda_plans.tl.int64
+        assert width < 1 << 30 or plan.options["INDEX"] == cuda.module.plans.tl.int64
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("shape", [(50, 2, 7, 7), (6, 2, 63, 65), (1100, 33)], ids=str)
 def test_many_tiles(shape, dtype, monkeypatch):
     """One tile, shares of tiles of planes and of rows, and several tiles for each program."""
-    plans = cuda.module.cuda_plans
+    plans = cuda.module.plans
     monkeypatch.setattr(plans, "_ENOUGH", 1)
     monkeypatch.setattr(plans, "plan_elementwise", plans.plan_elementwise.__wrapped__)
     x, dy = shard(shape, 1, 3.0, dtype), shard(shape, 2, 0.5, dtype)
@@ -202,6 +202,6 @@ def test_what_a_kernel_must_not_write_to():
 
 @needs_triton
 def test_triton_has_the_numbers_of_all_activations():
-    cuda_activation = importlib.import_module("mpisyncbn.kernels.cuda.cuda_activation")
-    numbers = {name: getattr(cuda_activation, name).value for name in Activation.__members__}
+    module = importlib.import_module("mpisyncbn.kernels.cuda.activation")
+    numbers = {name: getattr(module, name).value for name in Activation.__members__}
     assert numbers == dict(Activation.__members__)

@@ -23,7 +23,11 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from mpisyncbn.kernels.activation import Activation
-from mpisyncbn.kernels.cuda import cuda_elementwise, cuda_moments, cuda_plans, cuda_running_stats, cuda_sums
+from mpisyncbn.kernels.cuda import plans
+from mpisyncbn.kernels.cuda.elementwise import backward_elementwise, normalize
+from mpisyncbn.kernels.cuda.moments import merge_moments, moments
+from mpisyncbn.kernels.cuda.running_stats import record_batch
+from mpisyncbn.kernels.cuda.sums import backward_sums, merge_sums
 
 POINTERS = {"float64": "*fp64", "float32": "*fp32", "bfloat16": "*bf16"}
 VECTOR = "*fp64"
@@ -44,7 +48,7 @@ def arguments(name: str, shape: tuple[int, int, int]) -> Iterator[tuple[Any, dic
     """Every kernel and option, with what it is called with; pointers by their type."""
     x, dtype = POINTERS[name], getattr(torch, name)
     parameter = VECTOR if dtype == torch.float64 else "*fp32"
-    plan = cuda_plans.plan_sums(*shape, dtype, MULTIPROCESSORS)
+    plan = plans.plan_sums(*shape, dtype, MULTIPROCESSORS)
     named = ("rows", "width", "stride", "tiles", "share", "channels")
     sums = {
         "partials": VECTOR if plan.shares > 1 else None,
@@ -52,27 +56,27 @@ def arguments(name: str, shape: tuple[int, int, int]) -> Iterator[tuple[Any, dic
         **dict(zip(named, plan.sizes, strict=True)),
     }
     vectors = {"mean": VECTOR, "invstd": VECTOR, "weight": parameter}
-    yield cuda_moments.moments, {"x": x, "ONE": plan.one, **sums, **plan.options}
+    yield moments, {"x": x, "ONE": plan.one, **sums, **plan.options}
     relu = int(Activation.RELU)
     for activation, y in ((0, None), (relu, None), (relu, x)):
         more = {"dy": x, "x": x, "y": y, "dz": y, **vectors, "bias": parameter}
         more["ACTIVATION"] = activation
-        yield cuda_sums.backward_sums, {**more, **sums, **plan.options}
-    merged = {"partials": VECTOR, "out": VECTOR, "shares": 7, **cuda_plans.plan_merge(7, 512).options}
-    yield cuda_sums.merge_sums, {"length": 512, **merged}
-    yield cuda_moments.merge_moments, {"channels": 256, "SPLIT_MEAN": dtype == torch.float64, **merged}
-    plan = cuda_plans.plan_running_stats(256, 1.0, 0.1)
+        yield backward_sums, {**more, **sums, **plan.options}
+    merged = {"partials": VECTOR, "out": VECTOR, "shares": 7, **plans.plan_merge(7, 512).options}
+    yield merge_sums, {"length": 512, **merged}
+    yield merge_moments, {"channels": 256, "SPLIT_MEAN": dtype == torch.float64, **merged}
+    plan = plans.plan_running_stats(256, 1.0, 0.1)
     running = {"running_mean": parameter, "running_var": parameter, "num_batches_tracked": "*i64"}
     named = ("channels", "to_unbiased", "momentum")
     numbers = dict(zip(named, plan.sizes, strict=True))
     running |= {"mean": VECTOR, "var": VECTOR}
-    yield cuda_running_stats.record_batch, {**running, **numbers, **plan.options}
-    plan = cuda_plans.plan_elementwise(*shape, dtype, MULTIPROCESSORS)
+    yield record_batch, {**running, **numbers, **plan.options}
+    plan = plans.plan_elementwise(*shape, dtype, MULTIPROCESSORS)
     named = ("rows", "width", "stride", "channels", "column_tiles")
     small = {**dict(zip(named, plan.sizes, strict=True)), **plan.options}
     for residual, activation, bias in ((None, 0, parameter), (x, relu, None)):
         yield (
-            cuda_elementwise.normalize,
+            normalize,
             {
                 "x": x,
                 "residual": residual,
@@ -85,7 +89,7 @@ def arguments(name: str, shape: tuple[int, int, int]) -> Iterator[tuple[Any, dic
         )
     for activation, bias in ((0, None), (relu, parameter)):
         more = {"mean_dy": VECTOR, "mean_dy_xmu": VECTOR, "bias": bias, "ACTIVATION": activation}
-        yield cuda_elementwise.backward_elementwise, {"dz": x, "x": x, "dx": x, **vectors, **more, **small}
+        yield backward_elementwise, {"dz": x, "x": x, "dx": x, **vectors, **more, **small}
 
 
 def compiled(kernel: Any, values: dict[str, Any], architecture: int) -> Any:

@@ -14,8 +14,8 @@ from torch import Tensor
 
 from ..activation import Activation, ActivationContext, recomputed_activation
 from ..layout import dense, with_strides_of
-from . import cuda_elementwise, cuda_moments, cuda_plans, cuda_running_stats, cuda_sums
-from .cuda_plans import Plan
+from . import elementwise, moments, plans, running_stats, sums
+from .plans import Plan
 
 __all__ = ["backward_elementwise", "backward_reduce", "local_moments", "normalize", "record_batch"]
 
@@ -27,10 +27,10 @@ def local_moments(x: Tensor) -> tuple[int, Tensor, Tensor]:
         x, plan = _planned(x)
         partials = _partials_of(x, plan, 4)
         with _device_of(x):
-            _launch(cuda_moments.moments, plan, x, partials, found, ONE=plan.one)
+            _launch(moments.moments, plan, x, partials, found, ONE=plan.one)
             if partials is not None:
-                merge = cuda_plans.plan_merge(plan.shares, channels)
-                _launch(cuda_moments.merge_moments, merge, partials, found, SPLIT_MEAN=is_float64)
+                merge = plans.plan_merge(plan.shares, channels)
+                _launch(moments.merge_moments, merge, partials, found, SPLIT_MEAN=is_float64)
     if is_float64:
         return x.numel() // channels, found[:2], found[2]
     mean, m2 = found.unbind()
@@ -54,7 +54,7 @@ def normalize(
         with _device_of(x):
             plan = _elements(x)
             others = residual, y, *vectors
-            _launch(cuda_elementwise.normalize, plan, x, *others, ACTIVATION=int(activation))
+            _launch(elementwise.normalize, plan, x, *others, ACTIVATION=int(activation))
     return y
 
 
@@ -76,10 +76,10 @@ def backward_reduce(
         partials = _partials_of(x, plan, 2)
         with _device_of(x):
             others = x, y, out, *vectors, partials, found
-            _launch(cuda_sums.backward_sums, plan, dy, *others, ACTIVATION=int(activation))
+            _launch(sums.backward_sums, plan, dy, *others, ACTIVATION=int(activation))
             if partials is not None:
-                merge = cuda_plans.plan_merge(plan.shares, 2 * channels)
-                _launch(cuda_sums.merge_sums, merge, partials, found)
+                merge = plans.plan_merge(plan.shares, 2 * channels)
+                _launch(sums.merge_sums, merge, partials, found)
     sum_dy, sum_dy_xmu = found.unbind()
     return sum_dy, sum_dy_xmu, dz
 
@@ -102,7 +102,7 @@ def backward_elementwise(
         with _device_of(x):
             plan = _elements(x)
             dz, others = with_strides_of(x, dz), (x, dx, *vectors)
-            _launch(cuda_elementwise.backward_elementwise, plan, dz, *others, ACTIVATION=int(activation))
+            _launch(elementwise.backward_elementwise, plan, dz, *others, ACTIVATION=int(activation))
     return dx
 
 
@@ -124,10 +124,10 @@ def record_batch(
     if torch._C._are_functorch_transforms_active() or not all(_plain(each, mean) for each in written):
         return False
     torch._C._increment_version(written)  # as every operation in place tells autograd
-    plan = cuda_plans.plan_running_stats(mean.shape[0], to_unbiased, momentum)
+    plan = plans.plan_running_stats(mean.shape[0], to_unbiased, momentum)
     with _device_of(mean):
         others = running_var, num_batches_tracked, mean, var
-        _launch(cuda_running_stats.record_batch, plan, running_mean, *others)
+        _launch(running_stats.record_batch, plan, running_mean, *others)
     return True
 
 
@@ -140,7 +140,7 @@ def try_out(device: torch.device) -> None:
     """Raise where Triton cannot start a kernel: it needs a C compiler, and a driver that knows its code."""
     ones = torch.ones((1, 1), dtype=torch.float64, device=device)
     with _device_of(ones):
-        _launch(cuda_sums.merge_sums, cuda_plans.plan_merge(1, 1), ones, torch.empty_like(ones))
+        _launch(sums.merge_sums, plans.plan_merge(1, 1), ones, torch.empty_like(ones))
 
 
 def _launch(kernel: Any, plan: Plan, first: Tensor, *others: Tensor | None, **constants: int) -> None:
@@ -177,11 +177,11 @@ def _partials_of(x: Tensor, plan: Plan, rows: int) -> Tensor | None:
 
 def _planned(x: Tensor) -> tuple[Tensor, Plan]:
     x = dense(x)
-    return x, cuda_plans.plan_sums(*_matrix(x), x.dtype, _multiprocessors(x.device))
+    return x, plans.plan_sums(*_matrix(x), x.dtype, _multiprocessors(x.device))
 
 
 def _elements(x: Tensor) -> Plan:
-    return cuda_plans.plan_elementwise(*_matrix(x), x.dtype, _multiprocessors(x.device))
+    return plans.plan_elementwise(*_matrix(x), x.dtype, _multiprocessors(x.device))
 
 
 def _vector(values: Tensor | None) -> Tensor | None:

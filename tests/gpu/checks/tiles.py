@@ -1,4 +1,4 @@
-"""Other tiles for the kernels, beside those in use: for a GPU to say what cuda_plans.py should have."""
+"""Time tiles beside those in use: a GPU tells which ones kernels/cuda/plans.py should have."""
 
 from __future__ import annotations
 
@@ -21,14 +21,14 @@ _ELEMENTS = [(warps, bytes, steps) for warps in (4, 8) for bytes in (32, 64) for
 
 def tiles(context: Context) -> None:
     """This rank alone. For each tensor and verb, microseconds by tile: those in use first."""
-    from mpisyncbn.kernels.cuda import cuda_plans
+    from mpisyncbn.kernels.cuda import plans
 
     for shape in _SHAPES[:2] if context.quick else _SHAPES:
         for dtype in (torch.float32, torch.bfloat16):
             for layout in ("contiguous", "channels_last"):
                 name = f"{shape} {str(dtype).rpartition('.')[2]} {layout}"
                 with context.records.trying(name):
-                    _compare(context, cuda_plans, name, (shape, dtype, layout))
+                    _compare(context, plans, name, (shape, dtype, layout))
 
 
 def _compare(context: Context, plans: Any, name: str, kind: tuple[Any, ...]) -> None:

@@ -11,7 +11,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .cuda_tiles import (
+from .tiles import (
     any_channel,
     channels_of_program,
     load_tile,

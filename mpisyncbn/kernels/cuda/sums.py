@@ -1,4 +1,4 @@
-"""The sums of the backward pass in Triton, shared out to programs as the moments are: see cuda_moments.py.
+"""The sums of the backward pass in Triton, shared out to programs as the moments are: see moments.py.
 
 They are of ``dz``, the gradient of the activation's input (without an activation that is ``dy``), and of
 ``dz * (x - mean)``. ``dz`` is stored where ``y``, the activation's output, is there; else the input is
@@ -10,8 +10,8 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .cuda_activation import NONE, activation_gradient
-from .cuda_tiles import (
+from .activation import NONE, activation_gradient
+from .tiles import (
     affine,
     channels_of_program,
     multiple_of,

@@ -5,8 +5,8 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .cuda_activation import NONE, activate, activation_gradient
-from .cuda_tiles import affine, multiple_of, split_mean
+from .activation import NONE, activate, activation_gradient
+from .tiles import affine, multiple_of, split_mean
 
 __all__ = ["backward_elementwise", "normalize"]
 
