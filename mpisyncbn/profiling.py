@@ -24,7 +24,7 @@ def find_torch() -> None:
         profiler = sys.modules["torch.autograd.profiler"]
 
 
-def record(name: str) -> Any:
+def record(name: str) -> AbstractContextManager[object]:
     """A context manager of torch: what runs inside appears in the profile as ``name``."""
     return profiler.record_function(name)
 
@@ -38,7 +38,7 @@ def recorded(name: str, lock: AbstractContextManager[object]) -> Iterator[None]:
 
 def begin(name: str) -> Callable[[], None]:
     """Begin a record; calling what this returns ends it, on any thread. Only while a profiler is enabled."""
-    recording, ended = record(name), sys.modules["torch"].futures.Future()
+    recording, ended = profiler.record_function(name), sys.modules["torch"].futures.Future()
     recording.__enter__()
     recording._call_end_callbacks_on_future(ended)  # in which the profiler of this thread is known
     return lambda: ended.set_result(None)

@@ -6,7 +6,7 @@ it hands to the composite path (composite.py).
 
 from __future__ import annotations
 
-from typing import Any, TypeAlias
+from typing import TYPE_CHECKING, TypeAlias
 
 import numpy as np
 import torch
@@ -16,6 +16,9 @@ from .. import exchange, functional
 from ..kernels import Activation, ActivationContext, Array, Kernels, generic, kernels_for
 from .composite import differentiable_stats, differentiable_sums, refuse_batched
 from .layer_context import FunctionContext, LayerContext
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
 
 __all__ = ["apply"]
 
@@ -38,7 +41,7 @@ class _SyncBatchNorm(torch.autograd.Function):
     """The layer as one operation of autograd."""
 
     @staticmethod
-    def forward(ctx: FunctionContext, *inputs: Any) -> Tensor:
+    def forward(ctx: FunctionContext, *inputs: Unpack[Inputs]) -> Tensor:
         y = _forward(*inputs)
         _save_for_backward(ctx, inputs, y)
         return y
@@ -103,7 +106,7 @@ class _Transformable(_SyncBatchNorm):
     """The layer for torch.func, which wants ``forward`` in two halves. It is slower, so for that alone."""
 
     @staticmethod
-    def forward(*inputs: Any) -> Tensor:
+    def forward(*inputs: Unpack[Inputs]) -> Tensor:  # type: ignore[override]  # without ctx
         return _forward(*inputs)
 
     @staticmethod
@@ -111,7 +114,7 @@ class _Transformable(_SyncBatchNorm):
         _save_for_backward(ctx, inputs, output)
 
     @staticmethod
-    def vmap(info: object, in_dims: tuple[int | None, ...], *inputs: Any) -> tuple[Tensor, None]:
+    def vmap(info: object, in_dims: tuple[int | None, ...], *inputs: Unpack[Inputs]) -> tuple[Tensor, None]:
         refuse_batched(in_dims)
         return _Transformable.apply(*inputs), None
 

@@ -19,7 +19,8 @@ from __future__ import annotations
 import sys
 import warnings
 from functools import cache
-from typing import Any
+from types import ModuleType
+from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -27,6 +28,9 @@ from . import generic
 from .activation import Activation, ActivationContext, activation_named
 from .generic import has_float64
 from .protocol import Array, Kernels, NativeKernels
+
+if TYPE_CHECKING:
+    from torch import device as Device
 
 __all__ = [
     "Activation",
@@ -56,9 +60,9 @@ def kernels_for(x: Array) -> Kernels:
     return generic
 
 
-def loaded_torch() -> Any:
-    """torch, if it has been imported, without the cost of an import statement."""
-    return sys.modules.get("torch")
+def loaded_torch() -> ModuleType:
+    """torch, without the cost of an import statement; None before anything has imported it."""
+    return sys.modules.get("torch")  # type: ignore[return-value]  # callers hold a tensor, or ask for None
 
 
 @cache
@@ -79,7 +83,7 @@ def _aten() -> Kernels:
 
 
 @cache
-def on_cuda(device: Any) -> tuple[Kernels, str]:
+def on_cuda(device: Device) -> tuple[Kernels, str]:
     """The kernels for torch tensors on a GPU, and the name of what they are made of."""
     torch = loaded_torch()
     try:

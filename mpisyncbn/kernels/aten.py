@@ -11,7 +11,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from functools import lru_cache
-from typing import Any
 
 import numpy as np
 import torch
@@ -55,8 +54,8 @@ def local_moments(x: Tensor) -> tuple[int, np.ndarray, np.ndarray]:
 
 def normalize(
     x: Tensor,
-    mean: Any,
-    invstd: Any,
+    mean: np.ndarray,
+    invstd: np.ndarray,
     weight: Tensor | None,
     bias: Tensor | None,
     residual: Tensor | None = None,
@@ -75,7 +74,7 @@ def normalize(
 
 
 def backward_reduce(
-    dy: Tensor, x: Tensor, mean: Any, invstd: Any, context: ActivationContext | None = None
+    dy: Tensor, x: Tensor, mean: np.ndarray, invstd: np.ndarray, context: ActivationContext | None = None
 ) -> tuple[np.ndarray, np.ndarray, Tensor]:
     if context is not None:
         y = normalize(x, mean, invstd, context.weight, context.bias) if context.y is None else context.y
@@ -89,11 +88,11 @@ def backward_reduce(
 def backward_elementwise(
     dz: Tensor,
     x: Tensor,
-    mean: Any,
-    invstd: Any,
+    mean: np.ndarray,
+    invstd: np.ndarray,
     weight: Tensor | None,
-    mean_dy: Any,
-    mean_dy_xmu: Any,
+    mean_dy: np.ndarray,
+    mean_dy_xmu: np.ndarray,
     context: ActivationContext | None = None,
 ) -> Tensor:
     scale = invstd if weight is None else invstd * _numpy(weight)
@@ -110,7 +109,7 @@ def backward_elementwise(
     )
 
 
-def _sums(dy: Tensor, x: Tensor, mean: Any) -> tuple[np.ndarray, np.ndarray]:
+def _sums(dy: Tensor, x: Tensor, mean: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     channels = x.shape[1]
     if x.numel() == 0:
         return np.zeros(channels), np.zeros(channels)
@@ -128,11 +127,11 @@ def _sums(dy: Tensor, x: Tensor, mean: Any) -> tuple[np.ndarray, np.ndarray]:
     return sum_dy, sum_dy_xmu - (mean - mean_hi.numpy()) * sum_dy
 
 
-def _small_moments(x: Tensor, count: int) -> tuple[Any, Any, np.ndarray]:
+def _small_moments(x: Tensor, count: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     x = x.to(_compute_dtype(x)).contiguous()
     mean, var = torch.batch_norm_update_stats(x, None, None, 0.0)
     mean_hi, m2 = mean.numpy().astype(np.float64), var.numpy().astype(np.float64)
-    mean_lo: Any = 0.0 * mean_hi
+    mean_lo = 0.0 * mean_hi
     # The sum over channels is an upper bound of what each must not exceed.
     if not mean_hi.dot(mean_hi / (m2 + 1e-200)) <= _LARGE_RATIO**2:
         # The mean was rounded to the dtype of x: find what is missing.
@@ -208,7 +207,7 @@ def _blocks(x: Tensor) -> Iterator[Tensor]:
             yield from samples.split(length, dim=2)
 
 
-def _affine(x: Tensor, mean: Any, invstd: Any, scale: Any, shift: Any) -> Tensor:
+def _affine(x: Tensor, mean: np.ndarray, invstd: np.ndarray, scale: np.ndarray, shift: np.ndarray) -> Tensor:
     """``(x - mean) * scale + shift``, in the dtype of ``x`` or, where that needs it, float32."""
     if x.numel() == 0:
         return torch.empty_like(x)
@@ -256,11 +255,11 @@ def _compute_dtype(x: Tensor) -> torch.dtype:
 
 def _vector(values: np.ndarray, x: Tensor) -> Tensor:
     """A vector of length C in the compute dtype of ``x``."""
-    return torch.from_numpy(values.astype(_numpy_dtype(x)))
+    return torch.from_numpy(values.astype(_numpy_dtype(x.dtype)))
 
 
-def _numpy_dtype(x: Tensor) -> Any:
-    return np.float64 if x.dtype == torch.float64 else np.float32
+def _numpy_dtype(dtype: torch.dtype) -> type[np.floating]:
+    return np.float64 if dtype == torch.float64 else np.float32
 
 
 def _numpy(vector: Tensor) -> np.ndarray:
@@ -269,10 +268,10 @@ def _numpy(vector: Tensor) -> np.ndarray:
 
 
 @lru_cache(maxsize=64)
-def _numpy_ones(length: int, dtype: Any) -> np.ndarray:
-    return np.ones(length, dtype)
+def _numpy_ones(length: int, dtype: torch.dtype) -> np.ndarray:
+    return np.ones(length, _numpy_dtype(dtype))
 
 
 def _ones(like: Tensor) -> Tensor:
     # from NumPy: torch.ones would follow a user's default device
-    return torch.from_numpy(_numpy_ones(len(like), _numpy_dtype(like)))
+    return torch.from_numpy(_numpy_ones(len(like), like.dtype))

@@ -8,14 +8,19 @@ and multiplies by invstd, never by its square, so that it stays in the range of 
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, TypeAlias
 
 import numpy as np
 
 from .activation import Activation, ActivationContext, activate, activation_gradient
 from .protocol import Array
 
+if TYPE_CHECKING:
+    import torch
+
 __all__ = ["backward_elementwise", "backward_reduce", "has_float64", "local_moments", "normalize"]
+
+DType: TypeAlias = "str | np.dtype | torch.dtype"  # a name stands for the dtype of x's own library
 
 
 def local_moments(x: Array) -> tuple[int, Array, Array]:
@@ -112,7 +117,7 @@ def _dot(a: Array, b: Array) -> Array:
     return _sum(_cast(a, _sum_dtype(b)) * _cast(b, _sum_dtype(b)))
 
 
-def _sum_dtype(x: Array) -> Any:
+def _sum_dtype(x: Array) -> DType:
     return _named_dtype(x, "float64" if has_float64(x) else "float32")
 
 
@@ -131,18 +136,18 @@ def _channels(vector: Array, x: Array) -> Array:
     return _cast(vector, _compute_dtype(x)).reshape((1, -1) + (1,) * (x.ndim - 2))
 
 
-def _compute_dtype(x: Array) -> Any:
+def _compute_dtype(x: Array) -> DType:
     return _named_dtype(x, "float64" if str(x.dtype).endswith("float64") else "float32")
 
 
-def _cast(x: Array, dtype: Any) -> Array:
+def _cast(x: Array, dtype: DType) -> Array:
     dtype = _named_dtype(x, dtype) if isinstance(dtype, str) else dtype
     if x.dtype == dtype:
         return x
     return x.to(dtype) if hasattr(x, "to") else x.astype(dtype)
 
 
-def _named_dtype(x: Array, name: str) -> Any:
+def _named_dtype(x: Array, name: str) -> DType:
     if not hasattr(x, "to"):  # NumPy and CuPy go by the name itself
         return name
     import torch

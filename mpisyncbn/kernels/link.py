@@ -11,7 +11,7 @@ from . import native
 if TYPE_CHECKING:
     from mpi4py import MPI as mpi4py_MPI
 
-    from .cpu._cpu import Link
+    from .cpu._cpu import Link as Link  # also for the annotations of other modules
 
 __all__ = ["addresses", "handle", "native_link"]
 

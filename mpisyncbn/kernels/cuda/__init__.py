@@ -7,10 +7,10 @@ from __future__ import annotations
 
 from contextlib import AbstractContextManager, nullcontext
 from functools import lru_cache
-from typing import Any
 
 import torch
 from torch import Tensor
+from triton import JITFunction
 
 from ..activation import Activation, ActivationContext, recomputed_activation
 from ..layout import dense, with_strides_of
@@ -143,7 +143,7 @@ def try_out(device: torch.device) -> None:
         _launch(sums.merge_sums, plans.plan_merge(1, 1), ones, torch.empty_like(ones))
 
 
-def _launch(kernel: Any, plan: Plan, first: Tensor, *others: Tensor | None, **constants: int) -> None:
+def _launch(kernel: JITFunction, plan: Plan, first: Tensor, *others: Tensor | None, **constants: int) -> None:
     """Start a kernel on the current stream.
 
     Triton looks at every argument anew at each call, which takes the host longer than the start itself. The
@@ -206,7 +206,7 @@ def _count(index: int) -> int:
     return torch.cuda.get_device_properties(index).multi_processor_count
 
 
-def _device_of(x: Tensor) -> AbstractContextManager[Any]:
+def _device_of(x: Tensor) -> AbstractContextManager[object]:
     """A context in which the device of ``x`` is current: Triton starts kernels there."""
     if x.is_cuda and torch.cuda.current_device() != x.device.index:
         return torch.cuda.device(x.device)
