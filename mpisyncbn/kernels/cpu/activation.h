@@ -1,10 +1,9 @@
 // The activations and their gradients, for a vector of values. Included once per instruction set by
 // loops.h.
 //
-// Another activation is one more case in each of the three functions, and one more name in
-// types.h.
+// To add an activation, add a case in each of the three functions below, and a name in types.h.
 
-// v, and zero where z is not positive. NaN passes, as it does through torch's ReLU.
+// v in the lanes where z is positive, else zero. NaN stays NaN, as in torch's ReLU.
 template <class T>
 INLINE vec<T> where_positive(vec<T> v, vec<T> z) {
     using M = typename Lane<T>::mask;
@@ -17,8 +16,8 @@ INLINE vec<T> activate(vec<T> z) {
     return z;
 }
 
-// The gradient of what goes into the activation. `z` is what goes in or, where that is not known,
-// what comes out.
+// The gradient of the activation's input, from `dy`, the gradient of its output. `z` is the input,
+// or the output if the input is not known.
 template <Activation ACTIVATION, class T>
 INLINE vec<T> activation_gradient(vec<T> dy, vec<T> z) {
     if constexpr (ACTIVATION == Activation::relu) return where_positive<T>(dy, z);

@@ -1,8 +1,8 @@
-// Arrays of Python by address, shape and strides, and how they lie in memory. Part of module.cpp.
+// Python's arrays by address, shape and strides, and how they lie in memory. Part of module.cpp.
 
-// An array as Python has it. Strides count values.
 enum class DType { none, f16, bf16, f32, f64 };
 
+// An array of Python. Strides count values.
 struct Array {
     char *data = nullptr;
     DType dtype = DType::none;
@@ -10,7 +10,7 @@ struct Array {
     long shape[NDIM], stride[NDIM];
 
     long size() const { return std::accumulate(shape, shape + ndim, 1L, std::multiplies<long>()); }
-    double operator[](long i) const {  // of a vector
+    double operator[](long i) const {  // only of a vector
         const long at = i * stride[0];
         switch (dtype) {
             case DType::f16: return value(((const float16 *)data)[at]);
@@ -21,7 +21,7 @@ struct Array {
     }
 };
 
-// Calls operation with a value of the type that the loops have for a dtype.
+// Calls operation with a value of the C++ type of a dtype. Returns false for DType::none.
 template <class F>
 bool by_dtype(DType dtype, F operation) {
     switch (dtype) {
@@ -41,14 +41,14 @@ double largest(DType dtype) {
                                   : 0x1.fffffffffffffp1023;
 }
 
-// Stores a number rounded to the dtype: to half precision by way of float32, as torch does.
+// Stores a number, rounded to the dtype. Half precision is rounded by way of float32, as in torch.
 void put(double &to, double v) { to = v; }
 void put(float &to, double v) { to = (float)v; }
 void put(bfloat16 &to, double v) { baseline::store_part(&to, baseline::vec<bfloat16>{(float)v}, 1); }
 void put(float16 &to, double v) { baseline::store_part(&to, baseline::vec<float16>{(float)v}, 1); }
 
-// DLPack's way to look at a tensor without a Python call for each of its properties (dlpack.h,
-// since version 1.2; torch has it since 2.10).
+// DLPack's functions that look at a tensor without a Python call for each of its properties
+// (dlpack.h since version 1.2, torch since 2.10).
 struct ExchangeAPI {
     uint32_t major, minor;
     void *previous;
@@ -69,7 +69,7 @@ struct DLTensor {
 const ExchangeAPI *exchange_api(nb::handle torch) {
     const nb::object capsule = nb::getattr(torch.attr("Tensor"), "__dlpack_c_exchange_api__", nb::none());
     const auto *api = (const ExchangeAPI *)PyCapsule_GetPointer(capsule.ptr(), "dlpack_exchange_api");
-    PyErr_Clear();  // of a torch without one
+    PyErr_Clear();  // older versions of torch have none
     return api && api->major == 1 && api->look ? api : nullptr;
 }
 
@@ -123,8 +123,8 @@ bool describe_by_name(nb::handle torch, nb::handle object, Array &array) {
     return array.data || array.size() == 0;
 }
 
-// None is an array without data. Returns false for what is neither a NumPy array nor a torch tensor
-// of a dtype that the loops know.
+// Fills `array`; None becomes an array without data. Returns false unless the object is a NumPy
+// array or a torch tensor in host memory, of a dtype that the loops know.
 bool describe(nb::handle object, Array &array, bool to_write = false) {
     if (object.is_none()) return true;
     if (PyObject_CheckBuffer(object.ptr())) {  // NumPy
@@ -151,7 +151,7 @@ bool describe(nb::handle object, Array &array, bool to_write = false) {
         PyBuffer_Release(&view);  // the caller holds the array until we are done
         return whole;
     }
-    // Kept for good: at exit Python may be gone before us.
+    // These are never released, because Python may be gone first at exit.
     static const nb::handle torch = nb::module_::import_("torch").release();
     static const ExchangeAPI *const api = exchange_api(torch);
     static PyObject *const plain = torch.attr("Tensor").ptr(), *const parameter =
@@ -159,7 +159,7 @@ bool describe(nb::handle object, Array &array, bool to_write = false) {
     static PyObject *const is_neg = PyUnicode_InternFromString("is_neg");
     const PyObject *const type = (PyObject *)Py_TYPE(object.ptr());
     const nb::object negated = nb::steal(PyObject_CallMethodNoArgs(object.ptr(), is_neg));
-    if (negated.ptr() != Py_False) {  // its sign is yet to be changed, which its memory does not tell
+    if (negated.ptr() != Py_False) {  // its memory does not show a pending sign
         PyErr_Clear();
         return false;
     }
@@ -167,27 +167,27 @@ bool describe(nb::handle object, Array &array, bool to_write = false) {
                                                        : describe_by_name(torch, object, array);
 }
 
-// How arrays of one shape lie in memory, all in the same way: as planes, or as rows.
+// How arrays of one shape lie in memory: all as planes, or all as rows.
 struct Layout {
     bool rows;
-    long samples, channels, positions;  // of rows: one sample
+    long samples, channels, positions;  // rows have one sample
     long outer[4], channel[4];          // strides of each array
 };
 
-// Fills `dims` with all dimensions but that of the channels and those of length 1, the innermost
-// first. Returns how many.
+// Fills `dims` with the dimensions, innermost first, except that of the channels and those of
+// length 1. Returns how many they are.
 int dims_from_innermost(const Array &x, int (&dims)[NDIM]) {
     int count = 0;
     for (int d = 0; d < x.ndim; ++d)
         if (d != 1 && x.shape[d] != 1) dims[count++] = d;
-    // An expanded dimension, with stride 0, is outermost: it says the same again.
+    // An expanded dimension has stride 0. It counts as outermost, because it only repeats values.
     auto far = [&](int d) { return x.stride[d] ? (unsigned long)x.stride[d] : ~0ul; };
     std::sort(dims, dims + count, [&](int a, int b) { return far(a) < far(b); });
     return count;
 }
 
-// Fills `layout`. Returns false where the arrays do not lie in the same way: then somebody has to
-// copy. arrays[0] decides; absent ones have no data.
+// Fills `layout` with that of arrays[0]. Returns false if the others lie in another way: then the
+// caller has to copy them. Absent arrays have no data.
 bool lay_out(const Array *const (&arrays)[4], Layout &layout) {
     const Array &x = *arrays[0];
     int dims[NDIM];
@@ -197,8 +197,8 @@ bool lay_out(const Array *const (&arrays)[4], Layout &layout) {
             if (arrays[i]->data && !holds(*arrays[i], i)) return false;
         return true;
     };
-    // Takes together dimensions from the given one on, as far as they follow each other in every
-    // array.
+    // Merges dimensions from the given one on, as long as they follow each other without a gap in
+    // every array. Returns the merged length.
     auto merge = [&](int &from, long (&stride)[4]) {
         long length = 1;
         if (from < count)

@@ -1,10 +1,10 @@
-// The coefficients that the loops are handed, from vectors of Python. Part of module.cpp.
+// The coefficients for the loops, from Python's vectors. Part of module.cpp.
 
 using Vector = nb::ndarray<const double, nb::ndim<1>, nb::c_contig, nb::device::cpu>;
 using Output = nb::ndarray<double, nb::ndim<2>, nb::c_contig, nb::device::cpu>;
 
-// The values of a vector of parameters of any dtype and stride; null for an absent one. `which` is
-// 0 or 1: two vectors are kept at a time.
+// The values of a vector of parameters of any dtype and stride; null if it is absent. `which`, 0 or
+// 1, chooses the memory for them.
 const double *values_of(const Array &vector, long length, int which) {
     if (!vector.data) return nullptr;
     static thread_local std::vector<double> memory[2];
@@ -17,14 +17,15 @@ const double *values_of(const Array &vector, long length, int which) {
     return values;
 }
 
-// Whether x - mean, times invstd, times invstd, stays within float32, whatever dy is. 0 stands for
-// a constant channel, and NaN for one whose values are not finite, which no wider type can mend.
+// Whether x - mean, multiplied twice by invstd, stays within float32 for any dy. An invstd of 0
+// stands for a constant channel, and NaN for one with values that are not finite, for which a wider
+// type would not help.
 bool is_ordinary(double invstd) { return invstd == 0 || !(invstd < 0x1p-30 || invstd > 0x1p30); }
 bool fits_float(double number) { return !(std::fabs(number) >= 0x1p127); }
 
-// The coefficients of each channel, computed in double and rounded once. Sets `extreme` where one
-// is beyond float32. x - mean is x - MEAN exactly where it matters, and what rounding the mean left
-// goes into SHIFT and INTERCEPT.
+// The coefficients of each channel, computed in double and rounded once. Sets `extreme` if one is
+// beyond float32. The loops subtract MEAN, the rounded mean, and SHIFT and INTERCEPT make up for
+// the rest of the mean.
 template <class T>
 const compute_t<T> *coefficients_of(const Plan<T> &plan, const Vector &mean, const Vector &invstd,
                                     const Array &weight, const Array &bias, const double *mean_dy,

@@ -1,8 +1,8 @@
 // The four kernels. Formulas: kernels/protocol.py. Part of module.cpp.
 
-// What the kernels return. REFUSED: some array is of a kind or in a layout that the loops do not
-// read. EXTREME: the values of some channels are beyond what float32 can compute with, and
-// extremes.py has to do these again.
+// The outcomes that kernels return. REFUSED: the loops do not read the kind or the layout of some
+// array. EXTREME: float32 cannot compute with the values of some channels, and extremes.py has to
+// repeat them.
 enum { REFUSED, DONE, EXTREME };
 
 int outcome(bool done, bool extreme) { return !done ? REFUSED : extreme ? EXTREME : DONE; }
@@ -14,8 +14,8 @@ bool same_kind(const Array &x, std::initializer_list<const Array *> others) {
            });
 }
 
-// Merges what the tiles found into M2 and the mean in two parts, in a fixed order (Chan, Golub and
-// LeVeque 1979): as distances from the first origin.
+// Merges the moments of the tiles into M2 and the mean in two parts, in a fixed order (Chan, Golub
+// and LeVeque 1979). Means are distances from the first origin.
 template <class T>
 void merge_moments(const Partials<T> &partials, long channels, long count, double *__restrict mean_hi,
                    double *__restrict mean_lo, double *__restrict m2) {
@@ -41,8 +41,9 @@ void merge_moments(const Partials<T> &partials, long channels, long count, doubl
     });
 }
 
-// Whether squares of distances in some channel were below 2**-50 or above 2**50: they may not be
-// there, or be infinite. (Those of float16 are.) A channel without any distance is constant.
+// Whether distances from the mean in some channel were below 2**-50 or above 2**50: then their
+// squares may be 0 or infinite. (float16 has no such distances.) A channel without any distance is
+// constant.
 bool is_m2_extreme(long channels, long count, const double *mean, const double *m2) {
     const double least = 0x1p-100 * (double)count, most = 0x1p100 * (double)count;
     bool extreme = false;
@@ -90,7 +91,7 @@ std::pair<int, long> local_moments(nb::handle x_object, const Output &out, int t
     return {outcome(done, extreme), count};
 }
 
-// Fills y.
+// Fills y. Returns the outcome.
 int normalize(nb::handle x_object, const Vector &mean, const Vector &invstd, nb::handle weight_object,
               nb::handle bias_object, nb::handle residual_object, nb::handle y_object, int activation,
               int threads) {
@@ -117,8 +118,8 @@ int normalize(nb::handle x_object, const Vector &mean, const Vector &invstd, nb:
     return outcome(done, extreme);
 }
 
-// Adds up what the tiles found, in a fixed order. Their products are of x - MEAN, the mean rounded
-// to compute_t<T>.
+// Adds up the sums of the tiles in a fixed order. Their products are with x - MEAN, where MEAN is
+// the mean rounded to compute_t<T>, so the rest of the mean is accounted for here.
 template <class T>
 void merge_products(const Partials<T> &partials, long channels, const double *mean, double *__restrict sum_dy,
                     double *__restrict sum_dy_xmu) {
@@ -131,9 +132,9 @@ void merge_products(const Partials<T> &partials, long channels, const double *me
         sum_dy_xmu[c] -= (mean[c] - (double)(compute_t<T>)mean[c]) * sum_dy[c];
 }
 
-// Whether products of dy and x - mean may have lost digits because they were small, if one has
-// underflown (those of a constant channel are 0), or because an infinite sum of theirs was too
-// large, if dy and x are finite.
+// Whether products of dy and x - mean were too small or too large for float32 in some channel. They
+// were too small if one has underflown (those of a constant channel are 0 without that), and too
+// large if their sum is not finite although dy and x are.
 bool are_products_extreme(long channels, long count, bool underflow, const double *mean, const double *sum_dy,
                           const double *sum_dy_xmu) {
     const double least = 0x1p-100 * (double)count;
@@ -146,8 +147,8 @@ bool are_products_extreme(long channels, long count, bool underflow, const doubl
     return extreme;
 }
 
-// Fills `out` with the two sums of each channel. `y` is the activation's output where it was kept:
-// then `dz` is filled.
+// Fills `out` with the two sums of each channel. If `y`, the activation's output, was kept, fills
+// `dz` too. Returns the outcome.
 int backward_reduce(nb::handle dy_object, nb::handle x_object, const Vector &mean, const Vector &invstd,
                     nb::handle weight_object, nb::handle bias_object, nb::handle y_object,
                     nb::handle dz_object, int activation, const Output &out, int threads) {
@@ -173,7 +174,7 @@ int backward_reduce(nb::handle dy_object, nb::handle x_object, const Vector &mea
         const Partials<T> found(*plan, 2);
         std::atomic<bool> underflow{false};
         every_tile(*plan, Direction::down, [&](const Traversal<T> &traversal, const Tile &t, int i) {
-            if (std::fetestexcept(FE_UNDERFLOW)) std::feclearexcept(FE_UNDERFLOW);  // the second is slow
+            if (std::fetestexcept(FE_UNDERFLOW)) std::feclearexcept(FE_UNDERFLOW);  // clearing is slow
             loops.reduce(traversal.on, t, traversal.rows, (Activation)activation, y.data, all + t.c0, stride,
                          tile_scratch<W>(3 * padded(t.c1 - t.c0)), found.at(i, t, 0), found.at(i, t, 1));
             if (std::fetestexcept(FE_UNDERFLOW)) underflow = true;
@@ -188,7 +189,8 @@ int backward_reduce(nb::handle dy_object, nb::handle x_object, const Vector &mea
     return outcome(done, extreme);
 }
 
-// Fills dx. `activation` is none where dy is already the gradient of what goes into it.
+// Fills dx. dy is still the gradient of the activation's output, unless `activation` is none.
+// Returns the outcome.
 int backward_elementwise(nb::handle dy_object, nb::handle x_object, const Vector &mean, const Vector &invstd,
                          nb::handle weight_object, nb::handle bias_object, const Vector &mean_dy,
                          const Vector &mean_dy_xmu, nb::handle dx_object, int activation, int threads) {

@@ -1,13 +1,13 @@
-// Vectors of LANES floats (or LANES / 2 doubles), and how values of each dtype get into and out of
-// them.
+// Vectors of LANES floats (or LANES / 2 doubles), and their loads and stores for values of each
+// dtype.
 //
-// Included once per instruction set, inside a namespace of its own: see module.cpp. Written with the
-// vector extensions that gcc and clang share, so that the same lines serve every instruction set;
-// intrinsics only where those have no word for it, or gcc a poor one: half precision, and stores
-// past the cache.
+// Included once per instruction set, inside a namespace of its own: see levels.h. The code uses the
+// vector extensions that gcc and clang share, so that the same lines serve every instruction set.
+// It uses intrinsics only for half precision and for stores past the cache, which those extensions
+// lack or for which gcc makes poor code.
 
 template <class T>
-struct Lane {  // float, and what is computed in float
+struct Lane {  // float, and dtypes whose arithmetic is in float
     static constexpr int width = LANES;
     typedef float vec __attribute__((vector_size(LANES * 4)));
     typedef int32_t mask __attribute__((vector_size(LANES * 4)));
@@ -32,7 +32,7 @@ INLINE V read(const P *p) {
     return v;
 }
 
-// Past the cache: what is not read before it is written need not be fetched from memory first.
+// With STREAM, writes past the cache, which then need not fetch the old values from memory.
 template <bool STREAM, class V, class P>
 INLINE void write(P *p, V v) {
 #if defined(__x86_64__)
@@ -47,7 +47,7 @@ INLINE void write(P *p, V v) {
     __builtin_memcpy(p, &v, sizeof v);
 }
 
-// Between 16 and 32 bits. Here too gcc takes more instructions than there need be.
+// From 16 to 32 bits and back. gcc's own conversion takes more instructions.
 INLINE Lane<float>::bits widened(Lane<float>::half_bits v) {
 #if LANES == 16
     return (Lane<float>::bits)_mm512_cvtepu16_epi32((__m256i)v);
@@ -87,7 +87,7 @@ INLINE vec<float> load(const float16 *p) {
 #else
     auto h = widened(raw);
     auto magnitude = h & 0x7fff;
-    // The exponent is moved, and corrected by a multiplication, which also brings subnormals right.
+    // A shift moves the exponent, and a multiplication corrects it, also for subnormal numbers.
     auto f = (L::bits)((L::vec)(magnitude << 13) * 0x1p112f);
     f |= (L::bits)(magnitude > 0x7bff) & 0x7f800000;  // infinity and NaN
     return (L::vec)(f | ((h & 0x8000) << 16));
@@ -107,7 +107,7 @@ INLINE void store(double *p, vec<double> v) {
 template <bool STREAM>
 INLINE void store(bfloat16 *p, vec<float> v) {
     using L = Lane<bfloat16>;
-#ifdef BF16_INSTRUCTIONS  // which take subnormal numbers, below 1e-38, for zero
+#ifdef BF16_INSTRUCTIONS  // they take subnormal numbers, below 1e-38, for zero
     return write<STREAM>(p, (L::half_bits)_mm512_cvtneps_pbh((__m512)v));
 #else
     auto b = (L::bits)v;
@@ -141,7 +141,7 @@ INLINE void store(float16 *p, vec<float> v) {
 #endif
 }
 
-// Fewer values than a vector has: n of them, the other lanes zero.
+// Loads n values, fewer than a vector has. The other lanes are zero.
 template <class T>
 INLINE vec<T> load_part(const T *p, long n) {
 #if LANES == 16
@@ -178,7 +178,7 @@ INLINE void store_part(T *p, vec<T> v, long n) {
 #endif
 }
 
-// How a loop reaches memory: a vector at a time, or the part that is left at the end of a run.
+// A loop accesses memory by whole vectors, and by a part of one at the end of a run.
 struct FullAccess {
     template <class T>
     INLINE_MEMBER vec<T> get(const T *p) const {
@@ -207,7 +207,7 @@ INLINE vec<T> broadcast(compute_t<T> value) {
     return vec<T>{} + value;
 }
 
-// All bits of the first n lanes.
+// A mask of the first n lanes.
 template <class T>
 INLINE typename Lane<T>::mask lanes_below(long n) {
     using E = std::conditional_t<sizeof(compute_t<T>) == 8, int64_t, int32_t>;
@@ -216,7 +216,7 @@ INLINE typename Lane<T>::mask lanes_below(long n) {
     return lane < (E)n;
 }
 
-// v in the first n lanes, and zero in the others.
+// v in the first n lanes, zero in the others.
 template <class T>
 INLINE vec<T> only(vec<T> v, long n) {
     return lanes_below<T>(n) ? v : vec<T>{};
@@ -230,7 +230,7 @@ INLINE vec<T> from_lane(vec<T> v, long n) {
 template <class T>
 INLINE double total(vec<T> v) {
     if constexpr (Lane<T>::width == 2) return v[0] + v[1];
-    // the halves added up in double
+    // adds the halves in double
     constexpr int HALF = Lane<T>::width / 2;
     typedef compute_t<T> part __attribute__((vector_size(sizeof v / 2)));
     typedef double wide __attribute__((vector_size(HALF * 8)));

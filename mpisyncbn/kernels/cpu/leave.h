@@ -1,11 +1,11 @@
-// The end of a rank, as a part of MPI_Finalize: it tells its groups that it has come there, and
-// waits until all their ranks have. Python is gone by then, and so is everything that a program has
-// registered for its end.
+// The end of a rank, as a part of MPI_Finalize. The rank tells its groups that it has come to its
+// end, and waits for all their ranks. Python is gone by then, and so is everything that a program
+// has registered for its end.
 //
-// MPI deletes the attributes of MPI_COMM_SELF at the beginning of MPI_Finalize, whoever calls that.
+// MPI_Finalize begins with deleting the attributes of MPI_COMM_SELF, which calls depart_from_all.
 // As in link.h, MPI's functions and handles come from mpi4py as numbers.
 
-constexpr int MESSAGE_BYTES = 1024;  // bytes of a message, as in rank_status.py; so are the tags and times
+constexpr int MESSAGE_BYTES = 1024;  // bytes of a message; rank_status.py has the same sizes, tags and times
 enum Tag { ASK = 1, ANSWER = 2, DEPARTED = 3 };
 constexpr double ASK_SECONDS = 1, ANSWER_SECONDS = 2, FORWARD_SECONDS = 0.25, LONGEST_STEP = 5;  // seconds
 constexpr int TIMED_OUT = 124;
@@ -19,8 +19,8 @@ struct MPILibrary {
 struct DepartingGroup {
     uintptr_t comm;
     int rank;
-    long exchanges;                      // that this rank has done
-    double timeout;                      // seconds, 0: none
+    long exchanges;                      // of this rank so far
+    double timeout;                      // seconds; 0 is none
     std::vector<std::string> hostnames;  // of all ranks
 };
 
@@ -38,15 +38,15 @@ class Departure {
   public:
     explicit Departure(const DepartingGroup &departing)
         : group(departing), comm(Link::handle<Handle>(departing.comm)) {
-        // The neighbours are those at distances of powers of two: few, and where some ranks have
-        // departed and others not, two of them are neighbours. Each message has arrived before its
-        // sender enters the barrier, so there are none left when that is over (Hoefler, Siebert and
-        // Lumsdaine 2010).
+        // Neighbours are at distances of powers of two. They are few, and as long as only some
+        // ranks have departed, a departed rank has a neighbour that has not. Each message has
+        // arrived before its sender enters the barrier, so none is left when the barrier is over
+        // (Hoefler, Siebert and Lumsdaine 2010).
         for (int distance = 1; distance < size(); distance *= 2)
             send((group.rank + distance) % size(), DEPARTED, std::to_string(group.exchanges));
     }
 
-    // Whether all ranks have come to their end, or MPI says that this will never be.
+    // Whether all ranks have come to their end, or MPI has failed.
     bool is_over() {
         std::string text;
         while (receive(mpi.any_source, DEPARTED, text)) continue;
@@ -68,7 +68,7 @@ class Departure {
             "end of its program for other ranks of its group\n",
             group.rank, size(), hostname(group.rank), waited, group.timeout);
         const double start = now(), ask_at = start + ASK_SECONDS * group.rank /
-                                                         size();  // one is enough, if it comes through
+                                                         size();  // one that succeeds is enough
         std::vector<std::string> answers(group.hostnames.size(), "is missing: no answer");
         answers[group.rank] = "waits at the end of its program";
         int missing = size() - 1;
@@ -101,7 +101,7 @@ class Departure {
             "more time, and 0 any\n",
             TIMED_OUT);
         sleep_for(FORWARD_SECONDS);
-        std::signal(SIGALRM, SIG_DFL);  // which kills the process, if what follows does not come through
+        std::signal(SIGALRM, SIG_DFL);  // kills the process if MPI's abort hangs
         alarm(1);
         ((int (*)(Handle, int))mpi.abort)(Link::handle<Handle>(mpi.world), TIMED_OUT);
         std::raise(SIGKILL);
@@ -117,7 +117,7 @@ class Departure {
     std::list<Send> sends;
     Handle barrier;
     bool in_barrier = false, broken = false, was_asked = false;
-    alignas(16) char status[256];  // for MPI to write to, nobody reads it
+    alignas(16) char status[256];  // MPI writes here, and no code reads it
 
     int size() const { return (int)group.hostnames.size(); }
     const char *hostname(int rank) const { return group.hostnames[rank].c_str(); }
@@ -162,14 +162,14 @@ void depart(const std::vector<DepartingGroup> &departing) {
         sleep_for(pause);
         pause = std::min(2 * pause, 0.01);
         const double time = now();
-        waited += std::min(time - last, LONGEST_STEP);  // a longer time: this process was stopped
+        waited += std::min(time - last, LONGEST_STEP);  // a longer step means that this process was stopped
         last = time;
         for (auto &each : waiting)
             if (each.timeout() > 0 && waited >= each.timeout()) each.abort_on_timeout(waited);
     }
 }
 
-// MPI calls this. Its arguments are not looked at; a handle is among them.
+// MPI calls this. It ignores the arguments, one of which is a handle.
 inline int depart_from_all(void *, int, void *, void *) {
     const std::vector<DepartingGroup> departing = std::move(departing_groups);
     departing_groups.clear();

@@ -1,4 +1,5 @@
-// The loops, compiled once per instruction set; the processor chooses at run time. Part of module.cpp.
+// The loops, compiled once per instruction set. The processor decides at run time which ones serve.
+// Part of module.cpp.
 
 namespace baseline {
 #define LANES 4
@@ -39,7 +40,7 @@ namespace avx512 {
 END_TARGET
 
 BEGIN_TARGET("avx512bf16,avx512f,avx512bw,avx512vl,avx512dq,avx2,fma,f16c" VECTOR_WIDTH_FLAG)
-namespace avx512bf16 {  // for bfloat16 alone: rounding to it takes as long as all the rest otherwise
+namespace avx512bf16 {  // only for bfloat16: its rounding takes as long as the rest otherwise
 #define LANES 16
 #define BF16_INSTRUCTIONS
 #include "lanes.h"
@@ -51,7 +52,7 @@ END_TARGET
 #endif
 
 enum class Level { baseline, avx2, avx512, avx512bf16 };
-Level highest_level = Level::avx512bf16;  // lowered by tests, to have the others run
+Level highest_level = Level::avx512bf16;  // tests lower it to run the others
 
 Level level() {
 #ifdef HAVE_LEVELS
@@ -61,7 +62,7 @@ Level level() {
     };
     static const Level best =
         has_avx512() ? __builtin_cpu_supports("avx512bf16") ? Level::avx512bf16 : Level::avx512
-        : __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")  // and F16C, as all of them
+        : __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")  // all of them have F16C too
             ? Level::avx2
             : Level::baseline;
     return std::min(best, highest_level);

@@ -1,24 +1,24 @@
 // The exchange of moments and sums in native code. Part of module.cpp.
 
-// No fused multiply-adds in here: they round differently from NumPy. (Only some processors have
-// them without asking.)
+// This file must not use fused multiply-adds, which round differently from NumPy. (Compilers use
+// them unasked for some processors.)
 #if defined(__clang__)
 #pragma STDC FP_CONTRACT OFF
 #elif defined(__FMA__) || defined(__aarch64__)
 #pragma GCC optimize("fp-contract=off")
 #endif
 
-// Four divisions and roots at a time, where the processor can; AVX and no more, for the same
-// reason.
+// Four divisions and roots at a time, if the processor can. A target above AVX may bring fused
+// multiply-adds.
 #if defined(__x86_64__)
 #define WITH_AVX __attribute__((target_clones("avx", "default")))
 #else
 #define WITH_AVX
 #endif
 
-// exchange.py has both numbers too, and says why. A variance below CANCELLATION * mean**2 has lost
-// digits in the sums. ABSORBED_FLAG is added to a header to say that some M2 is absorbed by the sum
-// of squares.
+// exchange.py has both numbers too, and gives the reasons. A variance below CANCELLATION * mean**2
+// has lost digits in the sums. A rank adds ABSORBED_FLAG to its header if the sum of squares
+// absorbs some M2.
 constexpr double CANCELLATION = 1e-8, ABSORBED_FLAG = 0x1p-18;
 
 // Computes mean and biased variance from sums. Returns whether some variance has lost digits by
@@ -37,9 +37,9 @@ WITH_AVX bool mean_and_var(size_t channels, double count, const double *__restri
     return cancelled;
 }
 
-// Packs a rank's moments. Returns whether some M2 is absorbed: it will not show in the sums. One
-// array after the other: stores to addresses 4096 bytes apart from what is loaded hold the loads
-// up.
+// Packs a rank's moments. Returns whether some M2 is absorbed, so that it will not show in the
+// sums. It fills one array after the other, because a store 4096 bytes apart from a load holds up
+// the load.
 WITH_AVX bool pack(size_t channels, double count, const double *__restrict mean, const double *__restrict m2,
                    double *__restrict sums, double *__restrict squares) {
     for (size_t c = 0; c < channels; ++c) sums[c] = mean[c] * count;
@@ -53,23 +53,25 @@ WITH_AVX bool pack(size_t channels, double count, const double *__restrict mean,
 }
 
 // An exchange in one call: pack, MPI_Allreduce, check, merge. exchange.py does the same with NumPy
-// and mpi4py, in the same order and with the same roundings; their calls take longer.
+// and mpi4py, in the same order and with the same roundings, but their calls take longer.
 //
 // MPI's function and its handles come from mpi4py as numbers, so that one build serves every MPI
-// library. A handle is an int in some of them (MPICH and its kin), a pointer in others (Open MPI).
+// library. A handle is an int in some libraries (MPICH and its relatives), a pointer in others
+// (Open MPI).
 //
-// One thread at a time: exchange.py holds the communicator's lock.
+// Only one thread at a time may use a Link: exchange.py holds the communicator's lock.
 struct Link {
     uintptr_t function, comm, datatype, op, in_place;
     bool int_handles;
     int size;
     std::vector<double> message;
 
-    // The problem with a message: none, MISMATCH where the ranks sent different h, else MPI's error
+    // The problem with a message: none, MISMATCH if the ranks sent different h, else MPI's error
     // code, which is positive.
     enum { NO_PROBLEM = 0, MISMATCH = -1 };
 
-    // Sums `message` over the ranks, its first two words h + flag and h * h. Returns the problem.
+    // Sums `message` over the ranks, after setting its first two words to h + flag and h * h.
+    // Returns the problem.
     int sum(long h, double flag = 0) {
         message[0] = (double)h + flag, message[1] = (double)h * (double)h;
         const int length = (int)message.size();
@@ -79,8 +81,8 @@ struct Link {
             code = int_handles ? call<int>(length) : call<void *>(length);
         }
         if (code != 0) return code;
-        // Cauchy-Schwarz, see fingerprint.py. Not finite where MPI mixed up messages of different
-        // lengths.
+        // Cauchy-Schwarz, see fingerprint.py. The sums may not be finite if MPI mixed up messages
+        // of different lengths.
         const double sum_h = message[0], sum_hh = message[1];
         if (!(sum_h >= 0 && sum_h < 0x1p53 && sum_hh >= 0 && sum_hh < 0x1p53)) return MISMATCH;
         using Integer = unsigned __int128;
@@ -104,8 +106,8 @@ struct Link {
 
     // Fills the mean and the biased variance of the group, from count, mean and M2 of this rank.
     // Returns the problem, the count of the group, whether some variance has lost digits by
-    // cancellation, and whether some rank said that an M2 of its own was absorbed. Python finds the
-    // digits again.
+    // cancellation, and whether some rank said that an M2 of its own was absorbed. exchange.py
+    // recovers the digits.
     std::tuple<int, long, bool, bool> sum_moments(long h, long count, const Vector &mean, const Vector &m2,
                                                   const Output &merged) {
         const size_t channels = mean.size();

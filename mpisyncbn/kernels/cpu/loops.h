@@ -1,19 +1,19 @@
 // The loops of the four kernels over a tile. Included once per instruction set, after lanes.h:
 // see levels.h.
 //
-// Values lie in memory in one of two ways. Planes: the positions of one channel of one sample side
-// by side. Rows: the channels of one position side by side.
+// Values lie in memory in one of two ways. In planes, the positions of one channel of one sample
+// lie side by side. In rows, the channels of one position lie side by side.
 
 #include "activation.h"
 #include "terms.h"
 
-// Goes through planes that follow each other in memory, `planes` of `length` values each, in
-// vectors that begin where vectors of `from` do: loads and stores that cross from one cache line
-// into the next are slow, and stores past the cache need whole lines. Calls
-//     inside(i, n, c): n vectors within plane c, from the i-th value on,
-//     across(i, c, n): one vector, its first n values the last of plane c, the others of c + 1,
-//     part(i, n, c): n values within plane c, fewer than a vector,
-//     end(c): after the last value of plane c, if it was not in a vector across.
+// Goes through planes that follow each other in memory: `planes` of `length` values each. Vectors
+// are aligned in the array at `from`, because loads and stores that cross into the next cache line
+// are slow, and stores past the cache need whole lines. Calls
+//     inside(i, n, c) for n vectors within plane c, from the i-th value on,
+//     across(i, c, n) for a vector with the last n values of plane c and the first ones of c + 1,
+//     part(i, n, c) for n values within plane c, fewer than a vector,
+//     end(c) after the last value of plane c, unless that was in a vector across.
 template <class T, class P, class Inside, class Across, class Piece, class End>
 INLINE void go_through(const P *from, long planes, long length, Inside inside, Across across, Piece part,
                        End end) {
@@ -28,7 +28,7 @@ INLINE void go_through(const P *from, long planes, long length, Inside inside, A
         }
         return;
     }
-    long c = 0, left = length;  // of plane c
+    long c = 0, left = length;  // values of plane c
     if (ahead) {
         part(0, ahead, 0);
         i = ahead, left -= ahead;

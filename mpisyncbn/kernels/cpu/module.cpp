@@ -1,21 +1,21 @@
 // The native code of mpisyncbn: kernels for arrays in host memory at the speed of memory, and the
 // exchange.
 //
-// It takes NumPy arrays and torch tensors alike, by address, shape and strides, so one build serves
-// every torch. Here is what Python sees of it; _cpu.pyi says the same to type checkers.
+// It takes NumPy arrays and torch tensors by address, shape and strides, so one build serves every
+// version of torch. This file defines what Python sees; _cpu.pyi documents it.
 //
 //     kernels.h        the four kernels
 //     arrays.h         how arrays lie in memory
 //     tiles.h          the work cut into tiles, and handed to threads
-//     coefficients.h   numbers per channel that the loops take
-//     levels.h         everything that is compiled once per instruction set: lanes.h (vectors) and
-//                          loops.h (loops over a tile), which includes all that is not here
+//     coefficients.h   numbers per channel for the loops
+//     levels.h         all code that is compiled once per instruction set: lanes.h (vectors) and
+//                          loops.h (loops over a tile), which includes the headers not listed here
 //     link.h           an exchange
 //     running_stats.h  running statistics
 //     leave.h          the end of a rank, in MPI_Finalize
 //
-// The tiles depend on the shape alone, and their sums are added up in a fixed order: the same bits
-// come out at any number of threads.
+// For each channel, the tiles depend only on the shape, and their sums are added in a fixed order. So
+// results have the same bits at any number of threads.
 
 #include <nb_combined.cpp>  // nanobind itself, so that setuptools can build us without CMake
 
@@ -75,11 +75,11 @@ namespace {
 }  // namespace
 
 NB_MODULE(_cpu, m) {
-    // A communicator lives as long as MPI, longer than the interpreter; nanobind would complain at
-    // exit.
+    // A communicator lives as long as MPI, longer than the interpreter, so nanobind would complain
+    // at exit.
     nb::set_leak_warnings(false);
     const auto given = nb::arg();
-    const auto maybe = nb::arg().none();  // None, where there is no such array
+    const auto maybe = nb::arg().none();  // None if there is no such array
     nb::class_<Link>(m, "Link")
         .def("__init__",
              [](Link *link, uintptr_t function, uintptr_t comm, uintptr_t datatype, uintptr_t op,

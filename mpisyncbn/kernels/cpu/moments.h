@@ -1,8 +1,8 @@
-// Sums about an origin near the mean, for mean and variance. Included once per instruction set by
-// loops.h.
+// Sums of distances from an origin near the mean, for mean and variance. Included once per
+// instruction set by loops.h.
 
-// A number near the mean of each channel, from a few values: of the first plane of a tile, or of
-// rows spread over all.
+// Fills `origins` with a number near the mean of each channel: the mean of a few values of a tile's
+// first plane. row_origins takes a few rows instead, spread over all.
 template <class T>
 static void plane_origins(const Operands<T> &on, const Tile &t, compute_t<T> *origins) {
     const long few = std::min(8L, t.s1 - t.s0);
@@ -16,7 +16,7 @@ static void plane_origins(const Operands<T> &on, const Tile &t, compute_t<T> *or
 template <class T>
 static void row_origins(const Operands<T> &on, long rows, long columns, compute_t<T> *origins) {
     constexpr long W = Lane<T>::width;
-    long few = 8;  // a power of two, added up in pairs: the origin of a constant channel is its value
+    long few = 8;  // a power of two, added in pairs: so a constant channel has its value as origin
     while (few > rows) few /= 2;
     for (long j = 0; j < columns; j += W) {
         const TailAccess access{std::min(W, columns - j)};
@@ -29,7 +29,7 @@ static void row_origins(const Operands<T> &on, long rows, long columns, compute_
     }
 }
 
-// Whether a channel of a tile has one value only.
+// Whether all values of a channel of a tile are equal.
 template <class T>
 static bool is_constant(const Operands<T> &on, const Tile &t, bool rows, long c) {
     const long n0 = rows ? t.s0 : t.n0, n1 = rows ? t.s1 : t.n1, s0 = rows ? 0 : t.s0, s1 = rows ? 1 : t.s1;
@@ -42,9 +42,9 @@ static bool is_constant(const Operands<T> &on, const Tile &t, bool rows, long c)
     return true;
 }
 
-// For each channel of a tile: an origin near its mean, the sum of x - origin, and that of its
-// square, or UNDERFLOWED. `row_origins` are those of rows. Both it and `scratch` are padded to
-// whole vectors.
+// Fills, for each channel of a tile, an origin near its mean, the sum of x - origin, and the sum of
+// its square, or UNDERFLOWED. `row_origins` are the origins for rows. They and `scratch` are padded
+// to whole vectors.
 template <class T>
 static void tile_moments(const Operands<T> &on, const Tile &t, bool rows, long count,
                          const compute_t<T> *row_origins, compute_t<T> *scratch, double *origin, double *sums,
@@ -56,12 +56,12 @@ static void tile_moments(const Operands<T> &on, const Tile &t, bool rows, long c
     else
         plane_origins(on, t, origins);
     for (int turn = 0; turn < 2; ++turn) {
-        if (std::fetestexcept(FE_UNDERFLOW)) std::feclearexcept(FE_UNDERFLOW);  // the second is slow
+        if (std::fetestexcept(FE_UNDERFLOW)) std::feclearexcept(FE_UNDERFLOW);  // clearing is slow
         tile_sums(on, t, rows, origins, 0, Moments<T>{}, scratch, sums, squares);
         for (long c = 0; c < channels; ++c) origin[c] = origins[c];
-        // Where the origin is more than two standard deviations from the mean, the squares have
-        // lost digits: once more, about the mean found. The other channels keep their origin, and
-        // get the same sums again.
+        // If an origin is more than two standard deviations from the mean, the squares have lost
+        // digits: repeat the sums about the mean. The other channels keep their origins, and get
+        // the same sums again.
         const auto cancelled = [&](long c) { return 1.25 * sums[c] * sums[c] > squares[c] * count; };
         bool any = false;
         for (long c = 0; c < channels; ++c) any |= cancelled(c);
@@ -70,7 +70,7 @@ static void tile_moments(const Operands<T> &on, const Tile &t, bool rows, long c
             if (cancelled(c) && std::isfinite(sums[c])) origins[c] += (compute_t<T>)(sums[c] / count);
     }
     if (sizeof(compute_t<T>) == 8 || std::is_same_v<T, float16>) return;
-    // Squares that sum to 0 are those of a constant channel, unless one became 0: then the
+    // A sum of squares of 0 means a constant channel, unless a square underflowed: then the
     // processor has set its flag.
     const bool underflow = std::fetestexcept(FE_UNDERFLOW);
     const auto unclear = [&](long c) {

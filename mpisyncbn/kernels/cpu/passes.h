@@ -6,7 +6,7 @@ static void pass_planes(const Operands<T> &on, const Tile &t, const compute_t<T>
     constexpr long W = Lane<T>::width;
     const long channels = t.c1 - t.c0, length = t.s1 - t.s0, together = on.adjacent(length) ? channels : 1;
     if (STREAM && length < 2 * W)
-        return pass_planes<false>(on, t, coefficients, stride, operation);  // not aligned there
+        return pass_planes<false>(on, t, coefficients, stride, operation);  // short planes are not aligned
     for (long n = t.n0; n < t.n1; ++n)
         for (long from = 0; from < channels; from += together) {
             const Pointers<T> pointers = on.pointers_at(n, t.c0 + from, t.s0);
@@ -34,8 +34,8 @@ static void pass_planes(const Operands<T> &on, const Tile &t, const compute_t<T>
     if (STREAM) fence();
 }
 
-// Two rows at a time, one from each half of the tile: they share the coefficients of the channels,
-// and see sum_rows.
+// Takes two rows at a time, which share the coefficients of the channels. They come from the two
+// halves of the tile, for the reason given at sum_rows.
 template <bool STREAM, class T, class F>
 static void pass_rows(const Operands<T> &on, const Tile &t, const compute_t<T> *coefficients, long stride,
                       F operation) {
@@ -85,7 +85,7 @@ static void tile_normalize(const Operands<T> &on, const Tile &t, bool rows, bool
     });
 }
 
-// `activation` is none where dy is already the gradient of what goes into it.
+// dy is still the gradient of the activation's output, unless `activation` is none.
 template <class T>
 static void tile_elementwise(const Operands<T> &on, const Tile &t, bool rows, bool stream,
                              const compute_t<T> *coefficients, long stride, Activation activation) {

@@ -9,7 +9,7 @@ struct PartialSums {
     vec<T> a, b;
 };
 
-// Adds both sums over n vectors, at most 64, to `into`: at most 16 additions in a lane.
+// Adds both sums over n vectors, at most 64, to `into`. A lane has at most 16 additions.
 template <class T, class F>
 INLINE void add_vectors(Pointers<T> pointers, long n, PlaneCoefficients<T> coefficient, F terms,
                         PartialSums<T> &into) {
@@ -36,8 +36,8 @@ INLINE void add_vectors(Pointers<T> pointers, long n, PlaneCoefficients<T> coeff
 }
 
 // Adds both sums over planes that follow each other in memory to `partial`, which has an entry for
-// each. Calls flush(c) wherever as many values have been added up in the partial sums of plane c as
-// keep their digits.
+// each plane. Calls flush(c) before the partial sums of plane c have so many terms that they lose
+// digits.
 template <class T, class F, class Flush>
 INLINE void add_planes(Pointers<T> pointers, long planes, long length, const compute_t<T> *coefficients,
                        long stride, F terms, PartialSums<T> *partial, Flush flush) {
@@ -76,8 +76,7 @@ INLINE void add_planes(Pointers<T> pointers, long planes, long length, const com
         end);
 }
 
-// Both sums for channels c0 to c1, at most MAX_CHANNELS of them, of the samples and positions of a
-// tile.
+// Adds both sums over a tile of planes to the totals of channels c0 to c1, at most MAX_CHANNELS.
 template <class T, class F>
 static void sum_planes(const Operands<T> &on, const Tile &t, const compute_t<T> *coefficients, long stride,
                        F terms, double *total_a, double *total_b) {
@@ -101,8 +100,7 @@ static void sum_planes(const Operands<T> &on, const Tile &t, const compute_t<T> 
     for (long c = 0; c < channels; ++c) flush(c);
 }
 
-// Adds the terms of one value each of ROWS rows, which lie `step` apart, to the sums of as many
-// columns as a vector has.
+// Adds the terms of ROWS rows, which lie `step` apart, to the sums of one vector of columns.
 template <long ROWS, class T, class F, class A>
 INLINE void add_rows(Pointers<T> pointers, const typename Operands<T>::Strides &step,
                      RowCoefficients<T> coefficient, F terms, A access, compute_t<T> *a_sums,
@@ -122,12 +120,12 @@ INLINE void add_rows(Pointers<T> pointers, const typename Operands<T>::Strides &
     write<false>(b_sums, read<vec<T>>(b_sums) + b[0]);
 }
 
-// Both sums for every column of rows s0 to s1. `scratch` holds two working vectors of the columns,
-// padded to whole vectors; so does every kind of coefficient.
+// Adds both sums over rows s0 to s1 to the totals of every column. `scratch` has room for two sums
+// of each column. It and every kind of coefficient are padded to whole vectors.
 //
-// Several rows are taken at a time, to load and store the sums less often: one from each part of
-// the tile, not neighbours. Processors read ahead in several pages at once, but not in one page at
-// several places.
+// Several rows are taken at a time, to load and store the sums less often. They come from different
+// parts of the tile, because processors read ahead in several pages at once, but not at several
+// places of one page.
 template <class T, class F>
 static void sum_rows(const Operands<T> &on, const Tile &t, const compute_t<T> *coefficients, long stride,
                      F terms, compute_t<T> *scratch, double *total_a, double *total_b) {
@@ -157,7 +155,7 @@ static void sum_rows(const Operands<T> &on, const Tile &t, const compute_t<T> *c
     rows(t.s0 + part * ROWS, t.s1, std::integral_constant<long, 1>{});
 }
 
-// Both sums for each channel of a tile.
+// Fills the totals with both sums for each channel of a tile.
 template <class T, class F>
 static void tile_sums(const Operands<T> &on, const Tile &t, bool rows, const compute_t<T> *coefficients,
                       long stride, F terms, compute_t<T> *scratch, double *total_a, double *total_b) {
@@ -169,7 +167,7 @@ static void tile_sums(const Operands<T> &on, const Tile &t, bool rows, const com
         sum_planes(on, t, coefficients, stride, terms, total_a, total_b);
 }
 
-// The sums of the gradient of what goes into the activation, and of its products with x - mean.
+// Fills the sums of the gradient of the activation's input, and of its products with x - mean.
 template <class T>
 static void tile_reduce(const Operands<T> &on, const Tile &t, bool rows, Activation activation, bool saved,
                         const compute_t<T> *coefficients, long stride, compute_t<T> *scratch, double *sum_dy,

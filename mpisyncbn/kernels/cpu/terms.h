@@ -1,13 +1,13 @@
 // The arithmetic on a vector of values. Included once per instruction set by loops.h.
 //
-// It is the same for planes and rows: the coefficients of a channel come from coefficient(MEAN) and
-// the like, one value for a plane, one vector per column for rows.
+// It is the same for planes and rows: coefficient(MEAN) and the like give the coefficients of a
+// plane's channel in all lanes, or those of the columns of rows in one lane each.
 
-// Sums. A vector of two terms per value, added up in compute_t<T> over short runs, in double
-// beyond.
+// Terms of sums: a vector each for the sums a and b. Short runs of them are added in compute_t<T>,
+// and the sums of runs in double.
 
 template <class T>
-struct Moments {  // about an origin near the mean, so that the squares keep their digits
+struct Moments {  // MEAN is an origin near the mean, so that the squares keep their digits
     static constexpr long rows_at_once = 8;  // see sum_rows
     template <class K, class A>
     INLINE_MEMBER void operator()(Pointers<T> pointers, long i, K coefficient, A access, vec<T> &a,
@@ -17,10 +17,10 @@ struct Moments {  // about an origin near the mean, so that the squares keep the
     }
 };
 
-// SAVED: the activation's output was kept. Else what goes into it is computed again from x.
+// SAVED: the activation's output was kept. Else its input is computed again from x.
 template <class T, Activation ACTIVATION, bool SAVED>
 struct Reduce {
-    static constexpr long rows_at_once = 4;  // of two arrays each
+    static constexpr long rows_at_once = 4;  // fewer, because it reads two arrays
     template <class K, class A>
     INLINE_MEMBER void operator()(Pointers<T> pointers, long i, K coefficient, A access, vec<T> &a,
                                   vec<T> &b) const {
@@ -36,7 +36,7 @@ struct Reduce {
     }
 };
 
-// Values.
+// Passes over values.
 
 // ADD: a residual is added before the activation.
 template <class T, bool ADD, Activation ACTIVATION>
@@ -49,7 +49,7 @@ struct Normalize {
     }
 };
 
-// ACTIVATION: dy is still the gradient of its output.
+// dy is still the gradient of the output of ACTIVATION.
 template <class T, Activation ACTIVATION>
 struct Elementwise {
     template <bool STREAM, class K, class A>
@@ -71,7 +71,7 @@ struct PlaneCoefficients {
     INLINE_MEMBER vec<T> operator()(int which) const { return broadcast<T>(coefficients[which * stride]); }
 };
 
-// The coefficients of a channel in the first lanes, and those of the next one in the others.
+// The coefficients of a channel in the first lanes, and those of the next channel in the others.
 template <class T>
 struct TwoPlanesCoefficients {
     const compute_t<T> *coefficients;

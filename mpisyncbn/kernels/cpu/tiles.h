@@ -1,4 +1,4 @@
-// How the work is cut into tiles and handed to threads. Part of module.cpp.
+// Cuts the work into tiles and hands them to threads. Part of module.cpp.
 
 int default_threads() {
 #if defined(_OPENMP)
@@ -8,19 +8,19 @@ int default_threads() {
 #endif
 }
 
-// Values per tile: enough to make its overhead small, few enough to stay in a core's L2 cache.
+// Values per tile: enough for a small overhead, few enough to stay in a core's L2 cache.
 constexpr long TILE = 1 << 16;
 // Below this many values, starting threads takes longer than the work (torch's limit too).
 constexpr long PARALLEL = 1 << 15;
-// Output of this many bytes would push itself out of the cache: it is written past it.
+// Output of at least so many bytes is written past the cache, which could not hold it.
 long stream_from = 4 << 20;
 
 long ceil_div(long length, long divisor) { return (length + divisor - 1) / divisor; }
 
 long cut_planes(long samples, long channels, long positions, std::vector<Tile> &tiles) {
     const long s_parts = ceil_div(positions, TILE), s_step = (ceil_div(positions, s_parts) + 63) / 64 * 64;
-    // Long planes one after the other, as they lie; of short ones several samples, whose sums have
-    // one end.
+    // A tile has long planes in the order of memory, or short planes of several samples, whose sums
+    // are then finished only once.
     const long run = positions < 1024 ? TILE / 4 : TILE;
     const long c_most = std::clamp(run / std::min(s_step, positions), 1L, std::min(channels, MAX_CHANNELS));
     const long c_step = ceil_div(channels, ceil_div(channels, c_most));
@@ -35,12 +35,11 @@ long cut_planes(long samples, long channels, long positions, std::vector<Tile> &
 }
 
 long cut_rows(long rows, long columns, int threads, std::vector<Tile> &tiles) {
-    // Sums over a tile have an end in memory for every column: of much work, no more tiles than
-    // threads may want.
+    // Each tile stores sums for every column, so much work has no more tiles than threads may want.
     const long most = std::clamp(rows * columns / 48, TILE, 8 * TILE);
     const long slots = ceil_div(rows, std::max(256L, most / columns)),
                step = (ceil_div(rows, slots) + 7) / 8 * 8;
-    // Too few for the threads: cut across too, which leaves the sums as they are.
+    // If there are too few for the threads, cut columns too, which does not change the sums.
     const long c_parts =
         slots >= threads ? 1 : std::clamp(ceil_div(threads, slots), 1L, std::max(columns / 64, 1L));
     const long c_step = padded(ceil_div(columns, c_parts));
@@ -51,12 +50,12 @@ long cut_rows(long rows, long columns, int threads, std::vector<Tile> &tiles) {
     return slot;
 }
 
-// A way through arrays of one shape: tiles, and what the loops need to find their values.
+// A way through arrays of one shape: the tiles, and where the loops find their values.
 template <class T>
 struct Traversal {
     Operands<T> on;
     bool rows;
-    long columns;  // channels, several times over where rows of few channels are taken together
+    long columns;  // channels, repeated if several rows of few channels are taken together
     long count;    // of rows
     bool stream;   // its output goes past the cache
     long slots;
@@ -73,11 +72,11 @@ struct Plan {
     long channels;
     int threads;
     int traversal_count;
-    Traversal<T> traversals[2];  // the second: rows left over by the first
+    Traversal<T> traversals[2];  // the second has rows that the first leaves over
 };
 
-// Addresses and strides as the loops take them. x stands in for an absent array, which is never
-// touched.
+// Addresses and strides for the loops. Those of x stand in for an absent array, which no loop
+// touches.
 template <class T>
 Operands<T> operands_of(const Array *const (&arrays)[4], const Layout &layout) {
     char *start[4];
@@ -91,8 +90,8 @@ Operands<T> operands_of(const Array *const (&arrays)[4], const Layout &layout) {
             {channel[1], channel[0], channel[2], channel[3]}};
 }
 
-// How many rows make one that is whole vectors, where rows are short and follow each other without
-// a gap; else 1.
+// How many rows are taken together as one row of whole vectors, if rows are short and follow each
+// other without a gap; else 1.
 template <class T>
 long rows_taken_together(const Operands<T> &on, const Layout &layout) {
     const auto &pitch = on.outer;
@@ -105,8 +104,8 @@ long rows_taken_together(const Operands<T> &on, const Layout &layout) {
     return together <= layout.positions ? together : 1;
 }
 
-// Cuts rows into tiles: those of the first traversal and, where several are taken together, what is
-// left over.
+// Cuts rows into tiles of the first traversal. If several rows are taken together, the second
+// traversal has the rows left over.
 template <class T>
 void plan_rows(Plan<T> &plan, const Layout &layout) {
     Traversal<T> &traversal = plan.traversals[0];
@@ -127,9 +126,9 @@ void plan_rows(Plan<T> &plan, const Layout &layout) {
     traversal.stream = traversal.stream && pitch.out * (long)sizeof(T) % 64 == 0;
 }
 
-// The plan for arrays of one shape: x, which decides, dy, what else is read, and what is written.
-// It lasts until the next one of this thread. Null where the arrays do not lie in memory in one
-// way: then somebody has to copy first.
+// The plan for arrays of one shape: x, which decides the layout, dy, another one to read (`extra`),
+// and one to write (`out`). It is valid until this thread makes the next plan. Null if the arrays
+// do not all lie in memory in one way: then the caller has to copy some.
 template <class T>
 const Plan<T> *plan_for(const Array &x, const Array &dy, const Array &extra, const Array &out, int threads) {
     static thread_local Plan<T> plan;
@@ -153,7 +152,7 @@ const Plan<T> *plan_for(const Array &x, const Array &dy, const Array &extra, con
     return &plan;
 }
 
-// Lets Python's other threads run while there is much to do.
+// Releases Python's lock if there is much to do.
 struct Unlocked {
     std::optional<nb::gil_scoped_release> release;
     explicit Unlocked(const Array &x) {
@@ -163,9 +162,9 @@ struct Unlocked {
 
 enum class Direction { up, down };
 
-// Calls operation for every tile, on each thread in memory order, up or down. The sums go down and
-// what follows them goes up: so each pass begins with what the one before it has left in the cache,
-// and the sums with the end of what the layer before or after this one has just written.
+// Calls operation for every index, on each thread in the order of memory, up or down. Sums go down
+// and the passes after them go up. So each pass begins with values that the one before it has left
+// in the cache, and sums begin at the end of the array that a neighbouring layer has just written.
 template <class F>
 void each(long length, int threads, Direction direction, F operation) {
     auto from_to = [&](long begin, long end) {
@@ -192,7 +191,7 @@ W *tile_scratch(size_t length) {
     return memory.data();
 }
 
-// Memory that the calling thread keeps while tiles are worked on with tile_scratch.
+// Memory of the calling thread, which it keeps while all threads use tile_scratch.
 template <class W>
 W *caller_scratch(size_t length) {
     static thread_local std::vector<W> memory;
@@ -200,9 +199,9 @@ W *caller_scratch(size_t length) {
     return memory.data();
 }
 
-// Calls operation(traversal, tile, i) for every tile of traversal i of a plan, on every thread. It
-// must not name a thread_local variable: on the other threads it is another one. So these are all
-// inside functions, and what an operation needs of them is bound to a local name.
+// Calls operation(traversal, tile, i) for every tile of traversal i of a plan, on several threads.
+// An operation must not name a thread_local variable, which is a different one on each thread. So
+// all of them are inside functions, and an operation captures a local pointer or reference instead.
 template <class T, class F>
 void every_tile(const Plan<T> &plan, Direction direction, F operation) {
     for (int i = 0; i < plan.traversal_count; ++i) {
@@ -212,8 +211,8 @@ void every_tile(const Plan<T> &plan, Direction direction, F operation) {
     }
 }
 
-// The partial results of the tiles for each channel, `kinds` numbers in double: an array of columns
-// for each kind, for every slot of every traversal.
+// The partial results of the tiles: `kinds` double numbers for each channel. Every slot of every
+// traversal has an array of columns for each kind.
 template <class T>
 struct Partials {
     const Plan<T> &plan;
@@ -228,8 +227,8 @@ struct Partials {
         return start(traversal, t.slot) + kind * plan.traversals[traversal].columns + t.c0;
     }
 
-    // Calls operation(traversal, slot, numbers, columns) in a fixed order, as often as all channels
-    // are there: kind k of channel c is numbers[k * columns + c].
+    // Calls operation(traversal, slot, numbers, columns) in a fixed order, once for each set of all
+    // channels. Kind k of channel c is numbers[k * columns + c].
     template <class F>
     void in_order(F operation) const {
         for (int i = 0; i < plan.traversal_count; ++i)

@@ -29,7 +29,8 @@ using compute_t = std::conditional_t<std::is_same_v<T, double>, double, float>;
 
 // The coefficients of a channel, each kind in an array of its own.
 enum { MEAN, SCALE, SHIFT, SLOPE, INTERCEPT, KINDS };
-// The activation that a layer ends in: see activation.h. kernels/activation.py has the same numbers.
+// The activation that a layer ends in, see activation.h. kernels/activation.py has the same
+// numbers.
 enum class Activation { none, relu };
 
 template <class T>
@@ -39,8 +40,8 @@ struct Pointers {
     INLINE_MEMBER Pointers operator+(long i) const { return {dy + i, x + i, extra + i, out + i}; }
 };
 
-// Addresses and strides of up to four arrays of one shape. Planes: strides from sample to sample
-// and from channel to channel; rows: from row to row, and 1.
+// Addresses and strides of up to four arrays of one shape. For planes the strides are from sample
+// to sample and from channel to channel; for rows from row to row, and 1.
 template <class T>
 struct Operands {
     Pointers<T> start;
@@ -59,22 +60,22 @@ struct Operands {
     }
 };
 
-// Samples, channels and positions of a piece of work; of rows, s0 to s1 are the rows and there are
-// no samples.
+// A piece of work: samples n0 to n1, channels c0 to c1, positions s0 to s1. For rows, s0 to s1 are
+// the rows, and there is one sample.
 struct Tile {
     long n0, n1, c0, c1, s0, s1;
-    long slot;  // tiles of one slot have the same values per channel, of different channels
-    long count() const { return (n1 - n0) * (s1 - s0); }  // of values per channel
+    long slot;  // the tiles of a slot have the same number of values, of different channels
+    long count() const { return (n1 - n0) * (s1 - s0); }  // values per channel
 };
 
-// Stands for a sum of squares that are 0 in float32, though the differences are not.
+// Stands for a sum of squares that are 0 in float32, although the distances are not.
 constexpr double UNDERFLOWED = -1;
-constexpr long MAX_CHANNELS = 256;  // of a tile of planes
-constexpr int NDIM = 64;            // as many as NumPy has at most; torch may have more, which are refused
+constexpr long MAX_CHANNELS = 256;  // in a tile of planes
+constexpr int NDIM = 64;            // the most that NumPy allows; torch's may have more, and are refused
 
 long padded(long length) { return (length + 15) / 16 * 16; }
 
-std::atomic<long> streamed_values{0};  // for the tests: the values are the same
+std::atomic<long> streamed_values{0};  // for tests, since results do not show it
 
 void fence() {
 #if defined(__x86_64__)
