@@ -31,7 +31,7 @@ PROC = Path("/proc")
 
 
 def _choice(name: str, default: str, choices: tuple[str, ...]) -> str:
-    """The value of a variable that has only a few. Raises ValueError if it has another."""
+    """The value of a variable, or ``default``. Raises ValueError unless it is in ``choices``."""
     value = os.environ.get(name, "").strip().lower() or default
     if value not in choices:
         raise ValueError(
@@ -41,17 +41,17 @@ def _choice(name: str, default: str, choices: tuple[str, ...]) -> str:
 
 
 def transport() -> str:
-    """``MPISYNCBN_TRANSPORT``: where messages are; ``auto`` (default), ``host`` or ``device``."""
+    """``MPISYNCBN_TRANSPORT``: where messages live: ``auto`` (default), ``host`` or ``device``."""
     return _choice("MPISYNCBN_TRANSPORT", "auto", ("auto", "host", "device"))
 
 
 def debug() -> bool:
-    """``MPISYNCBN_DEBUG=1``: the ranks compare what they are about to do before they do it."""
+    """``MPISYNCBN_DEBUG=1``: the ranks compare their calls before each exchange."""
     return _choice("MPISYNCBN_DEBUG", "0", ("0", "1")) == "1"
 
 
 def timeout() -> float | None:
-    """``MPISYNCBN_TIMEOUT``: seconds to wait in an exchange; 0: for ever; None: not given."""
+    """``MPISYNCBN_TIMEOUT``: seconds to wait in an exchange. 0 is for ever, None is not given."""
     value = os.environ.get("MPISYNCBN_TIMEOUT", "").strip()
     if not value:
         return None
@@ -66,8 +66,8 @@ def timeout() -> float | None:
     return seconds
 
 
-# Nearest to the rank first: mpiexec inside a job may start its helpers with srun, whose variables
-# the ranks inherit.
+# The launcher nearest to the rank comes first: mpiexec inside a job may start its helpers with
+# srun, whose variables the ranks inherit.
 _SIZES = (
     "OMPI_COMM_WORLD_SIZE",
     "PMI_SIZE",
@@ -77,31 +77,31 @@ _SIZES = (
     "SLURM_STEP_NUM_TASKS",
 )
 _RANKS = ("PMIX_RANK", "PMI_RANK", "PALS_RANKID", "SLURM_PROCID")
-_WITHOUT_SIZE = ("PMIX_RANK", "PALS_RANKID")  # of launchers that give no size
+_WITHOUT_SIZE = ("PMIX_RANK", "PALS_RANKID")  # from launchers that give no size
 # The variables by which MPI knows which rank of which job a process is.
 _IDENTITY: tuple[str, ...] = ("PMIX_NAMESPACE", "PMIX_RANK", "PMI_FD", "PMI_PORT", "PMI_ID", "PMI_RANK")
 _IDENTITY += ("PALS_APID", "PALS_RANKID")
-# Of launchers that tell MPI nothing. One variable alone may be left over from anything, so all must
-# be set.
+# Variables of launchers that tell MPI nothing. A single one may be left over from anything, so all
+# must be set.
 _NOT_OF_MPI = (("WORLD_SIZE", "RANK", "LOCAL_RANK"), ("HOROVOD_SIZE", "HOROVOD_RANK", "HOROVOD_LOCAL_RANK"))
 
 
 def mpi_launcher_size() -> tuple[int, str]:
-    """How many ranks a launcher of MPI started, and the variable that says so; 1, "" if none."""
+    """How many ranks a launcher of MPI started, and the variable that says so; else 1 and ""."""
     return _sizes()[0]
 
 
 def any_launcher_size(size: int) -> tuple[int, str]:
     """How many ranks any launcher started, and the variable that says so.
 
-    MPI has a world of ``size``. A launcher that started more ranks than that comes first.
+    ``size`` is that of MPI's world. A launcher that started more ranks than that comes first.
     """
     given = _sizes()
-    if size > 1:  # some launcher told MPI so; variables of another one are left over
+    if size > 1:  # some launcher told MPI so, and variables of another one are left over
         return next((each for each in given if each[0] == size), given[0])
     ranks, variable = given[0]
-    # mpiexec -n 1 may be all that has started this process, but torchrun's own mark has no other
-    # source
+    # mpiexec -n 1 may have started this process alone, and other variables may be left over. Only
+    # torchrun sets its own one.
     unknown = not variable or variable.startswith("SLURM_")
     unknown = unknown and not any(name in os.environ for name in _WITHOUT_SIZE)
     if unknown or "TORCHELASTIC_RUN_ID" in os.environ:
@@ -110,7 +110,7 @@ def any_launcher_size(size: int) -> tuple[int, str]:
 
 
 def _size_outside_mpi() -> tuple[int, str] | None:
-    """How many ranks a launcher not of MPI started, and the variable that says so; or None."""
+    """How many ranks a launcher outside MPI started, and the variable that says so; or None."""
     for names in _NOT_OF_MPI:
         values = [os.environ.get(name, "") for name in names]
         if all(value.isdigit() for value in values) and int(values[0]) > max(1, *map(int, values[1:])):
@@ -132,7 +132,7 @@ def launched() -> bool:
 def in_batch_script() -> bool:
     """Whether this process belongs to the script of a batch job of Slurm, which is one task.
 
-    Variables of a step may be left over there, from the shell in which the job was submitted.
+    The script may have inherited variables of a step from the shell that submitted the job.
     """
     parent = parent_of(os.environ.get("SLURM_TASK_PID", ""))
     try:
@@ -152,7 +152,7 @@ def rank_of(process: int) -> int | None:
 
 
 def parent_of(process: int | str) -> int:
-    """The process that started another one of this host; 0 if that is not known."""
+    """The id of the process that started another process of this host; 0 if it is not known."""
     try:
         return int((PROC / str(process) / "stat").read_text().rpartition(")")[2].split()[1])
     except (OSError, IndexError, ValueError):
@@ -166,7 +166,7 @@ def rank_identity(process: int | None = None) -> dict[str, str]:
 
 
 def _variables_of(process: int) -> dict[str, str]:
-    """The variables with which a process was started; none if it may not be looked at."""
+    """The variables with which a process was started; empty if this process may not read them."""
     try:
         given = (PROC / str(process) / "environ").read_bytes()
     except OSError:
@@ -194,6 +194,6 @@ def device_aware(kind: str) -> str | None:
 
 
 def rendezvous_given() -> dict[str, str]:
-    """The variables, where set, by which torch's own launchers tell ranks of each other."""
+    """The variables that are set, of those by which torch's launchers tell ranks of each other."""
     names = "RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"
     return {name: os.environ[name] for name in names if os.environ.get(name)}

@@ -1,4 +1,7 @@
-"""Names of collectives and exchanges in torch.profiler. Where none is enabled, it costs a look at a flag."""
+"""Names of collectives and exchanges in torch.profiler.
+
+Without a profiler they cost a look at a flag.
+"""
 
 from __future__ import annotations
 
@@ -14,7 +17,7 @@ class _NoTorch:
     _is_profiler_enabled = False
 
 
-profiler: Any = _NoTorch  # torch.autograd.profiler, whose flag is for such questions
+profiler: Any = _NoTorch  # torch.autograd.profiler: callers look at its flag
 
 
 def find_torch() -> None:
@@ -25,27 +28,33 @@ def find_torch() -> None:
 
 
 def record(name: str) -> AbstractContextManager[object]:
-    """A context manager of torch: what runs inside appears in the profile as ``name``."""
+    """A context manager of torch. The code inside appears in the profile as ``name``."""
     return profiler.record_function(name)
 
 
 @contextmanager
 def recorded(name: str, lock: AbstractContextManager[object]) -> Iterator[None]:
-    """Hold ``lock``, and record that as ``name`` from when it is waited for until it is released."""
+    """A context that holds ``lock``. Its record, ``name``, includes the wait for the lock."""
     with record(name), lock:
         yield
 
 
 def begin(name: str) -> Callable[[], None]:
-    """Begin a record; calling what this returns ends it, on any thread. Only while a profiler is enabled."""
+    """Begin a record. Returns a function that ends it, on any thread.
+
+    Only while a profiler is enabled.
+    """
     recording, ended = profiler.record_function(name), sys.modules["torch"].futures.Future()
     recording.__enter__()
-    recording._call_end_callbacks_on_future(ended)  # in which the profiler of this thread is known
+    recording._call_end_callbacks_on_future(ended)  # the future knows the profiler of this thread
     return lambda: ended.set_result(None)
 
 
 def in_background(name: str, run: Callable[[], None]) -> Callable[[], None]:
-    """``run`` for another thread: recorded from now on to its end. Only while a profiler is enabled."""
+    """A function for another thread, which calls ``run`` and ends a record that begins now.
+
+    Only while a profiler is enabled.
+    """
     end = begin(name)
 
     def run_and_end() -> None:

@@ -1,13 +1,13 @@
-"""Synchronized batch norm as a torch operation: any number of derivatives, in both modes.
+"""Synchronized batch norm as a torch operation, with any number of derivatives in both modes.
 
-Three paths through the same algorithm (functional.py) send the same messages in the same order, so ranks
-agree whichever path each takes:
+Three paths lead through the same algorithm (functional.py). They send the same messages in the same
+order, so ranks may take different paths:
 
-- fused.py: kernels for the place where the data lives. First derivatives, which is what training needs.
-- composite.py: differentiable torch operations around differentiable exchanges. All other derivatives.
-- compiled.py: torch.compile, which fuses the same operations around exchanges that it does not look into.
+- fused.py has kernels for the place where the data lives, and the first derivatives for training.
+- composite.py has differentiable torch operations and exchanges, for all other derivatives.
+- compiled.py serves torch.compile, which fuses torch operations but does not look into exchanges.
 
-Evaluation needs no other rank: evaluation.py.
+evaluation.py needs no other rank.
 """
 
 from __future__ import annotations
@@ -53,13 +53,13 @@ def sync_batch_norm(
     """``torch.nn.functional.batch_norm`` over the batch of all ranks of a group.
 
     Args:
-        input: ``(N, C, *)``, at least 2-D; float32, float64, bfloat16 or float16. N may differ between
-            ranks, and be 0.
+        input: ``(N, C, *)``, at least 2-D; float32, float64, bfloat16 or float16. N may differ
+            between ranks, and be 0.
         running_mean, running_var: of length C, updated in place while training; or None.
         weight, bias: of length C, or None. With half-precision input they may be float32.
         training: if False, normalize with the running statistics, without communication.
-        momentum: weight of this batch in the running statistics, from 0 to 1: a number, or a 0-d tensor in
-            host memory or on their device.
+        momentum: weight of this batch in the running statistics, from 0 to 1: a number, or a 0-d
+            tensor in host memory or on their device.
         eps: added to the variance, at least 0.
         process_group: the ranks to normalize over: an mpi4py communicator, a Communicator, or None
             for the world.
@@ -72,7 +72,7 @@ def sync_batch_norm(
 
     Raises:
         ValueError, TypeError: an argument is of the wrong shape, dtype, device or range.
-        ValueError: on every rank, where the group has a single value per channel.
+        ValueError: on every rank, if the group has a single value per channel.
         CollectiveMismatchError: on every rank, if the ranks were in different layers or calls.
 
     Collective while training, forward and backward: every rank of the group must call.
@@ -123,11 +123,12 @@ def batch_norm(
     activation: str | None = None,
     residual: Tensor | None = None,
 ) -> tuple[Tensor, BatchStats, BatchStats]:
-    """The layer while training: ``y``, the statistics of the batch, and these on the device of ``x``.
+    """The layer while training.
 
-    ``layer`` is a name, or a key as ``Communicator.name_of`` takes it. Where the call repeats an earlier
-    one, the count of the statistics is 0, so that the batch is not recorded twice. Collective, forward and
-    backward: every rank of the group must call.
+    Returns ``y``, the statistics of the batch on the host, and the same on the device of ``x``. If
+    a checkpoint repeats the call, their count is 0, so that the batch is not recorded twice.
+    ``layer`` is a name, or a key for ``Communicator.name_of``. Collective, forward and backward:
+    every rank of the group must call.
     """
     compiling = torch.compiler.is_compiling() or x.is_meta or isinstance(x, FakeTensor)
     if compiling or not passes_fast_check(x, weight, bias, running_mean, running_var, momentum, eps):
@@ -145,10 +146,10 @@ def batch_norm(
         check_fused(activation, residual, x, layer)
     dtype = layer_dtype(x, weight, bias, running_mean)
     if compiling:
-        # A graph can hold no object, but the name of one.
+        # A graph cannot hold an object, so it holds the name of the group.
         group_key = _group_key(process_group)
         y, stats = compiled.apply(x, weight, bias, eps, group_key, layer, dtype)
-        # The compiler does the fusing there.
+        # The compiler fuses these with the layer.
         return add_residual_and_activation(y, activation, residual), stats, stats
     group = resolve(process_group)
     context = LayerContext(group, group.name_of(layer), x.shape[1], dtype, eps, activation_named(activation))
@@ -166,9 +167,9 @@ def passes_fast_check(
     momentum: object,
     eps: object,
 ) -> bool:
-    """Whether the arguments are right, by one look at the usual case.
+    """Whether the arguments are right, by a fast check of the usual case.
 
-    What does not pass may still be right: arguments.check_arguments finds out.
+    Arguments that fail it may still be right: arguments.check_arguments finds out.
     """
     native_cpu = native()
     try:
@@ -180,7 +181,7 @@ def passes_fast_check(
             and 0.0 <= momentum <= 1.0
             and native_cpu.passes_fast_check(x, weight, bias, running_mean, running_var)
         )
-    except AttributeError:  # of a nested tensor, which has no lengths
+    except AttributeError:  # a nested tensor has no lengths
         return False
 
 

@@ -1,9 +1,10 @@
-"""torch.compile: the exchanges as operations that it does not look into, and the layer around them.
+"""The layer for torch.compile, which does not look into the operations that exchange messages.
 
-The compiler fuses the generic kernels with their neighbours. It would drop an exchange whose result is
-unused, or run two equal ones once, and then ranks wait for each other for ever. Changing a tensor that
-outlives the graph keeps every one of them, and in order. There is one such tensor for each direction: a
-graph that saved what the next forward changes would refuse its backward pass.
+The compiler fuses the generic kernels with their neighbours. It would drop an exchange whose result
+is unused, or run two equal ones once, and then ranks would wait for each other for ever. So each
+exchange changes a tensor that outlives the graph, which keeps all exchanges, in order. Each
+direction has such a tensor of its own, because a graph refuses its backward pass if a tensor that
+it saved has changed since.
 """
 
 from __future__ import annotations
@@ -28,10 +29,10 @@ __all__ = ["apply"]
 def apply(
     x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float, group: str, layer: str, dtype: str
 ) -> tuple[Tensor, BatchStats]:
-    """``y`` and the statistics of the batch, whose count is 0 where a checkpoint repeats the call.
+    """``y`` and the statistics of the batch, whose count is 0 if a checkpoint repeats the call.
 
-    ``group`` is the name of a Communicator for graphs, ``layer`` that of a layer. Collective, forward and
-    backward: every rank of the group must call.
+    ``group`` is the ``graph_key`` of a Communicator, ``layer`` the name or key of a layer.
+    Collective, forward and backward: every rank of the group must call.
     """
     y, mean, var, invstd, count, first_time = _CompiledBatchNorm.apply(
         x, weight, bias, eps, group, layer, dtype
@@ -39,12 +40,12 @@ def apply(
     return y, BatchStats(mean, var, invstd, count * first_time)
 
 
-with torch.inference_mode(False), _disable_current_modes():  # whatever mode the first import happens in
+with torch.inference_mode(False), _disable_current_modes():  # the first import may happen in any mode
     _FORWARD_ORDER, _BACKWARD_ORDER = torch.from_numpy(np.zeros(())), torch.from_numpy(np.zeros(()))
 
 
 def _order_token(token: Tensor, x: Tensor) -> Tensor:
-    """The tensor that an exchange changes to stay in order; for a meta or fake ``x`` a new one like it."""
+    """The tensor that an exchange changes: ``token``, or a new one if ``x`` is meta or fake."""
     return token if torch.compiler.is_compiling() else x.new_zeros(())
 
 
@@ -71,7 +72,7 @@ def _merge_moments_op(
         total, merged, var = exchange.merge_moments(communicator, call, count, mean, m2)
         merged, var = (transport.from_host(vector, m2) for vector in (merged, var))
     check_count(total, m2)
-    # filled there, so that no device is waited for
+    # filled on the device, so that the host does not wait for it
     first_time = m2.new_full((), not is_recomputing(), dtype=torch.bool)
     return m2.new_full((), total), merged, var, first_time
 
@@ -100,7 +101,7 @@ torch.library.register_fake("mpisyncbn::reduce_sums", lambda sums, *_: torch.emp
 
 
 def _mark_must_save(*results: Tensor) -> tuple[Tensor, ...]:
-    """The results, which a checkpoint inside the graph that is being traced will keep (torch 2.11)."""
+    """The results, after telling a checkpoint in the traced graph to keep them (torch 2.11)."""
     meta = torch.fx.traceback.current_meta
     if "recompute" in meta:
         meta["recompute"] = CheckpointPolicy.MUST_SAVE
@@ -109,7 +110,7 @@ def _mark_must_save(*results: Tensor) -> tuple[Tensor, ...]:
 
 @torch.ops.mpisyncbn.merge_moments.default.py_impl(_CachingTorchDispatchMode)
 def _bypass_checkpoint_mode(_: object, *args: object) -> tuple[Tensor, ...]:
-    """Run the exchange as if the graph held no checkpoint: torch 2.13 has one there repeat everything."""
+    """Run the exchange as if the graph held no checkpoint, which would repeat it (torch 2.13)."""
     return torch.ops.mpisyncbn.merge_moments(*args)
 
 
@@ -138,7 +139,7 @@ class _CompiledBatchNorm(torch.autograd.Function):
 
         y, stats, _ = functional.forward(x, weight, bias, eps, generic, merge_moments)
         ctx.save_for_backward(x, weight, *stats)
-        # kept as an attribute, torch does not ask whether another graph has changed it
+        # torch does not check attributes for changes by another graph
         ctx.token = _order_token(_BACKWARD_ORDER, x)
         ctx.exchange = group, layer, dtype, eps
         ctx.bias_dtype = None if bias is None else bias.dtype

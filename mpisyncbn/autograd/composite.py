@@ -1,7 +1,8 @@
-"""The composite path: generic kernels and exchanges, which autograd can differentiate any number of times.
+"""The composite path: kernels and exchanges that autograd can differentiate any number of times.
 
-It serves second derivatives, forward mode and torch.func. The statistics of a forward pass are known, so
-they come back here as functions of the input without a message; only their derivatives send some.
+It serves second derivatives, forward mode and torch.func. The statistics of a forward pass are
+known, so this module makes them functions of the input without a message. Only their derivatives
+send messages.
 """
 
 from __future__ import annotations
@@ -38,7 +39,7 @@ class _MergeMoments(torch.autograd.Function):
     ) -> None:
         mean, _, ctx.count, ctx.layer = inputs
         ctx.total = max(ctx.layer.stats.count, 1)
-        ctx.rows = mean.ndim == 2  # float64: in two parts, and only their sum matters here
+        ctx.rows = mean.ndim == 2  # the two parts of a float64 mean: only their sum matters here
         mean = mean.sum(0) if ctx.rows else mean
         ctx.save_for_backward(mean, output[0])
         ctx.save_for_forward(mean, output[0])
@@ -47,7 +48,7 @@ class _MergeMoments(torch.autograd.Function):
     def backward(ctx: FunctionContext, dmean: Tensor, dvar: Tensor) -> tuple[Tensor | None, ...]:
         mean, merged = ctx.saved_tensors
         dmean, dvar = differentiable_sums(ctx.layer, "gradient of the moments")(dmean, dvar)
-        # var = (sum m2 + sum count * (mean - merged)**2) / total; merged is where its slope is zero
+        # var = (sum m2 + sum count * (mean - merged)**2) / total, whose slope in merged is zero
         dmean = (dmean + 2 * (mean - merged) * dvar) * (ctx.count / ctx.total)
         return dmean.expand(2, -1) if ctx.rows else dmean, dvar / ctx.total, None, None
 
@@ -127,7 +128,7 @@ def differentiable_stats(x: Tensor, layer: LayerContext) -> BatchStats:
 
 
 def differentiable_sums(layer: LayerContext, direction: str) -> ReduceSums:
-    """A function that sums vectors over the group. It is differentiable any number of times."""
+    """A function that sums vectors over the group, and is differentiable any number of times."""
 
     def reduce_sums(*sums: Tensor) -> tuple[Tensor, ...]:
         return _AllReduce.apply(torch.stack(sums), layer, direction).unbind()

@@ -1,4 +1,4 @@
-"""Batch norm in evaluation: by the running statistics, of this rank alone."""
+"""Batch norm in evaluation: by the running statistics, without other ranks."""
 
 from __future__ import annotations
 
@@ -21,13 +21,14 @@ def evaluate(
     activation: str | None = None,
     residual: Tensor | None = None,
 ) -> Tensor:
-    """``y``. Its gradient is for the running statistics of now, whatever becomes of them before the backward.
+    """``y`` by the running statistics, or by those of this rank's batch if there are none.
 
-    Without running statistics those of the batch serve. Not collective.
+    Its gradient uses the running statistics of now, even if they change before the backward. Not
+    collective.
     """
     if running_mean is not None and running_var is not None and _is_recorded(x, weight, bias):
-        # Autograd keeps them by reference, and a training step before the backward changes them in place.
-        # torch's own layer takes the new ones then, without a word, or raises where it is compiled.
+        # Autograd keeps references, and a training step before the backward changes the tensors in
+        # place. torch's own layer then uses the new values silently, or raises if it is compiled.
         if torch.compiler.is_compiling():
             running_mean, running_var = torch.ops.mpisyncbn.keep(running_mean, running_var)
         else:
@@ -38,7 +39,7 @@ def evaluate(
 
 def _is_recorded(*tensors: Tensor | None) -> bool:
     if not torch.is_grad_enabled() or torch.jit.is_tracing() or torch.compiler.is_exporting():
-        return False  # a graph that is handed on holds torch's operations alone
+        return False  # a graph for other programs must hold only torch's operations
     return any(each is not None and each.requires_grad for each in tensors)
 
 
@@ -49,8 +50,8 @@ def add_residual_and_activation(y: Tensor, activation: str | None, residual: Ten
     return activate(y, activation_named(activation))
 
 
-# The compiler would copy them a second time in the backward, when they have changed: it looks into clone(),
-# and not into this.
+# The compiler does not look into this operation. It looks into clone(), and may repeat that in the
+# backward, when the values have changed.
 _LIBRARY = torch.library.Library("mpisyncbn", "FRAGMENT")
 _LIBRARY.define("keep(Tensor mean, Tensor var) -> (Tensor, Tensor)")
 _LIBRARY.impl("keep", lambda mean, var: (mean.clone(), var.clone()), "CompositeExplicitAutograd")

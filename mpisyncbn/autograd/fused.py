@@ -1,7 +1,7 @@
 """The fused path: one ``autograd.Function`` over the kernels for the place where the data lives.
 
-It has first derivatives in reverse mode, which is what training needs. Everything else that is asked of it,
-it hands to the composite path (composite.py).
+It has first derivatives in reverse mode, which training needs. It leaves all others to the
+composite path (composite.py).
 """
 
 from __future__ import annotations
@@ -22,14 +22,14 @@ if TYPE_CHECKING:
 
 __all__ = ["apply"]
 
-# x, weight, bias, residual, and what else a call is
+# x, weight, bias, residual, and the context of the call
 Inputs: TypeAlias = tuple[Tensor, Tensor | None, Tensor | None, Tensor | None, LayerContext]
 
 
 def apply(
     x: Tensor, weight: Tensor | None, bias: Tensor | None, residual: Tensor | None, layer: LayerContext
 ) -> Tensor:
-    """``y``, as a differentiable function of the tensors. Fills the statistics of ``layer``.
+    """``y``, as a differentiable function of the tensors. Sets the statistics of ``layer``.
 
     Collective, forward and backward: every rank of the group must call.
     """
@@ -53,7 +53,7 @@ class _SyncBatchNorm(torch.autograd.Function):
         context = ActivationContext(layer.activation, weight, *saved) if saved else None
         need_dx, need_dweight, need_dbias, *_ = ctx.needs_input_grad
         kernels: Kernels
-        # create_graph, where the result will be differentiated again, and batched gradients
+        # create_graph, when the result will be differentiated again, or batched gradients
         if torch.is_grad_enabled() or torch._C._functorch.is_batchedtensor(dy):
             stats, kernels = differentiable_stats(x, layer), generic
             reduce_sums = differentiable_sums(layer, "backward")
@@ -103,7 +103,7 @@ class _SyncBatchNorm(torch.autograd.Function):
 
 
 class _Transformable(_SyncBatchNorm):
-    """The layer for torch.func, which wants ``forward`` in two halves. It is slower, so for that alone."""
+    """The layer for torch.func, which wants ``forward`` in two halves. That is slower."""
 
     @staticmethod
     def forward(*inputs: Unpack[Inputs]) -> Tensor:  # type: ignore[override]  # without ctx
@@ -122,7 +122,7 @@ class _Transformable(_SyncBatchNorm):
 def _forward(
     x: Tensor, weight: Tensor | None, bias: Tensor | None, residual: Tensor | None, layer: LayerContext
 ) -> Tensor:
-    """``y``. Fills the statistics of ``layer``."""
+    """``y``. Sets the statistics of ``layer``."""
     with np.errstate(all="ignore"):  # values that are not finite are data
         y, layer.stats, layer.device_stats = functional.forward(
             x,
@@ -143,7 +143,7 @@ def _save_for_backward(ctx: FunctionContext, inputs: Inputs, y: Tensor) -> None:
     ctx.has_residual = residual is not None
     saved: tuple[Tensor | None, ...] = (x, weight)
     if ctx.layer.activation != Activation.NONE:
-        # With a residual, only the output itself tells where it was positive.
+        # With a residual, only the output tells which of its values were positive.
         saved = (x, weight, bias, y if ctx.has_residual else None)
     ctx.save_for_backward(*saved)
     ctx.save_for_forward(*saved)

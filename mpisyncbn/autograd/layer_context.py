@@ -1,4 +1,4 @@
-"""The context that forward and backward of one call of a layer share: its group, its name, its statistics."""
+"""The context that forward and backward of one call of a layer share: group, name, statistics."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ Result = TypeVar("Result")
 
 
 class LayerContext:
-    """The context that forward and backward of one call share, beside the tensors that autograd saves."""
+    """The group, name and statistics of one call of a layer, which forward and backward share."""
 
     __slots__ = ("activation", "channels", "device_stats", "dtype", "eps", "group", "name", "stats")
 
@@ -43,11 +43,11 @@ class LayerContext:
         return layer_call(self.name, direction, self.channels, self.dtype, self.eps)
 
     def exchange(self, function: Callable[..., Result], direction: str) -> Callable[..., Result]:
-        """A function of exchange.py, bound to the group and to this call: it takes the values alone."""
+        """A function of exchange.py, bound to the group and this call: it takes only the values."""
         return partial(function, self.group, self.call(direction))
 
 
-@lru_cache(maxsize=4096)  # making one takes ten times as long
+@lru_cache(maxsize=4096)  # making a LayerCall takes ten times as long
 def layer_call(layer: str, direction: str, channels: int, dtype: str, eps: float) -> LayerCall:
     """The call of a layer that is compared between the ranks."""
     return LayerCall(layer, direction, channels, dtype, float(eps))  # 0 on one rank is 0.0 on another

@@ -1,15 +1,16 @@
-"""Kernels, in one module of functions for each place that data can live. ``protocol`` says what each has.
+"""Kernels: one module of functions for each place that data can live.
 
-``cuda`` has one more, ``record_batch``, for running statistics.
+Each module has the four functions of ``protocol.Kernels``. ``cuda`` has one more, ``record_batch``,
+for running statistics.
 
 =================  =============================================================================
 module             serves
 =================  =============================================================================
 ``cpu``            NumPy and torch in host memory: native code
-``aten``           torch in host memory, where the native code was not built
+``aten``           torch in host memory, if the native code was not built
 ``cuda``           torch on a GPU: Triton
-``aten_cuda``      torch on a GPU, where Triton is not installed
-``dlpack``         CuPy, where torch is installed: ``cuda`` or ``aten_cuda``
+``aten_cuda``      torch on a GPU, if Triton is not installed
+``dlpack``         CuPy, if torch is installed: by ``cuda`` or ``aten_cuda``
 ``generic``        everything else, and derivatives of derivatives
 =================  =============================================================================
 """
@@ -48,14 +49,14 @@ __all__ = [
 
 def kernels_for(x: Array) -> Kernels:
     """The kernels for the place where ``x`` lives."""
-    if getattr(x, "is_cpu", False):  # of torch tensors in host memory alone
+    if getattr(x, "is_cpu", False):  # true only of torch tensors in host memory
         kernels = native()
         return kernels if kernels and x.ndim <= kernels.most_dimensions else _aten()
     if type(x) in (np.ndarray, np.memmap) and x.dtype.isnative and x.dtype.char in "efd":
         return native() or generic
     if getattr(x, "is_cuda", False):
         return on_cuda(x.device)[0]
-    if hasattr(x, "__cuda_array_interface__"):  # CuPy; torch's tensors on a GPU are gone by here
+    if hasattr(x, "__cuda_array_interface__"):  # CuPy: torch's tensors on a GPU have returned above
         return _dlpack() or generic
     return generic
 
@@ -67,7 +68,7 @@ def loaded_torch() -> ModuleType:
 
 @cache
 def native() -> NativeKernels | None:
-    """The native kernels for host memory; None where they were not built."""
+    """The native kernels for host memory; None if they were not built."""
     try:
         from . import cpu
     except ImportError:
@@ -84,7 +85,10 @@ def _aten() -> Kernels:
 
 @cache
 def on_cuda(device: Device) -> tuple[Kernels, str]:
-    """The kernels for torch tensors on a GPU, and the name of what they are made of."""
+    """The kernels for torch tensors on a GPU, and words for reports that say how they are made.
+
+    Warns if Triton does not work there.
+    """
     torch = loaded_torch()
     try:
         from . import cuda
@@ -93,8 +97,8 @@ def on_cuda(device: Device) -> tuple[Kernels, str]:
     except ImportError:
         why = "Triton is not installed: pip install triton"
     except (torch.OutOfMemoryError, torch.AcceleratorError):
-        raise  # not of Triton's making
-    except Exception as error:  # of many kinds
+        raise  # Triton is not to blame
+    except Exception as error:  # compilers and drivers fail in many ways
         why = f"Triton does not work here: {type(error).__name__}: {error}"
     else:
         return cuda, "Triton"

@@ -1,7 +1,7 @@
 """The activations that a layer may end in, for arrays of any kind.
 
-Another activation is one more member, name and branch here, and one more branch in cpu/activation.h and in
-cuda/activation.py.
+To add an activation, add a member, a name and a branch here, and a branch in cpu/activation.h and
+in cuda/activation.py.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ ACTIVATIONS = {"relu": Activation.RELU, None: Activation.NONE}  # by public name
 
 
 def activation_named(name: str | None) -> Activation:
-    """The activation of a public name, as ``arguments.check_activation`` lets it pass."""
+    """The activation with a public name, which ``arguments.check_activation`` has checked."""
     return ACTIVATIONS[name]
 
 
@@ -45,13 +45,14 @@ class ActivationContext(NamedTuple):
     activation: Activation
     weight: Array | None
     bias: Array | None
-    y: Array | None  # the output, where a residual was added; None: the input is computed again from x
+    y: Array | None  # the output, if a residual was added; None: the input is computed again from x
 
 
 def recomputed_activation(context: ActivationContext | None) -> tuple[Activation, Array | None]:
-    """The activation whose gradient ``backward_elementwise`` still has to take, and the bias for that.
+    """The activation whose gradient ``backward_elementwise`` has to take, and the bias for that.
 
-    ``Activation.NONE`` and None where there is none, or ``backward_reduce`` has taken it.
+    They are ``Activation.NONE`` and None if the layer has no activation, or if ``backward_reduce``
+    has taken its gradient already.
     """
     if context is None or context.y is not None:
         return Activation.NONE, None
@@ -59,7 +60,7 @@ def recomputed_activation(context: ActivationContext | None) -> tuple[Activation
 
 
 def activate(z: Array, activation: Activation, in_place: bool = False) -> Array:
-    """The output of an activation. ``in_place`` is for torch tensors alone."""
+    """The output of an activation. ``in_place`` is only for torch tensors."""
     if activation == Activation.RELU:
         if in_place:
             return z.relu_()
@@ -68,9 +69,9 @@ def activate(z: Array, activation: Activation, in_place: bool = False) -> Array:
 
 
 def activation_gradient(dy: Array, z: Array, activation: Activation) -> Array:
-    """The gradient of an activation's input, from ``dy``, that of its output.
+    """The gradient of an activation's input, from ``dy``, the gradient of its output.
 
-    ``z`` is its input or, where that is not known, its output.
+    ``z`` is its input, or its output if the input is not known.
     """
     if activation == Activation.RELU:
         if hasattr(dy, "masked_fill"):

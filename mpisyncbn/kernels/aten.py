@@ -1,10 +1,10 @@
-"""The four kernels for torch tensors in host memory where the native ones were not built.
+"""The four kernels for torch tensors in host memory, if the native ones were not built.
 
 They are composed of the fastest fitting ATen operations.
 
-Statistics are NumPy float64 vectors: on a few hundred values NumPy's calls cost a third of
-torch's. ATen's own batch-norm moments serve small input only: contiguous they are scalar code,
-in channels_last they are plain float32 sums that lose half of the digits.
+Statistics are NumPy float64 vectors, because on a few hundred values NumPy's calls cost a third of
+torch's. ATen's own batch-norm moments serve only small input: on contiguous tensors they are scalar
+code, and on channels_last ones they are plain float32 sums, which lose half of the digits.
 """
 
 from __future__ import annotations
@@ -22,13 +22,13 @@ from .layout import dense, rows, with_strides_of
 
 __all__ = ["backward_elementwise", "backward_reduce", "local_moments", "normalize"]
 
-# Up to this many values ATen's scalar moments beat the calls that vectorized ones take.
+# Up to this many values, ATen's scalar moments take less time than the calls of vectorized ones.
 _SMALL = 1 << 14
-# And up to this many per channel: their sums may be plain float32 ones.
+# They also need at most this many values per channel, because their sums may be plain float32.
 _SHORT = 256
 # Values per chunk: enough to hide the cost of a call, few enough to stay in a core's L2 cache.
 _CHUNK = 1 << 18
-# Longest run of float32 values that one sum may add up where ATen's sums are plain.
+# Longest run of float32 values that one sum may add up, where ATen's sums are not pairwise.
 _BLOCK = 4096
 # Beyond this |mean| / std, x * scale + shift in float32 loses digits that (x - mean) * scale keeps.
 _LARGE_RATIO = 32.0
@@ -63,7 +63,7 @@ def normalize(
 ) -> Tensor:
     scale = invstd if weight is None else invstd * _numpy(weight)
     shift = np.zeros_like(scale) if bias is None else _numpy(bias)
-    # With something to follow, bfloat16 and float16 are rounded after it.
+    # If a residual follows, bfloat16 and float16 are rounded after it.
     y = _affine(x if residual is None else x.to(_compute_dtype(x)), mean, invstd, scale, shift)
     if residual is not None:
         y = y.add_(residual)
@@ -117,7 +117,7 @@ def _sums(dy: Tensor, x: Tensor, mean: np.ndarray) -> tuple[np.ndarray, np.ndarr
     dy = with_strides_of(x, dy)
     mean_hi = _vector(mean, x)
     if x.numel() > _BLOCK * channels and _channels_side_by_side(x):
-        # There ATen's sums are plain float32 ones: keep them short, and add them up in float64.
+        # ATen's sums are plain float32 in this layout: keep them short, and add them up in float64.
         blocks = zip(rows(dy).split(_BLOCK), rows(x).split(_BLOCK), strict=True)
         sums = np.array([_given_mean_sums(*block, mean_hi) for block in blocks])
         sum_dy, sum_dy_xmu = sums.sum(0, dtype=np.float64)
@@ -132,9 +132,9 @@ def _small_moments(x: Tensor, count: int) -> tuple[np.ndarray, np.ndarray, np.nd
     mean, var = torch.batch_norm_update_stats(x, None, None, 0.0)
     mean_hi, m2 = mean.numpy().astype(np.float64), var.numpy().astype(np.float64)
     mean_lo = 0.0 * mean_hi
-    # The sum over channels is an upper bound of what each must not exceed.
+    # Each channel must stay below the limit, and the sum over channels is an upper bound of each.
     if not mean_hi.dot(mean_hi / (m2 + 1e-200)) <= _LARGE_RATIO**2:
-        # The mean was rounded to the dtype of x: find what is missing.
+        # The mean was rounded to the dtype of x: find the part that is missing.
         missing, var = torch.batch_norm_update_stats(x - _channels(mean, x), None, None, 0.0)
         mean_lo, m2 = missing.numpy().astype(np.float64), var.numpy().astype(np.float64)
     m2 *= count
@@ -146,7 +146,7 @@ def _large_moments(x: Tensor, count: int) -> tuple[np.ndarray, np.ndarray, np.nd
     origin = blocks[0].mean((0, 2), dtype=_compute_dtype(x))
     mean_hi, mean_lo, m2 = _moments_about(origin, blocks, count)
     if np.any(mean_lo * mean_lo * count > 4 * m2):
-        # The first block was not typical of the others: squares about its mean have lost digits.
+        # The first block was not typical, so squares of distances from its mean have lost digits.
         mean_hi, mean_lo, m2 = _moments_about(_vector(mean_hi + mean_lo, x), blocks, count)
     return mean_hi, mean_lo, np.maximum(m2, 0.0)
 
@@ -154,7 +154,7 @@ def _large_moments(x: Tensor, count: int) -> tuple[np.ndarray, np.ndarray, np.nd
 def _moments_about(
     origin: Tensor, blocks: list[Tensor], count: int
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Mean in two parts and M2, from sums of ``x - origin`` and its square.
+    """The mean in two parts and M2, from the sums of ``x - origin`` and of its square.
 
     Sums within a block are in the compute dtype, sums over blocks in float64.
     """
@@ -172,7 +172,7 @@ def _moments_about(
 
 
 def _mark_underflowed(x: Tensor, m2: np.ndarray) -> None:
-    """Make ``m2`` NaN for channels whose squares are all 0, but that are not constant."""
+    """Set ``m2`` to NaN for channels that are not constant, although their squares are all 0."""
     chosen = np.flatnonzero(m2 == 0)
     if len(chosen):
         part = x if len(chosen) == len(m2) else x[:, torch.from_numpy(chosen)]
@@ -181,13 +181,18 @@ def _mark_underflowed(x: Tensor, m2: np.ndarray) -> None:
 
 
 def _total(block: Tensor) -> Tensor:
-    """Sums of shape ``(*, C)`` over the longer way through a block: ATen's pairwise sums keep the digits."""
+    """Sums of shape ``(*, C)`` over the longer axis of a block.
+
+    ATen adds up pairwise along it, which keeps the digits.
+    """
     return block.sum(2) if block.shape[2] > 1 else block.sum(0).T
 
 
 def _given_mean_sums(dy: Tensor, x: Tensor, mean: Tensor) -> tuple[np.ndarray, np.ndarray]:
-    """Sums of ``dy`` and of ``dy * (x - mean)``: with a given mean and variance 1, they are what ATen has
-    for the gradients of bias and weight."""
+    """The sums of ``dy`` and of ``dy * (x - mean)`` per channel.
+
+    ATen computes them as the gradients of bias and weight, for a given mean and a variance of 1.
+    """
     _, dot, total = torch.ops.aten.native_batch_norm_backward(
         dy, x, None, mean, _ones(mean), None, None, False, 0.0, [False, True, True]
     )
@@ -195,7 +200,7 @@ def _given_mean_sums(dy: Tensor, x: Tensor, mean: Tensor) -> tuple[np.ndarray, n
 
 
 def _blocks(x: Tensor) -> Iterator[Tensor]:
-    """Pieces of ``x`` as ``(n, C, s)`` views that fit the cache, along the way it lies in memory."""
+    """Yield pieces of ``x``, in the order of memory, as ``(n, C, s)`` views that fit the cache."""
     channels = x.shape[1]
     x = dense(x)
     if _channels_side_by_side(x):
@@ -208,7 +213,7 @@ def _blocks(x: Tensor) -> Iterator[Tensor]:
 
 
 def _affine(x: Tensor, mean: np.ndarray, invstd: np.ndarray, scale: np.ndarray, shift: np.ndarray) -> Tensor:
-    """``(x - mean) * scale + shift``, in the dtype of ``x`` or, where that needs it, float32."""
+    """``(x - mean) * scale + shift``, in the dtype of ``x``, or float32 if the digits need it."""
     if x.numel() == 0:
         return torch.empty_like(x)
     x = dense(x)
@@ -222,7 +227,7 @@ def _affine(x: Tensor, mean: np.ndarray, invstd: np.ndarray, scale: np.ndarray, 
     arguments = _vector(scale, x), _vector(shift, x), center, _ones(center), False, 0.0, 0.0
     if _is_vectorized(x):
         return torch.native_batch_norm(x, *arguments)[0]
-    y = torch.empty_like(x)  # written through a view of it: what autograd gets must not be one
+    y = torch.empty_like(x)  # autograd must not get a view, so a view of it is written to
     none = center.new_empty(0)
     torch.ops.aten.native_batch_norm.out(rows(x), *arguments, out=rows(y), save_mean=none, save_invstd=none)
     return y
@@ -241,7 +246,7 @@ def _is_vectorized(x: Tensor) -> bool:
 
 
 def _aten(x: Tensor) -> Tensor:
-    """``x``, dense, in a layout that ATen's batch norm has vectorized code for."""
+    """A dense ``x`` in a layout for which ATen's batch norm has vectorized code."""
     return x if _is_vectorized(x) else rows(x)
 
 
@@ -263,7 +268,8 @@ def _numpy_dtype(dtype: torch.dtype) -> type[np.floating]:
 
 
 def _numpy(vector: Tensor) -> np.ndarray:
-    vector = vector.detach().clone()  # where its sign, or all its zeros, are but said
+    # Memory does not hold a pending sign, nor the zeros of an efficient zero tensor: a copy does.
+    vector = vector.detach().clone()
     return (vector if vector.dtype in (torch.float32, torch.float64) else vector.float()).numpy()
 
 
@@ -273,5 +279,5 @@ def _numpy_ones(length: int, dtype: torch.dtype) -> np.ndarray:
 
 
 def _ones(like: Tensor) -> Tensor:
-    # from NumPy: torch.ones would follow a user's default device
+    # torch.ones would follow a default device that the user has set
     return torch.from_numpy(_numpy_ones(len(like), like.dtype))

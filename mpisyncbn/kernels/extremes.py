@@ -1,8 +1,9 @@
-"""Channels whose values are beyond what float32 can compute with: once more, in float64.
+"""Repeat in float64 what float32 cannot compute, for the channels that need it.
 
-The square of 1e-23 is 0 in float32, or has lost its digits; that of 1e23 is infinite. What the loops found
-tells which channels may have suffered, and costs nothing to look at. These are copied, as float64, and go
-through the same kernel again. Float64 input has no such help: its statistics travel as float64.
+In float32 the square of 1e-23 is 0 or has lost its digits, and the square of 1e23 is infinite. The
+results of the loops tell at no cost which channels may have suffered. Those channels are copied as
+float64, and go through the same kernel again. Float64 input has no such help: its statistics travel
+as float64.
 """
 
 from __future__ import annotations
@@ -17,9 +18,10 @@ from .protocol import Array
 
 __all__ = ["backward_elementwise", "backward_reduce", "local_moments", "normalize"]
 
-# Of a variance, and of a product of dy and x - mean: in between, sums in float32 hold their digits.
+# Between these limits of a variance, or of a product of dy and x - mean, float32 sums keep their
+# digits.
 _LEAST, _MOST = 2.0**-100, 2.0**100
-# Of invstd, by which a gradient is multiplied three times.
+# Limits of invstd, by which a gradient is multiplied three times.
 _SMALL, _LARGE = 2.0**-30, 2.0**30
 _FLOAT = 2.0**127
 
@@ -31,7 +33,10 @@ def local_moments(
     mean: np.ndarray,
     m2: np.ndarray,
 ) -> None:
-    """Mend ``mean`` and ``m2``, found by ``kernel``. An ``m2`` of 0 says that the channel is constant."""
+    """Correct in place the ``mean`` and ``m2`` that ``kernel`` found.
+
+    An ``m2`` of 0 says that the channel is constant.
+    """
     with np.errstate(all="ignore"):
         chosen = np.flatnonzero(~((m2 >= count * _LEAST) & (m2 <= count * _MOST)) & (m2 != 0))
     if len(chosen):
@@ -50,7 +55,7 @@ def normalize(
     residual: Array | None,
     activation: Activation,
 ) -> Array:
-    """Mend ``y``, and return it."""
+    """Correct ``y`` in place, and return it."""
     chosen = _beyond(invstd, weight)
     if len(chosen):
         vectors = [_chosen(each, chosen) for each in (mean, invstd, weight, bias)]
@@ -68,7 +73,7 @@ def backward_reduce(
     invstd: np.ndarray,
     context: ActivationContext | None,
 ) -> None:
-    """Mend ``sums``, of dy and of dy * (x - mean)."""
+    """Correct in place ``sums``, of shape (2, C): those of dy and of dy * (x - mean)."""
     values = np.prod(x.shape) / x.shape[1]
     with np.errstate(all="ignore"):
         none = (sums == 0).all(0) & _is_ordinary(invstd)
@@ -90,7 +95,7 @@ def backward_elementwise(
     means: tuple[np.ndarray, np.ndarray],
     context: ActivationContext | None,
 ) -> Array:
-    """Mend ``dx``, and return it. ``means``: of dy, and of dy * (x - mean)."""
+    """Correct ``dx`` in place, and return it. ``means`` are those of dy and of dy * (x - mean)."""
     chosen = _beyond(invstd, weight, means[1])
     if len(chosen):
         vectors = [_chosen(each, chosen) for each in (mean, invstd, weight, *means)]
@@ -104,7 +109,10 @@ def _is_ordinary(invstd: np.ndarray) -> np.ndarray:
 
 
 def _beyond(invstd: np.ndarray, weight: Array | None, mean_dy_xmu: Array = 0.0) -> np.ndarray:
-    """Channels whose coefficients may be beyond float32. kernels/cpu/coefficients.h has the same rule."""
+    """The channels whose coefficients may be beyond float32.
+
+    kernels/cpu/coefficients.h has the same rule.
+    """
     with np.errstate(all="ignore"):
         scale = invstd if weight is None else invstd * np.asarray(_double(weight))
         slope = np.where(np.isfinite(mean_dy_xmu), scale * (invstd * (invstd * mean_dy_xmu)), 0.0)
@@ -125,7 +133,7 @@ def _float64_channels(x: Array, chosen: np.ndarray) -> Array:
 
 
 def _aligned(x: np.ndarray) -> np.ndarray:
-    """A float64 copy at a multiple of 64 bytes, as torch has it: the order of sums begins there."""
+    """A float64 copy at a multiple of 64 bytes, as torch's are: sums then have the same order."""
     memory = np.empty(x.size + 7)
     start = -memory.ctypes.data // 8 % 8
     copy = memory[start : start + x.size].reshape(x.shape)

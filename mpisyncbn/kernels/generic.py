@@ -1,9 +1,9 @@
-"""The four kernels for any array: NumPy, CuPy, or torch on any device. The reference.
+"""The four kernels for any array: NumPy, CuPy, or torch on any device. They are the reference.
 
-Written with operators and methods that all three share, so one source serves them all, and
-torch can differentiate through it any number of times, forward and backward. Products and sums are
-taken in float64, on devices that have it; element-wise work stays in float32 (float64 for float64 input),
-and multiplies by invstd, never by its square, so that it stays in the range of float32.
+They use only operators and methods that all three libraries share, so one source serves them all,
+and torch can differentiate through it any number of times, forward and backward. Products and sums
+are in float64, on devices that have it. Element-wise work is in float32 (float64 for float64
+input), and multiplies by invstd, never by its square, which may be beyond the range of float32.
 """
 
 from __future__ import annotations
@@ -25,7 +25,8 @@ DType: TypeAlias = "str | np.dtype | torch.dtype"  # a name stands for the dtype
 
 def local_moments(x: Array) -> tuple[int, Array, Array]:
     count = _values_per_channel(x)
-    # A sum over nothing is 0, so an empty batch needs no branch: only the division must be kept whole.
+    # A sum over nothing is 0, so an empty batch needs no branch: only a division by 0 must be
+    # avoided.
     mean = _sum(x) / max(count, 1)
     xmu = _center(x, mean)
     m2 = _dot(xmu, xmu)
@@ -90,7 +91,7 @@ def _values_per_channel(x: Array) -> int:
 def _center(x: Array, mean: Array) -> Array:
     """``x - mean`` in the compute dtype, as exact as if ``mean`` had been subtracted in float64.
 
-    A float32 mean of 1e3 is already 3e-5 wrong; what it misses is subtracted after it.
+    A float32 mean of 1e3 may be 3e-5 wrong, so the part that it misses is subtracted too.
     """
     dtype = _compute_dtype(x)
     mean_hi = _cast(mean, dtype)
@@ -107,13 +108,13 @@ def _stack(first: Array, second: Array) -> Array:
 
 
 def _sum(x: Array) -> Array:
-    """Per channel, in float64."""
+    """The sum per channel, in float64."""
     axes = (0, *range(2, x.ndim))
     return x.sum(axes, dtype=_sum_dtype(x))
 
 
 def _dot(a: Array, b: Array) -> Array:
-    """The sum of products per channel, in float64: those of float32 may be beyond its range."""
+    """The sum of products per channel, in float64: float32 could not hold all products."""
     return _sum(_cast(a, _sum_dtype(b)) * _cast(b, _sum_dtype(b)))
 
 
@@ -148,7 +149,7 @@ def _cast(x: Array, dtype: DType) -> Array:
 
 
 def _named_dtype(x: Array, name: str) -> DType:
-    if not hasattr(x, "to"):  # NumPy and CuPy go by the name itself
+    if not hasattr(x, "to"):  # NumPy and CuPy take the name itself
         return name
     import torch
 

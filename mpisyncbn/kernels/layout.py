@@ -1,4 +1,4 @@
-"""How torch tensors lie in memory: without gaps, and the channels either outermost or innermost."""
+"""Layouts of torch tensors in memory: without gaps, and with channels outermost or innermost."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ __all__ = ["channels_of", "dense", "rows", "with_strides_of"]
 
 
 def dense(x: Tensor) -> Tensor:
-    """``x`` without gaps, and with the channels either outermost or innermost in each sample."""
+    """``x``, or a copy, without gaps and with channels outermost or innermost in each sample."""
     x = x.resolve_neg()
     if x.is_contiguous() or x.movedim(1, -1).is_contiguous():
         return x
@@ -30,5 +30,5 @@ def rows(x: Tensor) -> Tensor:
 
 
 def channels_of(matrix: Tensor, x: Tensor) -> Tensor:
-    """A view in the shape of ``x`` of a matrix of shape ``(*, C)``, as ``rows`` makes it."""
+    """A view in the shape of ``x`` of a matrix of shape ``(*, C)``. It undoes ``rows``."""
     return matrix.view(x.movedim(1, -1).shape).movedim(-1, 1)

@@ -19,10 +19,10 @@ _MASK_64 = (1 << 64) - 1
 
 
 def native_link(comm: mpi4py_MPI.Intracomm, MPI: ModuleType) -> Link | None:
-    """A Link, which packs, sends and merges a message in one call; None without native code.
+    """A Link, which packs, sends and merges a message in one call; None if it cannot be made.
 
-    It calls the MPI_Allreduce of the library that mpi4py is linked with, and no other that may have
-    been loaded since. ``comm`` must return error codes.
+    It calls the MPI_Allreduce of the library that mpi4py is linked with, not that of another one
+    that may have been loaded since. The error handler of ``comm`` must be MPI.ERRORS_RETURN.
     """
     kernels = native()
     if kernels is None:
@@ -39,7 +39,7 @@ def native_link(comm: mpi4py_MPI.Intracomm, MPI: ModuleType) -> Link | None:
 def addresses(MPI: ModuleType, *names: str) -> list[int]:
     """The addresses of functions of the library that mpi4py is linked with.
 
-    Raises AttributeError or OSError where one is not there.
+    Raises AttributeError or OSError if one is missing.
     """
     library = ctypes.CDLL(MPI.__file__)
     functions = [ctypes.cast(getattr(library, name), ctypes.c_void_p) for name in names]
@@ -47,5 +47,5 @@ def addresses(MPI: ModuleType, *names: str) -> list[int]:
 
 
 def handle(MPI: ModuleType, thing: mpi4py_MPI.Comm | mpi4py_MPI.Datatype | mpi4py_MPI.Op) -> int:
-    """MPI's handle for an object of mpi4py, as native code takes it."""
+    """MPI's handle for an object of mpi4py, as a number for native code."""
     return MPI._handleof(thing) & _MASK_64

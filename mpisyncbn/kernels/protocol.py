@@ -1,9 +1,9 @@
-"""The functions of a module of kernels.
+"""The functions that every module of kernels has.
 
-``x`` is of shape ``(N, C, *)``; ``y`` and ``dx`` have its dtype and memory format. ``weight`` and ``bias``
-are of the same kind of array as ``x``, or None. The other vectors are float64, of length C: NumPy
-arrays where the data is in host memory, arrays on the data's device elsewhere. (They are float32
-where a device has no float64.)
+``x`` is of shape ``(N, C, *)``; ``y`` and ``dx`` have its dtype and memory format. ``weight`` and
+``bias`` are the same kind of array as ``x``, or None. The other vectors are float64, of length C:
+NumPy arrays if the data is in host memory, else arrays on the data's device (float32 if that has no
+float64).
 """
 
 from __future__ import annotations
@@ -27,11 +27,11 @@ class Kernels(Protocol):
     """The four kernels for one kind of array."""
 
     def local_moments(self, x: Array, /) -> tuple[int, Array, Array]:
-        """The number of values per channel, their mean, and M2, of this rank alone.
+        """The number of values per channel on this rank, their mean, and M2.
 
         M2 is the sum of squared deviations from the mean. An empty ``x`` gives zeros. For a float64
-        ``x`` the mean is of shape ``(2, C)``, in two parts: their sum in one float64 would be too
-        coarse to merge the ranks' variances where the mean is large.
+        ``x`` the mean is of shape ``(2, C)``, in two parts: if a mean is large, one float64 is too
+        coarse to merge the ranks' variances.
         """
         ...
 
@@ -55,10 +55,10 @@ class Kernels(Protocol):
     def backward_reduce(
         self, dy: Array, x: Array, mean: Array, invstd: Array, context: ActivationContext | None = ..., /
     ) -> tuple[Array, Array, Array]:
-        """The sums per channel of ``dz`` and ``dz * (x - mean)``, of this rank alone, and ``dz``.
+        """The sums per channel of ``dz`` and ``dz * (x - mean)`` on this rank, and ``dz``.
 
-        ``dz`` is ``dy`` or, with a context, the gradient of the activation's input. Where the module
-        prefers to compute that a second time, the ``dz`` returned is still ``dy``.
+        ``dz`` is ``dy`` or, with a context, the gradient of the activation's input. A module may
+        compute that a second time in ``backward_elementwise``: then it returns ``dy`` for ``dz``.
         """
         ...
 
@@ -82,7 +82,7 @@ class Kernels(Protocol):
 
 
 class NativeKernels(Kernels, Protocol):
-    """``kernels.cpu``: the four kernels, and what else is native. See ``_cpu.pyi``."""
+    """``kernels.cpu``: the four kernels, and the other native functions. See ``_cpu.pyi``."""
 
     Link: type[Link]
     most_dimensions: int

@@ -1,6 +1,6 @@
 """The four kernels for NumPy arrays and torch tensors in host memory, by native code: module.cpp.
 
-Importing this fails where the extension was not built; then aten.py and generic.py serve.
+Importing this module fails if the extension was not built; then aten.py and generic.py serve.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from ._cpu import (
 )
 
 __all__ = ["backward_elementwise", "backward_reduce", "local_moments", "normalize"]
-# More that is native: see link.h, running_stats.h and leave.h.
+# Other native code: see link.h, running_stats.h and leave.h.
 __all__ += ["Link", "add_departing_group", "install_finalize_hook", "invstd", "passes_fast_check"]
 __all__ += ["instruction_set", "most_dimensions", "threads", "update_running_stats"]
 
@@ -110,10 +110,11 @@ def backward_elementwise(
 
 
 def _attempts(x: Array, vectors: _Vectors, others: _Arrays) -> Iterator[tuple[Array, _Vectors, _Arrays]]:
-    """Arrays to try the native code on, until it refuses none.
+    """Yield arrays to try the native code on, until it refuses none.
 
-    They are ``x``, vectors of length C and the others as they are; then the others in the memory format
-    of ``x``; then copies of all without gaps, such as of what is not aligned, or has its values elsewhere.
+    First all arrays are as they are: ``x``, vectors of length C, and others. Then the others are
+    copies in the memory format of ``x``. Last, all are copies without gaps, for arrays that are not
+    aligned or have no memory of their own.
     """
     yield x, vectors, others
     yield x, vectors, _in_format_of(x, others)
@@ -145,7 +146,7 @@ def _dense(x: Array) -> Array:
 
 
 def _in_format_of(x: Array, others: _Arrays) -> _Arrays:
-    """Copies in the memory format of ``x``."""
+    """Copies of ``others`` in the memory format of ``x``."""
     copies = [None if other is None else _empty_like(x) for other in others]
     for copy, other in zip(copies, others, strict=True):
         if copy is not None:

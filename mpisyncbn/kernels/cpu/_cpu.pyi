@@ -1,8 +1,8 @@
-# The native extension, made of module.cpp. It is not there where it was not built.
+# The native extension, made of module.cpp. Importing it fails if it was not built.
 #
-# Parameters are positional only. Below it is said which arrays are filled or changed; all others are
-# only read. "Refused" arrays are of a kind, a dtype or a layout in memory that native code does not
-# read: nothing is filled then, and the caller may copy them.
+# Parameters are positional only. Each docstring names the arrays that a function fills or changes;
+# it only reads all others. A function "refuses" arrays of a kind, a dtype or a layout in memory
+# that native code does not read: it fills nothing then, and the caller may copy them.
 
 from collections.abc import Callable, Sequence
 from typing import Final
@@ -15,7 +15,7 @@ from ..protocol import Array, Vector
 most_dimensions: Final[int]  # of an array
 
 class Link:
-    """Exchanges over one communicator. Its caller holds the communicator's lock."""
+    """Exchanges over one communicator. Callers hold the communicator's lock."""
 
     def __init__(
         self,
@@ -28,31 +28,32 @@ class Link:
         size: int,
         /,
     ) -> None:
-        """Takes the address of ``MPI_Allreduce``, and MPI's handles as numbers: ints, or else pointers."""
+        """Take the address of ``MPI_Allreduce``, and MPI's handles (int or pointer) as numbers."""
 
     def sum_moments(
         self, h: int, count: int, mean: Vector, m2: Vector, merged: NDArray[float64], /
     ) -> tuple[int, int, bool, bool]:
         """Fill ``merged``, (2, C), with mean and variance of the group. Collective.
 
-        Returns the problem, the count of the group, whether some variance has lost digits by cancellation,
-        and whether a rank has an M2 that was absorbed by its sum of squares. The problem is 0; -1 where the
-        ranks sent different ``h``; else MPI's error code.
+        Returns the problem, the count of the group, whether some variance has lost digits by
+        cancellation, and whether a rank has an M2 that was absorbed by its sum of squares. The
+        problem is 0 for none, -1 if the ranks sent different ``h``, else MPI's error code.
         """
 
     def sum_vectors(self, h: int, a: Vector, b: Vector, totals: NDArray[float64], /) -> int:
         """Fill ``totals``, (2, C), with sums over the ranks of ``a`` and ``b``. Collective.
 
-        Returns the problem, as ``sum_moments``.
+        Returns the problem, as ``sum_moments`` does.
         """
 
-# 0: refused. 1: done. 2: done, but for channels whose values are beyond what float32 can compute with.
+# 0: refused. 1: done. 2: done, except for channels with values that float32 cannot compute with.
 _Outcome = int
 
 def local_moments(x: Array, out: NDArray[float64], threads: int, /) -> tuple[_Outcome, int]:
-    """Fill ``out``, (3, C), with the mean in two parts and M2; for all but float64 the first row is the mean.
+    """Fill ``out``, (3, C), with the mean in two parts and M2.
 
-    Returns the outcome, and the number of values per channel. 0 threads: as many as OpenMP has.
+    For other dtypes than float64 the first row is the whole mean. Returns the outcome, and the
+    number of values per channel. 0 threads stand for as many as OpenMP has.
     """
 
 def normalize(
@@ -85,7 +86,7 @@ def backward_reduce(
 ) -> _Outcome:
     """Fill ``out``, (2, C), with the sums of ``dz`` and ``dz * (x - mean)``.
 
-    ``dz`` is filled too where ``y`` is given.
+    Fills ``dz`` too if ``y`` is given.
     """
 
 def backward_elementwise(
@@ -102,7 +103,7 @@ def backward_elementwise(
     threads: int,
     /,
 ) -> _Outcome:
-    """Fill ``dx``. ``activation`` is that whose gradient is still to be taken of ``dz``."""
+    """Fill ``dx``. ``dz`` is still the gradient of the output of ``activation``."""
 
 def update_running_stats(
     running_mean: Array,
@@ -115,10 +116,10 @@ def update_running_stats(
     momentum: float,
     /,
 ) -> bool:
-    """Move the running statistics towards a batch's, of variance ``var * to_unbiased``, and count the batch.
+    """Move the running statistics towards a batch's, and count the batch, or change nothing.
 
-    All or nothing. Returns False where they are refused, or a value is not finite in their dtype.
-    ``record_change`` tells autograd.
+    The variance of the batch is ``var * to_unbiased``. Returns False if it refuses the arrays, or
+    if a value is not finite in their dtype. ``record_change`` tells autograd of the change.
     """
 
 def invstd(var: Vector, eps: float, out: Vector, /) -> None:
@@ -132,7 +133,7 @@ def passes_fast_check(
     running_var: Array | None,
     /,
 ) -> bool:
-    """Whether vectors per channel belong to ``x`` as they should. Where not, they may still be right."""
+    """Whether the vectors fit ``x`` as they usually do. If not, they may still be right."""
 
 def install_finalize_hook(
     functions: Sequence[int],
@@ -143,30 +144,30 @@ def install_finalize_hook(
     int_handles: bool,
     /,
 ) -> bool:
-    """Have MPI_Finalize wait for the departing groups first. Returns whether MPI will call that.
+    """Have MPI_Finalize wait for the departing groups first. Returns whether MPI accepted the hook.
 
-    ``functions``: addresses of MPI's Comm_create_keyval, Comm_set_attr, Issend, Improbe, Mrecv,
-    Ibarrier, Test and Abort.
+    ``functions`` are the addresses of MPI's Comm_create_keyval, Comm_set_attr, Issend, Improbe,
+    Mrecv, Ibarrier, Test and Abort.
     """
 
 def add_departing_group(
     comm: int, rank: int, exchanges: int, timeout: float, hostnames: Sequence[str], /
 ) -> None:
-    """Name a group that this rank departs from in MPI_Finalize. A timeout of 0 seconds is none."""
+    """Add a group that this rank departs from in MPI_Finalize. 0 seconds stand for no timeout."""
 
 def instruction_set() -> str:
-    """The name of the one that the loops use."""
+    """The name of the instruction set that the loops use."""
 
 def threads() -> int:
-    """How many threads OpenMP has; 1 without it."""
+    """How many threads OpenMP would use; 1 without OpenMP."""
 
-# For tests.
+# The rest is for tests.
 
 def set_highest_level(level: int, /) -> None:
-    """Use instruction sets up to the ``level``-th, from 0 to 3, that the processor has."""
+    """Use no instruction set above ``level``, from 0 to 3, even if the processor has it."""
 
 def stream_from(size: int, /) -> None:
-    """Write output past the cache from so many bytes on."""
+    """Write output of at least ``size`` bytes past the cache."""
 
 def streamed_values() -> int:
     """How many values were written past the cache since the last call."""

@@ -1,6 +1,7 @@
 """The four kernels for torch tensors on a GPU, by Triton.
 
-The other vectors come and go in float64, on the device of ``x``. Nothing here waits for the device.
+Vectors other than weight and bias are float64, on the device of ``x``. No function here waits for
+the device.
 """
 
 from __future__ import annotations
@@ -117,13 +118,13 @@ def record_batch(
 ) -> bool:
     """Move running statistics towards those of a batch, and count the batch.
 
-    The variance of the batch is ``var * to_unbiased``. Returns False for tensors
-    that only torch's own operations know how to write to, or have to refuse.
+    The variance of the batch is ``var * to_unbiased``. Returns False, and changes nothing, for
+    tensors that only torch's own operations can write to, or should refuse.
     """
     written = [each for each in (running_mean, running_var, num_batches_tracked) if each is not None]
     if torch._C._are_functorch_transforms_active() or not all(_plain(each, mean) for each in written):
         return False
-    torch._C._increment_version(written)  # as every operation in place tells autograd
+    torch._C._increment_version(written)  # every operation in place tells autograd so
     plan = plans.plan_running_stats(mean.shape[0], to_unbiased, momentum)
     with _device_of(mean):
         others = running_var, num_batches_tracked, mean, var
@@ -137,7 +138,7 @@ def _plain(each: Tensor, mean: Tensor) -> bool:
 
 
 def try_out(device: torch.device) -> None:
-    """Raise where Triton cannot start a kernel: it needs a C compiler, and a driver that knows its code."""
+    """Raise if Triton cannot start a kernel: it needs a C compiler and a driver for its code."""
     ones = torch.ones((1, 1), dtype=torch.float64, device=device)
     with _device_of(ones):
         _launch(sums.merge_sums, plans.plan_merge(1, 1), ones, torch.empty_like(ones))
@@ -146,8 +147,9 @@ def try_out(device: torch.device) -> None:
 def _launch(kernel: JITFunction, plan: Plan, first: Tensor, *others: Tensor | None, **constants: int) -> None:
     """Start a kernel on the current stream.
 
-    Triton looks at every argument anew at each call, which takes the host longer than the start itself. The
-    sizes of a plan are the same each time; of tensors it is their dtype and alignment that matters.
+    Triton inspects every argument at each call, which takes the host longer than the start itself.
+    So this keeps compiled kernels with the plan, whose sizes stay the same, by dtype and alignment
+    of the tensors.
     """
     tensors = first, *others
     specialization = [None if each is None else (each.dtype, each.data_ptr() % 16) for each in tensors]
@@ -159,19 +161,19 @@ def _launch(kernel: JITFunction, plan: Plan, first: Tensor, *others: Tensor | No
         return
     options = plan.options | constants
     compiled = kernel[plan.grid](*tensors, *plan.sizes, **options)
-    if compiled is not None:  # there is nothing to keep in Triton's interpreter
+    if compiled is not None:  # Triton's interpreter compiles nothing
         last = kernel.params[len(tensors) + len(plan.sizes) :]
         plan.launches[key] = compiled[plan.grid], (*plan.sizes, *(options[each.name] for each in last))
 
 
 def _sums_of(x: Tensor, rows: int) -> Tensor:
-    """Memory for sums over ``x``: zeros where it is empty."""
+    """Memory for sums over ``x``: zeros if it is empty."""
     make = x.new_empty if x.numel() else x.new_zeros
     return make((rows, x.shape[1]), dtype=torch.float64)
 
 
 def _partials_of(x: Tensor, plan: Plan, rows: int) -> Tensor | None:
-    """Memory for the partial results of programs; None where one finds all."""
+    """Memory for the partial results of programs; None if one program computes the whole sum."""
     return x.new_empty((plan.shares, rows, x.shape[1]), dtype=torch.float64) if plan.shares > 1 else None
 
 
@@ -185,12 +187,12 @@ def _elements(x: Tensor) -> Plan:
 
 
 def _vector(values: Tensor | None) -> Tensor | None:
-    """A vector as the kernels read it: without strides."""
+    """A vector as the kernels read it: contiguous, and without a pending sign."""
     return values if values is None else values.resolve_neg().contiguous()
 
 
 def _matrix(x: Tensor) -> tuple[int, int, int]:
-    """Samples, channels, and how many values of a channel lie side by side: 1 where channels do."""
+    """Samples, channels, and how many values of a channel lie side by side: 1 if channels do."""
     samples, channels = x.shape[:2]
     if x.is_contiguous():
         return samples, channels, x.numel() // (samples * channels)

@@ -1,6 +1,6 @@
 """The activations and their gradients, for a tile in Triton.
 
-Another activation is one more constant, and one more branch in each function.
+To add an activation, add a constant, and a branch in each function.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ NONE, RELU = tl.constexpr(0), tl.constexpr(1)  # as in activation.py
 
 @triton.jit
 def activate(z, ACTIVATION: tl.constexpr):
-    """The output of an activation. NaN passes, as it does through torch's ReLU."""
+    """The output of an activation. NaN stays NaN, as in torch's ReLU."""
     if ACTIVATION == RELU:
         z = tl.where(z <= 0, 0.0, z)
     return z
@@ -23,9 +23,9 @@ def activate(z, ACTIVATION: tl.constexpr):
 
 @triton.jit
 def activation_gradient(dy, z, ACTIVATION: tl.constexpr):
-    """The gradient of an activation's input, from ``dy``, that of its output.
+    """The gradient of an activation's input, from ``dy``, the gradient of its output.
 
-    ``z`` is its input or, where that is not known, its output.
+    ``z`` is its input, or its output if the input is not known.
     """
     if ACTIVATION == RELU:
         dy = tl.where(z <= 0, 0.0, dy)

@@ -1,9 +1,9 @@
-"""The four kernels for torch tensors on a GPU where Triton is not installed.
+"""The four kernels for torch tensors on a GPU, if Triton is not installed.
 
 They are composed of the fused CUDA operations that torch has for its own SyncBatchNorm.
 
-Their moments are in float32, so digits of the mean are lost where it is large: 6e-8 of it. What is
-known of the mean beyond float32 goes into the shift that they add.
+Those compute moments in float32, so a large mean is wrong by up to 6e-8 of it. The part of a mean
+that float32 cannot hold goes into the shift that they add.
 """
 
 from __future__ import annotations
@@ -23,7 +23,8 @@ def local_moments(x: Tensor) -> tuple[int, Tensor, Tensor]:
     if count == 0:
         zeros = x.new_zeros((3, channels), dtype=torch.float64)
         return 0, zeros[:2] if is_float64 else zeros[0], zeros[2]
-    # With eps = 0 what comes of a variance is exact to its last digits but one; of none comes 0.
+    # With eps = 0, invstd gives the variance back to its last digits but one; it is 0 for a
+    # variance of 0.
     mean, invstd = torch.batch_norm_stats(_readable(dense(x)), 0.0)
     mean, invstd = mean.double(), invstd.double()
     m2 = torch.where(invstd == 0, 0.0, count / invstd.square())
@@ -46,9 +47,9 @@ def normalize(
     x = dense(x)
     mean_hi = _narrow(mean, x)
     shift = shift - (mean - mean_hi.double()) * scale
-    # With something to follow, bfloat16 and float16 are rounded after it.
+    # If a residual follows, bfloat16 and float16 are rounded after it.
     wide = x if residual is None else x.to(mean_hi.dtype)
-    y = torch.empty_like(wide)  # written through a view of it: what autograd gets must not be one
+    y = torch.empty_like(wide)  # autograd must not get a view, so a view of it is written to
     vectors = _narrow(scale, x), _narrow(shift, x), mean_hi, torch.ones_like(mean_hi)
     torch.ops.aten.batch_norm_elemt.out(_readable(wide), *vectors, 0.0, out=_readable(y))
     if residual is not None:
@@ -96,7 +97,7 @@ def backward_elementwise(
     x = dense(x)
     mean_hi = _narrow(mean, x)
     slope = invstd.square() * mean_dy_xmu
-    # The operation divides sums by a count: of means, 1.
+    # The operation divides sums by a count. These are means, so the count is 1.
     dx = torch.batch_norm_backward_elemt(
         _readable(with_strides_of(x, dz)),
         _readable(x),
@@ -111,10 +112,10 @@ def backward_elementwise(
 
 
 def _narrow(vector: Tensor, x: Tensor) -> Tensor:
-    """A vector in the dtype in which the operations take it with ``x``."""
+    """A vector in the dtype that the operations want beside ``x``."""
     return vector.to(torch.float64 if x.dtype == torch.float64 else torch.float32)
 
 
 def _readable(x: Tensor) -> Tensor:
-    """A dense tensor in a layout that the operations have fast code for."""
+    """A dense tensor in a layout for which the operations have fast code."""
     return x if x.is_contiguous() else rows(x)

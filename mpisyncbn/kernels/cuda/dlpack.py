@@ -1,6 +1,6 @@
-"""The four kernels for CuPy arrays where torch is installed: those for torch.
+"""The four kernels for CuPy arrays, by the kernels for torch tensors.
 
-They work on tensors in the same memory, and on the stream that is CuPy's current one.
+They work on tensors in the same memory, and on CuPy's current stream.
 """
 
 from __future__ import annotations
@@ -71,7 +71,7 @@ def _kernels(x: Array) -> Kernels:
 def _tensor(array: Array) -> Array:
     if array is None:
         return None
-    if min(array.strides, default=0) < 0:  # torch has no such, and ends the process
+    if min(array.strides, default=0) < 0:  # torch has no negative strides, and ends the process
         array = cupy.ascontiguousarray(array)
     try:
         return torch.from_dlpack(array)
@@ -80,7 +80,7 @@ def _tensor(array: Array) -> Array:
 
 
 def _context_of(context: ActivationContext | None) -> ActivationContext | None:
-    """A context of arrays as one of tensors."""
+    """A context of arrays as a context of tensors."""
     if context is None:
         return None
     activation, *arrays = context

@@ -1,4 +1,4 @@
-"""Element-wise work in Triton: many small programs, one after the other as in memory."""
+"""Element-wise work in Triton, by many small programs that follow the order of memory."""
 
 from __future__ import annotations
 
@@ -34,9 +34,9 @@ def normalize(
     COLUMNS: tl.constexpr,
     COMPUTE_DTYPE: tl.constexpr,
 ):
-    """``y``, the activation of ``(x - mean) * invstd * weight + bias + residual``.
+    """Store ``y``, the activation of ``(x - mean) * invstd * weight + bias + residual``.
 
-    Grid: the tiles, each of ``STEPS`` times ``ROWS`` rows.
+    Grid: one program for each tile of ``STEPS`` times ``ROWS`` rows.
     """
     width, stride = multiple_of(width, ALIGN), multiple_of(stride, ALIGN)
     channel, inside = _channels_of_columns(width, channels, column_tiles, INDEX, PLANES, COLUMNS)
@@ -78,9 +78,10 @@ def backward_elementwise(
     COLUMNS: tl.constexpr,
     COMPUTE_DTYPE: tl.constexpr,
 ):
-    """``dx = (dz - mean_dy - (x - mean) * invstd**2 * mean_dy_xmu) * invstd * weight``.
+    """Store ``dx = (dz - mean_dy - (x - mean) * invstd**2 * mean_dy_xmu) * invstd * weight``.
 
-    With ``ACTIVATION``, ``dz`` is still the gradient of its output. Grid: as that of ``normalize``.
+    With an ``ACTIVATION``, ``dz`` is still the gradient of its output. The grid is that of
+    ``normalize``.
     """
     width, stride = multiple_of(width, ALIGN), multiple_of(stride, ALIGN)
     channel, inside = _channels_of_columns(width, channels, column_tiles, INDEX, PLANES, COLUMNS)
@@ -107,7 +108,10 @@ def backward_elementwise(
 def _channels_of_columns(
     width, channels, column_tiles, INDEX: tl.constexpr, PLANES: tl.constexpr, COLUMNS: tl.constexpr
 ):
-    """The channel of an element-wise program, or those of its columns in the shape to broadcast; a mask."""
+    """The channel of an element-wise program, or the channels of its columns, and a mask.
+
+    Channels of columns have the shape to broadcast over rows.
+    """
     tile = tl.program_id(0)
     if PLANES:
         channel = (tile // column_tiles) % channels
@@ -131,7 +135,7 @@ def _element_offsets(
     ROWS: tl.constexpr,
     COLUMNS: tl.constexpr,
 ):
-    """Offsets and mask of a tile of an element-wise program: one program after the other, as in memory."""
+    """The offsets and the mask of a tile. Programs follow the order of memory."""
     tile = tl.program_id(0)
     block = tile // column_tiles
     column = tl.cast(tile % column_tiles, INDEX) * COLUMNS + tl.arange(0, COLUMNS)

@@ -1,9 +1,9 @@
 """Local moments in Triton.
 
-A program takes a share of the tiles of one channel (of a block of channels where they are side by
-side) and adds them up place by place, in the compute dtype; few enough of them that float32 keeps its
-digits. What the programs of one channel found is merged in float64 and in a fixed order by a second
-kernel, so the same input gives the same bits.
+A program takes a share of the tiles of one channel (or of a block of channels, if channels lie side
+by side). It adds them up place by place in the compute dtype: they are so few that float32 keeps
+its digits. A second kernel merges the results of all programs of a channel in float64 and in a
+fixed order, so the same input gives the same bits.
 """
 
 from __future__ import annotations
@@ -42,11 +42,11 @@ def moments(
     COMPUTE_DTYPE: tl.constexpr,
     ONE: tl.constexpr,
 ):
-    """Moments of each program's tiles: the mean in two parts, M2 and the count.
+    """Store the moments of each program's tiles: the mean in two parts, M2 and the count.
 
-    ``ONE``: each channel is a single tile.
-    Grid: (channels or blocks of them, shares of tiles). ``partials``: (shares, 4, channels), float64; None
-    where there is one share, and the result goes to ``out``, see merge_moments.
+    ``ONE`` says that each channel is a single tile. Grid: (channels or blocks of them, shares of
+    tiles). ``partials`` is float64 of shape (shares, 4, channels). It is None for a single share,
+    whose result goes to ``out``, see merge_moments.
     """
     width, stride = multiple_of(width, ALIGN), multiple_of(stride, ALIGN)
     begin, end = share_of_program(share, tiles)
@@ -73,7 +73,7 @@ def merge_moments(
 ):
     """Merge the partial moments of each channel (Chan, Golub and LeVeque 1979, eq. 2.1).
 
-    ``out``: (2, channels); with ``SPLIT_MEAN`` (3, channels), the mean in two rows.
+    ``out`` is of shape (2, channels); with ``SPLIT_MEAN`` (3, channels), the mean in two rows.
     """
     channel = tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)
     inside = channel < channels
@@ -110,7 +110,7 @@ def _moments_of_tiles(
     COLUMNS: tl.constexpr,
     COMPUTE_DTYPE: tl.constexpr,
 ):
-    """A number near the mean, what it misses of the mean, M2 and the count, of the tiles before ``end``."""
+    """A number near the mean, the rest of the mean, M2 and count, for the tiles before ``end``."""
     values, _, count = load_tile(x, begin, end, rows, width, stride, INDEX, PLANES, ROWS, COLUMNS)
     # Squares of distances from a number near the mean lose no digits.
     origin = (sum_per_channel(values.to(tl.float64), PLANES) * (1.0 / count.to(tl.float64))).to(COMPUTE_DTYPE)
@@ -118,14 +118,14 @@ def _moments_of_tiles(
         x, origin, 1.0, begin, end, rows, width, stride, ONE, INDEX, PLANES, ROWS, COLUMNS, COMPUTE_DTYPE
     )
     far = mean_lo * mean_lo * total > 4 * m2
-    # Where the first tile was not typical of the others, once more, about the mean.
+    # If the first tile was not typical, the squares have lost digits: repeat them about the mean.
     if not ONE and any_channel(far, PLANES):
         origin = tl.where(far, origin + mean_lo.to(COMPUTE_DTYPE), origin)
         mean_lo, m2, total = _moments_about(
             x, origin, 1.0, begin, end, rows, width, stride, ONE, INDEX, PLANES, ROWS, COLUMNS, COMPUTE_DTYPE
         )
-    # In float32, squares below 1e-30 may have lost digits, those above 1e30 be infinite: once more, in other
-    # units.
+    # In float32, squares below 1e-30 may have lost digits, and squares above 1e30 may be infinite:
+    # repeat them in other units.
     beyond = (m2 < total * 2.0**-100) | ~(m2 <= total * 2.0**100)
     if COMPUTE_DTYPE == tl.float32 and any_channel(beyond, PLANES):
         unit = tl.where(m2 < total, 2.0**90, 2.0**-90)
@@ -155,7 +155,7 @@ def _moments_about(
     COLUMNS: tl.constexpr,
     COMPUTE_DTYPE: tl.constexpr,
 ):
-    """The mean of ``(x - origin) * unit``, M2 and the count, of the tiles before ``end``, in float64.
+    """The mean of ``(x - origin) * unit``, M2 and count in float64, for the tiles before ``end``.
 
     ``unit`` is a power of two.
     """
@@ -165,7 +165,7 @@ def _moments_about(
     total = count.to(tl.int64)
     if not ONE:
         for tile in range(begin + 1, end, 2):
-            # both are loaded before either is used: memory answers late
+            # both are loaded before either is used, because memory is slow to answer
             values, mask, count = load_tile(x, tile, end, rows, width, stride, INDEX, PLANES, ROWS, COLUMNS)
             more, more_mask, more_count = load_tile(
                 x, tile + 1, end, rows, width, stride, INDEX, PLANES, ROWS, COLUMNS
@@ -197,7 +197,7 @@ def _store_moments(out, mean_hi, mean_lo, m2, channel, channels, SPLIT_MEAN: tl.
 
 @triton.jit
 def _load_partials(partials, origin, begin, channel, shares, channels, ROWS: tl.constexpr):
-    """Counts, distances of the means from ``origin``, and M2 of ``ROWS`` shares; 0 beyond the end."""
+    """Counts, distances of means from ``origin``, and M2 for ``ROWS`` shares; 0 beyond the last."""
     row = begin + tl.arange(0, ROWS)
     mask = (row < shares)[:, None] & (channel < channels)[None, :]
     pointer = partials + row[:, None] * 4 * channels + channel[None, :]

@@ -1,4 +1,4 @@
-"""How the work of the Triton kernels is shared out to programs, by the size of what they read."""
+"""Plans: how the work of a Triton kernel is shared out to programs, by the size of its input."""
 
 from __future__ import annotations
 
@@ -13,28 +13,29 @@ import triton.language as tl
 
 __all__ = ["Plan", "plan_elementwise", "plan_merge", "plan_running_stats", "plan_sums"]
 
-# Sums: few large programs, because what they find has to be put together.
+# Sums: few large programs, because their results must be merged.
 _WARPS = 8
 _VALUES = 32 * _WARPS * 8  # in a tile of a program; half as many of float64
 _PROGRAMS = 4  # for each multiprocessor
-_LONGEST = 64  # tiles in a share: float32 keeps its digits in a sum as long
-_SHORTEST = 8  # tiles in a share, but for the last: less is not worth a second kernel
+_LONGEST = 64  # tiles in a share: a float32 sum of this length keeps its digits
+_SHORTEST = 8  # tiles in a share, except the last: fewer are not worth a second kernel
 _MOST_SHARES = 65535  # what CUDA lets a grid's second axis count
 _LINE = 128  # bytes side by side in a tile of channels: a cache line
-# Their merging: the same number of values again, but of float64 vectors.
+# The merging of sums: as many values in a tile, but of float64 vectors.
 _PARTS, _PART_COLUMNS = 64, 16
 # Element by element: many small programs.
 _SMALL_WARPS = 4
-_SMALL_BYTES, _SMALL_VALUES = 64, 16  # at most, for each thread: four loads of 16 bytes, or 16 of a value
+_SMALL_BYTES, _SMALL_VALUES = 64, 16  # at most, for each thread: 4 loads of 16 bytes, or 16 of a value
 _STEPS = 4  # tiles one below the other for each program, which loads the vectors once
-_ENOUGH = 12  # programs for each multiprocessor: as many there must be, before a program has several tiles
-_VECTOR = 512  # channels of a program where there is one row
+_ENOUGH = 12  # programs for each multiprocessor, before a program gets several tiles
+_VECTOR = 512  # channels of a program for vectors
 
 
 class Plan:
-    """The grid of a kernel, its sizes and options; and its launches, see __init__.py.
+    """The grid of a kernel, its sizes and options, and its ``launches`` so far (see __init__.py).
 
-    For sums: in how many ``shares`` the tiles of a channel are dealt out, and whether ``one`` tile is all.
+    Plans of sums also say in how many ``shares`` the tiles of a channel are divided, and whether
+    there is only ``one`` tile.
     """
 
     __slots__ = ("grid", "launches", "one", "options", "shares", "sizes")
@@ -105,7 +106,7 @@ def plan_elementwise(
 
 @lru_cache(maxsize=4096)
 def plan_running_stats(channels: int, *numbers: float) -> Plan:
-    """A plan with the numbers as their bits: Triton would round them to float32."""
+    """A plan that holds the bits of the numbers, because Triton would round them to float32."""
     bits = struct.unpack(f"{len(numbers)}q", struct.pack(f"{len(numbers)}d", *numbers))
     columns = min(_VECTOR, triton.next_power_of_2(channels))
     options = {"COLUMNS": columns, "num_warps": _SMALL_WARPS, "enable_fp_fusion": True}
@@ -130,7 +131,7 @@ def _options(
 def _tile(rows: int, width: int, values: int) -> tuple[int, int]:
     """Rows and columns, powers of two, of tiles of about ``values`` values of a matrix.
 
-    The wider the better for memory, but with few places beyond the edge of the matrix.
+    Wide tiles suit memory, but few places should be beyond the edge of the matrix.
     """
     height = triton.next_power_of_2(rows)
     least, most = max(32, values // height), triton.next_power_of_2(width)
@@ -141,6 +142,9 @@ def _tile(rows: int, width: int, values: int) -> tuple[int, int]:
 
 
 def _lines(rows: int, channels: int, values: int, dtype: torch.dtype) -> tuple[int, int]:
-    """Rows and columns of tiles whose columns are channels, whose sums are to be spread over programs."""
+    """Rows and columns, powers of two, of tiles whose columns are channels.
+
+    They are narrow, so that the sums of many rows are spread over programs.
+    """
     columns = min(triton.next_power_of_2(channels), _LINE // dtype.itemsize)
     return min(triton.next_power_of_2(rows), values // columns), columns

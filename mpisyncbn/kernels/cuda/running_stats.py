@@ -22,8 +22,8 @@ def record_batch(
 ):
     """Move running statistics towards those of a batch, and count the batch.
 
-    ``num_batches_tracked`` may be None.
-    ``to_unbiased``, ``momentum``: the bits of float64 numbers.
+    ``num_batches_tracked`` may be None. ``to_unbiased`` and ``momentum`` are the bits of float64
+    numbers.
     """
     channel = tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)
     inside = channel < channels

@@ -1,8 +1,8 @@
-"""The sums of the backward pass in Triton, shared out to programs as the moments are: see moments.py.
+"""The sums of the backward pass in Triton, shared out to programs as in moments.py.
 
-They are of ``dz``, the gradient of the activation's input (without an activation that is ``dy``), and of
-``dz * (x - mean)``. ``dz`` is stored where ``y``, the activation's output, is there; else the input is
-computed again from ``x``.
+They are the sums of ``dz``, the gradient of the activation's input (without an activation that is
+``dy``), and of ``dz * (x - mean)``. If ``y``, the activation's output, is given, ``dz`` is stored;
+else the activation's input is computed again from ``x``.
 """
 
 from __future__ import annotations
@@ -50,13 +50,16 @@ def backward_sums(
     COLUMNS: tl.constexpr,
     COMPUTE_DTYPE: tl.constexpr,
 ):
-    """Both sums of each program's tiles. ``partials`` is of shape (shares, 2, channels), or else None."""
+    """Store both sums of each program's tiles.
+
+    They go to ``partials``, of shape (shares, 2, channels), or to ``out`` if that is None.
+    """
     width, stride = multiple_of(width, ALIGN), multiple_of(stride, ALIGN)
     channel = channels_of_program(COLUMNS, PLANES)
     inside = channel < channels
     mean_hi, mean_lo = split_mean(mean, channel, inside, COMPUTE_DTYPE)
     inverse, factor, shift = affine(invstd, weight, bias, mean_lo, channel, inside, COMPUTE_DTYPE)
-    unit = tl.where(inverse == 0, 1.0, inverse)  # of products, which may be beyond float32 otherwise
+    unit = tl.where(inverse == 0, 1.0, inverse)  # keeps products in the range of float32
     sum_dy = tl.zeros([ROWS, COLUMNS], COMPUTE_DTYPE)
     sum_dy_xmu = tl.zeros([ROWS, COLUMNS], COMPUTE_DTYPE)
     begin, end = share_of_program(share, tiles)
@@ -77,7 +80,7 @@ def backward_sums(
 
 @triton.jit(do_not_specialize=["shares"])
 def merge_sums(partials, out, shares, length, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
-    """Sums over the first axis of ``partials``, (shares, length)."""
+    """Store the sums over the first axis of ``partials``, of shape (shares, length)."""
     column = tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)
     inside = column < length
     sums = tl.zeros([ROWS, COLUMNS], tl.float64)
@@ -90,7 +93,7 @@ def merge_sums(partials, out, shares, length, ROWS: tl.constexpr, COLUMNS: tl.co
 
 @triton.jit
 def _through_activation(dy, z, y, dz, offsets, mask, ACTIVATION: tl.constexpr):
-    """The gradient of the activation's input ``z``; stored too where its output ``y`` is there."""
+    """The gradient of the activation's input ``z``; also stored in ``dz`` if ``y`` is given."""
     if ACTIVATION != NONE:
         if y is None:
             dy = activation_gradient(dy, z, ACTIVATION)

@@ -1,10 +1,10 @@
 """Tiles of a tensor and vectors of channels, for all Triton kernels.
 
-A tensor without gaps is read as a matrix, in tiles of ``ROWS`` by ``COLUMNS`` values. Of a contiguous
-``(N, C, *)`` one row is one plane, the ``width`` values of a sample's channel (``PLANES``); with the
-channels side by side, one row has a value of each of ``width`` channels.
+A tensor without gaps is read as a matrix, in tiles of ``ROWS`` by ``COLUMNS`` values. In a
+contiguous ``(N, C, *)`` tensor a row is a plane: the ``width`` values of a sample's channel
+(``PLANES``). If the channels lie side by side, a row has a value of each of ``width`` channels.
 
-Values are computed with in ``COMPUTE_DTYPE``: float64 for a float64 tensor, else float32.
+Arithmetic is in ``COMPUTE_DTYPE``: float64 for a float64 tensor, else float32.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ def tile_offsets(
 ):
     """The offsets, mask and number of values per channel of a tile of this program's channels.
 
-    Nothing of a tile from ``end`` on is in the mask.
+    The mask is empty for a tile from ``end`` on.
     """
     rows = tl.where(tile < end, rows, 0)
     if PLANES:
@@ -79,14 +79,14 @@ def load_tile(
     ROWS: tl.constexpr,
     COLUMNS: tl.constexpr,
 ):
-    """The values of a tile, and the mask and the number of values per channel of ``tile_offsets``."""
+    """The values of a tile, and its mask and number of values per channel from ``tile_offsets``."""
     offsets, mask, count = tile_offsets(tile, end, rows, width, stride, INDEX, PLANES, ROWS, COLUMNS)
     return tl.load(x + offsets, mask, 0.0), mask, count
 
 
 @triton.jit
 def sum_per_channel(tile, PLANES: tl.constexpr):
-    """The sums per channel: of all of a tile of planes, else of each of its columns."""
+    """The sums per channel: over the whole of a tile of planes, else over each column."""
     return tl.sum(tile) if PLANES else tl.sum(tile, 0)
 
 
@@ -107,9 +107,9 @@ def channels_of_program(COLUMNS: tl.constexpr, PLANES: tl.constexpr):
 
 @triton.jit
 def split_mean(mean, channel, inside, COMPUTE_DTYPE: tl.constexpr):
-    """A float64 mean in two parts: one of the compute dtype, to be subtracted, and what it misses.
+    """A float64 mean in two parts: one of the compute dtype, to be subtracted, and the rest.
 
-    A float32 mean of 1e3 is 3e-5 wrong: what it misses goes into what is added later anyway.
+    A float32 mean of 1e3 may be 3e-5 wrong. The rest goes into the shift, which is added anyway.
     """
     exact = tl.load(mean + channel, inside, 0.0)
     mean_hi = exact.to(COMPUTE_DTYPE)
@@ -118,7 +118,7 @@ def split_mean(mean, channel, inside, COMPUTE_DTYPE: tl.constexpr):
 
 @triton.jit
 def affine(invstd, weight, bias, mean_lo, channel, inside, COMPUTE_DTYPE: tl.constexpr):
-    """The factors of ``x - mean_hi``, invstd and the weight, and the shift that is added to the product."""
+    """Invstd and weight, the factors of ``x - mean_hi``, and the shift that the product needs."""
     inverse = tl.load(invstd + channel, inside, 0.0)
     factor = tl.zeros_like(inverse) + 1.0
     if weight is not None:
@@ -131,5 +131,8 @@ def affine(invstd, weight, bias, mean_lo, channel, inside, COMPUTE_DTYPE: tl.con
 
 @triton.jit
 def multiple_of(length, ALIGN: tl.constexpr):
-    """A length that is known to be a multiple of ``ALIGN``, so that as many values may be loaded at once."""
+    """``length``, a multiple of ``ALIGN``.
+
+    The compiler then knows that it is one, and loads as many values at once.
+    """
     return length // ALIGN * ALIGN
