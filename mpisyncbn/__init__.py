@@ -6,7 +6,7 @@ Importing this package imports neither torch nor CuPy and does not initialize MP
 from __future__ import annotations
 
 from importlib import import_module
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from . import config
 from .comm import ancestors
@@ -65,12 +65,13 @@ _HOME = {
 }
 
 
-def __getattr__(name: str) -> Any:
+def __getattr__(name: str) -> object:
     if name not in _HOME:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     module, _, owner = _HOME[name].partition(":")
+    value: object
     try:
-        value: Any = import_module(f".{module or name}", __name__)
+        value = import_module(f".{module or name}", __name__)
     except ModuleNotFoundError as error:
         if error.name != "torch":
             raise

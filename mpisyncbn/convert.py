@@ -1,4 +1,4 @@
-"""Conversion from BatchNorm to SyncBatchNorm and back, in place: a layer keeps all that is attached to it.
+"""Conversion from BatchNorm to SyncBatchNorm and back, in place.
 
 A conversion changes a layer's class and nothing else: hooks, parameters, buffers, extra
 attributes, parametrizations and every reference to the layer survive, because it is the same object.
@@ -47,11 +47,11 @@ __all__ = [
 class BatchNorm(tracing.Leaf, _BatchNorm):
     """Batch norm of this rank alone, for input of any dimension.
 
-    Reverting makes this of a layer that was never anything but synchronized.
+    A synchronized layer that was never another becomes one of these when it is reverted.
     """
 
     def _check_input_dim(self, input: torch.Tensor) -> None:
-        if not torch.jit.is_scripting():  # what is in here torch.jit.script leaves out
+        if not torch.jit.is_scripting():  # torch.jit.script cannot compile the checks
             check_tensor(input)
             if input.ndim < 2:
                 raise ValueError(
@@ -64,20 +64,21 @@ class Synchronized(BatchNorm):
     """A layer with the attributes that conversion sets and reverting deletes."""
 
     communicator: Communicator | None = None  # of the ranks to normalize over; None: the world
-    _given: _Given | None = None  # the process_group, where it is another object than that
-    activation: str | None = None  # "relu", where the layer does that too
-    layer_name: str | None = None  # on all ranks: the name of the model and its own in it
-    _key: str = "#"  # known by while it has no name, to this process only
-    _converted_from: tuple[type, dict[str, object]] | None = None  # class, and attributes that were replaced
+    _given: _Given | None = None  # the process_group, if it is another object than communicator
+    activation: str | None = None  # "relu" if the layer applies one
+    layer_name: str | None = None  # on all ranks: the name of the model, and the layer's own in it
+    _key: str = "#"  # this process knows the layer by it while it has no name
+    _converted_from: tuple[type[_BatchNorm], dict[str, object]] | None = None  # class, replaced attributes
+    _mixed: tuple[type[Synchronized], type[_BatchNorm]]  # of a class made here: what it is made of
 
     @property
     def process_group(self) -> AnyGroup:
-        """As it was given: an mpi4py communicator, a process group of torch, a Communicator, or None."""
+        """The group as it was given: of mpi4py or torch, a Communicator, or None for the world."""
         return self.communicator if self._given is None else self._given.process_group
 
     @process_group.setter
     def process_group(self, process_group: AnyGroup) -> None:
-        # A Communicator at once: the user may free what was given.
+        # The Communicator is made at once, because the user may free the group that was given.
         communicator = None if process_group is None else resolve(process_group)
         for name in ("communicator", "_given"):
             vars(self).pop(name, None)
@@ -86,13 +87,13 @@ class Synchronized(BatchNorm):
             if process_group is not communicator:
                 self._given = _Given(process_group, communicator)
 
-    def __setattr__(self, name: str, value: Any) -> None:
+    def __setattr__(self, name: str, value: object) -> None:
         if name == "process_group":
             object.__setattr__(self, name, value)  # nn.Module would keep some values itself
             return
         if name == "activation":
             check_activation(value)
-        super().__setattr__(name, value)
+        super().__setattr__(name, value)  # type: ignore[arg-type]  # it takes any attribute
 
     def __setstate__(self, state: dict[str, object]) -> None:
         super().__setstate__(state)
@@ -103,7 +104,7 @@ class Synchronized(BatchNorm):
             refuse_replacement(sys._getframe(1), self.layer_name)
         return super().named_children()
 
-    def _slow_forward(self, *args: Any, **kwargs: Any) -> Any:
+    def _slow_forward(self, *args: object, **kwargs: object) -> object:
         # torch.jit.trace calls this in place of forward
         if self.training:
             tracing.refuse("torch.jit.trace", self.layer_name)
@@ -114,7 +115,7 @@ class Synchronized(BatchNorm):
 
 
 class _Given:
-    """A process group as the user gave it. Neither mpi4py nor torch can copy theirs: copies share it."""
+    """A process group as the user gave it. Copies of a layer share it: it cannot be copied."""
 
     def __init__(self, process_group: AnyGroup, communicator: Communicator | None = None) -> None:
         self.process_group, self.communicator = process_group, communicator
@@ -128,7 +129,8 @@ class _Given:
                 f"cannot pickle a layer that had a process_group of torch before it was converted{on_rank()}:"
                 " it exists only in this run. Save the state_dict instead of the module"
             )
-        # Only the world gets here. mpi4py knows its own by name, torch's has no other name than None.
+        # A Communicator other than the world's refuses to be pickled, so this is the world. mpi4py
+        # pickles its world by name; torch's cannot be pickled, and None stands for it.
         MPI = sys.modules.get("mpi4py.MPI")
         kept = self.process_group if MPI and isinstance(self.process_group, MPI.Comm) else None
         return _Given, (kept, self.communicator)
@@ -143,14 +145,14 @@ _CONVERSION_ATTRIBUTES = (
     "_key",
     "_converted_from",
 )
-_WRAPPED = ("module", "_orig_mod", "_fsdp_wrapped_module")  # as torch's wrappers call the model in them
-# Nothing asks for these by class, or, as DistributedDataParallel on CPUs, only to refuse them.
+_WRAPPED = ("module", "_orig_mod", "_fsdp_wrapped_module")  # names of the model in torch's wrappers
+# Programs ask for these classes only to refuse them, as DistributedDataParallel does on CPUs.
 _KNOWN = (nn.SyncBatchNorm, BatchNorm)
-_PLAIN = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)  # which add nothing to show
+_PLAIN = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)  # these print as SyncBatchNorm alone
 
 
 class FusedReLU(tracing.Leaf, nn.Identity):
-    """The place of a ReLU that the layer before it has taken over. Reverting puts the ReLU back."""
+    """Stands for a ReLU that the layer before it applies. Reverting puts the ReLU back."""
 
     def __init__(self, layer: nn.Module, relu: nn.Module) -> None:
         super().__init__()
@@ -167,7 +169,7 @@ def convert_sync_batchnorm(
 ) -> nn.Module:
     """Convert the layers of a model, as ``SyncBatchNorm.convert_sync_batchnorm`` says.
 
-    Each becomes a ``to``, and stays an instance of the class that it had, such as BatchNorm2d.
+    Each layer becomes an instance of ``to``, and stays one of its own class, such as BatchNorm2d.
     """
     check_module(module)
     check_name(name)
@@ -190,7 +192,7 @@ def convert_sync_batchnorm(
 
 
 def _convert(layer: _BatchNorm, to: type[Synchronized]) -> Synchronized:
-    """``layer`` itself, of a class derived from ``to`` if it was not synchronized already."""
+    """Change the class of ``layer`` to one derived from ``to``, unless that is done; return it."""
     if isinstance(layer, Synchronized) and layer._converted_from and not isinstance(layer, to):
         _revert(layer)  # converted to another class before
     if isinstance(layer, Synchronized):
@@ -262,6 +264,7 @@ def revert_sync_batchnorm(module: nn.Module) -> nn.Module:
 
 
 def _fuse_relu(module: nn.Module) -> None:
+    """Let layers apply the ReLU that follows them in an nn.Sequential, if hooks see neither."""
     uses = Counter(id(each) for _, each in module.named_modules(remove_duplicate=False))
     for container in module.modules():
         if type(container) is not nn.Sequential:
@@ -280,7 +283,7 @@ def _has_hooks(module: nn.Module) -> bool:
 
 
 def _class_name(model: nn.Module) -> str:
-    """The name of a model's class; that of a wrapper as in ``DistributedDataParallel(Generator)``."""
+    """The name of a model's class; for a wrapper, as in ``DistributedDataParallel(Generator)``."""
     own = parametrize.type_before_parametrizations(model).__name__
     if len(model._modules) == 1:
         ((name, inner),) = model._modules.items()
@@ -290,10 +293,9 @@ def _class_name(model: nn.Module) -> str:
 
 
 def _revert(layer: Synchronized) -> None:
-    original: Any
     original, replaced = layer._converted_from or (BatchNorm, {})
     if issubclass(original, LazyModuleMixin) and not isinstance(layer, LazyModuleMixin):
-        original = original.cls_to_become  # has seen its first input in the meantime
+        original = cast(type[_BatchNorm], original.cls_to_become)  # has seen its first input in the meantime
     give_up_key(layer)
     _change_class(layer, original)
     for key in _CONVERSION_ATTRIBUTES:
@@ -304,22 +306,22 @@ def _revert(layer: Synchronized) -> None:
 
 def _change_class(layer: nn.Module, cls: type) -> None:
     if parametrize.is_parametrized(layer):
-        # torch keeps parametrized tensors as properties of a class made for this layer, takes them
-        # from there when they are removed, and then falls back to the class below: so it stays on top.
+        # torch keeps parametrized tensors as properties of a class made for this layer. To remove
+        # them, it takes them from that class and gives the layer its base: so it must stay on top.
         cls = type(f"Parametrized{cls.__name__}", (cls,), dict(vars(type(layer))))
     layer.__class__ = cls
 
 
-def _synchronized(to: type, original: type) -> type:
+def _synchronized(to: type[Synchronized], original: type[_BatchNorm]) -> type[Synchronized]:
     """The class that a layer of the class ``original`` is converted to."""
     return to if original in _KNOWN else _mixed(to, original)
 
 
-def _mixed(to: type, original: Any) -> type:
+def _mixed(to: type[Synchronized], original: type[_BatchNorm]) -> type[Synchronized]:
     """A class that behaves like ``original``, some BatchNorm, but has the forward of ``to``."""
-    for cls in original.__subclasses__():  # which holds none of them that nobody uses
+    for cls in original.__subclasses__():  # Python drops classes there that are no longer used
         if vars(cls).get("_mixed") == (to, original):
-            return cls
+            return cast(type[Synchronized], cls)
     members = {"__module__": original.__module__, "__reduce_ex__": _reduce_mixed, "_mixed": (to, original)}
     if issubclass(original, LazyModuleMixin):
         members["initialize_parameters"] = lambda self, input, residual=None: original.initialize_parameters(
@@ -328,19 +330,19 @@ def _mixed(to: type, original: Any) -> type:
         become: Any = original.cls_to_become
         members["cls_to_become"] = become and _synchronized(to, become)
     if original._check_input_dim.__module__ != _BatchNorm.__module__:
-        members["_check_input_dim"] = original._check_input_dim  # not torch's: the class means it
+        members["_check_input_dim"] = original._check_input_dim  # not inherited from torch
     name = f"{to.__name__}{original.__name__}"
     if original in _PLAIN:
         name, members["__module__"] = to.__name__, to.__module__
     return type(name, (to, original), members)
 
 
-def _reduce_mixed(layer: Any, protocol: int) -> tuple[object, ...]:
+def _reduce_mixed(layer: Synchronized, protocol: int) -> tuple[object, ...]:
     # The class was made at run time, so pickle cannot find it by name: it is made again.
-    _, _, *state = super(layer._mixed[0], layer).__reduce_ex__(protocol)
-    return (_rebuild, layer._mixed, *state)
+    reduced = super(layer._mixed[0], layer).__reduce_ex__(protocol)
+    return (_rebuild, layer._mixed, *reduced[2:])
 
 
-def _rebuild(to: type, original: type) -> Any:
-    cls: Any = _mixed(to, original)
+def _rebuild(to: type[Synchronized], original: type[_BatchNorm]) -> Synchronized:
+    cls = _mixed(to, original)
     return cls.__new__(cls)

@@ -102,7 +102,7 @@ def reduce_sums(group: Communicator, call: LayerCall, *sums: Array) -> tuple[np.
             if group.link is not None and len(sums) == 2 and type(vectors[0]) is np.ndarray:
                 totals = np.empty((2, len(sums[0])))
                 h = _begin_exchange(group, call, 3 + totals.size)
-                problem = group.link.sum_vectors(h, *vectors, totals)
+                problem = group.link.sum_vectors(h, vectors[0], vectors[1], totals)
                 if problem:
                     _raise_problem(group, call, problem)
                 return totals[0], totals[1]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, NoReturn
+from typing import NoReturn
 
 from torch import Tensor, nn
 from torch.fx import Proxy, Tracer
@@ -17,7 +17,7 @@ _call_module = nn.Module._call_impl  # super() takes longer
 class Leaf(nn.Module):
     """A module that torch.fx does not trace into, as it does not trace into modules of torch.nn."""
 
-    def _call_impl(self, *args: Any, **kwargs: Any) -> Any:
+    def _call_impl(self, *args: object, **kwargs: object) -> object:
         # Not in forward: while a model is traced, hooks of its layers must not run.
         if kwargs or len(args) != 1 or args[0].__class__ is not Tensor:  # not the usual call
             for value in (*args, *kwargs.values()):

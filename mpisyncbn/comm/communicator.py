@@ -28,6 +28,8 @@ from .streams import Device
 if TYPE_CHECKING:
     from mpi4py import MPI
 
+    from ..kernels.cpu._cpu import Link
+
 __all__ = ["Communicator", "by_graph_key", "check_comm", "type_name", "world"]
 
 _Key = TypeVar("_Key")
@@ -40,20 +42,22 @@ _world: Communicator | None = None
 class Communicator:
     """Ranks that normalize together: a private duplicate of an mpi4py intra-communicator.
 
-    Messages on the duplicate never meet the user's own, and its error handler is ours. It is made
-    at the first exchange, when every rank of the group is there anyway, so building one (and
-    building, copying or loading a layer) is not collective and ranks may do it alone.
+    Messages on the duplicate never meet the user's own, and its error handler is ours. The first
+    exchange makes it, with every rank of the group. Building a Communicator is therefore not
+    collective, and neither is building, copying or loading a layer: a rank may do it alone.
 
     Args:
         comm: an intra-communicator of mpi4py, or another Communicator; None: ``MPI.COMM_WORLD``.
 
     Raises:
-        TypeError: ``comm`` is neither.
-        ValueError: it is an inter-communicator, or ``MPI.COMM_NULL``: freed, or a group without this rank.
+        TypeError: ``comm`` is of another type.
+        ValueError: it is an inter-communicator, or ``MPI.COMM_NULL`` (freed, or without this rank).
         MPISyncBNError: MPI is not initialized, already finalized, or without support for threads.
     """
 
-    comm: Any  # the duplicate, an MPI.Intracomm; None until the first exchange, and after free()
+    # "Any" stands for None in these two: callers need no check, since they know when it is not.
+    comm: MPI.Intracomm | Any  # the duplicate; None before the first exchange, and after free()
+    _source: MPI.Intracomm | Any  # what it is made of; None for a torch group of another backend
 
     def __init__(self, comm: Communicator | MPI.Comm | None = None) -> None:
         MPI = mpi()
@@ -61,13 +65,13 @@ class Communicator:
         if isinstance(comm, Communicator):
             source = comm._source if comm._source is not None else comm.ready().comm
         check_comm(source)
-        self._source: Any = source
+        self._source = source
         self._is_world = source == MPI.COMM_WORLD
-        # What every exchange needs of mpi4py, looked up once.
+        # Every exchange needs these names of mpi4py: look them up once.
         self._is_finalized = MPI.Is_finalized
         self.in_place, self.mpi_error, self.truncated = MPI.IN_PLACE, MPI.Exception, MPI.ERR_TRUNCATE
         self.largest = MPI.MAX
-        self.in_join_context = False  # whether some ranks may be without data: joining.py
+        self.in_join_context = False  # whether ranks may run out of data: see joining.py
         self.freed = False
         self.rank: int = source.Get_rank()
         self.size: int = source.Get_size()
@@ -75,11 +79,11 @@ class Communicator:
         self.rank_status = RankStatus(self.rank, self.size)
         self.debug = False
         self.lock = runtime.lock()
-        # A name for this process alone, for compiled graphs, which can hold a string but no object.
+        # Compiled graphs name the group by this string: they cannot hold an object.
         self.graph_key = f"group {next(_numbers)}"
         _by_graph_key[self.graph_key] = self
-        self.link: Any = None  # a Link, native code for an exchange; None without
-        self.transport = "host"  # of data on a device, agreed on with the duplicate
+        self.link: Link | None = None  # native code for an exchange
+        self.transport = "host"  # for data on a device; ready() agrees on it
         self._messages: dict[int, np.ndarray] = {}
         self._device_messages: dict[tuple[int, int, Device], DeviceMessage] = {}
         self._names = FirstUses()
@@ -90,7 +94,7 @@ class Communicator:
         return self.rank_status.exchanges
 
     def ready(self) -> Communicator:
-        """This communicator, once its duplicate is made. Collective at the first call."""
+        """Return this communicator, with its duplicate made. Collective at the first call."""
         if self.comm is None:
             mpi()
             if self.freed:
@@ -98,21 +102,21 @@ class Communicator:
             with self._first_collective():
                 self._take_over(self._create_comm())
         elif self._is_finalized():
-            mpi()  # says so
+            mpi()  # raises
         return self
 
     def check_world(self) -> None:
-        """Raise MPISyncBNError if this is the world, and a launcher or torch has more ranks."""
+        """Raise MPISyncBNError if this is the world and a launcher or torch knows of more ranks."""
         if self._is_world:
             launcher.check_world(mpi)
 
     def _create_comm(self) -> MPI.Intracomm:
-        """A communicator that nobody else knows. Collective."""
+        """Return a new communicator of these ranks, for this object alone. Collective."""
         check_comm(self._source)
         return self._source.Dup()
 
     def _take_over(self, comm: MPI.Intracomm) -> Communicator:
-        """Use a communicator that nobody else knows from here on. Collective."""
+        """Use ``comm`` from here on; no other object may use it. Collective."""
         MPI = mpi()
         comm.Set_errhandler(MPI.ERRORS_RETURN)
         link = native_link(comm, MPI)
@@ -121,10 +125,8 @@ class Communicator:
         except self.mpi_error as error:
             self.revoke_if_rank_lost(error, comm)
             raise
-        # Some launchers hand the environment to the ranks of the first host only. A rank that
-        # agrees with the others before each exchange, or refuses to start, must not be alone in it.
-        # And where some ranks have native code and others not, none uses it: each rounds in its own
-        # way.
+        # Some launchers hand the environment to the first host's ranks only, so the ranks agree on
+        # the settings. No rank uses native code unless all have it: the two ways round differently.
         self.debug = any(each.debug for each in handshakes)
         self.transport = "device" if all(each.transport == "device" for each in handshakes) else "host"
         self.link = link if all(each.has_link for each in handshakes) else None
@@ -140,7 +142,7 @@ class Communicator:
 
     @contextmanager
     def _first_collective(self) -> Iterator[None]:
-        """A context for the first collective of the group, which the watchdog looks after."""
+        """A context for the first collective of the group, watched by the watchdog."""
         status = self.rank_status
         with suppress(ValueError):  # _take_over raises it on all ranks
             status.timeout = agreed_timeout([config.timeout()])
@@ -163,8 +165,8 @@ class Communicator:
             status.current_call = before
 
     def _world_ranks(self) -> list[int]:
-        """The rank in the world of each rank of the group; empty where they are not known."""
-        if self._source is None or self._source == mpi().COMM_NULL:  # freed: _create_comm says so
+        """The rank in the world of each rank of the group; empty if that is not known."""
+        if self._source is None or self._source == mpi().COMM_NULL:  # freed: _create_comm raises
             return []
         ours, everybody = self._source.Get_group(), mpi().COMM_WORLD.Get_group()
         try:
@@ -175,7 +177,7 @@ class Communicator:
 
     @contextmanager
     def collective(self, name: str) -> Iterator[None]:
-        """A context for a collective that is no exchange; reports of this rank name it."""
+        """A context for a collective other than an exchange. Reports of this rank name it."""
         with self.lock:
             self.rank_status.exchanges += 1
             self.rank_status.current_call = name
@@ -185,7 +187,7 @@ class Communicator:
                 self.rank_status.current_call = None
 
     def message(self, length: int) -> np.ndarray:
-        """The float64 buffer for messages of ``length`` values. Reused: copy what must stay."""
+        """The float64 buffer for messages of ``length`` values. The next message overwrites it."""
         buffer = self._messages.get(length)
         if buffer is None:
             _make_room(self._messages)
@@ -193,10 +195,7 @@ class Communicator:
         return buffer
 
     def device_message(self, copies: int, length: int, like: Array) -> DeviceMessage:
-        """The float64 buffer for so many messages one after the other, on the device of ``like``.
-
-        It is reused: copy what must stay.
-        """
+        """The float64 buffer for ``copies`` messages, on the device of ``like``. It is reused."""
         key = copies, length, device_key(like)
         message = self._device_messages.get(key)
         if message is None:
@@ -207,9 +206,9 @@ class Communicator:
     def name_of(self, layer: str) -> str:
         """The name of a layer on all ranks, by its key on this one.
 
-        A key that begins with ``#`` is this rank's own, and stands for the exchange the layer was
-        first used in: not for the order of construction, since a rank may build layers of its own.
-        Every other key is a name already.
+        A key that begins with ``#`` is this rank's own: its layer is named after the exchange that
+        first used it. (Layers are not numbered as they are built, since one rank may build more
+        than another.) Every other key is a name already.
         """
         if not layer.startswith("#"):
             return layer
@@ -219,27 +218,27 @@ class Communicator:
         return name
 
     def forget_names(self) -> None:
-        """Forget all names of layers. Every rank of the group must call.
+        """Forget all names of layers: after a mismatch, ranks may have named two layers alike.
 
-        After a mismatch the ranks may have named different layers alike.
+        Every rank of the group must call.
         """
         self._names.clear()
 
     def revoke_if_rank_lost(self, error: Exception, comm: MPI.Intracomm | None = None) -> str:
         """Revoke the communicator if an error of MPI says that a rank is gone.
 
-        The other ranks learn of it by that. Returns more words for the error; none if it says
-        something else. ``comm`` stands for a communicator that is not taken over yet.
+        The other ranks learn of the loss by that. Returns words to add to the error's message, or
+        "" for any other error. ``comm`` is a communicator that is not taken over yet.
         """
         MPI = mpi()
         losses = {MPI.ERR_PROC_FAILED, MPI.ERR_PROC_FAILED_PENDING, MPI.ERR_REVOKED}
-        losses.discard(MPI.ERR_UNKNOWN)  # which they are where MPI has no such errors
+        losses.discard(MPI.ERR_UNKNOWN)  # the value of all three if MPI has no such errors
         if error.Get_error_class() not in losses:  # type: ignore[attr-defined]
             return ""
         self.rank_status.listening = False
         comm = comm or self.comm
         if comm is not None:
-            with suppress(Exception):  # not in every MPI, and failing already
+            with suppress(Exception):  # not every MPI has it, and there is an error already
                 comm.Revoke()
         return (
             ". A rank of the group is gone: shrink the communicator, hand it to the model with "
@@ -283,7 +282,7 @@ class Communicator:
 
 
 def world() -> Communicator:
-    """The Communicator of all ranks: always the same one, until it is freed."""
+    """Return the Communicator of all ranks: always the same one, until it is freed."""
     global _world
     if _world is None or _world.freed:
         _world = Communicator()
@@ -294,12 +293,12 @@ def _unpickled_world(_: None) -> Communicator:
     return world()
 
 
-# Pickles of models have this name for it.
+# Pickles of models name the function so.
 _unpickled_world.__module__, _unpickled_world.__qualname__ = "mpisyncbn.communicator", "resolve"
 
 
 def by_graph_key(graph_key: str) -> Communicator:
-    """The Communicator with this ``graph_key``; the world for an empty one."""
+    """Return the Communicator with this ``graph_key``; the world's for an empty one."""
     if not graph_key:
         return world()
     if graph_key not in _by_graph_key:
@@ -310,7 +309,7 @@ def by_graph_key(graph_key: str) -> Communicator:
 
 
 def check_comm(comm: object) -> None:
-    """Raise TypeError or ValueError unless it is an intra-communicator that has this rank."""
+    """Raise TypeError or ValueError unless ``comm`` is an intra-communicator with this rank."""
     MPI = mpi()
     if not isinstance(comm, MPI.Comm):
         raise TypeError(f"expected an mpi4py communicator, got {type_name(comm)}{on_rank()}")
@@ -333,17 +332,17 @@ def type_name(value: object) -> str:
 
 def _make_room(buffers: dict[_Key, _Buffer]) -> None:
     """Drop all buffers if there are too many."""
-    if len(buffers) >= 256:  # more than the numbers of channels that a model has: they come and go
+    if len(buffers) >= 256:  # a model has fewer: its buffers have come and gone
         buffers.clear()
 
 
 def _in_child() -> None:
-    """Leave all that a forked process has of MPI to its parent: the only hook for forks."""
+    """In a forked child, give up all of MPI, which is the parent's. The only hook for forks."""
     runtime.forked()
     watchdog.forked()
     for communicator in list(_by_graph_key.values()):
         communicator.comm = communicator.link = None
-        communicator.lock = threading.RLock()  # a thread that is not here may hold the other
+        communicator.lock = threading.RLock()  # a thread of the parent may hold the old one
 
 
 if hasattr(os, "register_at_fork"):

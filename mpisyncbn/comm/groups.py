@@ -6,7 +6,7 @@ import sys
 import weakref
 from collections.abc import Callable, Iterable
 from operator import index
-from typing import TYPE_CHECKING, Any, TypeAlias, TypeVar, cast
+from typing import TYPE_CHECKING, TypeAlias, TypeVar, cast
 
 from ..errors import MPISyncBNError, on_rank
 from . import launcher
@@ -60,7 +60,7 @@ def _of_mpi(comm: MPI.Comm) -> Communicator:
     global _keyval
     if _keyval is None:
         _keyval = mpi().Comm.Create_keyval()
-    communicator: Any = comm.Get_attr(_keyval)
+    communicator = cast("Communicator | None", comm.Get_attr(_keyval))
     if communicator is None or communicator.freed:
         communicator = Communicator(comm)
         comm.Set_attr(_keyval, communicator)
@@ -149,7 +149,7 @@ def new_group(ranks: Iterable[int], comm: AnyGroup = None) -> Communicator | Non
     )
     with parent.collective("making a new group"):
         own = parent.comm.Split(0 if parent.rank in chosen else mpi().UNDEFINED, key=parent.rank)
-    return None if own == mpi().COMM_NULL else _child(own)
+    return None if own == mpi().COMM_NULL else _child(cast("MPI.Intracomm", own))
 
 
 def new_subgroups(group_size: int | None = None, comm: AnyGroup = None) -> Communicator:
@@ -184,7 +184,7 @@ def new_subgroups(group_size: int | None = None, comm: AnyGroup = None) -> Commu
             own = parent.comm.Split_type(mpi().COMM_TYPE_SHARED, key=parent.rank)
         else:
             own = parent.comm.Split(parent.rank // size, key=parent.rank)
-    return _child(own)
+    return _child(cast("MPI.Intracomm", own))
 
 
 def _child(comm: MPI.Intracomm) -> Communicator:
@@ -202,7 +202,7 @@ def _same_on_all_ranks(
     Raises ValueError on every rank if ``read`` raises on any, or the ranks differ: no rank is left
     waiting.
     """
-    value: Any = None
+    value: _T | None = None
     problem = None
     try:
         value = read()
@@ -220,4 +220,4 @@ def _same_on_all_ranks(
                 f"{name}: expected the same on every rank, got {theirs} on rank {rank} "
                 f"and {value} on rank {parent.rank}"
             )
-    return value
+    return cast(_T, value)  # it was read, or else this rank's problem is raised above

@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from datetime import timedelta
 from importlib import import_module
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any, ParamSpec, TypeVar
 from urllib.parse import parse_qs, urlencode, urlparse
 
 import torch.distributed as dist
@@ -27,9 +27,11 @@ if TYPE_CHECKING:
 
 __all__ = ["forget", "late_store", "register", "use_comm", "world_comm"]
 
+P = ParamSpec("P")
 T = TypeVar("T")
 Found = Iterator[tuple["Store", int, int]]  # a rendezvous of torch yields store, rank and size
 _ARGUMENTS = "rank", "world_size"
+_TIMEOUT = timedelta(minutes=30)
 _VARIABLES = {"RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"}
 _used_comm: MPI.Intracomm | None = None
 
@@ -78,24 +80,24 @@ def register(backend: str) -> None:
     handlers = import_module("torch.distributed.rendezvous")._rendezvous_handlers
     find_by_variables = handlers["env"]
 
-    def find(url: str, *args: Any, **kwargs: Any) -> Found:
+    def find(url: str, timeout: timedelta = _TIMEOUT, **options: object) -> Found:
         variables, arguments = config.rendezvous_given(), _rank_and_size(url)
         if variables.keys() | {name.upper() for name in arguments} == _VARIABLES:
-            return find_by_variables(url, *args, **kwargs)
+            return find_by_variables(url, timeout, **options)
         forget()
         if world_comm().size == 1:  # the variables may speak of ranks that MPI does not know
             arguments = {name: int(variables.get(name.upper(), -1)) for name in _ARGUMENTS} | arguments
-        return _find_by_mpi(f"mpi4py://?{urlencode(arguments)}", *args, **kwargs)
+        return _find_by_mpi(f"mpi4py://?{urlencode(arguments)}", timeout)
 
     handlers["env"] = find
 
 
-def _with_stores(make: Callable[..., T], ours: str) -> Callable[..., T]:
+def _with_stores(make: Callable[P, T], ours: str) -> Callable[P, T]:
     """Wrap torch's function that makes a group, so that groups of other backends get a store."""
     signature = inspect.signature(make)
 
     @functools.wraps(make)
-    def make_with_store(*args: Any, **kwargs: Any) -> T:
+    def make_with_store(*args: P.args, **kwargs: P.kwargs) -> T:
         call = signature.bind(*args, **kwargs)
         given, ranks = call.arguments, call.arguments["global_ranks_in_group"]
         late = late_store(given["store"])
@@ -144,7 +146,7 @@ def _rank_and_size(url: str) -> dict[str, int]:
     return {name: value for name, value in given.items() if value != -1}
 
 
-def _find_by_mpi(url: str, timeout: timedelta = timedelta(minutes=30), **_: Any) -> Found:
+def _find_by_mpi(url: str, timeout: timedelta = _TIMEOUT, **_: object) -> Found:
     """Yield a store, and rank and size as MPI counts them. Raise ValueError if the URL has others.
 
     Collective: every rank of the world must call.
