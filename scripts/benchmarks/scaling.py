@@ -16,22 +16,13 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
+from open_mpi import OVERSUBSCRIBED, SETTINGS
+
 SIZES = (2, 4, 8, 16, 32, 64)
 QUICK_SIZES = (2, 8, 64)
 CHANNELS = 512
 LIMIT = 240  # seconds for one size
 
-# More ranks than cores: without binding off and yielding on, a collective takes a thousand times as long.
-# As in scripts/environment.sh; what is set already stays.
-_OVERSUBSCRIBED = {
-    "PRTE_MCA_rmaps_default_mapping_policy": ":oversubscribe",
-    "PRTE_MCA_hwloc_default_binding_policy": "none",
-    "OMPI_MCA_rmaps_base_oversubscribe": "1",
-    "OMPI_MCA_hwloc_base_binding_policy": "none",
-    "OMPI_MCA_mpi_yield_when_idle": "1",
-    "OMP_NUM_THREADS": "1",
-}
-_ROOT = {"OMPI_ALLOW_RUN_AS_ROOT": "1", "OMPI_ALLOW_RUN_AS_ROOT_CONFIRM": "1"}
 # Counts point-to-point messages, those inside collectives too. Collectives over shared memory send none, and
 # han has another plan within a node; without them coll/tuned chooses, as between the nodes of a cluster.
 _COUNTED = {
@@ -73,7 +64,8 @@ def launch(arguments: list[str], quick: bool) -> Iterator[tuple[dict[str, Any], 
 
 
 def environment() -> dict[str, str]:
-    return _OVERSUBSCRIBED | (_ROOT if os.geteuid() == 0 else {}) | os.environ
+    """The environment of mpiexec. A variable that is set already stays."""
+    return SETTINGS | OVERSUBSCRIBED | os.environ
 
 
 def _run(command: list[str], variables: dict[str, str]) -> str:

@@ -9,7 +9,8 @@ import tempfile
 from pathlib import Path
 from types import TracebackType
 
-from support.jobs import OVERSUBSCRIBED, SETTINGS, unlaunched
+from open_mpi import OVERSUBSCRIBED, SETTINGS
+from support.jobs import unlaunched
 from support.libraries import Library
 from support.network import NAMESPACES, PYTHON
 

@@ -14,26 +14,14 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import NamedTuple
 
+from open_mpi import OVERSUBSCRIBED, SETTINGS
+
 ROOT = Path(__file__).resolve().parents[2]
 # Every process of a job has this variable, its folder, by which those are found that outlive it.
 MARK = "MPISYNCBN_TEST_JOB"
 LEAVE = 7.0  # seconds in which what outlives a job must end: a DataLoader's workers look about every 5
 # What launchers tell a rank about its job.
 _LAUNCHERS = ("HYDRA", "I_MPI_", "MPICH_", "MPI_", "OMPI_", "PMI", "PRTE_", "SLURM_")
-# For root, and for more ranks than cores. Not the leave to have more ranks than slots: in a job of Slurm's,
-# Open MPI's mpiexec would put all of them on the first node.
-SETTINGS = {
-    "OMP_NUM_THREADS": "1",
-    "OMPI_ALLOW_RUN_AS_ROOT": "1",
-    "OMPI_ALLOW_RUN_AS_ROOT_CONFIRM": "1",
-    "OMPI_MCA_hwloc_base_binding_policy": "none",
-    "OMPI_MCA_mpi_yield_when_idle": "1",
-    "PRTE_MCA_hwloc_default_binding_policy": "none",
-}
-OVERSUBSCRIBED = {
-    "OMPI_MCA_rmaps_base_oversubscribe": "1",
-    "PRTE_MCA_rmaps_default_mapping_policy": ":oversubscribe",
-}
 
 
 class End(NamedTuple):
