@@ -15,7 +15,7 @@ from mpi4py import MPI
 import mpisyncbn
 from mpisyncbn import exchange as ours
 from mpisyncbn.fingerprint import LayerCall
-from mpisyncbn.kernels import kernels_for
+from mpisyncbn.kernels import Array, kernels_for
 
 from . import native
 from .cases import BARE, CHANNELS, FLOOR, GATHERS, MESSAGE, QUICK_CHANNELS, WHOLE, ratio
@@ -32,7 +32,7 @@ def exchange(quick: bool) -> Iterator[dict[str, Any]]:
     group.free()
 
 
-def measure(group: Any, x: Any, seconds: float, calls: int) -> dict[str, Any]:
+def measure(group: mpisyncbn.Communicator, x: Array, seconds: float, calls: int) -> dict[str, Any]:
     """Microseconds of each peer, for the moments of ``x``. Collective: every rank must call."""
     channels = x.shape[1]
     length = 2 * channels + 3
@@ -53,7 +53,7 @@ def measure(group: Any, x: Any, seconds: float, calls: int) -> dict[str, Any]:
     }
 
 
-def exchanges(group: Any, x: Any) -> dict[str, Callable[[], Any]]:
+def exchanges(group: mpisyncbn.Communicator, x: Array) -> dict[str, Callable[[], object]]:
     """One exchange of each kind, on the vectors that the kernels for ``x`` return.
 
     No lambdas: one costs a tenth of the shortest exchange.
@@ -77,8 +77,8 @@ def exchanges(group: Any, x: Any) -> dict[str, Callable[[], Any]]:
 
 
 def gather_and_merge(
-    comm: Any, count: int, mean: Any, m2: Any, wire: str = "float64"
-) -> tuple[int, Any, Any]:
+    comm: MPI.Intracomm, count: int, mean: np.ndarray, m2: np.ndarray, wire: str = "float64"
+) -> tuple[int, np.ndarray, np.ndarray]:
     """Count, mean and variance of all ranks from all ranks' moments, as torch.nn.SyncBatchNorm has them.
 
     An all-gather of 2C + 1 values a rank, of dtype ``wire`` (torch: the dtype of the input), then one

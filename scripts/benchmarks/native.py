@@ -11,7 +11,6 @@ from collections.abc import Callable
 from functools import lru_cache
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any
 
 import numpy as np
 from mpi4py import MPI
@@ -21,7 +20,7 @@ _SOURCE = Path(__file__).with_name("mpi_loop.c")
 
 
 @lru_cache(maxsize=1)
-def library() -> tuple[Any, str]:
+def library() -> tuple[ctypes.CDLL | None, str]:
     """The library, or None and the reason why there is none; the same on every rank.
 
     Collective at the first call.
@@ -41,19 +40,19 @@ def library() -> tuple[Any, str]:
     return (None, reasons[0]) if reasons else (loaded, "")
 
 
-def allreduce_loop(comm: Any, length: int, calls: int) -> Callable[[], None]:
+def allreduce_loop(comm: MPI.Intracomm, length: int, calls: int) -> Callable[[], None]:
     """``calls`` times MPI_Allreduce in place, of ``length`` float64 values, in C. Needs ``library()``."""
     loop, message = library()[0].allreduce_loop, np.zeros(length)
     arguments = pointer(comm), buffer(message), length, calls
 
-    def run(_keep: Any = message) -> None:
+    def run(_keep: np.ndarray = message) -> None:
         if error := loop(*arguments):
             raise MPI.Exception(error)
 
     return run
 
 
-def pointer(comm: Any) -> ctypes.c_void_p:
+def pointer(comm: MPI.Intracomm) -> ctypes.c_void_p:
     """Where the handle of a communicator is."""
     return ctypes.c_void_p(MPI._addressof(comm))
 
@@ -103,7 +102,7 @@ def _compile() -> tuple[bytes, str]:
         return path.read_bytes(), ""
 
 
-def _mismatch(loaded: Any) -> str:
+def _mismatch(loaded: ctypes.CDLL) -> str:
     """Why the library must not be used: a compiler wrapper of another MPI than mpi4py's. "" if it fits."""
     version = ctypes.create_string_buffer(8192)
     loaded.library_version(version)

@@ -7,12 +7,12 @@ import shutil
 import socket
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any
 
 import torch
 import torch.distributed as dist
 from mpi4py import MPI
 from torch import Tensor, nn
+from torch.autograd.function import FunctionCtx
 
 WORLD = MPI.COMM_WORLD
 
@@ -21,13 +21,13 @@ class _SumOverRanks(torch.autograd.Function):
     """A sum over all ranks, which is its own adjoint, over gloo."""
 
     @staticmethod
-    def forward(ctx: Any, values: Tensor) -> Tensor:
+    def forward(ctx: FunctionCtx, values: Tensor) -> Tensor:
         total = values.clone()
         dist.all_reduce(total)
         return total
 
     @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> Tensor:
+    def backward(ctx: FunctionCtx, gradient: Tensor) -> Tensor:
         total = gradient.clone(memory_format=torch.contiguous_format)
         dist.all_reduce(total)
         return total
@@ -75,7 +75,7 @@ def gloo() -> Iterator[None]:
         WORLD.Barrier()  # the store lives on rank 0
 
 
-def compiled(layer: nn.Module, run: Callable[[nn.Module], Any]) -> tuple[nn.Module | None, str]:
+def compiled(layer: nn.Module, run: Callable[[nn.Module], object]) -> tuple[nn.Module | None, str]:
     """``layer`` under torch.compile, compiled by a first ``run``; or, on every rank, None and the reason.
 
     Collective: every rank must call.
@@ -96,7 +96,7 @@ def compiled(layer: nn.Module, run: Callable[[nn.Module], Any]) -> tuple[nn.Modu
     return (None, reasons[0]) if reasons else (fast, "")
 
 
-def copies(x: Tensor) -> dict[str, Callable[[], Any]]:
+def copies(x: Tensor) -> dict[str, Callable[[], object]]:
     """Two ways to copy the memory of ``x`` (dense, in any format) into memory that is there already."""
     source = x.detach()
     target = torch.empty_like(source)

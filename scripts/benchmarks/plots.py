@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from math import log2
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
 
 Row = dict[str, Any]
 _SHORT = {"float32": "f32", "bfloat16": "bf16", "contiguous": "contiguous", "channels_last": "channels last"}
@@ -92,7 +96,9 @@ def _growth(sections: dict[str, list[Row]], path: Path) -> Path:
     return path
 
 
-def _curves(axes: Any, rows: list[Row], x: str, of: Any, figure: str) -> None:
+def _curves(
+    axes: Axes, rows: list[Row], x: str, of: Callable[[Row], dict[str, dict[str, float]]], figure: str
+) -> None:
     for name in of(rows[0]) if rows else ():
         points = [(row[x], of(row)[name][figure]) for row in rows if name in of(row)]
         axes.plot(*zip(*points, strict=True), "o-", markersize=4, label=name)

@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterable
 from typing import Any
 
 from .cases import AS_TORCH, BARE, FLOOR, MESSAGE, WHOLE, Figures
-from .summary import summarize
+from .summary import Line, summarize
 
 Row = dict[str, Any]
 
@@ -29,7 +29,7 @@ def _table(head: Iterable[str], rows: Iterable[Iterable[str]]) -> str:
 
 
 def _summary(sections: dict[str, list[Row]]) -> str:
-    def cells(line: Any) -> list[str]:
+    def cells(line: Line) -> list[str]:
         aim = f"at {'most' if line.at_most else 'least'} {line.bar:g}"
         unit = f" {line.unit}" if line.unit else ""
         return [line.what, _plain(line.value) + unit, aim, "" if line.met else "missed"]

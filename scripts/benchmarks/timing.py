@@ -7,7 +7,6 @@ import statistics
 from collections.abc import Callable
 from itertools import repeat
 from time import perf_counter
-from typing import Any
 
 from mpi4py import MPI
 
@@ -17,11 +16,11 @@ WORLD = MPI.COMM_WORLD
 
 
 def interleave(
-    peers: dict[str, Callable[[], Any]],
+    peers: dict[str, Callable[[], object]],
     seconds: float,
     *,
     calls: int = 1,
-    reset: Callable[[], Any] = lambda: None,
+    reset: Callable[[], object] = lambda: None,
     warm: int = 3,
     fewest: int = 5,
     most: int = 1000,
@@ -64,7 +63,7 @@ def interleave(
     }
 
 
-def often(once: Callable[[], Any], calls: int) -> Callable[[], None]:
+def often(once: Callable[[], object], calls: int) -> Callable[[], None]:
     """A function that makes so many calls, for ``interleave``."""
 
     def run() -> None:
@@ -85,7 +84,7 @@ def copy_fraction(figures: dict[str, Figures], peer: str, tensors: int) -> Figur
     }
 
 
-def rounded(value: Any) -> Any:
+def rounded(value: object) -> object:
     """For the file: four significant digits are more than a measurement has."""
     if isinstance(value, dict):
         return {key: rounded(item) for key, item in value.items()}

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch import Tensor
 
@@ -45,8 +43,8 @@ def _gather(
     x: Tensor,
     mean: Tensor,
     invstd: Tensor,
-    running_mean: Any,
-    running_var: Any,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
     momentum: float,
     eps: float,
     counts: Tensor,
@@ -62,7 +60,14 @@ def _gather(
 
 
 def _reduce(
-    dy: Tensor, x: Tensor, mean: Tensor, invstd: Tensor, weight: Any, x_g: bool, weight_g: bool, bias_g: bool
+    dy: Tensor,
+    x: Tensor,
+    mean: Tensor,
+    invstd: Tensor,
+    weight: Tensor | None,
+    x_g: bool,
+    weight_g: bool,
+    bias_g: bool,
 ) -> tuple[Tensor, ...]:
     dims, view = _per_channel(x)
     assert dy.is_contiguous()

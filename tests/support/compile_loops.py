@@ -20,7 +20,7 @@ from typing import Any
 import torch
 import triton
 from triton.backends.compiler import GPUTarget
-from triton.compiler import ASTSource
+from triton.compiler import ASTSource, CompiledKernel
 
 from mpisyncbn.kernels.activation import Activation
 from mpisyncbn.kernels.cuda import plans
@@ -92,7 +92,7 @@ def arguments(name: str, shape: tuple[int, int, int]) -> Iterator[tuple[Any, dic
         yield backward_elementwise, {"dz": x, "x": x, "dx": x, **vectors, **more, **small}
 
 
-def compiled(kernel: Any, values: dict[str, Any], architecture: int) -> Any:
+def compiled(kernel: triton.JITFunction, values: dict[str, Any], architecture: int) -> CompiledKernel:
     """As a call with these would have it compiled: 1 is a constant, multiples of 16 are known as such."""
     options = {name: values[name] for name in ("num_warps", "enable_fp_fusion")}
     signature, constants, attributes = {}, {}, {}

@@ -7,9 +7,10 @@ operations that torch has for its own SyncBatchNorm on CUDA alone are written ag
 from __future__ import annotations
 
 import threading
-from contextlib import nullcontext
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from types import ModuleType
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import pytest
@@ -20,6 +21,7 @@ from mpisyncbn.kernels import ActivationContext
 from support.batch_norm_operations import EMULATED
 from support.ranks import WORLD
 
+F = TypeVar("F", bound=Callable[..., object])
 cuda: Any
 try:
     from mpisyncbn.kernels import cuda
@@ -30,7 +32,7 @@ GPU = torch.cuda.is_available()
 DEVICE = torch.device("cuda", WORLD.rank % torch.cuda.device_count()) if GPU else torch.device("cpu")
 
 
-def needs_gpu(test: Any) -> Any:
+def needs_gpu(test: F) -> F:
     return pytest.mark.gpu(pytest.mark.skipif(not GPU, reason="torch finds no GPU")(test))
 
 
@@ -47,18 +49,18 @@ class OnDevice:
         count, mean, m2 = self.module.local_moments(there(x))
         return count, mean.cpu().numpy(), m2.cpu().numpy()
 
-    def normalize(self, *arguments: Any) -> Tensor:
+    def normalize(self, *arguments: object) -> Tensor:
         return self.module.normalize(*map(there, arguments)).cpu()
 
-    def backward_reduce(self, *arguments: Any) -> tuple[np.ndarray, np.ndarray, Tensor]:
+    def backward_reduce(self, *arguments: object) -> tuple[np.ndarray, np.ndarray, Tensor]:
         sum_dy, sum_dy_xmu, dz = self.module.backward_reduce(*map(there, arguments))
         return sum_dy.cpu().numpy(), sum_dy_xmu.cpu().numpy(), dz.cpu()
 
-    def backward_elementwise(self, *arguments: Any) -> Tensor:
+    def backward_elementwise(self, *arguments: object) -> Tensor:
         return self.module.backward_elementwise(*map(there, arguments)).cpu()
 
 
-def there(value: Any) -> Any:
+def there(value: object) -> object:
     """On the device, with the same strides."""
     if isinstance(value, ActivationContext):
         return ActivationContext(*map(there, value))
@@ -84,12 +86,12 @@ class SlowDevice:
     """
 
     def __init__(self, lazy_uploads: bool = True) -> None:
-        self.queue: list[Any] = []
+        self.queue: list[Event | Callable[[], object]] = []
         self.waits = 0
         self.lazy_uploads = lazy_uploads
         self.is_capturing = False
 
-    def device_context(self) -> Any:
+    def device_context(self) -> AbstractContextManager[None]:
         return nullcontext()
 
     def pinned(self, length: int) -> tuple[Tensor, np.ndarray]:
@@ -100,7 +102,7 @@ class SlowDevice:
         vector = torch.full((length,), torch.nan, dtype=torch.float64)
         return vector, vector.data_ptr()
 
-    def concatenate(self, vectors: Any, out: Tensor) -> None:
+    def concatenate(self, vectors: Sequence[Tensor], out: Tensor) -> None:
         out.fill_(torch.nan)
         self.queue.append(lambda: torch.cat(tuple(vectors), out=out))
 
@@ -110,12 +112,12 @@ class SlowDevice:
     def record(self, event: Event) -> None:
         self.queue.append(event)
 
-    def download(self, vectors: Any, memory: Tensor) -> None:
+    def download(self, vectors: Sequence[Tensor], memory: Tensor) -> None:
         memory.fill_(torch.nan)
         values = torch.cat(tuple(vectors)).detach()  # what runs later on a stream changes nothing here
         self.queue.append(lambda: memory.copy_(values))
 
-    def upload(self, memory: Tensor, rows: int) -> Any:
+    def upload(self, memory: Tensor, rows: int) -> Sequence[Tensor]:
         source = memory.view(rows, -1)
         matrix = torch.full_like(source, torch.nan)
         self.queue.append(lambda: matrix.copy_(source))

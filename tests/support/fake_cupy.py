@@ -19,13 +19,14 @@ import subprocess
 import sys
 import weakref
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import numpy as np
+from numpy.typing import DTypeLike
 
 COMPILER = shlex.split(os.environ.get("CC", "cc"))
 SHARED = os.environ.get("I_MPI_OFFLOAD_CUDA_LIBRARY")  # the copy of the library that MPI loads
@@ -110,13 +111,13 @@ class ndarray(np.lib.mixins.NDArrayOperatorsMixin):
     def __init__(self, memory: _Memory, layout: np.ndarray) -> None:
         self._memory, self._layout = memory, layout
 
-    def __getattr__(self, name: str) -> Any:
+    def __getattr__(self, name: str) -> object:
         if name in _LAYOUT:
             return getattr(self._layout, name)
         raise AttributeError(f"no attribute {name} in fake_cupy.ndarray")
 
     @property
-    def data(self) -> Any:
+    def data(self) -> SimpleNamespace:
         offset = self._layout.ctypes.data - self._memory.bytes.ctypes.data
         return SimpleNamespace(ptr=self._memory.ptr + offset if self._memory.ptr else 0)
 
@@ -147,26 +148,26 @@ class ndarray(np.lib.mixins.NDArrayOperatorsMixin):
             raise NotImplementedError("only views")
         return ndarray(self._memory, layout)
 
-    def __getitem__(self, key: Any) -> ndarray:
+    def __getitem__(self, key: object) -> ndarray:
         found = self._layout[key]
         return self._view(
             found if isinstance(found, np.ndarray) else self._layout[(*np.atleast_1d(key), ...)]
         )
 
-    def __setitem__(self, key: Any, value: Any) -> None:
+    def __setitem__(self, key: object, value: object) -> None:
         if not isinstance(value, ndarray) and np.ndim(value):
             raise ValueError("non-scalar numpy.ndarray cannot be used for fill")
         value = value._values().copy() if isinstance(value, ndarray) else value
         _run()
         self[key]._assign(value)
 
-    def reshape(self, *shape: Any) -> ndarray:
+    def reshape(self, *shape: int | tuple[int, ...]) -> ndarray:
         return self._view(self._layout.reshape(*shape))
 
     def ravel(self) -> ndarray:
         return self._view(self._layout.reshape(-1))
 
-    def astype(self, dtype: Any, copy: bool = True) -> ndarray:
+    def astype(self, dtype: DTypeLike, copy: bool = True) -> ndarray:
         return self if self.dtype == dtype and not copy else _computed(np.ndarray.astype, self, dtype)
 
     sum, mean, max = (
@@ -174,7 +175,9 @@ class ndarray(np.lib.mixins.NDArrayOperatorsMixin):
         for function in (np.sum, np.mean, np.max)
     )
 
-    def get(self, stream: Any = None, order: str = "C", out: Any = None, blocking: bool = True) -> np.ndarray:
+    def get(
+        self, stream: object = None, order: str = "C", out: np.ndarray | None = None, blocking: bool = True
+    ) -> np.ndarray:
         out = np.empty(self.shape, self.dtype, order) if out is None else self._checked(out)
         if out.dtype.kind == "f":
             out.fill(np.nan)
@@ -183,20 +186,20 @@ class ndarray(np.lib.mixins.NDArrayOperatorsMixin):
             _run()
         return out
 
-    def set(self, arr: np.ndarray, stream: Any = None) -> None:
+    def set(self, arr: np.ndarray, stream: Stream | None = None) -> None:
         if not (self.flags.c_contiguous or self.flags.f_contiguous):
             raise RuntimeError("Cannot set to non-contiguous array")
         source = self._checked(arr) if _is_pinned(arr) else self._checked(arr).copy()
         _queue.append(lambda: self._assign(source))
 
-    def _checked(self, host: Any) -> np.ndarray:
+    def _checked(self, host: object) -> np.ndarray:
         if not isinstance(host, np.ndarray) or host.dtype != self.dtype:
             raise TypeError(f"expected a numpy.ndarray of {self.dtype}, for there is no conversion")
         if host.shape != self.shape:
             raise ValueError(f"Shape mismatch: {host.shape} and {self.shape}")
         return host
 
-    def item(self) -> Any:
+    def item(self) -> float:
         return self._values().item()
 
     def __bool__(self) -> bool:
@@ -211,28 +214,28 @@ class ndarray(np.lib.mixins.NDArrayOperatorsMixin):
     def __iter__(self) -> Iterator[ndarray]:
         return (self[i] for i in range(len(self)))
 
-    def __array__(self, dtype: Any = None, copy: Any = None) -> np.ndarray:
+    def __array__(self, dtype: DTypeLike | None = None, copy: bool | None = None) -> np.ndarray:
         raise TypeError("Implicit conversion to a NumPy array is not allowed.")
 
-    def __array_ufunc__(self, ufunc: Any, method: str, *inputs: Any, **options: Any) -> Any:
+    def __array_ufunc__(self, ufunc: np.ufunc, method: str, *inputs: object, **options: object) -> object:
         if method != "__call__" or "out" in options:  # nobody asks for more
             return NotImplemented
         if ufunc in _COMPARISONS:  # as CuPy does, for NumPy's scalars may come as arrays
             inputs = tuple(v.item() if isinstance(v, np.ndarray) and v.ndim == 0 else v for v in inputs)
         return _computed(ufunc, *inputs, **options)
 
-    def __array_function__(self, func: Any, types: Any, args: Any, kwargs: Any) -> Any:
+    def __array_function__(self, func: Callable, types: object, args: tuple, kwargs: dict) -> object:
         ours = globals().get(func.__name__)
         return NotImplemented if ours is None else ours(*args, **kwargs)
 
 
-def _computed(function: Any, *args: Any, **options: Any) -> ndarray:
+def _computed(function: Callable[..., object], *args: object, **options: object) -> ndarray:
     _run()
     with np.errstate(all="ignore"):
         return asarray(np.asarray(function(*map(_host, args), **options)))
 
 
-def _host(value: Any) -> Any:
+def _host(value: object) -> object:
     if isinstance(value, (tuple, list)):
         return type(value)(map(_host, value))
     if isinstance(value, np.ndarray):
@@ -240,16 +243,16 @@ def _host(value: Any) -> Any:
     return value._now() if isinstance(value, ndarray) else value
 
 
-def empty(shape: Any, dtype: Any = float) -> ndarray:
+def empty(shape: int | tuple[int, ...], dtype: DTypeLike = float) -> ndarray:
     memory = _Memory(int(np.prod(shape)) * np.dtype(dtype).itemsize)
     return ndarray(memory, np.ndarray(shape, dtype, memory.bytes))
 
 
-def zeros(shape: Any, dtype: Any = float) -> ndarray:
+def zeros(shape: int | tuple[int, ...], dtype: DTypeLike = float) -> ndarray:
     return asarray(np.zeros(shape, dtype))
 
 
-def asarray(values: Any, dtype: Any = None) -> ndarray:
+def asarray(values: object, dtype: DTypeLike | None = None) -> ndarray:
     if isinstance(values, ndarray):
         return values if dtype is None else values.astype(dtype, copy=False)
     values = np.asarray(values, dtype)
@@ -258,19 +261,19 @@ def asarray(values: Any, dtype: Any = None) -> ndarray:
     return array
 
 
-def ascontiguousarray(a: ndarray, dtype: Any = None) -> ndarray:
+def ascontiguousarray(a: ndarray, dtype: DTypeLike | None = None) -> ndarray:
     return a if a.flags.c_contiguous and dtype in (None, a.dtype) else _computed(np.array, a, dtype)
 
 
-def where(condition: Any, x: Any, y: Any) -> ndarray:
+def where(condition: object, x: object, y: object) -> ndarray:
     return _computed(np.where, condition, x, y)
 
 
-def stack(arrays: Any, axis: int = 0) -> ndarray:
+def stack(arrays: Sequence[ndarray], axis: int = 0) -> ndarray:
     return _computed(np.stack, _only_ours(arrays), axis)
 
 
-def concatenate(arrays: Any, axis: int = 0, out: ndarray | None = None) -> ndarray:
+def concatenate(arrays: Sequence[ndarray], axis: int = 0, out: ndarray | None = None) -> ndarray:
     if out is None:
         return _computed(np.concatenate, _only_ours(arrays), axis)
     if out.shape != np.concatenate([each._layout for each in _only_ours(arrays)], axis).shape:
@@ -281,13 +284,13 @@ def concatenate(arrays: Any, axis: int = 0, out: ndarray | None = None) -> ndarr
     return out
 
 
-def _only_ours(arrays: Any) -> Any:
+def _only_ours(arrays: Sequence[ndarray]) -> Sequence[ndarray]:
     if not all(isinstance(each, ndarray) for each in arrays):
         raise TypeError("Only cupy arrays can be concatenated")
     return arrays
 
 
-def empty_pinned(shape: Any, dtype: Any = float) -> np.ndarray:
+def empty_pinned(shape: int | tuple[int, ...], dtype: DTypeLike = float) -> np.ndarray:
     memory = np.full(int(np.prod(shape)) * np.dtype(dtype).itemsize, 255, np.uint8)
     _pinned[memory.ctypes.data] = memory.nbytes
     weakref.finalize(memory, _pinned.pop, memory.ctypes.data).atexit = False
@@ -332,7 +335,7 @@ class Event:
     def __init__(self, block: bool = False, disable_timing: bool = False) -> None:
         self._mark = 0
 
-    def record(self, stream: Any = None) -> None:
+    def record(self, stream: Stream | None = None) -> None:
         self._mark = _done + len(_queue)
 
     def synchronize(self) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import pytest
@@ -12,11 +12,14 @@ import torch
 from mpi4py import MPI
 from torch import Tensor
 
-from mpisyncbn.kernels import Activation, ActivationContext, aten, generic, native
+from mpisyncbn.kernels import Activation, ActivationContext, Array, aten, generic, native
 from mpisyncbn.kernels.cuda import aten_cuda
 from support.device import GPU, OnDevice, needs_triton
 from support.device import cuda as triton_kernels
 from support.oracle import distance, oracle
+
+if TYPE_CHECKING:
+    from _pytest.mark.structures import ParameterSet
 
 cpu: Any = native()
 needs_native = pytest.mark.skipif(cpu is None, reason="the native kernels were not built")
@@ -70,7 +73,7 @@ def interpreted(kernels) -> bool:
     return kernels is cuda and not GPU
 
 
-def in_full(kernels: Any) -> Any:
+def in_full(kernels: ParameterSet) -> ParameterSet:
     """The same module of kernels, for the full tier alone where it is interpreted."""
     marks = (
         [*kernels.marks, pytest.mark.full("Triton's interpreter")] if kernels.id == "cuda" else kernels.marks
@@ -108,7 +111,7 @@ def reference(x, dy, weight, bias, eps=1e-5) -> Reference:
     return Reference(found.count, found.mean, m2, invstd, found.y, *sums, found.dx, sums_scale, dx_scale)
 
 
-def vectors_for(kernels, x) -> Callable[[torch.Tensor], Any]:
+def vectors_for(kernels, x) -> Callable[[torch.Tensor], Array]:
     """Float64 vectors as a module takes them with ``x``."""
     tensors = kernels is generic and isinstance(x, torch.Tensor)
     return (lambda v: v) if tensors else (lambda v: v.numpy())

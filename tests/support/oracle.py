@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import inspect
-from typing import Any
 
 import torch
+from mpi4py import MPI
 from torch import Tensor
 
 from support.ranks import WORLD
@@ -15,7 +15,7 @@ from support.whole_batch import distance as distance
 HAS_BIAS = "bias" in inspect.signature(torch.nn.BatchNorm1d).parameters  # not in older torch
 
 
-def local_batch(base: int = 2, comm: Any = WORLD) -> int:
+def local_batch(base: int = 2, comm: MPI.Intracomm = WORLD) -> int:
     """An uneven split: rank r has ``base + r`` samples."""
     return base + comm.rank
 
@@ -51,12 +51,12 @@ def oracle(
     weight: Tensor | None = None,
     bias: Tensor | None = None,
     eps: float = 1e-5,
-    comm: Any = WORLD,
+    comm: MPI.Intracomm = WORLD,
 ) -> WholeBatch:
     """Collective: every rank of ``comm`` must call."""
     return whole_batch(comm, x, dy, weight, bias, eps)
 
 
-def bits_equal_on_all_ranks(tensor: Tensor, comm: Any = WORLD) -> bool:
+def bits_equal_on_all_ranks(tensor: Tensor, comm: MPI.Intracomm = WORLD) -> bool:
     """Collective."""
     return len(set(comm.allgather(tensor.detach().numpy().tobytes()))) == 1

@@ -6,7 +6,6 @@ import os
 import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any
 
 import pytest
 
@@ -39,7 +38,7 @@ def error_of(call: Callable[[], object], kind: type[Exception]) -> Exception | N
 
 
 @contextmanager
-def together(comm: Any = WORLD) -> Iterator[None]:
+def together(comm: MPI.Intracomm = WORLD) -> Iterator[None]:
     """What fails inside on one rank fails on every rank, so that none is left waiting in a collective.
 
     Exchanges belong before it, assertions inside: a rank that fails between two exchanges of the

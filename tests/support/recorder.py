@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Any
+import numpy as np
+from mpi4py import MPI
 
 from mpisyncbn.comm.communicator import Communicator
 
@@ -12,25 +13,25 @@ class Recorder:
 
     def __init__(self, group: Communicator) -> None:
         self.group, self.comm, self.rank_status = group, group.ready().comm, group.rank_status
-        self.messages: list[tuple[str, Any]] = []
+        self.messages: list[tuple[str, object]] = []
         self.states: list[str] = []
         group.comm, group.link = self, None  # native code has messages of its own
 
-    def note(self, name: str, message: Any) -> None:
+    def note(self, name: str, message: object) -> None:
         self.messages.append((name, message))
         self.states.append(self.rank_status.state())
 
-    def Allreduce(self, in_place: Any, message: Any, **options: Any) -> None:
+    def Allreduce(self, in_place: object, message: np.ndarray, **options: MPI.Op) -> None:
         self.note("Allreduce", message.copy())
         self.comm.Allreduce(in_place, message, **options)
 
-    def Allgather(self, message: Any, gathered: Any) -> None:
+    def Allgather(self, message: np.ndarray, gathered: np.ndarray) -> None:
         self.note("Allgather", message.copy())
         self.comm.Allgather(message, gathered)
 
-    def allgather(self, value: Any) -> Any:
+    def allgather(self, value: object) -> object:
         self.note("allgather", value)
         return self.comm.allgather(value)
 
-    def __getattr__(self, name: str) -> Any:
+    def __getattr__(self, name: str) -> object:
         return getattr(self.comm, name)

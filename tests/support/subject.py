@@ -10,7 +10,7 @@ from mpi4py import MPI
 from torch import Tensor, nn
 
 import mpisyncbn
-from mpisyncbn import SyncBatchNorm, functional
+from mpisyncbn import Communicator, SyncBatchNorm, functional
 from mpisyncbn.comm.groups import resolve
 from support.oracle import distance
 
@@ -75,7 +75,7 @@ def whole_batch(subject: Subject, comm: MPI.Comm, *mine: Tensor) -> Whole:
 class Subject:
     """A layer, the function or the functions for arrays, with what makes up its state."""
 
-    def __init__(self, kind: str, channels: int, group: Any, options: dict[str, Any]) -> None:
+    def __init__(self, kind: str, channels: int, group: Communicator, options: dict[str, Any]) -> None:
         self.kind, self.group = kind, group
         dtype = DTYPES[options["dtype"]]
         if kind == "numpy" and dtype == torch.bfloat16:

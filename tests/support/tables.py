@@ -5,6 +5,7 @@ The table is that of tests/liveness/test_faults.py, or with ``--nodes`` of test_
 
 from __future__ import annotations
 
+import argparse
 import json
 import re
 import signal
@@ -12,14 +13,13 @@ import sys
 from itertools import groupby
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
 
 import pytest
 
 _HEAD = 30  # lines of stderr of a fault that failed
 
 
-def pytest_addoption(parser: Any) -> None:
+def pytest_addoption(parser: pytest.Parser) -> None:
     group = parser.getgroup("tables")
     group.addoption("--only", metavar="PATTERN", default="", help="the faults whose name or title matches")
     group.addoption("--json", metavar="FILE", type=Path, help="write what was found, with all of stderr")
@@ -28,7 +28,7 @@ def pytest_addoption(parser: Any) -> None:
     group.addoption("--nodes", type=int, nargs="+", help="numbers of nodes for the table of launchers")
 
 
-def pytest_configure(config: Any) -> None:
+def pytest_configure(config: pytest.Config) -> None:
     # An exit ends the job of the test that runs; a signal would leave it behind.
     signal.signal(signal.SIGTERM, lambda *_: pytest.exit("SIGTERM", 128 + signal.SIGTERM))
     config.pluginmanager.register((Launchers if config.option.nodes else Faults)(config.option))
@@ -37,14 +37,14 @@ def pytest_configure(config: Any) -> None:
 class Table:
     """Keeps what tests record, and shows what goes wrong around them."""
 
-    def __init__(self, options: Any) -> None:
+    def __init__(self, options: argparse.Namespace) -> None:
         self.options, self.rows = options, []
 
     @pytest.hookimpl(tryfirst=True)
-    def pytest_sessionstart(self, session: Any) -> None:
+    def pytest_sessionstart(self, session: pytest.Session) -> None:
         session.config.pluginmanager.unregister(name="terminalreporter")
 
-    def pytest_runtest_logreport(self, report: Any) -> None:
+    def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
         row = dict(report.user_properties).get("row")
         if report.when == "call" and row:
             self.rows.append(SimpleNamespace(**row))
@@ -52,16 +52,16 @@ class Table:
         else:
             self.pytest_collectreport(report)
 
-    def pytest_collectreport(self, report: Any) -> None:
+    def pytest_collectreport(self, report: pytest.CollectReport) -> None:
         if report.failed:
             print(report.longreprtext, file=sys.stderr, flush=True)
 
-    def show(self, row: Any) -> None:
+    def show(self, row: SimpleNamespace) -> None:
         """A row as its test ends."""
 
 
 class Faults(Table):
-    def pytest_collection_modifyitems(self, items: list[Any]) -> None:
+    def pytest_collection_modifyitems(self, items: list[pytest.Item]) -> None:
         chosen = {}
         for item in items:
             case = hasattr(item, "callspec") and item.callspec.params.get("case")
@@ -72,14 +72,14 @@ class Faults(Table):
         items[:] = [] if self.options.list else chosen
         self.count = len(items) // len(self.options.mpi.split(","))
 
-    def show(self, row: Any) -> None:
+    def show(self, row: SimpleNamespace) -> None:
         if row.library not in [each.library for each in self.rows[:-1]]:
             print(f"{row.library}: {self.count} faults")
         print(line(row), flush=True)
         if self.options.json:  # after each, so that what was found outlives what comes next
             self.options.json.write_text(json.dumps([*map(vars, self.rows)], indent=1) + "\n")
 
-    def pytest_sessionfinish(self, session: Any) -> None:
+    def pytest_sessionfinish(self, session: pytest.Session) -> None:
         if not self.options.list:
             print("\n" + (markdown if self.options.markdown else table)(self.rows))
             print("\n" + verdict(self.rows))
@@ -90,16 +90,16 @@ class Faults(Table):
 class Launchers(Table):
     """Exit status 2 where no job has run."""
 
-    def __init__(self, options: Any) -> None:
+    def __init__(self, options: argparse.Namespace) -> None:
         super().__init__(options)
         self.skipped: dict[str, None] = {}
 
-    def pytest_collectreport(self, report: Any) -> None:
+    def pytest_collectreport(self, report: pytest.CollectReport) -> None:
         super().pytest_collectreport(report)
         if report.skipped:
             self.skipped[report.longrepr[2].removeprefix("Skipped: ")] = None
 
-    def pytest_sessionfinish(self, session: Any) -> None:
+    def pytest_sessionfinish(self, session: pytest.Session) -> None:
         for reason in self.skipped:
             print(f"launchers: {reason}", file=sys.stderr)
         if self.rows:
@@ -107,7 +107,7 @@ class Launchers(Table):
         session.exitstatus = session.exitstatus or int(bool(self.skipped)) if self.rows else 2
 
 
-def line(row: Any) -> str:
+def line(row: SimpleNamespace) -> str:
     """A fault as it ends."""
     seconds = "-" if row.seconds is None else f"{row.seconds:.1f} s"
     said = f"{_verdict(row)}  {row.name:<34} {seconds:>7} {_status(row):>4}  {row.outcome[:110]}"
@@ -118,7 +118,7 @@ def line(row: Any) -> str:
     return said
 
 
-def table(rows: list[Any]) -> str:
+def table(rows: list[SimpleNamespace]) -> str:
     said = []
     for library, found in groupby(rows, key=lambda row: row.library):
         lines = [("fault", "outcome", "status", "seconds", "verdict")]
@@ -131,7 +131,7 @@ def table(rows: list[Any]) -> str:
     return "\n".join(said)
 
 
-def markdown(rows: list[Any]) -> str:
+def markdown(rows: list[SimpleNamespace]) -> str:
     """A line for each fault, a column for each library: seconds and status."""
     cells = {(row.fault,): {} for row in rows}
     for row in rows:
@@ -139,7 +139,7 @@ def markdown(rows: list[Any]) -> str:
     return _markdown(["fault"], cells)
 
 
-def launchers(rows: list[Any]) -> str:
+def launchers(rows: list[SimpleNamespace]) -> str:
     """A line for each number of nodes and library, a column for each launcher."""
     cells = {(row.library, row.nodes): {} for row in sorted(rows, key=lambda row: row.nodes)}
     for row in rows:
@@ -147,29 +147,29 @@ def launchers(rows: list[Any]) -> str:
     return _markdown(["MPI", "nodes"], cells)
 
 
-def _markdown(names: list[str], cells: dict[tuple[Any, ...], dict[str, str]]) -> str:
+def _markdown(names: list[str], cells: dict[tuple[object, ...], dict[str, str]]) -> str:
     columns = list(dict.fromkeys(column for line in cells.values() for column in line))
     lines = [[*names, *columns], ["---"] * (len(names) + len(columns))]
     lines += [[*start, *(line.get(column, "") for column in columns)] for start, line in cells.items()]
     return "\n".join(f"| {' | '.join(map(str, line))} |" for line in lines)
 
 
-def verdict(rows: list[Any]) -> str:
+def verdict(rows: list[SimpleNamespace]) -> str:
     right = sum(row.ok for row in rows)
     hung = sum(row.seconds is not None and row.status is None for row in rows)
     silent = sum(row.status == 0 and not row.ok for row in rows)
     return f"{right} of {len(rows)} as they should be, {hung} hung, {silent} with status 0"
 
 
-def _verdict(row: Any) -> str:
+def _verdict(row: SimpleNamespace) -> str:
     return "ok  " if row.ok else "FAIL"
 
 
-def _status(row: Any) -> str:
+def _status(row: SimpleNamespace) -> str:
     return "-" if row.status is None else str(row.status)
 
 
-def _cell(row: Any) -> str:
+def _cell(row: SimpleNamespace) -> str:
     if row.status is None or row.seconds is None:
         return row.outcome
     return f"{row.seconds:.1f} s, {row.status}" + ("" if row.ok else " (FAIL)")

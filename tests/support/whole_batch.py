@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch import Tensor
+
+if TYPE_CHECKING:
+    from mpi4py import MPI
 
 
 class WholeBatch(NamedTuple):
@@ -21,7 +24,7 @@ class WholeBatch(NamedTuple):
 
 
 def whole_batch(
-    comm: Any, x: Tensor, dy: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float
+    comm: MPI.Intracomm, x: Tensor, dy: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float
 ) -> WholeBatch:
     """For tensors on the host, of any dtype. Collective: every rank of ``comm`` must call."""
     shards, gradients = (comm.allgather(each.detach().double().contiguous()) for each in (x, dy))

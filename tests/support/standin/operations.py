@@ -48,13 +48,15 @@ def work_off() -> None:
     _runtime.cudaStreamSynchronize(ctypes.c_void_p(torch.cuda.current_stream().cuda_stream))
 
 
-def by_the_host(operation: Callable[..., Any], schema: Any = None) -> Callable[..., Any]:
-    def call(*arguments: Any, **options: Any) -> Any:
+def by_the_host(
+    operation: Callable[..., object], schema: torch.FunctionSchema | None = None
+) -> Callable[..., object]:
+    def call(*arguments: object, **options: object) -> object:
         work_off()
         devices: list[torch.device] = []
         pairs: dict[int, tuple[Tensor, Tensor]] = {}
 
-        def down(value: Any) -> Any:
+        def down(value: object) -> object:
             if isinstance(value, Tensor) and value.is_cuda:
                 devices.append(value.device)
                 host = on_host(value)
@@ -67,7 +69,7 @@ def by_the_host(operation: Callable[..., Any], schema: Any = None) -> Callable[.
                 return torch.device("cpu")
             return value
 
-        def up(value: Any) -> Any:
+        def up(value: object) -> object:
             if not isinstance(value, Tensor):
                 return value
             return pairs[id(value)][1] if id(value) in pairs else on_device(value, device)
@@ -84,7 +86,7 @@ def by_the_host(operation: Callable[..., Any], schema: Any = None) -> Callable[.
     return call
 
 
-def _as_declared(value: Any, argument: Any) -> Any:
+def _as_declared(value: object, argument: torch.Argument) -> object:
     """Numbers come bare where a tensor is declared."""
     bare = isinstance(value, (bool, int, float)) and str(argument.type) == "Tensor"
     return torch.tensor(value, dtype=torch.float64 if isinstance(value, float) else None) if bare else value
@@ -109,10 +111,10 @@ def copy(self: Tensor, source: Tensor, non_blocking: bool = False) -> Tensor:
     return self
 
 
-def emulated(operation: Callable[..., Any]) -> Callable[..., Any]:
+def emulated(operation: Callable[..., object]) -> Callable[..., object]:
     """Those read contiguous tensors."""
 
-    def call(*arguments: Any, **options: Any) -> Any:
+    def call(*arguments: object, **options: object) -> object:
         x = next(each for each in arguments if isinstance(each, Tensor))
         found = operation(*(e.contiguous() if isinstance(e, Tensor) else e for e in arguments), **options)
         same = isinstance(found, Tensor) and not options and found.shape == x.shape

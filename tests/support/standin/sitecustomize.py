@@ -6,18 +6,19 @@ import importlib.abc
 import importlib.util
 import os
 import sys
-from typing import Any
+from importlib.machinery import ModuleSpec
+from types import ModuleType
 
 
 class _AfterTorch(importlib.abc.MetaPathFinder):
-    def find_spec(self, name: str, path: Any, target: Any = None) -> Any:
+    def find_spec(self, name: str, path: object, target: object = None) -> ModuleSpec | None:
         if name != "torch":
             return None
         sys.meta_path.remove(self)
-        spec: Any = importlib.util.find_spec(name)
+        spec = importlib.util.find_spec(name)
         execute = spec.loader.exec_module
 
-        def exec_module(module: Any) -> None:
+        def exec_module(module: ModuleType) -> None:
             execute(module)
             import operations  # noqa: F401
 
