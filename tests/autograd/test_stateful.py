@@ -25,7 +25,7 @@ from mpisyncbn import Communicator, new_group, new_subgroups
 from mpisyncbn.comm.groups import resolve
 from support.oracle import distance, shard
 from support.ranks import WORLD
-from support.subject import DTYPES, KINK, TOLERANCE, Subject, whole_batch
+from support.subject import DTYPES, KINK, TOLERANCE, Subject, autograd_oracle
 
 RANK, SIZE = WORLD.rank, WORLD.size
 ONE_VALUE = "expected more than 1 value per channel over the whole group"
@@ -154,7 +154,7 @@ class Steps(RuleBasedStateMachine):
         if not (batch.residual and is_torch):
             residual = torch.zeros_like(x)
         before = subject.state()
-        expected = whole_batch(subject, comm, x, dy, v, residual)
+        expected = autograd_oracle(subject, comm, x, dy, v, residual)
         if subject.layer.activation:
             dy = dy * (expected.z.abs() > KINK)
         problem, found = "", []

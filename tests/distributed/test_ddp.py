@@ -83,7 +83,7 @@ def train(ddp: nn.Module, steps: int = STEPS, accumulate: int = 1) -> None:
             optimizer.zero_grad()
 
 
-def distance(one: nn.Module, other: nn.Module) -> float:
+def largest_difference(one: nn.Module, other: nn.Module) -> float:
     pairs = zip(one.state_dict().values(), other.state_dict().values(), strict=True)
     return max((a.double() - b.double()).abs().max().item() for a, b in pairs)
 
@@ -102,14 +102,14 @@ def test_equals_one_process(name: str) -> None:
     net = network()
     train(DistributedDataParallel(net, **OPTIONS[name]))
     with together():
-        assert distance(net, in_one_process()) < 1e-9
+        assert largest_difference(net, in_one_process()) < 1e-9
 
 
 def test_accumulated_gradients() -> None:
     net = network()
     train(DistributedDataParallel(net), accumulate=3)
     with together():
-        assert distance(net, in_one_process(accumulate=3)) < 1e-9
+        assert largest_difference(net, in_one_process(accumulate=3)) < 1e-9
 
 
 @pytest.mark.parametrize("hook", ["half", "PowerSGD"])
@@ -129,7 +129,7 @@ def test_compressed_gradients(hook: str) -> None:
         assert all(torch.equal(each, everyones[0]) for each in everyones), "the same on every rank"
         assert all(each.isfinite().all() for each in everyones)
         if hook == "half":  # PowerSGD goes another way
-            assert 0 < distance(net, in_one_process()) < 0.1
+            assert 0 < largest_difference(net, in_one_process()) < 0.1
 
 
 def test_sharded() -> None:
@@ -191,7 +191,7 @@ def test_join_where_all_have_the_same() -> None:
     with mpisyncbn.distributed.join(ddp := DistributedDataParallel(net)):
         train(ddp)
     with together():
-        assert distance(net, in_one_process()) < 1e-9
+        assert largest_difference(net, in_one_process()) < 1e-9
 
 
 @pytest.mark.parametrize("join", [mpisyncbn.distributed.join, DistributedDataParallel.join])
@@ -253,7 +253,7 @@ def test_compiled(name: str, fresh_compiler: None) -> None:
     with torch._dynamo.config.patch(optimize_ddp=name != "whole graph"):
         train(ddp, steps=4)
     with together():
-        assert distance(net, in_one_process(steps=4)) < 1e-9
+        assert largest_difference(net, in_one_process(steps=4)) < 1e-9
 
 
 @compiles

@@ -35,8 +35,12 @@ class Whole(NamedTuple):
                 assert distance(actual, self.found[i], self.scales[i]) < tolerance * (1 if i < 5 else 10), i
 
 
-def whole_batch(subject: Subject, comm: MPI.Comm, *mine: Tensor) -> Whole:
-    """Of x, dy, v and the residual. Collective: every rank of ``comm`` must call."""
+def autograd_oracle(subject: Subject, comm: MPI.Comm, *mine: Tensor) -> Whole:
+    """The results of one step for x, dy, v and residual in ``mine``, by autograd in float64.
+
+    It has what the closed form in whole_batch.py lacks: second derivatives, a residual, an
+    activation, and gradients of each rank's own loss. Collective: every rank of ``comm`` must call.
+    """
     layer = subject.layer
     parts = comm.allgather([values.detach().double() for values in mine])
     x, dy, v, residual = (torch.cat(each).requires_grad_() for each in zip(*parts, strict=True))
