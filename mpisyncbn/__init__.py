@@ -49,7 +49,7 @@ if config.launched():
     exits.install()
 ancestors.guard()
 
-# Where each name is, imported when it is first used.
+# The module of each name, imported when the name is first used.
 _HOME = {
     "Communicator": "comm.communicator",
     "SyncBatchNorm": "batchnorm",

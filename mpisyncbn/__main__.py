@@ -1,4 +1,4 @@
-"""``python -m mpisyncbn``: what is installed, what would be used and why. Alone or under mpiexec.
+"""``python -m mpisyncbn``, alone or under mpiexec: what is installed, what is used and why.
 
 Collective: every rank of the world runs it; rank 0 prints.
 """
@@ -31,7 +31,7 @@ from .liveness.rank_status import agreed_timeout
 _OPTIONAL = ("numpy", "mpi4py", "torch", "cupy", "triton")
 _CHANNELS = 256
 
-Facts: TypeAlias = dict[str, object]  # by name, of one topic
+Facts: TypeAlias = dict[str, object]  # of one topic, by name
 
 
 def main() -> None:
@@ -41,7 +41,7 @@ def main() -> None:
     options = parser.parse_args()
     try:
         facts = report()
-    except ValueError as error:  # a variable with a value that nothing understands
+    except ValueError as error:  # an environment variable has an invalid value
         parser.error(str(error))
     if Communicator().rank == 0:
         print(json.dumps(facts, indent=2) if options.json else as_text(facts))
@@ -81,7 +81,7 @@ def report() -> dict[str, Facts]:
 
 
 def as_text(facts: dict[str, Facts]) -> str:
-    """The facts as lines, indented below their topics."""
+    """The facts as text: a line for each, indented below its topic."""
     width = max(len(name) for topic in facts.values() for name in topic)
     lines = []
     for topic, entries in facts.items():
@@ -90,7 +90,7 @@ def as_text(facts: dict[str, Facts]) -> str:
 
 
 def _versions() -> dict[str, str]:
-    """The version of each package that is used where it is installed."""
+    """The version of each package that can be used, or "not installed"."""
     found = {}
     for name in _OPTIONAL:
         try:
@@ -109,9 +109,9 @@ def _thread_level(MPI: ModuleType) -> str:
 
 
 def _sums(MPI: ModuleType) -> str:
-    """Whether MPI_Allreduce gives the same bits for the same values.
+    """Whether MPI_Allreduce gives the same bits for the same values, in words. Collective.
 
-    It is tried, since no library says so. Some libraries choose the order of a long sum by the
+    This tries it, since no library says. Some libraries choose the order of a long sum by the
     processor and by the addresses of the buffers. The sums here are as long as the gradients of a
     model; the messages of a layer are far shorter.
     """
@@ -136,7 +136,7 @@ def _sums(MPI: ModuleType) -> str:
 
 
 def _ranks() -> Facts:
-    """How many ranks there are, where they are, and what started them. Collective."""
+    """The number of ranks, their hosts, and their launcher. Collective."""
     world = mpi().COMM_WORLD
     hosts = world.allgather(socket.gethostname())
     shared = world.Split_type(mpi().COMM_TYPE_SHARED)
@@ -156,7 +156,7 @@ def _ranks() -> Facts:
 
 
 def _transport() -> Facts:
-    """The transport of data on a device; messages of data in host memory stay there."""
+    """The transport for data on a device. Data in host memory needs none."""
     try:
         return dict(zip(("in use", "because"), transport.chosen(mpi()), strict=True))
     except TransportError as error:
@@ -164,7 +164,7 @@ def _transport() -> Facts:
 
 
 def _kernels() -> Facts:
-    """The kernels that would serve each kind of array."""
+    """The kernels for each kind of array, in words."""
     used: Facts = {"NumPy": _on_host(np.zeros((1, 1)), "generic: composed of NumPy operations")}
     try:
         import torch

@@ -1,7 +1,7 @@
 """Conversion from BatchNorm to SyncBatchNorm and back, in place.
 
-A conversion changes a layer's class and nothing else: hooks, parameters, buffers, extra
-attributes, parametrizations and every reference to the layer survive, because it is the same object.
+A conversion changes a layer's class and nothing else. Hooks, parameters, buffers, extra attributes,
+parametrizations and all references to the layer survive, because it is the same object.
 """
 
 from __future__ import annotations
@@ -213,8 +213,8 @@ def set_process_group(module: nn.Module, process_group: AnyGroup) -> None:
 
     Args:
         module: a model, or a single layer.
-        process_group: an mpi4py communicator, such as one that was shrunk after the loss of a rank, a
-            Communicator, or None for the world.
+        process_group: an mpi4py communicator, such as one that was shrunk after the loss of a rank,
+            a Communicator, or None for the world.
 
     Not collective.
     """
@@ -229,8 +229,8 @@ def set_process_group(module: nn.Module, process_group: AnyGroup) -> None:
 def revert_sync_batchnorm(module: nn.Module) -> nn.Module:
     """Undo ``convert_sync_batchnorm``: every synchronized layer gets back the exact class it had.
 
-    A layer that never was another becomes a ``BatchNorm`` for input of any dimension, and a ReLU that
-    ``fuse_relu`` took stands in its place again.
+    A layer that never had another class becomes a ``BatchNorm`` for input of any dimension. A ReLU
+    that ``fuse_relu`` took is put back in its place.
 
     Args:
         module: a model, or a single layer.
@@ -239,7 +239,7 @@ def revert_sync_batchnorm(module: nn.Module) -> nn.Module:
         ``module`` itself, its layers changed in place. Not collective.
 
     Raises:
-        TypeError: some layer, named in the message, has an activation that would be lost. No layer is
+        TypeError: a layer, named in the message, has an activation that would be lost. No layer is
             changed then.
     """
     check_module(module)
@@ -318,7 +318,7 @@ def _synchronized(to: type[Synchronized], original: type[_BatchNorm]) -> type[Sy
 
 
 def _mixed(to: type[Synchronized], original: type[_BatchNorm]) -> type[Synchronized]:
-    """A class that behaves like ``original``, some BatchNorm, but has the forward of ``to``."""
+    """A class that behaves like ``original``, a BatchNorm, but has the forward of ``to``."""
     for cls in original.__subclasses__():  # Python drops classes there that are no longer used
         if vars(cls).get("_mixed") == (to, original):
             return cast(type[Synchronized], cls)

@@ -26,7 +26,7 @@ _CONVERTERS = ("convert_sync_batchnorm", "convert_syncbn_model")
 
 
 def check_name(name: object) -> None:
-    """Check the name of a model; None is one too."""
+    """Raise TypeError or ValueError if ``name`` cannot be a model's name. It may be None."""
     if name is not None and not isinstance(name, str):
         raise TypeError(f"expected name to be a str or None, got {type(name).__name__}{on_rank()}")
     if name is not None and (not name or name.startswith("#")):
@@ -75,9 +75,10 @@ def refuse_scripted(module: nn.Module) -> None:
 
 
 def refuse_replacement(caller: FrameType, layer: str | None) -> None:
-    """Raise TypeError if the frame that asks a synchronized layer for its children is another converter.
+    """Raise TypeError if ``caller``, which asks a layer for its children, is another converter.
 
-    Converters take any ``_BatchNorm`` for a local one, make a layer of their own, and last ask for children.
+    A converter of torch, timm or apex takes any ``_BatchNorm`` for a local one, makes a layer of
+    its own from it, and asks for the children last.
     """
     library = caller.f_globals.get("__name__", "").partition(".")[0]
     if caller.f_code.co_name in _CONVERTERS and library in ("torch", "timm", "apex"):
@@ -89,12 +90,12 @@ def refuse_replacement(caller: FrameType, layer: str | None) -> None:
 
 
 def warn_of_others(module: nn.Module) -> None:
-    """Warn of batch norms in the model that are none of torch's: they stay local to each rank."""
+    """Warn of batch norms in the model that are not torch's: they stay local to each rank."""
     others = []
     for name, each in module.named_modules():
         cls = parametrize.type_before_parametrizations(each)
         named = [kind.__name__ for kind in cls.__mro__]
-        # A tensor of its own: a wrapper may show that of a layer that it holds, which is converted.
+        # Its own tensors only: a wrapper may show those of a layer in it, which is converted.
         own = {
             **vars(each),
             **dict(each.named_parameters(recurse=False)),
@@ -129,5 +130,5 @@ def abbreviated(names: list[str]) -> str:
 
 
 def label_of(name: str) -> str:
-    """How an error calls the module of a name, which is empty for the model itself."""
+    """The words of an error for the module with this name; it is empty for the model itself."""
     return name or "the module itself"

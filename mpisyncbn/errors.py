@@ -12,7 +12,7 @@ class MPISyncBNError(RuntimeError):
 
 
 class CollectiveMismatchError(MPISyncBNError):
-    """The ranks of a group met in one collective while running different layers or calls."""
+    """The ranks of a group came to one collective with different layers or calls."""
 
 
 class CollectiveTimeoutError(MPISyncBNError):
@@ -24,9 +24,9 @@ class TransportError(MPISyncBNError):
 
 
 def on_rank() -> str:
-    """Where an error happened, as text: `` (on rank 2 of 4)``; empty while MPI is not running.
+    """The rank of an error, as text: `` (on rank 2 of 4)``; empty while MPI is not running.
 
-    It never imports mpi4py: a wrong argument must not be what initializes MPI.
+    It never imports mpi4py: a wrong argument must not initialize MPI.
     """
     torch = sys.modules.get("torch")
     if torch is not None and torch.compiler.is_compiling():

@@ -1,4 +1,4 @@
-"""Names for layers that were given none: each is named after the exchange in which it was first used."""
+"""Names for layers without one: each is named after the exchange that first used it."""
 
 from __future__ import annotations
 
@@ -18,26 +18,26 @@ _KEPT = 256
 
 
 def new_key(layer: Synchronized) -> str:
-    """A key for ``layer``, which only this process knows: it begins with ``#``, as no name does."""
+    """Return a key for ``layer``, for this process only. It begins with ``#``, as no name does."""
     key = f"#{next(_numbers)}"
     _layers[key] = layer
     return key
 
 
 def give_up_key(layer: Synchronized) -> None:
-    """Forget the key of ``layer``, which will have another, or none."""
+    """Forget the key of ``layer``, which gets another, or none."""
     key = layer._key
     if _layers.get(key) is layer:
         del _layers[key]
 
 
 class FirstUses(dict[str, str]):
-    """Names of layers by their keys, for one communicator. Those of dropped layers are forgotten in time."""
+    """Names of layers by their keys, for one communicator. In time it forgets dropped layers."""
 
     _room = 2 * _KEPT
 
     def add(self, key: str, exchange: int) -> str:
-        """Name a layer, by its key, after the number of the exchange that it is about to begin."""
+        """Name a layer, by its key, after the number of the exchange that it begins; return it."""
         if len(self) >= self._room:
             dropped = [key for key in list(self) if key not in _layers]  # in order of their first use
             for each in dropped[:-_KEPT]:

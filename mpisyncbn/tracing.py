@@ -1,4 +1,4 @@
-"""Layers under torch.fx, which takes each as one step of a model, and torch.jit, which is refused."""
+"""Layers under torch.fx, which takes each as one step of a model; torch.jit is refused."""
 
 from __future__ import annotations
 
@@ -11,15 +11,15 @@ from .errors import on_rank
 
 __all__ = ["Leaf", "refuse"]
 
-_call_module = nn.Module._call_impl  # super() takes longer
+_call_module = nn.Module._call_impl  # a call by super() takes longer
 
 
 class Leaf(nn.Module):
     """A module that torch.fx does not trace into, as it does not trace into modules of torch.nn."""
 
     def _call_impl(self, *args: object, **kwargs: object) -> object:
-        # Not in forward: while a model is traced, hooks of its layers must not run.
-        if kwargs or len(args) != 1 or args[0].__class__ is not Tensor:  # not the usual call
+        # This is not done in forward, because hooks must not run while a model is traced.
+        if kwargs or len(args) != 1 or args[0].__class__ is not Tensor:  # the usual call needs no loop
             for value in (*args, *kwargs.values()):
                 if isinstance(value, Proxy) and isinstance(value.tracer, Tracer):
                     target = value.tracer.path_of_module(self)

@@ -1,9 +1,9 @@
 """Whether this process is a child of a rank, and no rank itself.
 
 A process that a rank starts (a subprocess, a worker, a program in a shell) inherits the variables
-by which the launcher made that a rank. MPI believes them in the child too: it waits for ranks that
-do not come, or fails, and may take the rank down with it. So a process looks above itself before it
-initializes MPI.
+by which the launcher made it a rank. MPI believes them in the child too: it waits for ranks that do
+not come, or fails, and may take the rank down with it. So a process looks at those above it before
+it initializes MPI.
 """
 
 from __future__ import annotations
@@ -19,16 +19,16 @@ __all__ = ["ancestor_rank_pid", "child_message", "guard"]
 
 
 def guard() -> None:
-    """In a child of a rank, warn before somebody else's import of mpi4py.MPI initializes MPI.
+    """In a child of a rank, warn before an import of mpi4py.MPI in other code initializes MPI.
 
-    This is no error: under Open MPI it may go well, if every rank has started the same child.
+    It warns only, because it may go well under Open MPI if every rank has started the same child.
     """
     if ancestor_rank_pid() is not None:
         sys.meta_path.insert(0, _Finder())
 
 
 def child_message(rank_pid: int) -> str:
-    """What is wrong in a child of the process with this id, and the cure."""
+    """The message for a child of the process with this id: what is wrong, and the cure."""
     return (
         f"this process is a child of process {rank_pid}, which is a rank of MPI, and has inherited the "
         "variables that the launcher gave to that rank: MPI would hang here, or fail. Let the rank do what "
@@ -45,8 +45,8 @@ def ancestor_rank_pid() -> int | None:
         return None  # PMIx lets children of a rank that has no others be worlds of one
     socket, process = _socket(os.getpid(), mine), os.getppid()
     while any((theirs := config.rank_identity(process)).values()):
-        # A launcher in between gives variables of its own or, if they say the same, a socket of its
-        # own.
+        # A launcher in between gives its ranks other variables or, if they are the same, another
+        # socket.
         if theirs == mine and socket in ("", _socket(process, mine)) and _runs_mpi(process):
             return process
         process = config.parent_of(process)
@@ -71,7 +71,7 @@ def _runs_mpi(process: int) -> bool:
 
 
 class _Finder(importlib.abc.MetaPathFinder):
-    """Finds no module, but warns before the import of mpi4py.MPI: Python asks it each time."""
+    """Finds no module, but warns before mpi4py.MPI is imported: Python asks it for every import."""
 
     def find_spec(self, name: str, path: object, target: object = None) -> None:
         if name != "mpi4py.MPI" or not sys.modules["mpi4py"].rc.initialize:

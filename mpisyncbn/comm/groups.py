@@ -1,4 +1,4 @@
-"""The Communicator of a process group of mpi4py or torch, and new groups, made by splitting one."""
+"""Communicators for process groups of mpi4py and torch, and new groups split from another."""
 
 from __future__ import annotations
 
@@ -25,11 +25,14 @@ _keyval: int | None = None
 
 
 def resolve(process_group: AnyGroup) -> Communicator:
-    """The Communicator that stands for ``process_group``: always the same one for the same group.
+    """Return the Communicator for ``process_group``: always the same one for the same group.
 
     Args:
-        process_group: None (the world), a Communicator, an intra-communicator of mpi4py, or a process
-            group of torch.distributed, of whatever backend, among ranks of this MPI job.
+        process_group: None (the world), a Communicator, an intra-communicator of mpi4py, or a
+            process group of torch.distributed of any backend, whose ranks are in this MPI job.
+
+    Raises:
+        TypeError, ValueError: ``process_group`` is none of these, or does not contain this rank.
     """
     if process_group is None:
         return world()
@@ -52,10 +55,10 @@ def resolve(process_group: AnyGroup) -> Communicator:
 
 
 def _of_mpi(comm: MPI.Comm) -> Communicator:
-    """The Communicator for one of mpi4py.
+    """The Communicator for a communicator of mpi4py.
 
-    It is an attribute of that: MPI drops it with the communicator, while a dictionary by handle
-    would hand it on to the next one that gets the same handle.
+    An MPI attribute of ``comm`` holds it, so MPI drops the two together. In a dictionary by handle,
+    a later communicator with the same handle would find it.
     """
     global _keyval
     if _keyval is None:
@@ -90,7 +93,7 @@ class _OtherBackendCommunicator(Communicator):
                 f"ranks {ranks} of a world of {comm_world.size}{on_rank()}: start all of them with one "
                 "mpiexec"
             )
-        self._process_group = None  # which may end before this does
+        self._process_group = None  # torch may destroy it before this group ends
         return subset(comm_world, ranks)
 
 
@@ -98,7 +101,7 @@ _of_torch_groups: weakref.WeakKeyDictionary[ProcessGroup, Communicator] = weakre
 
 
 def _of_torch(process_group: ProcessGroup) -> Communicator:
-    """The Communicator for a process group of torch."""
+    """Return the Communicator for a process group of torch, of any backend."""
     ours = getattr(process_group, "communicator", None)  # of backend mpi4py
     if ours is not None:
         return ours
@@ -109,7 +112,10 @@ def _of_torch(process_group: ProcessGroup) -> Communicator:
 
 
 def subset(comm: MPI.Intracomm, ranks: list[int]) -> MPI.Intracomm:
-    """A communicator of some ranks of ``comm``, in that order. Collective among them alone."""
+    """Return a communicator of these ranks of ``comm``, in this order.
+
+    Collective: every rank in ``ranks`` must call, and no other.
+    """
     mpi_group = comm.Get_group().Incl(ranks)
     try:
         return comm.Create_group(mpi_group)
@@ -118,9 +124,9 @@ def subset(comm: MPI.Intracomm, ranks: list[int]) -> MPI.Intracomm:
 
 
 def new_group(ranks: Iterable[int], comm: AnyGroup = None) -> Communicator | None:
-    """A group of some of the ranks of ``comm``.
+    """Make a group of some ranks of ``comm``.
 
-    Collective: every rank of ``comm`` must call, with the same ranks, also those outside the group.
+    Collective: every rank of ``comm`` must call, inside the group or not, with the same ``ranks``.
 
     Args:
         ranks: ranks in ``comm``, each once. In the group they are in ascending order.
@@ -131,9 +137,10 @@ def new_group(ranks: Iterable[int], comm: AnyGroup = None) -> Communicator | Non
         world, so build layers of this group on its own ranks only.
 
     Raises:
-        ValueError: on every rank, where ``ranks`` is empty, names a rank twice or one that does not
+        ValueError: on every rank, if ``ranks`` is empty, names a rank twice or one that does not
             exist, or differs between ranks.
-        MPISyncBNError: ``comm`` is the world, and torch.distributed or a launcher knows of more ranks.
+        MPISyncBNError: ``comm`` is the world, and torch.distributed or a launcher knows of more
+            ranks.
     """
     parent = resolve(comm)
     parent.check_world()
@@ -163,9 +170,10 @@ def new_subgroups(group_size: int | None = None, comm: AnyGroup = None) -> Commu
         comm: the communicator to split; None: the world.
 
     Raises:
-        ValueError: on every rank, where ``group_size`` does not divide the number of ranks, or
-            differs between ranks.
-        MPISyncBNError: ``comm`` is the world, and torch.distributed or a launcher knows of more ranks.
+        ValueError: on every rank, if ``group_size`` does not divide the number of ranks, or differs
+            between ranks.
+        MPISyncBNError: ``comm`` is the world, and torch.distributed or a launcher knows of more
+            ranks.
     """
     parent = resolve(comm)
     parent.check_world()
@@ -188,7 +196,7 @@ def new_subgroups(group_size: int | None = None, comm: AnyGroup = None) -> Commu
 
 
 def _child(comm: MPI.Intracomm) -> Communicator:
-    """A Communicator that takes over a communicator that nobody else knows. Collective."""
+    """Return a Communicator that takes ``comm`` over, so no other object may use it. Collective."""
     child = Communicator(comm)
     with child._first_collective():
         return child._take_over(comm)
@@ -197,16 +205,16 @@ def _child(comm: MPI.Intracomm) -> Communicator:
 def _same_on_all_ranks(
     parent: Communicator, name: str, given: object, read: Callable[[], _T], expected: str
 ) -> _T:
-    """What ``read`` makes of the argument ``given``, which all ranks must give alike. Collective.
+    """Return what ``read`` makes of the argument ``given``, if it is the same on all ranks.
 
-    Raises ValueError on every rank if ``read`` raises on any, or the ranks differ: no rank is left
-    waiting.
+    Raises ValueError on every rank if ``read`` raises on any, or if the ranks differ, so that no
+    rank is left waiting. Collective: every rank of ``parent`` must call.
     """
     value: _T | None = None
     problem = None
     try:
         value = read()
-    except Exception:  # of any kind: the other ranks have to hear of it
+    except Exception:  # of any type: the other ranks have to learn of it
         problem = f"expected {expected}, got {given!r}"
     comm = parent.ready().comm
     with parent.collective(f"agreeing on the {name} of a new group"):
@@ -220,4 +228,4 @@ def _same_on_all_ranks(
                 f"{name}: expected the same on every rank, got {theirs} on rank {rank} "
                 f"and {value} on rank {parent.rank}"
             )
-    return cast(_T, value)  # it was read, or else this rank's problem is raised above
+    return cast(_T, value)  # read, or this rank's problem was raised above

@@ -1,4 +1,4 @@
-"""What the ranks of a new group tell each other before anything else."""
+"""The first message of a new group, by which its ranks learn each other's settings."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ _numbers = itertools.count()
 
 
 class Handshake(NamedTuple):
-    """What a rank brings along to a new group."""
+    """The settings and the process of one rank of a new group."""
 
     debug: bool
     transport: str
@@ -37,9 +37,10 @@ class Handshake(NamedTuple):
 
 
 def exchange_handshakes(comm: mpi4py_MPI.Intracomm, MPI: ModuleType, has_link: bool) -> list[Handshake]:
-    """The handshakes of all ranks of ``comm``, by rank. Collective.
+    """Exchange the handshakes of all ranks of ``comm``, and return them in the order of ranks.
 
-    Raises, on every rank, what is wrong with the environment of any; ``comm`` is freed then.
+    Raises ValueError or TransportError, on every rank, if the environment of any has an error;
+    ``comm`` is freed then. Collective: every rank must call.
     """
     handshakes = [Handshake(*each) for each in comm.allgather(tuple(_own(MPI, has_link)))]
     for each in handshakes:

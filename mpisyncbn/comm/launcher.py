@@ -1,9 +1,9 @@
-"""What started this process, and whether MPI knows of all ranks.
+"""The launcher of this process, and whether MPI knows of all ranks that it started.
 
-A launcher and an MPI library that do not understand each other are no error to either: each rank
-believes to be the only one, and the program would train as many times as there are ranks, each on
-its own batches. So do torchrun, and whatever else starts ranks for torch.distributed, which tells
-MPI nothing.
+If a launcher and an MPI library do not understand each other, neither reports an error: each rank
+takes itself for the only one, and the program trains once per rank, each time on one rank's
+batches. The same happens under torchrun, and other starters of ranks for torch.distributed, since
+they tell MPI nothing.
 """
 
 from __future__ import annotations
@@ -33,20 +33,20 @@ _SRUN = {
     "Cray MPICH": "srun --mpi=cray_shasta",
     "MVAPICH": "srun --mpi=pmi2",
 }
-_checked: Callable[[], object] = object  # gives torch's group at the last check
+_checked: Callable[[], object] = object  # returns torch's default group at the last check
 
 
 class _WorldSizeMismatch(NamedTuple):
-    """What is wrong where something knows of more ranks than MPI."""
+    """The error that torch.distributed or a launcher knows of more ranks than MPI."""
 
-    text: str  # what knows of how many, and the cure
+    text: str  # both numbers of ranks, and the cure
     variable: str = ""
 
 
 def check_world(mpi: Callable[[], ModuleType]) -> None:
-    """Call ``check_world_size`` at first, and whenever torch.distributed was initialized since.
+    """Call ``check_world_size`` at the first call, and after torch.distributed was initialized.
 
-    Every forward calls it: as long as nothing has changed, it costs a fraction of a microsecond.
+    Every forward calls this. While nothing has changed it takes a fraction of a microsecond.
     """
     global _checked
     group = _torch_group()
@@ -58,8 +58,7 @@ def check_world(mpi: Callable[[], ModuleType]) -> None:
 def check_world_size(MPI: ModuleType) -> None:
     """Raise MPISyncBNError if torch.distributed or a launcher knows of more ranks than MPI.
 
-    Only warn in a shell that srun started: there may be one for each task, and somebody sits in the
-    first.
+    In a shell that srun started, only warn: srun may start one per task, with a user at the first.
     """
     found = _world_size_mismatch(MPI)
     if found is None:
@@ -80,7 +79,7 @@ def warn_world_size(MPI: ModuleType) -> None:
 
 
 def describe(MPI: ModuleType) -> dict[str, str]:
-    """What the launcher started, and what is wrong with that, for ``python -m mpisyncbn``."""
+    """The number of ranks by the launcher, and a mismatch if any, for ``python -m mpisyncbn``."""
     ranks, variable = config.any_launcher_size(MPI.COMM_WORLD.Get_size())
     known = f"{ranks} rank{'' if ranks == 1 else 's'} ({variable})" if variable else "none that is known here"
     found = _world_size_mismatch(MPI)
@@ -88,7 +87,7 @@ def describe(MPI: ModuleType) -> dict[str, str]:
 
 
 def _world_size_mismatch(MPI: ModuleType) -> _WorldSizeMismatch | None:
-    """What knows of more ranks than MPI; None if nothing does."""
+    """The mismatch if torch.distributed or a launcher knows of more ranks than MPI, else None."""
     size = MPI.COMM_WORLD.Get_size()
     if MPI.Comm.Get_parent() != MPI.COMM_NULL:  # spawned: a world beside another, on purpose
         return None
@@ -106,7 +105,7 @@ def _world_size_mismatch(MPI: ModuleType) -> _WorldSizeMismatch | None:
 
 
 def _cure(MPI: ModuleType, variable: str = "") -> str:
-    """What to change, for this library and this launcher."""
+    """The cure of a mismatch, in words, for this library and this launcher's variable."""
     vendor, version = MPI.get_vendor()
     library = f"{vendor} {'.'.join(map(str, version))}"
     own = f"the mpiexec that comes with {library}"
@@ -129,13 +128,13 @@ def _cure(MPI: ModuleType, variable: str = "") -> str:
 
 def _torch_group() -> ProcessGroup | None:
     """The default group of torch.distributed; None as long as there is none."""
-    # not in every build of torch
+    # a build of torch may lack it
     members = getattr(sys.modules.get("torch.distributed"), "GroupMember", None)
     return None if members is None else members.WORLD
 
 
 def _has_terminal() -> bool:
-    """Whether somebody sits there: Slurm gives a terminal to ``srun --pty`` and to no task."""
+    """Whether a user is at a terminal: Slurm gives one to ``srun --pty``, and to no other task."""
     try:
         os.close(os.open("/dev/tty", os.O_RDWR))
     except OSError:
@@ -145,6 +144,6 @@ def _has_terminal() -> bool:
 
 @cache
 def _warn(text: str) -> None:
-    """Warn, once, and on one rank where ranks can be told apart."""
+    """Warn once, on one rank only if the environment tells ranks apart."""
     if config.own_rank() in (0, None):
         warnings.warn(text, RuntimeWarning, stacklevel=4)

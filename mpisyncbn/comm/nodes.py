@@ -15,13 +15,13 @@ __all__ = ["local_rank"]
 
 
 def local_rank(comm: AnyGroup = None) -> int:
-    """This rank's place among those of ``comm`` on its machine, from 0: the GPU that it takes.
+    """This rank's place among the ranks of ``comm`` on its machine, from 0. Choose a GPU by it:
 
         torch.cuda.set_device(mpisyncbn.local_rank() % torch.cuda.device_count())
 
-    MPI says who shares memory; the variables of launchers, such as SLURM_LOCALID, are wrong under
-    some others. (The remainder is for launchers that show each rank one GPU alone.) Ranks in
-    containers on one machine may share no memory: they are told by the machine's name and boot.
+    MPI knows which ranks share memory, while variables such as SLURM_LOCALID are wrong under other
+    launchers. (Take the remainder because some launchers show each rank one GPU only.) Containers
+    on one machine may share no memory: their ranks are found by the machine's name and boot.
 
     Args:
         comm: an mpi4py communicator, a Communicator, or None for the world.
@@ -52,12 +52,9 @@ def _ranks_on_node_of(gathered: list[tuple[int, tuple[str, str]]], rank: int) ->
 
 
 def _machine() -> tuple[str, str]:
-    """The name and the boot of this machine.
-
-    Two machines may bear one name, and hardly be up since the same boot.
-    """
+    """The name of this machine, and the id of its boot, since two machines may have one name."""
     try:
         boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
     except OSError:
-        boot = f"unknown, of process {os.getpid()}"  # which makes it a machine of its own
+        boot = f"unknown, of process {os.getpid()}"  # so it counts as a machine of its own
     return socket.gethostname(), boot

@@ -1,4 +1,4 @@
-"""MPI itself: the module mpi4py.MPI, for a process that may use it."""
+"""The module mpi4py.MPI, for a process that may use it."""
 
 from __future__ import annotations
 
@@ -17,10 +17,11 @@ _one_at_a_time = threading.RLock()
 
 
 def mpi() -> ModuleType:
-    """The module ``mpi4py.MPI``, ready for use.
+    """Return the module ``mpi4py.MPI``, ready for use.
 
-    Importing it initializes MPI, so it is imported at first use and never before: a worker process
-    that only re-imports the program must stay out of MPI.
+    Importing it initializes MPI, so it is imported at its first use: a worker process that only
+    imports the program again must not initialize MPI. Raises MPISyncBNError if this process cannot
+    use MPI, or MPI is not initialized, finalized, or without support for threads.
     """
     if _forked:
         raise MPISyncBNError(
@@ -62,14 +63,14 @@ def _is_worker() -> bool:
 
 
 def lock() -> threading.RLock:
-    """A lock to hold in the collectives of a communicator."""
+    """Return a lock to hold in the collectives of one communicator."""
     MPI = mpi()
-    # Below THREAD_MULTIPLE MPI may be in one call at a time, whatever the communicator.
+    # Below THREAD_MULTIPLE, MPI takes one call at a time, even for two communicators.
     return threading.RLock() if MPI.Query_thread() == MPI.THREAD_MULTIPLE else _one_at_a_time
 
 
 def forked() -> None:
-    """Note that this process was forked: what it has of MPI belongs to its parent."""
+    """Note that this process was forked: MPI belongs to its parent."""
     global _forked, _one_at_a_time
     _forked = "mpi4py.MPI" in sys.modules
-    _one_at_a_time = threading.RLock()  # a thread that is not here may hold the other
+    _one_at_a_time = threading.RLock()  # a thread of the parent may hold the old one

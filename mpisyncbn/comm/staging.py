@@ -1,8 +1,7 @@
-"""Between a device and the host: the one place where a layer waits for a device.
+"""Copies between a device and the host. A layer waits for a device here, and nowhere else.
 
-Vectors travel by way of pinned buffers. Copying to the host waits once, for all vectors together.
-Copying to the device waits for nothing: the buffer is not used again before an event says that the
-copy is done.
+Vectors are copied through pinned buffers. A copy to the host waits once, for all its vectors. A
+copy to the device does not wait: an event tells when the copy is done and the buffer can be reused.
 """
 
 from __future__ import annotations
@@ -21,7 +20,7 @@ from .streams import Device, Event, Streams, streams_of
 
 __all__ = ["DeviceMessage", "StagingBuffers", "device_key", "device_of", "staging_for"]
 
-_SLOTS = 8  # more copies than one step of a layer has under way
+_SLOTS = 8  # more than the copies that one step of a layer has in flight
 
 
 class StagingBuffers:
@@ -33,9 +32,9 @@ class StagingBuffers:
         self._turn = 0
 
     def to_host(self, vectors: Sequence[Array]) -> list[np.ndarray]:
-        """Float64 NumPy vectors with the values of vectors on the device: one wait for all.
+        """Copy vectors on the device to float64 NumPy vectors, with one wait for all.
 
-        They are views of a buffer: use them before the next few copies of this thread.
+        These are views of a buffer, which one of the next copies of this thread overwrites.
         """
         _refuse_capture(self.streams)
         lengths = [vector.shape[0] for vector in vectors]
@@ -50,7 +49,7 @@ class StagingBuffers:
         return found
 
     def to_device(self, vectors: Sequence[np.ndarray]) -> Sequence[Array]:
-        """Vectors of one length as rows of a float64 array on the device. Waits for nothing."""
+        """Copy vectors of one length to rows of a float64 array on the device, without waiting."""
         memory, array, event = self._slot(len(vectors) * len(vectors[0]))
         np.concatenate(vectors, out=array)
         uploaded = self.streams.upload(memory, len(vectors))
@@ -58,7 +57,7 @@ class StagingBuffers:
         return uploaded
 
     def _slot(self, length: int) -> tuple[Array, np.ndarray, Event]:
-        """The next buffer, once its copies are done: memory, its NumPy view, and an event."""
+        """Wait until the next buffer is free; return its memory, its NumPy view, and its event."""
         self._turn = (self._turn + 1) % _SLOTS
         slot = self._slots[self._turn]
         if slot is None:
@@ -68,7 +67,7 @@ class StagingBuffers:
 
 
 class _Slot:
-    """A pinned buffer that grows, and the event behind what was last copied from or to it."""
+    """A pinned buffer that grows, and the event that follows the last copy from or to it."""
 
     def __init__(self, streams: Streams) -> None:
         self._streams, self.event = streams, streams.event()
@@ -78,7 +77,7 @@ class _Slot:
     def part(self, length: int) -> tuple[Array, np.ndarray]:
         """The first ``length`` values of the buffer, as memory and as a NumPy view.
 
-        Layers ask for few lengths again and again.
+        Views are kept, because layers ask for the same few lengths again and again.
         """
         part = self._parts.get(length)
         if part is None:
@@ -91,7 +90,7 @@ class _Slot:
 
 
 class DeviceMessage:
-    """Float64 messages in device memory, for a CUDA-aware MPI. A group keeps its own."""
+    """A buffer for float64 messages in device memory, for a CUDA-aware MPI."""
 
     def __init__(self, MPI: ModuleType, copies: int, length: int, like: Array) -> None:
         staging = staging_for(like)
@@ -99,13 +98,13 @@ class DeviceMessage:
             raise MPISyncBNError(f"expected CUDA or ROCm memory, got an array on {like.device}{on_rank()}")
         self.values, pointer = staging.streams.empty(copies * length)
         self._packed = staging.streams.event()
-        # the count is that of one rank's message
+        # MPI's count is that of one message, also if the buffer holds one of each rank
         self.buffer = [MPI.memory.fromaddress(pointer, 8 * copies * length), length, MPI.DOUBLE]
 
     def pack(self, header: np.ndarray, vectors: Sequence[Array]) -> None:
-        """Fill it with ``header`` and vectors of the device.
+        """Write ``header`` and vectors of the device to the buffer, and wait until that is done.
 
-        All of it is there when this returns, because MPI knows nothing of streams.
+        It waits because MPI knows nothing of streams.
         """
         staging = cast(StagingBuffers, staging_for(self.values))
         _refuse_capture(staging.streams)
@@ -123,7 +122,7 @@ def _refuse_capture(streams: Streams) -> None:
 
 
 def device_key(array: Array) -> Device:
-    """The device of an array as a key of a dictionary, which CuPy's own cannot be."""
+    """The device of an array as a key of a dictionary. CuPy's Device cannot be one."""
     return getattr(array.device, "id", array.device)
 
 
@@ -132,11 +131,11 @@ def device_of(array: Array) -> AbstractContextManager[object]:
     return cast(StagingBuffers, staging_for(array)).streams.device_context()
 
 
-_of_thread = threading.local()  # so that no two threads take turns at one buffer
+_of_thread = threading.local()  # no two threads share a buffer
 
 
 def staging_for(array: Array) -> StagingBuffers | None:
-    """This thread's buffers for the device of an array; None where nothing is pinned for it."""
+    """This thread's buffers for the device of an array; None for a device without pinned memory."""
     key, buffers = device_key(array), _of_thread.__dict__
     found = buffers.get(key)
     if found is None:

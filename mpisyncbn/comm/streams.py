@@ -36,26 +36,26 @@ class Streams(Protocol):
         """Write vectors on the device one after the other to ``out``."""
 
     def pinned(self, length: int) -> tuple[Array, np.ndarray]:
-        """Pinned host memory for so many float64 values, and its NumPy view."""
+        """Pinned host memory for ``length`` float64 values, and its NumPy view."""
 
     def event(self) -> Event:
         """A new event."""
 
     def record(self, event: Event) -> None:
-        """Let the event be done when all that is on the current stream now is done."""
+        """Record the event on the current stream."""
 
     def download(self, vectors: Sequence[Array], memory: Array) -> None:
         """Copy vectors on the device one after the other to pinned memory."""
 
     def upload(self, memory: Array, rows: int) -> Sequence[Array]:
-        """Copy pinned memory to the device, as so many vectors of one length."""
+        """Copy pinned memory to the device, as ``rows`` vectors of one length."""
 
     def capturing(self) -> bool:
         """Whether the current stream is being captured in a graph."""
 
 
 def streams_of(array: Array) -> Streams | None:
-    """The streams of the device that holds an array; None where nothing is pinned for it."""
+    """The streams of an array's device; None for a device without pinned memory."""
     if getattr(array, "is_cuda", False):
         return TorchStreams(array.device)
     return None if hasattr(array, "detach") else CuPyStreams(array.device)
@@ -74,7 +74,7 @@ class TorchStreams:
         return self.torch.cuda.device(self.device)
 
     def empty(self, length: int) -> tuple[Array, int]:
-        with self.torch.inference_mode(False):  # which would not let it be written to when it is over
+        with self.torch.inference_mode(False):  # else nothing may write to it outside of that
             vector = self.torch.empty(length, dtype=self.torch.float64, device=self.device)
         return vector, vector.data_ptr()
 
@@ -90,7 +90,7 @@ class TorchStreams:
         return self.torch.cuda.Event()
 
     def record(self, event: Event) -> None:
-        # torch makes an object for the current stream ten times as slowly as it finds its key
+        # torch finds the key of the current stream ten times as fast as it makes an object for it
         key = self.torch._C._cuda_getCurrentStream(self.device.index)
         stream = self._streams.get(key)
         if stream is None:
@@ -115,7 +115,7 @@ class TorchStreams:
 
 
 def _are_rows(vectors: Sequence[Array], matrix: Array) -> bool:
-    """Whether these are all rows of a matrix without gaps, one below the other."""
+    """Whether the vectors are all the rows, in order, of a matrix without gaps."""
     length = vectors[0].shape[0]
     if matrix.numel() != len(vectors) * length or not matrix.is_contiguous():
         return False

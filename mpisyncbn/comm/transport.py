@@ -1,10 +1,12 @@
-"""Where the message lives, and how vectors get into it and out again.
+"""The memory of messages for data on a device, and how vectors get into a message and out again.
 
-- ``host``: in host memory. Vectors of a device are staged there by way of pinned buffers (staging.py).
-- ``device``: in the memory of the device; its pointer goes to a CUDA-aware MPI (staging.DeviceMessage).
+- ``host``: the message is in host memory. Vectors are copied there through pinned buffers
+  (staging.py).
+- ``device``: the message is in the device's memory, and its pointer goes to a CUDA-aware MPI
+  (staging.DeviceMessage).
 
-Either way the result of the exchange is on the host: NumPy vectors, which ``to_device_of`` copies
-to the device again. For tensors and arrays in host memory nothing of this is used.
+With both, the result of the exchange is on the host, as NumPy vectors, and ``to_device_of`` copies
+it to the device. Tensors and arrays in host memory need neither.
 """
 
 from __future__ import annotations
@@ -32,18 +34,18 @@ __all__ = [
     "version_counter_of",
 ]
 
-# What MPICH calls a kind of device in MPIX_GPU_query_support, and MPI-4.1 a kind of memory.
+# By the name that MPI-4.1 has for a kind of memory: MPICH's number in MPIX_GPU_query_support.
 _KINDS = {"cuda": 0, "rocm": 2}
-_OPEN_MPI_ECHOES_BELOW = (6, 0, 0)  # mpi_memory_alloc_kinds: there, what the program asked for
+_OPEN_MPI_ECHOES_BELOW = (6, 0, 0)  # mpi_memory_alloc_kinds is the program's own wish there
 
 
 def chosen(MPI: ModuleType) -> tuple[str, str]:
-    """The transport that this rank would use for data on a device, and the reason why.
+    """The transport that this rank would use for data on a device, and the reason.
 
-    The ranks of a group use ``device`` only where all of them would. A wrong yes is a segmentation
-    fault inside MPI, so what is not known for sure means host.
+    A group uses ``device`` only if all its ranks would. If MPI does not take pointers to device
+    memory, it dies of a segmentation fault, so this returns ``host`` unless MPI says that it does.
 
-    Raises TransportError where MPISYNCBN_TRANSPORT forces one that is not available.
+    Raises TransportError if MPISYNCBN_TRANSPORT asks for ``device`` and that is not available.
     """
     asked = config.transport()
     if asked == "host":
@@ -60,7 +62,7 @@ def chosen(MPI: ModuleType) -> tuple[str, str]:
 
 
 def _is_aware(MPI: ModuleType, kind: str) -> tuple[bool, str]:
-    """Whether MPI takes pointers to device memory, and who said so."""
+    """Whether MPI takes pointers to device memory, and the source that says so, in words."""
     for ask in (_ask_library, _ask_for_alloc_kinds):
         answer = ask(MPI, kind)
         if answer is not None:
@@ -75,7 +77,7 @@ def _is_aware(MPI: ModuleType, kind: str) -> tuple[bool, str]:
 
 
 def _ask_library(MPI: ModuleType, kind: str) -> tuple[bool, str] | None:
-    """What MPI's own functions say; None where there are none."""
+    """The answer of MPI's own functions, as for ``_is_aware``; None if it has none."""
     try:  # its symbols are also those of the MPI library it is linked with
         library = ctypes.CDLL(MPI.__file__)
     except OSError:
@@ -92,7 +94,7 @@ def _ask_library(MPI: ModuleType, kind: str) -> tuple[bool, str] | None:
 
 
 def _ask_for_alloc_kinds(MPI: ModuleType, kind: str) -> tuple[bool, str] | None:
-    """What the kinds of memory say that MPI supports; None where it tells none."""
+    """The answer by mpi_memory_alloc_kinds, as for ``_is_aware``; None if MPI does not set it."""
     vendor, version = MPI.get_vendor()
     if vendor == "Open MPI" and version < _OPEN_MPI_ECHOES_BELOW:
         return None
@@ -124,13 +126,13 @@ def on_host(array: Array) -> bool:
 
 def is_readable_now(number: Array | float) -> bool:
     """Whether a number, or an array of no dimensions, can be read without waiting."""
-    if isinstance(number, (int, float)):  # also one that torch.compile traces: it has no attributes
+    if isinstance(number, (int, float)):  # or one that torch.compile traces, without attributes
         return True
     if not hasattr(number, "is_cpu"):
         return on_host(number) or not hasattr(number, "ndim") or isinstance(number, np.generic)
     torch = loaded_torch()
     if torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack() or not number.is_cpu:
-        return False  # where shapes alone are computed, there are no values
+        return False  # tracers and fake tensors have shapes, but no values
     return type(number) in (torch.Tensor, torch.nn.Parameter)
 
 
@@ -140,9 +142,10 @@ def on_device(array: Array) -> bool:
 
 
 def to_host(*vectors: Array) -> Sequence[np.ndarray]:
-    """Float64 NumPy vectors with the values of any arrays, all of one kind.
+    """Return float64 NumPy vectors with the values of ``vectors``, arrays of one kind.
 
-    For arrays on a device they are views of a pinned buffer: use them before the next few calls.
+    For arrays on a device these are views of a pinned buffer, which one of the next calls
+    overwrites.
     """
     if isinstance(vectors[0], np.ndarray):
         return vectors
@@ -155,7 +158,7 @@ def to_host(*vectors: Array) -> Sequence[np.ndarray]:
 
 
 def to_device_of(x: Array, *vectors: Array) -> Sequence[Array]:
-    """The vectors where kernels for ``x`` take them: on its device, if it is on one."""
+    """Return the vectors as the kernels for ``x`` take them: on its device, if it is on one."""
     if not isinstance(vectors[0], np.ndarray) or on_host(x):
         return vectors
     staging = staging_for(x)
@@ -166,7 +169,7 @@ def to_device_of(x: Array, *vectors: Array) -> Sequence[Array]:
 
 
 def from_host(values: np.ndarray, like: Array) -> Array:
-    """``values`` as the kind of array that ``like`` is, on its device."""
+    """Return ``values`` as an array of the kind of ``like``, on its device."""
     if isinstance(like, np.ndarray):
         return values
     return loaded_torch().from_numpy(values) if on_host(like) else to_device_of(like, values)[0]

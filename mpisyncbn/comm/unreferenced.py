@@ -1,9 +1,8 @@
-"""Communicators of groups that nobody refers to any more, given back to MPI.
+"""Free the communicators of groups that the program no longer refers to.
 
-MPI has room for some thousand communicators, and giving one back is collective, while Python drops
-an object whenever it likes, on each rank for itself. So whenever ranks meet to make a new group
-they tell each other which groups they have dropped, and those that all of their ranks have dropped
-are freed.
+MPI has room for some thousand communicators, and freeing one is collective, while Python drops an
+object at a time of its own on each rank. So when ranks make a new group they tell each other which
+groups they have dropped, and free each one that all of its ranks have dropped.
 """
 
 from __future__ import annotations
@@ -25,17 +24,17 @@ _tracked: dict[GroupId, tuple[weakref.ref[Communicator], RankStatus]] = {}
 
 
 def track(group_id: GroupId, group: Communicator) -> None:
-    """Remember the communicator of ``group``, to free it when nobody refers to that."""
+    """Remember the communicator of ``group``, to free it when the program has dropped ``group``."""
     _tracked[group_id] = weakref.ref(group), group.rank_status
 
 
 def group_ids() -> list[GroupId]:
-    """The tracked groups that nobody refers to on this rank."""
+    """The tracked groups that the program no longer refers to, on this rank."""
     return [group_id for group_id, (group, _) in list(_tracked.items()) if group() is None]
 
 
 def free_unreferenced(of_ranks: Iterable[list[GroupId]]) -> None:
-    """Free the groups that all of their ranks name in their ``group_ids``, one list of each rank.
+    """Free each group that all of its ranks have dropped. ``of_ranks`` has each rank's group_ids().
 
     Collective: every rank of the new group must call, with the same lists.
     """
@@ -46,7 +45,7 @@ def free_unreferenced(of_ranks: Iterable[list[GroupId]]) -> None:
 
 
 def free_comm(rank_status: RankStatus) -> None:
-    """Free the communicator of a group, unless that was done. Collective among its ranks."""
+    """Free the communicator of a group, unless that is done. Collective among its ranks."""
     rank_status.unregister()
     comm, p2p_comm = rank_status.comm, rank_status.p2p_comm
     rank_status.comm = rank_status.p2p_comm = None

@@ -43,8 +43,8 @@ Prepared = tuple[tuple[object, ...], Action]  # `about` of a GroupCall, and the 
 class GroupCall(NamedTuple):
     """What one rank is about to do in a group. Ranks with different calls are refused.
 
-    ``about`` holds words, numbers, and a (dtype, shape) for each tensor. They become text only
-    where an error needs it.
+    ``about`` holds words, numbers, and a (dtype, shape) for each tensor. They become text
+    only if an error needs it.
     """
 
     operation: str
@@ -121,7 +121,7 @@ class CheckedProcessGroup(dist.ProcessGroup):
     def _run(self, operation: str, prepare: Callable[[], Prepared], result: object, opts: Options) -> Work:
         """Run a collective: prepare, compare the calls of all ranks, then act.
 
-        ``prepare`` raises TypeError or ValueError where this rank cannot use its arguments. Such
+        ``prepare`` raises TypeError or ValueError if this rank cannot use its arguments. Such
         a rank compares its call as well, so that all ranks learn of it and none is left waiting.
         Collective: every rank must call.
         """
@@ -129,7 +129,7 @@ class CheckedProcessGroup(dist.ProcessGroup):
         try:
             about, action = prepare()
             call = GroupCall(operation, about)
-        except Exception as error:  # of any kind: the other ranks must not wait
+        except Exception as error:  # of any type: the other ranks must not wait
             call = GroupCall(operation, (f"refused: {error}",))
             action = partial(_refuse, operation, error)
         timeout = opts.timeout

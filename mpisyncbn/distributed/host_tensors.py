@@ -21,7 +21,7 @@ def to_cpu(values: Tensor) -> Tensor:
 
 
 def contiguous(values: Tensor) -> Tensor:
-    """Return ``values`` as a contiguous tensor, which shares their memory if they are contiguous."""
+    """Return ``values`` as a contiguous tensor, with the same memory if they are contiguous."""
     # detached anew: a tensor made in inference mode may not be changed outside of it
     return values.detach().resolve_conj().resolve_neg().contiguous()
 
@@ -56,8 +56,8 @@ def cat_bytes(tensors: list[Tensor]) -> Tensor:
 def without_overlap(values: Tensor, out: Tensor | None) -> Tensor:
     """Return ``values``, or a copy if they share memory with ``out``.
 
-    They do where a program gathers into a tensor of which its own shard is a part. MPI forbids it:
-    MPICH raises an error, other libraries may send what they have just received.
+    They do if a program gathers into a tensor that contains its own shard. MPI forbids that: MPICH
+    raises an error, other libraries may send data that they have just received.
     """
     if out is None or not (
         values.data_ptr() < out.data_ptr() + out.nbytes and out.data_ptr() < values.data_ptr() + values.nbytes

@@ -288,7 +288,7 @@ def _spans(length: int) -> Iterator[tuple[int, int]]:
 
 @contextmanager
 def _strided(length: int, pitch: int) -> Iterator[tuple[int, MPI.Datatype]]:
-    """Yield count and datatype of ``length`` bytes in each part; parts are ``pitch`` bytes apart."""
+    """Yield count and datatype of ``length`` bytes in each part, ``pitch`` bytes apart."""
     MPI = mpi()
     if length == pitch:
         yield length, MPI.BYTE

@@ -54,7 +54,7 @@ class LateStore(dist.Store):
         return comm.bcast(found)
 
     def opened(self) -> dist.Store:
-        """Return the TCPStore, opened or connected at the first call. RuntimeError if that fails."""
+        """Return the TCPStore, opened or connected at the first call. May raise RuntimeError."""
         with self._lock:
             if self._store is None:
                 if isinstance(self._address, str):

@@ -1,8 +1,8 @@
-"""Ranks that have not come to the first message of their group, as the operating system knows.
+"""Find ranks that have not come to the first message of their group, by the operating system.
 
-Before the ranks of a group have met, none can be asked what it is doing. But a rank that has come
-leaves a mark on its process: an open file in memory, which ends with the process. A rank that waits
-too long looks at the processes of the job on its host, and says which of them have no such mark.
+Before that message, a rank cannot ask another what it is doing. So a rank that has come marks its
+process by an open file in memory, which ends with the process. A rank that waits too long looks at
+the processes of the job on its host, and reports which of them have no such mark.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ def mark_arrival(ranks: Sequence[int]) -> Iterator[None]:
     ``ranks``: the ranks of the group in the world.
     """
     file = None
-    with suppress(AttributeError, OSError):  # nowhere but on Linux
+    with suppress(AttributeError, OSError):  # only Linux has it
         file = os.memfd_create(_name(ranks))
     try:
         yield
@@ -34,7 +34,7 @@ def mark_arrival(ranks: Sequence[int]) -> Iterator[None]:
 
 
 def describe_missing(ranks: Sequence[int]) -> dict[int, str]:
-    """What is known of ranks that are not inside ``mark_arrival(ranks)``, by rank."""
+    """A text, by rank, on each rank that is not inside ``mark_arrival(ranks)``."""
     found: dict[int, list[int]] = {}
     for rank, process in _processes():
         found.setdefault(rank, []).append(process)
@@ -43,7 +43,7 @@ def describe_missing(ranks: Sequence[int]) -> dict[int, str]:
         processes = found.get(rank, [])
         if any(_has_arrived(process, ranks) for process in processes):
             continue
-        if processes:  # the first is the rank, later ones are workers of it
+        if processes:  # the oldest is the rank, the others are its workers
             process = min(processes, key=_age)
             words[rank] = f"has not come: its process {process} is {state_of(process)}"
         else:
@@ -88,14 +88,14 @@ def _processes() -> Iterator[tuple[int, int]]:
 
 
 def _job(process: int) -> int:
-    """The process that started the ranks of a job here: the nearest above that is no rank."""
+    """The id of the process that started the ranks here: the nearest ancestor that is no rank."""
     while config.rank_of(process) is not None:
         process = config.parent_of(process)
     return process
 
 
 def _age(process: int) -> int:
-    """The time at which a process was started; far in the future for one that is gone."""
+    """The start time of a process; far in the future for one that is gone."""
     try:
         return int(_stat(process)[19])
     except (OSError, IndexError):
@@ -103,5 +103,5 @@ def _age(process: int) -> int:
 
 
 def _stat(process: int) -> list[str]:
-    """The words of /proc/<pid>/stat from the third on, state, parent and so on: see proc(5)."""
+    """The fields of /proc/<pid>/stat from the third on (state, parent, ...): see proc(5)."""
     return (config.PROC / str(process) / "stat").read_text().rpartition(")")[2].split()

@@ -1,10 +1,9 @@
-"""The end of one rank must not leave the others waiting.
+"""A rank that fails ends the job, so that the others do not wait for it for ever.
 
-A rank that fails prints its traceback, and then Python calls MPI_Finalize, in which it waits for
-the others, as they wait for it in a collective: a hang, unless the program was started with
-``python -m mpi4py``. This module does the same for programs that were not. At the end of Python it
-knows how the program ended, and tells mpi4py to end the job, which that does after all that others
-have registered for the end.
+Without this, a rank that fails prints its traceback, and then Python calls MPI_Finalize, which
+waits for the other ranks, while they wait for this one in a collective. ``python -m mpi4py`` avoids
+that; this module does so for programs started without it. When Python ends, it finds out how the
+program ended, and tells mpi4py to abort the job, after all other exit handlers.
 """
 
 from __future__ import annotations
@@ -26,12 +25,12 @@ __all__ = ["install", "is_over", "status"]
 
 Exit: TypeAlias = Callable[[str | int | None], NoReturn]
 
-_installed_in = 0  # the process; a forked child is no rank
-_code: object = None  # of the SystemExit that Python ends with, if it does
+_installed_in = 0  # the id of this process: a forked child, with another one, is no rank
+_code: object = None  # of the SystemExit that ended the program, if one did
 
 
 def install() -> None:
-    """See to it that a failure of this rank, started by a launcher of MPI, ends the whole job."""
+    """Let a failure of this rank end the whole job, from here on. For ranks that MPI started."""
     global _installed_in
     if not _installed_in:
         _installed_in = os.getpid()
@@ -45,7 +44,7 @@ def status() -> int:
 
 
 def is_over() -> bool:
-    """Whether the program is over, and Python not: it waits for threads, or runs handlers."""
+    """Whether the program is over, while Python still waits for threads or runs exit handlers."""
     frame = sys._current_frames().get(threading.main_thread().ident or 0)
     while frame is not None and frame.f_back is not None:
         frame = frame.f_back
@@ -65,11 +64,11 @@ def _ending() -> tuple[int, str]:
 
 
 def _note_exits() -> None:
-    """Note the status of a SystemExit that nothing has caught, when Python reads its code.
+    """Note the status of an uncaught SystemExit, at the moment when Python reads its ``code``.
 
-    No code in Python runs then any more, and when exit handlers run the exception is forgotten.
+    No later moment would do: Python has dropped the exception when exit handlers run.
     """
-    attributes = gc.get_referents(SystemExit.__dict__)[0]  # itself; SystemExit.__dict__ cannot be changed
+    attributes = gc.get_referents(SystemExit.__dict__)[0]  # the dict itself; SystemExit.__dict__ is read-only
     member = attributes["code"]
 
     def read(error: SystemExit) -> object:
@@ -81,12 +80,12 @@ def _note_exits() -> None:
 
     attributes["code"] = property(read, member.__set__, member.__delete__, member.__doc__)
     ctypes.pythonapi.PyType_Modified(ctypes.py_object(SystemExit))
-    if sys.version_info < (3, 12):  # there an exception of C is no object until somebody looks at it
+    if sys.version_info < (3, 12):  # an exception raised in C is no object there until it is caught
         sys.exit = _looking_at(sys.exit)  # type: ignore[assignment]
 
 
 def _looking_at(original: Exit) -> Exit:
-    """``sys.exit`` that looks at its exception, which makes that an object with a ``code``."""
+    """Wrap ``sys.exit`` so that its exception becomes an object with a ``code``."""
 
     @functools.wraps(original)
     def exit(status: str | int | None = None, /) -> NoReturn:
@@ -101,15 +100,15 @@ def _looking_at(original: Exit) -> Exit:
 def _was_left(frame: FrameType) -> bool:
     """Whether an exception has left the program by this frame, the outermost of a traceback.
 
-    Others see an exception too, and set sys.last_value: pytest, the module code, the program
-    itself. A frame that caught it goes on, and returns.
+    sys.last_value alone does not tell, since pytest, the module code or the program itself may
+    catch an exception and set it. A frame that caught one goes on, and returns.
     """
     ended = not dis.opname[frame.f_code.co_code[frame.f_lasti]].startswith("RETURN")
     return frame.f_back is None and _is_program(frame) and ended
 
 
 def _is_program(frame: FrameType) -> bool:
-    """Whether a frame is the program's, or Python's way to it, and not that of a handler."""
+    """Whether a frame is the program's, or of Python's runpy that runs it, and no handler's."""
     return frame.f_globals.get("__name__") in ("__main__", "runpy")
 
 
@@ -132,8 +131,7 @@ def _at_exit() -> None:
         file=sys.stderr,
         flush=True,
     )
-    # mpi4py aborts then, instead of MPI_Finalize, after all that others have registered for the
-    # end.
+    # mpi4py then aborts instead of calling MPI_Finalize, after all other exit handlers.
     from mpi4py.run import set_abort_status
 
     set_abort_status(code)

@@ -1,4 +1,4 @@
-"""What this rank is doing in one group, what it tells ranks that ask, and its last words."""
+"""The state of this rank in one group, its answers to ranks that ask, and its last report."""
 
 from __future__ import annotations
 
@@ -30,7 +30,10 @@ _registered: list[RankStatus] = []
 
 
 def agreed_timeout(given: list[float | None]) -> float:
-    """The timeout of a group, from the environment of each rank: some launchers give it to few."""
+    """The timeout of a group in seconds: the shortest of its ranks'; 0 means no timeout.
+
+    ``given`` has None for a rank without the variable: some launchers set it on a few ranks only.
+    """
     timeouts = {seconds for seconds in given if seconds is not None}
     return min(timeouts - {0.0}, default=0.0 if timeouts else DEFAULT_TIMEOUT)
 
@@ -47,17 +50,17 @@ class RankStatus:
     def __init__(self, rank: int, size: int) -> None:
         self.rank, self.size = rank, size
         self.comm: mpi4py_MPI.Intracomm | None = None  # of the group alone, while MPI has it
-        # For messages between two ranks: the same communicator, where it has no others.
+        # For messages between two ranks: ``comm``, unless that carries other such messages.
         self.p2p_comm: mpi4py_MPI.Intracomm | None = None
         self.exchanges = 0  # begun so far
-        self.current_call: object = None  # what this rank is in: a value whose str() says so, or None
+        self.current_call: object = None  # str() of it says what this rank is in; None: nothing
         self.timeout = DEFAULT_TIMEOUT  # seconds, 0: none
-        self.finalize_timeout = DEFAULT_TIMEOUT  # the same for the end of the program
+        self.finalize_timeout = DEFAULT_TIMEOUT  # for the end of the program
         self.all_native = False  # whether every rank has native code
         self.process_ids: list[ProcessId] = []  # of each rank
-        self.world: list[int] = []  # the ranks in the world, where they are known before that
+        self.world: list[int] = []  # the ranks' numbers in the world, if known
         self.listening = True  # whether messages from other ranks are received here
-        self.departed: dict[int, int] = {}  # ranks at the end of their program, and after how many exchanges
+        self.departed: dict[int, int] = {}  # exchanges of each rank that is at its program's end
         self.p2p_lock = threading.Lock()  # for the use of p2p_comm
         self._seen, self._waited = -1, 0.0
         self._reported = self._was_asked = False
@@ -67,13 +70,13 @@ class RankStatus:
         self._sends: list[mpi4py_MPI.Request] = []
 
     def register(self) -> None:
-        """Let the watchdog look after this group, and answer in it, from here on."""
+        """Let the watchdog watch this group, and answer other ranks in it, from here on."""
         self.listening = True
         with _lock:
             _registered.append(self)
 
     def unregister(self) -> None:
-        """Let the watchdog leave this group alone: MPI may take the communicator back."""
+        """Let the watchdog use this group no more, so that its communicator can be freed."""
         with self.p2p_lock:
             self.listening = False
         with _lock:
@@ -83,7 +86,7 @@ class RankStatus:
     # For the clock: no call of MPI.
 
     def add_wait(self, elapsed: float) -> bool:
-        """Add seconds to the time in this exchange. Returns whether they are too many."""
+        """Add seconds to the time in this exchange. Return whether it is over the timeout."""
         if self.current_call is None or self._seen != self.exchanges:
             self._seen, self._waited = -1 if self.current_call is None else self.exchanges, 0.0
             return False
@@ -124,7 +127,7 @@ class RankStatus:
         )
 
     def abort_on_departed(self, rank: int) -> None:
-        """Say that this rank waits for one that has departed, and end the job."""
+        """Report that this rank waits for one that has departed, and end the job."""
         self.report(
             f"waits in exchange number {self.number}, {self.current_call}, in vain: rank {rank}"
             f"{self._on_host(rank)} has left the program after exchange number {self.departed[rank]}"
@@ -134,14 +137,13 @@ class RankStatus:
     # For the listener: messages between two ranks.
 
     def listen(self) -> None:
-        """Receive the messages of other ranks, and answer, once there is a communicator."""
+        """Receive and answer the messages of other ranks, if there is a communicator."""
         comm = self.p2p_comm
         if comm is None:
             return
         MPI = sys.modules["mpi4py.MPI"]
         heard, status = np.zeros(_MESSAGE_BYTES, np.uint8), MPI.Status()
-        # Python may end this thread between two calls: a message that is only seen stays for native
-        # code.
+        # Python may end this thread between two calls: Iprobe leaves the message to native code.
         while comm.Iprobe(MPI.ANY_SOURCE, MPI.ANY_TAG, status):
             source, tag = status.Get_source(), status.Get_tag()
             comm.Recv(heard, source, tag)
@@ -165,7 +167,7 @@ class RankStatus:
         message = np.frombuffer(text.encode()[:_MESSAGE_BYTES].ljust(_MESSAGE_BYTES, b"\0"), np.uint8)
         self._sends.append(comm.Issend(message, rank, tag))
 
-    # What there is to say.
+    # For reports and answers.
 
     @property
     def number(self) -> int:
@@ -173,7 +175,7 @@ class RankStatus:
         return max(self.exchanges, 1)  # the first counts once the group is there
 
     def state(self) -> str:
-        """What this rank is doing, in a few words for another one."""
+        """What this rank is doing, in words that go on "rank 0 ...", for a report."""
         call, exchanges = self.current_call, self.exchanges
         if call is not None:
             return f"waits in exchange number {self.number}, {call}, for {self._waited:.0f} s so far"
@@ -186,7 +188,7 @@ class RankStatus:
         return f"{missing} is at {reports.current_line()}"
 
     def report(self, what: str) -> None:
-        """Say something about this rank on stderr, with its Python stacks. Only once."""
+        """Print ``what`` about this rank on stderr, with its Python stacks. Only the first time."""
         if not self._reported:
             self._reported = True
             rank = f"rank {self.rank} of {self.size} on {socket.gethostname()}"
@@ -203,7 +205,7 @@ class RankStatus:
         return f"  rank {rank}{self._on_host(rank)} {what}"
 
     def _process(self, rank: int) -> str:
-        """What is known of a rank that does not answer: on this host, by the system."""
+        """What is known of a rank that does not answer: on this host, its process's state."""
         if rank in self.departed:
             return ", it has left the program"
         if not self.process_ids or self.process_ids[rank][0] != socket.gethostname():
@@ -212,14 +214,14 @@ class RankStatus:
         return f", its process {process} is {arrivals.state_of(process)}"
 
     def _before_the_first(self) -> str:
-        """The ranks that this one waits for before it has met the others of its group."""
+        """The ranks that are missing in the first message of the group, a line for each."""
         missing = arrivals.describe_missing(self.world)
         lines = [f"  rank {self.world.index(rank)} {words}" for rank, words in missing.items()]
         return "\n".join([" before the first exchange", *lines])
 
 
 def forget_all() -> None:
-    """Forget all groups, in a forked child, which is no rank."""
+    """Forget all groups. For a forked child, which is no rank."""
     global _lock
-    _lock = threading.Lock()  # a thread that is not here may hold the other
+    _lock = threading.Lock()  # a thread of the parent may hold the old one
     _registered.clear()

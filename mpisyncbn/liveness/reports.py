@@ -1,4 +1,4 @@
-"""What a rank says on stderr about itself, and how it ends the job."""
+"""Reports of a rank on stderr about itself, and the end of the job."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ from pathlib import Path
 
 __all__ = ["ABORT_SECONDS", "abort_job", "current_line", "print_report", "run_with_timeout", "stacks"]
 
-ABORT_SECONDS = 1.0  # at most, for what may never return
-_FORWARD_SECONDS = 0.25  # for the launcher: what it has not passed on when the job ends may be lost
+ABORT_SECONDS = 1.0  # at most, for a call that may never return
+_FORWARD_SECONDS = 0.25  # for the launcher, which may lose what it has not passed on
 
 
 def current_line() -> str:
-    """Where the program is: the innermost line of it that is not Python's or a package's."""
+    """Where the program is: its innermost line outside of Python and of installed packages."""
     frame = sys._current_frames().get(threading.main_thread().ident or 0)
     if frame is None:
         return "its end"
@@ -42,23 +42,23 @@ def stacks() -> str:
 
 
 def print_report(text: str) -> None:
-    """Print a line, or several, on stderr, unless that takes too long."""
+    """Print a text on stderr. Gives up after ``ABORT_SECONDS``."""
     run_with_timeout(ABORT_SECONDS, lambda: print(f"mpisyncbn: {text}", file=sys.stderr, flush=True))
 
 
 def abort_job(status: int, cure: str) -> None:
-    """End the job with an exit status, and say so. It does not return."""
+    """End the job with an exit status, and report that with the cure. It does not return."""
     print_report(f"this ends the job with status {status}. {cure}")
     time.sleep(_FORWARD_SECONDS)
     run_with_timeout(ABORT_SECONDS, lambda: sys.modules["mpi4py.MPI"].COMM_WORLD.Abort(status))
-    # It does not come through where the network is gone. No launcher takes this for a regular end.
+    # Abort may not reach the launcher without a network. None takes SIGKILL for a regular end.
     os.kill(os.getpid(), signal.SIGKILL)
 
 
 def run_with_timeout(seconds: float, function: Callable[[], object]) -> None:
-    """Call a function on another thread, and wait for it no longer than that.
+    """Call a function on another thread, and wait at most ``seconds`` for it.
 
-    It may never return: the reader of stderr may be stuck, and so may MPI.
+    It may never return, because MPI, or the reader of stderr, may be stuck.
     """
     thread = threading.Thread(target=function, name="mpisyncbn helper", daemon=True)
     thread.start()

@@ -1,14 +1,14 @@
-"""A rank that waits too long for the others asks what they are doing, says so, and ends the job.
+"""A rank that waits too long for others asks what they are doing, reports that, and ends the job.
 
-Two threads see to that, from the first group of several ranks on. The clock looks at the exchange
-that each group is in, a few times a second; it makes no call of MPI, so that it goes on where MPI
-is stuck. The listener answers the questions of other ranks, through the communicator of the group
-that they ask in. An exchange pays for this with two assignments.
+Two threads do this, from the first group of several ranks on. The clock looks a few times a second
+at the exchange that each group is in. It makes no call of MPI, so it goes on if MPI is stuck. The
+listener answers the questions of other ranks, on the communicator of the group that they ask in.
+This costs an exchange two assignments.
 
-A rank that comes to the end of its program tells its neighbours in each group, and waits until all
-ranks have come there. It does so in MPI_Finalize, by native code (kernels/cpu/leave.h), after all
-that the program has registered for its end. A rank that waits in an exchange for one that has
-departed then knows that it waits in vain, and ends the job.
+A rank at the end of its program tells its neighbours in each group, and waits until all ranks are
+there. It does so in MPI_Finalize, by native code (kernels/cpu/leave.h), after all exit handlers of
+the program. A rank that waits in an exchange for a departed rank then knows that it waits in vain,
+and ends the job.
 """
 
 from __future__ import annotations
@@ -28,8 +28,8 @@ from .rank_status import RankStatus, all_statuses, forget_all
 __all__ = ["forked", "watch"]
 
 _TICK = 0.25  # seconds between two looks
-_JUMP = 5.0  # of a longer time between two looks no more counts: this process was stopped
-_LINGERING = 30.0  # seconds for a rank that has failed to come to its end
+_JUMP = 5.0  # seconds that count at most between two looks: the process was stopped for the rest
+_LINGERING = 30.0  # seconds that a failed rank may take to end
 
 _lock = threading.Lock()
 _threads: list[threading.Thread] = []
@@ -38,13 +38,13 @@ _keyval: int | None = None
 
 
 def watch(rank_status: RankStatus) -> None:
-    """Look after this rank in a group from now on."""
+    """Watch this rank in a group from now on."""
     global _keyval
     with _lock:
         if _keyval is None:
             MPI = sys.modules["mpi4py.MPI"]
             _install_finalize_hook(MPI)
-            # MPI calls this at the beginning of MPI_Finalize, where the program calls that itself.
+            # MPI calls this at the beginning of MPI_Finalize, if the program calls that itself.
             _keyval = MPI.Comm.Create_keyval(delete_fn=lambda *_: _finalizing())
             MPI.COMM_SELF.Set_attr(_keyval, True)
         if rank_status.size > 1:
@@ -71,7 +71,7 @@ def _start() -> None:
 
 
 def _tick() -> None:
-    """The clock's thread: end the job if this rank waits too long or in vain, or lingers."""
+    """The clock's thread: end the job if this rank waits too long or in vain, or does not end."""
     last, lingering = time.monotonic(), 0.0
     while not _stop.wait(_TICK):
         now = time.monotonic()
@@ -103,12 +103,12 @@ def _listen() -> None:
 
 
 def _install_finalize_hook(MPI: ModuleType) -> None:
-    """Have MPI_Finalize call native code before everything else that it does."""
+    """Let MPI_Finalize call native code before it does anything else."""
     kernels = native()
     if kernels is None:
         return
     names = "Comm_create_keyval", "Comm_set_attr", "Issend", "Improbe", "Mrecv", "Ibarrier", "Test", "Abort"
-    with suppress(AttributeError, OSError):  # then no rank leaves by native code
+    with suppress(AttributeError, OSError):  # without the hook, no rank leaves by native code
         functions = link.addresses(MPI, *[f"MPI_{name}" for name in names])
         own, world, byte = (link.handle(MPI, each) for each in (MPI.COMM_SELF, MPI.COMM_WORLD, MPI.BYTE))
         int_handles = MPI._sizeof(MPI.COMM_SELF) == 4
@@ -116,8 +116,7 @@ def _install_finalize_hook(MPI: ModuleType) -> None:
 
 
 def _at_exit() -> None:
-    # Others may have registered more, and use groups there. When all is done, Python collects
-    # garbage.
+    # Later exit handlers may use groups. After them Python collects garbage and calls _at_last.
     gc.enable()
     gc.callbacks.append(_at_last)
 
