@@ -99,7 +99,7 @@ LARGE_VERB_BYTES = 25_000_000
 def cases(
     table: list[tuple[str, tuple[int, ...], bool]], quick: bool, dtypes: tuple[str, ...] = tuple(DTYPES)
 ) -> Iterator[Case]:
-    """Every dtype and memory format of the shapes in ``table``; channels_last is for 2-D and 3-D images."""
+    """Every dtype and memory format of the shapes in ``table``; channels_last for images only."""
     for dtype in dtypes:
         for family, shape, keep in table:
             if quick and not keep:

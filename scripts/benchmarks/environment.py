@@ -15,7 +15,7 @@ from mpi4py import MPI
 
 import mpisyncbn
 
-# Whether waiting ranks yield, and whether ranks stay on their cores, is worth more than most algorithms.
+# Yielding while a rank waits, and binding to cores, matter more than most algorithms.
 _SETTINGS = (
     "OMPI_MCA_mpi_yield_when_idle",
     "PRTE_MCA_hwloc_default_binding_policy",

@@ -79,10 +79,10 @@ def exchanges(group: mpisyncbn.Communicator, x: Array) -> dict[str, Callable[[],
 def gather_and_merge(
     comm: MPI.Intracomm, count: int, mean: np.ndarray, m2: np.ndarray, wire: str = "float64"
 ) -> tuple[int, np.ndarray, np.ndarray]:
-    """Count, mean and variance of all ranks from all ranks' moments, as torch.nn.SyncBatchNorm has them.
+    """Count, mean and variance of all ranks, computed in torch.nn.SyncBatchNorm's way.
 
-    An all-gather of 2C + 1 values a rank, of dtype ``wire`` (torch: the dtype of the input), then one
-    merge of all (Chan, Golub and LeVeque 1979, eq. 2.1). Collective: every rank of ``comm`` must call.
+    It gathers 2C + 1 values a rank, of dtype ``wire`` (torch: the dtype of the input), and merges
+    all at once (Chan, Golub and LeVeque 1979, eq. 2.1). Collective: every rank must call.
     """
     channels = len(mean)
     message = np.empty(2 * channels + 1, wire)

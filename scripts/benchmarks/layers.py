@@ -39,7 +39,7 @@ def tiny(quick: bool) -> Iterator[dict[str, Any]]:
 
 
 def peers(quick: bool) -> Iterator[dict[str, Any]]:
-    """Beside torch.compile and a naive SyncBatchNorm. Compiling takes time: --quick does it once."""
+    """The layer beside torch.compile and a naive SyncBatchNorm. --quick compiles only once."""
     with others.gloo():
         for number, case in enumerate(PEERS):
             if quick and number % 3 != 1 and case.family != "tiny":

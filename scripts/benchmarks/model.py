@@ -1,8 +1,8 @@
 """Time and bytes of an exchange at any number of ranks, on paper: the Hockney model.
 
-A message of n bytes takes ``alpha + n * beta``. Steps and bytes of the algorithms as in Thakur, Rabenseifner
-and Gropp 2005, "Optimization of collective communication operations in MPICH", for P a power of two;
-arithmetic is left out, and so is congestion.
+A message of n bytes takes ``alpha + n * beta``. The steps and bytes of the algorithms are those of
+Thakur, Rabenseifner and Gropp 2005, "Optimization of collective communication operations in MPICH",
+for P a power of two; arithmetic is left out, and so is congestion.
 """
 
 from __future__ import annotations
@@ -47,13 +47,13 @@ NETWORKS = {
 
 
 def allreduce_costs(ranks: int, size: float) -> list[tuple[int, float]]:
-    """Messages and bytes that a rank sends: by recursive doubling, and by Rabenseifner's algorithm."""
+    """Messages and bytes of a rank, by recursive doubling and by Rabenseifner's algorithm."""
     steps = ceil(log2(ranks))
     return [(steps, steps * size), (2 * steps, 2 * (ranks - 1) / ranks * size)]
 
 
 def allgather_costs(ranks: int, size: float) -> list[tuple[int, float]]:
-    """The same of an all-gather of ``size`` bytes from each rank: by Bruck's algorithm, and around a ring."""
+    """Messages and bytes of a rank in an all-gather, by Bruck's algorithm and around a ring."""
     return [(ceil(log2(ranks)), (ranks - 1) * size), (ranks - 1, (ranks - 1) * size)]
 
 
@@ -65,8 +65,8 @@ def fastest(costs: Iterable[tuple[int, float]], network: Network) -> float:
 def step_ms(ranks: int, network: Network, channels: list[int] = RESNET50) -> dict[str, float]:
     """Exchanges of one training step, forward and backward, in milliseconds.
 
-    Ours: two all-reduces of 2C + 3 float64. All-gather, as torch.nn.SyncBatchNorm does it: one of 2C + 1
-    float32, and an all-reduce of 2C float32 backward. Merging what was gathered is left out.
+    Ours are two all-reduces of 2C + 3 float64. torch.nn.SyncBatchNorm does an all-gather of 2C + 1
+    float32 and, backward, an all-reduce of 2C float32. The time to merge is left out.
     """
     ours = sum(2 * fastest(allreduce_costs(ranks, 8 * (2 * c + 3)), network) for c in channels)
     gather = sum(

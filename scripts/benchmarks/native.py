@@ -1,4 +1,4 @@
-"""mpi_loop.c, compiled for this run: rank 0 calls the compiler, and every rank loads what it made."""
+"""mpi_loop.c, compiled for this run: rank 0 calls the compiler, every rank loads the library."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def library() -> tuple[ctypes.CDLL | None, str]:
 
 
 def allreduce_loop(comm: MPI.Intracomm, length: int, calls: int) -> Callable[[], None]:
-    """``calls`` times MPI_Allreduce in place, of ``length`` float64 values, in C. Needs ``library()``."""
+    """A C loop of ``calls`` in-place MPI_Allreduce of ``length`` float64. Needs ``library()``."""
     loop, message = library()[0].allreduce_loop, np.zeros(length)
     arguments = pointer(comm), buffer(message), length, calls
 
@@ -103,7 +103,7 @@ def _compile() -> tuple[bytes, str]:
 
 
 def _mismatch(loaded: ctypes.CDLL) -> str:
-    """Why the library must not be used: a compiler wrapper of another MPI than mpi4py's. "" if it fits."""
+    """Why the library cannot be used (mpicc is of another MPI than mpi4py's), or ""."""
     version = ctypes.create_string_buffer(8192)
     loaded.library_version(version)
     ours = MPI.Get_library_version().strip("\0\n ").encode()

@@ -34,7 +34,7 @@ class _SumOverRanks(torch.autograd.Function):
 
 
 class NaiveSyncBatchNorm(nn.modules.batchnorm._BatchNorm):
-    """What people write where torch has none for CPUs: E[x**2] - E[x]**2, and autograd does the rest.
+    """The layer that users write since torch has none for CPUs: E[x**2] - E[x]**2, by autograd.
 
     Every rank must have a batch of the same size. Between ``gloo()``.
     """
@@ -76,7 +76,7 @@ def gloo() -> Iterator[None]:
 
 
 def compiled(layer: nn.Module, run: Callable[[nn.Module], object]) -> tuple[nn.Module | None, str]:
-    """``layer`` under torch.compile, compiled by a first ``run``; or, on every rank, None and the reason.
+    """``layer`` under torch.compile, after a first ``run``; or, on all ranks, None and the reason.
 
     Collective: every rank must call.
     """
@@ -97,7 +97,7 @@ def compiled(layer: nn.Module, run: Callable[[nn.Module], object]) -> tuple[nn.M
 
 
 def copies(x: Tensor) -> dict[str, Callable[[], object]]:
-    """Two ways to copy the memory of ``x`` (dense, in any format) into memory that is there already."""
+    """Two ways to copy the memory of ``x`` (dense, in any format) into existing memory."""
     source = x.detach()
     target = torch.empty_like(source)
     arguments = target.data_ptr(), source.data_ptr(), source.numel() * source.element_size()

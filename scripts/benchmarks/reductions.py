@@ -1,4 +1,4 @@
-"""All-reduces of torch.distributed and a step of DistributedDataParallel, beside gloo: section reductions."""
+"""All-reduces and a step of DistributedDataParallel, beside gloo: section reductions."""
 
 from __future__ import annotations
 

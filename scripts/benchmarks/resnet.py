@@ -42,7 +42,7 @@ class Bottleneck(nn.Module):
 
 
 def resnet50(classes: int = 1000) -> nn.Module:
-    """He, Zhang, Ren and Sun 2015, table 1, with the stride in the 3x3 convolution, as all use it today."""
+    """He, Zhang, Ren and Sun 2015, table 1, with today's usual stride in the 3x3 convolution."""
     layers = [*_convolution(3, 64, 7, 2), nn.ReLU(inplace=True), nn.MaxPool2d(3, 2, padding=1)]
     inside = 64
     for width, blocks in ((64, 3), (128, 4), (256, 6), (512, 3)):

@@ -1,7 +1,7 @@
 """Exchanges at 2 to 64 ranks: time, and bytes that a rank sends. Section scaling.
 
-Started without mpiexec, the script starts mpiexec and itself for each size: once as it is, for the times, and
-once with Open MPI's monitoring component, for the bytes. Imports no torch.
+Started without mpiexec, the script starts mpiexec and itself for each size, twice: for the times,
+and with Open MPI's monitoring component for the bytes. It imports no torch.
 """
 
 from __future__ import annotations
@@ -23,8 +23,8 @@ QUICK_SIZES = (2, 8, 64)
 CHANNELS = 512
 LIMIT = 240  # seconds for one size
 
-# Counts point-to-point messages, those inside collectives too. Collectives over shared memory send none, and
-# han has another plan within a node; without them coll/tuned chooses, as between the nodes of a cluster.
+# Monitoring counts point-to-point messages, also those inside collectives. Collectives over shared
+# memory send none, and han differs within a node; without both, coll/tuned chooses as in a cluster.
 _COUNTED = {
     "OMPI_MCA_pml_monitoring_enable": "1",
     "OMPI_MCA_coll": "^sm,han,adapt,xhc",
@@ -35,7 +35,7 @@ def launch(arguments: list[str], quick: bool) -> Iterator[tuple[dict[str, Any], 
     """A row of results, and the environment of the ranks, for each size.
 
     Args:
-        arguments: the command line that runs ``measure`` in each rank, without the path of its report.
+        arguments: the command line that runs ``measure`` in each rank, without its report's path.
     """
     mpiexec = shutil.which("mpiexec")
     if mpiexec is None:
@@ -69,7 +69,7 @@ def environment() -> dict[str, str]:
 
 
 def _run(command: list[str], variables: dict[str, str]) -> str:
-    """Why the command failed, or "". mpiexec ends its ranks if it is told to end itself, as timeout does."""
+    """Why the command failed, or "". timeout(1) signals mpiexec, which ends its ranks then."""
     limited = ["timeout", "--foreground", "--kill-after=20", str(LIMIT), *command]
     done = subprocess.run(
         limited, env=variables, stdin=subprocess.DEVNULL, capture_output=True, text=True, errors="replace"

@@ -1,4 +1,4 @@
-"""The figures that the project answers for, each beside its bar; and every row as a line of text."""
+"""The figures that the project answers for, each beside its bar, and every row as a line."""
 
 from __future__ import annotations
 
@@ -154,7 +154,7 @@ def _tiny(rows: list[Row]) -> list[Line]:
 
 
 def _peers(rows: list[Row]) -> list[Line]:
-    """How many times slower: the inverse of ours to theirs; the worst case is where they come closest."""
+    """How many times slower the naive layer is than ours, as a mean and where it comes closest."""
     name, lines = "naive over gloo", []
     for label, bar, is_tiny in (("6 MB and more", 5.0, False), ("tiny", 10.0, True)):
         slower = [

@@ -74,9 +74,9 @@ def often(once: Callable[[], object], calls: int) -> Callable[[], None]:
 
 
 def copy_fraction(figures: dict[str, Figures], peer: str, tensors: int) -> Figures:
-    """What share of the memory's speed ``peer`` reaches, if it reads and writes ``tensors`` tensors in all.
+    """The share of the memory's speed that ``peer`` reaches, which moves ``tensors`` tensors.
 
-    The limit is a copy into memory that is there, which moves two, by the faster of the two ways to make one.
+    The limit is the faster of two ways to copy into existing memory, which moves two tensors.
     """
     return {
         label: tensors / 2 * min(figures["copy_"][label], figures["memmove"][label]) / figures[peer][label]

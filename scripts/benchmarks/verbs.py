@@ -40,7 +40,7 @@ def verbs(quick: bool) -> Iterator[dict[str, Any]]:
 
 
 def calls(x: Tensor, dy: Tensor) -> dict[str, Callable[[], Any]]:
-    """Each verb with the arguments that a training step gives it. Collective: every rank must call."""
+    """Each verb with a training step's arguments. Collective: every rank must call."""
     kernels = kernels_for(x)
     channels = x.shape[1]
     weight, bias = torch.ones(channels), torch.zeros(channels)

@@ -1,7 +1,7 @@
-"""What an exchange pays for the deadline: section watchdog.
+"""The cost of the watchdog for an exchange: section watchdog.
 
-Beside it, in turn, the same code without the lines that tell the watchdog what the rank is doing. Its two
-threads, which look at that four times a second, run along in both.
+Beside it, in turn, runs the same code without the lines that tell the watchdog what the rank is
+doing. The watchdog's two threads, which look at that four times a second, run in both.
 """
 
 from __future__ import annotations

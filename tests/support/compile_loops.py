@@ -1,7 +1,7 @@
-"""Compile the Triton loops for a GPU that need not be there: ``python tests/support/compile_loops.py 80 90``.
+"""Compile the Triton loops without a GPU: ``python tests/support/compile_loops.py 80 90``.
 
-For each architecture, kernel and kind of tensor: registers and bytes of spilled values of a thread, and how
-many of its loads from memory are of 16 bytes. Without arguments: for sm_80 and sm_90.
+Prints, for each architecture, kernel and kind of tensor, the registers and the bytes of spilled
+values of a thread, and how many of its loads are of 16 bytes. The default is sm_80 and sm_90.
 """
 
 from __future__ import annotations
@@ -93,7 +93,7 @@ def arguments(name: str, shape: tuple[int, int, int]) -> Iterator[tuple[Any, dic
 
 
 def compiled(kernel: triton.JITFunction, values: dict[str, Any], architecture: int) -> CompiledKernel:
-    """As a call with these would have it compiled: 1 is a constant, multiples of 16 are known as such."""
+    """Compile as Triton does for these values: it specializes on 1 and on multiples of 16."""
     options = {name: values[name] for name in ("num_warps", "enable_fp_fusion")}
     signature, constants, attributes = {}, {}, {}
     for place, parameter in enumerate(kernel.params):

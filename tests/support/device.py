@@ -1,7 +1,7 @@
-"""Kernels for a device, to be tried like those for host memory; and a device where there is none.
+"""Kernels for a device, called like those for host memory, and stand-ins for a device.
 
-Without a GPU the loops in Triton run in its interpreter (conftest.py), on tensors in host memory, and the
-operations that torch has for its own SyncBatchNorm on CUDA alone are written again, slowly, for such.
+Without a GPU the Triton loops run in its interpreter (conftest.py), on tensors in host memory, and
+torch's operations for SyncBatchNorm, which exist for CUDA only, are emulated slowly.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ needs_triton = pytest.mark.skipif(cuda is None, reason="Triton is not installed"
 
 
 class OnDevice:
-    """The four verbs of a module, for data in host memory: taken to the device, and back."""
+    """The four kernels of a module, on data in host memory that is copied to a device and back."""
 
     def __init__(self, module: ModuleType) -> None:
         self.module = module
@@ -61,7 +61,7 @@ class OnDevice:
 
 
 def there(value: object) -> object:
-    """On the device, with the same strides."""
+    """``value`` on the device, a tensor with the same strides."""
     if isinstance(value, ActivationContext):
         return ActivationContext(*map(there, value))
     if isinstance(value, np.ndarray):
@@ -80,9 +80,9 @@ if not GPU:
 
 
 class SlowDevice:
-    """What staging asks of a device, for tensors in host memory: copies are done when an event is waited for.
+    """Streams for staging.py, on tensors in host memory. A copy is done once its event is awaited.
 
-    Whoever reads without waiting reads NaN.
+    A read that does not wait finds NaN.
     """
 
     def __init__(self, lazy_uploads: bool = True) -> None:
@@ -114,7 +114,7 @@ class SlowDevice:
 
     def download(self, vectors: Sequence[Tensor], memory: Tensor) -> None:
         memory.fill_(torch.nan)
-        values = torch.cat(tuple(vectors)).detach()  # what runs later on a stream changes nothing here
+        values = torch.cat(tuple(vectors)).detach()  # later work on the stream must not change them
         self.queue.append(lambda: memory.copy_(values))
 
     def upload(self, memory: Tensor, rows: int) -> Sequence[Tensor]:
@@ -148,8 +148,8 @@ class Event:
 
 
 def pretend(monkeypatch: pytest.MonkeyPatch) -> SlowDevice:
-    """Take tensors in host memory for those of a device."""
-    slow = SlowDevice(lazy_uploads=False)  # torch itself would read what is not there yet
+    """Let staging take tensors in host memory for those of a device."""
+    slow = SlowDevice(lazy_uploads=False)  # torch itself reads without waiting
     monkeypatch.setattr("mpisyncbn.comm.staging._of_thread", threading.local())
     monkeypatch.setattr("mpisyncbn.comm.transport.on_host", lambda array: isinstance(array, np.ndarray))
     monkeypatch.setattr("mpisyncbn.comm.staging.streams_of", lambda array: slow)

@@ -1,11 +1,11 @@
-"""A stand-in for the part of CuPy that mpisyncbn uses, in the device memory of mock_cuda.c. Without a GPU.
+"""A stand-in for the part of CuPy that mpisyncbn uses, on the device memory of mock_cuda.c, no GPU.
 
-The values of arrays are where a device pointer points: who dereferences it dies of a segmentation fault, and
-what MPI makes of it is seen. What CuPy refuses is refused: mixing with NumPy arrays, implicit conversion,
-``get`` and ``set`` with another dtype or shape, a Device as a key.
+The values of arrays are behind device pointers: host code that follows one dies of a segmentation
+fault, and tests see what MPI does with it. It refuses what CuPy refuses: mixing with NumPy arrays,
+implicit conversion, ``get`` and ``set`` with another dtype or shape, a Device as a key.
 
-There is one stream. What is asynchronous with CuPy (copies by way of pinned memory, ``concatenate`` into an
-array) is done no sooner than somebody waits for it, or computes with an array; until then NaN is found there.
+There is one stream. Asynchronous operations of CuPy (copies of pinned memory, ``concatenate`` into
+an array) are done when the program waits for them or computes; until then their result is NaN.
 
 ``python fake_cupy.py FOLDER`` builds the library there, and prints its path.
 """
@@ -69,7 +69,7 @@ def build(folder: Path) -> Path:
 
 
 def calls(entry_point: str) -> int:
-    """How often the driver was called there, by whomever."""
+    """How often this entry point of the driver was called."""
     return ctypes.c_long.in_dll(_cuda, f"calls_{entry_point}").value
 
 

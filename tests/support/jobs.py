@@ -1,4 +1,4 @@
-"""Processes and MPI jobs that tests start, apart from the job of the tests, and ended with the test."""
+"""Processes and MPI jobs that a test starts beside its own job, and that end with the test."""
 
 from __future__ import annotations
 
@@ -17,32 +17,32 @@ from typing import NamedTuple
 from open_mpi import OVERSUBSCRIBED, SETTINGS
 
 ROOT = Path(__file__).resolve().parents[2]
-# Every process of a job has this variable, its folder, by which those are found that outlive it.
+# Every process of a job has this variable, the job's folder, which shows what outlives the job.
 MARK = "MPISYNCBN_TEST_JOB"
-LEAVE = 7.0  # seconds in which what outlives a job must end: a DataLoader's workers look about every 5
-# What launchers tell a rank about its job.
+LEAVE = 7.0  # seconds for a job's last processes to end: a DataLoader's workers check every 5
+# Prefixes of the variables by which launchers tell a rank about its job.
 _LAUNCHERS = ("HYDRA", "I_MPI_", "MPICH_", "MPI_", "OMPI_", "PMI", "PRTE_", "SLURM_")
 
 
 class End(NamedTuple):
     """How a job ended."""
 
-    status: int | None  # as a shell has it; None where it had to be killed
-    seconds: float | None  # since its first fault; None where there was none
+    status: int | None  # as in a shell; None if it had to be killed
+    seconds: float | None  # since its first fault; None without one
     left: int  # processes that outlived it
     stdout: str
     stderr: str
 
 
 def unlaunched() -> dict[str, str]:
-    """The environment, as if no launcher had started this process; with what pytest's ``pythonpath`` has."""
+    """The environment without a launcher's variables, and with pytest's ``pythonpath``."""
     kept = {key: value for key, value in os.environ.items() if not key.startswith(_LAUNCHERS)}
     paths = [f"{ROOT}/tests", f"{ROOT}/scripts", str(ROOT), os.environ.get("PYTHONPATH", "")]
     return kept | {"PYTHONPATH": os.pathsep.join(filter(None, paths)), "NO_COLOR": "1"}
 
 
 def for_jobs(*, oversubscribe: bool = True) -> dict[str, str]:
-    """The same, for what starts MPI jobs itself. Without leave to have more ranks than slots: under Slurm."""
+    """``unlaunched()`` for a process that starts MPI jobs. ``oversubscribe``: not under Slurm."""
     return unlaunched() | SETTINGS | (OVERSUBSCRIBED if oversubscribe else {})
 
 
@@ -55,9 +55,9 @@ def find_mpiexec() -> str | None:
 def started(
     command: Sequence[str], folder: Path, variables: Mapping[str, str] | None = None
 ) -> Iterator[subprocess.Popen[bytes]]:
-    """A command that runs in a folder, with files ``stdout`` and ``stderr``, until the block ends.
+    """Run a command in a folder, with files ``stdout`` and ``stderr``, until the block ends.
 
-    Nothing of it is left behind.
+    All its processes are ended then.
 
     Args:
         variables: the whole environment; ``for_jobs()`` unless it is given.
@@ -84,11 +84,11 @@ def run(
     start: float | None = None,
     variables: Mapping[str, str] | None = None,
 ) -> End:
-    """Run a command in a folder, and leave nothing of it behind.
+    """Run a command in a folder, and end all its processes.
 
     Args:
         limit: seconds until it must have ended.
-        start: where the limit counts from the first file ``fault-*`` in the folder: seconds until that.
+        start: seconds until a file ``fault-*`` is in the folder, from which ``limit`` counts then.
         variables: the whole environment; ``for_jobs()`` unless it is given.
     """
     with started(command, folder, variables) as job:
@@ -110,7 +110,7 @@ def time_of_fault(folder: Path) -> float | None:
 
 
 def count_left(folder: Path) -> int:
-    """How many processes of the job in this folder go on, when they have had time to end."""
+    """How many processes of the job in this folder still run, after ``LEAVE`` at most."""
     limit = time.monotonic() + LEAVE
     while (count := len(list(processes(folder)))) and time.monotonic() < limit:
         time.sleep(0.1)
@@ -118,7 +118,7 @@ def count_left(folder: Path) -> int:
 
 
 def end_all(folder: Path) -> None:
-    """Kill what is left, and see it gone: the next job shall have the machine for itself."""
+    """Kill the processes of a job, and wait for that: the next job needs the machine for itself."""
     limit = time.monotonic() + LEAVE
     while (left := list(processes(folder))) and time.monotonic() < limit:
         for pid in left:
@@ -136,7 +136,7 @@ def processes(folder: Path) -> Iterator[int]:
 
 
 def run_alone(code: str) -> str:
-    """What ``code`` prints when rank 0 runs it; every rank gets it. Raises if the process fails.
+    """Run ``code`` in a process of rank 0, and return what it prints. Raises if the process fails.
 
     Collective: every rank must call.
     """

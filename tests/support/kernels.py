@@ -74,7 +74,7 @@ def interpreted(kernels) -> bool:
 
 
 def in_full(kernels: ParameterSet) -> ParameterSet:
-    """The same module of kernels, for the full tier alone where it is interpreted."""
+    """The parameter for a module of kernels, in the full tier only if Triton interprets it."""
     marks = (
         [*kernels.marks, pytest.mark.full("Triton's interpreter")] if kernels.id == "cuda" else kernels.marks
     )
@@ -86,7 +86,7 @@ def as_tensor(array) -> torch.Tensor:
 
 
 class Reference(NamedTuple):
-    """What the four verbs give, in float64, and the scales of their errors."""
+    """The results of the four kernels in float64, and the scales of their errors."""
 
     count: int
     mean: Tensor
@@ -174,7 +174,7 @@ def check_fused(kernels, x, dy, weight, bias, residual, eps=1e-5) -> None:
         assert distance(as_tensor(got_sum), z) < tolerance * 4
 
     context = ActivationContext(Activation.RELU, weight, bias, None if residual is None else got)
-    # Within rounding of the kink either answer is right: there the gradient of the reference is taken away.
+    # Within rounding of the kink either answer is right: the reference has no gradient there.
     sure = z.abs() > 1e-5 + tolerance * 4 * z.abs().max()
     tdy = as_tensor(dy) * sure
     dy = tdy if isinstance(dy, torch.Tensor) else tdy.numpy()

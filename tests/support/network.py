@@ -5,9 +5,9 @@
     network.py console FOLDER NAME COMMAND...    asks for a command, with this environment
     network.py ssh FOLDER [-OPTION...] NAME COMMAND...    the same as ssh would have it
 
-A host is a set of namespaces (network, processes, shared memory, host name, mounts), within those of the
-switch; nothing is changed outside. The kernel ends all processes of a PID namespace with the first one, and
-the switch ends when its stdin does: whatever becomes of the tests, nothing of this outlives them.
+A host is a set of namespaces (network, processes, shared memory, host name, mounts) within those of
+the switch; nothing is changed outside. The kernel ends all processes of a PID namespace with the
+first one, and the switch ends with its stdin: even if the tests are killed, nothing outlives them.
 """
 
 from __future__ import annotations

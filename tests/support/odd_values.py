@@ -1,4 +1,4 @@
-"""Values that hardly anybody hands over: not quite the tensor, the array or the number that is expected."""
+"""Odd arguments: values that are almost the tensor, array or number that a function expects."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ class OfArray(np.ndarray):
 
 
 def tensors(good: Tensor) -> Odd:
-    """What is not quite a tensor like ``good``."""
+    """Values that are almost a tensor like ``good``."""
     longer = (*good.shape, 2)
     with torch.inference_mode():
         inference = good.clone()
@@ -66,7 +66,7 @@ def tensors(good: Tensor) -> Odd:
 
 
 def arrays(good: np.ndarray) -> Odd:
-    """What is not quite an array like ``good``."""
+    """Values that are almost an array like ``good``."""
     records = np.dtype([("a", "f4"), ("b", "f4")])
 
     def readonly() -> np.ndarray:

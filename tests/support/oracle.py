@@ -1,4 +1,4 @@
-"""Uneven shards, and the batch norm of the whole batch in float64 that results are compared with."""
+"""Uneven shards, and the float64 batch norm of the whole batch to compare results with."""
 
 from __future__ import annotations
 
@@ -16,20 +16,20 @@ HAS_BIAS = "bias" in inspect.signature(torch.nn.BatchNorm1d).parameters  # not i
 
 
 def local_batch(base: int = 2, comm: MPI.Intracomm = WORLD) -> int:
-    """An uneven split: rank r has ``base + r`` samples."""
+    """The number of samples of this rank, ``base + rank``: an uneven split."""
     return base + comm.rank
 
 
 def shard(
     shape: tuple[int, ...], seed: int = 0, mean: float = 0.0, dtype: torch.dtype = torch.float32
 ) -> Tensor:
-    """This rank's random data; different on every rank."""
+    """Random data of this rank, different on every rank."""
     generator = torch.Generator().manual_seed(1000 * seed + WORLD.rank)
     return (torch.randn(shape, generator=generator, dtype=torch.float64) + mean).to(dtype)
 
 
 def layouts(x: Tensor) -> dict[str, Tensor]:
-    """The same values in every way that they may lie in memory."""
+    """``x`` in every memory layout, by name."""
     found = {"contiguous": x.contiguous()}
     last = x.movedim(1, -1).contiguous().movedim(-1, 1)
     found["channels last"] = last
@@ -53,10 +53,10 @@ def oracle(
     eps: float = 1e-5,
     comm: MPI.Intracomm = WORLD,
 ) -> WholeBatch:
-    """Collective: every rank of ``comm`` must call."""
+    """``whole_batch`` with defaults. Collective: every rank of ``comm`` must call."""
     return whole_batch(comm, x, dy, weight, bias, eps)
 
 
 def bits_equal_on_all_ranks(tensor: Tensor, comm: MPI.Intracomm = WORLD) -> bool:
-    """Collective."""
+    """Whether all ranks have the same bits. Collective: every rank of ``comm`` must call."""
     return len(set(comm.allgather(tensor.detach().numpy().tobytes()))) == 1

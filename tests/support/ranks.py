@@ -1,4 +1,4 @@
-"""Ranks that fail together."""
+"""The world of the tests, marks by its size, and assertions that fail on all ranks together."""
 
 from __future__ import annotations
 
@@ -17,19 +17,19 @@ WORLD = MPI.COMM_WORLD
 
 
 def once(why: str) -> pytest.MarkDecorator:
-    """For what is the same at any number of ranks: it is tried on one."""
+    """A mark for a test that is the same at any number of ranks: it runs on one."""
     return pytest.mark.skipif(WORLD.size > 1, reason=f"{why}: once is enough")
 
 
 several = pytest.mark.skipif(WORLD.size < 2, reason="it takes two ranks")
-# More ranks than two, and other libraries at more, show nothing new.
+# More than two ranks show nothing new, with any library.
 up_to_two = pytest.mark.skipif(WORLD.size > 2, reason="it is the same at any number of ranks above one")
 starts_mpiexec = once("it starts mpiexec itself")
 no_exchange = once("no rank meets another in it")
 
 
 def error_of(call: Callable[[], object], kind: type[Exception]) -> Exception | None:
-    """What ``call`` raises on this rank, if it does: for errors that may come on some ranks alone."""
+    """Return the error of type ``kind`` that ``call`` raises on this rank; None without one."""
     try:
         call()
     except kind as error:
@@ -39,10 +39,10 @@ def error_of(call: Callable[[], object], kind: type[Exception]) -> Exception | N
 
 @contextmanager
 def together(comm: MPI.Intracomm = WORLD) -> Iterator[None]:
-    """What fails inside on one rank fails on every rank, so that none is left waiting in a collective.
+    """A context for assertions: if one fails on a rank, all ranks fail, and none is left waiting.
 
-    Exchanges belong before it, assertions inside: a rank that fails between two exchanges of the
-    others would leave them waiting for the time limit.
+    Exchanges belong before it: a rank that fails between two exchanges of the others would leave
+    them waiting for the time limit. Collective: every rank of ``comm`` must enter.
     """
     problem: BaseException | None = None
     try:

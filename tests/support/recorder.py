@@ -9,7 +9,7 @@ from mpisyncbn.comm.communicator import Communicator
 
 
 class Recorder:
-    """Takes the place of a group's communicator: notes each message, and what the rank would say then."""
+    """Stands in for a group's communicator: notes each message, and the rank's state() at it."""
 
     def __init__(self, group: Communicator) -> None:
         self.group, self.comm, self.rank_status = group, group.ready().comm, group.rank_status

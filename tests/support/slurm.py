@@ -1,7 +1,8 @@
 """A Slurm of one's own: munged, slurmctld and a slurmd for each node, all of them on this host.
 
-What they write is in one temporary folder; nothing of /etc/slurm or /etc/munge is used, so that any user may.
-Nodes beyond one take root: each has a name and shared memory of its own, or MPI would take them for one.
+They write to one temporary folder and use nothing of /etc/slurm or /etc/munge, so any user may
+start them. More than one node takes root, since each needs a host name and shared memory of its
+own, or MPI would take them for one.
 """
 
 from __future__ import annotations
@@ -44,7 +45,7 @@ SlurmdParameters=config_overrides
 PropagateResourceLimits=NONE
 ReturnToService=2
 KillWait=5
-# When the StartTime of a job comes, nothing happens until the queue is looked at, by default once a minute.
+# Slurm starts a job when it looks at the queue after its StartTime, by default once a minute.
 SchedulerParameters=batch_sched_delay=0,sched_min_interval=2,sched_interval=2
 {nodes}
 PartitionName=main Nodes=ALL Default=YES MaxTime=60 State=UP
@@ -115,7 +116,7 @@ class Slurm:
         jobs.end_all(self.folder)
 
     def run(self, *command: str, limit: float = 30, **variables: str) -> str:
-        """What a command of Slurm prints; raises CalledProcessError, with what it said, if it fails."""
+        """Return what a command of Slurm prints. Raises CalledProcessError, with its output."""
         return _output([*command], {**self.environment, **variables}, limit)
 
     def submit(self, *arguments: str, **variables: str) -> int:

@@ -1,4 +1,4 @@
-"""A layer, the function or the functions for arrays, and what a step of any must give, in float64."""
+"""A layer, or its functions for tensors or arrays, and the float64 results of a step of any."""
 
 from __future__ import annotations
 
@@ -77,7 +77,7 @@ def autograd_oracle(subject: Subject, comm: MPI.Comm, *mine: Tensor) -> Whole:
 
 
 class Subject:
-    """A layer, the function or the functions for arrays, with what makes up its state."""
+    """A layer, or its functions for tensors or arrays, with the state of the layer."""
 
     def __init__(self, kind: str, channels: int, group: Communicator, options: dict[str, Any]) -> None:
         self.kind, self.group = kind, group
@@ -104,7 +104,7 @@ class Subject:
     def differentiate(
         self, x: Tensor, dy: Tensor, v: Tensor, residual: Tensor | None, twice: bool
     ) -> list[Tensor | None]:
-        """``y`` with its gradients and, if ``twice``, those of ``sum(dx * v)`` with respect to x and dy."""
+        """``y`` and its gradients; if ``twice``, also those of ``sum(dx * v)`` by x and dy."""
         layer = self.layer
         inputs = [x, layer.weight, layer.bias, residual]
         x, dy = x.requires_grad_(), dy.requires_grad_(twice)
@@ -137,7 +137,7 @@ class Subject:
         )
 
     def arrays(self, x: Tensor, dy: Tensor) -> list[Tensor]:
-        """``y`` and the gradients by functional.py, on NumPy arrays that share the layer's memory."""
+        """``y`` and gradients by functional.py, on NumPy arrays that share the layer's memory."""
         layer = self.layer
         weight, bias = (
             None if each is None else each.detach().numpy() for each in (layer.weight, layer.bias)

@@ -1,4 +1,4 @@
-"""pytest with a plug-in that prints what tests record as "row": ``python -m support.tables ARGUMENTS``.
+"""pytest with a plug-in that prints the "row" of each test: ``python -m support.tables ARGUMENTS``.
 
 The table is that of tests/liveness/test_faults.py, or with ``--nodes`` of test_launchers.py.
 """
@@ -35,7 +35,7 @@ def pytest_configure(config: pytest.Config) -> None:
 
 
 class Table:
-    """Keeps what tests record, and shows what goes wrong around them."""
+    """Keeps the rows that tests record, and prints errors outside of tests."""
 
     def __init__(self, options: argparse.Namespace) -> None:
         self.options, self.rows = options, []
@@ -57,7 +57,7 @@ class Table:
             print(report.longreprtext, file=sys.stderr, flush=True)
 
     def show(self, row: SimpleNamespace) -> None:
-        """A row as its test ends."""
+        """Print a row when its test ends."""
 
 
 class Faults(Table):
@@ -88,7 +88,7 @@ class Faults(Table):
 
 
 class Launchers(Table):
-    """Exit status 2 where no job has run."""
+    """The table of launchers. The exit status is 2 if no job has run."""
 
     def __init__(self, options: argparse.Namespace) -> None:
         super().__init__(options)

@@ -26,7 +26,10 @@ class WholeBatch(NamedTuple):
 def whole_batch(
     comm: MPI.Intracomm, x: Tensor, dy: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float
 ) -> WholeBatch:
-    """For tensors on the host, of any dtype. Collective: every rank of ``comm`` must call."""
+    """Batch norm and its gradients of all ranks' shards, tensors on the host of any dtype.
+
+    Collective: every rank of ``comm`` must call.
+    """
     shards, gradients = (comm.allgather(each.detach().double().contiguous()) for each in (x, dy))
     whole, dwhole = torch.cat(shards), torch.cat(gradients)
     dims, view = (0, *range(2, whole.ndim)), (1, -1) + (1,) * (whole.ndim - 2)
@@ -34,7 +37,7 @@ def whole_batch(
     w = torch.ones(whole.shape[1], dtype=torch.float64) if weight is None else weight.detach().double()
     b = torch.zeros_like(w) if bias is None else bias.detach().double()
     mean = whole.mean(dims)
-    mean = mean + (whole - mean.view(view)).mean(dims)  # what the first sum lost where the mean is large
+    mean = mean + (whole - mean.view(view)).mean(dims)  # adds what rounding lost if the mean is large
     xmu = whole - mean.view(view)
     var = xmu.square().mean(dims)
     invstd = torch.where((var == 0) & (eps == 0), 0.0, (var + eps).rsqrt())
@@ -50,7 +53,7 @@ def whole_batch(
 
 
 def distance(actual: Tensor, expected: Tensor, scale: Tensor | float | None = None) -> float:
-    """Largest difference, in units of the largest expected value or of ``scale``; 0 for empty tensors."""
+    """Largest difference, relative to the largest expected value or ``scale``; 0 without values."""
     assert actual.shape == expected.shape
     if expected.numel() == 0:
         return 0.0

@@ -1,6 +1,6 @@
-"""Every CUDA operation of torch, done by that for host memory, for such is what runtime.cpp hands out.
+"""Run each CUDA operation of torch by its version for host memory, which runtime.cpp hands out.
 
-Importing this changes torch. Before an operation its stream is worked off, so only copies happen late.
+Importing this changes torch. An operation waits for its stream first, so only copies happen late.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Read when Python starts: as soon as torch is imported, its CUDA operations are those of operations.py."""
+"""Python imports this at its start. It replaces torch's CUDA operations by operations.py's."""
 
 from __future__ import annotations
 
