@@ -36,7 +36,7 @@ from mpisyncbn.config import launched
 SECTIONS = {
     "layer": "layers",
     "threads": "layers",
-    "verbs": "verbs",
+    "kernels": "kernels",
     "exchange": "exchanges",
     "watchdog": "watchdog",
     "tiny": "layers",

@@ -53,7 +53,7 @@ def summarize(sections: dict[str, list[Row]]) -> list[Line]:
     judges = {
         "layer": _layer,
         "threads": _threads,
-        "verbs": _verbs,
+        "kernels": _kernels,
         "exchange": _exchange,
         "watchdog": _watchdog,
         "tiny": _tiny,
@@ -104,14 +104,14 @@ def _threads(rows: list[Row]) -> list[Line]:
     return _layer(rows, f"{ranks} rank{'s' * (ranks > 1)} with {threads} threads, layer over local")
 
 
-def _verbs(rows: list[Row]) -> list[Line]:
+def _kernels(rows: list[Row]) -> list[Line]:
     lines = []
     for dtype in ("float32", "bfloat16"):
         large = [row for row in rows if row["bytes"] >= LARGE_VERB_BYTES and row["dtype"] == dtype]
-        for verb in large[0]["of the copy limit"] if large else ():
-            fractions = [row["of the copy limit"][verb] for row in large]
+        for kernel in large[0]["of the copy limit"] if large else ():
+            fractions = [row["of the copy limit"][kernel] for row in large]
             for label, combine in (("geometric mean", geometric_mean), ("worst", min)):
-                what = f"{verb} of the copy limit, 25 MB and more, {dtype}, {label}"
+                what = f"{kernel} of the copy limit, 25 MB and more, {dtype}, {label}"
                 lines.append(Line(what, over(combine, fractions), 0.85, at_most=False))
     return lines
 

@@ -55,10 +55,10 @@ def _layer(rows: list[Row]) -> str:
     )
 
 
-def _verbs(rows: list[Row]) -> str:
-    verbs = list(rows[0]["of the copy limit"])
-    lines = ([*_case(row), *(_plain(row["of the copy limit"][verb]) for verb in verbs)] for row in rows)
-    return _table(("shape per rank", "dtype, format", *verbs), lines)
+def _kernels(rows: list[Row]) -> str:
+    kernels = list(rows[0]["of the copy limit"])
+    lines = ([*_case(row), *(_plain(row["of the copy limit"][kernel]) for kernel in kernels)] for row in rows)
+    return _table(("shape per rank", "dtype, format", *kernels), lines)
 
 
 def _exchange(rows: list[Row]) -> str:
@@ -94,7 +94,7 @@ def _reductions(rows: list[Row]) -> str:
 _TABLES: tuple[tuple[str, Callable[[list[Row]], str], tuple[str, ...]], ...] = (
     ("The layer", _layer, ("layer", "tiny")),
     ("The layer with several threads a rank", _layer, ("threads",)),
-    ("The verbs", _verbs, ("verbs",)),
+    ("The kernels", _kernels, ("kernels",)),
     ("The exchange", _exchange, ("exchange",)),
     ("Slow peers, the compiler, a whole step, and ReLU", _peers, ("peers", "resnet", "relu")),
     ("Reductions beside gloo", _reductions, ("reductions",)),

@@ -18,7 +18,7 @@ from mpi4py import MPI
 from torch import Tensor
 
 import mpisyncbn
-from mpisyncbn import Communicator, SyncBatchNorm, autograd, functional, kernels
+from mpisyncbn import Communicator, SyncBatchNorm, autograd, batch_stats, functional, kernels, running_stats
 from mpisyncbn.kernels import link
 from support.ranks import WORLD, no_exchange, together
 
@@ -76,7 +76,7 @@ DTYPES = (torch.float32, torch.float16)
 @contextlib.contextmanager
 def without_native() -> Iterator[None]:
     with contextlib.ExitStack() as stack:
-        for module in (kernels, functional, autograd, link):
+        for module in (kernels, batch_stats, running_stats, autograd, link):
             stack.enter_context(mock.patch.object(module, "native", return_value=None))
         yield
 

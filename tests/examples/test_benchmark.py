@@ -137,10 +137,10 @@ def test_peers_take_turns_and_ranks_agree() -> None:
 
 
 def test_copy_fraction() -> None:
-    times = {"copy_": 4.0, "memmove": 3.0, "verb": 2.0}
+    times = {"copy_": 4.0, "memmove": 3.0, "kernel": 2.0}
     figures = {name: {"median": 2 * time, "minimum": time} for name, time in times.items()}
-    # a copy moves two tensors in 3, the verb one in 2
-    assert timing.copy_fraction(figures, "verb", 1) == {"median": 0.75, "minimum": 0.75}
+    # a copy moves two tensors in 3, the kernel one in 2
+    assert timing.copy_fraction(figures, "kernel", 1) == {"median": 0.75, "minimum": 0.75}
 
 
 def test_resnet() -> None:

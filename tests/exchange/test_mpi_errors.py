@@ -37,18 +37,18 @@ def fails(error):
 
 
 @pytest.mark.parametrize(
-    ("dtype", "verb", "code", "error", "words"),
+    ("dtype", "function", "code", "error", "words"),
     [
         (torch.float32, "Allreduce", MPI.ERR_INTERN, MPISyncBNError, "MPI failed in rank {} of"),
         (torch.float64, "Allgather", MPI.ERR_INTERN, MPISyncBNError, "MPI failed in rank {} of"),
         (torch.float32, "Allreduce", MPI.ERR_TRUNCATE, CollectiveMismatchError, "rank {} "),
     ],
 )
-def test_an_error_of_mpi_says_where(dtype, verb, code, error, words):
+def test_an_error_of_mpi_says_where(dtype, function, code, error, words):
     """A message of another length is a mismatch."""
     group = Communicator().ready()
     layer = SyncBatchNorm(3, process_group=group, dtype=dtype)
-    group.comm, group.link = Failing(group.comm, **{verb: fails(code)}), None
+    group.comm, group.link = Failing(group.comm, **{function: fails(code)}), None
     with pytest.raises(MPISyncBNError, match=words.format(RANK) + ".*forward of the layer") as caught:
         layer(torch.ones(2, 3, dtype=dtype))
     assert type(caught.value) is error

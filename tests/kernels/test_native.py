@@ -52,16 +52,16 @@ def test_every_thread_stores_past_the_cache(shape):
     """The values are the same, and only the time is not: so they are counted."""
     x, ones = shard(shape, 1), np.ones(shape[1])
     for laid in (x.contiguous(), layouts(x)["channels last"]):
-        verbs = (
+        kernels = (
             lambda x=laid: cpu.normalize(x, ones, ones, None, None),
             lambda x=laid: cpu.backward_elementwise(x, x, ones, ones, None, ones, ones),
         )
-        for verb in verbs:
+        for kernel in kernels:
             streamed = set()
             for threads in (1, 2, 3):
                 with native_settings(threads=threads, stream_from=0):
                     cpu._cpu.streamed_values()
-                    out = verb()
+                    out = kernel()
                     assert out.data_ptr() % 64 == 0
                     streamed.add(cpu._cpu.streamed_values())
             assert len(streamed) == 1

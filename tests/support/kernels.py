@@ -119,7 +119,7 @@ def vectors_for(kernels, x) -> Callable[[torch.Tensor], Array]:
 
 @np.errstate(all="ignore")  # as the callers of kernels have it
 def check(kernels, x, dy, weight, bias, eps=1e-5) -> None:
-    """All four verbs, with vectors of the kind that the module takes."""
+    """All four kernels, with vectors of the kind that the module takes."""
     near = vectors_for(kernels, x)
     tensor = as_tensor
     tx, tdy = tensor(x), tensor(dy)

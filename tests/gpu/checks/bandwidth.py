@@ -1,4 +1,4 @@
-"""Point 6, the four verbs beside a copy and the operations of torch's own SyncBatchNorm."""
+"""Point 6, the four kernels beside a copy and the operations of torch's own SyncBatchNorm."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ _OF_COPY, _OF_TORCH, _OF_TORCH_FEW = 0.8, 1.05, 0.7
 Peers = dict[str, Callable[[], Any]]
 
 
-def verbs(context: Context) -> None:
+def kernels(context: Context) -> None:
     """This rank alone."""
     records = context.records
     shapes = _SHAPES[::2] if context.quick else _SHAPES
@@ -48,7 +48,7 @@ def verbs(context: Context) -> None:
     few = [
         row
         for row in rows
-        if row["channels"] <= 64 and row["layout"] == "contiguous" and row["verb"] in ("moments", "reduce")
+        if row["channels"] <= 64 and row["layout"] == "contiguous" and row["kernel"] in ("moments", "reduce")
     ]
     _judge(records, "share of a copy's speed", large, "of copy", _OF_COPY, most=False)
     _judge(records, "time over torch's", rows, "of torch", _OF_TORCH)
@@ -59,12 +59,12 @@ def _judge(
     records: Any, name: str, rows: list[dict[str, Any]], key: str, bar: float, most: bool = True
 ) -> None:
     """How many reach the bar, and the worst as a bar of its own."""
-    for verb in _TENSORS:
-        of_verb = [row for row in rows if row["verb"] == verb and key in row]
-        if of_verb:
-            worst = (max if most else min)(of_verb, key=lambda row: row[key])
-            met = sum(row[key] <= bar if most else row[key] >= bar for row in of_verb)
-            title = f"{name}, {verb}, {met} of {len(of_verb)}, worst {worst['name']}"
+    for kernel in _TENSORS:
+        of_kernel = [row for row in rows if row["kernel"] == kernel and key in row]
+        if of_kernel:
+            worst = (max if most else min)(of_kernel, key=lambda row: row[key])
+            met = sum(row[key] <= bar if most else row[key] >= bar for row in of_kernel)
+            title = f"{name}, {kernel}, {met} of {len(of_kernel)}, worst {worst['name']}"
             records.bar(title, worst[key], bar, most=most)
 
 
@@ -75,34 +75,34 @@ def _rows(
     ours, torchs = _ours(x, dy), _torchs(x, dy)
     target = torch.empty_like(x)
     peers = {"copy": lambda: target.copy_(x)}
-    peers |= {f"ours {verb}": call for verb, call in ours.items()}
+    peers |= {f"ours {kernel}": call for kernel, call in ours.items()}
     left_out = {}
-    for verb, call in torchs.items():
+    for kernel, call in torchs.items():
         try:
             call()
-            peers[f"torch {verb}"] = call
+            peers[f"torch {kernel}"] = call
         except RuntimeError as error:  # a layout that it does not take
-            left_out[verb] = str(error).splitlines()[0]
+            left_out[kernel] = str(error).splitlines()[0]
     times = timed(context, peers, 7 if context.quick else 21)
     rows: list[dict[str, Any]] = []
     said: dict[str, Any] = {"copy, GB/s": 2 * x.nbytes / times["copy"] / 1e3, "us": times}
-    for verb, tensors in _TENSORS.items():
-        mine = times[f"ours {verb}"]
+    for kernel, tensors in _TENSORS.items():
+        mine = times[f"ours {kernel}"]
         row = {
             "name": name,
-            "verb": verb,
+            "kernel": kernel,
             "values": x.numel(),
             "channels": shape[1],
             "layout": layout,
             "of copy": tensors / 2 * times["copy"] / mine,
         }
-        if f"torch {verb}" in times:
-            row["of torch"] = mine / times[f"torch {verb}"]
+        if f"torch {kernel}" in times:
+            row["of torch"] = mine / times[f"torch {kernel}"]
         rows.append(row)
-        said[verb] = {key: row[key] for key in ("of copy", "of torch") if key in row}
+        said[kernel] = {key: row[key] for key in ("of copy", "of torch") if key in row}
     context.records.figure(name, said)
-    for verb, reason in left_out.items():
-        context.records.skip(f"{name}, torch's {verb}", reason)
+    for kernel, reason in left_out.items():
+        context.records.skip(f"{name}, torch's {kernel}", reason)
     return rows
 
 

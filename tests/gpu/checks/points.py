@@ -88,7 +88,7 @@ _PARTS = {  # by number and title, and whether they run side by side: where no t
     ],
     (5, "latency", False): [Run("exchange", "latency.latencies", 2, 90)],
     (6, "bandwidth and speed", False): [
-        Run("verbs", "bandwidth.verbs", 0, 240, gpu=True),
+        Run("kernels", "bandwidth.kernels", 0, 240, gpu=True),
         Run("layer, 2 ranks", "speed.layer", 2, 90),
         Run("layer, 4 ranks", "speed.layer", 4, 90),
         Run("tiny layer", "speed.tiny", 1, 60),

@@ -20,7 +20,7 @@ _ELEMENTS = [(warps, bytes, steps) for warps in (4, 8) for bytes in (32, 64) for
 
 
 def tiles(context: Context) -> None:
-    """This rank alone. For each tensor and verb, microseconds by tile: those in use first."""
+    """This rank alone. For each tensor and kernel, microseconds by tile: those in use first."""
     from mpisyncbn.kernels.cuda import plans
 
     for shape in _SHAPES[:2] if context.quick else _SHAPES:
@@ -33,18 +33,18 @@ def tiles(context: Context) -> None:
 
 def _compare(context: Context, plans: Any, name: str, kind: tuple[Any, ...]) -> None:
     calls = _ours(_data(context, *kind), _data(context, *kind))
-    for verbs, candidates, settings in (
+    for kernels, candidates, settings in (
         (("moments", "reduce"), _SUMS, _for_sums),
         (("normalize", "elementwise"), _ELEMENTS, _for_elements),
     ):
-        for verb in verbs:
-            peers = {"in use": calls[verb]}
+        for kernel in kernels:
+            peers = {"in use": calls[kernel]}
             for candidate in candidates:
-                peers[" ".join(map(str, candidate))] = _under(plans, settings(*candidate), calls[verb])
+                peers[" ".join(map(str, candidate))] = _under(plans, settings(*candidate), calls[kernel])
             times = timed(context, peers, 5 if context.quick else 9)
             best = min(times, key=times.__getitem__)
             found = {"in use": times["in use"], best: times[best], "all": times}
-            context.records.figure(f"{name} {verb}", found)
+            context.records.figure(f"{name} {kernel}", found)
 
 
 def _for_sums(warps: int, values: int, programs: int) -> dict[str, int]:

@@ -1,4 +1,4 @@
-"""The four verbs beside a copy of memory: section verbs."""
+"""The four kernels beside a copy of memory: section kernels."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from .timing import copy_fraction, interleave
 TENSORS = {"local_moments": 1, "normalize": 2, "backward_reduce": 2, "backward_elementwise": 3}
 
 
-def verbs(quick: bool) -> Iterator[dict[str, Any]]:
+def kernels(quick: bool) -> Iterator[dict[str, Any]]:
     for case in verb_cases(quick):
         x, dy = data(case)
         x = x.detach()
@@ -34,13 +34,13 @@ def verbs(quick: bool) -> Iterator[dict[str, Any]]:
             "bytes": case.bytes,
             "us": figures,
             "of the copy limit": {
-                verb: copy_fraction(figures, verb, tensors) for verb, tensors in TENSORS.items()
+                kernel: copy_fraction(figures, kernel, tensors) for kernel, tensors in TENSORS.items()
             },
         }
 
 
 def calls(x: Tensor, dy: Tensor) -> dict[str, Callable[[], Any]]:
-    """Each verb with a training step's arguments. Collective: every rank must call."""
+    """Each kernel with a training step's arguments. Collective: every rank must call."""
     kernels = kernels_for(x)
     channels = x.shape[1]
     weight, bias = torch.ones(channels), torch.zeros(channels)
