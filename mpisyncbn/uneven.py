@@ -1,0 +1,67 @@
+"""Ranks that run out of data before others: they serve the exchanges of the others with a count of 0."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+
+from torch import nn
+
+from . import exchange
+from .comm.communicator import Communicator
+from .comm.groups import resolve
+from .comm.runtime import mpi
+from .convert import Synchronized
+from .errors import MPISyncBNError, on_rank
+
+__all__ = ["ServingThread", "check_threads", "groups_of", "joining"]
+
+
+def groups_of(model: nn.Module) -> list[Communicator]:
+    """The groups of a model's synchronized layers, each once, in the order of layers."""
+    layers = [layer for layer in model.modules() if isinstance(layer, Synchronized)]
+    return list(dict.fromkeys(resolve(layer.communicator) for layer in layers))
+
+
+def check_threads(function: str) -> None:
+    """Raise MPISyncBNError, which names ``function``, if MPI may not be called from several threads."""
+    MPI = mpi()
+    if MPI.Query_thread() < MPI.THREAD_MULTIPLE:
+        raise MPISyncBNError(
+            f"{function}() needs MPI_THREAD_MULTIPLE, MPI provides level {MPI.Query_thread()}{on_rank()}: "
+            "set mpi4py.rc.thread_level to 'multiple', its default"
+        )
+
+
+@contextmanager
+def joining(groups: Sequence[Communicator]) -> Iterator[None]:
+    """A context in which exchanges tell ranks that have run out of data what to take part in."""
+    try:
+        for group in groups:
+            group.ready().in_join_context = True
+        yield
+    finally:
+        for group in groups:
+            group.in_join_context = False
+
+
+class ServingThread(threading.Thread):
+    """Serves one group's exchanges, while this rank does other things for the same ranks."""
+
+    def __init__(self, group: Communicator) -> None:
+        super().__init__(name="mpisyncbn join", daemon=True)
+        self._group = group
+        self._error: Exception | None = None
+
+    def run(self) -> None:
+        try:
+            exchange.serve_joined(self._group)
+        except Exception as error:
+            self._error = error
+
+    def finish(self) -> None:
+        """Wait for the thread, and raise its error if there was one."""
+        self.join()
+        if self._error is not None:
+            raise self._error
