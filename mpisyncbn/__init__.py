@@ -22,6 +22,8 @@ if TYPE_CHECKING:
     from .comm.nodes import local_rank
     from .convert import revert_sync_batchnorm, set_process_group
     from .distributed import init_process_group
+    from .precise_bn import update_bn
+    from .registry import register_conversion
 
     convert_sync_batchnorm = SyncBatchNorm.convert_sync_batchnorm
 
@@ -40,9 +42,11 @@ __all__ = [
     "local_rank",
     "new_group",
     "new_subgroups",
+    "register_conversion",
     "revert_sync_batchnorm",
     "set_process_group",
     "sync_batch_norm",
+    "update_bn",
 ]
 
 if config.launched():
@@ -59,9 +63,11 @@ _HOME = {
     "local_rank": "comm.nodes",
     "new_group": "comm.groups",
     "new_subgroups": "comm.groups",
+    "register_conversion": "registry",
     "revert_sync_batchnorm": "convert",
     "set_process_group": "convert",
     "sync_batch_norm": "autograd",
+    "update_bn": "precise_bn",
 }
 
 

@@ -78,7 +78,13 @@ class SyncBatchNorm(convert.Synchronized):
             nn.init.zeros_(self.bias)
 
     def forward(self, input: Tensor, residual: Tensor | None = None) -> Tensor:
-        activation = self.activation
+        return self._batch_norm(input, residual)
+
+    def _batch_norm(
+        self, input: Tensor, residual: Tensor | None = None, activation: str | None = None
+    ) -> Tensor:
+        """``forward`` with another activation than the layer's own, for registered forwards."""
+        activation = activation or self.activation
         self._check_input_dim(input)
         if not self.training:
             tensors = input, self.running_mean, self.running_var, self.weight, self.bias

@@ -7,9 +7,7 @@ parametrizations and all references to the layer survive, because it is the same
 from __future__ import annotations
 
 import sys
-from collections import Counter
 from collections.abc import Iterator
-from itertools import pairwise
 from typing import Any, NoReturn, cast
 
 import torch
@@ -33,10 +31,13 @@ from .convertible import (
     warn_of_others,
 )
 from .errors import on_rank
+from .fusing import FusedReLU, fuse, fused_layers, unfuse
 from .layer_names import give_up_key, new_key
+from .registry import has_own_forward, registered_forward
 
 __all__ = [
     "BatchNorm",
+    "FusedReLU",  # pickles of whole models name it here
     "Synchronized",
     "convert_sync_batchnorm",
     "revert_sync_batchnorm",
@@ -151,14 +152,6 @@ _KNOWN = (nn.SyncBatchNorm, BatchNorm)
 _PLAIN = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)  # these print as SyncBatchNorm alone
 
 
-class FusedReLU(tracing.Leaf, nn.Identity):
-    """Stands for a ReLU that the layer before it applies. Reverting puts the ReLU back."""
-
-    def __init__(self, layer: nn.Module, relu: nn.Module) -> None:
-        super().__init__()
-        vars(self).update(_layer=layer, _relu=relu)  # not submodules: the model has none there
-
-
 def convert_sync_batchnorm(
     module: nn.Module,
     process_group: AnyGroup = None,
@@ -187,7 +180,8 @@ def convert_sync_batchnorm(
         synchronized.process_group = process_group
         synchronized.layer_name = f"{model}: {path}" if path else name
     if fuse_relu:
-        _fuse_relu(module)
+        # A registered forward may do more after the normalization.
+        fuse(module, {layer for _, layer in layers if type(layer).forward is to.forward})
     return module
 
 
@@ -243,11 +237,11 @@ def revert_sync_batchnorm(module: nn.Module) -> nn.Module:
             changed then.
     """
     check_module(module)
-    fused = {id(vars(each)["_layer"]) for each in module.modules() if isinstance(each, FusedReLU)}
+    fused = fused_layers(module)
     lost = [
         label_of(name)
         for name, layer in module.named_modules()
-        if isinstance(layer, Synchronized) and layer.activation and id(layer) not in fused
+        if isinstance(layer, Synchronized) and layer.activation and layer not in fused
     ]
     if lost:
         raise TypeError(
@@ -257,29 +251,8 @@ def revert_sync_batchnorm(module: nn.Module) -> nn.Module:
     for layer in module.modules():
         if isinstance(layer, Synchronized):
             _revert(layer)
-        for name, child in layer.named_children():
-            if isinstance(child, FusedReLU):
-                layer._modules[name] = vars(child)["_relu"]
+        unfuse(layer)
     return module
-
-
-def _fuse_relu(module: nn.Module) -> None:
-    """Let layers apply the ReLU that follows them in an nn.Sequential, if hooks see neither."""
-    uses = Counter(id(each) for _, each in module.named_modules(remove_duplicate=False))
-    for container in module.modules():
-        if type(container) is not nn.Sequential:
-            continue
-        for (_, layer), (name, relu) in pairwise(container._modules.items()):
-            alone = isinstance(layer, Synchronized) and type(relu) is nn.ReLU and uses[id(layer)] == 1
-            if alone and not _has_hooks(layer) and not _has_hooks(relu):
-                cast(Synchronized, layer).activation = "relu"
-                container._modules[name] = FusedReLU(layer, relu)
-
-
-def _has_hooks(module: nn.Module) -> bool:
-    return any(
-        hooks for key, hooks in vars(module).items() if key.endswith("_hooks") and "state_dict" not in key
-    )
 
 
 def _class_name(model: nn.Module) -> str:
@@ -318,11 +291,28 @@ def _synchronized(to: type[Synchronized], original: type[_BatchNorm]) -> type[Sy
 
 
 def _mixed(to: type[Synchronized], original: type[_BatchNorm]) -> type[Synchronized]:
-    """A class that behaves like ``original``, a BatchNorm, but has the forward of ``to``."""
-    for cls in original.__subclasses__():  # Python drops classes there that are no longer used
-        if vars(cls).get("_mixed") == (to, original):
+    """A class that behaves like ``original``, a BatchNorm, but normalizes as ``to`` does."""
+    forward = registered_forward(original)
+    # DistributedDataParallel refuses instances of torch's SyncBatchNorm on CPUs.
+    bases = (to,) if forward and issubclass(original, nn.SyncBatchNorm) else (to, original)
+    made_of = (to, original, forward)
+    for cls in bases[-1].__subclasses__():  # Python drops classes there that are no longer used
+        if vars(cls).get("_made_of") == made_of:
             return cast(type[Synchronized], cls)
-    members = {"__module__": original.__module__, "__reduce_ex__": _reduce_mixed, "_mixed": (to, original)}
+    members = {
+        "__module__": original.__module__,
+        "__reduce_ex__": _reduce_mixed,
+        "_mixed": (to, original),
+        "_made_of": made_of,
+    }
+    if forward is not None:
+        members["forward"] = lambda self, *args, **kwargs: forward(self, self._batch_norm, *args, **kwargs)
+    elif has_own_forward(original):
+        raise TypeError(
+            f"cannot make a synchronized {original.__module__}.{original.__qualname__}: its own forward() is "
+            f"not registered{on_rank()}. Call mpisyncbn.register_conversion before loading, as the program "
+            "that saved the model did"
+        )
     if issubclass(original, LazyModuleMixin):
         members["initialize_parameters"] = lambda self, input, residual=None: original.initialize_parameters(
             self, input
@@ -334,7 +324,7 @@ def _mixed(to: type[Synchronized], original: type[_BatchNorm]) -> type[Synchroni
     name = f"{to.__name__}{original.__name__}"
     if original in _PLAIN:
         name, members["__module__"] = to.__name__, to.__module__
-    return type(name, (to, original), members)
+    return type(name, bases, members)
 
 
 def _reduce_mixed(layer: Synchronized, protocol: int) -> tuple[object, ...]:

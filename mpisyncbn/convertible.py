@@ -11,6 +11,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.utils import parametrize
 
 from .errors import on_rank
+from .registry import has_own_forward, registered_forward
 
 __all__ = [
     "abbreviated",
@@ -35,12 +36,12 @@ def check_name(name: object) -> None:
 
 def refuse_own_forward(layers: list[tuple[str, _BatchNorm]]) -> None:
     """Raise TypeError for layers, by their names, that have a ``forward`` of their own."""
-    lost = [(name, type(layer)) for name, layer in layers if _has_own_forward(layer)]
+    lost = [(name, type(layer)) for name, layer in layers if _loses_forward(layer)]
     if lost:
         raise TypeError(
-            f"cannot convert layers whose own forward() would be lost: {_by_class(lost)}{on_rank()}. Rewrite "
-            "such a layer to call a BatchNorm layer that it holds, or replace it before converting; no layer "
-            "was changed"
+            f"cannot convert layers whose own forward() would be lost: {_by_class(lost)}{on_rank()}. Say "
+            "what it does with mpisyncbn.register_conversion, or rewrite such a layer to call a BatchNorm "
+            "layer that it holds, or replace it before converting; no layer was changed"
         )
 
 
@@ -58,10 +59,11 @@ def refuse_own_activation(layers: list[tuple[str, _BatchNorm]]) -> None:
         )
 
 
-def _has_own_forward(layer: nn.Module) -> bool:
+def _loses_forward(layer: nn.Module) -> bool:
     classes = [type(layer), getattr(layer, "cls_to_become", None)]  # a lazy layer becomes another
-    known = (None, _BatchNorm.forward, nn.SyncBatchNorm.forward)
-    return "forward" in vars(layer) or any(getattr(cls, "forward", None) not in known for cls in classes)
+    return "forward" in vars(layer) or any(
+        cls is not None and has_own_forward(cls) and registered_forward(cls) is None for cls in classes
+    )
 
 
 def refuse_scripted(module: nn.Module) -> None:

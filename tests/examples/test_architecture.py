@@ -18,9 +18,9 @@ from support.ranks import no_exchange
 PACKAGE = ROOT / "mpisyncbn"
 # Data goes down these lines and back; imports go down them and never up. In kernels/ there is no order.
 FLOORS = {
-    "": "__init__ __main__ distributed batchnorm autograd convert convertible tracing functional exchange"
-    " merging fingerprint running_stats arguments arrays batch_stats communicator comm layer_names liveness"
-    " kernels profiling config errors",
+    "": "__init__ __main__ precise_bn distributed uneven batchnorm autograd convert convertible"
+    " registry fusing tracing functional exchange merging fingerprint running_stats arguments arrays"
+    " batch_stats communicator comm layer_names liveness kernels profiling config errors",
     "autograd": "__init__ fused compiled composite evaluation layer_context",
     "comm": "__init__ nodes groups communicator runtime ancestors handshake transport staging streams"
     " unreferenced launcher",
@@ -155,7 +155,7 @@ def blocks(name: str) -> list[str]:
 
 
 @pytest.mark.parametrize(
-    "name", ["README.md", "docs/algorithm.md", "docs/distributed.md", "docs/sharp_bits.md"]
+    "name", ["README.md", "docs/algorithm.md", "docs/distributed.md", "docs/sharp_bits.md", "docs/spatial.md"]
 )
 def test_code_in_the_documentation_runs(name, tmp_path, monkeypatch, capsys):
     """Each block by itself, at any number of ranks."""

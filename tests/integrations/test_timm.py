@@ -1,0 +1,23 @@
+"""Models of timm: a few of the families that timm_families.py tries all of."""
+
+from __future__ import annotations
+
+import pytest
+
+pytest.importorskip("timm", reason="timm is not installed: pip install 'mpisyncbn[integrations]'")
+
+from timm_families import compare
+
+from support.ranks import together, up_to_two
+
+pytestmark = [pytest.mark.full, up_to_two]
+
+
+# Batch norm with an activation, without one, both; 1-d; activations of four kinds.
+@pytest.mark.parametrize("model", ["test_efficientnet", "test_resnet", "ghostnet_050", "efficientvit_m0"])
+def test_a_model_trains_as_one_process_with_the_whole_batch(model):
+    found = compare(model)
+    with together():
+        assert found.layers > 10
+        assert found.distance < 1e-10
+        assert found.restored

@@ -1,0 +1,124 @@
+"""One small model of each family of timm that has a batch norm: converted, compared, reverted.
+
+    mpiexec -n 2 python tests/integrations/timm_families.py [MODELS]     a Markdown table on rank 0
+    python tests/integrations/timm_families.py --list                    timm_models.txt, from timm's registry
+
+A family is a module of timm.models. ``--list`` builds every model of the registry without memory, and takes
+the smallest of each family, and of each class of batch norms in it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+import timm
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+import mpisyncbn
+
+MODELS = (Path(__file__).parent / "timm_models.txt").read_text().split()
+
+
+class Comparison(NamedTuple):
+    model: str
+    layers: int  # batch norms
+    distance: float  # of outputs, gradients and running statistics, relative
+    restored: bool  # every module has its exact class again
+
+
+def compare(name: str) -> Comparison:
+    """Train a model for a step, on uneven parts of a batch and on the whole. Collective over the world."""
+    from support.ranks import MPI, WORLD
+
+    torch.manual_seed(0)
+    model = timm.create_model(name, pretrained=False, num_classes=7).double()
+    _without_chance(model)
+    size = _size(model)
+    whole = copy.deepcopy(model)
+    classes = [type(module) for module in model.modules()]
+    mpisyncbn.convert_sync_batchnorm(model)
+    parts = [3 + rank % 2 for rank in range(WORLD.size)]
+    images = torch.randn(sum(parts), 3, size, size, dtype=torch.float64)
+    start = sum(parts[: WORLD.rank])
+    mine = slice(start, start + parts[WORLD.rank])
+    target = torch.randn(sum(parts), 7, dtype=torch.float64)
+    y, expected = _logits(model(images[mine])), _logits(whole(images))
+    ((y - target[mine]) ** 2).sum().backward()
+    ((expected - target) ** 2).sum().backward()
+    gradients = [
+        (torch.from_numpy(WORLD.allreduce(ours.grad.contiguous().numpy())), theirs.grad)
+        for ours, theirs in zip(model.parameters(), whole.parameters(), strict=True)
+        if theirs.grad is not None
+    ]
+    buffers = list(zip(model.buffers(), whole.buffers(), strict=True))
+    distance = max(map(_distance, ([(y, expected[mine])], gradients, buffers)))
+    layers = sum(isinstance(module, _BatchNorm) for module in model.modules())
+    mpisyncbn.revert_sync_batchnorm(model)
+    restored = [type(module) for module in model.modules()] == classes
+    return Comparison(name, layers, WORLD.allreduce(distance, MPI.MAX), restored)
+
+
+def _without_chance(model: nn.Module) -> None:
+    """Take out dropout, of which ranks would draw other numbers than one process."""
+    for module in model.modules():
+        for name in ("p", "drop_prob", "drop_rate"):
+            if isinstance(getattr(module, name, None), float):
+                setattr(module, name, 0.0)
+
+
+def _logits(output: Tensor | tuple[Tensor, ...]) -> Tensor:
+    return output if isinstance(output, Tensor) else output[0]
+
+
+def _distance(pairs: list[tuple[Tensor, Tensor]]) -> float:
+    """The largest difference, over the largest value of all: a mean may be a sum that cancels to 0."""
+    scale = max((theirs.abs().max().item() for _, theirs in pairs if theirs.numel()), default=1.0)
+    return max(((a - b).abs().max().item() for a, b in pairs if b.numel()), default=0.0) / scale
+
+
+def _size(model: nn.Module) -> int:
+    """Pixels of an image's side: as few as the model takes."""
+    model.eval()
+    for size in (96, 128):
+        with torch.no_grad(), contextlib.suppress(AssertionError, RuntimeError, ValueError):
+            model(torch.zeros(1, 3, size, size, dtype=torch.float64))
+            break
+    else:
+        size = model.default_cfg["input_size"][-1]
+    model.train()
+    return size
+
+
+def smallest() -> Iterator[str]:
+    """The models of timm_models.txt."""
+    for family in timm.list_modules():
+        found: dict[str, tuple[int, str]] = {}
+        for name in timm.list_models(module=family):
+            with torch.device("meta"):
+                model = timm.create_model(name, pretrained=False)
+            size = sum(parameter.numel() for parameter in model.parameters())
+            for cls in {type(m).__qualname__ for m in model.modules() if isinstance(m, _BatchNorm)}:
+                found[cls] = min(found.get(cls, (size, name)), (size, name))
+        yield from sorted({name for _, name in found.values()})
+
+
+if __name__ == "__main__":
+    sys.path[:0] = [str(Path(__file__).parents[1])]
+    if sys.argv[1:] == ["--list"]:
+        print(*smallest(), sep="\n")
+        sys.exit()
+    torch.set_num_threads(1)
+    rows = []
+    for each in sys.argv[1:] or MODELS:
+        rows.append(compare(each))
+        if mpisyncbn.Communicator().rank == 0:
+            print(
+                f"| {each} | {rows[-1].layers} | {rows[-1].distance:.1e} | {rows[-1].restored} |", flush=True
+            )
