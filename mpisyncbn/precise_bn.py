@@ -132,8 +132,8 @@ class _Layer:
         """Set the running statistics, if any value has reached the layer."""
         if self.count:
             stats = BatchStats(self.mean, self.var, self.var, self.count)
-            record_batch(self.layer.running_mean, self.layer.running_var, None, stats, 1.0)
-            if self.layer.num_batches_tracked is not None:
+            running = self.layer.running_mean, self.layer.running_var, None
+            if record_batch(*running, stats, 1.0) and self.layer.num_batches_tracked is not None:
                 self.layer.num_batches_tracked.fill_(batches)
 
 
