@@ -201,13 +201,18 @@ def check_stats(stats: object, names: tuple[str, ...], channels: int, like: Arra
                 f"expected stats.{name} of dtype float64{_on_device(first)}, got {dtype_name(vector.dtype)}"
                 f"{_on_device(vector)}{on_rank()}"
             )
+    _check_count_of(stats, names[0])
+
+
+def _check_count_of(stats: BatchStats, name: str) -> None:
+    """Check the count of a BatchStats: a whole number or, like the vector ``name``, a 0-d array."""
     count = stats.count
     if not isinstance(count, (int, np.integer)):
         if getattr(count, "ndim", None) != 0 or isinstance(count, np.generic):
             raise TypeError(
                 f"expected stats.count to be a whole number, got {type(count).__name__}{on_rank()}"
             )
-        check_kind("stats.count", count, f"stats.{names[0]}", first)
+        check_kind("stats.count", count, f"stats.{name}", getattr(stats, name))
         if dtype_name(count.dtype) not in _COUNTING:
             raise TypeError(f"expected stats.count to be a whole number, got {count.dtype}{on_rank()}")
     elif count < 0:
