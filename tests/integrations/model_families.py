@@ -1,10 +1,10 @@
-"""One small model of each family of timm that has a batch norm: converted, compared, reverted.
+"""One small model of each family that has a batch norm: converted, compared, reverted.
 
-    mpiexec -n 2 python tests/integrations/timm_families.py [MODELS]     a Markdown table on rank 0
-    python tests/integrations/timm_families.py --list                    timm_models.txt, from timm's registry
+    mpiexec -n 2 python tests/integrations/model_families.py [MODELS]     a Markdown table on rank 0
+    python tests/integrations/model_families.py --list                    timm's part of models.txt
 
-A family is a module of timm.models. ``--list`` builds every model of the registry without memory, and takes
-the smallest of each family, and of each class of batch norms in it.
+A family is a module of timm.models, or of torchvision.models. ``--list`` builds every model of timm's
+registry without memory, and takes the smallest of each family, and of each class of batch norms in it.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 import mpisyncbn
 
-MODELS = (Path(__file__).parent / "timm_models.txt").read_text().split()
+MODELS = (Path(__file__).parent / "models.txt").read_text().split()
 
 
 class Comparison(NamedTuple):
@@ -38,10 +38,10 @@ def compare(name: str) -> Comparison:
     from support.ranks import MPI, WORLD
 
     torch.manual_seed(0)
-    model = timm.create_model(name, pretrained=False, num_classes=7).double()
+    model = _build(name).double()
     _without_chance(model)
     size = _size(model)
-    whole = copy.deepcopy(model)
+    whole = copy.deepcopy(model.train())
     classes = [type(module) for module in model.modules()]
     mpisyncbn.convert_sync_batchnorm(model)
     parts = [3 + rank % 2 for rank in range(WORLD.size)]
@@ -73,7 +73,23 @@ def _without_chance(model: nn.Module) -> None:
                 setattr(module, name, 0.0)
 
 
-def _logits(output: Tensor | tuple[Tensor, ...]) -> Tensor:
+def _build(name: str) -> nn.Module:
+    library, _, model = name.rpartition("/")
+    if not library:
+        return timm.create_model(name, pretrained=False, num_classes=7)
+    import torchvision
+
+    # As the reference scripts of torchvision start: GoogLeNet and Inception would take minutes otherwise.
+    more = {"init_weights": False} if model in ("googlenet", "inception_v3") else {}
+    if model.startswith("lraspp"):
+        more = {"weights_backbone": None}
+    return torchvision.models.get_model(model, weights=None, num_classes=7, **more)
+
+
+def _logits(output: Tensor | tuple[Tensor, ...] | dict[str, Tensor]) -> Tensor:
+    """The first output of a model: of its own head, without those of auxiliary ones."""
+    if isinstance(output, dict):
+        return output["out"].mean((2, 3))
     return output if isinstance(output, Tensor) else output[0]
 
 
@@ -85,19 +101,16 @@ def _distance(pairs: list[tuple[Tensor, Tensor]]) -> float:
 
 def _size(model: nn.Module) -> int:
     """Pixels of an image's side: as few as the model takes."""
-    model.eval()
-    for size in (96, 128):
+    trial = copy.deepcopy(model).train()
+    for size in (96, 128, 224):
         with torch.no_grad(), contextlib.suppress(AssertionError, RuntimeError, ValueError):
-            model(torch.zeros(1, 3, size, size, dtype=torch.float64))
-            break
-    else:
-        size = model.default_cfg["input_size"][-1]
-    model.train()
-    return size
+            trial(torch.zeros(2, 3, size, size, dtype=torch.float64))
+            return size
+    return getattr(model, "default_cfg", {"input_size": [299]})["input_size"][-1]
 
 
 def smallest() -> Iterator[str]:
-    """The models of timm_models.txt."""
+    """The models of timm in models.txt."""
     for family in timm.list_modules():
         found: dict[str, tuple[int, str]] = {}
         for name in timm.list_models(module=family):

@@ -1,4 +1,4 @@
-"""Models of timm: a few of the families that timm_families.py tries all of."""
+"""A few models of timm and torchvision; model_families.py tries all families."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import pytest
 
 pytest.importorskip("timm", reason="timm is not installed: pip install 'mpisyncbn[integrations]'")
 
-from timm_families import compare
+from model_families import compare
 
 from support.ranks import together, up_to_two
 
@@ -14,7 +14,9 @@ pytestmark = [pytest.mark.full, up_to_two]
 
 
 # Batch norm with an activation, without one, both; 1-d; activations of four kinds.
-@pytest.mark.parametrize("model", ["test_efficientnet", "test_resnet", "ghostnet_050", "efficientvit_m0"])
+@pytest.mark.parametrize(
+    "model", ["test_efficientnet", "test_resnet", "ghostnet_050", "efficientvit_m0", "torchvision/mnasnet0_5"]
+)
 def test_a_model_trains_as_one_process_with_the_whole_batch(model):
     found = compare(model)
     with together():
