@@ -25,7 +25,7 @@ from .comm import launcher, transport
 from .comm.communicator import Communicator
 from .comm.runtime import mpi
 from .errors import TransportError
-from .kernels import Array, kernels_for, native, on_cuda
+from .kernels import Array, cuda_kernels_for, kernels_for, native
 from .liveness.rank_status import agreed_timeout
 
 _OPTIONAL = ("numpy", "mpi4py", "torch", "cupy", "triton")
@@ -175,7 +175,7 @@ def _kernels() -> Facts:
     if accelerator is None:
         used["torch, accelerator"] = "torch finds no accelerator"
     elif accelerator.type == "cuda":
-        used["torch, cuda"] = on_cuda(torch.device("cuda", torch.cuda.current_device()))[1]
+        used["torch, cuda"] = cuda_kernels_for(torch.device("cuda", torch.cuda.current_device()))[1]
     else:
         used[f"torch, {accelerator.type}"] = "generic: composed of torch operations"
     if "not installed" in _versions()["cupy"]:

@@ -13,7 +13,10 @@ __all__ = ["BatchStats", "invstd_of"]
 
 
 class BatchStats(NamedTuple):
-    """Statistics of the whole group's batch, the same on every rank. Vectors are float64, of length C."""
+    """Statistics of the whole group's batch, the same on every rank.
+
+    Vectors are of length C, float64, or float32 on a device without float64.
+    """
 
     mean: Array
     var: Array  # biased: divided by count

@@ -175,5 +175,5 @@ def _cumulative_momentum(num_batches_tracked: Tensor | None) -> float | Tensor:
 
 # nn.Module looks for an attribute everywhere else before it looks where it keeps its tensors.
 def _tensor(layer: nn.Module, tensors: Mapping[str, Tensor | None], name: str) -> Tensor | None:
-    """A parameter or buffer of a layer, out of those that it keeps or, if parametrized, as an attribute."""
+    """A layer's parameter or buffer, from its dict, or as an attribute if it is parametrized."""
     return tensors[name] if name in tensors else getattr(layer, name)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import os
+import socket
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -139,6 +140,15 @@ def in_batch_script() -> bool:
         return ".batch]" in (PROC / str(parent) / "cmdline").read_text()
     except OSError:
         return False
+
+
+def machine() -> tuple[str, str]:
+    """The name of this machine, and the id of its boot, since two machines may have one name."""
+    try:
+        boot = (PROC / "sys/kernel/random/boot_id").read_text().strip()
+    except OSError:
+        boot = f"unknown, of process {os.getpid()}"  # so it counts as a machine of its own
+    return socket.gethostname(), boot
 
 
 def own_rank() -> int | None:

@@ -33,7 +33,7 @@ from .convertible import (
 from .errors import on_rank
 from .fusing import FusedReLU, fuse, fused_layers, unfuse
 from .layer_names import give_up_key, new_key
-from .registry import has_own_forward, registered_forward
+from .registry import Forward, has_own_forward, registered_forward
 
 __all__ = [
     "BatchNorm",
@@ -70,7 +70,8 @@ class Synchronized(BatchNorm):
     layer_name: str | None = None  # on all ranks: the name of the model, and the layer's own in it
     _key: str = "#"  # this process knows the layer by it while it has no name
     _converted_from: tuple[type[_BatchNorm], dict[str, object]] | None = None  # class, replaced attributes
-    _mixed: tuple[type[Synchronized], type[_BatchNorm]]  # of a class made here: what it is made of
+    # Of a class made here: the classes it is made of, and the forward that is registered.
+    _made_of: tuple[type[Synchronized], type[_BatchNorm], Forward | None]
 
     @property
     def process_group(self) -> AnyGroup:
@@ -147,7 +148,7 @@ _CONVERSION_ATTRIBUTES = (
     "_converted_from",
 )
 _WRAPPED = ("module", "_orig_mod", "_fsdp_wrapped_module")  # names of the model in torch's wrappers
-# Programs ask for these classes only to refuse them, as DistributedDataParallel does on CPUs.
+# Layers of these classes become plain ``to``: DistributedDataParallel refuses torch's on CPUs.
 _KNOWN = (nn.SyncBatchNorm, BatchNorm)
 _PLAIN = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)  # these print as SyncBatchNorm alone
 
@@ -279,8 +280,8 @@ def _revert(layer: Synchronized) -> None:
 
 def _change_class(layer: nn.Module, cls: type) -> None:
     if parametrize.is_parametrized(layer):
-        # torch keeps parametrized tensors as properties of a class made for this layer. To remove
-        # them, it takes them from that class and gives the layer its base: so it must stay on top.
+        # torch makes a class for each parametrized layer, with its tensors as properties. To remove
+        # them, torch goes back to the base of that class, so it must stay the outermost one.
         cls = type(f"Parametrized{cls.__name__}", (cls,), dict(vars(type(layer))))
     layer.__class__ = cls
 
@@ -299,12 +300,7 @@ def _mixed(to: type[Synchronized], original: type[_BatchNorm]) -> type[Synchroni
     for cls in bases[-1].__subclasses__():  # Python drops classes there that are no longer used
         if vars(cls).get("_made_of") == made_of:
             return cast(type[Synchronized], cls)
-    members = {
-        "__module__": original.__module__,
-        "__reduce_ex__": _reduce_mixed,
-        "_mixed": (to, original),
-        "_made_of": made_of,
-    }
+    members = {"__module__": original.__module__, "__reduce_ex__": _reduce_mixed, "_made_of": made_of}
     if forward is not None:
         members["forward"] = lambda self, *args, **kwargs: forward(self, self._batch_norm, *args, **kwargs)
     elif has_own_forward(original):
@@ -329,8 +325,8 @@ def _mixed(to: type[Synchronized], original: type[_BatchNorm]) -> type[Synchroni
 
 def _reduce_mixed(layer: Synchronized, protocol: int) -> tuple[object, ...]:
     # The class was made at run time, so pickle cannot find it by name: it is made again.
-    reduced = super(layer._mixed[0], layer).__reduce_ex__(protocol)
-    return (_rebuild, layer._mixed, *reduced[2:])
+    reduced = super(layer._made_of[0], layer).__reduce_ex__(protocol)
+    return (_rebuild, layer._made_of[:2], *reduced[2:])
 
 
 def _rebuild(to: type[Synchronized], original: type[_BatchNorm]) -> Synchronized:

@@ -1,6 +1,6 @@
 """The messages: pack, one collective, unpack, merge.
 
-Every message is a float64 buffer that begins with two words of fingerprint, ``h`` and ``h * h``
+Every message of this table is a float64 buffer that begins with two words of fingerprint, ``h`` and ``h * h``
 (fingerprint.py). The number of channels fixes its length. So a rank with an empty batch sends zeros
 of the same size, and a forward that meets a backward is reported, not cut short.
 
@@ -119,7 +119,7 @@ def _locked(group: Communicator, name: str) -> AbstractContextManager[object]:
 
 
 def _where_sent(group: Communicator, *vectors: Array) -> Sequence[Array]:
-    """The vectors, on the device if messages of this group are there, else in host memory."""
+    """Return the vectors in the memory of this group's messages: the device's or the host's."""
     if type(vectors[0]) is np.ndarray:
         return vectors
     if isinstance(vectors[0], np.ndarray):  # a subclass may override what arrays do
@@ -270,7 +270,7 @@ def _begin_exchange(group: Communicator, call: LayerCall, length: int, kind: int
 def _share_header(group: Communicator, kind: int, length: int, h: int) -> np.ndarray:
     """Tell joined ranks of the next message: its kind, its length and its fingerprint.
 
-    Returns these three. A joined rank hands over zeros. Zeros come back once all ranks have joined.
+    Returns these three. A joined rank passes zeros. The result is zeros once all ranks have joined.
     """
     header = np.array([kind, length, h], float)
     group.comm.Allreduce(group.in_place, header, op=group.largest)
@@ -278,9 +278,9 @@ def _share_header(group: Communicator, kind: int, length: int, h: int) -> np.nda
 
 
 def serve_joined(group: Communicator) -> None:
-    """Take part in the exchanges of others, with a count of zero, until every rank of the group is here.
+    """Take part in the other ranks' exchanges, with a count of zero, until all ranks do so.
 
-    Collective: every rank of the group must call, each when it has no more data (joining.py).
+    Collective: every rank of the group must call, each when it has no more data (uneven.py).
     """
     while True:
         with group.lock:

@@ -56,7 +56,7 @@ def _hash(call: tuple[object, ...]) -> int:
 
 
 def fingerprint(call: tuple[object, ...], exchanges: int) -> int:
-    """18 bits of ``call`` and of how many exchanges this communicator has done."""
+    """A hash of 18 bits, of ``call`` and the number of exchanges begun on this communicator."""
     return (_hash(call) + exchanges * 40503) & _MASK
 
 

@@ -45,7 +45,8 @@ def forward(
     """Normalize ``x`` with the statistics of the group's batch. Arguments are checked by the caller.
 
     Returns:
-        ``y``; the statistics in host memory; the same statistics on the device of ``x``.
+        ``y``; the statistics in host memory, but in a compiled graph on the device; the same
+        statistics on the device of ``x``.
 
     Collective: every rank of the group must call.
     """
@@ -174,7 +175,7 @@ def _layer_call(
 
 @contextmanager
 def _no_grad_or_warnings(x: Array) -> Iterator[None]:
-    """Let autograd record nothing, and NumPy not warn of values that are not finite: they are data."""
+    """Turn off autograd, and NumPy's warnings of values that are not finite: they are data."""
     if hasattr(x, "detach"):
         import torch
 

@@ -12,6 +12,7 @@ __all__ = [
     "Moments",
     "cancelled_channels",
     "is_absorbed",
+    "merge_two",
     "moments_of_rows",
     "moments_of_sums",
     "without_rounding",
@@ -50,9 +51,9 @@ def cancelled_channels(mean: np.ndarray, var: np.ndarray) -> tuple[np.ndarray, n
 
     Returns:
         A boolean vector that is True in these channels; a vector of origins, 0 in all others; whether
-        all of these channels may be constant. A channel may be if its mean is a number of float32,
-        which few others are, and only rounding is left of its variance. Its sums about that number
-        are exactly 0.
+        all of these channels may be constant. A channel may be constant if only rounding is left of
+        its variance, and its mean is a float32 number, as few other means are. Its sums about that
+        number are exactly 0.
     """
     square = mean * mean
     cancelled = var < _CANCELLATION * square
@@ -68,6 +69,16 @@ def without_rounding(var: np.ndarray, distance: np.ndarray) -> np.ndarray:
     There only rounding is left, of either sign. NaN stays NaN.
     """
     return var * (var > _ROUNDING * (distance * distance))
+
+
+def merge_two(a: Moments, b: Moments) -> Moments:
+    """The moments of two batches together, by Chan, Golub and LeVeque 1979, eq. 2.1."""
+    count = a[0] + b[0]
+    share = b[0] / max(count, 1)
+    distance = b[1] - a[1]
+    mean = a[1] + distance * share
+    var = a[2] * (1 - share) + b[2] * share + distance * distance * (share * (1 - share))
+    return count, mean, var
 
 
 def moments_of_rows(messages: np.ndarray) -> Moments:

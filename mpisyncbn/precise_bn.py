@@ -21,6 +21,7 @@ from .comm.groups import AnyGroup, resolve
 from .convert import Synchronized
 from .fingerprint import LayerCall, compare_calls
 from .kernels import kernels_for
+from .merging import merge_two
 from .running_stats import record_batch
 
 __all__ = ["update_bn"]
@@ -67,7 +68,7 @@ def update_bn(
     check_module(model)
     model = _unwrapped(model)
     layers = {
-        name: _Layer(layer, resolve(layer.communicator if isinstance(layer, Synchronized) else process_group))
+        name: _LayerMoments(layer, process_group)
         for name, layer in model.named_modules()
         if isinstance(layer, _BatchNorm) and layer.running_mean is not None
     }
@@ -77,14 +78,14 @@ def update_bn(
         return
     batches = _run(_with_bar(loader, resolve(process_group)), model, device, list(layers.values()))
     groups = dict.fromkeys(layer.group for layer in layers.values())
-    most = {group: _largest(group, batches) for group in groups}
+    most = {group: _allreduce_max(group, batches) for group in groups}
     for name, layer in layers.items():
         layer.merge(name)
     for layer in layers.values():
         layer.store(most[layer.group])
 
 
-def _compare_models(group: Communicator, layers: dict[str, _Layer]) -> None:
+def _compare_models(group: Communicator, layers: dict[str, _LayerMoments]) -> None:
     """Raise CollectiveMismatchError on every rank if the ranks have layers of other sizes."""
     sizes = [len(layer.mean) for layer in layers.values() if layer.group is group]
     name = f"update_bn for layers of {', '.join(map(str, sizes))} channels"
@@ -100,27 +101,26 @@ def _unwrapped(model: nn.Module) -> nn.Module:
     return model
 
 
-class _Layer:
+class _LayerMoments:
     """The moments of all values that a layer has seen."""
 
-    def __init__(self, layer: _BatchNorm, group: Communicator) -> None:
-        self.layer, self.group = layer, group
+    def __init__(self, layer: _BatchNorm, process_group: AnyGroup) -> None:
+        self.layer = layer
+        self.group = resolve(layer.communicator if isinstance(layer, Synchronized) else process_group)
         self.count = 0
         self.mean, self.var = np.zeros((2, layer.num_features))
 
-    def see(self, _: nn.Module, inputs: tuple[Tensor, ...], named: dict[str, Tensor], output: object) -> None:
+    def add_batch(
+        self, _: nn.Module, inputs: tuple[Tensor, ...], named: dict[str, Tensor], output: object
+    ) -> None:
         """Add the values of a batch. This is a hook: the layer has accepted its input by now."""
         x = (inputs[0] if inputs else named["input"]).detach()
         count, mean, m2 = kernels_for(x).local_moments(x)
         if count == 0:
             return
         *means, m2 = transport.to_host(*mean, m2) if mean.ndim == 2 else transport.to_host(mean, m2)
-        total = self.count + count
-        # Chan, Golub and LeVeque 1979, eq. 2.1
-        distance = (means[0] - self.mean) + sum(means[1:])
-        self.var = (self.var * self.count + m2 + distance**2 * (self.count / total * count)) / total
-        self.mean = self.mean + distance * (count / total)
-        self.count = total
+        batch = count, np.sum(means, axis=0), m2 / count
+        self.count, self.mean, self.var = merge_two((self.count, self.mean, self.var), batch)
 
     def merge(self, name: str) -> None:
         """Merge the moments of all ranks. Collective: every rank of the layer's group must call."""
@@ -137,7 +137,7 @@ class _Layer:
                 self.layer.num_batches_tracked.fill_(batches)
 
 
-def _run(loader: Iterable[Batch], model: nn.Module, device: Device, layers: Sequence[_Layer]) -> int:
+def _run(loader: Iterable[Batch], model: nn.Module, device: Device, layers: Sequence[_LayerMoments]) -> int:
     """Let the layers see all batches. Returns the number of batches of this rank."""
     batches, groups = 0, uneven.groups_of(model)
     if len(groups) > 1:
@@ -147,22 +147,16 @@ def _run(loader: Iterable[Batch], model: nn.Module, device: Device, layers: Sequ
             x = cast(Tensor, batch[0] if isinstance(batch, (list, tuple)) else batch)
             model(x if device is None else x.to(device))
             batches += 1
-    others = [uneven.ServingThread(group) for group in groups[1:]]
-    for thread in others:
-        thread.start()
-    if groups:
-        exchange.serve_joined(groups[0])
-    for thread in others:
-        thread.finish()
+    uneven.serve(groups)
     return batches
 
 
 @contextmanager
-def _training(model: nn.Module, layers: Sequence[_Layer]) -> Iterator[None]:
-    """Training mode, in which the layers leave their running statistics alone. Then all is as it was."""
+def _training(model: nn.Module, layers: Sequence[_LayerMoments]) -> Iterator[None]:
+    """Set training mode, without updates of running statistics. Restore all modes at the end."""
     modes = {module: module.training for module in model.modules()}
     tracking = {each.layer: each.layer.track_running_stats for each in layers}
-    handles = [each.layer.register_forward_hook(each.see, with_kwargs=True) for each in layers]
+    handles = [each.layer.register_forward_hook(each.add_batch, with_kwargs=True) for each in layers]
     try:
         model.train()
         for layer in tracking:
@@ -177,7 +171,7 @@ def _training(model: nn.Module, layers: Sequence[_Layer]) -> Iterator[None]:
             layer.track_running_stats = tracked
 
 
-def _largest(group: Communicator, number: int) -> int:
+def _allreduce_max(group: Communicator, number: int) -> int:
     """The largest of the numbers of all ranks. Collective: every rank of the group must call."""
     with group.collective("counting the batches of update_bn"):
         return group.comm.allreduce(number, group.largest)

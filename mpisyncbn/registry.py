@@ -16,7 +16,7 @@ __all__ = ["Forward", "has_own_forward", "register_conversion", "registered_forw
 # Takes the layer, its synchronized batch norm, and the arguments of the layer.
 Forward: TypeAlias = Callable[..., Tensor]
 
-_TORCHS = (_BatchNorm.forward, nn.SyncBatchNorm.forward)
+_TORCH_FORWARDS = (_BatchNorm.forward, nn.SyncBatchNorm.forward)
 
 
 @overload
@@ -65,7 +65,7 @@ def register_conversion(
 
 def has_own_forward(cls: type | None) -> bool:
     """Whether a class has a forward that is not torch's."""
-    return getattr(cls, "forward", None) not in (None, *_TORCHS)
+    return getattr(cls, "forward", None) not in (None, *_TORCH_FORWARDS)
 
 
 def registered_forward(cls: type) -> Forward | None:
@@ -77,7 +77,7 @@ def registered_forward(cls: type) -> Forward | None:
     return None
 
 
-def drop_and_act(layer: nn.Module, batch_norm: Forward, x: Tensor) -> Tensor:
+def drop_and_act(layer: nn.Module, batch_norm: Callable[..., Tensor], x: Tensor) -> Tensor:
     """timm's layers: batch norm, then a module named drop, then one named act."""
     drop, act = layer._modules.get("drop"), layer._modules.get("act")
     if act is not None and (drop is None or type(drop) is nn.Identity):

@@ -5,8 +5,8 @@
 - One call of native code, if the statistics and the running ones are in host memory.
 - One kernel on the device, if the running ones are there and the host knows the statistics too.
 - Operations of NumPy, CuPy or torch, if there is no such kernel.
-- Operations that also decide whether to do it, if the host does not know the statistics: they are
-  on a device alone, or in a compiled graph. The host does not wait for them.
+- Operations that also decide whether to update, if only a device or a compiled graph knows the
+  statistics. The host does not wait for them.
 """
 
 from __future__ import annotations
@@ -162,7 +162,7 @@ def _record_without_sync(running: Running, stats: BatchStats, momentum: float | 
     count, mean = stats.count, stats.mean
     divisor = max(count - 1, 1) if isinstance(count, int) else (count - 1).clamp(min=1)
     unbiased = stats.var * (count / divisor)
-    largest = _largest(running_var)
+    largest = _finfo_max(running_var)
     fits = (count > 0) & (abs(mean).max() <= largest) & (unbiased.max() <= largest)
     for average, batch in ((running_mean, mean), (running_var, unbiased)):
         if hasattr(average, "copy_"):  # torch
@@ -177,15 +177,15 @@ def _record_without_sync(running: Running, stats: BatchStats, momentum: float | 
 
 
 def _fits(mean: np.ndarray, unbiased: np.ndarray, running: Array) -> bool:
-    """Whether all of both is finite in the dtype of the running statistics."""
-    largest = _largest(running)
+    """Whether all values of both vectors are finite in the dtype of the running statistics."""
+    largest = _finfo_max(running)
     # The norms are an upper bound of the maxima, for a fifth of their cost. NaN is below nothing.
     if mean.dot(mean) + unbiased.dot(unbiased) <= min(largest * largest, sys.float_info.max):
         return True
     return bool(np.abs(mean).max() <= largest and unbiased.max() <= largest)
 
 
-def _largest(array: Array) -> float:
+def _finfo_max(array: Array) -> float:
     """The largest finite number of an array's dtype."""
     if hasattr(array, "is_cpu"):
         import torch  # torch.compile knows this, and not loaded_torch()

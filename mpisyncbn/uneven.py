@@ -15,7 +15,7 @@ from .comm.runtime import mpi
 from .convert import Synchronized
 from .errors import MPISyncBNError, on_rank
 
-__all__ = ["ServingThread", "check_threads", "groups_of", "joining"]
+__all__ = ["ServingThread", "check_threads", "groups_of", "joining", "serve"]
 
 
 def groups_of(model: nn.Module) -> list[Communicator]:
@@ -36,7 +36,7 @@ def check_threads(function: str) -> None:
 
 @contextmanager
 def joining(groups: Sequence[Communicator]) -> Iterator[None]:
-    """A context in which exchanges tell ranks that have run out of data what to take part in."""
+    """A context in which each exchange announces itself to ranks that have run out of data."""
     try:
         for group in groups:
             group.ready().in_join_context = True
@@ -65,3 +65,14 @@ class ServingThread(threading.Thread):
         self.join()
         if self._error is not None:
             raise self._error
+
+
+def serve(groups: Sequence[Communicator]) -> None:
+    """Serve the exchanges of several groups until all ranks do so. Collective over each group."""
+    threads = [ServingThread(group) for group in groups[1:]]
+    for thread in threads:
+        thread.start()
+    for group in groups[:1]:
+        exchange.serve_joined(group)
+    for thread in threads:
+        thread.finish()

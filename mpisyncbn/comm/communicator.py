@@ -55,7 +55,7 @@ class Communicator:
         MPISyncBNError: MPI is not initialized, already finalized, or without support for threads.
     """
 
-    # "Any" stands for None in these two: callers need no check, since they know when it is not.
+    # These two may be None. They are typed Any because callers know when they are not.
     comm: MPI.Intracomm | Any  # the duplicate; None before the first exchange, and after free()
     _source: MPI.Intracomm | Any  # what it is made of; None for a torch group of another backend
 
@@ -71,7 +71,7 @@ class Communicator:
         self._is_finalized = MPI.Is_finalized
         self.in_place, self.mpi_error, self.truncated = MPI.IN_PLACE, MPI.Exception, MPI.ERR_TRUNCATE
         self.largest = MPI.MAX
-        self.in_join_context = False  # whether ranks may run out of data: see joining.py
+        self.in_join_context = False  # whether ranks may run out of data: see uneven.py
         self.freed = False
         self.rank: int = source.Get_rank()
         self.size: int = source.Get_size()

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import itertools
 import os
-import socket
 from types import ModuleType
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -57,5 +56,5 @@ def _own(MPI: ModuleType, has_link: bool) -> Handshake:
         debug, where, timeout = config.debug(), transport.chosen(MPI)[0], config.timeout()
     except (ValueError, TransportError) as error:
         problem = error
-    process_id, number = (socket.gethostname(), os.getpid()), next(_numbers)
-    return Handshake(debug, where, timeout, has_link, process_id, number, unreferenced.group_ids(), problem)
+    process_id, number = (*config.machine(), os.getpid()), next(_numbers)
+    return Handshake(debug, where, timeout, has_link, process_id, number, unreferenced.ids(), problem)

@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import os
-import socket
-from pathlib import Path
-
+from .. import config
 from . import launcher
 from .communicator import world
 from .groups import AnyGroup, resolve
@@ -35,7 +32,7 @@ def local_rank(comm: AnyGroup = None) -> int:
         shared = group.comm.Split_type(mpi().COMM_TYPE_SHARED, key=group.rank)
         first = shared.bcast(group.rank)
         shared.Free()
-        gathered = group.comm.allgather((first, _machine()))
+        gathered = group.comm.allgather((first, config.machine()))
     return _ranks_on_node_of(gathered, group.rank).index(group.rank)
 
 
@@ -49,12 +46,3 @@ def _ranks_on_node_of(gathered: list[tuple[int, tuple[str, str]]], rank: int) ->
         machines.update(gathered[r][1] for r in found)
         if known == (len(firsts), len(machines)):
             return found
-
-
-def _machine() -> tuple[str, str]:
-    """The name of this machine, and the id of its boot, since two machines may have one name."""
-    try:
-        boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
-    except OSError:
-        boot = f"unknown, of process {os.getpid()}"  # so it counts as a machine of its own
-    return socket.gethostname(), boot

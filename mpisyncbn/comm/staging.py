@@ -1,4 +1,4 @@
-"""Copies between a device and the host. A layer waits for a device here, and nowhere else.
+"""Copies between a device and the host. A layer waits for a CUDA or ROCm device only here.
 
 Vectors are copied through pinned buffers. A copy to the host waits once, for all its vectors. A
 copy to the device does not wait: an event tells when the copy is done and the buffer can be reused.

@@ -17,9 +17,9 @@ from ..liveness.rank_status import RankStatus
 if TYPE_CHECKING:
     from .communicator import Communicator
 
-__all__ = ["GroupId", "free_comm", "free_unreferenced", "group_ids", "track"]
+__all__ = ["GroupId", "free_comm", "free_unreferenced", "ids", "track"]
 
-GroupId: TypeAlias = tuple[str, int, int]  # hostname and pid of a group's first rank, and a number
+GroupId: TypeAlias = tuple[str, str, int, int]  # the ProcessId of a group's first rank, and a number
 _tracked: dict[GroupId, tuple[weakref.ref[Communicator], RankStatus]] = {}
 
 
@@ -28,17 +28,17 @@ def track(group_id: GroupId, group: Communicator) -> None:
     _tracked[group_id] = weakref.ref(group), group.rank_status
 
 
-def group_ids() -> list[GroupId]:
+def ids() -> list[GroupId]:
     """The tracked groups that the program no longer refers to, on this rank."""
     return [group_id for group_id, (group, _) in list(_tracked.items()) if group() is None]
 
 
-def free_unreferenced(of_ranks: Iterable[list[GroupId]]) -> None:
-    """Free each group that all of its ranks have dropped. ``of_ranks`` has each rank's group_ids().
+def free_unreferenced(ids_by_rank: Iterable[list[GroupId]]) -> None:
+    """Free each group that all of its ranks have dropped. ``ids_by_rank`` has each rank's ``ids()``.
 
     Collective: every rank of the new group must call, with the same lists.
     """
-    counts = Counter(group_id for group_ids in of_ranks for group_id in group_ids)
+    counts = Counter(group_id for group_ids in ids_by_rank for group_id in group_ids)
     for group_id, ranks in sorted(counts.items()):
         if group_id in _tracked and _tracked[group_id][1].size == ranks:
             free_comm(_tracked.pop(group_id)[1])

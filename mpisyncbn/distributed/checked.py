@@ -101,7 +101,7 @@ class CheckedProcessGroup(dist.ProcessGroup):
     """A process group whose ranks compare their calls before each collective.
 
     Args:
-        comm: a communicator that nobody else uses; this object owns it from now on.
+        comm: a communicator for this object alone, which owns it from now on.
         timeout: how long a rank waits for the others.
     """
 

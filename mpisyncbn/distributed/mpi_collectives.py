@@ -192,7 +192,7 @@ def broadcast(comm: MPI.Intracomm, values: Tensor, root: int) -> None:
 def gather(comm: MPI.Intracomm, values: Tensor, out: Tensor | None, root: int | None) -> None:
     """Write the ``values`` of all ranks, one after the other, to ``out``.
 
-    ``root`` is the rank that gets them, while ``out`` is None on others; None: all ranks get them.
+    ``root`` is the rank that gets them, and ``out`` is None on others. None: all ranks get them.
     """
     values = without_overlap(values, out)
     for offset, length in _spans(values.nbytes):

@@ -168,7 +168,7 @@ class PointToPointWork(Work):
         return True
 
     def _cancel(self, error: Exception) -> None:
-        """Cancel a receive, which would else get the next message, and complete with ``error``."""
+        """Complete with ``error``, and cancel a receive, or it would take the next message."""
         with self._polling:
             if not self._done.is_set() and self._received is not None:
                 for request in self._requests:

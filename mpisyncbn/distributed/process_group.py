@@ -49,7 +49,7 @@ class ProcessGroup(Collectives, PointToPoint):
         check_timeout(timeout)
         super().__init__(comm, timeout)
         self._is_world = is_world
-        self._store = rendezvous.late_store(store)  # kept here: torch keeps only its C++ half
+        self._store = rendezvous.lazy_store(store)  # kept here: torch keeps only its C++ half
         self._layer_group: Communicator | None = None
         self._name = self._description = ""
 

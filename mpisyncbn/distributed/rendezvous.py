@@ -18,14 +18,14 @@ from .. import config, fingerprint
 from ..comm import launcher
 from ..comm.groups import subset
 from ..comm.runtime import mpi
-from .store import LateStore, shared_store
+from .store import LazyStore, shared_store
 from .work import wait_until
 
 if TYPE_CHECKING:
     from mpi4py import MPI
     from torch._C._distributed_c10d import Store
 
-__all__ = ["forget", "late_store", "register", "use_comm", "world_comm"]
+__all__ = ["forget", "lazy_store", "register", "use_comm", "world_comm"]
 
 P = ParamSpec("P")
 T = TypeVar("T")
@@ -100,7 +100,7 @@ def _with_stores(make: Callable[P, T], ours: str) -> Callable[P, T]:
     def make_with_store(*args: P.args, **kwargs: P.kwargs) -> T:
         call = signature.bind(*args, **kwargs)
         given, ranks = call.arguments, call.arguments["global_ranks_in_group"]
-        late = late_store(given["store"])
+        late = lazy_store(given["store"])
         if late is None or not _needs_store(given["backend"], ranks, ours):
             return make(*args, **kwargs)
         world, timeout = world_comm(), given["timeout"]
@@ -133,10 +133,10 @@ def _backends(name: str | None) -> set[str]:
     return set(backend_config.get_device_backend_map().values())
 
 
-def late_store(store: Store | None) -> LateStore | None:
-    """Return the LateStore under torch's prefixes; None if the store is of another kind."""
+def lazy_store(store: Store | None) -> LazyStore | None:
+    """Return the LazyStore under torch's prefixes; None if the store is of another kind."""
     under = getattr(store, "_underlying_non_prefix_store", store)
-    return under if isinstance(under, LateStore) else None
+    return under if isinstance(under, LazyStore) else None
 
 
 def _rank_and_size(url: str) -> dict[str, int]:
@@ -159,6 +159,6 @@ def _find_by_mpi(url: str, timeout: timedelta = _TIMEOUT, **_: object) -> Found:
             "world_size, or RANK and WORLD_SIZE, out, or set MASTER_ADDR and MASTER_PORT too for ranks that "
             "MPI does not know"
         )
-    store = LateStore(comm, timeout) if comm.size > 1 else dist.HashStore()
+    store = LazyStore(comm, timeout) if comm.size > 1 else dist.HashStore()
     yield store, comm.rank, comm.size  # and this frame keeps the store until the group does
     raise RuntimeError("MPI cannot find other ranks than it has found")

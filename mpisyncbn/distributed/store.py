@@ -16,15 +16,16 @@ from typing import TYPE_CHECKING
 
 import torch.distributed as dist
 
+from .. import config
 from ..errors import on_rank
 
 if TYPE_CHECKING:
     from mpi4py import MPI
 
-__all__ = ["LateStore", "shared_store"]
+__all__ = ["LazyStore", "shared_store"]
 
 
-class LateStore(dist.Store):
+class LazyStore(dist.Store):
     """A TCPStore that rank 0 of ``comm`` opens when it first uses it; other ranks wait for that.
 
     Collective: every rank of ``comm`` must construct it. Its methods are not collective.
@@ -39,18 +40,18 @@ class LateStore(dist.Store):
         self._address = self._share_address(comm)
 
     def _share_address(self, comm: MPI.Intracomm) -> tuple[str, int] | str:
-        """Return address and port on rank 0, or a text that says why it has none. Collective."""
-        hostnames = comm.allgather(socket.gethostname())
+        """Return rank 0's address and port on every rank, or a text why it has none. Collective."""
+        machines = comm.allgather(config.machine())
         found: tuple[str, int] | str = ""
         if comm.rank == 0:
             try:
-                address, family = _address_among(hostnames)
+                address, family = _address_among(machines)
                 with socket.socket(family, socket.SOCK_STREAM) as bound:
                     bound.bind((address, 0))
                     found = bound.getsockname()[:2]
                     self._socket = bound.detach()
             except (OSError, ValueError) as error:  # ValueError: for an invalid hostname
-                found = f"rank 0 on {hostnames[0]} has no address for the other ranks: {error}"
+                found = f"rank 0 on {machines[0][0]} has no address for the other ranks: {error}"
         return comm.bcast(found)
 
     def opened(self) -> dist.Store:
@@ -100,9 +101,9 @@ for _name in (
     *("set", "get", "add", "check", "wait", "append", "compare_set", "delete_key", "num_keys"),
     *("multi_get", "multi_set", "has_extended_api", "list_keys", "clone"),
 ):
-    setattr(LateStore, _name, _forward(_name))
+    setattr(LazyStore, _name, _forward(_name))
 for _cpp, _python in ("deleteKey", "delete_key"), ("getNumKeys", "num_keys"):  # as torch's C++ calls them
-    setattr(LateStore, _cpp, _forward(_python))
+    setattr(LazyStore, _cpp, _forward(_python))
 
 
 def shared_store(comm: MPI.Intracomm, timeout: timedelta) -> dist.Store:
@@ -113,7 +114,7 @@ def shared_store(comm: MPI.Intracomm, timeout: timedelta) -> dist.Store:
     """
     if comm.size == 1:
         return dist.HashStore()
-    late, problem = LateStore(comm, timeout), None
+    late, problem = LazyStore(comm, timeout), None
     try:
         store = late.opened()
     except RuntimeError as error:
@@ -124,11 +125,16 @@ def shared_store(comm: MPI.Intracomm, timeout: timedelta) -> dist.Store:
     return store
 
 
-def _address_among(hostnames: list[str]) -> tuple[str, socket.AddressFamily]:
-    """Return an address of this machine that all ``hostnames`` reach. OSError if there is none."""
-    others = [name for name in hostnames if name != hostnames[0]]
+def _address_among(machines: list[tuple[str, str]]) -> tuple[str, socket.AddressFamily]:
+    """Return an address of the first of ``machines``, this one, that all reach.
+
+    Raises OSError if there is none.
+    """
+    others = [name for name, boot in machines if (name, boot) != machines[0]]
     if not others:
         return "127.0.0.1", socket.AF_INET
+    if machines[0][0] in others:
+        raise OSError(f"another machine has the name {machines[0][0]} too")
     problem = OSError(f"no route to {others[0]}")
     for family, kind, protocol, _, address in socket.getaddrinfo(others[0], 9, type=socket.SOCK_DGRAM):
         with socket.socket(family, kind, protocol) as route:

@@ -152,7 +152,7 @@ class Work(_Work):
             future.fail(self._error)
 
     def as_cpp_work(self) -> _Work:
-        """Return a Work of C++ that keeps this one alive, which torch's C++ alone would not do."""
+        """Return a C++ Work that keeps this Python object alive. torch's C++ alone would not."""
         return dist.ProcessGroup.barrier(_ReturnsWork(self), dist.BarrierOptions())
 
     def boxed(self) -> torch.ScriptObject:
@@ -179,7 +179,7 @@ class Work(_Work):
 class _ReturnsWork(dist.ProcessGroup):
     """A process group whose barrier returns a given Work.
 
-    torch keeps alive what a method of a Python process group returns to C++, and nothing else does.
+    torch keeps a Python Work alive only if a Python process group's method returned it to C++.
     """
 
     def __init__(self, work: Work) -> None:

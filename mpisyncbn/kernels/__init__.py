@@ -39,11 +39,11 @@ __all__ = [
     "Array",
     "Kernels",
     "activation_named",
+    "cuda_kernels_for",
     "has_float64",
     "kernels_for",
     "loaded_torch",
     "native",
-    "on_cuda",
 ]
 
 
@@ -55,7 +55,7 @@ def kernels_for(x: Array) -> Kernels:
     if type(x) in (np.ndarray, np.memmap) and x.dtype.isnative and x.dtype.char in "efd":
         return native() or generic
     if getattr(x, "is_cuda", False):
-        return on_cuda(x.device)[0]
+        return cuda_kernels_for(x.device)[0]
     if hasattr(x, "__cuda_array_interface__"):  # CuPy: torch's tensors on a GPU have returned above
         return _dlpack() or generic
     return generic
@@ -84,7 +84,7 @@ def _aten() -> Kernels:
 
 
 @cache
-def on_cuda(device: Device) -> tuple[Kernels, str]:
+def cuda_kernels_for(device: Device) -> tuple[Kernels, str]:
     """The kernels for torch tensors on a GPU, and words for reports that say how they are made.
 
     Warns if Triton does not work there.

@@ -1,7 +1,7 @@
 """The activations that a layer may end in, for arrays of any kind.
 
-To add an activation, add a member, a name and a branch here, and a branch in cpu/activation.h and
-in cuda/activation.py.
+To add an activation, add a member, a name and two branches here, the member in cpu/types.h, and
+its branches in cpu/activation.h and cuda/activation.py.
 """
 
 from __future__ import annotations

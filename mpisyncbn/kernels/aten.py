@@ -268,7 +268,7 @@ def _numpy_dtype(dtype: torch.dtype) -> type[np.floating]:
 
 
 def _numpy(vector: Tensor) -> np.ndarray:
-    # Memory does not hold a pending sign, nor the zeros of an efficient zero tensor: a copy does.
+    # clone() resolves a set neg bit, and fills in an efficient zero tensor: numpy() cannot.
     vector = vector.detach().clone()
     return (vector if vector.dtype in (torch.float32, torch.float64) else vector.float()).numpy()
 

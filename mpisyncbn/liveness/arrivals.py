@@ -44,7 +44,7 @@ def describe_missing(ranks: Sequence[int]) -> dict[int, str]:
         if any(_has_arrived(process, ranks) for process in processes):
             continue
         if processes:  # the oldest is the rank, the others are its workers
-            process = min(processes, key=_age)
+            process = min(processes, key=_start_time)
             words[rank] = f"has not come: its process {process} is {state_of(process)}"
         else:
             words[rank] = "may have come, on another host: no process of it is on this one"
@@ -94,7 +94,7 @@ def _job(process: int) -> int:
     return process
 
 
-def _age(process: int) -> int:
+def _start_time(process: int) -> int:
     """The start time of a process; far in the future for one that is gone."""
     try:
         return int(_stat(process)[19])

@@ -56,7 +56,7 @@ def _ending() -> tuple[int, str]:
     if _code is not None:
         return (_code and (_code & 255 or 1)) if isinstance(_code, int) else 1, "sys.exit, or SystemExit"
     if hasattr(sys, "ps1") or sys.flags.inspect or sys.flags.interactive or not sys.orig_argv:
-        return 0, "somebody sits there, or a program around Python, and goes on after an exception"
+        return 0, "an interactive session or an embedding program goes on after an exception"
     error, trace = getattr(sys, "last_value", None), getattr(sys, "last_traceback", None)
     if error is not None and trace is not None and _was_left(trace.tb_frame):
         return 130 if isinstance(error, KeyboardInterrupt) else 1, "the exception above"

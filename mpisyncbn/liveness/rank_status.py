@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, TypeAlias
 
 import numpy as np
 
+from .. import config
 from . import arrivals, reports
 
 if TYPE_CHECKING:
@@ -17,7 +18,7 @@ if TYPE_CHECKING:
 
 __all__ = ["DEFAULT_TIMEOUT", "ProcessId", "RankStatus", "agreed_timeout", "all_statuses", "forget_all"]
 
-ProcessId: TypeAlias = tuple[str, int]  # hostname and pid
+ProcessId: TypeAlias = tuple[str, str, int]  # config.machine() and the pid
 
 DEFAULT_TIMEOUT = 600.0
 TIMED_OUT, RANK_DEPARTED = 124, 1  # exit statuses of the job; the first is what timeout(1) says
@@ -50,7 +51,7 @@ class RankStatus:
     def __init__(self, rank: int, size: int) -> None:
         self.rank, self.size = rank, size
         self.comm: mpi4py_MPI.Intracomm | None = None  # of the group alone, while MPI has it
-        # For messages between two ranks: ``comm``, unless that carries other such messages.
+        # For point-to-point messages: ``comm``, or a duplicate if ``comm`` carries others already.
         self.p2p_comm: mpi4py_MPI.Intracomm | None = None
         self.exchanges = 0  # begun so far
         self.current_call: object = None  # str() of it says what this rank is in; None: nothing
@@ -123,7 +124,7 @@ class RankStatus:
         reports.abort_job(
             TIMED_OUT,
             "Every rank of a group must run the same layers in the same order. If some rank is only slow, "
-            "MPISYNCBN_TIMEOUT=<seconds> gives it more time, and 0 any",
+            "MPISYNCBN_TIMEOUT=<seconds> gives it more time, and 0 turns the limit off",
         )
 
     def abort_on_departed(self, rank: int) -> None:
@@ -205,12 +206,12 @@ class RankStatus:
         return f"  rank {rank}{self._on_host(rank)} {what}"
 
     def _process(self, rank: int) -> str:
-        """What is known of a rank that does not answer: on this host, its process's state."""
+        """What is known of a rank that does not answer: on this machine, its process's state."""
         if rank in self.departed:
             return ", it has left the program"
-        if not self.process_ids or self.process_ids[rank][0] != socket.gethostname():
+        if not self.process_ids or self.process_ids[rank][:2] != config.machine():
             return ""
-        process = self.process_ids[rank][1]
+        process = self.process_ids[rank][2]
         return f", its process {process} is {arrivals.state_of(process)}"
 
     def _before_the_first(self) -> str:

@@ -144,7 +144,7 @@ def _hand_to_native_code() -> None:
         return
     for rank_status in all_statuses():
         if rank_status.p2p_comm is not None and rank_status.all_native and rank_status.listening:
-            hostnames = [hostname for hostname, _ in rank_status.process_ids]
+            hostnames = [hostname for hostname, *_ in rank_status.process_ids]
             comm = link.handle(sys.modules["mpi4py.MPI"], rank_status.p2p_comm)
             kernels.add_departing_group(
                 comm, rank_status.rank, rank_status.exchanges, rank_status.finalize_timeout, hostnames

@@ -150,8 +150,8 @@ def test_a_rank_without_an_address(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_addresses() -> None:
     """The loopback interface for ranks of one host, else that which leads to the others."""
     with together():
-        assert store._address_among(["here", "here"])[0] == "127.0.0.1"
-        assert store._address_among(["here", "::1"]) == ("::1", socket.AF_INET6)
-        assert store._address_among(["here", "127.0.0.3"])[0].startswith("127.")
+        assert store._address_among([("here", "a boot")] * 2)[0] == "127.0.0.1"
+        assert store._address_among([("here", "a boot"), ("::1", "another")]) == ("::1", socket.AF_INET6)
+        assert store._address_among([("here", "a boot"), ("127.0.0.3", "another")])[0].startswith("127.")
         with pytest.raises(OSError, match=r".+"):
-            store._address_among(["here", "255.255.255.255"])
+            store._address_among([("here", "a boot"), ("255.255.255.255", "another")])

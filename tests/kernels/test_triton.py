@@ -45,7 +45,7 @@ def test_arrays_by_way_of_dlpack(pointer, monkeypatch):
     monkeypatch.setattr(torch.cuda, "stream", lambda stream: streams.append(stream) or nullcontext())
     monkeypatch.delitem(sys.modules, "mpisyncbn.kernels.cuda.dlpack", raising=False)
     dlpack = importlib.import_module("mpisyncbn.kernels.cuda.dlpack")
-    monkeypatch.setattr(dlpack, "on_cuda", lambda device: (cuda.module, "Triton"))
+    monkeypatch.setattr(dlpack, "cuda_kernels_for", lambda device: (cuda.module, "Triton"))
     try:
         for dtype in ("float32", "float64", "float16"):
             shape = (4, 3, 5)
@@ -76,27 +76,27 @@ def test_arrays_by_way_of_dlpack(pointer, monkeypatch):
 )
 def test_where_triton_does_not_work(problem, why, monkeypatch):
     """There torch's own operations serve, and a warning says why; errors of another kind are raised."""
-    on_cuda, device = mpisyncbn.kernels.on_cuda, torch.device("cuda", 0)
+    cuda_kernels_for, device = mpisyncbn.kernels.cuda_kernels_for, torch.device("cuda", 0)
 
     def try_out(device):
         if problem is not None:
             raise problem
 
     monkeypatch.setattr(cuda.module, "try_out", try_out)
-    on_cuda.cache_clear()
+    cuda_kernels_for.cache_clear()
     try:
         if why is None:
             with pytest.raises(torch.OutOfMemoryError):
-                on_cuda(device)
+                cuda_kernels_for(device)
             problem = None
-            assert on_cuda(device) == (cuda.module, "Triton")
+            assert cuda_kernels_for(device) == (cuda.module, "Triton")
         else:
             with pytest.warns(RuntimeWarning, match=f"cuda:0 are composed of torch's .* because {why}"):
-                module, made_of = on_cuda(device)
+                module, made_of = cuda_kernels_for(device)
             assert module is aten_cuda
             assert why in made_of
     finally:
-        on_cuda.cache_clear()
+        cuda_kernels_for.cache_clear()
 
 
 @given(

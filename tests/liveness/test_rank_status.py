@@ -14,7 +14,7 @@ import time
 import pytest
 
 import mpisyncbn
-from mpisyncbn import Communicator, SyncBatchNorm
+from mpisyncbn import Communicator, SyncBatchNorm, config
 from mpisyncbn.liveness import arrivals, rank_status, reports
 from mpisyncbn.liveness.rank_status import RankStatus
 from support.oracle import local_batch, shard
@@ -152,9 +152,9 @@ def test_what_is_known_of_a_rank_that_does_not_answer():
     child = subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE)
     group = RankStatus(0, 4)
     group.process_ids = [
-        (socket.gethostname(), os.getpid()),
-        (socket.gethostname(), child.pid),
-        ("elsewhere", 1),
+        (*config.machine(), os.getpid()),
+        (*config.machine(), child.pid),
+        ("elsewhere", "a boot", 1),
     ]
     known = [group._line(1)]
     child.send_signal(signal.SIGSTOP)

@@ -11,7 +11,7 @@ from contextlib import contextmanager
 import cupy
 import torch
 
-from .. import on_cuda
+from .. import cuda_kernels_for
 from ..activation import Activation, ActivationContext
 from ..protocol import Array, Kernels
 
@@ -65,7 +65,7 @@ def backward_elementwise(
 
 
 def _kernels(x: Array) -> Kernels:
-    return on_cuda(torch.device("cuda", x.device.id))[0]
+    return cuda_kernels_for(torch.device("cuda", x.device.id))[0]
 
 
 def _tensor(array: Array) -> Array:
