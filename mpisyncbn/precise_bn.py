@@ -72,12 +72,12 @@ def update_bn(
         for name, layer in model.named_modules()
         if isinstance(layer, _BatchNorm) and layer.running_mean is not None
     }
-    for group in dict.fromkeys(layer.group for layer in layers.values()):
-        _compare_models(group, layers)
     if not layers:
         return
-    batches = _run(_with_bar(loader, resolve(process_group)), model, device, list(layers.values()))
     groups = dict.fromkeys(layer.group for layer in layers.values())
+    for group in groups:
+        _compare_models(group, layers)
+    batches = _run(_with_bar(loader, resolve(process_group)), model, device, list(layers.values()))
     most = {group: _allreduce_max(group, batches) for group in groups}
     for name, layer in layers.items():
         layer.merge(name)
