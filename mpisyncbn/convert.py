@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Iterator
-from typing import Any, NoReturn, cast
+from typing import NoReturn, cast
 
 import torch
 from torch import nn
@@ -33,7 +33,8 @@ from .convertible import (
 from .errors import on_rank
 from .fusing import FusedReLU, fuse, fused_layers, unfuse
 from .layer_names import give_up_key, new_key
-from .registry import Forward, has_own_forward, registered_forward
+from .mixed_class import synchronized_class
+from .registry import Forward
 
 __all__ = [
     "BatchNorm",
@@ -88,6 +89,12 @@ class Synchronized(BatchNorm):
             self.communicator = communicator
             if process_group is not communicator:
                 self._given = _Given(process_group, communicator)
+
+    def _batch_norm(
+        self, input: torch.Tensor, residual: torch.Tensor | None = None, activation: str | None = None
+    ) -> torch.Tensor:
+        """``forward`` with another activation than the layer's own, for registered forwards."""
+        raise NotImplementedError
 
     def __setattr__(self, name: str, value: object) -> None:
         if name == "process_group":
@@ -148,9 +155,6 @@ _CONVERSION_ATTRIBUTES = (
     "_converted_from",
 )
 _WRAPPED = ("module", "_orig_mod", "_fsdp_wrapped_module")  # names of the model in torch's wrappers
-# Layers of these classes become plain ``to``: DistributedDataParallel refuses torch's on CPUs.
-_KNOWN = (nn.SyncBatchNorm, BatchNorm)
-_PLAIN = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)  # these print as SyncBatchNorm alone
 
 
 def convert_sync_batchnorm(
@@ -196,7 +200,7 @@ def _convert(layer: _BatchNorm, to: type[Synchronized]) -> Synchronized:
     replaced = {key: vars(layer).pop(key) for key in _CONVERSION_ATTRIBUTES if key in vars(layer)}
     if replaced.get("process_group") is not None:  # torch.nn.SyncBatchNorm's
         replaced["process_group"] = _Given(replaced["process_group"])
-    _change_class(layer, _synchronized(to, original))
+    _change_class(layer, synchronized_class(to, original))
     layer = cast(Synchronized, layer)
     layer._converted_from = (original, replaced)
     layer._key = new_key(layer)
@@ -284,51 +288,3 @@ def _change_class(layer: nn.Module, cls: type) -> None:
         # them, torch goes back to the base of that class, so it must stay the outermost one.
         cls = type(f"Parametrized{cls.__name__}", (cls,), dict(vars(type(layer))))
     layer.__class__ = cls
-
-
-def _synchronized(to: type[Synchronized], original: type[_BatchNorm]) -> type[Synchronized]:
-    """The class that a layer of the class ``original`` is converted to."""
-    return to if original in _KNOWN else _mixed(to, original)
-
-
-def _mixed(to: type[Synchronized], original: type[_BatchNorm]) -> type[Synchronized]:
-    """A class that behaves like ``original``, a BatchNorm, but normalizes as ``to`` does."""
-    forward = registered_forward(original)
-    # DistributedDataParallel refuses instances of torch's SyncBatchNorm on CPUs.
-    bases = (to,) if forward and issubclass(original, nn.SyncBatchNorm) else (to, original)
-    made_of = (to, original, forward)
-    for cls in bases[-1].__subclasses__():  # Python drops classes there that are no longer used
-        if vars(cls).get("_made_of") == made_of:
-            return cast(type[Synchronized], cls)
-    members = {"__module__": original.__module__, "__reduce_ex__": _reduce_mixed, "_made_of": made_of}
-    if forward is not None:
-        members["forward"] = lambda self, *args, **kwargs: forward(self, self._batch_norm, *args, **kwargs)
-    elif has_own_forward(original):
-        raise TypeError(
-            f"cannot make a synchronized {original.__module__}.{original.__qualname__}: its own forward() is "
-            f"not registered{on_rank()}. Call mpisyncbn.register_conversion before loading, as the program "
-            "that saved the model did"
-        )
-    if issubclass(original, LazyModuleMixin):
-        members["initialize_parameters"] = lambda self, input, residual=None: original.initialize_parameters(
-            self, input
-        )
-        become: Any = original.cls_to_become
-        members["cls_to_become"] = become and _synchronized(to, become)
-    if original._check_input_dim.__module__ != _BatchNorm.__module__:
-        members["_check_input_dim"] = original._check_input_dim  # not inherited from torch
-    name = f"{to.__name__}{original.__name__}"
-    if original in _PLAIN:
-        name, members["__module__"] = to.__name__, to.__module__
-    return type(name, bases, members)
-
-
-def _reduce_mixed(layer: Synchronized, protocol: int) -> tuple[object, ...]:
-    # The class was made at run time, so pickle cannot find it by name: it is made again.
-    reduced = super(layer._made_of[0], layer).__reduce_ex__(protocol)
-    return (_rebuild, layer._made_of[:2], *reduced[2:])
-
-
-def _rebuild(to: type[Synchronized], original: type[_BatchNorm]) -> Synchronized:
-    cls = _mixed(to, original)
-    return cls.__new__(cls)

@@ -5,13 +5,14 @@ from __future__ import annotations
 from collections import Counter
 from itertools import pairwise
 
+import torch.nn.modules.module as torchs
 from torch import nn
 
 from . import tracing
 
 __all__ = ["FusedReLU", "fuse", "fused_layers", "fusible_activation", "unfuse"]
 
-_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+_HOOKS = ("forward_hooks", "forward_pre_hooks", "backward_hooks", "backward_pre_hooks")
 
 
 class FusedReLU(tracing.Leaf, nn.Identity):
@@ -24,7 +25,9 @@ class FusedReLU(tracing.Leaf, nn.Identity):
 
 def fusible_activation(module: nn.Module) -> str | None:
     """The name of the activation that a module is, if a layer can apply it and no hooks see it."""
-    return "relu" if type(module) is nn.ReLU and not _has_hooks(module) else None
+    if type(module) is not nn.ReLU or "forward" in vars(module) or _has_hooks(module):
+        return None
+    return "relu"
 
 
 def fuse(module: nn.Module, layers: set[nn.Module]) -> None:
@@ -55,4 +58,5 @@ def unfuse(module: nn.Module) -> None:
 
 
 def _has_hooks(module: nn.Module) -> bool:
-    return any(getattr(module, hooks) for hooks in _HOOKS)
+    """Whether hooks see a module run, its own or those of all modules."""
+    return any(getattr(module, f"_{hooks}") or getattr(torchs, f"_global_{hooks}") for hooks in _HOOKS)

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import TypeAlias, cast
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.parallel import DistributedDataParallel
+from torch.overrides import TorchFunctionMode
 
 from . import exchange, uneven
 from .arguments import check_module
@@ -19,6 +21,7 @@ from .comm import transport
 from .comm.communicator import Communicator
 from .comm.groups import AnyGroup, resolve
 from .convert import Synchronized
+from .errors import on_rank
 from .fingerprint import LayerCall, compare_calls
 from .kernels import kernels_for
 from .merging import merge_two
@@ -41,32 +44,34 @@ def update_bn(
 
     ``torch.optim.swa_utils.update_bn`` over ranks, for weights that were averaged (SWA, EMA) or that
     should be evaluated with precise statistics (Wu and Johnson 2021, "Rethinking 'Batch' in BatchNorm").
-    The mean and the unbiased variance are those of all values that reach a layer, whatever batches and
+    The mean and the unbiased variance are those of all values that a layer normalizes, whatever batches and
     ranks they come in: torch averages the statistics of batches, with one weight for all. The model runs
     in training mode, so that a synchronized layer normalizes each batch with the statistics of all ranks.
 
     Args:
         loader: batches of this rank: tensors, or tuples and lists whose first item is the input of the
             model. Ranks may have batches of different sizes, and different numbers of batches, also 0.
-        model: with batch norms of any kind, synchronized or local. If DistributedDataParallel or
-            torch.compile wraps it, the model inside runs. ``num_batches_tracked`` becomes the largest
-            number of batches that a rank had.
+        model: with batch norms of any kind, synchronized or local. It runs eagerly if it is compiled,
+            and without DistributedDataParallel's broadcasts. ``num_batches_tracked`` becomes the
+            largest number of batches that a rank had.
         device: where the input is moved to; None: it stays where it is.
         process_group: the ranks that hold the data of local layers: an mpi4py communicator, a
             Communicator, or None for the world. Synchronized layers have groups of their own.
 
-    If anything raises, no statistics are changed. A layer that no value reached keeps its own. If tqdm
-    is installed and stderr is a terminal, rank 0 shows a bar.
+    If anything raises, no statistics are changed. A layer keeps its own if no value reached it, or if
+    ``model.train()`` leaves it in evaluation. If tqdm is installed and stderr is a terminal, rank 0
+    shows a bar. Ranks that are through wait for the others, at most MPISYNCBN_TIMEOUT seconds. Calls of
+    ``sync_batch_norm`` in the model need as many batches on each rank, unless a layer has their group.
 
     Raises:
-        TypeError: ``model`` is no module, or a layer's arguments are refused.
+        TypeError: ``model`` is no module, has a layer of torch.nn.SyncBatchNorm, or a layer refuses its
+            arguments.
         CollectiveMismatchError: on every rank, if the ranks have layers of other sizes.
         MPISyncBNError: the layers have several groups, and MPI is without MPI_THREAD_MULTIPLE.
 
     Collective: every rank of the groups must call.
     """
     check_module(model)
-    model = _unwrapped(model)
     layers = {
         name: _LayerMoments(layer, process_group)
         for name, layer in model.named_modules()
@@ -94,33 +99,36 @@ def _compare_models(group: Communicator, layers: dict[str, _LayerMoments]) -> No
         compare_calls(group, LayerCall(name, "statistics", sum(sizes), "float64"))
 
 
-def _unwrapped(model: nn.Module) -> nn.Module:
-    """The model inside torch's wrappers: hooks are not for compiled graphs, and DDP adds collectives."""
-    while isinstance(model, DistributedDataParallel) or "_orig_mod" in model._modules:
-        model = cast(nn.Module, model._orig_mod if "_orig_mod" in model._modules else model.module)
-    return model
-
-
 class _LayerMoments:
-    """The moments of all values that a layer has seen."""
+    """The moments of all values that a layer normalizes."""
 
     def __init__(self, layer: _BatchNorm, process_group: AnyGroup) -> None:
+        if isinstance(layer, nn.SyncBatchNorm):
+            raise TypeError(
+                f"expected no layer of torch.nn.SyncBatchNorm{on_rank()}: convert the model first"
+            )
         self.layer = layer
         self.group = resolve(layer.communicator if isinstance(layer, Synchronized) else process_group)
         self.count = 0
         self.mean, self.var = np.zeros((2, layer.num_features))
 
-    def add_batch(
-        self, _: nn.Module, inputs: tuple[Tensor, ...], named: dict[str, Tensor], output: object
-    ) -> None:
-        """Add the values of a batch. This is a hook: the layer has accepted its input by now."""
-        x = (inputs[0] if inputs else named["input"]).detach()
+    def add_batch(self, x: Tensor) -> None:
+        """Add the values of a batch that the layer has accepted."""
+        x = x.detach()
         count, mean, m2 = kernels_for(x).local_moments(x)
         if count == 0:
             return
         *means, m2 = transport.to_host(*mean, m2) if mean.ndim == 2 else transport.to_host(mean, m2)
         batch = count, np.sum(means, axis=0), m2 / count
         self.count, self.mean, self.var = merge_two((self.count, self.mean, self.var), batch)
+
+    def batch_norm(self, x: Tensor, residual: Tensor | None = None, activation: str | None = None) -> Tensor:
+        """What a synchronized layer normalizes with, while it is measured."""
+        layer = cast(Synchronized, self.layer)
+        y = type(layer)._batch_norm(layer, x, residual, activation)
+        if self.layer.training:
+            self.add_batch(x)
+        return y
 
     def merge(self, name: str) -> None:
         """Merge the moments of all ranks. Collective: every rank of the layer's group must call."""
@@ -137,44 +145,88 @@ class _LayerMoments:
                 self.layer.num_batches_tracked.fill_(batches)
 
 
+class _LocalLayers(TorchFunctionMode):
+    """Measures local layers at the one function that all of them call, whatever their forward does."""
+
+    def __init__(self, layers: Sequence[_LayerMoments]) -> None:
+        super().__init__()
+        self._layers = {id(each.layer.running_mean): each for each in layers}
+
+    def __torch_function__(
+        self,
+        func: Callable[..., Tensor],
+        types: object,
+        args: tuple[Tensor | None, ...] = (),
+        kwargs: dict[str, object] | None = None,
+    ) -> object:
+        kwargs = kwargs or {}
+        if func.__name__ != F.batch_norm.__name__:
+            return func(*args, **kwargs)
+        # batch_norm itself hands these over in this way, however it was called.
+        x, running_mean, _ = args
+        layer = self._layers.get(id(running_mean))
+        if layer is None or x is None or not kwargs["training"]:
+            return func(*args, **kwargs)
+        y = func(x, None, None, **kwargs)
+        layer.add_batch(x)
+        return y
+
+
 def _run(loader: Iterable[Batch], model: nn.Module, device: Device, layers: Sequence[_LayerMoments]) -> int:
     """Let the layers see all batches. Returns the number of batches of this rank."""
-    batches, groups = 0, uneven.groups_of(model)
+    batches, groups = 0, list(dict.fromkeys(each.group for each in layers))
     if len(groups) > 1:
         uneven.check_threads("update_bn")
-    with _training(model, layers), uneven.joining(groups), torch.no_grad():
+    with _training(model, layers), uneven.joining(groups), torch.no_grad(), _LocalLayers(layers):
         for batch in loader:
             x = cast(Tensor, batch[0] if isinstance(batch, (list, tuple)) else batch)
             model(x if device is None else x.to(device))
             batches += 1
     uneven.serve(groups)
+    for group in groups:
+        group.forget_names()  # those of layers that a rank without batches has not seen
     return batches
 
 
 @contextmanager
 def _training(model: nn.Module, layers: Sequence[_LayerMoments]) -> Iterator[None]:
-    """Set training mode, without updates of running statistics. Restore all modes at the end."""
+    """Set training mode, without compiled graphs or updates of running statistics. Then undo it."""
     modes = {module: module.training for module in model.modules()}
-    tracking = {each.layer: each.layer.track_running_stats for each in layers}
-    handles = [each.layer.register_forward_hook(each.add_batch, with_kwargs=True) for each in layers]
+    synchronized = [each for each in layers if isinstance(each.layer, Synchronized)]
+    flags: list[tuple[nn.Module, str]] = [(each.layer, "track_running_stats") for each in synchronized]
+    # DistributedDataParallel would broadcast buffers in its first forward.
+    wrappers = [each for each in model.modules() if isinstance(each, DistributedDataParallel)]
+    flags += [(wrapper, "require_forward_param_sync") for wrapper in wrappers]
+    before = [(module, name, getattr(module, name)) for module, name in flags]
+    counts = [each.layer.num_batches_tracked for each in layers]
+    counted = [None if count is None else count.clone() for count in counts]
     try:
         model.train()
-        for layer in tracking:
-            layer.track_running_stats = False
-        yield
+        for module, name in flags:
+            setattr(module, name, False)
+        for each in synchronized:
+            vars(each.layer)["_batch_norm"] = each.batch_norm
+        with torch.compiler.set_stance("force_eager"):
+            yield
     finally:
-        for handle in handles:
-            handle.remove()
+        for each in synchronized:
+            vars(each.layer).pop("_batch_norm", None)
+        for module, name, value in before:
+            setattr(module, name, value)
+        for count, number in zip(counts, counted, strict=True):
+            if count is not None and number is not None:
+                count.copy_(number)
+        model.train(modes[model])  # a model may do more in it than to set modes
         for module, mode in modes.items():
             module.training = mode
-        for layer, tracked in tracking.items():
-            layer.track_running_stats = tracked
 
 
 def _allreduce_max(group: Communicator, number: int) -> int:
     """The largest of the numbers of all ranks. Collective: every rank of the group must call."""
+    value = np.array([number], float)
     with group.collective("counting the batches of update_bn"):
-        return group.comm.allreduce(number, group.largest)
+        group.comm.Allreduce(group.in_place, value, op=group.largest)
+    return int(value[0])
 
 
 def _with_bar(loader: Iterable[Batch], group: Communicator) -> Iterable[Batch]:

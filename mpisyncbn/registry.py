@@ -35,8 +35,9 @@ def register_conversion(
             return layer.act(batch_norm(x))
 
     Args:
-        cls: the class, or its full name, such as "timm.layers.norm_act.BatchNormAct2d", so that its
-            library need not be imported. Subclasses that inherit its forward are converted too.
+        cls: the class or, so that its library need not be imported, its full name as the refusal of
+            a conversion says it, such as "timm.layers.norm_act.BatchNormAct2d". Subclasses that
+            inherit its forward are converted too.
         forward: what a converted layer does in place of the forward of ``cls``. It takes the layer, a
             function, and the arguments of the layer. The function normalizes with the statistics of
             all ranks: ``batch_norm(x, residual=None, activation=None)``, as ``SyncBatchNorm`` does.
@@ -57,6 +58,10 @@ def register_conversion(
     def register(forward: Forward) -> Forward:
         if not callable(forward):
             raise TypeError(f"expected forward to be callable, got {type(forward).__name__}{on_rank()}")
+        # The last one wins, by class or by name.
+        for other in [key for key in _forwards if key == cls or _full_name(key) == _full_name(cls)]:
+            if isinstance(other, str) or isinstance(cls, str):
+                del _forwards[other]
         _forwards[cls] = forward
         return forward
 
@@ -71,10 +76,14 @@ def has_own_forward(cls: type | None) -> bool:
 def registered_forward(cls: type) -> Forward | None:
     """The forward that is registered for a class, or for the class that it inherits its own from."""
     for base in cls.__mro__:
-        forward = _forwards.get(base) or _forwards.get(f"{base.__module__}.{base.__qualname__}")
+        forward = _forwards.get(base) or _forwards.get(_full_name(base))
         if forward is not None or "forward" in vars(base):
             return forward
     return None
+
+
+def _full_name(cls: type | str) -> str:
+    return cls if isinstance(cls, str) else f"{cls.__module__}.{cls.__qualname__}"
 
 
 def drop_and_act(layer: nn.Module, batch_norm: Callable[..., Tensor], x: Tensor) -> Tensor:

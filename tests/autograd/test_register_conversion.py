@@ -13,7 +13,7 @@ from torch.nn.utils import parametrize
 
 import mpisyncbn
 from mpisyncbn import SyncBatchNorm, convert_sync_batchnorm, register_conversion, revert_sync_batchnorm
-from mpisyncbn.registry import _forwards, drop_and_act
+from mpisyncbn.registry import _forwards, drop_and_act, registered_forward
 from support.models import C
 from support.ranks import WORLD, no_exchange, together
 from support.whole_batch import distance
@@ -84,7 +84,8 @@ def test_a_registered_layer_trains_as_the_whole_batch(kind, act):
     expected.backward(dy)
     dweight = WORLD.allreduce(layer.weight.grad.numpy())
     with together():
-        assert isinstance(layer, (kind, SyncBatchNorm))
+        assert isinstance(layer, kind)
+        assert isinstance(layer, SyncBatchNorm)
         assert distance(y, expected[mine]) < 1e-12
         assert distance(x.grad, expected_x.grad[mine], expected_x.grad) < 1e-12
         assert distance(torch.from_numpy(dweight), local.weight.grad) < 1e-12
@@ -93,23 +94,27 @@ def test_a_registered_layer_trains_as_the_whole_batch(kind, act):
         assert distance(layer(x), local(x)) < 1e-12
 
 
-def test_a_relu_is_fused_unless_hooks_see_it_or_dropout_comes_before():
+def test_a_relu_is_fused_unless_hooks_see_it_or_dropout_comes_before(monkeypatch):
     layer, x = convert_sync_batchnorm(NormAct(C)), torch.randn(3, C, 2, 2)
     calls = []
-    layer.act.forward = lambda x: calls.append("act") or x.relu()
-    y = [layer(x)]
-    assert not calls
-    handle = layer.act.register_forward_hook(lambda *_: calls.append("hook"))
-    y.append(layer(x))
-    handle.remove()
-    assert calls == ["act", "hook"]
+    relu = torch.nn.functional.relu
+    monkeypatch.setattr(torch.nn.functional, "relu", lambda *args, **kw: calls.append(1) or relu(*args, **kw))
+    y, counts = [layer(x)], [len(calls)]
+    removable = layer.act.register_forward_hook(lambda *_: None)
+    y, counts = [*y, layer(x)], [*counts, len(calls)]
+    removable.remove()
+    removable = nn.modules.module.register_module_forward_hook(lambda *_: None)
+    y, counts = [*y, layer(x)], [*counts, len(calls)]
+    removable.remove()
     layer.drop = nn.Dropout(0.0)
-    y.append(layer(x))
+    y, counts = [*y, layer(x)], [*counts, len(calls)]
+    layer.drop, layer.act.forward = nn.Identity(), lambda y: y * 0 + 7
+    replaced = layer(x)
     with together():
-        assert calls == ["act", "hook", "act"]
-        assert torch.equal(y[0], y[1])
-        assert torch.equal(y[0], y[2])
+        assert counts == [0, 1, 2, 3]
+        assert all(torch.equal(y[0], other) for other in y)
         assert y[0].min() == 0
+        assert (replaced == 7).all()
     # Taken over twice would put one activation before dropout and the other behind it.
     net = convert_sync_batchnorm(nn.Sequential(NormAct(C, nn.SiLU()), nn.ReLU()), fuse_relu=True)
     assert type(net[1]) is nn.ReLU
@@ -169,3 +174,43 @@ def test_another_forward_may_be_registered():
     after = convert_sync_batchnorm(NormAct(C))(x)
     with together():
         assert torch.equal(before, -after)
+
+
+class Logged(SyncBatchNorm):
+    calls = 0
+
+    def forward(self, input, residual=None):
+        Logged.calls += 1
+        return super().forward(input, residual)
+
+
+class SyncSlope(SyncNormAct):
+    slope = 2.0
+
+    def scaled(self, y):
+        return y * self.slope
+
+
+def test_members_and_a_forward_of_the_class_converted_to_are_kept():
+    mpisyncbn.register_conversion(SyncSlope, lambda layer, batch_norm, x: layer.scaled(batch_norm(x)))
+    x = torch.randn(3, C, 2, 2)
+    scaled = convert_sync_batchnorm(SyncSlope(C))(x)
+    plain = convert_sync_batchnorm(nn.BatchNorm2d(C))(x)
+    Logged.calls = 0
+    net = Logged.convert_sync_batchnorm(nn.Sequential(NormAct(C), nn.BatchNorm2d(C)))
+    y = net(x)
+    first = net[0](x)
+    with together():
+        assert torch.equal(scaled, 2 * plain)
+        assert Logged.calls == 3
+        assert torch.equal(first, plain.relu())
+        assert y.shape == x.shape
+
+
+@no_exchange
+def test_the_last_registration_wins():
+    name = f"{__name__}.NormAct"
+    for key in (name, NormAct, name, Inherits, NormAct):
+        forward = register_conversion(key, lambda layer, batch_norm, x: batch_norm(x))
+        assert registered_forward(NormAct) is forward or key is Inherits
+    assert registered_forward(Inherits) is not forward

@@ -13,7 +13,7 @@ from torch.optim.swa_utils import AveragedModel
 
 import mpisyncbn
 from mpisyncbn import Communicator, convert_sync_batchnorm, update_bn
-from support.ranks import WORLD, error_of, several, together
+from support.ranks import WORLD, error_of, no_exchange, several, together
 from support.whole_batch import distance
 
 PARTS = [3, 1, 0, 2]  # batches of each rank: one rank has none
@@ -137,3 +137,67 @@ def test_a_call_of_another_model_is_an_error_on_every_rank():
     with together():
         assert "rank 1 on" in str(error)
         assert "statistics of update_bn for layers of 4 channels (4 channels" in str(error)
+
+
+class Before(nn.BatchNorm2d):
+    """Does something before it normalizes, and spoils its input afterwards."""
+
+    def forward(self, x):
+        y = super().forward(x.relu())
+        x.zero_()
+        return y
+
+
+class Merged(nn.Sequential):
+    """Keeps its first batch norm in evaluation, and does more in train() than to set modes."""
+
+    merged = True
+
+    def train(self, mode=True):
+        super().train(mode)
+        self.merged = not mode
+        self[0].eval()
+        return self
+
+
+@pytest.mark.parametrize("synchronized", [True, False])
+def test_what_a_layer_normalizes_counts_and_not_what_it_is_given(synchronized):
+    layer = Before(2).double()
+    mpisyncbn.register_conversion(Before, lambda layer, batch_norm, x: batch_norm(x.relu()))
+    if synchronized:
+        convert_sync_batchnorm(layer)
+    seen = torch.cat([x for rank in range(WORLD.size) for x in batches(rank)]).sub(1e3).relu()
+    update_bn([x - 1e3 for x in batches(WORLD.rank)], layer)
+    with together():
+        assert distance(layer.running_mean, seen.mean((0, 2, 3))) < 1e-10
+
+
+def test_modes_are_those_that_the_model_would_have():
+    frozen = convert_sync_batchnorm(nn.BatchNorm2d(2).double(), name="frozen")
+    model = Merged(frozen, nn.BatchNorm2d(2).double()).eval()
+    update_bn(batches(WORLD.rank), model)
+    modes = model.training, model.merged, [layer.training for layer in model]
+    with together():
+        assert modes == (False, True, [False, False])
+        assert torch.equal(frozen.running_mean, torch.zeros(2).double())
+        assert model[1].num_batches_tracked == max(PARTS[: WORLD.size])
+
+
+@several
+def test_ranks_without_batches_in_ddp_and_without_names():
+    mpisyncbn.init_process_group()
+    model = nn.Sequential(nn.Conv2d(2, 3, 1), mpisyncbn.SyncBatchNorm(3)).double()
+    averaged = AveragedModel(DistributedDataParallel(model))
+    for turn in range(2):  # by the second all ranks know the layer by one name
+        update_bn(batches(3) if WORLD.rank == turn else [], averaged)
+    seen = model[0](torch.cat(batches(3)))
+    torch.distributed.destroy_process_group()
+    with together():
+        assert distance(averaged.module.module[1].running_mean, seen.mean((0, 2, 3))) < 1e-12
+        assert averaged.module.require_forward_param_sync
+
+
+@no_exchange
+def test_torchs_own_synchronized_layers_are_refused():
+    with pytest.raises(TypeError, match=r"no layer of torch.nn.SyncBatchNorm .*convert the model first"):
+        update_bn([], nn.SyncBatchNorm(3))

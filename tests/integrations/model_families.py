@@ -94,9 +94,13 @@ def _logits(output: Tensor | tuple[Tensor, ...] | dict[str, Tensor]) -> Tensor:
 
 
 def _distance(pairs: list[tuple[Tensor, Tensor]]) -> float:
-    """The largest difference, over the largest value of all: a mean may be a sum that cancels to 0."""
-    scale = max((theirs.abs().max().item() for _, theirs in pairs if theirs.numel()), default=1.0)
-    return max(((a - b).abs().max().item() for a, b in pairs if b.numel()), default=0.0) / scale
+    """The largest difference, each in units of its tensor's largest value.
+
+    At least a thousandth of the largest of all tensors counts as that: a mean may be a sum that cancels to 0.
+    """
+    largest = [(a, b, b.abs().max().item()) for a, b in pairs if b.numel() and b.is_floating_point()]
+    least = max((size for *_, size in largest), default=1.0) / 1e3
+    return max(((a - b).abs().max().item() / max(size, least) for a, b, size in largest), default=0.0)
 
 
 def _size(model: nn.Module) -> int:

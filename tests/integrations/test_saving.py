@@ -35,12 +35,11 @@ def test_a_scaled_loss_gives_the_same_step():
     """GradScaler: gradients of the scaled loss are finite, and their unscaled step is the plain one."""
     models = [convert_sync_batchnorm(net()) for _ in range(2)]
     x = torch.randn(3 + WORLD.rank, 2, 6, 6, generator=torch.Generator().manual_seed(WORLD.rank))
-    steps = []
     for model, enabled in zip(models, (True, False), strict=True):
         scaler = torch.amp.GradScaler("cpu", init_scale=2.0**10, enabled=enabled)
         optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
         scaler.scale(model(x).square().mean()).backward()
-        steps.append(scaler.step(optimizer))
+        scaler.step(optimizer)
         scaler.update()
     with together():
         for scaled, plain in zip(models[0].parameters(), models[1].parameters(), strict=True):
