@@ -33,7 +33,7 @@ from .convertible import (
 from .errors import on_rank
 from .fusing import FusedReLU, fuse, fused_layers, unfuse
 from .layer_names import give_up_key, new_key
-from .mixed_class import synchronized_class
+from .mixed_class import rebuild, synchronized_class
 from .registry import Forward
 
 __all__ = [
@@ -154,6 +154,7 @@ _CONVERSION_ATTRIBUTES = (
     "_key",
     "_converted_from",
 )
+_rebuild = rebuild  # pickles of whole models name it here
 _WRAPPED = ("module", "_orig_mod", "_fsdp_wrapped_module")  # names of the model in torch's wrappers
 
 
