@@ -15,6 +15,7 @@ from .liveness import exits
 
 if TYPE_CHECKING:
     from . import functional
+    from . import lightning as lightning
     from .autograd import sync_batch_norm
     from .batchnorm import SyncBatchNorm
     from .comm.communicator import Communicator
@@ -60,6 +61,7 @@ _HOME = {
     "convert_sync_batchnorm": "batchnorm:SyncBatchNorm",
     "functional": "",
     "init_process_group": "distributed",
+    "lightning": "",
     "local_rank": "comm.nodes",
     "new_group": "comm.groups",
     "new_subgroups": "comm.groups",

@@ -84,10 +84,11 @@ def refuse_replacement(caller: FrameType, layer: str | None) -> None:
     """
     library = caller.f_globals.get("__name__", "").partition(".")[0]
     if caller.f_code.co_name in _CONVERTERS and library in ("torch", "timm", "apex"):
+        by = " (sync_batchnorm=True of Lightning's Trainer makes it)" if library == "torch" else ""
         raise TypeError(
             f"{library}'s {caller.f_code.co_name} would replace a layer that mpisyncbn synchronizes"
-            f"{f', {layer},' if layer else ''} by one that does not use MPI{on_rank()}: leave that call out, "
-            "or revert the model first, mpisyncbn.revert_sync_batchnorm(model)"
+            f"{f', {layer},' if layer else ''} by one that does not use MPI{on_rank()}: leave that call{by} "
+            "out, or revert the model first, mpisyncbn.revert_sync_batchnorm(model)"
         )
 
 

@@ -1,0 +1,85 @@
+"""Synchronized batch norm in Lightning's Trainer, by a plugin.
+
+    Trainer(strategy="ddp", plugins=[mpisyncbn.lightning.LayerSync()])
+
+It serves both packages, ``lightning`` and ``pytorch_lightning``, and imports neither.
+"""
+
+from __future__ import annotations
+
+import sys
+
+import torch
+import torch.distributed as dist
+from torch import nn
+
+from .batchnorm import SyncBatchNorm
+from .comm.groups import AnyGroup
+from .comm.runtime import mpi
+from .convert import revert_sync_batchnorm
+from .distributed import init_process_group
+from .errors import on_rank
+
+__all__ = ["LayerSync"]
+
+_PACKAGES = "lightning.pytorch", "pytorch_lightning"
+
+
+class LayerSync:
+    """A plugin by which Lightning's Trainer synchronizes batch norm over MPI while it fits a model.
+
+    The Trainer converts the model in place before DistributedDataParallel wraps it, and reverts it
+    to its exact classes after the fit. With this plugin ``Trainer(sync_batchnorm=True)`` is allowed
+    and adds nothing: the layers are these, not torch's.
+
+    In a job of several ranks the constructor calls ``mpisyncbn.init_process_group()``, so that
+    ``strategy="ddp"`` takes backend ``mpi4py``. It leaves the backend to Lightning where torch has
+    a GPU, since gradients on GPUs belong to NCCL. A group that the program has made itself stays.
+
+    Args:
+        process_group, name, fuse_relu: as ``mpisyncbn.convert_sync_batchnorm`` takes them.
+
+    Raises:
+        ImportError: neither of Lightning's packages has been imported.
+        MPISyncBNError: a launcher knows of more ranks than MPI.
+
+    Collective in a job of several ranks: every rank must make one.
+    """
+
+    def __init__(
+        self, process_group: AnyGroup = None, *, name: str | None = None, fuse_relu: bool = False
+    ) -> None:
+        _register()
+        self.process_group, self.name, self.fuse_relu = process_group, name, fuse_relu
+        # Now, because the Trainer initializes torch.distributed before it calls apply(). It takes a
+        # group that is there. torch's table of default backends would do as well, but is global, and
+        # Lightning would go by an address and a port.
+        if mpi().COMM_WORLD.size > 1 and not dist.is_initialized() and not torch.cuda.is_available():
+            init_process_group()
+
+    def apply(self, model: nn.Module) -> nn.Module:
+        """Convert the layers of ``model`` in place, and return it. Not collective."""
+        return SyncBatchNorm.convert_sync_batchnorm(
+            model, self.process_group, name=self.name, fuse_relu=self.fuse_relu
+        )
+
+    def revert(self, model: nn.Module) -> nn.Module:
+        """Give the layers of ``model`` their exact classes again, and return it. Not collective."""
+        return revert_sync_batchnorm(model)
+
+
+def _register() -> None:
+    """Make LayerSync a plugin to each of Lightning's packages that the program has imported.
+
+    Each package asks for a LayerSync of its own. These are abstract base classes, which accept a
+    class that is registered. The one of ``sync_batchnorm=True`` is the one that the Trainer accepts
+    beside that argument.
+    """
+    modules = [sys.modules.get(f"{package}.plugins.layer_sync") for package in _PACKAGES]
+    for module in filter(None, modules):
+        module.TorchSyncBatchNorm.register(LayerSync)
+    if not any(modules):
+        raise ImportError(
+            f"LayerSync is for Lightning's Trainer, and neither of {', '.join(_PACKAGES)} has been imported"
+            f"{on_rank()}: import one of them first, pip install lightning"
+        )
