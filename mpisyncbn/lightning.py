@@ -49,7 +49,11 @@ class LayerSync:
     def __init__(
         self, process_group: AnyGroup = None, *, name: str | None = None, fuse_relu: bool = False
     ) -> None:
-        _register()
+        if not _register():
+            raise ImportError(
+                f"LayerSync is for Lightning's Trainer, and neither of {', '.join(_PACKAGES)} has been "
+                f"imported{on_rank()}: import one of them first, pip install lightning"
+            )
         self.process_group, self.name, self.fuse_relu = process_group, name, fuse_relu
         # Now, because the Trainer initializes torch.distributed before it calls apply(). It takes a
         # group that is there. torch's table of default backends would do as well, but is global, and
@@ -68,8 +72,8 @@ class LayerSync:
         return revert_sync_batchnorm(model)
 
 
-def _register() -> None:
-    """Make LayerSync a plugin to each of Lightning's packages that the program has imported.
+def _register() -> bool:
+    """Make LayerSync a plugin to each of Lightning's packages that is imported; whether one is.
 
     Each package asks for a LayerSync of its own. These are abstract base classes, which accept a
     class that is registered. The one of ``sync_batchnorm=True`` is the one that the Trainer accepts
@@ -78,8 +82,7 @@ def _register() -> None:
     modules = [sys.modules.get(f"{package}.plugins.layer_sync") for package in _PACKAGES]
     for module in filter(None, modules):
         module.TorchSyncBatchNorm.register(LayerSync)
-    if not any(modules):
-        raise ImportError(
-            f"LayerSync is for Lightning's Trainer, and neither of {', '.join(_PACKAGES)} has been imported"
-            f"{on_rank()}: import one of them first, pip install lightning"
-        )
+    return any(modules)
+
+
+_register()  # LightningCLI asks whether the class is a plugin before it makes one

@@ -1,4 +1,4 @@
-# source environment.sh EXTRA
+# source environment.sh EXTRA[,EXTRA...]
 # Puts first on PATH a .venv with mpisyncbn[EXTRA] and an mpiexec that starts the MPI library which mpi4py loads.
 # Sets $root. PYTHON=python3.12 chooses another interpreter.
 # shellcheck shell=bash
@@ -261,7 +261,8 @@ if ! is_whole || [[ $(head -n1 "$stamp" 2>/dev/null) != "$(state)" ]]; then
     is_whole || make_venv
     torch=$(missing_torch)
     [[ -z $torch ]] || pip install "$torch"
-    pip install --editable "${root}[$1]"
+    # torch as it is now: the newest torchvision, which timm asks for, would bring its own.
+    pip install --editable "${root}[$1]" "torch==$(python -c 'from importlib import metadata; print(metadata.version("torch"))')"
     choice=$(choose_mpiexec)
     printf '%s\n' "$(state)" "$choice" "$(without_native)" >"$stamp"
 fi

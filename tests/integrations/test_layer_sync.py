@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import importlib
 import sys
-from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from types import ModuleType
 
@@ -17,6 +17,15 @@ from support.models import kinds, network
 from support.ranks import WORLD, several
 
 PACKAGES = "lightning.pytorch", "pytorch_lightning"
+LAYER_SYNC = """
+from abc import ABC, abstractmethod
+class LayerSync(ABC):
+    @abstractmethod
+    def apply(self, model): ...
+    @abstractmethod
+    def revert(self, model): ...
+class TorchSyncBatchNorm(LayerSync): ...
+"""
 
 
 @pytest.fixture
@@ -28,19 +37,9 @@ def packages(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) ->
         monkeypatch.delitem(sys.modules, name, raising=False)
         if package in getattr(request, "param", PACKAGES):
             made.append(module := ModuleType(name))
-            exec(LAYER_SYNC, vars(module) | {"ABC": ABC, "abstractmethod": abstractmethod}, vars(module))
+            exec(LAYER_SYNC, vars(module))
             monkeypatch.setitem(sys.modules, name, module)
     return made
-
-
-LAYER_SYNC = """
-class LayerSync(ABC):
-    @abstractmethod
-    def apply(self, model): ...
-    @abstractmethod
-    def revert(self, model): ...
-class TorchSyncBatchNorm(LayerSync): ...
-"""
 
 
 @pytest.fixture(autouse=True)
@@ -58,6 +57,12 @@ def test_a_plugin_to_each_package_that_is_imported(packages: list[ModuleType]) -
     for package in packages:
         assert isinstance(plugin, package.LayerSync)
         assert isinstance(plugin, package.TorchSyncBatchNorm), "allowed beside sync_batchnorm=True"
+
+
+def test_a_class_that_a_configuration_file_may_name(packages: list[ModuleType]) -> None:
+    """LightningCLI imports it and asks whether it is a plugin, before it makes one."""
+    cls = importlib.reload(mpisyncbn.lightning).LayerSync
+    assert all(issubclass(cls, package.LayerSync) for package in packages)
 
 
 @pytest.mark.parametrize("packages", [()], indirect=True)
