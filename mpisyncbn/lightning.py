@@ -41,7 +41,7 @@ class LayerSync:
 
     Raises:
         ImportError: neither of Lightning's packages has been imported.
-        MPISyncBNError: a launcher knows of more ranks than MPI.
+        MPISyncBNError: as ``mpisyncbn.init_process_group`` raises it.
 
     Collective in a job of several ranks: every rank must make one.
     """

@@ -261,8 +261,9 @@ if ! is_whole || [[ $(head -n1 "$stamp" 2>/dev/null) != "$(state)" ]]; then
     is_whole || make_venv
     torch=$(missing_torch)
     [[ -z $torch ]] || pip install "$torch"
-    # torch as it is now: the newest torchvision, which timm asks for, would bring its own.
-    pip install --editable "${root}[$1]" "torch==$(python -c 'from importlib import metadata; print(metadata.version("torch"))')"
+    torch=$(python -c 'from importlib import metadata; print(metadata.version("torch"))')
+    # By its version: the newest torchvision, which timm asks for, would bring a torch of its own.
+    pip install --editable "${root}[$1]" "torch==$torch"
     choice=$(choose_mpiexec)
     printf '%s\n' "$(state)" "$choice" "$(without_native)" >"$stamp"
 fi

@@ -23,9 +23,9 @@ RESULTS = ROOT / "docs" / "results" / "integrations.md"
 HEAD = """\
 # The tools of integrations.md at two ranks
 
-By `scripts/integrations --write`, with torch {torch}: the largest distance, in float64, between the
-tool's run at two ranks and its own in one process, of any weight, running statistic or metric of the
-example; and the lines that the example has more.
+By `scripts/integrations --write`, with torch {torch}: the largest distance, in float64, between
+the tool's run at two ranks and its own in one process, of any weight, running statistic or metric
+of the example; and the number of lines that name `mpisyncbn`.
 """
 
 

@@ -81,6 +81,13 @@ def compare(example: Example, folder: Path, run: Callable[..., End]) -> Result:
     return Result(max(distances), len(lines) - len(its_own))
 
 
+def distance(actual: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) -> float:
+    """The largest difference; infinite if one has what the other has not."""
+    if actual.keys() != expected.keys():
+        return float("inf")
+    return max((actual[name].double() - expected[name].double()).abs().max().item() for name in expected)
+
+
 def _learned(
     lines: list[str], ranks: int, folder: Path, run: Callable[..., End]
 ) -> list[dict[str, torch.Tensor]]:
@@ -92,13 +99,6 @@ def _learned(
     if end.status != 0:
         raise RuntimeError(f"{file} ended with status {end.status}:\n{end.stdout}{end.stderr}")
     return [torch.load(folder / f"{rank}.pt") for rank in range(max(ranks, 1))]
-
-
-def distance(actual: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) -> float:
-    """The largest difference; infinite if one has what the other has not."""
-    if actual.keys() != expected.keys():
-        return float("inf")
-    return max((actual[name].double() - expected[name].double()).abs().max().item() for name in expected)
 
 
 def main(file: str, folder: str) -> None:

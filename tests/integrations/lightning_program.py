@@ -2,7 +2,7 @@
 
     python lightning_program.py FOLDER        where the ranks leave what they found
 
-At one rank it is the whole batch of both ranks, by the Trainer alone, with torch's layers.
+At one rank it is the whole batch of both ranks, by the Trainer of one package alone, with torch's layers.
 """
 
 from __future__ import annotations
@@ -111,11 +111,31 @@ def findings(package: ModuleType, folder: Path) -> dict[str, Any]:
     }
 
 
+def with_fabric() -> dict[str, Tensor]:
+    """What a loop of Lightning's Fabric learns in five steps."""
+    fabric = importlib.import_module("lightning.fabric").Fabric(
+        accelerator="cpu", devices=SIZE, strategy="ddp" if SIZE > 1 else "auto"
+    )
+    fabric.launch()
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.Flatten(), nn.Linear(8 * 36, 10))
+    if SIZE > 1:
+        mpisyncbn.convert_sync_batchnorm(net)
+    wrapped, optimizer = fabric.setup(net, torch.optim.SGD(net.parameters(), lr=0.1))
+    for x, labels in batches(1):
+        optimizer.zero_grad()
+        total = nn.functional.cross_entropy(wrapped(x), labels, reduction="sum")
+        fabric.backward(total / TOTAL * SIZE)
+        optimizer.step()
+    return net.state_dict()
+
+
 def main(folder: Path) -> None:
     torch.set_default_dtype(torch.float64)
-    packages = [importlib.import_module(name) for name in ("lightning.pytorch", "pytorch_lightning")]
-    found = {package.__name__: findings(package, folder / package.__name__) for package in packages}
-    torch.save(found | {"backend": dist.is_initialized() and dist.get_backend()}, folder / f"{RANK}.pt")
+    names = ["lightning.pytorch", "pytorch_lightning"] if SIZE > 1 else ["lightning.pytorch"]
+    found: dict[str, Any] = {name: findings(importlib.import_module(name), folder / name) for name in names}
+    found |= {"fabric": with_fabric(), "backend": dist.is_initialized() and dist.get_backend()}
+    torch.save(found, folder / f"{RANK}.pt")
 
 
 if __name__ == "__main__":
