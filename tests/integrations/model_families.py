@@ -16,12 +16,15 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
-import timm
 import torch
+import torchvision_on_cpu
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 import mpisyncbn
+
+torchvision_on_cpu.allow()  # timm imports torchvision
+import timm  # noqa: E402
 
 MODELS = (Path(__file__).parent / "models.txt").read_text().split()
 

@@ -4,10 +4,6 @@ from __future__ import annotations
 
 import pytest
 
-pytest.importorskip("timm", reason="timm is not installed: pip install 'mpisyncbn[integrations]'")
-
-from model_families import compare
-
 from support.ranks import together, up_to_two
 
 pytestmark = [pytest.mark.full, up_to_two]
@@ -18,6 +14,9 @@ pytestmark = [pytest.mark.full, up_to_two]
     "model", ["test_efficientnet", "test_resnet", "ghostnet_050", "efficientvit_m0", "torchvision/mnasnet0_5"]
 )
 def test_a_model_trains_as_one_process_with_the_whole_batch(model):
+    pytest.importorskip("timm", reason="timm is not installed: pip install 'mpisyncbn[integrations]'")
+    from model_families import compare
+
     found = compare(model)
     with together():
         assert found.layers > 10
