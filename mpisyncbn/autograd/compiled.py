@@ -1,10 +1,14 @@
-"""The layer for torch.compile, which does not look into the operations that exchange messages.
+"""The layer for torch.compile, which does not look into operations that exchange messages.
 
-The compiler fuses the generic kernels with their neighbours. It would drop an exchange whose result
-is unused, or run two equal ones once, and then ranks would wait for each other for ever. So each
-exchange changes a tensor that outlives the graph, which keeps all exchanges, in order. Each
-direction has such a tensor of its own, because a graph refuses its backward pass if a tensor that
-it saved has changed since.
+Each direction is one such operation, with the kernels of the eager layer: the sums over the batch,
+the exchange, and the vectors that the element-wise work needs. That work is left to the compiler,
+which fuses it with its neighbours. The vectors come rounded to the dtype of that work, because the
+compiler would repeat their arithmetic in float64 for every element.
+
+The compiler would drop an operation whose result is unused, or run two equal ones once, and then
+ranks would wait for each other for ever. So each changes a tensor that outlives the graph, which
+keeps all exchanges, in order. Each direction has such a tensor of its own, because a graph refuses
+its backward pass if a tensor that it saved has changed since.
 """
 
 from __future__ import annotations
@@ -15,12 +19,13 @@ from torch import Tensor
 from torch.utils._python_dispatch import _disable_current_modes
 from torch.utils.checkpoint import CheckpointPolicy, _CachingTorchDispatchMode
 
-from .. import exchange, functional
+from .. import exchange
 from ..arguments import check_count
-from ..batch_stats import BatchStats
+from ..batch_stats import BatchStats, invstd_of
 from ..comm import transport
 from ..comm.communicator import by_graph_key
-from ..kernels import generic
+from ..errors import MPISyncBNError, on_rank
+from ..kernels import Array, generic, has_float64, kernels_for
 from .layer_context import FunctionContext, is_recomputing, layer_call
 
 __all__ = ["apply"]
@@ -34,10 +39,8 @@ def apply(
     ``group`` is the ``graph_key`` of a Communicator, ``layer`` the name or key of a layer.
     Collective, forward and backward: every rank of the group must call.
     """
-    y, mean, var, invstd, count, first_time = _CompiledBatchNorm.apply(
-        x, weight, bias, eps, group, layer, dtype
-    )
-    return y, BatchStats(mean, var, invstd, count * first_time)
+    y, stats, count, first_time = _CompiledBatchNorm.apply(x, weight, bias, eps, group, layer, dtype)
+    return y, BatchStats._make((*stats.unbind(), count * first_time))
 
 
 with torch.inference_mode(False), _disable_current_modes():  # the first import may happen in any mode
@@ -50,54 +53,114 @@ def _order_token(token: Tensor, x: Tensor) -> Tensor:
 
 
 _LIBRARY = torch.library.Library("mpisyncbn", "DEF")
-_HOST_TAKES_PART = (torch.Tag.cudagraph_unsafe,)
+# the host takes part, and the kernels read any memory format
+_TAGS = (torch.Tag.cudagraph_unsafe, torch.Tag.flexible_layout)
 _LIBRARY.define(
-    "merge_moments(Tensor mean, Tensor m2, SymInt count, Tensor(a!) token, str group, str layer, str dtype, "
-    "float eps) -> (Tensor, Tensor, Tensor, Tensor)",
-    tags=_HOST_TAKES_PART,
+    "batch_stats(Tensor x, Tensor(a!) token, str group, str layer, str dtype, float eps) "
+    "-> (Tensor, Tensor, Tensor, Tensor)",
+    tags=_TAGS,
 )
 _LIBRARY.define(
-    "reduce_sums(Tensor sums, Tensor(a!) token, str group, str layer, str direction, str dtype, float eps) "
-    "-> Tensor",
-    tags=_HOST_TAKES_PART,
+    "batch_sums(Tensor dy, Tensor x, Tensor stats, Tensor count, Tensor(a!) token, str group, str layer, "
+    "str dtype, float eps) -> (Tensor, Tensor)",
+    tags=_TAGS,
 )
 
 
-def _merge_moments_op(
-    mean: Tensor, m2: Tensor, count: int, token: Tensor, group: str, layer: str, dtype: str, eps: float
+def _batch_stats_op(
+    x: Tensor, token: Tensor, group: str, layer: str, dtype: str, eps: float
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """The forward pass up to the exchange.
+
+    Returns the rows mean, var and invstd; those that the element-wise work needs: mean, in two parts,
+    and invstd; the count; and whether this is not the repetition of a checkpoint.
+    """
+    with np.errstate(all="ignore"):  # values that are not finite are data
+        communicator = by_graph_key(group)
+        call = layer_call(communicator.name_of(layer), "forward", x.shape[1], dtype, eps)
+        moments = kernels_for(x).local_moments(x)
+        total, mean, var = exchange.merge_moments(communicator, call, *moments)
+        stats = _rows(x, mean, var, invstd_of(var, eps))
+    check_count(total, x)
+    # filled on the device, so that the host does not wait for it
+    first_time = stats.new_full((), not is_recomputing(), dtype=torch.bool)
+    return stats, _rounded(stats[0], stats[2], x), stats.new_full((), total), first_time
+
+
+def _batch_sums_op(
+    dy: Tensor,
+    x: Tensor,
+    stats: Tensor,
+    count: Tensor,
+    token: Tensor,
+    group: str,
+    layer: str,
+    dtype: str,
+    eps: float,
+) -> tuple[Tensor, Tensor]:
+    """The backward pass up to the exchange.
+
+    Returns the rows dweight and dbias, sums of this rank; and the rows for ``dx``: the mean of dy, in
+    two parts, and what to subtract for each unit of the normalized input.
+    """
     with np.errstate(all="ignore"):
         communicator = by_graph_key(group)
-        call = layer_call(communicator.name_of(layer), "forward", m2.shape[-1], dtype, eps)
-        total, merged, var = exchange.merge_moments(communicator, call, count, mean, m2)
-        merged, var = (transport.from_host(vector, m2) for vector in (merged, var))
-    check_count(total, m2)
-    # filled on the device, so that the host does not wait for it
-    first_time = m2.new_full((), not is_recomputing(), dtype=torch.bool)
-    return m2.new_full((), total), merged, var, first_time
+        call = layer_call(communicator.name_of(layer), "backward", x.shape[1], dtype, eps)
+        mean, invstd = stats[0], stats[2]
+        vectors = transport.to_host(mean, invstd) if transport.on_host(x) else (mean, invstd)
+        sums = kernels_for(x).backward_reduce(dy, x, *vectors)[:2]
+        totals = exchange.reduce_sums(communicator, call, *sums)
+    sum_dy, sum_dy_xmu = _rows(x, *sums)
+    # if no rank has a value, all sums are 0
+    mean_dy, mean_dy_xmu = _rows(x, *totals) / (count + (count == 0))
+    return torch.stack((sum_dy_xmu * invstd, sum_dy)), _rounded(mean_dy, invstd * mean_dy_xmu, x)
 
 
-def _reduce_sums_op(
-    sums: Tensor, token: Tensor, group: str, layer: str, direction: str, dtype: str, eps: float
-) -> Tensor:
-    communicator = by_graph_key(group)
-    call = layer_call(communicator.name_of(layer), direction, sums.shape[-1], dtype, eps)
-    (total,) = exchange.reduce_sums(communicator, call, sums.reshape(-1))
-    return transport.from_host(total, sums).reshape(sums.shape)
+def _rows(x: Tensor, *vectors: Array) -> Tensor:
+    """The vectors as rows of one tensor, on the device of ``x``."""
+    if not isinstance(vectors[0], np.ndarray):
+        return torch.stack(vectors)
+    return transport.from_host(np.concatenate(vectors), x).reshape(len(vectors), -1)
 
 
-_LIBRARY.impl("merge_moments", _merge_moments_op, "CompositeExplicitAutograd")
-_LIBRARY.impl("reduce_sums", _reduce_sums_op, "CompositeExplicitAutograd")
-torch.library.register_fake(
-    "mpisyncbn::merge_moments",
-    lambda mean, m2, *_: _mark_must_save(
-        m2.new_empty(()),
-        torch.empty_like(m2),
-        torch.empty_like(m2),
-        m2.new_empty((), dtype=torch.bool),
-    ),
-)
-torch.library.register_fake("mpisyncbn::reduce_sums", lambda sums, *_: torch.empty_like(sums))
+def _rounded(mean: Tensor, factor: Tensor, x: Tensor) -> Tensor:
+    """Rows in the dtype of the element-wise work: ``mean``, what its rounding lost, and ``factor``."""
+    dtype = _compute_dtype(x)
+    rounded = mean.to(dtype)
+    return torch.stack((rounded, (mean - rounded).to(dtype), factor.to(dtype)))
+
+
+def _compute_dtype(x: Tensor) -> torch.dtype:
+    return torch.float64 if x.dtype == torch.float64 else torch.float32
+
+
+_LIBRARY.impl("batch_stats", _batch_stats_op, "CompositeExplicitAutograd")
+_LIBRARY.impl("batch_sums", _batch_sums_op, "CompositeExplicitAutograd")
+
+
+def _fake_batch_stats(x: Tensor, *_: object) -> tuple[Tensor, ...]:
+    stats, rounded = _fake_rows(x, 3), x.new_empty((3, x.shape[1]), dtype=_compute_dtype(x))
+    return _mark_must_save(stats, rounded, stats.new_empty(()), stats.new_empty((), dtype=torch.bool))
+
+
+def _fake_batch_sums(dy: Tensor, x: Tensor, *_: object) -> tuple[Tensor, Tensor]:
+    from torch._dynamo import compiled_autograd, config  # loaded by now; alone it takes a second
+
+    if config.compiled_autograd or compiled_autograd.compiled_autograd_enabled:
+        raise MPISyncBNError(
+            "compiled autograd cannot run the backward pass of a synchronized layer in a compiled graph"
+            f"{on_rank()}: torch forgets there the tensor that keeps exchanges in order. Leave "
+            "torch._dynamo.config.compiled_autograd off, or the layer out of the graph"
+        )
+    return _fake_rows(x, 2), x.new_empty((3, x.shape[1]), dtype=_compute_dtype(x))
+
+
+def _fake_rows(x: Tensor, count: int) -> Tensor:
+    return x.new_empty((count, x.shape[1]), dtype=torch.float64 if has_float64(x) else torch.float32)
+
+
+torch.library.register_fake("mpisyncbn::batch_stats", _fake_batch_stats)
+torch.library.register_fake("mpisyncbn::batch_sums", _fake_batch_sums)
 
 
 def _mark_must_save(*results: Tensor) -> tuple[Tensor, ...]:
@@ -108,10 +171,10 @@ def _mark_must_save(*results: Tensor) -> tuple[Tensor, ...]:
     return results
 
 
-@torch.ops.mpisyncbn.merge_moments.default.py_impl(_CachingTorchDispatchMode)
+@torch.ops.mpisyncbn.batch_stats.default.py_impl(_CachingTorchDispatchMode)
 def _bypass_checkpoint_mode(_: object, *args: object) -> tuple[Tensor, ...]:
     """Run the exchange as if the graph held no checkpoint, which would repeat it (torch 2.13)."""
-    return torch.ops.mpisyncbn.merge_moments(*args)
+    return torch.ops.mpisyncbn.batch_stats(*args)
 
 
 class _CompiledBatchNorm(torch.autograd.Function):
@@ -128,42 +191,57 @@ class _CompiledBatchNorm(torch.autograd.Function):
         layer: str,
         dtype: str,
     ) -> tuple[Tensor, ...]:
-        first_time: list[Tensor] = []
-
-        def merge_moments(count: int, mean: Tensor, m2: Tensor) -> tuple[int, Tensor, Tensor]:
-            *merged, first = torch.ops.mpisyncbn.merge_moments(
-                mean, m2, count, _order_token(_FORWARD_ORDER, x), group, layer, dtype, eps
-            )
-            first_time.append(first)
-            return tuple(merged)
-
-        y, stats, _ = functional.forward(x, weight, bias, eps, generic, merge_moments)
-        ctx.save_for_backward(x, weight, *stats)
+        token = _order_token(_FORWARD_ORDER, x)
+        stats, rounded, count, first_time = torch.ops.mpisyncbn.batch_stats(
+            x, token, group, layer, dtype, eps
+        )
+        y = _normalized(x, rounded)
+        if weight is not None:
+            y = y * _channels(weight, x)
+        if bias is not None:
+            y = y + _channels(bias, x)
+        ctx.save_for_backward(x, weight, stats, rounded, count)
         # torch does not check attributes for changes by another graph
         ctx.token = _order_token(_BACKWARD_ORDER, x)
         ctx.exchange = group, layer, dtype, eps
         ctx.bias_dtype = None if bias is None else bias.dtype
-        ctx.mark_non_differentiable(*stats, *first_time)
-        return y, *stats, *first_time
+        ctx.mark_non_differentiable(stats, count, first_time)
+        return y.to(x.dtype), stats, count, first_time
 
     @staticmethod
     def backward(ctx: FunctionContext, dy: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
-        x, weight, *stats = ctx.saved_tensors
-        group, layer, dtype, eps = ctx.exchange
-
-        def reduce_sums(*sums: Tensor) -> tuple[Tensor, ...]:
-            total = torch.ops.mpisyncbn.reduce_sums(
-                torch.stack(sums), ctx.token, group, layer, "backward", dtype, eps
-            )
-            return total.unbind()
-
+        x, weight, stats, rounded, count = ctx.saved_tensors
         need_dx, need_dweight, need_dbias, *_ = ctx.needs_input_grad
-        dx, dweight, dbias, _dz = functional.backward(
-            dy, x, BatchStats(*stats), weight, generic, reduce_sums, need_dx
-        )
+        dx = None
+        if need_dx:
+            (dweight, dbias), of_dy = torch.ops.mpisyncbn.batch_sums(
+                dy, x, stats, count, ctx.token, *ctx.exchange
+            )
+            dx = _centered(dy, of_dy) - _normalized(x, rounded) * _channels(of_dy[2], x)
+            if weight is not None:
+                dx = dx * _channels(weight, x)
+            dx = (dx * _channels(rounded[2], x)).to(x.dtype)
+        else:  # no exchange either
+            mean, _var, invstd = stats
+            dbias, dweight, _dz = generic.backward_reduce(dy, x, mean, invstd)
+            dweight = dweight * invstd
         return (
             dx,
             dweight.to(weight.dtype) if need_dweight else None,
             dbias.to(ctx.bias_dtype) if need_dbias else None,
             *(None,) * 4,
         )
+
+
+def _normalized(x: Tensor, rounded: Tensor) -> Tensor:
+    return _centered(x, rounded) * _channels(rounded[2], x)
+
+
+def _centered(x: Tensor, rounded: Tensor) -> Tensor:
+    """``x`` less the mean, as exact as if it were subtracted in float64."""
+    return x.to(rounded.dtype) - _channels(rounded[0], x) - _channels(rounded[1], x)
+
+
+def _channels(vector: Tensor, x: Tensor) -> Tensor:
+    """``vector`` of length C, shaped to broadcast against ``x``."""
+    return vector.to(_compute_dtype(x)).reshape((1, -1) + (1,) * (x.ndim - 2))

@@ -325,11 +325,12 @@ def test_checkpointing(kind):
 
 def test_the_operations_are_well_described():
     """torch's own checks of schema, fake results, what is changed in place, and compiled results."""
-    ones, token, call = torch.ones(3).double(), torch.zeros(()), ("", "a layer")
-    merge, reduce = torch.ops.mpisyncbn.merge_moments.default, torch.ops.mpisyncbn.reduce_sums.default
-    torch.library.opcheck(merge, (ones, ones, 4, token, *call, "float32", 1e-5))
-    torch.library.opcheck(reduce, (ones, token, *call, "backward", "float32", 1e-5))
-    torch.library.opcheck(torch.ops.mpisyncbn.keep.default, (ones, ones.float()))
+    x, token, call = torch.randn(2, 3, 5), torch.zeros(()), ("", "a layer", "float32", 1e-5)
+    stats, ones = torch.ones(3, 3).double(), torch.ones(3)
+    torch.library.opcheck(torch.ops.mpisyncbn.batch_stats.default, (x, token, *call))
+    sums = torch.ops.mpisyncbn.batch_sums.default
+    torch.library.opcheck(sums, (x, x, stats, stats.new_tensor(10), token, *call))
+    torch.library.opcheck(torch.ops.mpisyncbn.keep.default, (ones.double(), ones))
 
 
 def test_shapes_without_data():
