@@ -4,6 +4,7 @@
     mpiexec -n 2 python scripts/benchmark.py --quick    under two
     python scripts/benchmark.py --threads 2             one rank with two threads, beside torch with two
     python scripts/benchmark.py --scaling               2 to 64 ranks; starts mpiexec itself
+    mpiexec -n 2 python scripts/benchmark.py --only compiled    minutes of torch.compile, then its step
     python scripts/benchmark.py --from-json a.json b.json --plot . --tables tables.md
 
 Where each rank has a core of its own, MPI's part of an exchange halves if ranks stay there and do not yield:
@@ -42,6 +43,7 @@ SECTIONS = {
     "tiny": "layers",
     "peers": "layers",
     "resnet": "resnet",
+    "compiled": "resnet",
     "relu": "layers",
     "reductions": "reductions",
 }
@@ -74,7 +76,9 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--from-json", metavar="PATH", nargs="+", help="measure nothing: take these files")
     parser.add_argument("--default-allocator", action="store_true", help="let glibc give freed memory back")
     options = parser.parse_args(arguments)
-    usual = ["threads"] if options.threads > 1 else [name for name in SECTIONS if name != "threads"]
+    usual = [name for name in SECTIONS if name not in ("threads", "compiled")]
+    if options.threads > 1:
+        usual = ["threads"]
     options.only = options.only.split(",") if options.only else usual
     if unknown := set(options.only) - set(SECTIONS):
         parser.error(f"--only takes some of {','.join(SECTIONS)}, got {','.join(sorted(unknown))}")

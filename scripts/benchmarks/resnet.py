@@ -1,4 +1,4 @@
-"""A whole ResNet-50 training step: section resnet."""
+"""A whole ResNet-50 training step: sections resnet and compiled."""
 
 from __future__ import annotations
 
@@ -91,22 +91,43 @@ def resnet(quick: bool) -> Iterator[dict[str, Any]]:
             "ours, ReLU fused": mpisyncbn.convert_sync_batchnorm(copy.deepcopy(local), fuse_relu=True),
         }
         images = torch.randn(batch, 3, pixels, pixels).contiguous(memory_format=memory)
-        labels = torch.randint(1000, (batch,))
-        figures = interleave(
-            {which: training_step(model, images, labels) for which, model in models.items()},
-            seconds=3 if quick else 60,
-            warm=1 if quick else 2,
-            fewest=3 if quick else 5,
-        )
-        yield {
-            "family": "ResNet-50 step",
-            "shape": tuple(images.shape),
-            "dtype": "float32",
-            "format": name,
-            "us": figures,
-            "ours to": {peer: ratio(figures["ours"], figures[peer]) for peer in ("local", "local, waiting")},
-            "fused to": {"local": ratio(figures["ours, ReLU fused"], figures["local"])},
-        }
+        row = {"family": "ResNet-50 step", **_measure(models, images, quick), "format": name}
+        yield {**row, "fused to": {"local": ratio(row["us"]["ours, ReLU fused"], row["us"]["local"])}}
+
+
+def compiled(quick: bool) -> Iterator[dict[str, Any]]:
+    """The step under torch.compile, which takes minutes to make it.
+
+    The compiler turns everything to channels_last, so there is one memory format.
+    """
+    import torch._inductor.config
+
+    torch._inductor.config.compile_threads = 1  # a pool of processes has no place in a rank
+    batch, pixels = (QUICK_BATCH, QUICK_PIXELS) if quick else (BATCH, PIXELS)
+    torch.manual_seed(0)
+    local = resnet50()
+    models = {"local": local, "ours": mpisyncbn.convert_sync_batchnorm(copy.deepcopy(local))}
+    fast = {which: torch.compile(model, dynamic=False, fullgraph=True) for which, model in models.items()}
+    row = _measure(fast, torch.randn(batch, 3, pixels, pixels), quick)
+    yield {"family": "ResNet-50 step, compiled", **row, "format": "contiguous"}
+
+
+def _measure(models: dict[str, nn.Module], images: Tensor, quick: bool) -> dict[str, Any]:
+    labels = torch.randint(1000, (len(images),))
+    figures = interleave(
+        {which: training_step(model, images, labels) for which, model in models.items()},
+        seconds=3 if quick else 60,
+        warm=1 if quick else 2,
+        fewest=3 if quick else 5,
+    )
+    return {
+        "shape": tuple(images.shape),
+        "dtype": "float32",
+        "us": figures,
+        "ours to": {
+            peer: ratio(figures["ours"], figures[peer]) for peer in figures if peer.startswith("local")
+        },
+    }
 
 
 def training_step(model: nn.Module, images: Tensor, labels: Tensor) -> Callable[[], None]:

@@ -59,6 +59,7 @@ def summarize(sections: dict[str, list[Row]]) -> list[Line]:
         "tiny": _tiny,
         "peers": _peers,
         "resnet": _resnet,
+        "compiled": _compiled,
         "relu": _relu,
         "reductions": _reductions,
         "scaling": _scaling,
@@ -179,6 +180,11 @@ def _resnet(rows: list[Row]) -> list[Line]:
         for row in rows
         for (key, peer), what in whats.items()
     ]
+
+
+def _compiled(rows: list[Row]) -> list[Line]:
+    what = "compiled ResNet-50 training step over compiled local"
+    return [Line(what, row["ours to"]["local"], 1.05) for row in rows]
 
 
 def _relu(rows: list[Row]) -> list[Line]:

@@ -96,7 +96,7 @@ _TABLES: tuple[tuple[str, Callable[[list[Row]], str], tuple[str, ...]], ...] = (
     ("The layer with several threads a rank", _layer, ("threads",)),
     ("The kernels", _kernels, ("kernels",)),
     ("The exchange", _exchange, ("exchange",)),
-    ("Slow peers, the compiler, a whole step, and ReLU", _peers, ("peers", "resnet", "relu")),
+    ("Slow peers, the compiler, a whole step, and ReLU", _peers, ("peers", "resnet", "compiled", "relu")),
     ("Reductions beside gloo", _reductions, ("reductions",)),
 )
 
