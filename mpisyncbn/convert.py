@@ -102,6 +102,8 @@ class Synchronized(BatchNorm):
             return
         if name == "activation":
             check_activation(value)
+        if name == "qconfig" and value is not None:  # torch.ao.quantization marks what it will replace
+            tracing.refuse("torch.ao.quantization", self.layer_name, "quantize")
         super().__setattr__(name, value)  # type: ignore[arg-type]  # it takes any attribute
 
     def __setstate__(self, state: dict[str, object]) -> None:

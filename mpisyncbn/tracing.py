@@ -27,10 +27,10 @@ class Leaf(nn.Module):
         return _call_module(self, *args, **kwargs)
 
 
-def refuse(tool: str, layer: str | None) -> NoReturn:
+def refuse(tool: str, layer: str | None, verb: str = "compile") -> NoReturn:
     """Raise TypeError: a tool such as torch.jit.trace cannot compile a synchronized layer."""
     raise TypeError(
-        f"{tool} cannot compile what a synchronized layer sends to other ranks"
+        f"{tool} cannot {verb} what a synchronized layer sends to other ranks"
         f"{f': {layer}' if layer else ''}{on_rank()}. Revert the model or a copy of it first, "
         "mpisyncbn.revert_sync_batchnorm(copy.deepcopy(model))"
     )
