@@ -1,10 +1,11 @@
 # source environment.sh EXTRA[,EXTRA...]
 # Puts first on PATH a .venv with mpisyncbn[EXTRA] and an mpiexec that starts the MPI library which mpi4py loads.
-# Sets $root. PYTHON=python3.12 chooses another interpreter.
+# Sets $root. PYTHON=python3.12 chooses another interpreter. With a version in $other_torch the environment is one of its
+# own, .venv-torch-VERSION, which sees no packages but its own.
 # shellcheck shell=bash
 
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
-venv=$root/.venv
+venv=$root/.venv${other_torch:+-torch-$other_torch}
 
 say() { echo "environment: $*" >&2; }
 die() { say "$@"; exit 1; }
@@ -88,8 +89,8 @@ is_whole() {
 make_venv() {
     local python version torch packages=()
     IFS=$'\t' read -r python version torch <<<"$base"
-    [[ $torch == "no torch" ]] || packages=(--system-site-packages)
-    say "making .venv with Python $version ($torch)"
+    [[ $torch == "no torch" || -n ${other_torch-} ]] || packages=(--system-site-packages)
+    say "making ${venv##*/} with Python $version ($torch)"
     rm -rf "$venv"
     "$python" -m venv "${packages[@]}" "$venv"
     echo "$base" >"$venv/.whole"
@@ -250,6 +251,7 @@ export OMP_NUM_THREADS=${OMP_NUM_THREADS-1}
 # An activated .venv must not pass for the system.
 PATH=:$PATH:
 PATH=${PATH//":$venv/bin:"/:}
+PATH=${PATH//":$root/.venv/bin:"/:}
 PATH=${PATH#:}
 PATH=${PATH%:}
 system_mpiexec=$(type -P mpiexec || true)
@@ -259,7 +261,8 @@ export PATH=$venv/bin:$PATH
 stamp=$venv/.ready-$1
 if ! is_whole || [[ $(head -n1 "$stamp" 2>/dev/null) != "$(state)" ]]; then
     is_whole || make_venv
-    torch=$(missing_torch)
+    torch=${other_torch:+torch==$other_torch}
+    torch=${torch:-$(missing_torch)}
     [[ -z $torch ]] || pip install "$torch"
     torch=$(python -c 'from importlib import metadata; print(metadata.version("torch"))')
     # By its version: the newest torchvision, which timm asks for, would bring a torch of its own.

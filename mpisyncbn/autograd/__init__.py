@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 
-from .. import profiling
+from .. import profiling, torch_versions
 from ..arguments import UNNAMED, check_arguments, check_count, check_fused, check_tensor
 from ..batch_stats import BatchStats
 from ..comm.communicator import Communicator
@@ -130,6 +130,8 @@ def batch_norm(
     ``layer`` is a name, or a key for ``Communicator.name_of``. Collective, forward and backward:
     every rank of the group must call.
     """
+    if not torch_versions.COMPILES and torch.compiler.is_compiling():
+        torch_versions.refuse_to_compile()
     compiling = torch.compiler.is_compiling() or x.is_meta or isinstance(x, FakeTensor)
     if compiling or not passes_fast_check(x, weight, bias, running_mean, running_var, momentum, eps):
         check_arguments(
@@ -181,7 +183,7 @@ def passes_fast_check(
             and 0.0 <= momentum <= 1.0
             and native_cpu.passes_fast_check(x, weight, bias, running_mean, running_var)
         )
-    except AttributeError:  # a nested tensor has no lengths
+    except (AttributeError, RuntimeError):  # a nested tensor has no lengths; of torch 2.6 the latter
         return False
 
 

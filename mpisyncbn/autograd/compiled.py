@@ -19,7 +19,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import _disable_current_modes
 from torch.utils.checkpoint import CheckpointPolicy, _CachingTorchDispatchMode
 
-from .. import exchange
+from .. import exchange, torch_versions
 from ..arguments import check_count
 from ..batch_stats import BatchStats, invstd_of
 from ..comm import transport
@@ -54,7 +54,7 @@ def _order_token(token: Tensor, x: Tensor) -> Tensor:
 
 _LIBRARY = torch.library.Library("mpisyncbn", "DEF")
 # the host takes part, and the kernels read any memory format
-_TAGS = (torch.Tag.cudagraph_unsafe, torch.Tag.flexible_layout)
+_TAGS = (*torch_versions.HOST_TAKES_PART, torch.Tag.flexible_layout)
 _LIBRARY.define(
     "batch_stats(Tensor x, Tensor(a!) token, str group, str layer, str dtype, float eps) "
     "-> (Tensor, Tensor, Tensor, Tensor)",

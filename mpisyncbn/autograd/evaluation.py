@@ -7,6 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..kernels.activation import activate, activation_named
+from ..torch_versions import is_exporting
 
 __all__ = ["add_residual_and_activation", "evaluate"]
 
@@ -38,7 +39,7 @@ def evaluate(
 
 
 def _is_recorded(*tensors: Tensor | None) -> bool:
-    if not torch.is_grad_enabled() or torch.jit.is_tracing() or torch.compiler.is_exporting():
+    if not torch.is_grad_enabled() or torch.jit.is_tracing() or is_exporting():
         return False  # a graph for other programs must hold only torch's operations
     return any(each is not None and each.requires_grad for each in tensors)
 

@@ -28,6 +28,7 @@ from ..comm import launcher
 from ..comm.communicator import Communicator
 from ..comm.runtime import mpi
 from ..errors import on_rank
+from ..torch_versions import shut_down_groups_of
 from . import rendezvous
 from .joining import join
 from .no_compile import no_compile
@@ -103,3 +104,4 @@ if BACKEND not in dist.Backend.backend_list:
     dist.Backend.register_backend(BACKEND, create_process_group, extended_api=True, devices=["cpu", "cuda"])
     rendezvous.register(BACKEND)
     keep_works_of_reducers()
+    shut_down_groups_of(ProcessGroup)

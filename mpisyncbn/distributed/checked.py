@@ -17,6 +17,7 @@ from ..comm.communicator import Communicator
 from ..comm.runtime import mpi
 from ..errors import CollectiveTimeoutError, MPISyncBNError, on_rank
 from ..liveness import watchdog
+from ..torch_versions import is_async
 from .work import CollectiveThread, Work, wait_until
 
 if TYPE_CHECKING:
@@ -145,17 +146,17 @@ class CheckedProcessGroup(dist.ProcessGroup):
                     self._collective_group.rank_status.current_call = None
 
         if not self._collective_thread.is_current_thread():
-            if opts.asyncOp and self._thread_multiple:
+            if is_async(opts) and self._thread_multiple:
                 if profiling.profiler._is_profiler_enabled:
                     perform = profiling.in_background(f"mpi4py:{operation}", perform)
-                return self._collective_thread.submit(perform, Work(result, call))
+                return self._collective_thread.submit(perform, Work(result, call).keep_for_cpp())
             self._collective_thread.drain()
         if profiling.profiler._is_profiler_enabled:
             with profiling.record(f"mpi4py:{operation}"):
                 perform()
         else:
             perform()
-        return Work.completed(result, call)
+        return Work.completed(result, call).keep_for_cpp()
 
     def _check_same_call(self, call: GroupCall, seconds: float) -> None:
         """Return once all ranks are about to make this call.

@@ -18,6 +18,7 @@ import torch.distributed as dist
 
 from .. import config
 from ..errors import on_rank
+from ..torch_versions import STORE_BY_LIBUV
 
 if TYPE_CHECKING:
     from mpi4py import MPI
@@ -64,7 +65,13 @@ class LazyStore(dist.Store):
                 listening = None if self._rank > 0 else self._socket
                 self._socket = -1  # now it belongs to the store
                 self._store = dist.TCPStore(
-                    *self._address, None, self._rank == 0, connect_timeout, False, master_listen_fd=listening
+                    *self._address,
+                    None,
+                    self._rank == 0,
+                    connect_timeout,
+                    False,
+                    master_listen_fd=listening,
+                    use_libuv=STORE_BY_LIBUV,
                 )
                 self._store.set_timeout(self._timeout)
             return self._store

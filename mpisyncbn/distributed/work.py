@@ -17,6 +17,7 @@ from torch.distributed import Work as _Work
 
 from ..errors import CollectiveTimeoutError, MPISyncBNError, on_rank
 from ..liveness import exits
+from ..torch_versions import CPP_KEEPS_WORKS, work_of_cpp
 from .no_compile import no_compile_methods
 
 __all__ = ["CollectiveThread", "Work", "keep_works_of_reducers", "wait_until"]
@@ -109,12 +110,19 @@ class Work(_Work):
         """Return a Work that is done already."""
         return cls(result, call, _DONE)
 
+    def keep_for_cpp(self) -> Work:
+        """Return itself, alive until somebody waits for it or has its future: C++ may keep half."""
+        if not CPP_KEEPS_WORKS:
+            _awaited_by_none.add(self)
+        return self
+
     def wait(self, timeout: timedelta | None = None) -> bool:
         """Wait until it is done, and return True.
 
         Raises the collective's own error, or CollectiveTimeoutError after ``timeout``; None or
         zero: never.
         """
+        _awaited_by_none.discard(self)
         seconds = timeout.total_seconds() if timeout is not None else 0
         if not self._done.wait(seconds if seconds > 0 else None):
             raise CollectiveTimeoutError(f"{self._call} took longer than {seconds} s{on_rank()}")
@@ -135,6 +143,7 @@ class Work(_Work):
             self._complete_future(future)
 
     def get_future(self) -> torch.futures.Future[object]:
+        _awaited_by_none.discard(self)
         with _completion_lock:
             if self._future is not None:
                 return self._future
@@ -153,6 +162,8 @@ class Work(_Work):
 
     def as_cpp_work(self) -> _Work:
         """Return a C++ Work that keeps this Python object alive. torch's C++ alone would not."""
+        if not CPP_KEEPS_WORKS:
+            return work_of_cpp(self.get_future())
         return dist.ProcessGroup.barrier(_ReturnsWork(self), dist.BarrierOptions())
 
     def boxed(self) -> torch.ScriptObject:
@@ -174,6 +185,9 @@ class Work(_Work):
         return self._source
 
     source_rank = _source_rank
+
+
+_awaited_by_none: set[Work] = set()  # with torch 2.6, else empty
 
 
 class _ReturnsWork(dist.ProcessGroup):

@@ -20,6 +20,7 @@ from mpisyncbn.comm.groups import resolve
 from support.jobs import run_alone
 from support.oracle import distance, shard
 from support.ranks import WORLD, up_to_two
+from support.versions import compiles, since_2_12
 
 # Tracing is what is tested; "aot_eager" splits and functionalizes the graph as Inductor does, in a
 # tenth of the time. One test goes all the way.
@@ -27,6 +28,7 @@ BACKEND = "aot_eager"
 # torch's compiler warns about itself
 pytestmark = [
     up_to_two,
+    compiles,
     pytest.mark.usefixtures("fresh_compiler"),
     pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::UserWarning:torch"),
 ]
@@ -173,6 +175,7 @@ def test_all_the_way_to_machine_code(monkeypatch):
 
 
 @slow
+@since_2_12
 def test_evaluation_and_training_before_one_backward():
     """Split as Inductor splits, which computes cheap operations a second time in the backward."""
 

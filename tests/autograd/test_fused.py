@@ -14,6 +14,7 @@ import mpisyncbn
 from mpisyncbn import SyncBatchNorm, sync_batch_norm
 from support.oracle import distance, local_batch, shard
 from support.ranks import WORLD, together, up_to_two
+from support.versions import compiles
 
 DTYPES = [torch.float32, torch.float64, torch.bfloat16]
 
@@ -113,6 +114,7 @@ def test_second_derivatives_and_forward_mode(with_residual):
 @pytest.mark.filterwarnings(
     "ignore::DeprecationWarning", "ignore::UserWarning:torch"
 )  # of torch, about itself
+@compiles
 def test_compiled():
     fused, plain = layers()
     x, residual, dy = inputs()

@@ -16,6 +16,7 @@ import mpisyncbn
 import mpisyncbn.distributed
 from mpisyncbn import CollectiveMismatchError, functional, profiling
 from support.ranks import WORLD, no_exchange, several, together
+from support.versions import compiles
 
 RANK, SIZE = WORLD.rank, WORLD.size
 pytestmark = [
@@ -85,6 +86,7 @@ def test_messages() -> None:
         assert shown(recorded) == {"mpi4py:send": 1, "mpi4py:recv": 1}
 
 
+@compiles
 def test_layers() -> None:
     """One exchange each way; compiled too, inside of the operation that the graph knows."""
     layer = mpisyncbn.SyncBatchNorm(3)

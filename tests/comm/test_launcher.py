@@ -16,6 +16,7 @@ import mpisyncbn
 from mpisyncbn import config
 from mpisyncbn.comm import groups, launcher, nodes
 from support.ranks import WORLD, once, together
+from support.versions import compiles
 
 SIZES = ("OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "MV2_COMM_WORLD_SIZE", "FLUX_JOB_SIZE", "JSM_NAMESPACE_SIZE")
 SIZES += ("SLURM_STEP_NUM_TASKS",)
@@ -199,7 +200,10 @@ TRAINING = {
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")  # torch's own, while it compiles
-@pytest.mark.parametrize("train", TRAINING.values(), ids=TRAINING)
+@pytest.mark.parametrize(
+    "train",
+    [pytest.param(call, id=name, marks=[compiles] * (name == "compiled")) for name, call in TRAINING.items()],
+)
 def test_training_apart_is_refused(train, larger):
     """Also if torch.distributed was initialized after the first step."""
     net = mpisyncbn.convert_sync_batchnorm(torch.nn.Sequential(torch.nn.BatchNorm1d(3)))

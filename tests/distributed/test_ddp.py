@@ -16,6 +16,7 @@ from torch.nn.parallel import DistributedDataParallel
 import mpisyncbn
 import mpisyncbn.distributed
 from support.ranks import WORLD, error_of, several, together, up_to_two
+from support.versions import compiles, newer_than_2_6
 
 RANK, SIZE = WORLD.rank, WORLD.size
 STEPS = 20
@@ -132,6 +133,7 @@ def test_compressed_gradients(hook: str) -> None:
             assert 0 < largest_difference(net, in_one_process()) < 0.1
 
 
+@newer_than_2_6("has no streams of a CPU, which fully_shard asks for")
 def test_sharded() -> None:
     net = network()
     train(fully_shard(net))
@@ -234,12 +236,13 @@ def test_join_that_ends_with_the_first() -> None:
 
 
 # torch.compile. What it says of itself is no concern of these.
-compiles = pytest.mark.filterwarnings("ignore")
+warns = pytest.mark.filterwarnings("ignore")
 slow = pytest.mark.full("torch's compiler takes its time")
 BACKEND = "aot_eager"
 KINDS = "plain", "static graph", "unused parameters", "inside", "whole graph"
 
 
+@warns
 @compiles
 @up_to_two
 @pytest.mark.parametrize("name", [KINDS[0], *(pytest.param(each, marks=slow) for each in KINDS[1:])])
@@ -256,7 +259,7 @@ def test_compiled(name: str, fresh_compiler: None) -> None:
         assert largest_difference(net, in_one_process(steps=4)) < 1e-9
 
 
-@compiles
+@warns
 @up_to_two
 @pytest.mark.parametrize("whole", [True, False])
 def test_compiled_collectives(whole: bool, fresh_compiler: None) -> None:
@@ -291,7 +294,7 @@ def test_compiled_collectives(whole: bool, fresh_compiler: None) -> None:
         assert all(torch.equal(a, b) for a, b in zip(got, expected, strict=True))
 
 
-@compiles
+@warns
 @up_to_two
 def test_a_barrier_that_tells_amid_what_is_compiled(fresh_compiler: None) -> None:
     @torch.compile(backend=BACKEND)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from support.jobs import run_alone
 from support.ranks import no_exchange
+from support.versions import newer_than_2_6
 
 pytestmark = no_exchange
 BEGIN = """
@@ -40,6 +41,7 @@ dist.destroy_process_group()
     assert out.split() == ["True"] * 6
 
 
+@newer_than_2_6("aborts groups of NCCL alone")
 def test_aborted() -> None:
     """After a layer's communicator was freed, and with references that are dropped."""
     out = run_alone(

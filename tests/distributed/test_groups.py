@@ -113,6 +113,7 @@ def test_what_torch_builds_on_a_group(tmp_path: Any) -> None:
         assert torch.equal(restored, torch.arange(3.0 * SIZE))
 
 
+@pytest.mark.filterwarnings("ignore:DTensor random operators:UserWarning")  # of torch 2.6
 def test_distributed_tensors_are_no_input_of_a_layer() -> None:
     """Nor a weight; what a functional collective gives is, once its values are there."""
     sharded = distribute_tensor(torch.ones(2 * SIZE, 3), init_device_mesh("cpu", (SIZE,)), [Shard(0)])

@@ -13,9 +13,9 @@ import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 
 import mpisyncbn
-from mpisyncbn import MPISyncBNError
+from mpisyncbn import MPISyncBNError, uneven
 from mpisyncbn.comm import staging
-from mpisyncbn.distributed import host_tensors, joining, process_group, rendezvous, work
+from mpisyncbn.distributed import host_tensors, process_group, rendezvous, work
 from support.ranks import WORLD, several
 
 RANK, SIZE = WORLD.rank, WORLD.size
@@ -32,7 +32,7 @@ def test_rows_that_cannot_be_shared_out() -> None:
 def test_an_mpi_for_one_thread(monkeypatch: pytest.MonkeyPatch) -> None:
     model = DistributedDataParallel(torch.nn.Linear(2, 2))
     serialized = SimpleNamespace(Query_thread=lambda: 2, THREAD_MULTIPLE=3)
-    monkeypatch.setattr(joining, "mpi", lambda: serialized)
+    monkeypatch.setattr(uneven, "mpi", lambda: serialized)
     with (
         pytest.raises(MPISyncBNError, match=r"join\(\) needs MPI_THREAD_MULTIPLE, MPI provides level 2"),
         mpisyncbn.distributed.join(model),

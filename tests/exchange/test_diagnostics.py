@@ -13,7 +13,7 @@ from mpi4py import MPI
 from torch import nn
 
 import mpisyncbn
-from mpisyncbn import CollectiveMismatchError, Communicator, SyncBatchNorm, functional
+from mpisyncbn import CollectiveMismatchError, Communicator, SyncBatchNorm, functional, torch_versions
 from support.oracle import distance, local_batch, oracle, shard
 from support.ranks import WORLD, error_of, several
 
@@ -223,12 +223,13 @@ def test_eps_of_another_type_is_the_same(debug, monkeypatch):
     )
     x = shard((local_batch(), 3))
     leaf = x.clone().requires_grad_()
-    call = torch.compile(layer, backend="eager") if RANK == SIZE - 1 else layer
+    compiled = RANK == SIZE - 1 and torch_versions.COMPILES
+    call = torch.compile(layer, backend="eager") if compiled else layer
     y = call(leaf)
     y.pow(3).sum().backward()
     expected = oracle(x, 3 * y.detach() ** 2, eps=0)
     assert distance(y, expected.y) < 1e-5
-    assert distance(leaf.grad, expected.dx) < 1e-4
+    assert distance(leaf.grad, expected.dx, torch.ones(1)) < 1e-4  # two values have no gradient
 
 
 @pytest.mark.parametrize("debug", ["0", "1"])

@@ -15,6 +15,7 @@ from mpisyncbn.fingerprint import LayerCall, fingerprint
 from support.device import GPU, pretend
 from support.oracle import bits_equal_on_all_ranks, distance, oracle
 from support.ranks import WORLD
+from support.versions import compiles
 
 CALL = LayerCall("a layer", "forward", 1, "float32")
 AGAIN = CALL._replace(direction="forward once more")
@@ -245,7 +246,7 @@ def test_output_and_gradient(kind, spread):
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::UserWarning:torch")
-@pytest.mark.parametrize("compiled", [False, True])
+@pytest.mark.parametrize("compiled", [False, pytest.param(True, marks=compiles)])
 def test_layer(compiled):
     """Eager and compiled: the same messages, the same statistics."""
     layer = mpisyncbn.SyncBatchNorm(1, momentum=1.0)

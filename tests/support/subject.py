@@ -171,9 +171,9 @@ class Subject:
             self.layer = copy.deepcopy(old)
         elif how == "state_dict":  # by way of torch's own layer
             flags = old.affine, old.track_running_stats, None, None, self.dtype
-            theirs = nn.SyncBatchNorm(
-                old.num_features, old.eps, old.momentum, *flags, bias=old.bias is not None
-            )
+            theirs = nn.SyncBatchNorm(old.num_features, old.eps, old.momentum, *flags)
+            if old.bias is None:  # by hand: the argument is newer than torch 2.11
+                theirs.bias = None
             theirs.load_state_dict(old.state_dict())
             self.layer = copy.deepcopy(old)
             self.layer.reset_parameters()

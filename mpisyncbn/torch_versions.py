@@ -1,0 +1,93 @@
+"""How versions of torch differ, from 2.6 on: the one place that knows. A line goes with its torch."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, NoReturn
+
+import torch
+
+from .errors import MPISyncBNError
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup, Work
+
+__all__ = [
+    "COMPILES",
+    "CPP_KEEPS_WORKS",
+    "HOST_TAKES_PART",
+    "STORE_BY_LIBUV",
+    "is_async",
+    "is_exporting",
+    "refuse_to_compile",
+    "shut_down_groups_of",
+    "work_of_cpp",
+]
+
+_VERSION = torch.__version__
+
+# Torch 2.10 and older count the tensors that order the exchanges among those that a graph saves for
+# its backward pass, and refuse that pass once another graph has made an exchange.
+COMPILES = _VERSION >= "2.11"
+
+# Torch 2.6 keeps a Work that it has from Python without the methods of that, and waits for ever.
+CPP_KEEPS_WORKS = _VERSION >= "2.7"
+
+# Torch 2.6 takes no socket for a store by libuv, 2.13 does. Between them the older store serves as well.
+STORE_BY_LIBUV = _VERSION >= "2.13"
+
+# Torch 2.7 and older have no such tag. They compile no layer either.
+HOST_TAKES_PART = (torch.Tag.cudagraph_unsafe,) if hasattr(torch.Tag, "cudagraph_unsafe") else ()
+
+# Torch 2.6 does not tell export from compilation.
+is_exporting = getattr(torch.compiler, "is_exporting", torch.compiler.is_compiling)
+
+
+def work_of_cpp(future: torch.futures.Future[object]) -> Work:
+    """Return a Work that is done when ``future`` is, without a Python half: for torch 2.6."""
+    from torch._C import _distributed_c10d
+
+    return _distributed_c10d._create_work_from_future(future)  # type: ignore[attr-defined]
+
+
+def is_async(options: object) -> bool:
+    """Whether the caller of a collective goes on while it runs.
+
+    Some options of torch 2.7 and older do not say so. Those collectives run on the thread of their
+    group, and a caller that is not to go on waits.
+    """
+    return getattr(options, "asyncOp", True)
+
+
+def shut_down_groups_of(cls: type[ProcessGroup]) -> None:
+    """Let ``destroy_process_group`` call ``shutdown`` of groups of ``cls``: torch 2.6 calls NCCL's."""
+    from torch.distributed import distributed_c10d
+
+    theirs = getattr(distributed_c10d, "_shutdown_backend", None)
+    if theirs is None:
+        return
+
+    def shut_down(group: ProcessGroup) -> None:
+        if isinstance(group, cls):
+            group.shutdown()
+        else:
+            theirs(group)
+
+    distributed_c10d._shutdown_backend = shut_down  # type: ignore[attr-defined]
+
+
+def refuse_to_compile() -> NoReturn:
+    """Raise MPISyncBNError: this torch cannot compile a synchronized layer that trains."""
+    from torch._dynamo.exc import Unsupported  # the compiler hands on its own errors as they are
+
+    class CompilerError(MPISyncBNError, Unsupported):
+        pass
+
+    raise CompilerError(
+        "expected torch 2.11 or newer to compile a synchronized layer that trains, got torch "
+        f"{_VERSION}: upgrade torch, or leave these layers out of the graph: "
+        "SyncBatchNorm.forward = torch.compiler.disable(SyncBatchNorm.forward)"
+    )
+
+
+# The compiler is to call it while it traces. It does not trace what names neither torch nor tensors.
+refuse_to_compile._dynamo_marked_constant = True  # type: ignore[attr-defined]

@@ -1,0 +1,22 @@
+"""Marks for tests that take some version of torch, see docs/versions.md."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from mpisyncbn import torch_versions
+
+
+def newer_than_2_6(what: str) -> pytest.MarkDecorator:
+    """A mark for a test of what torch 2.6 lacks: ``what``."""
+    return pytest.mark.skipif(torch.__version__ < "2.7", reason=f"torch 2.6 {what}")
+
+
+compiles = pytest.mark.skipif(
+    not torch_versions.COMPILES, reason="before torch 2.11 the compiler refuses synchronized layers"
+)
+since_2_12 = pytest.mark.skipif(
+    torch.__version__ < "2.12",
+    reason="before torch 2.12 a graph in evaluation reads the newer statistics in its backward, and says so",
+)
