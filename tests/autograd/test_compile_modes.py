@@ -15,9 +15,11 @@ from torch._dynamo.utils import counters
 import mpisyncbn
 from support.oracle import distance, shard
 from support.ranks import WORLD, up_to_two
+from support.versions import compiles
 
 BACKEND = "aot_eager"
 pytestmark = [
+    compiles,
     up_to_two,
     pytest.mark.usefixtures("fresh_compiler"),
     pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::UserWarning"),
