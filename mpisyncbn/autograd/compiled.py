@@ -214,15 +214,14 @@ class _CompiledBatchNorm(torch.autograd.Function):
         need_dx, need_dweight, need_dbias, *_ = ctx.needs_input_grad
         dx = None
         if need_dx:
-            (dweight, dbias), of_dy = torch.ops.mpisyncbn.batch_sums(
-                dy, x, stats, count, ctx.token, *ctx.exchange
-            )
-            dx = _centered(dy, of_dy) - _normalized(x, rounded) * _channels(of_dy[2], x)
+            sums, of_dy = torch.ops.mpisyncbn.batch_sums(dy, x, stats, count, ctx.token, *ctx.exchange)
+            dweight, dbias = sums.unbind()
+            dx = _centered(dy, of_dy) - _normalized(x, rounded) * _row(of_dy, 2, x)
             if weight is not None:
                 dx = dx * _channels(weight, x)
-            dx = (dx * _channels(rounded[2], x)).to(x.dtype)
+            dx = (dx * _row(rounded, 2, x)).to(x.dtype)
         else:  # no exchange either
-            mean, _var, invstd = stats
+            mean, _var, invstd = stats.unbind()
             dbias, dweight, _dz = generic.backward_reduce(dy, x, mean, invstd)
             dweight = dweight * invstd
         return (
@@ -234,12 +233,17 @@ class _CompiledBatchNorm(torch.autograd.Function):
 
 
 def _normalized(x: Tensor, rounded: Tensor) -> Tensor:
-    return _centered(x, rounded) * _channels(rounded[2], x)
+    return _centered(x, rounded) * _row(rounded, 2, x)
 
 
 def _centered(x: Tensor, rounded: Tensor) -> Tensor:
     """``x`` less the mean, as exact as if it were subtracted in float64."""
-    return x.to(rounded.dtype) - _channels(rounded[0], x) - _channels(rounded[1], x)
+    return x.to(rounded.dtype) - _row(rounded, 0, x) - _row(rounded, 1, x)
+
+
+def _row(rows: Tensor, index: int, x: Tensor) -> Tensor:
+    # select(), since indexing asks for a device that only a fake tensor may have
+    return _channels(rows.select(0, index), x)
 
 
 def _channels(vector: Tensor, x: Tensor) -> Tensor:
