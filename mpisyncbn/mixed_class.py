@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
@@ -37,9 +39,8 @@ def _mixed(to: type[Synchronized], original: type[_BatchNorm]) -> type[Synchroni
             return cast("type[Synchronized]", cls)
     members = {"__module__": original.__module__, "__reduce_ex__": _reduce_mixed, "_made_of": made_of}
     if forward is not None:
-        members["forward"] = lambda self, *args, **kwargs: forward(
-            self, _batch_norm_of(to, self), *args, **kwargs
-        )
+        batch_norm_of = _normalizer(to)
+        members["forward"] = lambda self, *args, **kwargs: forward(self, batch_norm_of(self), *args, **kwargs)
     elif has_own_forward(original):
         raise TypeError(
             f"cannot make a synchronized {original.__module__}.{original.__qualname__}: its own forward() is "
@@ -66,19 +67,22 @@ def _adds_no_more_than_forward(cls: type, base: type) -> bool:
     return issubclass(cls, base) and all(name == "forward" or name.startswith("__") for name in own)
 
 
-def _batch_norm_of(to: type[Synchronized], layer: Synchronized) -> Forward:
-    """What a registered forward normalizes with: ``to.forward``, and another activation on demand."""
+def _normalizer(to: type[Synchronized]) -> Callable[[Synchronized], Forward]:
+    """What gives a layer's batch norm to a registered forward, as the class ``to`` normalizes."""
     forward: Forward = to.forward
     owner: Any = next(cls for cls in to.__mro__ if "_batch_norm" in vars(cls))
     if forward is owner.forward:
-        return layer._batch_norm
+        return lambda layer: layer._batch_norm
 
-    def batch_norm(
-        input: torch.Tensor, residual: torch.Tensor | None = None, activation: str | None = None
+    def by_forward(
+        layer: Synchronized,
+        input: torch.Tensor,
+        residual: torch.Tensor | None = None,
+        activation: str | None = None,
     ) -> torch.Tensor:
         return activate(forward(layer, input, residual), activation_named(activation))
 
-    return batch_norm
+    return lambda layer: partial(by_forward, layer)
 
 
 def _reduce_mixed(layer: Synchronized, protocol: int) -> tuple[object, ...]:

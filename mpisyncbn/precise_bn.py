@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import TypeAlias, cast
 
@@ -79,10 +79,16 @@ def update_bn(
     }
     if not layers:
         return
-    groups = dict.fromkeys(layer.group for layer in layers.values())
+    groups = list(dict.fromkeys(layer.group for layer in layers.values()))
+    if len(groups) > 1:
+        uneven.check_threads("update_bn")
     for group in groups:
         _compare_models(group, layers)
-    batches = _run(_with_bar(loader, resolve(process_group)), model, device, list(layers.values()))
+    with _training(model, layers.values()), uneven.joining(groups), torch.no_grad():
+        batches = _run(_with_bar(loader, resolve(process_group)), model, device)
+    uneven.serve(groups)
+    for group in groups:
+        group.forget_names()  # those of layers that a rank without batches has not seen
     most = {group: _allreduce_max(group, batches) for group in groups}
     for name, layer in layers.items():
         layer.merge(name)
@@ -148,7 +154,7 @@ class _LayerMoments:
 class _LocalLayers(TorchFunctionMode):
     """Measures local layers at the one function that all of them call, whatever their forward does."""
 
-    def __init__(self, layers: Sequence[_LayerMoments]) -> None:
+    def __init__(self, layers: Iterable[_LayerMoments]) -> None:
         super().__init__()
         self._layers = {id(each.layer.running_mean): each for each in layers}
 
@@ -160,7 +166,7 @@ class _LocalLayers(TorchFunctionMode):
         kwargs: dict[str, object] | None = None,
     ) -> object:
         kwargs = kwargs or {}
-        if func.__name__ != F.batch_norm.__name__:
+        if func is not cast(object, F.batch_norm):
             return func(*args, **kwargs)
         # batch_norm itself hands these over in this way, however it was called.
         x, running_mean, _ = args
@@ -172,25 +178,19 @@ class _LocalLayers(TorchFunctionMode):
         return y
 
 
-def _run(loader: Iterable[Batch], model: nn.Module, device: Device, layers: Sequence[_LayerMoments]) -> int:
-    """Let the layers see all batches. Returns the number of batches of this rank."""
-    batches, groups = 0, list(dict.fromkeys(each.group for each in layers))
-    if len(groups) > 1:
-        uneven.check_threads("update_bn")
-    with _training(model, layers), uneven.joining(groups), torch.no_grad(), _LocalLayers(layers):
-        for batch in loader:
-            x = cast(Tensor, batch[0] if isinstance(batch, (list, tuple)) else batch)
-            model(x if device is None else x.to(device))
-            batches += 1
-    uneven.serve(groups)
-    for group in groups:
-        group.forget_names()  # those of layers that a rank without batches has not seen
+def _run(loader: Iterable[Batch], model: nn.Module, device: Device) -> int:
+    """Run the model on all batches of this rank. Returns their number."""
+    batches = 0
+    for batch in loader:
+        x = cast(Tensor, batch[0] if isinstance(batch, (list, tuple)) else batch)
+        model(x if device is None else x.to(device))
+        batches += 1
     return batches
 
 
 @contextmanager
-def _training(model: nn.Module, layers: Sequence[_LayerMoments]) -> Iterator[None]:
-    """Set training mode, without compiled graphs or updates of running statistics. Then undo it."""
+def _training(model: nn.Module, layers: Collection[_LayerMoments]) -> Iterator[None]:
+    """Measure the layers in training mode, eagerly, without updates of running statistics. Then undo it."""
     modes = {module: module.training for module in model.modules()}
     synchronized = [each for each in layers if isinstance(each.layer, Synchronized)]
     flags: list[tuple[nn.Module, str]] = [(each.layer, "track_running_stats") for each in synchronized]
@@ -206,7 +206,7 @@ def _training(model: nn.Module, layers: Sequence[_LayerMoments]) -> Iterator[Non
             setattr(module, name, False)
         for each in synchronized:
             vars(each.layer)["_batch_norm"] = each.batch_norm
-        with torch.compiler.set_stance("force_eager"):
+        with torch.compiler.set_stance("force_eager"), _LocalLayers(layers):
             yield
     finally:
         for each in synchronized:

@@ -59,8 +59,8 @@ def register_conversion(
         if not callable(forward):
             raise TypeError(f"expected forward to be callable, got {type(forward).__name__}{on_rank()}")
         # The last one wins, by class or by name.
-        for other in [key for key in _forwards if key == cls or _full_name(key) == _full_name(cls)]:
-            if isinstance(other, str) or isinstance(cls, str):
+        for other in list(_forwards):
+            if _full_name(other) == _full_name(cls) and str in (type(other), type(cls)):
                 del _forwards[other]
         _forwards[cls] = forward
         return forward

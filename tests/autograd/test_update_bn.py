@@ -201,3 +201,18 @@ def test_ranks_without_batches_in_ddp_and_without_names():
 def test_torchs_own_synchronized_layers_are_refused():
     with pytest.raises(TypeError, match=r"no layer of torch.nn.SyncBatchNorm .*convert the model first"):
         update_bn([], nn.SyncBatchNorm(3))
+
+
+class Direct(nn.Sequential):
+    """Calls torch.batch_norm by itself, beside a layer."""
+
+    def forward(self, x):
+        return super().forward(torch.batch_norm(x, None, None, None, None, True, 0.0, 1e-5, False))
+
+
+def test_a_model_that_calls_the_operation_of_torch():
+    model = Direct(nn.BatchNorm2d(2).double())
+    update_bn(batches(WORLD.rank), model)
+    with together():
+        assert model[0].running_mean.abs().max() < 1e-6
+        assert model[0].num_batches_tracked == max(PARTS[: WORLD.size])
