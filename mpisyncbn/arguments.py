@@ -15,17 +15,15 @@ from .batch_stats import BatchStats
 from .comm import transport
 from .errors import on_rank
 from .kernels import Array, loaded_torch
-from .kernels.activation import ACTIVATIONS
 
 __all__ = [
     "UNNAMED",
-    "check_activation",
     "check_arguments",
     "check_count",
-    "check_fused",
     "check_gradient",
     "check_module",
     "check_num_batches_tracked",
+    "check_residual",
     "check_running",
     "check_stats",
     "check_tensor",
@@ -133,16 +131,8 @@ def check_tensor(x: object) -> None:
         )
 
 
-def check_activation(activation: object) -> None:
-    """Check an activation by its public name."""
-    if activation is not None and not (isinstance(activation, str) and activation in ACTIVATIONS):
-        names = " or ".join(map(repr, ACTIVATIONS))
-        raise ValueError(f"expected activation to be {names}, got {activation!r}{on_rank()}")
-
-
-def check_fused(activation: object, residual: Array | None, x: Array, layer: str | None = None) -> None:
-    """Check the activation and the residual that follow the normalization of the tensor ``x``."""
-    check_activation(activation)
+def check_residual(residual: Array | None, x: Array, layer: str | None = None) -> None:
+    """Check the residual that is added to the normalized tensor ``x``."""
     if residual is None:
         return
     if not isinstance(residual, loaded_torch().Tensor):

@@ -8,7 +8,8 @@ import torch
 from torch import Tensor, nn
 
 from . import autograd, convert
-from .arguments import check_arguments, check_fused, check_num_batches_tracked
+from .activations import GivenActivation, name_of
+from .arguments import check_arguments, check_num_batches_tracked, check_residual
 from .autograd.evaluation import evaluate
 from .comm.groups import AnyGroup
 from .kernels import has_float64
@@ -61,12 +62,12 @@ class SyncBatchNorm(convert.Synchronized):
         dtype: torch.dtype | None = None,
         *,
         bias: bool = True,
-        activation: str | None = None,
+        activation: GivenActivation = None,
     ) -> None:
         super().__init__(num_features, eps, momentum, affine, track_running_stats, device, dtype)  # type: ignore[arg-type]
         if not bias:  # by hand: of older torch, 2.11 for one, the base class has no such argument
             self.register_parameter("bias", None)
-        self.activation = activation
+        self.activation = name_of(activation)
         self.process_group = process_group
         self._key = new_key(self)
 
@@ -81,7 +82,7 @@ class SyncBatchNorm(convert.Synchronized):
         return self._batch_norm(input, residual)
 
     def _batch_norm(
-        self, input: Tensor, residual: Tensor | None = None, activation: str | None = None
+        self, input: Tensor, residual: Tensor | None = None, activation: GivenActivation = None
     ) -> Tensor:
         """``forward`` with another activation than the layer's own, for registered forwards."""
         activation = activation or self.activation
@@ -94,7 +95,7 @@ class SyncBatchNorm(convert.Synchronized):
                     input, *vectors, 0.0, self.eps
                 ):
                     check_arguments(input, *vectors, eps=self.eps, layer=layer)
-                check_fused(activation, residual, input, layer)
+                check_residual(residual, input, layer)
             # local: batch norm in evaluation needs no other rank
             return evaluate(*tensors, self.eps, activation, residual)
         running_mean = running_var = None

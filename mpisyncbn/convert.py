@@ -17,7 +17,8 @@ from torch.nn.modules.lazy import LazyModuleMixin
 from torch.nn.utils import parametrize
 
 from . import tracing
-from .arguments import check_activation, check_module, check_tensor, in_layer
+from .activations import GivenActivation, name_of
+from .arguments import check_module, check_tensor, in_layer
 from .comm.communicator import Communicator
 from .comm.groups import AnyGroup, resolve
 from .convertible import (
@@ -91,7 +92,7 @@ class Synchronized(BatchNorm):
                 self._given = _Given(process_group, communicator)
 
     def _batch_norm(
-        self, input: torch.Tensor, residual: torch.Tensor | None = None, activation: str | None = None
+        self, input: torch.Tensor, residual: torch.Tensor | None = None, activation: GivenActivation = None
     ) -> torch.Tensor:
         """``forward`` with another activation than the layer's own, for registered forwards."""
         raise NotImplementedError
@@ -101,7 +102,7 @@ class Synchronized(BatchNorm):
             object.__setattr__(self, name, value)  # nn.Module would keep some values itself
             return
         if name == "activation":
-            check_activation(value)
+            value = name_of(value)  # type: ignore[arg-type]  # it checks
         if name == "qconfig" and value is not None:  # torch.ao.quantization marks what it will replace
             tracing.refuse("torch.ao.quantization", self.layer_name, "quantize")
         super().__setattr__(name, value)  # type: ignore[arg-type]  # it takes any attribute

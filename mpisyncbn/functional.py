@@ -21,7 +21,7 @@ from .batch_stats import BatchStats, invstd_of
 from .comm import transport
 from .comm.groups import AnyGroup, resolve
 from .fingerprint import LayerCall, layer_dtype
-from .kernels import Activation, ActivationContext, Array, Kernels, kernels_for
+from .kernels import NO_ACTIVATION, Activation, ActivationContext, Array, Kernels, kernels_for
 from .running_stats import update_running_stats
 
 __all__ = ["BatchStats", "batch_norm_backward", "batch_norm_forward", "update_running_stats"]
@@ -40,7 +40,7 @@ def forward(
     kernels: Kernels,
     merge_moments: MergeMoments,
     residual: Array | None = None,
-    activation: Activation = Activation.NONE,
+    activation: Activation = NO_ACTIVATION,
 ) -> tuple[Array, BatchStats, BatchStats]:
     """Normalize ``x`` with the statistics of the group's batch. Arguments are checked by the caller.
 

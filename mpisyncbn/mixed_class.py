@@ -11,8 +11,9 @@ from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.lazy import LazyModuleMixin
 
+from .activations import GivenActivation, activation_of
 from .errors import on_rank
-from .kernels.activation import activate, activation_named
+from .kernels.activation import activate
 from .registry import Forward, has_own_forward, registered_forward
 
 if TYPE_CHECKING:
@@ -78,9 +79,9 @@ def _normalizer(to: type[Synchronized]) -> Callable[[Synchronized], Forward]:
         layer: Synchronized,
         input: torch.Tensor,
         residual: torch.Tensor | None = None,
-        activation: str | None = None,
+        activation: GivenActivation = None,
     ) -> torch.Tensor:
-        return activate(forward(layer, input, residual), activation_named(activation))
+        return activate(forward(layer, input, residual), activation_of(activation))
 
     return lambda layer: partial(by_forward, layer)
 

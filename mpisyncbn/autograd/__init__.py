@@ -19,13 +19,14 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 
 from .. import profiling, torch_versions
-from ..arguments import UNNAMED, check_arguments, check_count, check_fused, check_tensor
+from ..activations import GivenActivation, activation_of
+from ..arguments import UNNAMED, check_arguments, check_count, check_residual, check_tensor
 from ..batch_stats import BatchStats
 from ..comm.communicator import Communicator
 from ..comm.groups import AnyGroup, resolve
 from ..errors import on_rank
 from ..fingerprint import layer_dtype
-from ..kernels import activation_named, native
+from ..kernels import native
 from ..running_stats import record_batch
 from . import compiled, fused
 from .evaluation import add_residual_and_activation, evaluate
@@ -47,7 +48,7 @@ def sync_batch_norm(
     eps: float = 1e-5,
     process_group: AnyGroup = None,
     *,
-    activation: str | None = None,
+    activation: GivenActivation = None,
     residual: Tensor | None = None,
 ) -> Tensor:
     """``torch.nn.functional.batch_norm`` over the batch of all ranks of a group.
@@ -80,7 +81,7 @@ def sync_batch_norm(
     check_tensor(input)
     if not training:
         check_arguments(input, weight, bias, running_mean, running_var, momentum=momentum, eps=eps)
-        check_fused(activation, residual, input)
+        check_residual(residual, input)
         if running_mean is None:
             raise ValueError(
                 f"expected running_mean and running_var in evaluation, got neither{on_rank()}: hand them "
@@ -120,7 +121,7 @@ def batch_norm(
     eps: float,
     process_group: AnyGroup,
     layer: str,
-    activation: str | None = None,
+    activation: GivenActivation = None,
     residual: Tensor | None = None,
 ) -> tuple[Tensor, BatchStats, BatchStats]:
     """The layer while training.
@@ -144,8 +145,8 @@ def batch_norm(
             eps=eps,
             layer=layer,
         )
-    if activation is not None or residual is not None:
-        check_fused(activation, residual, x, layer)
+    if residual is not None:
+        check_residual(residual, x, layer)
     dtype = layer_dtype(x, weight, bias, running_mean)
     if compiling:
         # A graph cannot hold an object, so it holds the name of the group.
@@ -154,7 +155,7 @@ def batch_norm(
         # The compiler fuses these with the layer.
         return add_residual_and_activation(y, activation, residual), stats, stats
     group = resolve(process_group)
-    context = LayerContext(group, group.name_of(layer), x.shape[1], dtype, eps, activation_named(activation))
+    context = LayerContext(group, group.name_of(layer), x.shape[1], dtype, eps, activation_of(activation))
     y = fused.apply(x, weight, bias, residual, context)
     check_count(context.stats.count, x, layer)
     return y, context.stats._replace(count=0) if is_recomputing() else context.stats, context.device_stats

@@ -6,7 +6,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..kernels.activation import activate, activation_named
+from ..activations import GivenActivation, activation_of
+from ..kernels.activation import activate
 from ..torch_versions import is_exporting
 
 __all__ = ["add_residual_and_activation", "evaluate"]
@@ -19,7 +20,7 @@ def evaluate(
     weight: Tensor | None,
     bias: Tensor | None,
     eps: float,
-    activation: str | None = None,
+    activation: GivenActivation = None,
     residual: Tensor | None = None,
 ) -> Tensor:
     """``y`` by the running statistics, or by those of this rank's batch if there are none.
@@ -44,11 +45,11 @@ def _is_recorded(*tensors: Tensor | None) -> bool:
     return any(each is not None and each.requires_grad for each in tensors)
 
 
-def add_residual_and_activation(y: Tensor, activation: str | None, residual: Tensor | None) -> Tensor:
+def add_residual_and_activation(y: Tensor, activation: GivenActivation, residual: Tensor | None) -> Tensor:
     """Add a residual and apply an activation, each by an operation of its own."""
     if residual is not None:
         y = y + residual
-    return activate(y, activation_named(activation))
+    return activate(y, activation_of(activation))
 
 
 # The compiler does not look into this operation. It looks into clone(), and may repeat that in the

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from .. import exchange, functional
-from ..kernels import Activation, ActivationContext, Array, Kernels, generic, kernels_for
+from ..kernels import NO_ACTIVATION, ActivationContext, Array, Kernels, generic, kernels_for
 from .composite import differentiable_stats, differentiable_sums, refuse_batched
 from .layer_context import FunctionContext, LayerContext
 
@@ -98,7 +98,7 @@ class _SyncBatchNorm(torch.autograd.Function):
             dy = dy + dresidual
         if saved:
             context = ActivationContext(layer.activation, weight, *saved)
-            dy = generic.backward_reduce(dy, x, stats.mean, stats.invstd, context)[2]
+            dy = generic.backward_reduce(dy, x, stats.mean, stats.invstd, context)[2].to(x.dtype)
         return dy
 
 
@@ -142,9 +142,11 @@ def _save_for_backward(ctx: FunctionContext, inputs: Inputs, y: Tensor) -> None:
     ctx.bias_dtype = None if bias is None else bias.dtype
     ctx.has_residual = residual is not None
     saved: tuple[Tensor | None, ...] = (x, weight)
-    if ctx.layer.activation != Activation.NONE:
-        # With a residual, only the output tells which of its values were positive.
-        saved = (x, weight, bias, y if ctx.has_residual else None)
+    activation = ctx.layer.activation
+    if activation != NO_ACTIVATION:
+        # With a residual, x alone does not tell the activation's input.
+        by_sign = activation.sign_decides
+        saved = (x, weight, bias, y if ctx.has_residual and by_sign else None, None if by_sign else residual)
     ctx.save_for_backward(*saved)
     ctx.save_for_forward(*saved)
 

@@ -26,7 +26,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from . import generic
-from .activation import Activation, ActivationContext, activation_named
+from .activation import NO_ACTIVATION, Activation, ActivationContext, Kind
 from .generic import has_float64
 from .protocol import Array, Kernels, NativeKernels
 
@@ -34,11 +34,12 @@ if TYPE_CHECKING:
     from torch import device as Device
 
 __all__ = [
+    "NO_ACTIVATION",
     "Activation",
     "ActivationContext",
     "Array",
     "Kernels",
-    "activation_named",
+    "Kind",
     "cuda_kernels_for",
     "has_float64",
     "kernels_for",

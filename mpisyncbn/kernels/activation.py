@@ -1,80 +1,128 @@
-"""The activations that a layer may end in, for arrays of any kind.
+"""The activations that a layer may end in, for torch tensors on any device.
 
-To add an activation, add a member, a name and two branches here, the member in cpu/types.h, and
-its branches in cpu/activation.h and cuda/activation.py.
+To add an activation, add a member and a name here, two branches below, the member in cpu/types.h,
+and its branches in cpu/activation.h and cuda/activation.py.
 """
 
 from __future__ import annotations
 
+import math
 from enum import IntEnum
-from typing import NamedTuple
-
-import numpy as np
+from typing import TYPE_CHECKING, NamedTuple
 
 from .protocol import Array
 
-__all__ = [
-    "ACTIVATIONS",
-    "Activation",
-    "ActivationContext",
-    "activate",
-    "activation_gradient",
-    "activation_named",
-    "recomputed_activation",
-]
+if TYPE_CHECKING:
+    from torch import Tensor
+
+__all__ = ["NO_ACTIVATION", "Activation", "ActivationContext", "Kind", "activate", "activation_gradient"]
 
 
-class Activation(IntEnum):
-    """The activation that a layer ends in. Native code and Triton have the same numbers."""
+class Kind(IntEnum):
+    """The function of an activation. Native code and Triton have the same numbers."""
 
     NONE = 0
     RELU = 1
+    LEAKY_RELU = 2
+    SILU = 3
+    HARDSWISH = 4
+    ELU = 5
+    GELU = 6
+    GELU_TANH = 7
 
 
-ACTIVATIONS = {"relu": Activation.RELU, None: Activation.NONE}  # by public name
+class Activation(NamedTuple):
+    """The activation that a layer ends in, as the kernels take it."""
+
+    kind: Kind
+    parameter: float = 0.0  # the slope of a leaky ReLU below 0, the alpha of an ELU
+
+    @property
+    def sign_decides(self) -> bool:
+        """Whether the sign of the output tells the derivative, so that the input need not be known."""
+        return self.kind == Kind.RELU or (self.kind == Kind.LEAKY_RELU and self.parameter >= 0)
 
 
-def activation_named(name: str | None) -> Activation:
-    """The activation with a public name, which ``arguments.check_activation`` has checked."""
-    return ACTIVATIONS[name]
+NO_ACTIVATION = Activation(Kind.NONE)
 
 
 class ActivationContext(NamedTuple):
-    """The tensors that the gradient of an activation needs, beside ``x`` and the statistics."""
+    """The tensors that the gradient of an activation needs, beside ``x`` and the statistics.
+
+    Without a residual the activation's input is computed again from ``x``. With one, ``y`` is given
+    if the sign of the output decides, and else the residual.
+    """
 
     activation: Activation
     weight: Array | None
     bias: Array | None
-    y: Array | None  # the output, if a residual was added; None: the input is computed again from x
+    y: Array | None = None
+    residual: Array | None = None
+
+    @property
+    def stores_dz(self) -> bool:
+        """Whether ``backward_reduce`` stores ``dz``, the gradient of the activation's input.
+
+        A residual has that gradient. If it is not stored, ``backward_elementwise`` computes it again.
+        """
+        return self.y is not None or self.residual is not None
 
 
 def recomputed_activation(context: ActivationContext | None) -> tuple[Activation, Array | None]:
-    """The activation whose gradient ``backward_elementwise`` has to take, and the bias for that.
-
-    They are ``Activation.NONE`` and None if the layer has no activation, or if ``backward_reduce``
-    has taken its gradient already.
-    """
-    if context is None or context.y is not None:
-        return Activation.NONE, None
+    """The activation whose gradient ``backward_elementwise`` has to take, and the bias for that."""
+    if context is None or context.stores_dz:
+        return NO_ACTIVATION, None
     return context.activation, context.bias
 
 
-def activate(z: Array, activation: Activation, in_place: bool = False) -> Array:
-    """The output of an activation. ``in_place`` is only for torch tensors."""
-    if activation == Activation.RELU:
-        if in_place:
-            return z.relu_()
-        return z.relu() if hasattr(z, "relu") else np.maximum(z, 0)
-    return z
+def activate(z: Tensor, activation: Activation, in_place: bool = False) -> Tensor:
+    """The output of an activation, by torch's own functions."""
+    kind, parameter = activation
+    if kind == Kind.NONE:
+        return z
+    if kind == Kind.RELU:
+        return z.relu_() if in_place else z.relu()
+    import torch.nn.functional as F
+
+    if kind == Kind.LEAKY_RELU:
+        return F.leaky_relu(z, parameter, in_place)
+    if kind == Kind.SILU:
+        return F.silu(z, in_place)
+    if kind == Kind.HARDSWISH:
+        return F.hardswish(z, in_place)
+    if kind == Kind.ELU:
+        return F.elu(z, parameter, in_place)
+    return F.gelu(z, approximate="tanh" if kind == Kind.GELU_TANH else "none")
 
 
-def activation_gradient(dy: Array, z: Array, activation: Activation) -> Array:
-    """The gradient of an activation's input, from ``dy``, the gradient of its output.
+def activation_gradient(dy: Tensor, z: Tensor, activation: Activation) -> Tensor:
+    """The gradient of an activation's input ``z``, from ``dy``, the gradient of its output.
 
-    ``z`` is its input, or its output if the input is not known.
+    ``z`` may be the output if its sign decides. Differentiable any number of times.
     """
-    if activation == Activation.RELU:
-        if hasattr(dy, "masked_fill"):
-            return dy.masked_fill(z <= 0, 0)
-        return np.where(z <= 0, dy.dtype.type(0), dy)
-    return dy
+    kind, parameter = activation
+    if kind == Kind.RELU:
+        return dy.masked_fill(z <= 0, 0)
+    if kind == Kind.LEAKY_RELU:
+        return dy.where(z > 0, dy * parameter)
+    if kind == Kind.ELU:
+        return dy.where(z > 0, dy * (parameter * z.clamp(max=0).exp()))
+    if kind == Kind.NONE:
+        return dy
+    return dy * _derivative(z, kind)
+
+
+def _derivative(z: Tensor, kind: Kind) -> Tensor:
+    """The derivative of a smooth activation, or of hardswish, at ``z``."""
+    if kind == Kind.SILU:
+        sigmoid = z.sigmoid()
+        return sigmoid * (1 + z * (1 - sigmoid))
+    if kind == Kind.HARDSWISH:
+        return (z / 3 + 0.5).masked_fill(z <= -3, 0).masked_fill(z >= 3, 1)
+    if kind == Kind.GELU:
+        density = (z.square() * -0.5).exp() * math.sqrt(0.5 / math.pi)
+        return 0.5 * (1 + (z * math.sqrt(0.5)).erf()) + z * density
+    # Hendrycks and Gimpel 2016: z * (1 + tanh(sqrt(2 / pi) * (z + 0.044715 * z**3))) / 2
+    scale, cubic = math.sqrt(2 / math.pi), 0.044715
+    tanh = (scale * (z + cubic * z**3)).tanh()
+    return 0.5 * (1 + tanh) + 0.5 * z * (1 - tanh.square()) * scale * (1 + 3 * cubic * z.square())

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from . import extremes
-from .activation import Activation, ActivationContext, activate, activation_gradient
+from .activation import NO_ACTIVATION, Activation, ActivationContext, Kind, activate, activation_gradient
 from .layout import dense, rows, with_strides_of
 
 __all__ = ["backward_elementwise", "backward_reduce", "local_moments", "normalize"]
@@ -59,12 +59,13 @@ def normalize(
     weight: Tensor | None,
     bias: Tensor | None,
     residual: Tensor | None = None,
-    activation: Activation = Activation.NONE,
+    activation: Activation = NO_ACTIVATION,
 ) -> Tensor:
     scale = invstd if weight is None else invstd * _numpy(weight)
     shift = np.zeros_like(scale) if bias is None else _numpy(bias)
-    # If a residual follows, bfloat16 and float16 are rounded after it.
-    y = _affine(x if residual is None else x.to(_compute_dtype(x)), mean, invstd, scale, shift)
+    # bfloat16 and float16 are rounded once, after a residual and an activation
+    is_last = residual is None and activation.kind <= Kind.RELU
+    y = _affine(x if is_last else x.to(_compute_dtype(x)), mean, invstd, scale, shift)
     if residual is not None:
         y = y.add_(residual)
     y = activate(y, activation, in_place=True).to(x.dtype)
@@ -77,8 +78,7 @@ def backward_reduce(
     dy: Tensor, x: Tensor, mean: np.ndarray, invstd: np.ndarray, context: ActivationContext | None = None
 ) -> tuple[np.ndarray, np.ndarray, Tensor]:
     if context is not None:
-        y = normalize(x, mean, invstd, context.weight, context.bias) if context.y is None else context.y
-        dy = activation_gradient(dy, y, context.activation)
+        dy = _input_gradient(dy, x, mean, invstd, context)
     sums = np.stack(_sums(dy, x, mean))
     if x.dtype != torch.float64 and x.numel():
         extremes.backward_reduce(backward_reduce, sums, dy, x, mean, invstd, None)
@@ -107,6 +107,18 @@ def backward_elementwise(
     return extremes.backward_elementwise(
         backward_elementwise, dx, dz, x, mean, invstd, weight, means, context
     )
+
+
+def _input_gradient(
+    dy: Tensor, x: Tensor, mean: np.ndarray, invstd: np.ndarray, context: ActivationContext
+) -> Tensor:
+    """The gradient of the activation's input, of the dtype of ``dy``."""
+    activation, weight, bias, z, residual = context
+    if z is None:
+        wide = _compute_dtype(x)
+        residual = None if residual is None else residual.to(wide)
+        z = normalize(x.to(wide), mean, invstd, weight, bias, residual)
+    return activation_gradient(dy.to(z.dtype), z, activation).to(dy.dtype)
 
 
 def _sums(dy: Tensor, x: Tensor, mean: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

@@ -149,7 +149,8 @@ def _chosen_context(context: ActivationContext | None, chosen: np.ndarray) -> Ac
     if context is None:
         return None
     weight, bias = _chosen(context.weight, chosen), _chosen(context.bias, chosen)
-    return ActivationContext(context.activation, weight, bias, _float64_channels(context.y, chosen))
+    arrays = [_float64_channels(each, chosen) for each in (context.y, context.residual)]
+    return ActivationContext(context.activation, weight, bias, *arrays)
 
 
 def _put(out: Array, chosen: np.ndarray, values: Array) -> None:

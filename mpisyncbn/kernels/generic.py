@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, TypeAlias
 
 import numpy as np
 
-from .activation import Activation, ActivationContext, activate, activation_gradient
+from .activation import NO_ACTIVATION, Activation, ActivationContext, activate, activation_gradient
 from .protocol import Array
 
 if TYPE_CHECKING:
@@ -42,16 +42,9 @@ def normalize(
     weight: Array | None,
     bias: Array | None,
     residual: Array | None = None,
-    activation: Activation = Activation.NONE,
+    activation: Activation = NO_ACTIVATION,
 ) -> Array:
-    y = _center(x, mean) * _channels(invstd, x)
-    if weight is not None:
-        y = y * _channels(weight, x)
-    if bias is not None:
-        y = y + _channels(bias, x)
-    if residual is not None:
-        y = y + residual
-    return _cast(activate(y, activation), x.dtype)
+    return _cast(activate(_affine(x, mean, invstd, weight, bias, residual), activation), x.dtype)
 
 
 def backward_reduce(
@@ -59,8 +52,12 @@ def backward_reduce(
 ) -> tuple[Array, Array, Array]:
     dz = dy
     if context is not None:
-        y = normalize(x, mean, invstd, context.weight, context.bias) if context.y is None else context.y
-        dz = activation_gradient(dy, y, context.activation)
+        activation, weight, bias, z, residual = context
+        if z is None:
+            z = _affine(x, mean, invstd, weight, bias, residual)
+        dz = activation_gradient(_cast(dy, z.dtype), z, activation)
+        if context.stores_dz:
+            dz = _cast(dz, dy.dtype)  # the residual's gradient
     return _sum(dz), _dot(dz, _center(x, mean)), dz
 
 
@@ -79,6 +76,18 @@ def backward_elementwise(
     if weight is not None:
         dx = dx * _channels(weight, x)
     return _cast(dx * _channels(invstd, x), x.dtype)
+
+
+def _affine(
+    x: Array, mean: Array, invstd: Array, weight: Array | None, bias: Array | None, residual: Array | None
+) -> Array:
+    """``(x - mean) * invstd * weight + bias + residual`` in the compute dtype."""
+    z = _center(x, mean) * _channels(invstd, x)
+    if weight is not None:
+        z = z * _channels(weight, x)
+    if bias is not None:
+        z = z + _channels(bias, x)
+    return z if residual is None else z + residual
 
 
 def _values_per_channel(x: Array) -> int:

@@ -20,8 +20,8 @@ PACKAGE = ROOT / "mpisyncbn"
 FLOORS = {
     "": "__init__ __main__ lightning precise_bn distributed uneven batchnorm autograd convert"
     " convertible mixed_class registry fusing tracing functional exchange merging fingerprint running_stats"
-    " arguments arrays batch_stats communicator comm layer_names liveness kernels profiling"
-    " torch_versions config errors",
+    " arguments arrays batch_stats activations communicator comm layer_names liveness kernels"
+    " profiling torch_versions config errors",
     "autograd": "__init__ fused compiled composite evaluation layer_context",
     "comm": "__init__ nodes groups communicator runtime ancestors handshake transport staging streams"
     " unreferenced launcher",

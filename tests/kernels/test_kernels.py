@@ -9,7 +9,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import mpisyncbn
-from mpisyncbn.kernels import Activation, ActivationContext, aten, generic, kernels_for
+from mpisyncbn.kernels import Activation, ActivationContext, Kind, aten, generic, kernels_for
 from support.kernels import (
     EVERY,
     FOR_THE_INTERPRETER,
@@ -273,9 +273,9 @@ def test_a_device_without_float64():
     with torch.no_grad(), FakeTensorMode(allow_non_fake_inputs=True), NoFloat64():
         x, weight = torch.randn(2, 3, 4, 4, device="mps"), torch.ones(3, device="mps")
         _, mean, m2 = generic.local_moments(x)
-        y = generic.normalize(x, mean, m2, weight, weight, x, True)
+        y = generic.normalize(x, mean, m2, weight, weight, x, Activation(Kind.RELU))
         sum_dy, sum_dy_xmu, dz = generic.backward_reduce(
-            y, x, mean, m2, ActivationContext(Activation.RELU, weight, weight, None)
+            y, x, mean, m2, ActivationContext(Activation(Kind.RELU), weight, weight, None)
         )
         dx = generic.backward_elementwise(dz, x, mean, m2, weight, sum_dy, sum_dy_xmu)
         layer = mpisyncbn.SyncBatchNorm(3, device="mps", track_running_stats=False)

@@ -15,7 +15,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import mpisyncbn
-from mpisyncbn.kernels import Activation
+from mpisyncbn.kernels import Kind
 from mpisyncbn.kernels.cuda import aten_cuda
 from support.device import GPU, needs_triton, there
 from support.kernels import TOLERANCE, check, check_fused, cuda
@@ -203,5 +203,5 @@ def test_what_a_kernel_must_not_write_to():
 @needs_triton
 def test_triton_has_the_numbers_of_all_activations():
     module = importlib.import_module("mpisyncbn.kernels.cuda.activation")
-    numbers = {name: getattr(module, name).value for name in Activation.__members__}
-    assert numbers == dict(Activation.__members__)
+    numbers = {name: getattr(module, name).value for name in Kind.__members__}
+    assert numbers == dict(Kind.__members__)

@@ -22,7 +22,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource, CompiledKernel
 
-from mpisyncbn.kernels.activation import Activation
+from mpisyncbn.kernels.activation import Kind
 from mpisyncbn.kernels.cuda import plans
 from mpisyncbn.kernels.cuda.elementwise import backward_elementwise, normalize
 from mpisyncbn.kernels.cuda.moments import merge_moments, moments
@@ -57,10 +57,11 @@ def arguments(name: str, shape: tuple[int, int, int]) -> Iterator[tuple[Any, dic
     }
     vectors = {"mean": VECTOR, "invstd": VECTOR, "weight": parameter}
     yield moments, {"x": x, "ONE": plan.one, **sums, **plan.options}
-    relu = int(Activation.RELU)
-    for activation, y in ((0, None), (relu, None), (relu, x)):
-        more = {"dy": x, "x": x, "y": y, "dz": y, **vectors, "bias": parameter}
-        more["ACTIVATION"] = activation
+    for kind, source in (*((kind, None) for kind in Kind), (Kind.RELU, "y"), (Kind.SILU, "residual")):
+        more = {"dy": x, "x": x, "y": None, "residual": None, "dz": x if source else None}
+        more |= {**vectors, "bias": parameter, "KIND": int(kind), "PARAMETER": 0.1}
+        if source:
+            more[source] = x
         yield backward_sums, {**more, **sums, **plan.options}
     merged = {"partials": VECTOR, "out": VECTOR, "shares": 7, **plans.plan_merge(7, 512).options}
     yield merge_sums, {"length": 512, **merged}
@@ -74,7 +75,7 @@ def arguments(name: str, shape: tuple[int, int, int]) -> Iterator[tuple[Any, dic
     plan = plans.plan_elementwise(*shape, dtype, MULTIPROCESSORS)
     named = ("rows", "width", "stride", "channels", "column_tiles")
     small = {**dict(zip(named, plan.sizes, strict=True)), **plan.options}
-    for residual, activation, bias in ((None, 0, parameter), (x, relu, None)):
+    for residual, kind, bias in ((None, 0, parameter), *((x, kind, None) for kind in Kind)):
         yield (
             normalize,
             {
@@ -83,12 +84,14 @@ def arguments(name: str, shape: tuple[int, int, int]) -> Iterator[tuple[Any, dic
                 "y": x,
                 **vectors,
                 "bias": bias,
-                "ACTIVATION": activation,
+                "KIND": int(kind),
+                "PARAMETER": 0.1,
                 **small,
             },
         )
-    for activation, bias in ((0, None), (relu, parameter)):
-        more = {"mean_dy": VECTOR, "mean_dy_xmu": VECTOR, "bias": bias, "ACTIVATION": activation}
+    for kind in Kind:
+        more = {"mean_dy": VECTOR, "mean_dy_xmu": VECTOR, "bias": parameter if kind else None}
+        more |= {"KIND": int(kind), "PARAMETER": 0.1}
         yield backward_elementwise, {"dz": x, "x": x, "dx": x, **vectors, **more, **small}
 
 

@@ -63,7 +63,8 @@ class OnDevice:
 def there(value: object) -> object:
     """``value`` on the device, a tensor with the same strides."""
     if isinstance(value, ActivationContext):
-        return ActivationContext(*map(there, value))
+        activation, *arrays = value
+        return ActivationContext(activation, *map(there, arrays))
     if isinstance(value, np.ndarray):
         return torch.from_numpy(value).to(DEVICE)
     if not isinstance(value, Tensor) or not GPU:

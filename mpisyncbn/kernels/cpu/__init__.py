@@ -12,7 +12,7 @@ import numpy as np
 
 from ...errors import MPISyncBNError, on_rank
 from .. import extremes, loaded_torch
-from ..activation import Activation, ActivationContext, recomputed_activation
+from ..activation import NO_ACTIVATION, Activation, ActivationContext, recomputed_activation
 from ..protocol import Array
 from . import _cpu
 from ._cpu import (
@@ -57,11 +57,11 @@ def normalize(
     weight: Array | None,
     bias: Array | None,
     residual: Array | None = None,
-    activation: Activation = Activation.NONE,
+    activation: Activation = NO_ACTIVATION,
 ) -> Array:
     for x_read, vectors, (residual_read,) in _attempts(x, (mean, invstd, weight, bias), (residual,)):
         y = _empty_like(x_read)
-        outcome = _cpu.normalize(x_read, *vectors, residual_read, y, activation, _threads(x))
+        outcome = _cpu.normalize(x_read, *vectors, residual_read, y, *activation, _threads(x))
         if outcome == _EXTREME:
             extremes.normalize(normalize, y, x, mean, invstd, weight, bias, residual, activation)
         if outcome != _REFUSED:
@@ -73,10 +73,11 @@ def backward_reduce(
     dy: Array, x: Array, mean: np.ndarray, invstd: np.ndarray, context: ActivationContext | None = None
 ) -> tuple[np.ndarray, np.ndarray, Array]:
     sums = np.empty((2, x.shape[1]))
-    activation, weight, bias, saved = context or (Activation.NONE, None, None, None)
-    for x_read, vectors, (dz, y) in _attempts(x, (mean, invstd, weight, bias), (dy, saved)):
-        out = None if y is None else _empty_like(x_read)
-        outcome = _cpu.backward_reduce(dz, x_read, *vectors, y, out, activation, sums, _threads(x))
+    activation, weight, bias, *more = context or ActivationContext(NO_ACTIVATION, None, None)
+    for x_read, vectors, (dz, y, residual) in _attempts(x, (mean, invstd, weight, bias), (dy, *more)):
+        out = None if y is None and residual is None else _empty_like(x_read)
+        others = y, residual, out
+        outcome = _cpu.backward_reduce(dz, x_read, *vectors, *others, *activation, sums, _threads(x))
         if outcome == _EXTREME:
             extremes.backward_reduce(backward_reduce, sums, dy, x, mean, invstd, context)
         if outcome != _REFUSED:
@@ -98,7 +99,7 @@ def backward_elementwise(
     vectors = mean, invstd, weight, bias, mean_dy, mean_dy_xmu
     for x_read, vectors_read, (dz_read,) in _attempts(x, vectors, (dz,)):
         dx = _empty_like(x_read)
-        outcome = _cpu.backward_elementwise(dz_read, x_read, *vectors_read, dx, activation, _threads(x))
+        outcome = _cpu.backward_elementwise(dz_read, x_read, *vectors_read, dx, *activation, _threads(x))
         if outcome == _EXTREME:
             means = mean_dy, mean_dy_xmu
             extremes.backward_elementwise(

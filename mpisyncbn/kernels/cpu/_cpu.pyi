@@ -64,7 +64,8 @@ def normalize(
     bias: Array | None,
     residual: Array | None,
     y: Array,
-    activation: int,
+    kind: int,
+    parameter: float,
     threads: int,
     /,
 ) -> _Outcome:
@@ -78,15 +79,17 @@ def backward_reduce(
     weight: Array | None,
     bias: Array | None,
     y: Array | None,
+    residual: Array | None,
     dz: Array | None,
-    activation: int,
+    kind: int,
+    parameter: float,
     out: NDArray[float64],
     threads: int,
     /,
 ) -> _Outcome:
     """Fill ``out``, (2, C), with the sums of ``dz`` and ``dz * (x - mean)``.
 
-    Fills ``dz`` too if ``y`` is given.
+    Fills ``dz`` too if ``y`` or ``residual`` is given.
     """
 
 def backward_elementwise(
@@ -99,11 +102,12 @@ def backward_elementwise(
     mean_dy: Vector,
     mean_dy_xmu: Vector,
     dx: Array,
-    activation: int,
+    kind: int,
+    parameter: float,
     threads: int,
     /,
 ) -> _Outcome:
-    """Fill ``dx``. ``dz`` is still the gradient of the output of ``activation``."""
+    """Fill ``dx``. ``dz`` is still the gradient of the activation's output."""
 
 def update_running_stats(
     running_mean: Array,

@@ -1,7 +1,9 @@
 // The activations and their gradients, for a vector of values. Included once per instruction set by
 // loops.h.
 //
-// To add an activation, add a case in each of the three functions below, and a name in types.h.
+// To add an activation, add a case in each of the two switches below, and a name in types.h.
+
+#include "vector_math.h"
 
 // v in the lanes where z is positive, else zero. NaN stays NaN, as in torch's ReLU.
 template <class T>
@@ -10,25 +12,62 @@ INLINE vec<T> where_positive(vec<T> v, vec<T> z) {
     return (vec<T>)((M)v & ~(M)(z <= 0));
 }
 
-template <Activation ACTIVATION, class T>
-INLINE vec<T> activate(vec<T> z) {
-    if constexpr (ACTIVATION == Activation::relu) return where_positive<T>(z, z);
+// The output of an activation. HOW is a Fixed or a Chosen one.
+template <class T, class HOW>
+INLINE vec<T> activate(HOW how, vec<T> z) {
+    switch (how.kind) {
+        case Kind::none: return z;
+        case Kind::relu: return where_positive<T>(z, z);
+        case Kind::leaky_relu: return z > 0 ? z : z * broadcast<T>(how.parameter);
+        case Kind::silu: return silu<T>(z);
+        case Kind::hardswish: return hardswish<T>(z);
+        case Kind::elu: return elu<T>(z, how.parameter);
+        case Kind::gelu: return gelu<T>(z);
+        case Kind::gelu_tanh: return gelu_tanh<T>(z);
+    }
     return z;
 }
 
-// The gradient of the activation's input, from `dy`, the gradient of its output. `z` is the input,
-// or the output if the input is not known.
-template <Activation ACTIVATION, class T>
-INLINE vec<T> activation_gradient(vec<T> dy, vec<T> z) {
-    if constexpr (ACTIVATION == Activation::relu) return where_positive<T>(dy, z);
+// The gradient of the activation's input z, from `dy`, the gradient of its output. `z` may be the
+// output if its sign decides.
+template <class T, class HOW>
+INLINE vec<T> activation_gradient(HOW how, vec<T> dy, vec<T> z) {
+    switch (how.kind) {
+        case Kind::none: return dy;
+        case Kind::relu: return where_positive<T>(dy, z);
+        case Kind::leaky_relu: return z > 0 ? dy : dy * broadcast<T>(how.parameter);
+        case Kind::silu: return dy * silu_derivative<T>(z);
+        case Kind::hardswish: return dy * hardswish_derivative<T>(z);
+        case Kind::elu: return dy * elu_derivative<T>(z, how.parameter);
+        case Kind::gelu: return dy * gelu_derivative<T>(z);
+        case Kind::gelu_tanh: return dy * gelu_tanh_derivative<T>(z);
+    }
     return dy;
 }
 
-// Calls `call` with the activation as a constant.
-template <class F>
-INLINE void by_activation(Activation activation, F call) {
-    switch (activation) {
-        case Activation::relu: return call(std::integral_constant<Activation, Activation::relu>{});
-        default: return call(std::integral_constant<Activation, Activation::none>{});
-    }
+// How a loop treats the activation, as constants for the compiler. `source` says where the
+// activation's input comes from.
+template <Kind KIND, Source SOURCE>
+struct Fixed {
+    static constexpr Kind kind = KIND;
+    static constexpr Source source = SOURCE;
+    static constexpr double parameter = 0;
+};
+
+// The same as numbers, for what is not worth code of its own.
+struct Chosen {
+    Kind kind;
+    Source source;
+    double parameter;
+};
+
+// Calls `call` with a Fixed, whose source is x or OTHER, or with a Chosen.
+template <Source OTHER, class F>
+INLINE void by_case(Activation activation, Source source, F call) {
+    if (activation.kind == Kind::relu && source == OTHER) return call(Fixed<Kind::relu, OTHER>{});
+    if (activation.kind == Kind::relu && source == Source::x) return call(Fixed<Kind::relu, Source::x>{});
+    if (activation.kind == Kind::none && source == Source::x) return call(Fixed<Kind::none, Source::x>{});
+    if constexpr (OTHER == Source::residual)
+        if (activation.kind == Kind::none) return call(Fixed<Kind::none, OTHER>{});
+    call(Chosen{activation.kind, source, activation.parameter});
 }

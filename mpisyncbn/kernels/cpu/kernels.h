@@ -93,8 +93,8 @@ std::pair<int, long> local_moments(nb::handle x_object, const Output &out, int t
 
 // Fills y. Returns the outcome.
 int normalize(nb::handle x_object, const Vector &mean, const Vector &invstd, nb::handle weight_object,
-              nb::handle bias_object, nb::handle residual_object, nb::handle y_object, int activation,
-              int threads) {
+              nb::handle bias_object, nb::handle residual_object, nb::handle y_object, int kind,
+              double parameter, int threads) {
     Array x, weight, bias, residual, y;
     if (!describe(x_object, x) || !describe(weight_object, weight) || !describe(bias_object, bias) ||
         !describe(residual_object, residual) || !describe(y_object, y) || !same_kind(x, {&residual, &y}))
@@ -111,7 +111,7 @@ int normalize(nb::handle x_object, const Vector &mean, const Vector &invstd, nb:
         const Unlocked unlocked(x);
         every_tile(*plan, Direction::up, [&](const Traversal<T> &traversal, const Tile &t, int i) {
             loops.normalize(traversal.on, t, traversal.rows, traversal.stream, all + t.c0, stride,
-                            residual.data, (Activation)activation);
+                            {(Kind)kind, parameter}, residual.data ? Source::residual : Source::x);
         });
         return true;
     });
@@ -147,15 +147,16 @@ bool are_products_extreme(long channels, long count, bool underflow, const doubl
     return extreme;
 }
 
-// Fills `out` with the two sums of each channel. If `y`, the activation's output, was kept, fills
-// `dz` too. Returns the outcome.
+// Fills `out` with the two sums of each channel. If the activation's output was kept, or a residual,
+// fills `dz` too. Returns the outcome.
 int backward_reduce(nb::handle dy_object, nb::handle x_object, const Vector &mean, const Vector &invstd,
                     nb::handle weight_object, nb::handle bias_object, nb::handle y_object,
-                    nb::handle dz_object, int activation, const Output &out, int threads) {
-    Array dy, x, weight, bias, y, dz;
+                    nb::handle residual_object, nb::handle dz_object, int kind, double parameter,
+                    const Output &out, int threads) {
+    Array dy, x, weight, bias, y, residual, dz;
     if (!describe(dy_object, dy) || !describe(x_object, x) || !describe(weight_object, weight) ||
-        !describe(bias_object, bias) || !describe(y_object, y) || !describe(dz_object, dz) ||
-        !same_kind(x, {&dy, &y, &dz}))
+        !describe(bias_object, bias) || !describe(y_object, y) || !describe(residual_object, residual) ||
+        !describe(dz_object, dz) || !same_kind(x, {&dy, &y, &residual, &dz}))
         return REFUSED;
     if (x.size() == 0) {
         std::fill(out.data(), out.data() + out.size(), 0.0);
@@ -165,7 +166,8 @@ int backward_reduce(nb::handle dy_object, nb::handle x_object, const Vector &mea
     const bool done = by_dtype(x.dtype, [&](auto type) {
         using T = decltype(type);
         using W = compute_t<T>;
-        const Plan<T> *const plan = plan_for<T>(x, dy, y, dz, threads);
+        const Source source = y.data ? Source::output : residual.data ? Source::residual : Source::x;
+        const Plan<T> *const plan = plan_for<T>(x, dy, y.data ? y : residual, dz, threads);
         if (!plan) return false;
         const auto *all = coefficients_of(*plan, mean, invstd, weight, bias, nullptr, nullptr, extreme);
         const long stride = padded(plan->traversals[0].columns), channels = plan->channels;
@@ -175,7 +177,7 @@ int backward_reduce(nb::handle dy_object, nb::handle x_object, const Vector &mea
         std::atomic<bool> underflow{false};
         every_tile(*plan, Direction::down, [&](const Traversal<T> &traversal, const Tile &t, int i) {
             if (std::fetestexcept(FE_UNDERFLOW)) std::feclearexcept(FE_UNDERFLOW);  // clearing is slow
-            loops.reduce(traversal.on, t, traversal.rows, (Activation)activation, y.data, all + t.c0, stride,
+            loops.reduce(traversal.on, t, traversal.rows, {(Kind)kind, parameter}, source, all + t.c0, stride,
                          tile_scratch<W>(3 * padded(t.c1 - t.c0)), found.at(i, t, 0), found.at(i, t, 1));
             if (std::fetestexcept(FE_UNDERFLOW)) underflow = true;
         });
@@ -189,11 +191,12 @@ int backward_reduce(nb::handle dy_object, nb::handle x_object, const Vector &mea
     return outcome(done, extreme);
 }
 
-// Fills dx. dy is still the gradient of the activation's output, unless `activation` is none.
+// Fills dx. dy is still the gradient of the activation's output, unless its kind is none.
 // Returns the outcome.
 int backward_elementwise(nb::handle dy_object, nb::handle x_object, const Vector &mean, const Vector &invstd,
                          nb::handle weight_object, nb::handle bias_object, const Vector &mean_dy,
-                         const Vector &mean_dy_xmu, nb::handle dx_object, int activation, int threads) {
+                         const Vector &mean_dy_xmu, nb::handle dx_object, int kind, double parameter,
+                         int threads) {
     Array dy, x, weight, bias, dx;
     if (!describe(dy_object, dy) || !describe(x_object, x) || !describe(weight_object, weight) ||
         !describe(bias_object, bias) || !describe(dx_object, dx) || !same_kind(x, {&dy, &dx}))
@@ -211,7 +214,7 @@ int backward_elementwise(nb::handle dy_object, nb::handle x_object, const Vector
         const Unlocked unlocked(x);
         every_tile(*plan, Direction::up, [&](const Traversal<T> &traversal, const Tile &t, int i) {
             loops.elementwise(traversal.on, t, traversal.rows, traversal.stream, all + t.c0, stride,
-                              (Activation)activation);
+                              {(Kind)kind, parameter});
         });
         return true;
     });

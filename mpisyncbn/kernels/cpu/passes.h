@@ -77,11 +77,10 @@ static void tile_pass(const Operands<T> &on, const Tile &t, bool rows, bool stre
 
 template <class T>
 static void tile_normalize(const Operands<T> &on, const Tile &t, bool rows, bool stream,
-                           const compute_t<T> *coefficients, long stride, bool add, Activation activation) {
-    auto pass = [&](auto operation) { tile_pass(on, t, rows, stream, coefficients, stride, operation); };
-    by_activation(activation, [&](auto constant) {
-        constexpr Activation ACTIVATION = constant();
-        add ? pass(Normalize<T, true, ACTIVATION>{}) : pass(Normalize<T, false, ACTIVATION>{});
+                           const compute_t<T> *coefficients, long stride, Activation activation,
+                           Source source) {
+    by_case<Source::residual>(activation, source, [&](auto how) {
+        tile_pass(on, t, rows, stream, coefficients, stride, Normalize<T, decltype(how)>{how});
     });
 }
 
@@ -89,7 +88,7 @@ static void tile_normalize(const Operands<T> &on, const Tile &t, bool rows, bool
 template <class T>
 static void tile_elementwise(const Operands<T> &on, const Tile &t, bool rows, bool stream,
                              const compute_t<T> *coefficients, long stride, Activation activation) {
-    by_activation(activation, [&](auto constant) {
-        tile_pass(on, t, rows, stream, coefficients, stride, Elementwise<T, constant()>{});
+    by_case<Source::x>(activation, Source::x, [&](auto how) {
+        tile_pass(on, t, rows, stream, coefficients, stride, Elementwise<T, decltype(how)>{how});
     });
 }

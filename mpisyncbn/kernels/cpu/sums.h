@@ -169,17 +169,11 @@ static void tile_sums(const Operands<T> &on, const Tile &t, bool rows, const com
 
 // Fills the sums of the gradient of the activation's input, and of its products with x - mean.
 template <class T>
-static void tile_reduce(const Operands<T> &on, const Tile &t, bool rows, Activation activation, bool saved,
+static void tile_reduce(const Operands<T> &on, const Tile &t, bool rows, Activation activation, Source source,
                         const compute_t<T> *coefficients, long stride, compute_t<T> *scratch, double *sum_dy,
                         double *sum_dy_xmu) {
-    auto sums = [&](auto terms) {
-        tile_sums(on, t, rows, coefficients, stride, terms, scratch, sum_dy, sum_dy_xmu);
-    };
-    by_activation(activation, [&](auto constant) {
-        constexpr Activation ACTIVATION = constant();
-        if constexpr (ACTIVATION == Activation::none)
-            sums(Reduce<T, ACTIVATION, false>{});
-        else
-            saved ? sums(Reduce<T, ACTIVATION, true>{}) : sums(Reduce<T, ACTIVATION, false>{});
+    by_case<Source::output>(activation, source, [&](auto how) {
+        tile_sums(on, t, rows, coefficients, stride, Reduce<T, decltype(how)>{how}, scratch, sum_dy,
+                  sum_dy_xmu);
     });
 }

@@ -17,47 +17,49 @@ struct Moments {  // MEAN is an origin near the mean, so that the squares keep t
     }
 };
 
-// SAVED: the activation's output was kept. Else its input is computed again from x.
-template <class T, Activation ACTIVATION, bool SAVED>
+// With another source than x, stores the gradient of the activation's input.
+template <class T, class HOW>
 struct Reduce {
+    HOW how;
     static constexpr long rows_at_once = 4;  // fewer, because it reads two arrays
     template <class K, class A>
     INLINE_MEMBER void operator()(Pointers<T> pointers, long i, K coefficient, A access, vec<T> &a,
                                   vec<T> &b) const {
         const vec<T> xm = access.get(pointers.x + i) - coefficient(MEAN);
         a = access.get(pointers.dy + i);
-        if constexpr (ACTIVATION != Activation::none && !SAVED)
-            a = activation_gradient<ACTIVATION, T>(a, xm * coefficient(SCALE) + coefficient(SHIFT));
-        if constexpr (SAVED) {
-            a = activation_gradient<ACTIVATION, T>(a, access.get(pointers.extra + i));
-            access.template put<false>(pointers.out + i, a);
+        if (how.kind != Kind::none) {
+            vec<T> z = how.source == Source::x ? vec<T>{} : access.get(pointers.extra + i);
+            if (how.source != Source::output) z += xm * coefficient(SCALE) + coefficient(SHIFT);
+            a = activation_gradient<T>(how, a, z);
         }
+        if (how.source != Source::x) access.template put<false>(pointers.out + i, a);
         b = a * xm;
     }
 };
 
 // Passes over values.
 
-// ADD: a residual is added before the activation.
-template <class T, bool ADD, Activation ACTIVATION>
+template <class T, class HOW>
 struct Normalize {
+    HOW how;
     template <bool STREAM, class K, class A>
     INLINE_MEMBER void apply(Pointers<T> pointers, long i, K coefficient, A access) const {
         vec<T> z = (access.get(pointers.x + i) - coefficient(MEAN)) * coefficient(SCALE) + coefficient(SHIFT);
-        if constexpr (ADD) z += access.get(pointers.extra + i);
-        access.template put<STREAM>(pointers.out + i, activate<ACTIVATION, T>(z));
+        if (how.source == Source::residual) z += access.get(pointers.extra + i);
+        access.template put<STREAM>(pointers.out + i, activate<T>(how, z));
     }
 };
 
-// dy is still the gradient of the output of ACTIVATION.
-template <class T, Activation ACTIVATION>
+// dy is still the gradient of the activation's output.
+template <class T, class HOW>
 struct Elementwise {
+    HOW how;
     template <bool STREAM, class K, class A>
     INLINE_MEMBER void apply(Pointers<T> pointers, long i, K coefficient, A access) const {
         const vec<T> xm = access.get(pointers.x + i) - coefficient(MEAN);
         vec<T> dy = access.get(pointers.dy + i);
-        if constexpr (ACTIVATION != Activation::none)
-            dy = activation_gradient<ACTIVATION, T>(dy, xm * coefficient(SCALE) + coefficient(SHIFT));
+        if (how.kind != Kind::none)
+            dy = activation_gradient<T>(how, dy, xm * coefficient(SCALE) + coefficient(SHIFT));
         access.template put<STREAM>(
             pointers.out + i, dy * coefficient(SCALE) + (xm * coefficient(SLOPE) + coefficient(INTERCEPT)));
     }

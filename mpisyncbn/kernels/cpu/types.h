@@ -31,7 +31,14 @@ using compute_t = std::conditional_t<std::is_same_v<T, double>, double, float>;
 enum { MEAN, SCALE, SHIFT, SLOPE, INTERCEPT, KINDS };
 // The activation that a layer ends in, see activation.h. kernels/activation.py has the same
 // numbers.
-enum class Activation { none, relu };
+enum class Kind { none, relu, leaky_relu, silu, hardswish, elu, gelu, gelu_tanh };
+struct Activation {
+    Kind kind;
+    double parameter;  // the slope of a leaky ReLU below 0, the alpha of an ELU
+};
+// Where the activation's input comes from: from x alone, from x and a residual, or, where the sign
+// decides, from the output.
+enum class Source { x, residual, output };
 
 template <class T>
 struct Pointers {
@@ -89,10 +96,10 @@ struct Loops {
     void (*row_origins)(const Operands<T> &, long rows, long columns, W *origins);
     void (*moments)(const Operands<T> &, const Tile &, bool rows, long count, const W *origins, W *scratch,
                     double *, double *, double *);
-    void (*reduce)(const Operands<T> &, const Tile &, bool rows, Activation, bool saved, const W *, long,
+    void (*reduce)(const Operands<T> &, const Tile &, bool rows, Activation, Source, const W *, long,
                    W *scratch, double *, double *);
-    void (*normalize)(const Operands<T> &, const Tile &, bool rows, bool stream, const W *, long, bool add,
-                      Activation);
+    void (*normalize)(const Operands<T> &, const Tile &, bool rows, bool stream, const W *, long,
+                      Activation, Source);
     void (*elementwise)(const Operands<T> &, const Tile &, bool rows, bool stream, const W *, long,
                         Activation);
 };

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from triton import JITFunction
 
-from ..activation import Activation, ActivationContext, recomputed_activation
+from ..activation import NO_ACTIVATION, Activation, ActivationContext, recomputed_activation
 from ..layout import dense, with_strides_of
 from . import elementwise, moments, plans, running_stats, sums
 from .plans import Plan
@@ -45,7 +45,7 @@ def normalize(
     weight: Tensor | None,
     bias: Tensor | None,
     residual: Tensor | None = None,
-    activation: Activation = Activation.NONE,
+    activation: Activation = NO_ACTIVATION,
 ) -> Tensor:
     x = dense(x)
     y = torch.empty_like(x)
@@ -55,7 +55,7 @@ def normalize(
         with _device_of(x):
             plan = _elements(x)
             others = residual, y, *vectors
-            _launch(elementwise.normalize, plan, x, *others, ACTIVATION=int(activation))
+            _launch(elementwise.normalize, plan, x, *others, **_constants(activation))
     return y
 
 
@@ -64,20 +64,20 @@ def backward_reduce(
 ) -> tuple[Tensor, Tensor, Tensor]:
     channels = x.shape[1]
     found = _sums_of(x, 2)
-    activation, weight, bias, y = context or (Activation.NONE, None, None, None)
+    activation, weight, bias, y, residual = context or ActivationContext(NO_ACTIVATION, None, None)
     dz = dy
     if x.numel():
         x, plan = _planned(x)
         dy = dz = with_strides_of(x, dy)
         vectors = map(_vector, (mean, invstd, weight, bias))
+        y, residual = (None if each is None else with_strides_of(x, each) for each in (y, residual))
         out = None
-        if y is not None:
-            y, dz = with_strides_of(x, y), torch.empty_like(x)
-            out = dz
+        if context is not None and context.stores_dz:
+            out = dz = torch.empty_like(x)
         partials = _partials_of(x, plan, 2)
         with _device_of(x):
-            others = x, y, out, *vectors, partials, found
-            _launch(sums.backward_sums, plan, dy, *others, ACTIVATION=int(activation))
+            others = x, y, residual, out, *vectors, partials, found
+            _launch(sums.backward_sums, plan, dy, *others, **_constants(activation))
             if partials is not None:
                 merge = plans.plan_merge(plan.shares, 2 * channels)
                 _launch(sums.merge_sums, merge, partials, found)
@@ -103,7 +103,7 @@ def backward_elementwise(
         with _device_of(x):
             plan = _elements(x)
             dz, others = with_strides_of(x, dz), (x, dx, *vectors)
-            _launch(elementwise.backward_elementwise, plan, dz, *others, ACTIVATION=int(activation))
+            _launch(elementwise.backward_elementwise, plan, dz, *others, **_constants(activation))
     return dx
 
 
@@ -144,7 +144,9 @@ def try_out(device: torch.device) -> None:
         _launch(sums.merge_sums, plans.plan_merge(1, 1), ones, torch.empty_like(ones))
 
 
-def _launch(kernel: JITFunction, plan: Plan, first: Tensor, *others: Tensor | None, **constants: int) -> None:
+def _launch(
+    kernel: JITFunction, plan: Plan, first: Tensor, *others: Tensor | None, **constants: float
+) -> None:
     """Start a kernel on the current stream.
 
     Triton inspects every argument at each call, which takes the host longer than the start itself.
@@ -164,6 +166,10 @@ def _launch(kernel: JITFunction, plan: Plan, first: Tensor, *others: Tensor | No
     if compiled is not None:  # Triton's interpreter compiles nothing
         last = kernel.params[len(tensors) + len(plan.sizes) :]
         plan.launches[key] = compiled[plan.grid], (*plan.sizes, *(options[each.name] for each in last))
+
+
+def _constants(activation: Activation) -> dict[str, float]:
+    return {"KIND": int(activation.kind), "PARAMETER": activation.parameter}
 
 
 def _sums_of(x: Tensor, rows: int) -> Tensor:

@@ -11,7 +11,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ..activation import Activation, ActivationContext, activate, activation_gradient
+from ..activation import NO_ACTIVATION, Activation, ActivationContext, Kind, activate, activation_gradient
 from ..layout import channels_of, dense, rows, with_strides_of
 
 __all__ = ["backward_elementwise", "backward_reduce", "local_moments", "normalize"]
@@ -38,7 +38,7 @@ def normalize(
     weight: Tensor | None,
     bias: Tensor | None,
     residual: Tensor | None = None,
-    activation: Activation = Activation.NONE,
+    activation: Activation = NO_ACTIVATION,
 ) -> Tensor:
     if x.numel() == 0:
         return torch.empty_like(x)
@@ -47,8 +47,9 @@ def normalize(
     x = dense(x)
     mean_hi = _narrow(mean, x)
     shift = shift - (mean - mean_hi.double()) * scale
-    # If a residual follows, bfloat16 and float16 are rounded after it.
-    wide = x if residual is None else x.to(mean_hi.dtype)
+    # bfloat16 and float16 are rounded once, after a residual and an activation
+    is_last = residual is None and activation.kind <= Kind.RELU
+    wide = x if is_last else x.to(mean_hi.dtype)
     y = torch.empty_like(wide)  # autograd must not get a view, so a view of it is written to
     vectors = _narrow(scale, x), _narrow(shift, x), mean_hi, torch.ones_like(mean_hi)
     torch.ops.aten.batch_norm_elemt.out(_readable(wide), *vectors, 0.0, out=_readable(y))
@@ -61,8 +62,12 @@ def backward_reduce(
     dy: Tensor, x: Tensor, mean: Tensor, invstd: Tensor, context: ActivationContext | None = None
 ) -> tuple[Tensor, Tensor, Tensor]:
     if context is not None:
-        y = normalize(x, mean, invstd, context.weight, context.bias) if context.y is None else context.y
-        dy = activation_gradient(dy, y, context.activation)
+        activation, weight, bias, z, residual = context
+        if z is None:
+            wide = torch.float64 if x.dtype == torch.float64 else torch.float32
+            residual = None if residual is None else residual.to(wide)
+            z = normalize(x.to(wide), mean, invstd, weight, bias, residual)
+        dy = activation_gradient(dy.to(z.dtype), z, activation).to(dy.dtype)
     if x.numel() == 0:
         zeros = x.new_zeros((2, x.shape[1]), dtype=torch.float64)
         return zeros[0], zeros[1], dy

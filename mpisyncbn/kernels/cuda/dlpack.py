@@ -12,7 +12,7 @@ import cupy
 import torch
 
 from .. import cuda_kernels_for
-from ..activation import Activation, ActivationContext
+from ..activation import NO_ACTIVATION, Activation, ActivationContext
 from ..protocol import Array, Kernels
 
 __all__ = ["backward_elementwise", "backward_reduce", "local_moments", "normalize"]
@@ -31,7 +31,7 @@ def normalize(
     weight: Array,
     bias: Array,
     residual: Array = None,
-    activation: Activation = Activation.NONE,
+    activation: Activation = NO_ACTIVATION,
 ) -> Array:
     with _stream_of(x):
         vectors = _tensor(mean), _tensor(invstd), _tensor(weight), _tensor(bias)

@@ -25,7 +25,8 @@ def normalize(
     stride,
     channels,
     column_tiles,
-    ACTIVATION: tl.constexpr,
+    KIND: tl.constexpr,
+    PARAMETER: tl.constexpr,
     ALIGN: tl.constexpr,
     INDEX: tl.constexpr,
     PLANES: tl.constexpr,
@@ -49,7 +50,7 @@ def normalize(
         found = (tl.load(x + offsets, mask, 0.0).to(COMPUTE_DTYPE) - mean_hi) * inverse * factor + shift
         if residual is not None:
             found += tl.load(residual + offsets, mask, 0.0).to(COMPUTE_DTYPE)
-        found = activate(found, ACTIVATION)
+        found = activate(found, KIND, PARAMETER)
         tl.store(y + offsets, found.to(y.dtype.element_ty), mask)
 
 
@@ -69,7 +70,8 @@ def backward_elementwise(
     stride,
     channels,
     column_tiles,
-    ACTIVATION: tl.constexpr,
+    KIND: tl.constexpr,
+    PARAMETER: tl.constexpr,
     ALIGN: tl.constexpr,
     INDEX: tl.constexpr,
     PLANES: tl.constexpr,
@@ -80,7 +82,7 @@ def backward_elementwise(
 ):
     """Store ``dx = (dz - mean_dy - (x - mean) * invstd**2 * mean_dy_xmu) * invstd * weight``.
 
-    With an ``ACTIVATION``, ``dz`` is still the gradient of its output. The grid is that of
+    ``dz`` is still the gradient of the activation's output, unless its ``KIND`` is NONE. The grid is that of
     ``normalize``.
     """
     width, stride = multiple_of(width, ALIGN), multiple_of(stride, ALIGN)
@@ -98,8 +100,8 @@ def backward_elementwise(
         )
         xmu = tl.load(x + offsets, mask, 0.0).to(COMPUTE_DTYPE) - mean_hi
         found = tl.load(dz + offsets, mask, 0.0).to(COMPUTE_DTYPE)
-        if ACTIVATION != NONE:
-            found = activation_gradient(found, xmu * inverse * factor + shift, ACTIVATION)
+        if KIND != NONE:
+            found = activation_gradient(found, xmu * inverse * factor + shift, KIND, PARAMETER)
         found = (((found - mean_dy_hi) - xmu * inverse * slope) - mean_dy_lo) * factor * inverse
         tl.store(dx + offsets, found.to(dx.dtype.element_ty), mask)
 

@@ -1,8 +1,8 @@
 """The sums of the backward pass in Triton, shared out to programs as in moments.py.
 
 They are the sums of ``dz``, the gradient of the activation's input (without an activation that is
-``dy``), and of ``dz * (x - mean)``. If ``y``, the activation's output, is given, ``dz`` is stored;
-else the activation's input is computed again from ``x``.
+``dy``), and of ``dz * (x - mean)``. The activation's input is computed again from ``x`` and the
+residual, unless ``y``, the activation's output, is given. ``dz`` is stored if it is not None.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .activation import NONE, activation_gradient
+from .activation import activation_gradient
 from .tiles import (
     affine,
     channels_of_program,
@@ -29,6 +29,7 @@ def backward_sums(
     dy,
     x,
     y,
+    residual,
     dz,
     mean,
     invstd,
@@ -42,7 +43,8 @@ def backward_sums(
     tiles,
     share,
     channels,
-    ACTIVATION: tl.constexpr,
+    KIND: tl.constexpr,
+    PARAMETER: tl.constexpr,
     ALIGN: tl.constexpr,
     INDEX: tl.constexpr,
     PLANES: tl.constexpr,
@@ -68,7 +70,9 @@ def backward_sums(
         gradient = tl.load(dy + offsets, mask, 0.0).to(COMPUTE_DTYPE)
         xmu = tl.load(x + offsets, mask, 0.0).to(COMPUTE_DTYPE) - mean_hi
         z = xmu * inverse * factor + shift
-        gradient = _through_activation(gradient, z, y, dz, offsets, mask, ACTIVATION)
+        gradient = _through_activation(
+            gradient, z, y, residual, dz, offsets, mask, KIND, PARAMETER, COMPUTE_DTYPE
+        )
         sum_dy += gradient
         sum_dy_xmu += tl.where(mask, gradient * (xmu * unit), 0.0)
     total_dy = sum_per_channel(sum_dy.to(tl.float64), PLANES)
@@ -92,12 +96,24 @@ def merge_sums(partials, out, shares, length, ROWS: tl.constexpr, COLUMNS: tl.co
 
 
 @triton.jit
-def _through_activation(dy, z, y, dz, offsets, mask, ACTIVATION: tl.constexpr):
-    """The gradient of the activation's input ``z``; also stored in ``dz`` if ``y`` is given."""
-    if ACTIVATION != NONE:
-        if y is None:
-            dy = activation_gradient(dy, z, ACTIVATION)
-        else:
-            dy = activation_gradient(dy, tl.load(y + offsets, mask, 0.0), ACTIVATION)
-            tl.store(dz + offsets, dy.to(dz.dtype.element_ty), mask)
+def _through_activation(
+    dy,
+    z,
+    y,
+    residual,
+    dz,
+    offsets,
+    mask,
+    KIND: tl.constexpr,
+    PARAMETER: tl.constexpr,
+    COMPUTE_DTYPE: tl.constexpr,
+):
+    """The gradient of the activation's input. ``z`` is that input without the residual."""
+    if residual is not None:
+        z += tl.load(residual + offsets, mask, 0.0).to(COMPUTE_DTYPE)
+    if y is not None:
+        z = tl.load(y + offsets, mask, 0.0).to(COMPUTE_DTYPE)
+    dy = activation_gradient(dy, z, KIND, PARAMETER)
+    if dz is not None:
+        tl.store(dz + offsets, dy.to(dz.dtype.element_ty), mask)
     return dy

@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from mpisyncbn.kernels import Activation, ActivationContext, kernels_for
+from mpisyncbn.kernels import Activation, ActivationContext, Kind, kernels_for
 
 from .context import Context
 from .correctness import laid_out
@@ -33,8 +33,8 @@ def _all_verbs(module: Any, x: torch.Tensor) -> bool:
     mean = mean.sum(0) if mean.ndim == 2 else mean
     invstd = (m2 / count + 1e-5).rsqrt()
     found = [module.normalize(x, mean, invstd, weight, bias)]
-    y = module.normalize(x, mean, invstd, weight, bias, x, Activation.RELU)
-    fused = [ActivationContext(Activation.RELU, weight, bias, saved) for saved in (None, y)]
+    y = module.normalize(x, mean, invstd, weight, bias, x, Activation(Kind.RELU))
+    fused = [ActivationContext(Activation(Kind.RELU), weight, bias, saved) for saved in (None, y)]
     for backward_context in (None, *fused):
         sum_dy, sum_dy_xmu, dz = module.backward_reduce(x, x, mean, invstd, backward_context)
         means = sum_dy / count, sum_dy_xmu / count
