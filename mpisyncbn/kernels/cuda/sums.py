@@ -70,9 +70,7 @@ def backward_sums(
         gradient = tl.load(dy + offsets, mask, 0.0).to(COMPUTE_DTYPE)
         xmu = tl.load(x + offsets, mask, 0.0).to(COMPUTE_DTYPE) - mean_hi
         z = xmu * inverse * factor + shift
-        gradient = _through_activation(
-            gradient, z, y, residual, dz, offsets, mask, KIND, PARAMETER, COMPUTE_DTYPE
-        )
+        gradient = _through_activation(gradient, z, y, residual, dz, offsets, mask, KIND, PARAMETER)
         sum_dy += gradient
         sum_dy_xmu += tl.where(mask, gradient * (xmu * unit), 0.0)
     total_dy = sum_per_channel(sum_dy.to(tl.float64), PLANES)
@@ -96,23 +94,12 @@ def merge_sums(partials, out, shares, length, ROWS: tl.constexpr, COLUMNS: tl.co
 
 
 @triton.jit
-def _through_activation(
-    dy,
-    z,
-    y,
-    residual,
-    dz,
-    offsets,
-    mask,
-    KIND: tl.constexpr,
-    PARAMETER: tl.constexpr,
-    COMPUTE_DTYPE: tl.constexpr,
-):
+def _through_activation(dy, z, y, residual, dz, offsets, mask, KIND: tl.constexpr, PARAMETER: tl.constexpr):
     """The gradient of the activation's input. ``z`` is that input without the residual."""
     if residual is not None:
-        z += tl.load(residual + offsets, mask, 0.0).to(COMPUTE_DTYPE)
+        z += tl.load(residual + offsets, mask, 0.0).to(z.dtype)
     if y is not None:
-        z = tl.load(y + offsets, mask, 0.0).to(COMPUTE_DTYPE)
+        z = tl.load(y + offsets, mask, 0.0).to(z.dtype)
     dy = activation_gradient(dy, z, KIND, PARAMETER)
     if dz is not None:
         tl.store(dz + offsets, dy.to(dz.dtype.element_ty), mask)
