@@ -1,23 +1,21 @@
-"""The activations that a layer may end in, by name: what users write, and what kernels take."""
+"""The activations that a layer may end in, as users write them: a text, or a module of torch.nn."""
 
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING, TypeAlias
+from typing import TypeAlias
+
+from torch import nn
 
 from .errors import on_rank
-from .kernels import NO_ACTIVATION, Activation, Kind, loaded_torch
+from .kernels import NO_ACTIVATION, Activation, Kind
 
-if TYPE_CHECKING:
-    from torch import nn
+__all__ = ["HOOKS", "GivenActivation", "activation_of", "has_own_hooks", "name_of", "name_of_module"]
 
-__all__ = ["GivenActivation", "activation_of", "name_of"]
-
-# A name such as "relu" or "leaky_relu(0.1)", or a module of torch.nn that stands for it.
+# "relu" or "leaky_relu(0.1)", for example, or a module that does the same; None: no activation.
 GivenActivation: TypeAlias = "str | nn.Module | None"
 
-_BY_NAME: dict[str | None, Activation] = {
-    None: NO_ACTIVATION,
+_BY_NAME = {  # with torch's defaults
     "relu": Activation(Kind.RELU),
     "leaky_relu": Activation(Kind.LEAKY_RELU, 0.01),
     "silu": Activation(Kind.SILU),
@@ -26,61 +24,89 @@ _BY_NAME: dict[str | None, Activation] = {
     "gelu": Activation(Kind.GELU),
     "gelu(tanh)": Activation(Kind.GELU_TANH),
 }
-_NAMES = [name for name in _BY_NAME if name]  # with torch's defaults
-_TAKE_A_NUMBER = ("leaky_relu", "elu")
+_NAMES = {activation.kind: name for name, activation in _BY_NAME.items()}
+_PARAMETERS = {"leaky_relu": "negative_slope", "elu": "alpha"}  # as torch's modules name them
+_BY_CLASS = {
+    nn.ReLU: "relu",
+    nn.LeakyReLU: "leaky_relu",
+    nn.SiLU: "silu",
+    nn.Hardswish: "hardswish",
+    nn.ELU: "elu",
+    nn.GELU: "gelu",
+}
+_TIMM = {"Swish": "silu", "HardSwish": "hardswish", "GELU": "gelu", "GELUTanh": "gelu(tanh)"}
+_BY_CLASS_NAME = {
+    **{f"timm.layers.activations.{cls}": name for cls, name in _TIMM.items()},
+    **{f"timm.layers.activations_me.{cls}Me": _TIMM[cls] for cls in ("Swish", "HardSwish")},
+}
+HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 
 
 def activation_of(given: GivenActivation) -> Activation:
-    """The activation that a name or a module stands for.
+    """The activation that a text or a module stands for.
 
-    Raises ValueError for another name, or a parameter that is not a finite number.
+    Raises ValueError for another text, class or value, for a parameter that is not a finite number,
+    and for a module that has hooks or a ``forward`` of its own, which a layer would not call.
     """
-    activation = _BY_NAME.get(given) if given is None or isinstance(given, str) else None
-    return activation or _BY_NAME[name_of(given)]
+    if given is None:
+        return NO_ACTIVATION
+    found = _of_text(given) if isinstance(given, str) else _of_module(given)
+    if found is None:
+        raise ValueError(
+            f"expected activation to be one of {', '.join(map(repr, _BY_NAME))}, a finite number in "
+            f"parentheses behind {' or '.join(_PARAMETERS)}, a module of torch.nn without hooks that does "
+            f"the same, or None, got {given!r}{on_rank()}"
+        )
+    return found
 
 
 def name_of(given: GivenActivation) -> str | None:
-    """The name of an activation: its parameter stands in parentheses if it is not torch's default.
+    """The text of an activation: its parameter stands in parentheses if it is not torch's default.
 
-    Raises as ``activation_of`` does.
+    Raises ValueError as ``activation_of`` does.
     """
-    name, parameter = _parsed(given)
-    if name in _TAKE_A_NUMBER and parameter is not None and math.isfinite(parameter):
-        if parameter == _BY_NAME[name].parameter:
-            return name
-        full = f"{name}({parameter})"
-        _BY_NAME[full] = Activation(_BY_NAME[name].kind, parameter)
-        return full
-    if name in _BY_NAME and parameter is None:
-        return name
-    raise ValueError(
-        f"expected activation to be one of {', '.join(map(repr, _NAMES))}, a number in parentheses behind "
-        f"{' or '.join(_TAKE_A_NUMBER)}, a module of torch.nn that does the same, or None, got "
-        f"{given!r}{on_rank()}"
-    )
+    activation = activation_of(given)
+    return None if activation == NO_ACTIVATION else _text_of(activation)
 
 
-def _parsed(given: GivenActivation) -> tuple[str | None, float | None]:
-    """The name, and the number in parentheses or None. The name is "" if ``given`` is none of them."""
-    if given is None:
-        return None, None
-    if isinstance(given, str):
-        name, bracket, number = given.partition("(")
-        if name not in _TAKE_A_NUMBER or not bracket:
-            return given, None
-        try:
-            return (name, float(number[:-1])) if number.endswith(")") else ("", None)
-        except ValueError:
-            return "", None
-    torch = loaded_torch()
-    nn = torch and torch.nn
-    if nn is None or "forward" in getattr(given, "__dict__", ()):
-        return "", None
-    if type(given) is nn.LeakyReLU:
-        return "leaky_relu", float(vars(given)["negative_slope"])
-    if type(given) is nn.ELU:
-        return "elu", float(vars(given)["alpha"])
-    if type(given) is nn.GELU:
-        return ("gelu(tanh)" if given.approximate == "tanh" else "gelu"), None
-    names = {nn.ReLU: "relu", nn.SiLU: "silu", nn.Hardswish: "hardswish"}
-    return names.get(type(given), ""), None
+def name_of_module(module: nn.Module) -> str | None:
+    """The text of the activation that a module is; None if a layer cannot do all that the module does."""
+    activation = _of_module(module)
+    return None if activation is None else _text_of(activation)
+
+
+def has_own_hooks(module: nn.Module) -> bool:
+    """Whether hooks of a module see it run."""
+    return any(getattr(module, hooks) for hooks in HOOKS)
+
+
+def _text_of(activation: Activation) -> str:
+    name = _NAMES[activation.kind]
+    return name if activation == _BY_NAME[name] else f"{name}({activation.parameter})"
+
+
+def _of_text(text: str) -> Activation | None:
+    name, _, number = text.partition("(")
+    if text in _BY_NAME or name not in _PARAMETERS or not number.endswith(")"):
+        return _BY_NAME.get(text)
+    return _with_parameter(name, number[:-1])
+
+
+def _of_module(module: nn.Module) -> Activation | None:
+    cls = type(module)
+    name = _BY_CLASS.get(cls) or _BY_CLASS_NAME.get(f"{cls.__module__}.{cls.__qualname__}")
+    if name is None or "forward" in vars(module) or has_own_hooks(module):
+        return None
+    if name in _PARAMETERS:
+        return _with_parameter(name, getattr(module, _PARAMETERS[name]))
+    if cls is nn.GELU:
+        name = {"none": "gelu", "tanh": "gelu(tanh)"}.get(str(module.approximate), "")
+    return _BY_NAME.get(name)
+
+
+def _with_parameter(name: str, number: str | float) -> Activation | None:
+    try:
+        parameter = float(number)
+    except (TypeError, ValueError):
+        return None
+    return _BY_NAME[name]._replace(parameter=parameter) if math.isfinite(parameter) else None

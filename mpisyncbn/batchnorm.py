@@ -38,13 +38,19 @@ class SyncBatchNorm(convert.Synchronized):
             set; ``communicator`` is the Communicator that stands for it, None for the world.
         device, dtype: of parameters and buffers.
         bias: if False, there is no bias even if ``affine``.
-        activation: "relu" if the layer ends in max(., 0), which then costs no pass over memory of its
-            own, forward or backward; or None. Also an attribute, to be set on a converted layer.
+        activation: what the layer ends in, at no pass over memory of its own, forward or backward:
+            "relu", "leaky_relu", "silu", "hardswish", "elu" or "gelu", with torch's defaults;
+            "leaky_relu(0.1)", "elu(0.5)" or "gelu(tanh)"; a module of torch.nn that does the same,
+            such as ``nn.LeakyReLU(0.1)``; or None. Also an attribute, to be set on a converted layer:
+            it becomes the text. docs/activations.md says how to choose.
 
     Shape:
         Input ``(N, C, *)`` with at least 2 dimensions; N may differ between ranks, and be 0.
         Residual, optional: like the input; added before the activation, at no pass of its own.
         Output: the same, in the same memory format.
+
+    Raises:
+        ValueError: ``activation`` is something else, or a module with hooks or another ``forward``.
 
     Building, copying, loading and evaluating a layer is not collective. Forward and backward
     while training are: every rank of the group must call them, in the same order of layers.
@@ -85,7 +91,7 @@ class SyncBatchNorm(convert.Synchronized):
         self, input: Tensor, residual: Tensor | None = None, activation: GivenActivation = None
     ) -> Tensor:
         """``forward`` with another activation than the layer's own, for registered forwards."""
-        activation = activation or self.activation
+        activation = self.activation if activation is None else activation
         self._check_input_dim(input)
         if not self.training:
             tensors = input, self.running_mean, self.running_var, self.weight, self.bias
@@ -136,6 +142,7 @@ class SyncBatchNorm(convert.Synchronized):
         *,
         name: str | None = None,
         fuse_relu: bool = False,
+        fuse_activation: bool = False,
     ) -> nn.Module:
         """Turn every ``BatchNorm*d`` of a model into this class, in place, as torch spells it.
 
@@ -148,9 +155,11 @@ class SyncBatchNorm(convert.Synchronized):
                 for the world. Layers that are synchronized already get it too.
             name: of the model, the same on every rank; None: the name of its class. Give models of one
                 class different names: they tell apart the layers of two models in one exchange.
-            fuse_relu: let a layer do the work of an ``nn.ReLU`` that follows it in an
-                ``nn.Sequential``, without a pass over memory of its own, if neither has hooks and the
-                layer stands nowhere else in the model.
+            fuse_activation: let a layer do the work of an ``nn.ReLU``, ``nn.LeakyReLU``, ``nn.SiLU``,
+                ``nn.Hardswish``, ``nn.ELU`` or ``nn.GELU`` that follows it in an ``nn.Sequential``,
+                without a pass over memory of its own, if neither has hooks and the layer stands nowhere
+                else in the model. The layer's own output is then that of the activation.
+            fuse_relu: the same for ``nn.ReLU`` alone.
 
         Returns:
             ``module`` itself.
@@ -163,7 +172,9 @@ class SyncBatchNorm(convert.Synchronized):
         Warns:
             UserWarning: the model holds batch norms that are not torch's. They stay local.
         """
-        return convert.convert_sync_batchnorm(module, process_group, name=name, fuse_relu=fuse_relu, to=cls)
+        return convert.convert_sync_batchnorm(
+            module, process_group, name=name, fuse_relu=fuse_relu, fuse_activation=fuse_activation, to=cls
+        )
 
 
 def _cumulative_momentum(num_batches_tracked: Tensor | None) -> float | Tensor:

@@ -68,7 +68,7 @@ class Synchronized(BatchNorm):
 
     communicator: Communicator | None = None  # of the ranks to normalize over; None: the world
     _given: _Given | None = None  # the process_group, if it is another object than communicator
-    activation: str | None = None  # "relu" if the layer applies one
+    activation: str | None = None  # that the layer applies, as text; a module is turned into it when set
     layer_name: str | None = None  # on all ranks: the name of the model, and the layer's own in it
     _key: str = "#"  # this process knows the layer by it while it has no name
     _converted_from: tuple[type[_BatchNorm], dict[str, object]] | None = None  # class, replaced attributes
@@ -167,6 +167,7 @@ def convert_sync_batchnorm(
     *,
     name: str | None = None,
     fuse_relu: bool = False,
+    fuse_activation: bool = False,
     to: type[Synchronized],
 ) -> nn.Module:
     """Convert the layers of a model, as ``SyncBatchNorm.convert_sync_batchnorm`` says.
@@ -188,9 +189,10 @@ def convert_sync_batchnorm(
         synchronized = _convert(layer, to)
         synchronized.process_group = process_group
         synchronized.layer_name = f"{model}: {path}" if path else name
-    if fuse_relu:
+    if fuse_relu or fuse_activation:
         # A registered forward may do more after the normalization.
-        fuse(module, {layer for _, layer in layers if type(layer).forward is to.forward})
+        own: set[nn.Module] = {layer for _, layer in layers if type(layer).forward is to.forward}
+        fuse(module, own, only=None if fuse_activation else ("relu",))
     return module
 
 
@@ -232,8 +234,8 @@ def set_process_group(module: nn.Module, process_group: AnyGroup) -> None:
 def revert_sync_batchnorm(module: nn.Module) -> nn.Module:
     """Undo ``convert_sync_batchnorm``: every synchronized layer gets back the exact class it had.
 
-    A layer that never had another class becomes a ``BatchNorm`` for input of any dimension. A ReLU
-    that ``fuse_relu`` took is put back in its place.
+    A layer that never had another class becomes a ``BatchNorm`` for input of any dimension. The
+    modules that ``fuse_activation`` and ``fuse_relu`` took are put back in their places.
 
     Args:
         module: a model, or a single layer.
@@ -248,14 +250,15 @@ def revert_sync_batchnorm(module: nn.Module) -> nn.Module:
     check_module(module)
     fused = fused_layers(module)
     lost = [
-        label_of(name)
+        f"{label_of(name)} ({layer.activation})"
         for name, layer in module.named_modules()
         if isinstance(layer, Synchronized) and layer.activation and layer not in fused
     ]
     if lost:
         raise TypeError(
-            f"cannot revert layers whose activation would be lost: {abbreviated(lost)}{on_rank()}. Put an "
-            "nn.ReLU behind such a layer and set its activation to None; no layer was changed"
+            f"cannot revert layers whose activation would be lost: {abbreviated(lost)}{on_rank()}. Put a "
+            "module that does it, such as nn.ReLU, behind each of them and set their activation to None; no "
+            "layer was changed"
         )
     for layer in module.modules():
         if isinstance(layer, Synchronized):

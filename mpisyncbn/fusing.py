@@ -1,62 +1,83 @@
-"""Activations that a synchronized layer applies in its own passes over memory."""
+"""Activations of a model that a synchronized layer applies in its own passes over memory."""
 
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Container
 from itertools import pairwise
 
 import torch.nn.modules.module as torchs
 from torch import nn
 
 from . import tracing
+from .activations import HOOKS, has_own_hooks, name_of_module
 
-__all__ = ["FusedReLU", "fuse", "fused_layers", "fusible_activation", "unfuse"]
-
-_HOOKS = ("forward_hooks", "forward_pre_hooks", "backward_hooks", "backward_pre_hooks")
+__all__ = ["FusedActivation", "FusedReLU", "fuse", "fused_layers", "fusible_activation", "unfuse"]
 
 
-class FusedReLU(tracing.Leaf, nn.Identity):
-    """Stands for a ReLU that the layer before it applies. Reverting puts the ReLU back."""
+class FusedActivation(tracing.Leaf, nn.Identity):
+    """Stands for an activation that the layer before it applies. Reverting puts the module back."""
 
-    def __init__(self, layer: nn.Module, relu: nn.Module) -> None:
+    def __init__(self, layer: nn.Module, replaced: nn.Module) -> None:
         super().__init__()
-        vars(self).update(_layer=layer, _relu=relu)  # not submodules: the model has none there
+        vars(self).update(_layer=layer, _replaced=replaced)  # not submodules: the model has none there
+
+    def __setstate__(self, state: dict[str, object]) -> None:
+        if "_relu" in state:  # pickled when it was named FusedReLU
+            state["_replaced"] = state.pop("_relu")
+        super().__setstate__(state)  # type: ignore[no-untyped-call]  # torch's is
+
+
+FusedReLU = FusedActivation  # pickles of whole models name it so
 
 
 def fusible_activation(module: nn.Module) -> str | None:
-    """The name of the activation that a module is, if a layer can apply it and no hooks see it."""
-    if type(module) is not nn.ReLU or "forward" in vars(module) or _has_hooks(module):
-        return None
-    return "relu"
+    """The text of the activation that a module is, if a layer can apply it and no hooks see it."""
+    return None if _has_hooks(module) else name_of_module(module)
 
 
-def fuse(module: nn.Module, layers: set[nn.Module]) -> None:
-    """Let ``layers`` apply the activation that follows them in an nn.Sequential, if hooks see neither."""
+def fuse(module: nn.Module, layers: set[nn.Module], only: Container[str] | None = None) -> None:
+    """Let ``layers`` apply the activation that follows them in an nn.Sequential, if hooks see neither.
+
+    ``only`` names the activations that are taken; None: all.
+    """
     uses = Counter(id(each) for _, each in module.named_modules(remove_duplicate=False))
     for container in module.modules():
-        if type(container) is not nn.Sequential:
+        if not _calls_one_after_the_other(container):
             continue
         for (_, layer), (name, follower) in pairwise(container._modules.items()):
-            if layer is None or follower is None or layer not in layers:
+            if layer is None or follower is None or layer not in layers or layer.activation:
                 continue
             activation = fusible_activation(follower)
-            if activation and uses[id(layer)] == 1 and not _has_hooks(layer):
+            if not activation or (only is not None and activation not in only):
+                continue
+            if uses[id(layer)] == 1 and not _has_hooks(layer):
                 vars(layer)["activation"] = activation
-                container._modules[name] = FusedReLU(layer, follower)
+                container._modules[name] = FusedActivation(layer, follower)
 
 
 def fused_layers(module: nn.Module) -> set[nn.Module]:
     """The layers in a module that apply the activation which followed them."""
-    return {vars(each)["_layer"] for each in module.modules() if isinstance(each, FusedReLU)}
+    return {vars(each)["_layer"] for each in module.modules() if isinstance(each, FusedActivation)}
 
 
 def unfuse(module: nn.Module) -> None:
     """Put back the activations that ``fuse`` took, in the children of ``module``."""
     for name, child in module._modules.items():
-        if isinstance(child, FusedReLU):
-            module._modules[name] = vars(child)["_relu"]
+        if isinstance(child, FusedActivation):
+            replaced: nn.Module = vars(child)["_replaced"]
+            module._modules[name] = replaced.train(child.training)
+
+
+def _calls_one_after_the_other(module: nn.Module) -> bool:
+    """Whether a module is an nn.Sequential, or of a class derived from it that runs as it does."""
+    return (
+        isinstance(module, nn.Sequential)
+        and type(module).forward is nn.Sequential.forward
+        and "forward" not in vars(module)
+    )
 
 
 def _has_hooks(module: nn.Module) -> bool:
     """Whether hooks see a module run, its own or those of all modules."""
-    return any(getattr(module, f"_{hooks}") or getattr(torchs, f"_global_{hooks}") for hooks in _HOOKS)
+    return has_own_hooks(module) or any(getattr(torchs, f"_global{hooks}") for hooks in HOOKS)

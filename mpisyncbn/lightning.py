@@ -37,7 +37,7 @@ class LayerSync:
     a GPU, since gradients on GPUs belong to NCCL. A group that the program has made itself stays.
 
     Args:
-        process_group, name, fuse_relu: as ``mpisyncbn.convert_sync_batchnorm`` takes them.
+        process_group, name, fuse_relu, fuse_activation: as ``mpisyncbn.convert_sync_batchnorm`` takes them.
 
     Raises:
         ImportError: neither of Lightning's packages has been imported.
@@ -47,14 +47,20 @@ class LayerSync:
     """
 
     def __init__(
-        self, process_group: AnyGroup = None, *, name: str | None = None, fuse_relu: bool = False
+        self,
+        process_group: AnyGroup = None,
+        *,
+        name: str | None = None,
+        fuse_relu: bool = False,
+        fuse_activation: bool = False,
     ) -> None:
         if not _register():
             raise ImportError(
                 f"LayerSync is for Lightning's Trainer, and neither of {', '.join(_PACKAGES)} has been "
                 f"imported{on_rank()}: import one of them first, pip install lightning"
             )
-        self.process_group, self.name, self.fuse_relu = process_group, name, fuse_relu
+        self.process_group, self.name = process_group, name
+        self.fuse_relu, self.fuse_activation = fuse_relu, fuse_activation
         # Now, because the Trainer initializes torch.distributed before it calls apply(). It takes a
         # group that is there. torch's table of default backends would do as well, but is global, and
         # Lightning would go by an address and a port.
@@ -64,7 +70,11 @@ class LayerSync:
     def apply(self, model: nn.Module) -> nn.Module:
         """Convert the layers of ``model`` in place, and return it. Not collective."""
         return SyncBatchNorm.convert_sync_batchnorm(
-            model, self.process_group, name=self.name, fuse_relu=self.fuse_relu
+            model,
+            self.process_group,
+            name=self.name,
+            fuse_relu=self.fuse_relu,
+            fuse_activation=self.fuse_activation,
         )
 
     def revert(self, model: nn.Module) -> nn.Module:

@@ -81,7 +81,8 @@ def _normalizer(to: type[Synchronized]) -> Callable[[Synchronized], Forward]:
         residual: torch.Tensor | None = None,
         activation: GivenActivation = None,
     ) -> torch.Tensor:
-        return activate(forward(layer, input, residual), activation_of(activation))
+        function = activation_of(activation)  # it raises before anything is sent
+        return activate(forward(layer, input, residual), function)
 
     return lambda layer: partial(by_forward, layer)
 

@@ -64,8 +64,10 @@ def sync_batch_norm(
         eps: added to the variance, at least 0.
         process_group: the ranks to normalize over: an mpi4py communicator, a Communicator, or None
             for the world.
-        activation: "relu" for max(., 0) of the output, in the same passes over memory, forward and
-            backward; or None.
+        activation: what the output goes through, in the same passes over memory, forward and
+            backward: "relu", "leaky_relu", "silu", "hardswish", "elu" or "gelu", with torch's
+            defaults; "leaky_relu(0.1)", "elu(0.5)" or "gelu(tanh)"; a module of torch.nn that does
+            the same, such as ``nn.LeakyReLU(0.1)``; or None.
         residual: like the input; added before the activation, in the same passes; or None.
 
     Returns:
@@ -73,6 +75,7 @@ def sync_batch_norm(
 
     Raises:
         ValueError, TypeError: an argument is of the wrong shape, dtype, device or range.
+        ValueError: ``activation`` is something else, or a module with hooks or another ``forward``.
         ValueError: on every rank, if the group has a single value per channel.
         CollectiveMismatchError: on every rank, if the ranks were in different layers or calls.
 
@@ -147,15 +150,16 @@ def batch_norm(
         )
     if residual is not None:
         check_residual(residual, x, layer)
+    function = activation_of(activation)  # it raises before anything is sent
     dtype = layer_dtype(x, weight, bias, running_mean)
     if compiling:
         # A graph cannot hold an object, so it holds the name of the group.
         group_key = _group_key(process_group)
         y, stats = compiled.apply(x, weight, bias, eps, group_key, layer, dtype)
         # The compiler fuses these with the layer.
-        return add_residual_and_activation(y, activation, residual), stats, stats
+        return add_residual_and_activation(y, function, residual), stats, stats
     group = resolve(process_group)
-    context = LayerContext(group, group.name_of(layer), x.shape[1], dtype, eps, activation_of(activation))
+    context = LayerContext(group, group.name_of(layer), x.shape[1], dtype, eps, function)
     y = fused.apply(x, weight, bias, residual, context)
     check_count(context.stats.count, x, layer)
     return y, context.stats._replace(count=0) if is_recomputing() else context.stats, context.device_stats

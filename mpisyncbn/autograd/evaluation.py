@@ -7,6 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..activations import GivenActivation, activation_of
+from ..kernels import Activation
 from ..kernels.activation import activate
 from ..torch_versions import is_exporting
 
@@ -28,6 +29,7 @@ def evaluate(
     Its gradient uses the running statistics of now, even if they change before the backward. Not
     collective.
     """
+    function = activation_of(activation)
     if running_mean is not None and running_var is not None and _is_recorded(x, weight, bias):
         # Autograd keeps references, and a training step before the backward changes the tensors in
         # place. torch's own layer then uses the new values silently, or raises if it is compiled.
@@ -36,7 +38,7 @@ def evaluate(
         else:
             running_mean, running_var = running_mean.clone(), running_var.clone()
     y = F.batch_norm(x, running_mean, running_var, weight, bias, running_mean is None, 0.0, eps)
-    return add_residual_and_activation(y, activation, residual)
+    return add_residual_and_activation(y, function, residual)
 
 
 def _is_recorded(*tensors: Tensor | None) -> bool:
@@ -45,11 +47,11 @@ def _is_recorded(*tensors: Tensor | None) -> bool:
     return any(each is not None and each.requires_grad for each in tensors)
 
 
-def add_residual_and_activation(y: Tensor, activation: GivenActivation, residual: Tensor | None) -> Tensor:
+def add_residual_and_activation(y: Tensor, activation: Activation, residual: Tensor | None) -> Tensor:
     """Add a residual and apply an activation, each by an operation of its own."""
     if residual is not None:
         y = y + residual
-    return activate(y, activation_of(activation))
+    return activate(y, activation)
 
 
 # The compiler does not look into this operation. It looks into clone(), and may repeat that in the

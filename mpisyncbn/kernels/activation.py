@@ -1,7 +1,7 @@
 """The activations that a layer may end in, for torch tensors on any device.
 
-To add an activation, add a member and a name here, two branches below, the member in cpu/types.h,
-and its branches in cpu/activation.h and cuda/activation.py.
+To add an activation, add a member here, two branches below, the member in cpu/types.h, its
+branches in cpu/activation.h and cuda/activation.py, and its text in ../activations.py.
 """
 
 from __future__ import annotations

@@ -52,7 +52,7 @@ def test_many_layers_are_refused_in_one_line():
     with pytest.raises(TypeError, match=re.escape(f"would be lost: {found}")):
         convert_sync_batchnorm(net)
     synchronized = nn.Sequential(*(SyncBatchNorm(C, activation="relu") for _ in range(3)))
-    with pytest.raises(TypeError, match=re.escape("activation would be lost: 0, and 2 more (on rank")):
+    with pytest.raises(TypeError, match=re.escape("activation would be lost: 0 (relu), and 2 more (on rank")):
         revert_sync_batchnorm(synchronized)
     taken = nn.Sequential(*(nn.BatchNorm2d(C) for _ in range(3)))
     for layer in taken:
