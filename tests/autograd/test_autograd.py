@@ -11,67 +11,14 @@ from torch import Tensor
 
 import mpisyncbn
 from mpisyncbn.batch_stats import BatchStats
+from support.across_ranks import ONE_EMPTY, UNEVEN, inputs, whole_batch_function
 from support.oracle import distance, local_batch, oracle, shard
 from support.ranks import WORLD
 
 
-class Spread(torch.autograd.Function):
-    """A tensor that is the same on all ranks, used by each in its own way: gradients are summed."""
-
-    @staticmethod
-    def forward(ctx, x):
-        return x.clone()
-
-    @staticmethod
-    def backward(ctx, grad):
-        return Total.apply(grad)
-
-
-class Total(torch.autograd.Function):
-    """The sum over ranks, the same on all: gradients are passed on as they are."""
-
-    @staticmethod
-    def forward(ctx, x):
-        return torch.from_numpy(WORLD.allreduce(x.detach().numpy()))
-
-    @staticmethod
-    def backward(ctx, grad):
-        return Spread.apply(grad)
-
-
-def whole_batch_function(sizes: list[int]):
-    """Synchronized batch norm as one function of the whole batch, which every rank evaluates alike.
-
-    So gradcheck, which perturbs one value at a time, keeps the ranks in step.
-    """
-    start = sum(sizes[: WORLD.rank])
-    mine = slice(start, start + sizes[WORLD.rank])
-
-    def function(x: Tensor, weight: Tensor | None = None, bias: Tensor | None = None) -> Tensor:
-        part = Spread.apply(x)[mine]
-        weight, bias = (None if v is None else Spread.apply(v) for v in (weight, bias))
-        y = mpisyncbn.sync_batch_norm(part, None, None, weight, bias)
-        whole = torch.zeros_like(x)
-        whole[mine] = y
-        return Total.apply(whole)
-
-    return function
-
-
-def inputs(sizes: list[int], *shape: int) -> tuple[Tensor, Tensor, Tensor]:
-    """The same on all ranks."""
-    generator = torch.Generator().manual_seed(7)
-    shapes = ((sum(sizes[: WORLD.size]), *shape), shape[:1], shape[:1])
-    return tuple(torch.randn(s, generator=generator, dtype=torch.float64, requires_grad=True) for s in shapes)
-
-
-UNEVEN = [2, 3, 1, 2]
-ONE_EMPTY = [3, 0, 2, 0]
-
-
 def test_gradcheck_and_gradgradcheck_over_ranks():
     for sizes in (UNEVEN, ONE_EMPTY):
-        function, arguments = whole_batch_function(sizes), inputs(sizes, 2, 2)
+        function, arguments = whole_batch_function(sizes), inputs(sizes, 2, 2)[:3]
         assert torch.autograd.gradcheck(function, arguments, check_forward_ad=False)
         assert torch.autograd.gradgradcheck(function, arguments)
         assert torch.autograd.gradgradcheck(function, arguments[:1])

@@ -23,6 +23,7 @@ from torch import Tensor, nn
 
 from mpisyncbn import Communicator, new_group, new_subgroups
 from mpisyncbn.comm.groups import resolve
+from support.activations import ACTIVATIONS, TORCHS, TWO, far_from_kinks
 from support.oracle import distance, shard
 from support.ranks import WORLD
 from support.subject import DTYPES, KINK, TOLERANCE, Subject, autograd_oracle
@@ -89,7 +90,8 @@ OPTIONS = st.fixed_dictionaries(
         "dtype": st.sampled_from(list(DTYPES)),
         "momentum": st.sampled_from([0.1, None, 0.0, 1.0]),
         "eps": st.sampled_from([1e-5, 1e-2]),
-        **dict.fromkeys(("affine", "bias", "track_running_stats", "relu"), BOOLEANS),
+        "activation": st.sampled_from([None, *ACTIVATIONS, *(TORCHS[each] for each in TWO)]),
+        **dict.fromkeys(("affine", "bias", "track_running_stats"), BOOLEANS),
     }
 )
 
@@ -155,8 +157,7 @@ class Steps(RuleBasedStateMachine):
             residual = torch.zeros_like(x)
         before = subject.state()
         expected = autograd_oracle(subject, comm, x, dy, v, residual)
-        if subject.layer.activation:
-            dy = dy * (expected.z.abs() > KINK)
+        dy = dy * far_from_kinks(expected.z, subject.layer.activation, KINK)
         problem, found = "", []
         try:
             if is_torch:
@@ -195,7 +196,7 @@ class Steps(RuleBasedStateMachine):
         wide = copy.deepcopy(layer).to(exact)
         vectors = wide.running_mean, wide.running_var, wide.weight, wide.bias
         expected = nn.functional.batch_norm(x.to(exact), *vectors, alone, eps=layer.eps)
-        expected = expected.relu() if layer.activation else expected
+        expected = TORCHS[layer.activation](expected)
         after = subject.state()
         assert done == 0
         assert distance(y, expected, 1 + expected.abs()) < TOLERANCE[subject.dtype]

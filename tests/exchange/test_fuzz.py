@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 import mpisyncbn
 from mpisyncbn import Communicator, MPISyncBNError, SyncBatchNorm, distributed, functional
-from support.odd_values import Odd, arrays, numbers, objects, tensors
+from support.odd_values import Odd, activations, arrays, numbers, objects, tensors
 from support.ranks import WORLD, no_exchange, together, up_to_two
 
 RANK, SIZE = WORLD.rank, WORLD.size
@@ -63,7 +63,7 @@ def backward(y: Tensor) -> None:
 
 def by_layer(training: bool, residual: bool) -> Target:
     def call(group: Any, odd: Any, keep: Keep) -> None:
-        module = layer(group, activation="relu").train(training)
+        module = layer(group, activation="silu").train(training)
         keep(list(module.state_dict().values()))
         backward(module(keep(X.clone()), odd) if residual else module(odd))
 
@@ -97,7 +97,7 @@ ARGUMENTS = {
     **dict.fromkeys(BY_CHANNEL, lambda: VECTOR.clone()),
     "momentum": lambda: 0.1,
     "eps": lambda: 1e-5,
-    "activation": lambda: "relu",
+    "activation": lambda: "leaky_relu(-0.2)",
     "residual": lambda: X.clone(),
 }
 
@@ -226,6 +226,9 @@ for mode, training in (("train", True), ("eval", False)):
         TARGETS[f"sync_batch_norm({name}=), {mode}"] = odd, by_function(name, training)
 for name in ("eps", "momentum", "process_group", "activation"):
     TARGETS[f"SyncBatchNorm({name}=)"] = ANYTHING, by_constructor(name)
+for name, target in TARGETS.items():
+    if "activation" in name:
+        TARGETS[name] = {**target[0], **activations()}, target[1]
 for function, names in {
     "batch_norm_forward": "x weight bias eps process_group",
     "batch_norm_backward": "dy x stats stats.mean stats.invstd stats.count weight process_group",

@@ -126,6 +126,29 @@ def objects() -> Odd:
     }
 
 
+def activations() -> Odd:
+    """Texts and modules that are almost an activation, or one in odd words."""
+    texts = (
+        *("", "relu(1)", "ReLU", " relu", "silu(", "gelu(none)", "leaky_relu()", "leaky_relu(0.1", "elu(x)"),
+        *("elu(nan)", "elu(inf)", "elu(1e400)", "elu(0.5))", "elu( .5 )", "leaky_relu(-0.0)", "elu(1_0)"),
+    )
+    odd: Odd = {repr(text): lambda text=text: text for text in texts}
+    hooked, replaced, derived = nn.ReLU(), nn.ReLU(), type("Derived", (nn.ReLU,), {})
+    hooked.register_forward_hook(lambda *_: None)
+    replaced.forward = lambda x: x  # type: ignore[method-assign]
+    modules = (
+        *(nn.ReLU6(), nn.Identity(), nn.CELU(), nn.PReLU(), nn.RReLU(), nn.Sequential(nn.ReLU()), derived()),
+        *(nn.GELU("what"), nn.LeakyReLU("slope"), nn.ELU([1.0]), nn.ELU(float("inf"))),  # type: ignore[arg-type]
+    )
+    odd |= {str(module): lambda module=module: module for module in modules}
+    return odd | {
+        "hooked": lambda: hooked,
+        "replaced": lambda: replaced,
+        "a class": lambda: nn.ReLU,
+        "a function": lambda: nn.functional.relu,
+    }
+
+
 def numbers() -> Odd:
     values = (
         *(0, 1, -1, 2**70, -0.0, 1e-45, 0.5, 1.5, -0.5, 1e300, math.nan, math.inf, -math.inf, True, 1j),

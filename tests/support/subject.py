@@ -12,11 +12,12 @@ from torch import Tensor, nn
 import mpisyncbn
 from mpisyncbn import Communicator, SyncBatchNorm, functional
 from mpisyncbn.comm.groups import resolve
+from support.activations import TORCHS, far_from_kinks
 from support.oracle import distance
 
 DTYPES = {"float32": torch.float32, "float64": torch.float64, "bfloat16": torch.bfloat16}
 TOLERANCE = {torch.float32: 2e-5, torch.float64: 1e-9, torch.bfloat16: 2e-2}
-KINK = 0.02  # outputs this near to zero may be rounded to either side of it
+KINK = 0.02  # what is this near to a jump of an activation's derivative may be rounded to either side of it
 
 
 class Whole(NamedTuple):
@@ -60,7 +61,7 @@ def autograd_oracle(subject: Subject, comm: MPI.Comm, *mine: Tensor) -> Whole:
     var = xmu.square().sum(dims) / max(count, 1)
     invstd = (var + layer.eps).rsqrt()
     z = xmu * invstd.view(view) * weight + bias + residual
-    y, far = (z.relu(), z.detach().abs() > KINK) if layer.activation else (z, 1.0)
+    y, far = TORCHS[layer.activation](z), far_from_kinks(z, layer.activation, KINK)
     gradients = torch.autograd.grad(y, (x, *rows, residual), dy * far, create_graph=True)
     second = torch.autograd.grad((gradients[0] * v).sum(), (x, dy), allow_unused=True)
     second = [torch.zeros_like(x) if each is None else each for each in second]
@@ -88,8 +89,8 @@ class Subject:
         self.layer = SyncBatchNorm(
             channels, process_group=group, dtype=dtype, **{name: options[name] for name in names}
         )
-        if kind != "numpy" and options["relu"]:
-            self.layer.activation = "relu"
+        if kind != "numpy":
+            self.layer.activation = options["activation"]
         self.momentum = self.layer.momentum
         if kind != "layer" and self.momentum is None:
             self.momentum = 0.1

@@ -1,0 +1,130 @@
+"""activation= of layers and functions: texts and modules of torch.nn, one value inside."""
+
+from __future__ import annotations
+
+import copy
+import pickle
+import warnings
+from importlib.util import find_spec
+
+import pytest
+import torch
+from torch import nn
+
+from mpisyncbn import SyncBatchNorm, activations, sync_batch_norm
+from mpisyncbn.comm.groups import resolve
+from mpisyncbn.kernels import Activation, Kind
+from support.activations import ACTIVATIONS, TORCHS
+from support.odd_values import activations as odd_activations
+from support.oracle import local_batch, shard
+from support.ranks import no_exchange, together, up_to_two
+from support.versions import compiles
+
+# What is given, the activation that it is, and its text.
+GIVEN = [
+    *((text, activations.activation_of(module), text) for text, module in TORCHS.items() if text),
+    *((module, activations.activation_of(text), text) for text, module in TORCHS.items() if text),
+    ("leaky_relu(0.01)", Activation(Kind.LEAKY_RELU, 0.01), "leaky_relu"),
+    ("leaky_relu(1)", Activation(Kind.LEAKY_RELU, 1.0), "leaky_relu(1.0)"),
+    ("elu( .5 )", Activation(Kind.ELU, 0.5), "elu(0.5)"),
+    ("elu(1e-3)", Activation(Kind.ELU, 0.001), "elu(0.001)"),
+    (nn.ReLU(inplace=True), Activation(Kind.RELU), "relu"),
+    (nn.LeakyReLU(2, inplace=True), Activation(Kind.LEAKY_RELU, 2.0), "leaky_relu(2.0)"),
+    (nn.GELU(approximate="none"), Activation(Kind.GELU), "gelu"),
+]
+ODD = {key: make for key, make in odd_activations().items() if key not in map(repr, activations._BY_NAME)}
+ACCEPTED = ("'elu( .5 )'", "'leaky_relu(-0.0)'", "'elu(1_0)'")  # by float()
+
+
+@no_exchange
+@pytest.mark.parametrize(("given", "activation", "text"), GIVEN, ids=str)
+def test_what_is_given(given, activation, text):
+    """In the constructor, as an attribute, in a function: the module is no part of the layer."""
+    built, layer = SyncBatchNorm(3, activation=given), SyncBatchNorm(3)
+    layer.activation = given
+    for each in (built, layer, copy.deepcopy(layer), pickle.loads(pickle.dumps(layer))):
+        assert each.activation == text
+        assert activations.activation_of(each.activation) == activation
+        assert list(each.modules()) == [each]
+        assert list(each.state_dict()) == list(nn.BatchNorm1d(3).state_dict())
+        assert f"activation={text!r}" in repr(each)
+    layer.activation = None
+    assert "activation" not in repr(layer)
+    x = shard((4, 3), 1)
+    y = sync_batch_norm(x, None, None, activation=given, process_group=resolve(None))
+    assert torch.equal(y, built(x))
+
+
+@pytest.mark.parametrize("name", [each for each in ODD if each not in ACCEPTED])
+@pytest.mark.parametrize("training", [True, False])
+def test_another_value_is_an_error_before_anything_is_sent(name, training):
+    group, x, layer = resolve(None), shard((local_batch(), 3), 1), SyncBatchNorm(3).train(training)
+    before = group.exchanges
+    words = (
+        r"expected activation to be one of 'relu', .*'gelu\(tanh\)', a finite number in parentheses .* got "
+    )
+    with pytest.raises(ValueError, match=words):
+        layer.activation = ODD[name]()
+    with pytest.raises(ValueError, match=words):
+        SyncBatchNorm(3, activation=ODD[name]())
+    with pytest.raises(ValueError, match=words):
+        layer._batch_norm(x, activation=ODD[name]())
+    with pytest.raises(ValueError, match=words):
+        sync_batch_norm(x, layer.running_mean, layer.running_var, training=training, activation=ODD[name]())
+    with together():
+        assert group.exchanges == before
+        assert layer.activation is None
+        assert layer.num_batches_tracked == 0
+
+
+@no_exchange
+def test_a_parameter_that_changes_at_each_step_leaves_nothing():
+    def size():
+        return sum(len(value) for value in vars(activations).values() if isinstance(value, dict))
+
+    before, x = size(), shard((4, 3), 1)
+    for step in range(5):
+        sync_batch_norm(x, None, None, activation=nn.LeakyReLU(0.1 + step / 100))
+        SyncBatchNorm(3, activation=f"elu({0.1 + step / 100})")
+    assert size() == before
+
+
+@no_exchange
+@pytest.mark.parametrize("cls", [*activations._TIMM, "SwishMe", "HardSwishMe"])
+def test_activations_of_timm_are_torchs(cls):
+    if find_spec("timm") is None:
+        pytest.skip("timm is not installed: pip install 'mpisyncbn[integrations]'")
+    from timm.layers import activations as plain
+    from timm.layers import activations_me
+
+    module = getattr(activations_me if cls.endswith("Me") else plain, cls)()
+    torchs = TORCHS[activations.name_of_module(module)]
+    z = torch.linspace(-8, 8, 4096, dtype=torch.float64)
+    results = []
+    for function in (module, torchs):
+        leaf = z.clone().requires_grad_()
+        y = function(leaf)
+        y.backward(torch.cos(z))
+        results += [y.detach(), leaf.grad]
+    assert torch.allclose(results[0], results[2], rtol=0, atol=1e-14)
+    assert torch.allclose(results[1], results[3], rtol=0, atol=1e-14)
+
+
+@compiles
+@up_to_two
+@pytest.mark.usefixtures("fresh_compiler")
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of torch, about itself
+def test_texts_and_modules_are_compiled_in_one_graph_without_a_warning():
+    given = [ACTIVATIONS[3], nn.LeakyReLU(0.3), nn.GELU("tanh"), nn.SiLU(inplace=True)]
+    x = shard((local_batch(), 3), 1)
+
+    def function(x):
+        return [sync_batch_norm(x, None, None, activation=each) for each in given]
+
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        results = torch.compile(function, fullgraph=True, backend="aot_eager")(x)
+    expected = function(x)
+    with together():
+        assert not [each for each in caught if each.category is not DeprecationWarning], caught
+        assert all(torch.allclose(a, b, atol=1e-6) for a, b in zip(results, expected, strict=True))
