@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import pickle
 import re
+from importlib.util import find_spec
 
 import pytest
 import torch
@@ -14,6 +15,7 @@ from torch.nn.utils import parametrize
 import mpisyncbn
 from mpisyncbn import SyncBatchNorm, convert_sync_batchnorm, register_conversion, revert_sync_batchnorm
 from mpisyncbn.registry import _forwards, drop_and_act, registered_forward
+from support.activations import ACTIVATIONS, TORCHS
 from support.models import C
 from support.ranks import WORLD, no_exchange, together
 from support.whole_batch import distance
@@ -67,8 +69,14 @@ def registered():
     _forwards.update(before)
 
 
-@pytest.mark.parametrize("act", [nn.ReLU(inplace=True), nn.SiLU(inplace=True), nn.Identity()])
-@pytest.mark.parametrize("kind", [NormAct, Inherits])
+@pytest.mark.parametrize(
+    ("kind", "act"),
+    [
+        *((NormAct, copy.deepcopy(TORCHS[each])) for each in [None, *ACTIVATIONS]),
+        *((Inherits, act) for act in (nn.ReLU(inplace=True), nn.SiLU(inplace=True), nn.Sigmoid())),
+    ],
+    ids=str,
+)
 def test_a_registered_layer_trains_as_the_whole_batch(kind, act):
     torch.manual_seed(0)
     local = kind(C, act).double()
@@ -119,6 +127,39 @@ def test_a_relu_is_fused_unless_hooks_see_it_or_dropout_comes_before(monkeypatch
     net = convert_sync_batchnorm(nn.Sequential(NormAct(C, nn.SiLU()), nn.ReLU()), fuse_relu=True)
     assert type(net[1]) is nn.ReLU
     assert net[0].activation is None
+
+
+def refuse_to_run(module, x):
+    raise AssertionError(f"{module} ran: its layer should do its work")
+
+
+def test_every_activation_is_fused(monkeypatch):
+    layers = [convert_sync_batchnorm(NormAct(C, copy.deepcopy(TORCHS[each]))) for each in ACTIVATIONS]
+    x = torch.randn(3, C, 2, 2)
+    expected = [TORCHS[each](convert_sync_batchnorm(nn.BatchNorm2d(C))(x)) for each in ACTIVATIONS]
+    for layer in layers:
+        monkeypatch.setattr(type(layer.act), "forward", refuse_to_run)
+    found = [layer(x) for layer in layers]
+    with together():
+        assert all(distance(ours, theirs) < 1e-6 for ours, theirs in zip(found, expected, strict=True))
+
+
+@pytest.mark.parametrize("act", ["gelu", "gelu_tanh", "silu", "hard_swish", "leaky_relu", "elu", "relu"])
+def test_layers_of_timm_are_fused(act, monkeypatch):
+    if find_spec("timm") is None:
+        pytest.skip("timm is not installed: pip install 'mpisyncbn[integrations]'")
+    from timm.layers import create_act
+    from timm.layers.norm_act import BatchNormAct2d
+
+    layer = BatchNormAct2d(C, act_layer=create_act.get_act_layer(act))
+    torch.manual_seed(0)
+    whole, mine = torch.randn(WORLD.size * 2, C, 2, 2), slice(2 * WORLD.rank, 2 * WORLD.rank + 2)
+    expected = copy.deepcopy(layer)(whole)[mine]
+    convert_sync_batchnorm(layer)
+    monkeypatch.setattr(type(layer.act), "forward", refuse_to_run)
+    y = layer(whole[mine])
+    with together():
+        assert distance(y, expected) < 1e-5
 
 
 @no_exchange

@@ -1,0 +1,214 @@
+"""Activations that conversion lets layers apply, and that reverting puts back."""
+
+from __future__ import annotations
+
+import copy
+import pickle
+
+import pytest
+import torch
+from torch import nn
+
+from mpisyncbn import SyncBatchNorm, convert_sync_batchnorm, revert_sync_batchnorm
+from mpisyncbn.fusing import FusedActivation
+from support.activations import ACTIVATIONS, TORCHS
+from support.models import kinds
+from support.oracle import distance, local_batch, shard
+from support.ranks import no_exchange, together
+
+
+def images():
+    return shard((local_batch(), 5, 3, 3), 1)
+
+
+def fused_layers(net):
+    """The names of layers that apply an activation, and its text."""
+    layers = net.named_modules()
+    return {name: layer.activation for name, layer in layers if getattr(layer, "activation", None)}
+
+
+class InOrder(nn.Sequential):
+    """As torchvision's blocks: a class of its own that runs as nn.Sequential."""
+
+
+class Otherwise(nn.Sequential):
+    def forward(self, x):
+        return self[1](self[0](x)) + self[0](x)
+
+
+@pytest.mark.parametrize("inplace", [False, True])
+@pytest.mark.parametrize("container", [nn.Sequential, InOrder])
+def test_every_activation_there_and_back(container, inplace):
+    torch.manual_seed(0)
+    modules = [copy.deepcopy(TORCHS[each]) for each in ACTIVATIONS]
+    for module in modules:
+        if hasattr(module, "inplace") and getattr(module, "negative_slope", 0) >= 0:  # torch refuses that
+            module.inplace = inplace
+    net = nn.Sequential(*(container(nn.Conv2d(5, 5, 1), nn.BatchNorm2d(5), module) for module in modules))
+    classes, keys = kinds(net), list(net.state_dict())
+    plain = convert_sync_batchnorm(copy.deepcopy(net))
+    fused = convert_sync_batchnorm(net, fuse_activation=True)
+    texts = fused_layers(fused)
+    x, given = images().requires_grad_(), images().requires_grad_()
+    expected, y = plain(x), fused(given)
+    expected.square().sum().backward()
+    y.square().sum().backward()
+    plain.eval(), fused.eval()
+    evaluated, expected_evaluated = fused(given), plain(x)
+    trains = [module.training for module in revert_sync_batchnorm(net).modules()]
+    with together():
+        assert texts == {f"{i}.1": text for i, text in enumerate(ACTIVATIONS)}
+        assert distance(y, expected) < 1e-5
+        assert distance(given.grad, x.grad, x.grad.abs().max() + 1) < 1e-4
+        assert distance(evaluated, expected_evaluated) < 1e-5
+        assert list(fused.state_dict()) == keys
+        assert kinds(net) == classes
+        assert [block[2] for block in net] == modules
+        assert all(ours is module for ours, module in zip((b[2] for b in net), modules, strict=True))
+        assert not any(trains), "it has been in evaluation in the meantime"
+
+
+def test_fuse_relu_is_relu_alone():
+    net = nn.Sequential()
+    for each in ("relu", "silu", "leaky_relu"):
+        net.append(nn.Sequential(nn.BatchNorm2d(5), copy.deepcopy(TORCHS[each])))
+    convert_sync_batchnorm(net, fuse_relu=True)
+    assert fused_layers(net) == {"0.0": "relu"}
+    convert_sync_batchnorm(net, fuse_relu=True, fuse_activation=True)
+    assert fused_layers(net) == {"0.0": "relu", "1.0": "silu", "2.0": "leaky_relu"}
+    classes = [nn.ReLU, nn.SiLU, nn.LeakyReLU]
+    assert [type(block[1]) for block in revert_sync_batchnorm(net)] == classes
+
+
+def test_an_input_that_others_read_and_an_activation_in_place():
+    """The module changed the layer's output in place, never its input; a fused layer changes nothing."""
+
+    class Shortcut(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.block = nn.Sequential(nn.BatchNorm2d(5), nn.SiLU(inplace=True))
+
+        def forward(self, x):
+            z = 2 * x
+            return self.block(z) + z
+
+    net = Shortcut()
+    plain, x = convert_sync_batchnorm(copy.deepcopy(net)), images()
+    fused = convert_sync_batchnorm(net, fuse_activation=True)
+    assert fused_layers(fused) == {"block.0": "silu"}
+    assert distance(fused(x), plain(x)) < 1e-6
+
+
+def test_one_activation_in_several_places():
+    """It stands behind two layers, behind a convolution, and outside of the Sequential."""
+    torch.manual_seed(0)
+    act = nn.LeakyReLU(0.1)
+
+    class Net(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.act = act
+            self.block = nn.Sequential(
+                nn.BatchNorm2d(5), act, nn.Conv2d(5, 5, 1), act, nn.BatchNorm2d(5), act
+            )
+
+        def forward(self, x):
+            return self.act(self.block(x) - 1)
+
+    net = Net()
+    plain, x = convert_sync_batchnorm(copy.deepcopy(net)), images()
+    fused = convert_sync_batchnorm(net, fuse_activation=True)
+    twin = copy.deepcopy(fused)
+    assert fused_layers(fused) == {"block.0": "leaky_relu(0.1)", "block.4": "leaky_relu(0.1)"}
+    assert fused.act is fused.block[3] is act
+    assert distance(fused(x), plain(x)) < 1e-5
+    assert distance(twin(x), plain(x)) < 1e-5
+    for each in (fused, twin):
+        revert_sync_batchnorm(each)
+        assert each.act is each.block[1] is each.block[3] is each.block[5]
+    assert fused.act is act
+
+
+def test_what_is_left_alone():
+    """Layers at two places, hooks, activations of another kind, and a layer that has one already."""
+    shared, hooked, derived = nn.BatchNorm2d(5), nn.BatchNorm2d(5), type("Derived", (nn.SiLU,), {})
+    hooked.register_forward_hook(lambda *_: None)
+    own, seen = nn.SiLU(), nn.SiLU()
+    own.forward = lambda x: -x
+    seen.register_full_backward_hook(lambda *_: None)
+    inside = nn.Sequential(nn.BatchNorm2d(5), nn.SiLU())
+    net = nn.ModuleList(
+        [
+            nn.Sequential(shared, nn.SiLU()),
+            nn.Sequential(shared, nn.Sigmoid()),
+            nn.Sequential(hooked, nn.SiLU()),
+            nn.Sequential(nn.BatchNorm2d(5), seen),
+            nn.Sequential(nn.BatchNorm2d(5), own),
+            nn.Sequential(nn.BatchNorm2d(5), derived()),
+            Otherwise(nn.BatchNorm2d(5), nn.SiLU()),
+            nn.Sequential(SyncBatchNorm(5, activation="silu"), nn.SiLU()),
+            nn.Sequential(nn.BatchNorm2d(5), nn.BatchNorm2d(5), nn.Identity(), nn.ReLU6()),
+            nn.Sequential(nn.Sequential(nn.BatchNorm2d(5)), nn.SiLU()),
+            inside,
+            nn.Sequential(inside),
+        ]
+    )
+    before = kinds(net)
+    convert_sync_batchnorm(net, fuse_activation=True)
+    assert fused_layers(net) == {"7.0": "silu"}
+    assert not [each for each in net.modules() if isinstance(each, FusedActivation)]
+    assert [kind for kind in kinds(net) if not issubclass(kind, SyncBatchNorm)] == [
+        kind for kind in before if not issubclass(kind, nn.modules.batchnorm._BatchNorm)
+    ]
+
+
+@no_exchange
+def test_global_hooks_see_everything():
+    net = nn.Sequential(nn.BatchNorm2d(5), nn.SiLU())
+    handle = nn.modules.module.register_module_forward_hook(lambda *_: None)
+    try:
+        convert_sync_batchnorm(net, fuse_activation=True)
+    finally:
+        handle.remove()
+    assert fused_layers(net) == {}
+
+
+@no_exchange
+def test_models_that_were_pickled_with_a_relu():
+    """Their stand-in was named FusedReLU, in one of two modules."""
+    net = convert_sync_batchnorm(nn.Sequential(nn.BatchNorm2d(5), nn.ReLU()), fuse_activation=True)
+    stand_in = vars(net[1])
+    stand_in["_relu"] = stand_in.pop("_replaced")
+    saved = pickle.dumps(net, protocol=0)
+    assert b"mpisyncbn.fusing\nFusedActivation\n" in saved
+    for module in (b"fusing", b"convert"):
+        older = saved.replace(b"mpisyncbn.fusing\nFusedActivation", b"mpisyncbn." + module + b"\nFusedReLU")
+        loaded = pickle.loads(older)
+        assert loaded(images()).min() == 0
+        reverted = revert_sync_batchnorm(copy.deepcopy(loaded))
+        assert kinds(reverted) == [nn.Sequential, nn.BatchNorm2d, nn.ReLU]
+
+
+def test_conversion_fuses_nothing_by_itself():
+    net = convert_sync_batchnorm(nn.Sequential(nn.BatchNorm2d(5), nn.ReLU()))
+    assert net[0].activation is None
+    net[0].activation = "relu"
+    assert net[0](images()).min() == 0
+    with pytest.raises(TypeError, match="cannot revert layers whose activation would be lost: 0"):
+        revert_sync_batchnorm(net)
+    net[0].activation = None
+    reverted = revert_sync_batchnorm(net)
+    assert not hasattr(reverted[0], "activation")
+
+
+def test_an_attribute_of_that_name_is_kept():
+    bn = nn.BatchNorm2d(5)
+    bn.activation = "a note of somebody"
+    layer = convert_sync_batchnorm(bn)
+    assert layer.activation is None
+    assert layer(images()).min() < 0
+    assert revert_sync_batchnorm(layer).activation == "a note of somebody"
+    bn.activation = nn.ReLU()
+    with pytest.raises(TypeError, match="something named activation: 0"):
+        convert_sync_batchnorm(nn.Sequential(bn))
+    assert type(bn) is nn.BatchNorm2d
