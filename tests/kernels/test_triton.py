@@ -3,12 +3,7 @@
 from __future__ import annotations
 
 import importlib
-import sys
-from contextlib import nullcontext
-from types import SimpleNamespace
-from typing import Any
 
-import numpy as np
 import pytest
 import torch
 from hypothesis import given
@@ -18,6 +13,7 @@ import mpisyncbn
 from mpisyncbn.kernels import Kind
 from mpisyncbn.kernels.cuda import aten_cuda
 from support.device import GPU, needs_triton, there
+from support.dlpack import LikeCuPy, dlpack_kernels
 from support.kernels import TOLERANCE, check, check_fused, cuda
 from support.oracle import distance, shard
 from support.ranks import no_exchange, together
@@ -25,28 +21,11 @@ from support.ranks import no_exchange, together
 pytestmark = [no_exchange, needs_triton]
 
 
-class LikeCuPy(np.ndarray):
-    """In host memory, with a device all the same."""
-
-    device: Any = nullcontext()
-    device.id = 0
-
-
 @pytest.mark.skipif(GPU, reason="with a GPU, scripts/gpu_check does this with CuPy")
 @pytest.mark.parametrize("pointer", [0, 77])
 def test_arrays_by_way_of_dlpack(pointer, monkeypatch):
     """dlpack.py runs the Triton kernels, on the stream that is current."""
-    streams = []
-    current = SimpleNamespace(get_current_stream=lambda: SimpleNamespace(ptr=pointer))
-    monkeypatch.setitem(sys.modules, "cupy", SimpleNamespace(from_dlpack=np.from_dlpack, cuda=current))
-    monkeypatch.setattr(torch.cuda, "device", lambda index: nullcontext())
-    monkeypatch.setattr(torch.cuda, "default_stream", lambda: 0)
-    monkeypatch.setattr(torch.cuda, "ExternalStream", lambda given: given)
-    monkeypatch.setattr(torch.cuda, "stream", lambda stream: streams.append(stream) or nullcontext())
-    monkeypatch.delitem(sys.modules, "mpisyncbn.kernels.cuda.dlpack", raising=False)
-    dlpack = importlib.import_module("mpisyncbn.kernels.cuda.dlpack")
-    monkeypatch.setattr(dlpack, "cuda_kernels_for", lambda device: (cuda.module, "Triton"))
-    try:
+    with dlpack_kernels(monkeypatch, pointer) as (dlpack, streams):
         for dtype in ("float32", "float64", "float16"):
             shape = (4, 3, 5)
             x, dy, residual = (
@@ -57,8 +36,6 @@ def test_arrays_by_way_of_dlpack(pointer, monkeypatch):
             check(dlpack, x, dy, None, None)
             check_fused(dlpack, x, dy, weight, bias, residual)
             check_fused(dlpack, x, dy, weight, bias, None)
-    finally:
-        del sys.modules["mpisyncbn.kernels.cuda.dlpack"]  # what it imported was not CuPy
     assert set(streams) == {pointer}
 
 

@@ -12,8 +12,10 @@ import torch
 from mpi4py import MPI
 from torch import Tensor
 
-from mpisyncbn.kernels import Activation, ActivationContext, Array, Kind, aten, generic, native
+from mpisyncbn.activations import activation_of
+from mpisyncbn.kernels import ActivationContext, Array, aten, generic, native
 from mpisyncbn.kernels.cuda import aten_cuda
+from support.activations import TORCHS, far_from_kinks
 from support.device import GPU, OnDevice, needs_triton
 from support.device import cuda as triton_kernels
 from support.oracle import distance, oracle
@@ -159,37 +161,51 @@ def check(kernels, x, dy, weight, bias, eps=1e-5) -> None:
 
 
 @np.errstate(all="ignore")
-def check_fused(kernels, x, dy, weight, bias, residual, eps=1e-5) -> None:
-    """ReLU and residual in the same passes: what the parts give one after the other."""
+def check_fused(kernels, x, dy, weight, bias, residual, eps=1e-5, activation="relu") -> None:
+    """An activation and a residual in the same passes: what the parts give one after the other."""
     near = vectors_for(kernels, x)
     count, mean, _, invstd, y, *_ = reference(*(as_tensor(v) for v in (x, dy, weight, bias)), eps)
     tolerance = TOLERANCE[as_tensor(x).dtype]
     z = y if residual is None else y + as_tensor(residual).double()
     vectors = near(mean), near(invstd)
-    if kernels is generic and not isinstance(x, torch.Tensor):
-        return  # it has activations of torch tensors alone
-    got = kernels.normalize(x, *vectors, weight, bias, residual, Activation(Kind.RELU))
+    function = activation_of(activation)
+    expected, derivative = value_and_derivative(z, activation)
+    got = kernels.normalize(x, *vectors, weight, bias, residual, function)
     assert isinstance(got, torch.Tensor if isinstance(x, torch.Tensor) else np.ndarray)
-    assert distance(as_tensor(got), z.relu(), z) < tolerance * 4
+    assert distance(as_tensor(got), expected, z) < tolerance * 4
     if residual is not None:
         got_sum = kernels.normalize(x, *vectors, weight, bias, residual)
         assert distance(as_tensor(got_sum), z) < tolerance * 4
 
-    context = ActivationContext(Activation(Kind.RELU), weight, bias, None if residual is None else got)
-    # Within rounding of the kink either answer is right: the reference has no gradient there.
-    sure = z.abs() > 1e-5 + tolerance * 4 * z.abs().max()
+    saved = (got, None) if function.sign_decides else (None, residual)
+    context = ActivationContext(function, weight, bias, *((None, None) if residual is None else saved))
+    # Within rounding of a kink either answer is right: the reference has no gradient there.
+    sure = far_from_kinks(z, activation, 1e-5 + tolerance * 4 * z.abs().max())
     tdy = as_tensor(dy) * sure
     dy = tdy if isinstance(dy, torch.Tensor) else tdy.numpy()
-    gated = tdy.double() * (z > 0)
-    _, _, _, _, _, sum_dy, sum_dy_xmu, dx, sums_scale, dx_scale = reference(
-        as_tensor(x), gated, as_tensor(weight), as_tensor(bias), eps
+    dz = tdy.double() * derivative
+    _, _, _, _, _, sum_dz, sum_dz_xmu, dx, sums_scale, dx_scale = reference(
+        as_tensor(x), dz, as_tensor(weight), as_tensor(bias), eps
     )
-    got_dy, got_dy_xmu, dz = kernels.backward_reduce(dy, x, *vectors, context)
-    assert ((as_tensor(got_dy) - sum_dy).abs() / (gated.abs().sum() + 1e-300)).max() < 1e-6
-    assert ((as_tensor(got_dy_xmu) - sum_dy_xmu).abs() / (sums_scale + 1e-300)).max() < 1e-6
+    # A gradient that a module stores is rounded first, but for that of ReLU, which is dy or 0.
+    sums = 1e-6 if activation == "relu" else max(1e-6, tolerance)
+    got_dz, got_dz_xmu, stored = kernels.backward_reduce(dy, x, *vectors, context)
+    assert ((as_tensor(got_dz) - sum_dz).abs() / (dz.abs().sum() + 1e-300)).max() < sums
+    assert ((as_tensor(got_dz_xmu) - sum_dz_xmu).abs() / (sums_scale + 1e-300)).max() < sums
     if residual is not None:
-        assert torch.equal(as_tensor(dz).double(), gated)
+        assert (
+            distance(as_tensor(stored), dz, tdy) < (0.0 if activation == "relu" else tolerance * 4) + 1e-300
+        )
     got = kernels.backward_elementwise(
-        dz, x, *vectors, weight, near(sum_dy / count), near(sum_dy_xmu / count), context
+        stored, x, *vectors, weight, near(sum_dz / count), near(sum_dz_xmu / count), context
     )
     assert distance(as_tensor(got), dx, dx_scale) < tolerance * 4
+
+
+def value_and_derivative(z: Tensor, activation: str) -> tuple[Tensor, Tensor]:
+    """Of an activation at ``z``, by torch's module."""
+    leaf = z.detach().clone().requires_grad_()
+    y = TORCHS[activation](leaf)
+    y.sum().backward()
+    assert leaf.grad is not None
+    return y.detach(), leaf.grad
