@@ -14,13 +14,14 @@ from .arrays import check_array, check_kind
 from .batch_stats import BatchStats
 from .comm import transport
 from .errors import on_rank
-from .kernels import Array, loaded_torch
+from .kernels import Activation, Array, loaded_torch
 
 __all__ = [
     "UNNAMED",
     "check_arguments",
     "check_count",
     "check_gradient",
+    "check_memory_efficient",
     "check_module",
     "check_num_batches_tracked",
     "check_residual",
@@ -143,6 +144,24 @@ def check_residual(residual: Array | None, x: Array, layer: str | None = None) -
             f"expected residual like the input, {tuple(x.shape)} {x.dtype} on {x.device}, got "
             f"{tuple(residual.shape)} {residual.dtype} on {residual.device}{in_layer(layer)}: "
             "convert or expand it first"
+        )
+
+
+def check_memory_efficient(
+    activation: Activation, residual: Array | None = None, layer: str | None = None
+) -> None:
+    """Raise ValueError for what the output of a ``memory_efficient`` layer could not be undone with."""
+    if residual is not None:
+        raise ValueError(
+            f"expected no residual with memory_efficient, got one{in_layer(layer)}: the output does not tell "
+            "the input then. Set memory_efficient to False"
+        )
+    if not activation.can_be_undone:
+        kind, parameter = activation
+        given = f"{kind.name.lower()}({parameter})" if parameter else kind.name.lower()
+        raise ValueError(
+            "expected activation to be None or a leaky_relu with a slope above 0 with memory_efficient, got "
+            f"{given}{in_layer(layer)}: its output does not tell its input. Set memory_efficient to False"
         )
 
 

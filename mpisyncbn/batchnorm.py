@@ -8,8 +8,8 @@ import torch
 from torch import Tensor, nn
 
 from . import autograd, convert
-from .activations import GivenActivation, name_of
-from .arguments import check_arguments, check_num_batches_tracked, check_residual
+from .activations import GivenActivation, activation_of, name_of
+from .arguments import check_arguments, check_memory_efficient, check_num_batches_tracked, check_residual
 from .autograd.evaluation import evaluate
 from .comm.groups import AnyGroup
 from .kernels import has_float64
@@ -43,6 +43,10 @@ class SyncBatchNorm(convert.Synchronized):
             "leaky_relu(0.1)", "elu(0.5)" or "gelu(tanh)"; a module of torch.nn that does the same,
             such as ``nn.LeakyReLU(0.1)``; or None. Also an attribute, to be set on a converted layer:
             it becomes the text. docs/activations.md says how to choose.
+        memory_efficient: if True, the layer keeps its output for the backward pass in place of its
+            input: a gain if a layer follows that keeps it anyway, such as a convolution. Also an
+            attribute. The activation is None or a leaky_relu then, and there is no residual
+            (ValueError); create_graph is refused (MPISyncBNError). See docs/memory.md.
 
     Shape:
         Input ``(N, C, *)`` with at least 2 dimensions; N may differ between ranks, and be 0.
@@ -69,11 +73,13 @@ class SyncBatchNorm(convert.Synchronized):
         *,
         bias: bool = True,
         activation: GivenActivation = None,
+        memory_efficient: bool = False,
     ) -> None:
         super().__init__(num_features, eps, momentum, affine, track_running_stats, device, dtype)  # type: ignore[arg-type]
         if not bias:  # by hand: of older torch, 2.11 for one, the base class has no such argument
             self.register_parameter("bias", None)
         self.activation = name_of(activation)
+        self.memory_efficient = memory_efficient
         self.process_group = process_group
         self._key = new_key(self)
 
@@ -92,6 +98,8 @@ class SyncBatchNorm(convert.Synchronized):
     ) -> Tensor:
         """``forward`` with another activation than the layer's own, for registered forwards."""
         activation = self.activation if activation is None else activation
+        if self.memory_efficient:
+            check_memory_efficient(activation_of(activation), residual, self.layer_name)
         self._check_input_dim(input)
         if not self.training:
             tensors = input, self.running_mean, self.running_var, self.weight, self.bias
@@ -122,6 +130,7 @@ class SyncBatchNorm(convert.Synchronized):
             self.layer_name or self._key,
             activation,
             residual,
+            self.memory_efficient,
         )
         if running_mean is not None:
             momentum: float | Tensor | None = self.momentum
@@ -131,7 +140,11 @@ class SyncBatchNorm(convert.Synchronized):
         return y
 
     def extra_repr(self) -> str:
-        more = {"process_group": self.communicator, "activation": self.activation}
+        more = {
+            "process_group": self.communicator,
+            "activation": self.activation,
+            "memory_efficient": self.memory_efficient or None,
+        }
         return super().extra_repr() + "".join(f", {k}={v!r}" for k, v in more.items() if v is not None)
 
     @classmethod
@@ -143,6 +156,7 @@ class SyncBatchNorm(convert.Synchronized):
         name: str | None = None,
         fuse_relu: bool = False,
         fuse_activation: bool = False,
+        memory_efficient: bool = False,
     ) -> nn.Module:
         """Turn every ``BatchNorm*d`` of a model into this class, in place, as torch spells it.
 
@@ -160,6 +174,8 @@ class SyncBatchNorm(convert.Synchronized):
                 without a pass over memory of its own, if neither has hooks and the layer stands nowhere
                 else in the model. The layer's own output is then that of the activation.
             fuse_relu: the same for ``nn.ReLU`` alone.
+            memory_efficient: set that attribute of the layers, except of those whose activation cannot
+                be undone (a fused ReLU) and of those of other libraries with a ``forward`` of their own.
 
         Returns:
             ``module`` itself.
@@ -173,7 +189,13 @@ class SyncBatchNorm(convert.Synchronized):
             UserWarning: the model holds batch norms that are not torch's. They stay local.
         """
         return convert.convert_sync_batchnorm(
-            module, process_group, name=name, fuse_relu=fuse_relu, fuse_activation=fuse_activation, to=cls
+            module,
+            process_group,
+            name=name,
+            fuse_relu=fuse_relu,
+            fuse_activation=fuse_activation,
+            memory_efficient=memory_efficient,
+            to=cls,
         )
 
 

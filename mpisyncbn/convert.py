@@ -17,8 +17,8 @@ from torch.nn.modules.lazy import LazyModuleMixin
 from torch.nn.utils import parametrize
 
 from . import tracing
-from .activations import GivenActivation, name_of
-from .arguments import check_module, check_tensor, in_layer
+from .activations import GivenActivation, activation_of, name_of
+from .arguments import check_memory_efficient, check_module, check_tensor, in_layer
 from .comm.communicator import Communicator
 from .comm.groups import AnyGroup, resolve
 from .convertible import (
@@ -69,6 +69,7 @@ class Synchronized(BatchNorm):
     communicator: Communicator | None = None  # of the ranks to normalize over; None: the world
     _given: _Given | None = None  # the process_group, if it is another object than communicator
     activation: str | None = None  # that the layer applies, as text; a module is turned into it when set
+    memory_efficient: bool = False  # whether the layer keeps its output in place of its input
     layer_name: str | None = None  # on all ranks: the name of the model, and the layer's own in it
     _key: str = "#"  # this process knows the layer by it while it has no name
     _converted_from: tuple[type[_BatchNorm], dict[str, object]] | None = None  # class, replaced attributes
@@ -103,6 +104,13 @@ class Synchronized(BatchNorm):
             return
         if name == "activation":
             value = name_of(value)  # type: ignore[arg-type]  # it checks
+            if self.memory_efficient:
+                check_memory_efficient(activation_of(value), None, self.layer_name)
+        if name == "memory_efficient":
+            if not isinstance(value, bool):
+                raise TypeError(f"expected memory_efficient to be True or False, got {value!r}{on_rank()}")
+            if value:
+                check_memory_efficient(activation_of(self.activation), None, self.layer_name)
         if name == "qconfig" and value is not None:  # torch.ao.quantization marks what it will replace
             tracing.refuse("torch.ao.quantization", self.layer_name, "quantize")
         super().__setattr__(name, value)  # type: ignore[arg-type]  # it takes any attribute
@@ -153,6 +161,7 @@ _CONVERSION_ATTRIBUTES = (
     "communicator",
     "_given",
     "activation",
+    "memory_efficient",
     "layer_name",
     "_key",
     "_converted_from",
@@ -168,6 +177,7 @@ def convert_sync_batchnorm(
     name: str | None = None,
     fuse_relu: bool = False,
     fuse_activation: bool = False,
+    memory_efficient: bool = False,
     to: type[Synchronized],
 ) -> nn.Module:
     """Convert the layers of a model, as ``SyncBatchNorm.convert_sync_batchnorm`` says.
@@ -189,10 +199,14 @@ def convert_sync_batchnorm(
         synchronized = _convert(layer, to)
         synchronized.process_group = process_group
         synchronized.layer_name = f"{model}: {path}" if path else name
+    # A registered forward may do more after the normalization.
+    own: set[nn.Module] = {layer for _, layer in layers if type(layer).forward is to.forward}
     if fuse_relu or fuse_activation:
-        # A registered forward may do more after the normalization.
-        own: set[nn.Module] = {layer for _, layer in layers if type(layer).forward is to.forward}
         fuse(module, own, only=None if fuse_activation else ("relu",))
+    if memory_efficient:
+        for each in own:
+            synchronized = cast(Synchronized, each)
+            synchronized.memory_efficient = activation_of(synchronized.activation).can_be_undone
     return module
 
 

@@ -21,7 +21,15 @@ from .batch_stats import BatchStats, invstd_of
 from .comm import transport
 from .comm.groups import AnyGroup, resolve
 from .fingerprint import LayerCall, layer_dtype
-from .kernels import NO_ACTIVATION, Activation, ActivationContext, Array, Kernels, kernels_for
+from .kernels import (
+    NO_ACTIVATION,
+    Activation,
+    ActivationContext,
+    Array,
+    BackwardKernels,
+    Kernels,
+    kernels_for,
+)
 from .running_stats import update_running_stats
 
 __all__ = ["BatchStats", "batch_norm_backward", "batch_norm_forward", "update_running_stats"]
@@ -65,7 +73,7 @@ def backward(
     x: Array,
     device_stats: BatchStats,
     weight: Array | None,
-    kernels: Kernels,
+    kernels: BackwardKernels,
     reduce_sums: ReduceSums,
     need_dx: bool = True,
     context: ActivationContext | None = None,

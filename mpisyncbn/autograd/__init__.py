@@ -20,7 +20,14 @@ from torch._subclasses.fake_tensor import FakeTensor
 
 from .. import profiling, torch_versions
 from ..activations import GivenActivation, activation_of
-from ..arguments import UNNAMED, check_arguments, check_count, check_residual, check_tensor
+from ..arguments import (
+    UNNAMED,
+    check_arguments,
+    check_count,
+    check_memory_efficient,
+    check_residual,
+    check_tensor,
+)
 from ..batch_stats import BatchStats
 from ..comm.communicator import Communicator
 from ..comm.groups import AnyGroup, resolve
@@ -50,6 +57,7 @@ def sync_batch_norm(
     *,
     activation: GivenActivation = None,
     residual: Tensor | None = None,
+    memory_efficient: bool = False,
 ) -> Tensor:
     """``torch.nn.functional.batch_norm`` over the batch of all ranks of a group.
 
@@ -69,6 +77,8 @@ def sync_batch_norm(
             defaults; "leaky_relu(0.1)", "elu(0.5)" or "gelu(tanh)"; a module of torch.nn that does
             the same, such as ``nn.LeakyReLU(0.1)``; or None.
         residual: like the input; added before the activation, in the same passes; or None.
+        memory_efficient: if True, autograd keeps the output in place of the input, as
+            ``SyncBatchNorm`` says.
 
     Returns:
         ``y``, of the input's shape, dtype and memory format.
@@ -76,12 +86,15 @@ def sync_batch_norm(
     Raises:
         ValueError, TypeError: an argument is of the wrong shape, dtype, device or range.
         ValueError: ``activation`` is something else, or a module with hooks or another ``forward``.
+        ValueError: ``memory_efficient`` with a residual or an activation that cannot be undone.
         ValueError: on every rank, if the group has a single value per channel.
         CollectiveMismatchError: on every rank, if the ranks were in different layers or calls.
 
     Collective while training, forward and backward: every rank of the group must call.
     """
     check_tensor(input)
+    if memory_efficient:
+        check_memory_efficient(activation_of(activation), residual)
     if not training:
         check_arguments(input, weight, bias, running_mean, running_var, momentum=momentum, eps=eps)
         check_residual(residual, input)
@@ -108,6 +121,7 @@ def sync_batch_norm(
         UNNAMED,
         activation,
         residual,
+        memory_efficient,
     )
     if running_mean is not None and running_var is not None:
         record_batch(running_mean, running_var, None, stats, momentum, device_stats)
@@ -126,12 +140,14 @@ def batch_norm(
     layer: str,
     activation: GivenActivation = None,
     residual: Tensor | None = None,
+    memory_efficient: bool = False,
 ) -> tuple[Tensor, BatchStats, BatchStats]:
     """The layer while training.
 
     Returns ``y``, the statistics of the batch on the host, and the same on the device of ``x``. If
     a checkpoint repeats the call, their count is 0, so that the batch is not recorded twice.
-    ``layer`` is a name, or a key for ``Communicator.name_of``. Collective, forward and backward:
+    ``layer`` is a name, or a key for ``Communicator.name_of``. What ``memory_efficient`` refuses has
+    been refused by the caller. Collective, forward and backward:
     every rank of the group must call.
     """
     if not torch_versions.COMPILES and torch.compiler.is_compiling():
@@ -159,7 +175,8 @@ def batch_norm(
         # The compiler fuses these with the layer.
         return add_residual_and_activation(y, function, residual), stats, stats
     group = resolve(process_group)
-    context = LayerContext(group, group.name_of(layer), x.shape[1], dtype, eps, function)
+    how = function, memory_efficient
+    context = LayerContext(group, group.name_of(layer), x.shape[1], dtype, eps, *how)
     y = fused.apply(x, weight, bias, residual, context)
     check_count(context.stats.count, x, layer)
     return y, context.stats._replace(count=0) if is_recomputing() else context.stats, context.device_stats

@@ -11,9 +11,12 @@ from typing import TYPE_CHECKING, TypeAlias
 import numpy as np
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from .. import exchange, functional
-from ..kernels import NO_ACTIVATION, ActivationContext, Array, Kernels, generic, kernels_for
+from ..errors import MPISyncBNError, on_rank
+from ..kernels import NO_ACTIVATION, ActivationContext, Array, BackwardKernels, generic, kernels_for
+from ..kernels.from_output import DTYPES, FromOutput, channels_to_keep
 from .composite import differentiable_stats, differentiable_sums, refuse_batched
 from .layer_context import FunctionContext, LayerContext
 
@@ -33,7 +36,11 @@ def apply(
 
     Collective, forward and backward: every rank of the group must call.
     """
-    function = _Transformable if torch._C._are_functorch_transforms_active() else _SyncBatchNorm
+    transforms = torch._C._are_functorch_transforms_active()
+    function = _Transformable if transforms else _SyncBatchNorm
+    if layer.keeps_output:  # a device would have to be waited for; other derivatives need the input
+        here = x.is_cpu and _name(x.dtype) in DTYPES
+        layer.keeps_output = here and not transforms and not _has_tangent(x, weight, bias)
     return function.apply(x, weight, bias, residual, layer)
 
 
@@ -48,18 +55,25 @@ class _SyncBatchNorm(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: FunctionContext, dy: Tensor) -> tuple[Tensor | None, ...]:
-        x, weight, *saved = ctx.saved_tensors
         layer = ctx.layer
-        context = ActivationContext(layer.activation, weight, *saved) if saved else None
-        need_dx, need_dweight, need_dbias, *_ = ctx.needs_input_grad
-        kernels: Kernels
         # create_graph, when the result will be differentiated again, or batched gradients
-        if torch.is_grad_enabled() or torch._C._functorch.is_batchedtensor(dy):
+        composite = torch.is_grad_enabled() or torch._C._functorch.is_batchedtensor(dy)
+        if composite and layer.keeps_output:
+            raise _only_first_derivatives(layer)
+        x, weight, *saved = ctx.saved_tensors
+        kept = saved.pop() if ctx.kept_channels is not None else None
+        has_activation = layer.activation != NO_ACTIVATION
+        context = ActivationContext(layer.activation, weight, *saved) if has_activation else None
+        need_dx, need_dweight, need_dbias, *_ = ctx.needs_input_grad
+        kernels: BackwardKernels
+        if composite:
             stats, kernels = differentiable_stats(x, layer), generic
             reduce_sums = differentiable_sums(layer, "backward")
         else:
             stats, kernels = layer.device_stats, kernels_for(x)
             reduce_sums = layer.exchange(exchange.reduce_sums, "backward")
+        if ctx.kept_channels is not None:
+            kernels = FromOutput(kernels, weight, saved[0], ctx.kept_channels, kept)
         with np.errstate(all="ignore"):
             dx, dweight, dbias, dz = functional.backward(
                 dy, x, stats, weight, kernels, reduce_sums, need_dx, context
@@ -141,6 +155,10 @@ def _save_for_backward(ctx: FunctionContext, inputs: Inputs, y: Tensor) -> None:
     x, weight, bias, residual, ctx.layer = inputs
     ctx.bias_dtype = None if bias is None else bias.dtype
     ctx.has_residual = residual is not None
+    ctx.kept_channels = None
+    if ctx.layer.keeps_output:
+        _save_output(ctx, x, weight, bias, y)
+        return
     saved: tuple[Tensor | None, ...] = (x, weight)
     activation = ctx.layer.activation
     if activation != NO_ACTIVATION:
@@ -149,6 +167,38 @@ def _save_for_backward(ctx: FunctionContext, inputs: Inputs, y: Tensor) -> None:
         saved = (x, weight, bias, y if ctx.has_residual and by_sign else None, None if by_sign else residual)
     ctx.save_for_backward(*saved)
     ctx.save_for_forward(*saved)
+
+
+def _save_output(
+    ctx: FunctionContext, x: Tensor, weight: Tensor | None, bias: Tensor | None, y: Tensor
+) -> None:
+    """Save the output in place of the input, and the input of channels that it does not tell."""
+    layer = ctx.layer
+    _, var, invstd, count = layer.stats
+    chosen = channels_to_keep(_name(x.dtype), var, invstd, count, weight, bias, layer.activation)
+    if 2 * len(chosen) > len(var):
+        ctx.save_for_backward(x, weight, bias)
+        return
+    ctx.kept_channels = chosen
+    kept = x.detach()[:, torch.from_numpy(chosen)] if len(chosen) else None
+    ctx.save_for_backward(y, weight, bias, kept)
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+def _has_tangent(*tensors: Tensor | None) -> bool:
+    """Whether forward mode differentiates with respect to some tensor."""
+    return any(each is not None and forward_ad.unpack_dual(each).tangent is not None for each in tensors)
+
+
+def _only_first_derivatives(layer: LayerContext) -> MPISyncBNError:
+    return MPISyncBNError(
+        f"expected no create_graph and no batched gradients in the backward pass of layer {layer.name!r}, "
+        f"which is memory_efficient{on_rank()}: it keeps its output, which tells the first derivatives only. "
+        "Set memory_efficient to False for second derivatives"
+    )
 
 
 def _to_dtype(vector: Array, dtype: torch.dtype) -> Tensor:

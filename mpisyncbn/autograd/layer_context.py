@@ -22,7 +22,17 @@ Result = TypeVar("Result")
 class LayerContext:
     """The group, name and statistics of one call of a layer, which forward and backward share."""
 
-    __slots__ = ("activation", "channels", "device_stats", "dtype", "eps", "group", "name", "stats")
+    __slots__ = (
+        "activation",
+        "channels",
+        "device_stats",
+        "dtype",
+        "eps",
+        "group",
+        "keeps_output",
+        "name",
+        "stats",
+    )
 
     def __init__(
         self,
@@ -32,9 +42,11 @@ class LayerContext:
         dtype: str,
         eps: float,
         activation: Activation,
+        memory_efficient: bool = False,
     ) -> None:
         self.group, self.name, self.channels, self.dtype, self.eps = group, name, channels, dtype, eps
         self.activation = activation
+        self.keeps_output = memory_efficient  # whether the output is kept in place of the input
         self.stats: BatchStats  # on the host
         self.device_stats: BatchStats  # where the input is
 

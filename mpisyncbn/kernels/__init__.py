@@ -28,7 +28,7 @@ import numpy as np
 from . import generic
 from .activation import NO_ACTIVATION, Activation, ActivationContext, Kind
 from .generic import has_float64
-from .protocol import Array, Kernels, NativeKernels
+from .protocol import Array, BackwardKernels, Kernels, NativeKernels
 
 if TYPE_CHECKING:
     from torch import device as Device
@@ -38,6 +38,7 @@ __all__ = [
     "Activation",
     "ActivationContext",
     "Array",
+    "BackwardKernels",
     "Kernels",
     "Kind",
     "cuda_kernels_for",

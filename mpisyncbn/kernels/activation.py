@@ -15,7 +15,16 @@ from .protocol import Array
 if TYPE_CHECKING:
     from torch import Tensor
 
-__all__ = ["NO_ACTIVATION", "Activation", "ActivationContext", "Kind", "activate", "activation_gradient"]
+__all__ = [
+    "NO_ACTIVATION",
+    "Activation",
+    "ActivationContext",
+    "Kind",
+    "UndoneContext",
+    "activate",
+    "activation_gradient",
+    "undo",
+]
 
 
 class Kind(IntEnum):
@@ -36,6 +45,11 @@ class Activation(NamedTuple):
 
     kind: Kind
     parameter: float = 0.0  # the slope of a leaky ReLU below 0, the alpha of an ELU
+
+    @property
+    def can_be_undone(self) -> bool:
+        """Whether the output tells the input."""
+        return self.kind == Kind.NONE or (self.kind == Kind.LEAKY_RELU and self.parameter > 0)
 
     @property
     def sign_decides(self) -> bool:
@@ -60,6 +74,11 @@ class ActivationContext(NamedTuple):
     residual: Array | None = None
 
     @property
+    def undone(self) -> bool:
+        """Whether the kernels get the activation's output in place of ``x``."""
+        return False
+
+    @property
     def stores_dz(self) -> bool:
         """Whether ``backward_reduce`` stores ``dz``, the gradient of the activation's input.
 
@@ -68,11 +87,28 @@ class ActivationContext(NamedTuple):
         return self.y is not None or self.residual is not None
 
 
+class UndoneContext(ActivationContext):
+    """The context of kernels that get the output of a leaky ReLU in place of ``x``.
+
+    They undo the activation first. What they find is ``x`` to them, so ``mean`` is that of the
+    activation's input: the bias.
+    """
+
+    @property
+    def undone(self) -> bool:
+        return True
+
+
 def recomputed_activation(context: ActivationContext | None) -> tuple[Activation, Array | None]:
     """The activation whose gradient ``backward_elementwise`` has to take, and the bias for that."""
     if context is None or context.stores_dz:
         return NO_ACTIVATION, None
     return context.activation, context.bias
+
+
+def undo(y: Tensor, activation: Activation) -> Tensor:
+    """The input of a leaky ReLU from its output."""
+    return y.where(y > 0, y / activation.parameter)
 
 
 def activate(z: Tensor, activation: Activation, in_place: bool = False) -> Tensor:

@@ -17,7 +17,15 @@ import torch
 from torch import Tensor
 
 from . import extremes
-from .activation import NO_ACTIVATION, Activation, ActivationContext, Kind, activate, activation_gradient
+from .activation import (
+    NO_ACTIVATION,
+    Activation,
+    ActivationContext,
+    Kind,
+    activate,
+    activation_gradient,
+    undo,
+)
 from .layout import dense, rows, with_strides_of
 
 __all__ = ["backward_elementwise", "backward_reduce", "local_moments", "normalize"]
@@ -77,6 +85,11 @@ def normalize(
 def backward_reduce(
     dy: Tensor, x: Tensor, mean: np.ndarray, invstd: np.ndarray, context: ActivationContext | None = None
 ) -> tuple[np.ndarray, np.ndarray, Tensor]:
+    if context is not None and context.undone:
+        wide = x.to(_compute_dtype(x))
+        dz = activation_gradient(dy.to(wide.dtype), wide, context.activation)
+        sum_dz, products, _ = backward_reduce(dz, undo(wide, context.activation), mean, invstd)
+        return sum_dz, products, dz.to(dy.dtype)
     if context is not None:
         dy = _input_gradient(dy, x, mean, invstd, context)
     sums = np.stack(_sums(dy, x, mean))
@@ -98,6 +111,8 @@ def backward_elementwise(
     scale = invstd if weight is None else invstd * _numpy(weight)
     # bfloat16 and float16 are rounded once, at the end.
     wide = x.to(_compute_dtype(x))
+    if context is not None and context.undone:
+        wide = undo(wide, context.activation)
     slope = invstd * (invstd * mean_dy_xmu)
     dx = _affine(wide, mean, invstd, scale * -slope, scale * -mean_dy)
     dx = dx.addcmul_(dz.to(dx.dtype), _channels(_vector(scale, x), x)).to(x.dtype)

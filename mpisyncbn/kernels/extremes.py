@@ -16,7 +16,15 @@ from . import loaded_torch
 from .activation import Activation, ActivationContext
 from .protocol import Array
 
-__all__ = ["backward_elementwise", "backward_reduce", "local_moments", "normalize"]
+__all__ = [
+    "backward_elementwise",
+    "backward_reduce",
+    "chosen_context",
+    "chosen_values",
+    "double",
+    "local_moments",
+    "normalize",
+]
 
 # Between these limits of a variance, or of a product of dy and x - mean, float32 sums keep their
 # digits.
@@ -58,7 +66,7 @@ def normalize(
     """Correct ``y`` in place, and return it."""
     chosen = _beyond(invstd, weight)
     if len(chosen):
-        vectors = [_chosen(each, chosen) for each in (mean, invstd, weight, bias)]
+        vectors = [chosen_values(each, chosen) for each in (mean, invstd, weight, bias)]
         residual = _float64_channels(residual, chosen)
         _put(y, chosen, kernel(_float64_channels(x, chosen), *vectors, residual, activation))
     return y
@@ -80,7 +88,7 @@ def backward_reduce(
         fine = (np.abs(sums[1]) >= values * _LEAST) & np.isfinite(sums[1])
     chosen = np.flatnonzero(~(none | fine))
     if len(chosen):
-        some = mean[chosen], invstd[chosen], _chosen_context(context, chosen)
+        some = mean[chosen], invstd[chosen], chosen_context(context, chosen)
         sums[:, chosen] = kernel(_float64_channels(dy, chosen), _float64_channels(x, chosen), *some)[:2]
 
 
@@ -98,9 +106,9 @@ def backward_elementwise(
     """Correct ``dx`` in place, and return it. ``means`` are those of dy and of dy * (x - mean)."""
     chosen = _beyond(invstd, weight, means[1])
     if len(chosen):
-        vectors = [_chosen(each, chosen) for each in (mean, invstd, weight, *means)]
+        vectors = [chosen_values(each, chosen) for each in (mean, invstd, weight, *means)]
         dz, x = _float64_channels(dz, chosen), _float64_channels(x, chosen)
-        _put(dx, chosen, kernel(dz, x, *vectors, _chosen_context(context, chosen)))
+        _put(dx, chosen, kernel(dz, x, *vectors, chosen_context(context, chosen)))
     return dx
 
 
@@ -114,13 +122,14 @@ def _beyond(invstd: np.ndarray, weight: Array | None, mean_dy_xmu: Array = 0.0) 
     kernels/cpu/coefficients.h has the same rule.
     """
     with np.errstate(all="ignore"):
-        scale = invstd if weight is None else invstd * np.asarray(_double(weight))
+        scale = invstd if weight is None else invstd * np.asarray(double(weight))
         slope = np.where(np.isfinite(mean_dy_xmu), scale * (invstd * (invstd * mean_dy_xmu)), 0.0)
         largest = np.maximum(np.abs(scale), np.abs(slope))
         return np.flatnonzero(~_is_ordinary(invstd) | (largest >= _FLOAT))
 
 
-def _double(x: Array) -> Array:
+def double(x: Array) -> Array:
+    """``x`` as float64, outside autograd."""
     return x.astype(np.float64) if isinstance(x, np.ndarray) else x.detach().double()
 
 
@@ -129,7 +138,7 @@ def _float64_channels(x: Array, chosen: np.ndarray) -> Array:
         return None
     if isinstance(x, np.ndarray):
         return _aligned(np.take(np.asarray(x), chosen, 1))
-    return _double(x[:, loaded_torch().from_numpy(chosen)])
+    return double(x[:, loaded_torch().from_numpy(chosen)])
 
 
 def _aligned(x: np.ndarray) -> np.ndarray:
@@ -141,16 +150,18 @@ def _aligned(x: np.ndarray) -> np.ndarray:
     return copy
 
 
-def _chosen(vector: Array, chosen: np.ndarray) -> Array:
-    return None if vector is None else _double(vector)[chosen]
+def chosen_values(vector: Array, chosen: np.ndarray) -> Array:
+    """The values of a vector in the chosen channels, as float64; None for None."""
+    return None if vector is None else double(vector)[chosen]
 
 
-def _chosen_context(context: ActivationContext | None, chosen: np.ndarray) -> ActivationContext | None:
+def chosen_context(context: ActivationContext | None, chosen: np.ndarray) -> ActivationContext | None:
+    """The context of the chosen channels, as float64; None for None."""
     if context is None:
         return None
-    weight, bias = _chosen(context.weight, chosen), _chosen(context.bias, chosen)
+    weight, bias = chosen_values(context.weight, chosen), chosen_values(context.bias, chosen)
     arrays = [_float64_channels(each, chosen) for each in (context.y, context.residual)]
-    return ActivationContext(context.activation, weight, bias, *arrays)
+    return type(context)(context.activation, weight, bias, *arrays)
 
 
 def _put(out: Array, chosen: np.ndarray, values: Array) -> None:

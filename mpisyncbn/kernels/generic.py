@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, TypeAlias
 
 import numpy as np
 
-from .activation import NO_ACTIVATION, Activation, ActivationContext, activate, activation_gradient
+from .activation import NO_ACTIVATION, Activation, ActivationContext, activate, activation_gradient, undo
 from .protocol import Array
 
 if TYPE_CHECKING:
@@ -53,7 +53,9 @@ def backward_reduce(
     dz = dy
     if context is not None:
         activation, weight, bias, z, residual = context
-        if z is None:
+        if context.undone:
+            z, x = x, _undone(x, activation)
+        elif z is None:
             z = _affine(x, mean, invstd, weight, bias, residual)
         dz = activation_gradient(_cast(dy, z.dtype), z, activation)
         if context.stores_dz:
@@ -71,7 +73,10 @@ def backward_elementwise(
     mean_dy_xmu: Array,
     context: ActivationContext | None = None,
 ) -> Array:
-    xhat = _center(x, mean) * _channels(invstd, x)
+    if context is not None and context.undone:
+        xhat = _center(_undone(x, context.activation), mean) * _channels(invstd, x)
+    else:
+        xhat = _center(x, mean) * _channels(invstd, x)
     dx = _center(dz, mean_dy) - xhat * _channels(invstd * mean_dy_xmu, x)
     if weight is not None:
         dx = dx * _channels(weight, x)
@@ -88,6 +93,10 @@ def _affine(
     if bias is not None:
         z = z + _channels(bias, x)
     return z if residual is None else z + residual
+
+
+def _undone(y: Array, activation: Activation) -> Array:
+    return undo(_cast(y, _compute_dtype(y)), activation)
 
 
 def _values_per_channel(x: Array) -> int:

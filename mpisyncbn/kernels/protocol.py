@@ -17,40 +17,14 @@ if TYPE_CHECKING:
     from .activation import Activation, ActivationContext
     from .cpu._cpu import Link
 
-__all__ = ["Array", "Kernels", "NativeKernels", "Vector"]
+__all__ = ["Array", "BackwardKernels", "Kernels", "NativeKernels", "Vector"]
 
 Array: TypeAlias = Any  # of NumPy, CuPy or torch, on any device
 Vector: TypeAlias = "np.ndarray[Any, np.dtype[np.float64]]"
 
 
-class Kernels(Protocol):
-    """The four kernels for one kind of array."""
-
-    def local_moments(self, x: Array, /) -> tuple[int, Array, Array]:
-        """The number of values per channel on this rank, their mean, and M2.
-
-        M2 is the sum of squared deviations from the mean. An empty ``x`` gives zeros. For a float64
-        ``x`` the mean is of shape ``(2, C)``, in two parts: if a mean is large, one float64 is too
-        coarse to merge the ranks' variances.
-        """
-        ...
-
-    def normalize(
-        self,
-        x: Array,
-        mean: Array,
-        invstd: Array,
-        weight: Array | None,
-        bias: Array | None,
-        residual: Array | None = ...,
-        activation: Activation = ...,
-        /,
-    ) -> Array:
-        """The activation of ``(x - mean) * invstd * weight + bias + residual``.
-
-        ``residual`` is of the shape of ``x``, or None.
-        """
-        ...
+class BackwardKernels(Protocol):
+    """The two kernels of the backward pass."""
 
     def backward_reduce(
         self, dy: Array, x: Array, mean: Array, invstd: Array, context: ActivationContext | None = ..., /
@@ -77,6 +51,36 @@ class Kernels(Protocol):
         """``dx = (dz - mean_dy - (x - mean) * invstd**2 * mean_dy_xmu) * invstd * weight``.
 
         ``dz`` is what ``backward_reduce`` returned, and ``context`` what it was given.
+        """
+        ...
+
+
+class Kernels(BackwardKernels, Protocol):
+    """The four kernels for one kind of array."""
+
+    def local_moments(self, x: Array, /) -> tuple[int, Array, Array]:
+        """The number of values per channel on this rank, their mean, and M2.
+
+        M2 is the sum of squared deviations from the mean. An empty ``x`` gives zeros. For a float64
+        ``x`` the mean is of shape ``(2, C)``, in two parts: if a mean is large, one float64 is too
+        coarse to merge the ranks' variances.
+        """
+        ...
+
+    def normalize(
+        self,
+        x: Array,
+        mean: Array,
+        invstd: Array,
+        weight: Array | None,
+        bias: Array | None,
+        residual: Array | None = ...,
+        activation: Activation = ...,
+        /,
+    ) -> Array:
+        """The activation of ``(x - mean) * invstd * weight + bias + residual``.
+
+        ``residual`` is of the shape of ``x``, or None.
         """
         ...
 

@@ -73,11 +73,12 @@ def backward_reduce(
     dy: Array, x: Array, mean: np.ndarray, invstd: np.ndarray, context: ActivationContext | None = None
 ) -> tuple[np.ndarray, np.ndarray, Array]:
     sums = np.empty((2, x.shape[1]))
-    activation, weight, bias, *more = context or ActivationContext(NO_ACTIVATION, None, None)
+    context = context or ActivationContext(NO_ACTIVATION, None, None)
+    activation, weight, bias, *more = context
     for x_read, vectors, (dz, y, residual) in _attempts(x, (mean, invstd, weight, bias), (dy, *more)):
         out = None if y is None and residual is None else _empty_like(x_read)
-        others = y, residual, out
-        outcome = _cpu.backward_reduce(dz, x_read, *vectors, *others, *activation, sums, _threads(x))
+        others, how = (y, residual, out), (*activation, context.undone)
+        outcome = _cpu.backward_reduce(dz, x_read, *vectors, *others, *how, sums, _threads(x))
         if outcome == _EXTREME:
             extremes.backward_reduce(backward_reduce, sums, dy, x, mean, invstd, context)
         if outcome != _REFUSED:
@@ -97,9 +98,10 @@ def backward_elementwise(
 ) -> Array:
     activation, bias = recomputed_activation(context)
     vectors = mean, invstd, weight, bias, mean_dy, mean_dy_xmu
+    how = *activation, context is not None and context.undone
     for x_read, vectors_read, (dz_read,) in _attempts(x, vectors, (dz,)):
         dx = _empty_like(x_read)
-        outcome = _cpu.backward_elementwise(dz_read, x_read, *vectors_read, dx, *activation, _threads(x))
+        outcome = _cpu.backward_elementwise(dz_read, x_read, *vectors_read, dx, *how, _threads(x))
         if outcome == _EXTREME:
             means = mean_dy, mean_dy_xmu
             extremes.backward_elementwise(

@@ -83,13 +83,15 @@ def backward_reduce(
     dz: Array | None,
     kind: int,
     parameter: float,
+    undo: bool,
     out: NDArray[float64],
     threads: int,
     /,
 ) -> _Outcome:
     """Fill ``out``, (2, C), with the sums of ``dz`` and ``dz * (x - mean)``.
 
-    Fills ``dz`` too if ``y`` or ``residual`` is given.
+    Fills ``dz`` too if ``y`` or ``residual`` is given. ``undo``: ``x`` is the output of the
+    activation, which is undone first.
     """
 
 def backward_elementwise(
@@ -104,10 +106,14 @@ def backward_elementwise(
     dx: Array,
     kind: int,
     parameter: float,
+    undo: bool,
     threads: int,
     /,
 ) -> _Outcome:
-    """Fill ``dx``. ``dz`` is still the gradient of the activation's output."""
+    """Fill ``dx``. ``dz`` is still the gradient of the activation's output.
+
+    ``undo`` is as in ``backward_reduce``.
+    """
 
 def update_running_stats(
     running_mean: Array,

@@ -45,6 +45,12 @@ INLINE vec<T> activation_gradient(HOW how, vec<T> dy, vec<T> z) {
     return dy;
 }
 
+// The input of a leaky ReLU from its output.
+template <class T, class HOW>
+INLINE vec<T> undo(HOW how, vec<T> y) {
+    return y > 0 ? y : y * broadcast<T>(1 / how.parameter);
+}
+
 // How a loop treats the activation, as constants for the compiler. `source` says where the
 // activation's input comes from.
 template <Kind KIND, Source SOURCE>
@@ -61,7 +67,8 @@ struct Chosen {
     double parameter;
 };
 
-// Calls `call` with a Fixed, whose source is x or OTHER, or with a Chosen.
+// Calls `call` with a Fixed, whose source is x or OTHER, or with a Chosen. Any kind but none may have
+// the source undone.
 template <Source OTHER, class F>
 INLINE void by_case(Activation activation, Source source, F call) {
     if (activation.kind == Kind::relu && source == OTHER) return call(Fixed<Kind::relu, OTHER>{});

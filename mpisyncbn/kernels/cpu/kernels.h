@@ -147,11 +147,11 @@ bool are_products_extreme(long channels, long count, bool underflow, const doubl
     return extreme;
 }
 
-// Fills `out` with the two sums of each channel. If the activation's output was kept, or a residual,
-// fills `dz` too. Returns the outcome.
+// Fills `out` with the two sums of each channel. If the activation's output was kept beside x, or a
+// residual, fills `dz` too. `undo`: x is the activation's output, to be undone. Returns the outcome.
 int backward_reduce(nb::handle dy_object, nb::handle x_object, const Vector &mean, const Vector &invstd,
                     nb::handle weight_object, nb::handle bias_object, nb::handle y_object,
-                    nb::handle residual_object, nb::handle dz_object, int kind, double parameter,
+                    nb::handle residual_object, nb::handle dz_object, int kind, double parameter, bool undo,
                     const Output &out, int threads) {
     Array dy, x, weight, bias, y, residual, dz;
     if (!describe(dy_object, dy) || !describe(x_object, x) || !describe(weight_object, weight) ||
@@ -166,7 +166,10 @@ int backward_reduce(nb::handle dy_object, nb::handle x_object, const Vector &mea
     const bool done = by_dtype(x.dtype, [&](auto type) {
         using T = decltype(type);
         using W = compute_t<T>;
-        const Source source = y.data ? Source::output : residual.data ? Source::residual : Source::x;
+        const Source source = undo            ? Source::undone
+                              : y.data        ? Source::output
+                              : residual.data ? Source::residual
+                                              : Source::x;
         const Plan<T> *const plan = plan_for<T>(x, dy, y.data ? y : residual, dz, threads);
         if (!plan) return false;
         const auto *all = coefficients_of(*plan, mean, invstd, weight, bias, nullptr, nullptr, extreme);
@@ -191,12 +194,12 @@ int backward_reduce(nb::handle dy_object, nb::handle x_object, const Vector &mea
     return outcome(done, extreme);
 }
 
-// Fills dx. dy is still the gradient of the activation's output, unless its kind is none.
-// Returns the outcome.
+// Fills dx. dy is still the gradient of the activation's output, unless its kind is none. `undo`: x
+// is the activation's output, to be undone. Returns the outcome.
 int backward_elementwise(nb::handle dy_object, nb::handle x_object, const Vector &mean, const Vector &invstd,
                          nb::handle weight_object, nb::handle bias_object, const Vector &mean_dy,
                          const Vector &mean_dy_xmu, nb::handle dx_object, int kind, double parameter,
-                         int threads) {
+                         bool undo, int threads) {
     Array dy, x, weight, bias, dx;
     if (!describe(dy_object, dy) || !describe(x_object, x) || !describe(weight_object, weight) ||
         !describe(bias_object, bias) || !describe(dx_object, dx) || !same_kind(x, {&dy, &dx}))
@@ -214,7 +217,7 @@ int backward_elementwise(nb::handle dy_object, nb::handle x_object, const Vector
         const Unlocked unlocked(x);
         every_tile(*plan, Direction::up, [&](const Traversal<T> &traversal, const Tile &t, int i) {
             loops.elementwise(traversal.on, t, traversal.rows, traversal.stream, all + t.c0, stride,
-                              {(Kind)kind, parameter});
+                              {(Kind)kind, parameter}, undo ? Source::undone : Source::x);
         });
         return true;
     });

@@ -107,9 +107,9 @@ NB_MODULE(_cpu, m) {
     m.def("local_moments", &local_moments);
     m.def("normalize", &normalize, given, given, given, maybe, maybe, maybe, given, given, given, given);
     m.def("backward_reduce", &backward_reduce, given, given, given, given, maybe, maybe, maybe, maybe, maybe,
-          given, given, given, given);
-    m.def("backward_elementwise", &backward_elementwise, given, given, given, given, maybe, maybe, given,
           given, given, given, given, given);
+    m.def("backward_elementwise", &backward_elementwise, given, given, given, given, maybe, maybe, given,
+          given, given, given, given, given, given);
     m.def("instruction_set", [] {
         const char *const names[] = {"baseline", "avx2", "avx512", "avx512 with bfloat16"};
         return names[(int)level()];

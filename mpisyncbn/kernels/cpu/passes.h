@@ -87,8 +87,9 @@ static void tile_normalize(const Operands<T> &on, const Tile &t, bool rows, bool
 // dy is still the gradient of the activation's output, unless `activation` is none.
 template <class T>
 static void tile_elementwise(const Operands<T> &on, const Tile &t, bool rows, bool stream,
-                             const compute_t<T> *coefficients, long stride, Activation activation) {
-    by_case<Source::x>(activation, Source::x, [&](auto how) {
+                             const compute_t<T> *coefficients, long stride, Activation activation,
+                             Source source) {
+    by_case<Source::x>(activation, source, [&](auto how) {
         tile_pass(on, t, rows, stream, coefficients, stride, Elementwise<T, decltype(how)>{how});
     });
 }

@@ -17,7 +17,13 @@ struct Moments {  // MEAN is an origin near the mean, so that the squares keep t
     }
 };
 
-// With another source than x, stores the gradient of the activation's input.
+// What takes the place of x: with the source undone, `x` is the activation's output.
+template <class T, class HOW>
+INLINE vec<T> input_of(HOW how, vec<T> x) {
+    return how.source == Source::undone ? undo<T>(how, x) : x;
+}
+
+// With a residual or the output beside x, stores the gradient of the activation's input.
 template <class T, class HOW>
 struct Reduce {
     HOW how;
@@ -25,14 +31,17 @@ struct Reduce {
     template <class K, class A>
     INLINE_MEMBER void operator()(Pointers<T> pointers, long i, K coefficient, A access, vec<T> &a,
                                   vec<T> &b) const {
-        const vec<T> xm = access.get(pointers.x + i) - coefficient(MEAN);
+        const vec<T> x = access.get(pointers.x + i), xm = input_of<T>(how, x) - coefficient(MEAN);
+        const bool beside_x = how.source == Source::residual || how.source == Source::output;
         a = access.get(pointers.dy + i);
         if (how.kind != Kind::none) {
-            vec<T> z = how.source == Source::x ? vec<T>{} : access.get(pointers.extra + i);
-            if (how.source != Source::output) z += xm * coefficient(SCALE) + coefficient(SHIFT);
+            vec<T> z = beside_x ? access.get(pointers.extra + i) : vec<T>{};
+            if (how.source == Source::undone) z = x;
+            if (how.source == Source::x || how.source == Source::residual)
+                z += xm * coefficient(SCALE) + coefficient(SHIFT);
             a = activation_gradient<T>(how, a, z);
         }
-        if (how.source != Source::x) access.template put<false>(pointers.out + i, a);
+        if (beside_x) access.template put<false>(pointers.out + i, a);
         b = a * xm;
     }
 };
@@ -56,10 +65,11 @@ struct Elementwise {
     HOW how;
     template <bool STREAM, class K, class A>
     INLINE_MEMBER void apply(Pointers<T> pointers, long i, K coefficient, A access) const {
-        const vec<T> xm = access.get(pointers.x + i) - coefficient(MEAN);
+        const vec<T> x = access.get(pointers.x + i), xm = input_of<T>(how, x) - coefficient(MEAN);
         vec<T> dy = access.get(pointers.dy + i);
         if (how.kind != Kind::none)
-            dy = activation_gradient<T>(how, dy, xm * coefficient(SCALE) + coefficient(SHIFT));
+            dy = activation_gradient<T>(
+                how, dy, how.source == Source::undone ? x : xm * coefficient(SCALE) + coefficient(SHIFT));
         access.template put<STREAM>(
             pointers.out + i, dy * coefficient(SCALE) + (xm * coefficient(SLOPE) + coefficient(INTERCEPT)));
     }

@@ -36,9 +36,9 @@ struct Activation {
     Kind kind;
     double parameter;  // the slope of a leaky ReLU below 0, the alpha of an ELU
 };
-// Where the activation's input comes from: from x alone, from x and a residual, or, where the sign
-// decides, from the output.
-enum class Source { x, residual, output };
+// Where the activation's input comes from: from x alone, from x and a residual, where the sign
+// decides, from the output beside x, or, undone, from the output in place of x.
+enum class Source { x, residual, output, undone };
 
 template <class T>
 struct Pointers {
@@ -101,5 +101,5 @@ struct Loops {
     void (*normalize)(const Operands<T> &, const Tile &, bool rows, bool stream, const W *, long,
                       Activation, Source);
     void (*elementwise)(const Operands<T> &, const Tile &, bool rows, bool stream, const W *, long,
-                        Activation);
+                        Activation, Source);
 };

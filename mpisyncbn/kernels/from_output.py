@@ -1,0 +1,166 @@
+"""The backward kernels that read a layer's output in place of its input.
+
+A layer that keeps its output y for the backward pass need not keep its input x, as long as y tells
+what x was (Rota Bulo, Porzi and Kontschieder 2018): with z = y, or the input of a leaky ReLU whose
+output is y, ``x - mean = (z - bias) / (weight * invstd)``. So the kernels work on z in place of x,
+with the bias in place of the mean, and what they find for a channel is divided by its weight *
+invstd. Nothing is written over x.
+
+The rounding of y is an error of x. In channels where it is too large, x is kept beside y.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import TYPE_CHECKING, NamedTuple
+
+import numpy as np
+
+from . import loaded_torch
+from .activation import NO_ACTIVATION, Activation, ActivationContext, UndoneContext
+from .extremes import chosen_context, chosen_values, double
+from .protocol import BackwardKernels
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+__all__ = ["DTYPES", "FromOutput", "channels_to_keep"]
+
+
+class _Limits(NamedTuple):
+    """What y must be for x to be found again, by its dtype."""
+
+    rounding: float  # of a y, relative to it
+    least: float  # the error of a y that is too small to have all digits; it may become 0
+    most: float  # the largest y
+    bias: float  # the largest bias, in standard deviations of z
+
+
+# Half precision is not among them: gradients would have up to eight times the error that rounding
+# leaves the plain layer's. A float64 y stays far from the ends of the range, because no wider type
+# helps out there.
+_LIMITS = {
+    "float64": _Limits(2.0**-53, 2.0**-400, 2.0**400, 8.0),
+    "float32": _Limits(2.0**-24, 2.0**-126, 2.0**126, 8.0),
+}
+DTYPES = tuple(_LIMITS)
+_SMALLEST_INVSTD, _LARGEST_INVSTD = 2.0**-200, 2.0**200
+
+
+def channels_to_keep(
+    dtype: str,
+    var: np.ndarray,
+    invstd: np.ndarray,
+    count: int,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    activation: Activation,
+) -> np.ndarray:
+    """The indices of the channels whose input the output does not tell within the dtype's rounding.
+
+    ``var``, ``invstd`` and ``count`` are those of the group's batch, so ranks with equal parameters
+    choose equal channels. A constant channel, or one with a value that is not finite, is among them.
+    """
+    limits = _LIMITS[dtype]
+    slope = 1.0 if activation == NO_ACTIVATION else activation.parameter
+    size = 1.0 if weight is None else np.abs(_numpy(weight))
+    offset = 0.0 if bias is None else np.abs(_numpy(bias))
+    with np.errstate(all="ignore"):
+        spread = size * np.sqrt(var) * invstd  # the standard deviation of z
+        offset = offset + limits.least / min(slope, 1.0) / limits.rounding
+        # no value is more than sqrt(count) standard deviations from the mean
+        largest = (spread * math.sqrt(count) + offset) * max(slope, 1.0)
+        found_again = (
+            (offset <= limits.bias * spread)
+            & (largest <= limits.most)
+            & (invstd >= _SMALLEST_INVSTD)
+            & (invstd <= _LARGEST_INVSTD)
+        )
+    return np.flatnonzero(~found_again)
+
+
+class FromOutput:
+    """The two kernels of one backward pass, for torch tensors in host memory; ``x`` is the output.
+
+    ``kernels`` may be any for such tensors. ``chosen`` are the channels whose input was kept, and
+    ``kept`` is that input, None if there are none.
+    """
+
+    def __init__(
+        self,
+        kernels: BackwardKernels,
+        weight: Tensor | None,
+        bias: Tensor | None,
+        chosen: np.ndarray,
+        kept: Tensor | None,
+    ) -> None:
+        self.kernels, self.weight, self.chosen, self.kept = kernels, weight, chosen, kept
+        self.divisor = 1.0 if weight is None else _numpy(weight)
+        self.bias = None if bias is None else _numpy(bias)
+        self.dz_kept: Tensor | None = None
+
+    def backward_reduce(
+        self,
+        dy: Tensor,
+        x: Tensor,
+        mean: np.ndarray,
+        invstd: np.ndarray,
+        context: ActivationContext | None = None,
+        /,
+    ) -> tuple[np.ndarray, np.ndarray, Tensor]:
+        sum_dz, products, dz = self.kernels.backward_reduce(
+            dy, x, self._center(mean), invstd, _undone(context)
+        )
+        products = products / self.divisor / invstd
+        if self.kept is not None:
+            some = mean[self.chosen], invstd[self.chosen], chosen_context(context, self.chosen)
+            found = self.kernels.backward_reduce(self._channels(dy), self.kept, *some)
+            sum_dz[self.chosen], products[self.chosen], self.dz_kept = found
+        return sum_dz, products, dz
+
+    def backward_elementwise(
+        self,
+        dz: Tensor,
+        x: Tensor,
+        mean: np.ndarray,
+        invstd: np.ndarray,
+        weight: Tensor | None,
+        mean_dy: np.ndarray,
+        mean_dy_xmu: np.ndarray,
+        context: ActivationContext | None = None,
+        /,
+    ) -> Tensor:
+        scaled = mean_dy_xmu / self.divisor / invstd
+        dx: Tensor = self.kernels.backward_elementwise(
+            dz, x, self._center(mean), invstd, weight, mean_dy, scaled, _undone(context)
+        )
+        if self.kept is not None:
+            dx[:, self._index()] = self.kernels.backward_elementwise(
+                self.dz_kept,
+                self.kept,
+                mean[self.chosen],
+                invstd[self.chosen],
+                chosen_values(weight, self.chosen),
+                mean_dy[self.chosen],
+                mean_dy_xmu[self.chosen],
+                chosen_context(context, self.chosen),
+            )
+        return dx
+
+    def _center(self, mean: np.ndarray) -> np.ndarray:
+        return np.zeros_like(mean) if self.bias is None else self.bias
+
+    def _index(self) -> Tensor:
+        return loaded_torch().from_numpy(self.chosen)
+
+    def _channels(self, x: Tensor) -> Tensor:
+        return x[:, self._index()]
+
+
+def _undone(context: ActivationContext | None) -> ActivationContext | None:
+    return None if context is None else UndoneContext(*context)
+
+
+def _numpy(vector: Tensor) -> np.ndarray:
+    found: np.ndarray = double(vector).clone().numpy()  # clone() resolves a set neg bit
+    return found

@@ -1,0 +1,453 @@
+"""A layer that keeps its output in place of its input: the same gradients, whatever its parameters."""
+
+from __future__ import annotations
+
+import copy
+import gc
+import math
+import pickle
+import weakref
+from functools import partial
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.autograd import forward_ad
+from torch.utils.checkpoint import checkpoint
+
+import mpisyncbn
+from mpisyncbn import MPISyncBNError, SyncBatchNorm, sync_batch_norm
+from support.oracle import local_batch, shard
+from support.ranks import WORLD, error_of, no_exchange, together, up_to_two
+from support.versions import compiles
+
+ACTIVATIONS = [None, "leaky_relu", "leaky_relu(3.0)"]
+WIDE = [torch.float32, torch.float64]
+
+
+def layers(channels=6, dtype=torch.float32, activation=None, weight=None, bias=None, **options):
+    """A memory-efficient layer and a plain one, alike."""
+    efficient = SyncBatchNorm(channels, activation=activation, dtype=dtype, memory_efficient=True, **options)
+    with torch.no_grad():
+        for vector, values in ((efficient.weight, weight), (efficient.bias, bias)):
+            if values is not None:
+                vector.copy_(torch.as_tensor(values))
+    plain = copy.deepcopy(efficient)
+    plain.memory_efficient = False
+    return efficient, plain
+
+
+def gradients(layer, x: Tensor, dy: Tensor) -> list[Tensor]:
+    """Those of x, weight and bias. Collective."""
+    x = x.clone(memory_format=torch.preserve_format).requires_grad_()
+    layer.zero_grad()
+    y = layer(x)
+    y.backward(dy)
+    return [y.detach(), x.grad, *(p.grad.clone() for p in layer.parameters())]
+
+
+def in_float64(layer, x: Tensor, dy: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """The gradients of the whole batch in float64; those of the parameters are this rank's. Collective."""
+    parts = WORLD.allgather((x.double().contiguous(), dy.double().contiguous()))
+    x, dy = (torch.cat(each) for each in zip(*parts, strict=True))
+    x.requires_grad_()
+    owner = torch.arange(WORLD.size).repeat_interleave(torch.tensor([len(part[0]) for part in parts]))
+    rows = [p.detach().double().repeat(WORLD.size, 1).requires_grad_() for p in (layer.weight, layer.bias)]
+    weight, bias = (row[owner].reshape(*row[owner].shape, *(1,) * (x.ndim - 2)) for row in rows)
+    z = F.batch_norm(x, None, None, None, None, True, 0.0, layer.eps) * weight + bias
+    y = F.leaky_relu(z, layer_slope(layer))
+    y.backward(dy)
+    return x.grad[owner == WORLD.rank], rows[0].grad[WORLD.rank], rows[1].grad[WORLD.rank]
+
+
+def layer_slope(layer) -> float:
+    return {None: 1.0, "leaky_relu": 0.01, "leaky_relu(3.0)": 3.0}[layer.activation]
+
+
+def kept(y: Tensor) -> list[int] | None:
+    """The channels whose input was kept beside the output; None if it is the input that was kept."""
+    chosen = y.grad_fn.kept_channels
+    return None if chosen is None else chosen.tolist()
+
+
+def error_by_channel(actual: Tensor, expected: Tensor) -> float:
+    """The largest difference, relative to the largest expected value of its channel."""
+    over = [d for d in range(actual.ndim) if d != 1]
+    scale = expected.double().abs().amax(over, keepdim=True).clamp_min(1e-300)
+    return ((actual.double() - expected.double()).abs() / scale).max().item()
+
+
+def error(actual: Tensor, expected: Tensor) -> float:
+    return ((actual.double() - expected.double()).abs().max() / expected.double().abs().max()).item()
+
+
+def near_kink(layer, x: Tensor) -> Tensor:
+    """Where rounding may put the activation's input to either side of 0. Collective."""
+    with torch.no_grad():
+        z = copy.deepcopy(layer).double()
+        z.memory_efficient, z.activation = False, None
+        scale = (layer.weight.abs() + layer.bias.abs()).double().reshape(1, -1, *(1,) * (x.ndim - 2))
+        return z(x.double()).abs() < 1e-5 * scale
+
+
+@pytest.mark.parametrize("dtype", WIDE, ids=str)
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+@pytest.mark.parametrize("last", [False, True], ids=["planes", "rows"])
+def test_gradients_over_weights_from_1e_minus_6_to_10(dtype, activation, last):
+    """Biases are 0, in proportion to the weights, or of any size beside them."""
+    channels, worst = 24, []
+    for seed in range(3):
+        common = torch.Generator().manual_seed(seed)
+        weight = 10 ** (torch.rand(channels, generator=common, dtype=torch.float64) * 7 - 6)
+        bias = torch.randn(channels, generator=common, dtype=torch.float64)
+        bias[:8] = 0
+        bias[8:16] *= 5 * weight[8:16]
+        weight[::2] *= -1
+        efficient, plain = layers(channels, dtype, activation, weight, bias)
+        x = shard((local_batch(), channels, 9, 7), seed + 10, 3.0, dtype)
+        dy = shard(x.shape, seed + 20, 0.0, dtype) + x * 0.5
+        if last:
+            x = x.contiguous(memory_format=torch.channels_last)
+        if activation:
+            dy = dy.masked_fill(near_kink(efficient, x), 0)  # either side is right
+        y, dx, dweight, dbias = gradients(efficient, x, dy)
+        expected_y, *expected = gradients(plain, x, dy)
+        exact = in_float64(plain, x, dy)
+        chosen = kept(efficient(x.requires_grad_()))
+        worst.append(not torch.equal(y, expected_y))
+        for dx_there, dweight_there, dbias_there in (expected, exact):
+            worst += [error_by_channel(dx, dx_there)]
+            worst += [error(dweight, dweight_there), error(dbias, dbias_there)]
+    with together():
+        assert max(worst) < (1e-5 if dtype == torch.float32 else 1e-13)
+        assert chosen is not None
+        assert chosen
+        assert all(c >= 8 for c in chosen)  # no bias: the weight may be as small as it likes
+
+
+# What a channel holds: (x as a function of normal values, weight, bias, eps), and whether its input is kept.
+CASES = {
+    "ordinary": (lambda v: v, 1.0, 0.5, 1e-5, False),
+    "negative weight": (lambda v: v, -2.0, 0.5, 1e-5, False),
+    "weight 1e-28": (lambda v: v, 1e-28, 0.0, 1e-5, False),
+    "weight 1e-30 and a bias": (lambda v: v, 1e-30, 1.0, 1e-5, True),
+    "weight 1e-38": (lambda v: v, 1e-38, 0.0, 1e-5, True),
+    "subnormal y": (lambda v: v, 1e-42, 0.0, 1e-5, True),
+    "weight 0": (lambda v: v, 0.0, 0.5, 1e-5, True),
+    "bias of 7 weights": (lambda v: v, 0.1, 0.7, 1e-5, False),
+    "bias of 100 weights": (lambda v: v, 0.1, 10.0, 1e-5, True),
+    "weight 1e30": (lambda v: v, 1e30, 0.0, 1e-5, False),
+    "y overflows": (lambda v: v * 3, 3e38, 0.0, 1e-5, True),
+    "large mean": (lambda v: v + 1e4, 1.0, 0.5, 1e-5, False),
+    "variance below eps": (lambda v: v * 1e-5, 1.0, 0.0, 1e-5, False),
+    "variance below eps and a bias": (lambda v: v * 1e-5, 1.0, 0.5, 1e-5, True),
+    "tiny x without eps": (lambda v: v * 1e-25, 1.0, 0.5, 0.0, False),
+    "huge x": (lambda v: v * 1e25, 1.0, 0.5, 1e-5, False),
+    "constant": (lambda v: v * 0 + 3, 1.0, 0.0, 1e-5, True),
+    "constant without eps": (lambda v: v * 0 + 3, 1.0, 0.0, 0.0, True),
+    "infinity": (lambda v: v.index_fill(-1, torch.tensor(1), math.inf), 1.0, 0.0, 1e-5, True),
+    "NaN": (lambda v: v.index_fill(-1, torch.tensor(1), math.nan), 1.0, 0.0, 1e-5, True),
+    "NaN weight": (lambda v: v, math.nan, 0.0, 1e-5, True),
+    "infinite bias": (lambda v: v, 1.0, math.inf, 1e-5, True),
+}
+
+
+@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("activation", ACTIVATIONS[:2])
+def test_a_channel_is_undone_or_kept(case, activation):
+    """The channel stands among five ordinary ones, which it does not disturb."""
+    make, weight, bias, eps, is_kept = CASES[case]
+    efficient, plain = layers(6, activation=activation, eps=eps, track_running_stats=False)
+    with torch.no_grad():
+        efficient.weight[2], efficient.bias[2] = weight, bias
+    plain.load_state_dict(efficient.state_dict())
+    x = shard((local_batch(3), 6, 40), 1)
+    x[:, 2] = make(x[:, 2])
+    dy = shard(x.shape, 2) + 0.5 * shard(x.shape, 1)
+    with torch.no_grad():
+        y = plain(x)
+    dy[y.abs() < 1e-5 * y.abs().amax((0, 2), keepdim=True)] = 0  # either side of the kink is right
+    found, expected = gradients(efficient, x, dy), gradients(plain, x, dy)
+    chosen = kept(efficient(x.requires_grad_()))
+    with together():
+        assert torch.equal(found[0], expected[0]) or case in ("infinity", "NaN", "NaN weight")
+        assert chosen == ([2] if is_kept else [])
+        others = [0, 1, 3, 4, 5]
+        assert error_by_channel(found[1][:, others], expected[1][:, others]) < 1e-6
+        for ours, theirs in zip(found[2:], expected[2:], strict=True):
+            assert error(ours[others], theirs[others]) < 1e-6
+        tolerance = 1e-6 if is_kept else 1e-5
+        sums = dy[:, 2].norm()  # the size of a sum over such values, which may cancel to nothing
+        for ours, theirs, scale in zip(found[1:], expected[1:], (0.0, sums, sums), strict=True):
+            ours, theirs = (v[:, 2] if v.ndim > 1 else v[2:3] for v in (ours, theirs))
+            close = (ours - theirs).abs() <= tolerance * theirs.abs().max().clamp_min(scale)
+            assert (close | (ours.isnan() & theirs.isnan()) | (ours == theirs)).all()
+
+
+def test_most_channels_kept_and_empty_ranks():
+    """If most channels cannot be undone, the input is kept. A rank without values decides alike."""
+    efficient, plain = layers(bias=[0.0, 9.0, 9.0, 9.0, 9.0, 0.0])
+    batch = 0 if WORLD.rank else 3
+    x, dy = shard((batch, 6, 50), 1), shard((batch, 6, 50), 2)
+    found = []
+    for bias in ([0.0, 9.0, 9.0, 9.0, 9.0, 0.0], [0.0, 9.0, 9.0, 0.0, 9.0, 0.0], [0.0] * 6):
+        with torch.no_grad():
+            efficient.bias.copy_(torch.tensor(bias))
+            plain.bias.copy_(torch.tensor(bias))
+        y = efficient(x.clone().requires_grad_())
+        found.append((kept(y), gradients(efficient, x, dy), gradients(plain, x, dy)))
+        del y
+    with together():
+        assert [each[0] for each in found] == [None, [1, 2, 4], []]
+        for _, ours, theirs in found:
+            assert ours[1].shape == x.shape
+            assert batch == 0 or error_by_channel(ours[1], theirs[1]) < 1e-5
+            assert all(torch.allclose(a, b, atol=1e-4) for a, b in zip(ours[2:], theirs[2:], strict=True))
+
+
+def saved_by(call) -> tuple[Tensor, dict[int, int]]:
+    """What ``call`` returns, and the bytes of each storage that autograd keeps for it. Collective."""
+    storages = {}
+
+    def pack(tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        storages[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        return call(), storages
+
+
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+@pytest.mark.parametrize("options", [{}, {"affine": False}, {"bias": False}], ids=str)
+def test_nothing_keeps_the_input(activation, options):
+    efficient, _ = layers(activation=activation, **options)
+    source = shard((local_batch(), 6, 20), 1).requires_grad_()
+    x = source * 2
+    storage, nbytes = weakref.ref(x.untyped_storage()), x.untyped_storage().nbytes()
+    data = x.data_ptr()
+    y, storages = saved_by(lambda: efficient(x))
+    gc.disable()  # it would free a cycle
+    x = None
+    gone = storage() is None
+    gc.enable()
+    y.sum().backward()
+    with together():
+        assert gone
+        assert data not in storages
+        assert storages[y.data_ptr()] == nbytes
+        assert sum(storages.values()) <= nbytes + 2 * 4 * 6
+
+
+def test_channels_that_are_kept_are_all_that_is_kept():
+    efficient, _ = layers(bias=[0.0, 50.0, 0.0, 0.0, 0.0, 50.0])
+    x = shard((local_batch(), 6, 20), 1).requires_grad_()
+    _, storages = saved_by(lambda: efficient(x))
+    assert sum(storages.values()) == 4 * x.numel() + 4 * 2 * len(x) * 20 + 2 * 4 * 6
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_half_precision_keeps_its_input(dtype):
+    efficient, plain = layers()
+    x, dy = shard((local_batch(), 6, 20), 1, 0.0, dtype), shard((local_batch(), 6, 20), 2, 0.0, dtype)
+    y = efficient(x.requires_grad_())
+    found, expected = gradients(efficient, x.detach(), dy), gradients(plain, x.detach(), dy)
+    with together():
+        assert kept(y) is None
+        assert all(map(torch.equal, found, expected))
+
+
+def test_a_write_into_the_output_is_noticed():
+    """Such as that of an in-place ReLU that follows. The error is torch's own."""
+    efficient, _ = layers()
+    y = efficient(shard((local_batch(), 6, 20), 1).requires_grad_())
+    written = F.relu(y, inplace=True)
+    problem = error_of(lambda: written.sum().backward(), RuntimeError)
+    with together():
+        assert "modified by an inplace operation" in str(problem)
+
+
+def test_a_write_into_the_input_is_harmless():
+    efficient, plain = layers()
+    x = shard((local_batch(), 6, 20), 1)
+    dy = shard(x.shape, 2)
+    source, expected = x.clone().requires_grad_(), gradients(plain, x, dy)[1]
+    before = source * 1
+    y = efficient(before)
+    with torch.no_grad():
+        before.zero_()
+    y.backward(dy)
+    assert error_by_channel(source.grad, expected) < 1e-6
+
+
+@pytest.mark.parametrize("batched", [False, True])
+def test_second_derivatives_are_refused_before_any_message(batched):
+    efficient, plain = layers(dtype=torch.float64)
+    efficient.layer_name = "net: bn"
+    x = shard((local_batch(), 6, 4), 1, 0.0, torch.float64).requires_grad_()
+    y = efficient(x)
+
+    def differentiate() -> object:
+        if batched:
+            return torch.func.vmap(lambda dy: torch.autograd.grad(y, x, dy))(torch.ones(2, *y.shape))
+        return torch.autograd.grad(y.sum(), x, create_graph=True)
+
+    problem = error_of(differentiate, MPISyncBNError)
+    plain(x)  # the ranks are still together
+    with together():
+        assert "'net: bn'" in str(problem)
+        assert "Set memory_efficient to False" in str(problem)
+
+
+@pytest.mark.parametrize("activation", ACTIVATIONS[:2])
+def test_forward_mode_and_functorch_keep_the_input(activation):
+    efficient, plain = layers(dtype=torch.float64, activation=activation, track_running_stats=False)
+    x, v = (shard((local_batch(), 6, 4), seed, 0.0, torch.float64) for seed in (1, 2))
+    found = []
+    for layer in (efficient, plain):
+        parameters = dict(layer.named_parameters())
+
+        def loss(parameters, x, layer=layer):
+            return torch.func.functional_call(layer, parameters, x).pow(2).mul(v).sum()
+
+        by_func = torch.func.grad(loss, argnums=(0, 1))(parameters, x)
+        with forward_ad.dual_level():
+            tangent = forward_ad.unpack_dual(layer(forward_ad.make_dual(x, v))).tangent
+        inputs = x.clone().requires_grad_()
+        with forward_ad.dual_level():  # reverse over forward
+            mixed = forward_ad.unpack_dual(layer(forward_ad.make_dual(inputs, v))).tangent
+        (over,) = torch.autograd.grad(mixed.pow(2).sum(), inputs)
+        found.append([*by_func[0].values(), by_func[1], tangent, over])
+    with together():
+        for ours, theirs in zip(*found, strict=True):
+            assert torch.allclose(ours, theirs, rtol=1e-12, atol=1e-12)
+
+
+@up_to_two
+@compiles
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::UserWarning:torch")
+def test_compiled():
+    """The compiler decides what a graph keeps."""
+    efficient, plain = layers(activation="leaky_relu")
+    x, dy = shard((local_batch(), 6, 20), 1), shard((local_batch(), 6, 20), 2)
+    compiled = torch.compile(efficient, fullgraph=True, backend="aot_eager")
+    found, expected = gradients(compiled, x, dy), gradients(plain, x, dy)
+    function = torch.compile(
+        lambda x: sync_batch_norm(x, None, None, memory_efficient=True), fullgraph=True, backend="aot_eager"
+    )
+    y, expected_y = function(x), sync_batch_norm(x, None, None)
+    with together():
+        assert all(torch.allclose(a, b, atol=1e-4) for a, b in zip(found, expected, strict=True))
+        assert torch.allclose(y, expected_y, atol=1e-6)
+
+
+@no_exchange
+@pytest.mark.parametrize("training", [True, False])
+def test_refusals(training):
+    x = torch.randn(3, 2, 4)
+    stats = torch.zeros(2), torch.ones(2)
+    refused = ["relu", "silu", "gelu", "elu", "hardswish", "leaky_relu(0.0)", "leaky_relu(-0.5)"]
+    for activation in refused:
+        given = {"activation": activation, "memory_efficient": True}
+        for call in (
+            partial(SyncBatchNorm, 2, **given),
+            partial(setattr, SyncBatchNorm(2, memory_efficient=True), "activation", activation),
+            partial(setattr, SyncBatchNorm(2, activation=activation), "memory_efficient", True),
+            partial(sync_batch_norm, x, *stats, training=training, **given),
+        ):
+            with pytest.raises(ValueError, match=rf"leaky_relu with a slope above 0.*got {activation[:4]}"):
+                call()
+    layer = SyncBatchNorm(2, memory_efficient=True).train(training)
+    layer.layer_name = "net: bn"
+    for call in (
+        lambda: layer(x, x),
+        lambda: sync_batch_norm(x, *stats, training=training, residual=x, memory_efficient=True),
+    ):
+        with pytest.raises(ValueError, match="expected no residual with memory_efficient, got one"):
+            call()
+    with pytest.raises(TypeError, match="expected memory_efficient to be True or False, got 1"):
+        layer.memory_efficient = 1
+    assert layer.num_batches_tracked == 0
+    layer.activation = "leaky_relu(0.2)"
+    assert layer.memory_efficient
+
+
+@pytest.mark.parametrize("frozen", [["x"], ["weight"], ["bias"], ["weight", "bias"], ["x", "bias"]], ids=str)
+def test_frozen_tensors(frozen):
+    found = []
+    for layer in layers(activation="leaky_relu", bias=[0.0, 50.0, 0.0, 1.0, 2.0, 0.5]):
+        x = shard((local_batch(), 6, 20), 1).requires_grad_()
+        tensors = {"x": x, "weight": layer.weight, "bias": layer.bias}
+        for name in frozen:
+            tensors[name].requires_grad_(False)
+        layer(x).backward(shard(x.shape, 2))
+        found.append([tensor.grad for tensor in tensors.values()])
+    with together():
+        for name, ours, theirs in zip(tensors, *found, strict=True):
+            assert (ours is None) == (theirs is None) == (name in frozen)
+            assert ours is None or error(ours, theirs) < 1e-6
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_checkpoint(reentrant):
+    efficient, plain = layers(activation="leaky_relu", bias=[0.0, 50.0, 0.0, 0.0, 0.0, 1.0])
+    x, dy = shard((local_batch(), 6, 20), 1), shard((local_batch(), 6, 20), 2)
+    expected = gradients(plain, x, dy)
+    x.requires_grad_()
+    checkpoint(efficient, x, use_reentrant=reentrant).backward(dy)
+    with together():
+        assert error_by_channel(x.grad, expected[1]) < 1e-6
+        assert torch.equal(efficient.running_mean, plain.running_mean)
+
+
+def test_saved_on_cpu_and_a_second_backward_pass():
+    """A hook may hand over a copy of the output."""
+    efficient, plain = layers(activation="leaky_relu")
+    x, dy = shard((local_batch(), 6, 20), 1), shard((local_batch(), 6, 20), 2)
+    expected = gradients(plain, x, dy)
+    x.requires_grad_()
+    with torch.autograd.graph.save_on_cpu():
+        y = efficient(x)
+    y.backward(dy, retain_graph=True)
+    y.backward(dy)
+    assert error_by_channel(x.grad, 2 * expected[1]) < 1e-6
+
+
+@no_exchange
+def test_state_of_a_layer():
+    layer = SyncBatchNorm(3, memory_efficient=True)
+    plain = SyncBatchNorm(3)
+    copied, loaded = copy.deepcopy(layer), pickle.loads(pickle.dumps(layer))
+    assert copied.memory_efficient
+    assert loaded.memory_efficient
+    assert "memory_efficient=True" in repr(layer)
+    assert "memory_efficient" not in repr(plain)
+    assert layer.state_dict().keys() == plain.state_dict().keys()
+    mpisyncbn.revert_sync_batchnorm(layer)
+    assert not hasattr(layer, "memory_efficient")
+
+
+@no_exchange
+def test_conversion_leaves_out_layers_that_refuse():
+    net = nn.Sequential(
+        nn.BatchNorm1d(3), nn.LeakyReLU(), nn.BatchNorm1d(3), nn.ReLU(), nn.BatchNorm1d(3), nn.Conv1d(3, 3, 1)
+    )
+    mpisyncbn.convert_sync_batchnorm(net, fuse_relu=True, memory_efficient=True)
+    assert [net[i].memory_efficient for i in (0, 2, 4)] == [True, False, True]
+    mpisyncbn.convert_sync_batchnorm(net)  # says nothing of it
+    assert net[0].memory_efficient
+    mpisyncbn.revert_sync_batchnorm(net)
+    assert not any("memory_efficient" in vars(layer) for layer in net)
+
+
+def test_evaluation_and_update_bn():
+    efficient, plain = layers(bias=[0.0, 50.0, 0.0, 0.0, 0.0, 1.0])
+    x, dy = shard((local_batch(), 6, 20), 1), shard((local_batch(), 6, 20), 2)
+    found = []
+    for layer in (efficient, plain):
+        mpisyncbn.update_bn([x, x * 2], layer)
+        layer.eval()
+        found.append([*gradients(layer, x, dy), layer.running_mean, layer.running_var])
+    with together():
+        assert all(map(torch.equal, *found))
