@@ -45,6 +45,7 @@ SECTIONS = {
     "resnet": "resnet",
     "compiled": "resnet",
     "relu": "layers",
+    "memory": "memory",
     "reductions": "reductions",
 }
 Results = dict[str, Any]

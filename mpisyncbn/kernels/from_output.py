@@ -73,6 +73,7 @@ def channels_to_keep(
         found_again = (
             (offset <= limits.bias * spread)
             & (largest <= limits.most)
+            & (size * invstd >= limits.least)
             & (invstd >= _SMALLEST_INVSTD)
             & (invstd <= _LARGEST_INVSTD)
         )

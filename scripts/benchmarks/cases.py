@@ -71,6 +71,12 @@ PEERS = [
     Case("tiny", (2, 64, 8, 8), "float32", "channels_last"),
 ]
 RELU = [("ResNet-50", (8, 64, 112, 112), True), ("ResNet-50", (8, 512, 28, 28), False)]
+# The levels of a 3-D U-Net for patches of 64 x 64 x 64.
+MEMORY = [
+    ("3-D U-Net", (1, 32, 64, 64, 64), True),
+    ("3-D U-Net", (1, 64, 32, 32, 32), True),
+    ("3-D U-Net", (1, 128, 16, 16, 16), False),
+]
 CHANNELS = (1, 16, 64, 128, 256, 512, 1024, 2048)
 QUICK_CHANNELS = (64, 128, 512, 2048)
 

@@ -24,7 +24,7 @@ TENSORS = 8
 
 def layer(quick: bool) -> Iterator[dict[str, Any]]:
     for case in cases(LAYERS, quick):
-        yield _measure(case, _local_and_ours(case), seconds=0.4 if quick else 2.5, with_copy=True)
+        yield measured(case, _local_and_ours(case), seconds=0.4 if quick else 2.5, with_copy=True)
 
 
 def threads(quick: bool) -> Iterator[dict[str, Any]]:
@@ -35,7 +35,7 @@ def threads(quick: bool) -> Iterator[dict[str, Any]]:
 
 def tiny(quick: bool) -> Iterator[dict[str, Any]]:
     for case in cases(TINY, quick):
-        yield _measure(case, _local_and_ours(case), seconds=0.4 if quick else 2.5)
+        yield measured(case, _local_and_ours(case), seconds=0.4 if quick else 2.5)
 
 
 def peers(quick: bool) -> Iterator[dict[str, Any]]:
@@ -56,7 +56,7 @@ def peers(quick: bool) -> Iterator[dict[str, Any]]:
                 left_out = {"compiled": reason} if fast is None else {}
                 if fast is not None:
                     layers["compiled"] = fast
-            yield {**_measure(case, layers, seconds=0.5 if quick else 2.0), "left out": left_out}
+            yield {**measured(case, layers, seconds=0.5 if quick else 2.0), "left out": left_out}
 
 
 def relu(quick: bool) -> Iterator[dict[str, Any]]:
@@ -68,7 +68,7 @@ def relu(quick: bool) -> Iterator[dict[str, Any]]:
             "ours, then relu": nn.Sequential(mpisyncbn.SyncBatchNorm(channels), nn.ReLU()),
             "local, then relu": nn.Sequential(LOCAL[len(case.shape)](channels), nn.ReLU()),
         }
-        yield _measure(case, layers, seconds=0.4 if quick else 2.5)
+        yield measured(case, layers, seconds=0.4 if quick else 2.5)
 
 
 def data(case: Case) -> tuple[Tensor, Tensor]:
@@ -90,7 +90,7 @@ def _local_and_ours(case: Case) -> dict[str, nn.Module]:
     return {"local": LOCAL[len(case.shape)](channels), "ours": mpisyncbn.SyncBatchNorm(channels)}
 
 
-def _measure(
+def measured(
     case: Case, layers: dict[str, nn.Module], seconds: float, with_copy: bool = False
 ) -> dict[str, Any]:
     x, dy = data(case)

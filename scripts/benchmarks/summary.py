@@ -61,6 +61,7 @@ def summarize(sections: dict[str, list[Row]]) -> list[Line]:
         "resnet": _resnet,
         "compiled": _compiled,
         "relu": _relu,
+        "memory": _memory,
         "reductions": _reductions,
         "scaling": _scaling,
     }
@@ -196,6 +197,20 @@ def _relu(rows: list[Row]) -> list[Line]:
     ]
 
 
+def _memory(rows: list[Row]) -> list[Line]:
+    bars = {"torch": 0.34, "torch, in-place": 0.5, "plain": 0.5}
+    lines = [
+        Line(
+            f"memory-efficient layer's bytes over those of {peer}, worst",
+            over(max, (dict.fromkeys(STATISTICS, row["kept"]["ours"] / row["kept"][peer]) for row in rows)),
+            bar,
+        )
+        for peer, bar in bars.items()
+    ]
+    times = over(geometric_mean, (row["ours to"]["plain"] for row in rows))
+    return [*lines, Line("memory-efficient layer's time over the plain one's, geometric mean", times, 1.1)]
+
+
 def _reductions(rows: list[Row]) -> list[Line]:
     """Times slower than ours: small messages, up to 100 KB; and a step of 100 MB of gradients."""
     lines = []
@@ -236,6 +251,7 @@ def row_text(section: str, row: Row) -> str:
                 more = row[key][name]
                 text += f", {label} {_digits(more['median'])} ({_digits(more['minimum'])})"
         parts.append(text)
+    parts += [f"{name} keeps {kept:,} bytes" for name, kept in row.get("kept", {}).items()]
     for name, sent in row.get("bytes sent", {}).items():
         parts.append(f"{name} sent {sent['mean']:,.0f} bytes a rank, at most {sent['largest']:,}")
     parts += [f"{name} left out: {why}" for name, why in row.get("left out", {}).items()]

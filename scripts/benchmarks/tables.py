@@ -76,6 +76,20 @@ def _peers(rows: list[Row]) -> str:
     return _table(("peer", "shape per rank", "dtype, format", "ours / peer"), lines)
 
 
+def _memory(rows: list[Row]) -> str:
+    peers = list(rows[0]["kept"])
+    lines = (
+        [
+            *_case(row),
+            *(f"{row['kept'][peer] / 1e6:,.2f} MB" for peer in peers),
+            *(_plain(row["ours to"][peer]) for peer in peers if peer != "ours"),
+        ]
+        for row in rows
+    )
+    times = (f"time: ours / {peer}" for peer in peers if peer != "ours")
+    return _table(("shape per rank", "dtype, format", *peers, *times), lines)
+
+
 def _reductions(rows: list[Row]) -> str:
     names = list(rows[0]["us"])[:2]
     lines = (
@@ -97,6 +111,7 @@ _TABLES: tuple[tuple[str, Callable[[list[Row]], str], tuple[str, ...]], ...] = (
     ("The kernels", _kernels, ("kernels",)),
     ("The exchange", _exchange, ("exchange",)),
     ("Slow peers, the compiler, a whole step, and ReLU", _peers, ("peers", "resnet", "compiled", "relu")),
+    ("Memory kept by Conv-BN-LeakyReLU", _memory, ("memory",)),
     ("Reductions beside gloo", _reductions, ("reductions",)),
 )
 

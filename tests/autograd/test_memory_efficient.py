@@ -144,6 +144,7 @@ CASES = {
     "variance below eps and a bias": (lambda v: v * 1e-5, 1.0, 0.5, 1e-5, True),
     "tiny x without eps": (lambda v: v * 1e-25, 1.0, 0.5, 0.0, False),
     "huge x": (lambda v: v * 1e25, 1.0, 0.5, 1e-5, False),
+    "weight * invstd 1e-39": (lambda v: v * 1e8, 1e-31, 0.0, 1e-5, True),
     "constant": (lambda v: v * 0 + 3, 1.0, 0.0, 1e-5, True),
     "constant without eps": (lambda v: v * 0 + 3, 1.0, 0.0, 0.0, True),
     "infinity": (lambda v: v.index_fill(-1, torch.tensor(1), math.inf), 1.0, 0.0, 1e-5, True),

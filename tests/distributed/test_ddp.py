@@ -26,7 +26,7 @@ pytestmark = [
 ]
 
 
-def network(synchronized: bool = True) -> nn.Module:
+def network(synchronized: bool = True, **options: bool) -> nn.Module:
     torch.manual_seed(0)
     net = nn.Sequential(
         nn.Conv2d(2, 6, 3, bias=False),
@@ -37,7 +37,7 @@ def network(synchronized: bool = True) -> nn.Module:
         nn.Flatten(),
         nn.Linear(8 * 16, 5),
     ).double()
-    return mpisyncbn.convert_sync_batchnorm(net) if synchronized else net
+    return mpisyncbn.convert_sync_batchnorm(net, **options) if synchronized else net
 
 
 def batches(rank: int, step: int, samples: int | None = None) -> tuple[Tensor, Tensor]:
@@ -133,9 +133,17 @@ def test_compressed_gradients(hook: str) -> None:
             assert 0 < largest_difference(net, in_one_process()) < 0.1
 
 
+def test_memory_efficient_layers() -> None:
+    net = network(memory_efficient=True)
+    train(DistributedDataParallel(net))
+    with together():
+        assert largest_difference(net, in_one_process()) < 1e-9
+
+
 @newer_than_2_6("has no streams of a CPU, which fully_shard asks for")
-def test_sharded() -> None:
-    net = network()
+@pytest.mark.parametrize("memory_efficient", [False, True])
+def test_sharded(memory_efficient: bool) -> None:
+    net = network(memory_efficient=memory_efficient)
     train(fully_shard(net))
     whole = [parameter.full_tensor() for parameter in net.parameters()]
 

@@ -18,6 +18,7 @@ from benchmarks import (
     cases,
     exchanges,
     layers,
+    memory,
     model,
     native,
     peers,
@@ -210,6 +211,9 @@ EXCHANGES = [
 ]
 
 
+KEPT = {"torch": 300, "torch, in-place": 200, "plain": 200, "ours": 100}
+
+
 @pytest.mark.parametrize(
     ("section", "rows", "medians", "met"),
     [
@@ -219,6 +223,7 @@ EXCHANGES = [
         # at least, not at most; and times slower is the inverse of the ratio in the rows
         ("peers", [row(0.125, "naive over gloo")], [8.0, 8.0], [True, True, None, None]),
         ("relu", [row(0.5, "ours, then relu")], [0.5, 0.5], [True, True]),
+        ("memory", [row(1.2, "plain", kept=KEPT)], [1 / 3, 0.5, 0.5, 1.2], [True, True, True, False]),
         ("reductions", [row(0.5, "gloo", family="all_reduce", bytes=4000)], [2.0], [False]),
     ],
 )
@@ -229,6 +234,19 @@ def test_summary(
     lines = summary.summarize({section: rows})
     assert [line.value["median"] for line in lines if line.value] == pytest.approx(medians)
     assert [line.met for line in lines] == met
+
+
+def test_bytes_kept() -> None:
+    """Torch's layer keeps what the convolution, the norm and the activation gave; ours the last alone."""
+    case = cases.Case("test", (2, 3, 4, 5, 6), "float32", "contiguous")
+    kept = {name: memory.bytes_kept(norm, case) for name, norm in memory.norms(3).items()}
+    statistics = 4 * 4 * 3  # of torch's layer: mean and invstd, and the running ones
+
+    with together():
+        assert kept["ours"] == case.bytes
+        assert kept["plain"] == 2 * case.bytes
+        assert 2 * case.bytes < kept["torch, in-place"] <= 2 * case.bytes + statistics
+        assert 3 * case.bytes < kept["torch"] <= 3 * case.bytes + statistics
 
 
 def test_summary_in_words() -> None:
