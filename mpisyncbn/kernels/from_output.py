@@ -36,8 +36,8 @@ class _Limits(NamedTuple):
     bias: float  # the largest bias, in standard deviations of z
 
 
-# Half precision is not among them: gradients would have up to eight times the error that rounding
-# leaves the plain layer's. A float64 y stays far from the ends of the range, because no wider type
+# Half precision is not among them: gradients had up to nine times the error that rounding leaves the
+# plain layer's. A float64 y stays far from the ends of the range, because no wider type
 # helps out there.
 _LIMITS = {
     "float64": _Limits(2.0**-53, 2.0**-400, 2.0**400, 8.0),
