@@ -146,9 +146,8 @@ def batch_norm(
 
     Returns ``y``, the statistics of the batch on the host, and the same on the device of ``x``. If
     a checkpoint repeats the call, their count is 0, so that the batch is not recorded twice.
-    ``layer`` is a name, or a key for ``Communicator.name_of``. What ``memory_efficient`` refuses has
-    been refused by the caller. Collective, forward and backward:
-    every rank of the group must call.
+    ``layer`` is a name, or a key for ``Communicator.name_of``. The caller has refused what
+    ``memory_efficient`` refuses. Collective, forward and backward: every rank of the group must call.
     """
     if not torch_versions.COMPILES and torch.compiler.is_compiling():
         torch_versions.refuse_to_compile()

@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.autograd import forward_ad
 
 from .. import exchange, functional
+from ..comm import transport
 from ..errors import MPISyncBNError, on_rank
 from ..kernels import NO_ACTIVATION, ActivationContext, Array, BackwardKernels, generic, kernels_for
 from ..kernels.from_output import DTYPES, FromOutput, channels_to_keep
@@ -39,7 +40,7 @@ def apply(
     transforms = torch._C._are_functorch_transforms_active()
     function = _Transformable if transforms else _SyncBatchNorm
     if layer.keeps_output:  # a device would have to be waited for; other derivatives need the input
-        here = x.is_cpu and _name(x.dtype) in DTYPES
+        here = torch.is_grad_enabled() and transport.on_host(x) and _name(x.dtype) in DTYPES
         layer.keeps_output = here and not transforms and not _has_tangent(x, weight, bias)
     return function.apply(x, weight, bias, residual, layer)
 

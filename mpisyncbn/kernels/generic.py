@@ -73,10 +73,8 @@ def backward_elementwise(
     mean_dy_xmu: Array,
     context: ActivationContext | None = None,
 ) -> Array:
-    if context is not None and context.undone:
-        xhat = _center(_undone(x, context.activation), mean) * _channels(invstd, x)
-    else:
-        xhat = _center(x, mean) * _channels(invstd, x)
+    found = _undone(x, context.activation) if context is not None and context.undone else x
+    xhat = _center(found, mean) * _channels(invstd, x)
     dx = _center(dz, mean_dy) - xhat * _channels(invstd * mean_dy_xmu, x)
     if weight is not None:
         dx = dx * _channels(weight, x)

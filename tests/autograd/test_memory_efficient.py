@@ -325,6 +325,20 @@ def test_forward_mode_and_functorch_keep_the_input(activation):
             assert torch.allclose(ours, theirs, rtol=1e-12, atol=1e-12)
 
 
+def test_the_function():
+    weight, x = torch.tensor([1.0, -2.0, 1e-6]), shard((local_batch(), 3, 20), 1)
+    found = []
+    for memory_efficient in (True, False):
+        source = x.clone().requires_grad_()
+        options = {"activation": "leaky_relu(0.2)", "memory_efficient": memory_efficient}
+        y = sync_batch_norm(source, None, None, weight, weight, **options)
+        y.backward(shard(x.shape, 2))
+        found.append((kept(y), source.grad))
+    with together():
+        assert [each[0] for each in found] == [[], None]
+        assert error_by_channel(found[0][1], found[1][1]) < 1e-6
+
+
 @up_to_two
 @compiles
 @pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::UserWarning:torch")

@@ -136,6 +136,19 @@ def test_empty_batches(kernels, group):
         assert int(layer.num_batches_tracked) == before[1] == 1
 
 
+@pytest.mark.parametrize("kernels", KERNELS[2:], indirect=True)
+def test_a_memory_efficient_layer_keeps_its_input(kernels):
+    """To decide whether the output tells it, the host would have to wait for the device."""
+    layer = mpisyncbn.SyncBatchNorm(3, device=DEVICE, memory_efficient=True)
+    x = there(shard((local_batch(), 3, 4, 5), 1)).requires_grad_()
+    y = layer(x)
+    (gradient,) = torch.autograd.grad(y.pow(3).sum(), x, create_graph=True)
+    (second,) = torch.autograd.grad(gradient.pow(2).sum(), x)
+    with together():
+        assert y.grad_fn.kept_channels is None
+        assert second.isfinite().all()
+
+
 @pytest.mark.parametrize("kernels", KERNELS, indirect=True)
 def test_fused(kernels):
     layer = mpisyncbn.SyncBatchNorm(3, device=DEVICE, activation="relu")

@@ -113,3 +113,7 @@ def test_channels_to_keep():
     not_finite = np.array([np.nan, np.inf, 0.0, 1.0])
     assert channels_to_keep("float32", not_finite, ones, 9, None, None, leaky).tolist() == [0, 1, 2]
     assert channels_to_keep("float32", ones, not_finite, 9, None, None, leaky).tolist() == [0, 1, 2]
+    far = np.array([1e-70, 1e-50, 1e50, 1e70])  # products of sums and invstd stay within float64
+    assert channels_to_keep("float64", far**-2, far, 9, None, None, leaky).tolist() == [0, 3]
+    large = torch.tensor([1e100, 1e119, 1e121, 1e200], dtype=torch.float64)
+    assert channels_to_keep("float64", ones, ones, 9, large, None, leaky).tolist() == [2, 3]
