@@ -45,36 +45,43 @@ INLINE vec<T> activation_gradient(HOW how, vec<T> dy, vec<T> z) {
     return dy;
 }
 
-// The input of a leaky ReLU from its output.
-template <class T, class HOW>
-INLINE vec<T> undo(HOW how, vec<T> y) {
-    return y > 0 ? y : y * broadcast<T>(1 / how.parameter);
-}
-
 // How a loop treats the activation, as constants for the compiler. `source` says where the
 // activation's input comes from.
 template <Kind KIND, Source SOURCE>
 struct Fixed {
     static constexpr Kind kind = KIND;
     static constexpr Source source = SOURCE;
+    static constexpr bool undone = false;
     static constexpr double parameter = 0;
 };
 
 // The same as numbers, for what is not worth code of its own.
 struct Chosen {
+    static constexpr bool undone = false;
     Kind kind;
     Source source;
     double parameter;
 };
 
-// Calls `call` with a Fixed, whose source is x or OTHER, or with a Chosen. Any kind but none may have
-// the source undone.
+// For a leaky ReLU whose output is in place of x.
+struct Undone {
+    static constexpr Kind kind = Kind::leaky_relu;
+    static constexpr Source source = Source::undone;
+    static constexpr bool undone = true;
+    double parameter;
+};
+
+// Calls `call` with a Fixed, whose source is x or OTHER, or with a Chosen, or, unless OTHER is
+// residual, with an Undone.
 template <Source OTHER, class F>
 INLINE void by_case(Activation activation, Source source, F call) {
     if (activation.kind == Kind::relu && source == OTHER) return call(Fixed<Kind::relu, OTHER>{});
     if (activation.kind == Kind::relu && source == Source::x) return call(Fixed<Kind::relu, Source::x>{});
     if (activation.kind == Kind::none && source == Source::x) return call(Fixed<Kind::none, Source::x>{});
-    if constexpr (OTHER == Source::residual)
+    if constexpr (OTHER == Source::residual) {
         if (activation.kind == Kind::none) return call(Fixed<Kind::none, OTHER>{});
+    } else if (source == Source::undone) {
+        return call(Undone{activation.parameter});
+    }
     call(Chosen{activation.kind, source, activation.parameter});
 }

@@ -17,10 +17,13 @@ struct Moments {  // MEAN is an origin near the mean, so that the squares keep t
     }
 };
 
-// What takes the place of x: with the source undone, `x` is the activation's output.
+// What the kernels take for x: if `x` is the output of a leaky ReLU, the input of that.
 template <class T, class HOW>
 INLINE vec<T> input_of(HOW how, vec<T> x) {
-    return how.source == Source::undone ? undo<T>(how, x) : x;
+    if constexpr (HOW::undone)
+        return x > 0 ? x : x * broadcast<T>(1 / how.parameter);
+    else
+        return x;
 }
 
 // With a residual or the output beside x, stores the gradient of the activation's input.
@@ -32,16 +35,15 @@ struct Reduce {
     INLINE_MEMBER void operator()(Pointers<T> pointers, long i, K coefficient, A access, vec<T> &a,
                                   vec<T> &b) const {
         const vec<T> x = access.get(pointers.x + i), xm = input_of<T>(how, x) - coefficient(MEAN);
-        const bool beside_x = how.source == Source::residual || how.source == Source::output;
         a = access.get(pointers.dy + i);
-        if (how.kind != Kind::none) {
-            vec<T> z = beside_x ? access.get(pointers.extra + i) : vec<T>{};
-            if (how.source == Source::undone) z = x;
-            if (how.source == Source::x || how.source == Source::residual)
-                z += xm * coefficient(SCALE) + coefficient(SHIFT);
+        if constexpr (HOW::undone) {
+            a = activation_gradient<T>(how, a, x);
+        } else if (how.kind != Kind::none) {
+            vec<T> z = how.source == Source::x ? vec<T>{} : access.get(pointers.extra + i);
+            if (how.source != Source::output) z += xm * coefficient(SCALE) + coefficient(SHIFT);
             a = activation_gradient<T>(how, a, z);
         }
-        if (beside_x) access.template put<false>(pointers.out + i, a);
+        if (!HOW::undone && how.source != Source::x) access.template put<false>(pointers.out + i, a);
         b = a * xm;
     }
 };
@@ -69,7 +71,7 @@ struct Elementwise {
         vec<T> dy = access.get(pointers.dy + i);
         if (how.kind != Kind::none)
             dy = activation_gradient<T>(
-                how, dy, how.source == Source::undone ? x : xm * coefficient(SCALE) + coefficient(SHIFT));
+                how, dy, HOW::undone ? x : xm * coefficient(SCALE) + coefficient(SHIFT));
         access.template put<STREAM>(
             pointers.out + i, dy * coefficient(SCALE) + (xm * coefficient(SLOPE) + coefficient(INTERCEPT)));
     }
