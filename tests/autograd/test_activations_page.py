@@ -12,9 +12,10 @@ import torch
 import torch.autograd.forward_ad as forward_ad
 from torch import Tensor
 
-from mpisyncbn import SyncBatchNorm, sync_batch_norm
+from mpisyncbn import MPISyncBNError, SyncBatchNorm, sync_batch_norm, torch_versions
 from mpisyncbn.activations import activation_of
 from mpisyncbn.kernels import ActivationContext, aten, generic
+from mpisyncbn.kernels.activation import UndoneContext
 from support.activations import ACTIVATIONS, TORCHS, far_from_kinks
 from support.dlpack import LikeCuPy, dlpack_kernels
 from support.jobs import ROOT
@@ -38,16 +39,17 @@ def table(heading: str) -> dict[str | None, dict[str, str]]:
 
 
 KEPT, WORKS, KERNELS = table("What a layer keeps"), table("What works"), table("On which kernels")
-LATER = ("mask", "memory_efficient")  # masks, memory_efficient: rows and columns without a test
+LATER = ("mask",)  # masks: rows and columns without a test
+NO_ACTIVATIONS = ("mask", "memory_efficient")
 
 
 def cells(rows: dict[str | None, dict[str, str]], *columns: str) -> list[Any]:
     return [
         pytest.param(name, column, rows[name][column], id=f"{name}-{column}")
         for name in rows
-        if name not in LATER
+        if name not in NO_ACTIVATIONS
         for column in columns or rows[name]
-        if column not in LATER
+        if column not in NO_ACTIVATIONS
     ]
 
 
@@ -67,23 +69,30 @@ def layer_of(activation: str | None, dtype: torch.dtype | None = None) -> SyncBa
 def test_the_tables_have_a_row_for_each_activation():
     kinds = {activation_of(each).kind for each in (None, *ACTIVATIONS)}
     for rows in (KEPT, WORKS, {None: {}, **KERNELS}):
-        assert {activation_of(each).kind for each in rows if each not in LATER} == kinds
-        assert set(LATER) <= set(rows)
+        assert {activation_of(each).kind for each in rows if each not in NO_ACTIVATIONS} == kinds
+        assert set(NO_ACTIVATIONS) <= set(rows)
+
+
+def kept_by(layer: SyncBatchNorm, x: Tensor, residual: Tensor | None = None) -> str:
+    """The names of the tensors of the input's size that autograd keeps."""
+    kept: list[Tensor] = []
+    with torch.autograd.graph.saved_tensors_hooks(
+        lambda tensor: (kept.append(tensor.detach()), tensor.detach())[1], lambda t: t
+    ):
+        y = layer(x, residual)
+    names = {x.data_ptr(): "x", y.data_ptr(): "y"}
+    if residual is not None:
+        names[residual.data_ptr()] = "residual"
+    large = [each for each in kept if each.data_ptr() not in (layer.weight.data_ptr(), layer.bias.data_ptr())]
+    assert {each.nbytes for each in large} == {x.nbytes}
+    return ", ".join(names[each.data_ptr()] for each in large)
 
 
 @pytest.mark.parametrize(("activation", "column", "cell"), cells(KEPT, "kept", "kept with a residual"))
 def test_what_is_kept(activation, column, cell):
     layer, (x, residual, *_) = layer_of(activation, torch.float64), tensors()
     x.requires_grad_(), residual.requires_grad_()
-    kept = []
-    with torch.autograd.graph.saved_tensors_hooks(
-        lambda tensor: (kept.append(tensor), tensor)[1], lambda t: t
-    ):
-        y = layer(x, residual if "residual" in column else None)
-    names = {x.data_ptr(): "x", residual.data_ptr(): "residual", y.data_ptr(): "y"}
-    large = [each for each in kept if each.data_ptr() not in (layer.weight.data_ptr(), layer.bias.data_ptr())]
-    assert ", ".join(names[each.data_ptr()] for each in large) == cell
-    assert {each.nbytes for each in large} == {x.nbytes}
+    assert kept_by(layer, x, residual if "residual" in column else None) == cell
 
 
 @needs_native
@@ -178,9 +187,98 @@ def test_what_is_compiled(activation, column, cell):
         assert distance(found, expected) < 1e-10
 
 
+def memory_efficient_layer(dtype: torch.dtype = torch.float64) -> SyncBatchNorm:
+    layer = layer_of("leaky_relu", dtype)
+    layer.memory_efficient = True
+    return layer
+
+
+@pytest.mark.parametrize("activation", [name for name in WORKS if name not in NO_ACTIVATIONS])
+def test_what_may_be_memory_efficient(activation):
+    cell, layer, (x, *_) = WORKS[activation]["memory_efficient"], layer_of(activation), tensors(torch.float32)
+    if cell == "no":
+        with pytest.raises(ValueError, match="memory_efficient"):
+            layer.memory_efficient = True
+    else:
+        layer.memory_efficient = True
+        assert (kept_by(layer, x.requires_grad_()), cell) == ("y", "yes")
+
+
+def test_what_memory_efficient_keeps():
+    row, layer, (x, residual, *_) = KEPT["memory_efficient"], memory_efficient_layer(), tensors()
+    assert kept_by(layer, x.requires_grad_()) == row["kept"]
+    with pytest.raises(ValueError, match="no residual"):
+        layer(x, residual)
+    assert row["kept with a residual"] == row["computed again with a residual"] == "refused"
+
+
+@needs_native
+def test_what_memory_efficient_computes_again():
+    """Neither pass needs the activation's bias: the output tells its input."""
+    y, _, dy, _ = tensors()
+    vectors, weight, bias = (np.zeros(3), np.ones(3)), torch.ones(3).double(), torch.zeros(3).double()
+    function = activation_of("leaky_relu")
+    contexts = [UndoneContext(function, weight, each) for each in (bias, bias + 99)]
+    sums = [cpu.backward_reduce(dy, y, *vectors, context) for context in contexts]
+    dxs = [cpu.backward_elementwise(dy, y, *vectors, weight, *vectors, context) for context in contexts]
+    assert np.array_equal(sums[0][:2], sums[1][:2])
+    assert torch.equal(*dxs)
+    assert KEPT["memory_efficient"]["computed again"] == "from y"
+
+
+@pytest.mark.parametrize("column", [*TRIED, "torch.compile"])
+@pytest.mark.usefixtures("fresh_compiler")
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::UserWarning:torch")
+def test_what_works_with_memory_efficient(column):
+    cell, (x, residual, dy, direction) = WORKS["memory_efficient"][column], tensors()
+    layer = memory_efficient_layer()
+    x.requires_grad_()
+    if column == "residual":
+        with pytest.raises(ValueError, match="no residual"):
+            layer(x, residual)
+        found = "no"
+    elif column == "second derivatives":
+        with pytest.raises(MPISyncBNError, match="memory_efficient"):
+            torch.autograd.grad(layer(x), x, dy, create_graph=True)
+        found = "no"
+    elif column == "forward mode":
+        with forward_ad.dual_level():
+            y = layer(forward_ad.make_dual(x, direction))
+        found = "keeps x" if y.grad_fn.kept_channels is None else "keeps y"
+    elif column == "torch.compile":
+        if not torch_versions.COMPILES:
+            pytest.skip("this torch cannot compile it")
+        found = "keeps " + kept_by_graph(torch.compile(layer, fullgraph=True, backend="aot_eager"), x)
+    else:
+        halves = (torch.float16, torch.bfloat16)
+        each = [
+            kept_by(memory_efficient_layer(torch.float32), x.detach().to(h).requires_grad_()) for h in halves
+        ]
+        assert each[0] == each[1]
+        found = f"keeps {each[0]}"
+    assert found == cell
+
+
+def kept_by_graph(compiled: Any, x: Tensor) -> str:
+    """x if a compiled graph keeps it, and y if that."""
+    kept: list[int] = []
+    with torch.autograd.graph.saved_tensors_hooks(
+        lambda tensor: (kept.append(tensor.data_ptr()), tensor.detach())[1], lambda t: t
+    ):
+        y = compiled(x)
+    return ", ".join(name for name, tensor in (("x", x), ("y", y)) if tensor.data_ptr() in kept)
+
+
+def test_on_which_kernels_memory_efficient_works():
+    """tests/kernels/test_from_output.py has the first three, and test_cuda.py that others keep x."""
+    row = KERNELS["memory_efficient"]
+    assert {module for module in row if row[module] == "torch"} == {"cpu", "aten", "generic"}
+    assert {module for module in row if row[module] == "keeps x"} == {"cuda", "aten_cuda", "dlpack"}
+
+
 def test_columns_that_no_test_reads():
-    """masks, memory_efficient: to be tried like the others."""
-    assert set(WORKS[None]) == {*TRIED, "torch.compile", *LATER}
+    """masks: to be tried like the others."""
+    assert set(WORKS[None]) == {*TRIED, "torch.compile", *NO_ACTIVATIONS}
     assert set(KEPT[None]) == {
         "kept",
         "kept with a residual",
@@ -199,7 +297,7 @@ MODULES = {each.id: each for each in EVERY}
             name, row[module], *MODULES[module].values, id=f"{name}-{module}", marks=MODULES[module].marks
         )
         for name, row in KERNELS.items()
-        if name not in LATER
+        if name not in NO_ACTIVATIONS
         for module in row
         if module != "dlpack"
     ],

@@ -456,6 +456,19 @@ def test_conversion_leaves_out_layers_that_refuse():
     assert not any("memory_efficient" in vars(layer) for layer in net)
 
 
+def test_a_fused_leaky_relu_in_place():
+    """As in nnU-Net. Of two tensors of the convolution's output, one is kept."""
+    net = nn.Sequential(nn.Conv1d(2, 3, 1), nn.BatchNorm1d(3), nn.LeakyReLU(inplace=True), nn.Conv1d(3, 1, 1))
+    plain = mpisyncbn.convert_sync_batchnorm(copy.deepcopy(net))
+    mpisyncbn.convert_sync_batchnorm(net, fuse_activation=True, memory_efficient=True)
+    x = shard((local_batch(), 2, 40), 1)
+    y, storages = saved_by(lambda: net(x))
+    found = [gradients(each, x, y.detach())[1:] for each in (net, plain)]
+    with together():
+        assert sum(nbytes == 4 * len(x) * 3 * 40 for nbytes in storages.values()) == 1
+        assert all(torch.allclose(a, b, atol=1e-5) for a, b in zip(*found, strict=True))
+
+
 def test_evaluation_and_update_bn():
     efficient, plain = layers(bias=[0.0, 50.0, 0.0, 0.0, 0.0, 1.0])
     x, dy = shard((local_batch(), 6, 20), 1), shard((local_batch(), 6, 20), 2)
