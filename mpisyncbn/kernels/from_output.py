@@ -37,8 +37,7 @@ class _Limits(NamedTuple):
 
 
 # Half precision is not among them: gradients had up to nine times the error that rounding leaves the
-# plain layer's. A float64 y stays far from the ends of the range, because no wider type
-# helps out there.
+# plain layer's. A float64 y stays far from the ends of the range: no wider type helps out there.
 _LIMITS = {
     "float64": _Limits(2.0**-53, 2.0**-400, 2.0**400, 8.0),
     "float32": _Limits(2.0**-24, 2.0**-126, 2.0**126, 8.0),
@@ -95,7 +94,7 @@ class FromOutput:
         chosen: np.ndarray,
         kept: Tensor | None,
     ) -> None:
-        self.kernels, self.weight, self.chosen, self.kept = kernels, weight, chosen, kept
+        self.kernels, self.chosen, self.kept = kernels, chosen, kept
         self.divisor = 1.0 if weight is None else _numpy(weight)
         self.bias = None if bias is None else _numpy(bias)
         self.dz_kept: Tensor | None = None
