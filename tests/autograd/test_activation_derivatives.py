@@ -37,6 +37,24 @@ def test_gradcheck_and_gradgradcheck_over_ranks(activation, with_residual):
 
 @with_and_without_residual
 @every_activation
+def test_gradients_at_the_kinks(activation, with_residual):
+    """Weights of 0, as some networks start with, put every value there: the side is the one torch takes."""
+    places = torch.tensor([-3.0, 0.0, 3.0])
+    layer = SyncBatchNorm(3, activation=activation)
+    with torch.no_grad():
+        layer.weight.zero_()
+        layer.bias.copy_(places)
+    x = shard((local_batch(), 3, 4), 1).requires_grad_()
+    layer(x, torch.zeros_like(x) if with_residual else None).sum().backward()
+    z = places.clone().requires_grad_()
+    TORCHS[activation](z).sum().backward()
+    slopes = torch.tensor([0.0, 0.5, 1.0]) if activation == "hardswish" else z.grad  # older torch: 1.5 at 3
+    with together():
+        assert torch.allclose(layer.bias.grad, slopes * (x.numel() / 3), rtol=1e-5, atol=1e-5)
+
+
+@with_and_without_residual
+@every_activation
 def test_forward_mode_and_torch_func(activation, with_residual):
     """As torch has them of the composition, whose other part test_autograd.py has."""
     x, residual, t, u = (shard((local_batch(), 3, 4), seed, dtype=torch.float64) for seed in range(4))

@@ -159,6 +159,7 @@ def blocks(name: str) -> list[str]:
     "name",
     [
         "README.md",
+        "docs/activations.md",
         "docs/algorithm.md",
         pytest.param("docs/compile.md", marks=pytest.mark.filterwarnings("ignore")),  # of torch's tools
         "docs/distributed.md",
