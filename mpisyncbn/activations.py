@@ -86,9 +86,11 @@ def _text_of(activation: Activation) -> str:
 
 
 def _of_text(text: str) -> Activation | None:
+    if text in _BY_NAME:
+        return _BY_NAME[text]
     name, _, number = text.partition("(")
-    if text in _BY_NAME or name not in _PARAMETERS or not number.endswith(")"):
-        return _BY_NAME.get(text)
+    if name not in _PARAMETERS or not number.endswith(")"):
+        return None
     return _with_parameter(name, number[:-1])
 
 

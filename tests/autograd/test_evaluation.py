@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 import mpisyncbn
+from support.activations import TORCHS
 from support.oracle import distance, local_batch, shard
 
 
@@ -18,7 +19,7 @@ def evaluated(layer, x, residual=None):
     vectors = [None if v is None else v.detach().double().clone() for v in layer_vectors(layer)]
     y = nn.functional.batch_norm(x, *vectors)
     y = y if residual is None else y + residual.double()
-    return torch.autograd.grad((y.relu() if layer.activation else y).pow(3).sum(), x)[0]
+    return torch.autograd.grad(TORCHS[layer.activation](y).pow(3).sum(), x)[0]
 
 
 def layer_vectors(layer):
@@ -38,6 +39,7 @@ def by_function(layer, x, residual=None):
         {"momentum": None},
         {"affine": False},
         {"activation": "relu", "residual": True},
+        {"activation": "silu"},
         {"dtype": torch.float64},
         {"half": torch.bfloat16},
         {"frozen": True},

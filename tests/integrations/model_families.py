@@ -32,12 +32,16 @@ MODELS = (Path(__file__).parent / "models.txt").read_text().split()
 class Comparison(NamedTuple):
     model: str
     layers: int  # batch norms
+    fused: int  # of them, those that an activation was given to
     distance: float  # of outputs, gradients and running statistics, relative
     restored: bool  # every module has its exact class again
 
 
-def compare(name: str) -> Comparison:
-    """Train a model for a step, on uneven parts of a batch and on the whole. Collective over the world."""
+def compare(name: str, **options: bool) -> Comparison:
+    """Train a model for a step, on uneven parts of a batch and on the whole. Collective over the world.
+
+    ``options`` are those of the conversion.
+    """
     from support.ranks import MPI, WORLD
 
     torch.manual_seed(0)
@@ -46,7 +50,7 @@ def compare(name: str) -> Comparison:
     size = _size(model)
     whole = copy.deepcopy(model.train())
     classes = [type(module) for module in model.modules()]
-    mpisyncbn.convert_sync_batchnorm(model)
+    mpisyncbn.convert_sync_batchnorm(model, **options)
     parts = [3 + rank % 2 for rank in range(WORLD.size)]
     images = torch.randn(sum(parts), 3, size, size, dtype=torch.float64)
     start = sum(parts[: WORLD.rank])
@@ -62,10 +66,11 @@ def compare(name: str) -> Comparison:
     ]
     buffers = list(zip(model.buffers(), whole.buffers(), strict=True))
     distance = max(map(_distance, ([(y, expected[mine])], gradients, buffers)))
-    layers = sum(isinstance(module, _BatchNorm) for module in model.modules())
+    norms = [module for module in model.modules() if isinstance(module, _BatchNorm)]
+    fused = sum(module.activation is not None for module in norms)
     mpisyncbn.revert_sync_batchnorm(model)
     restored = [type(module) for module in model.modules()] == classes
-    return Comparison(name, layers, WORLD.allreduce(distance, MPI.MAX), restored)
+    return Comparison(name, len(norms), fused, WORLD.allreduce(distance, MPI.MAX), restored)
 
 
 def _without_chance(model: nn.Module) -> None:

@@ -72,10 +72,11 @@ def test_without_lightning(packages: list[ModuleType]) -> None:
     assert not dist.is_initialized()
 
 
-def test_there_and_back(packages: list[ModuleType]) -> None:
+@pytest.mark.parametrize("option", ["fuse_relu", "fuse_activation"])
+def test_there_and_back(option: str, packages: list[ModuleType]) -> None:
     net, given = network(), mpisyncbn.Communicator()
     before = kinds(net)
-    plugin = mpisyncbn.lightning.LayerSync(given, name="net", fuse_relu=True)
+    plugin = mpisyncbn.lightning.LayerSync(given, name="net", **{option: True})
     assert plugin.apply(net) is net
     layers = [layer for layer in net.modules() if isinstance(layer, mpisyncbn.SyncBatchNorm)]
     assert [layer.layer_name for layer in layers] == ["net: 0", "net: 1.1", "net: 2.1", "net: 4"]

@@ -25,3 +25,19 @@ def test_a_model_trains_as_one_process_with_the_whole_batch(model):
         assert found.layers > 10
         assert found.distance < 1e-10
         assert found.restored
+
+
+@pytest.mark.parametrize(
+    ("model", "fused"), [("torchvision/mobilenet_v3_small", 23), ("torchvision/efficientnet_b0", 33)]
+)
+def test_activations_are_fused(model, fused):
+    """Those of torchvision's blocks, which are classes derived from nn.Sequential."""
+    if find_spec("timm") is None:
+        pytest.skip("timm is not installed: pip install 'mpisyncbn[integrations]'")
+    from model_families import compare
+
+    found = compare(model, fuse_activation=True)
+    with together():
+        assert found.fused == fused
+        assert found.distance < 1e-10
+        assert found.restored

@@ -12,6 +12,7 @@ from torch import nn
 
 import mpisyncbn
 from mpisyncbn import convert_sync_batchnorm, revert_sync_batchnorm
+from support.activations import ACTIVATIONS, TORCHS
 from support.ranks import WORLD, no_exchange, together
 
 
@@ -73,10 +74,13 @@ def test_safetensors(tmp_path):
 @no_exchange
 @pytest.mark.filterwarnings("ignore:.*treespec:FutureWarning")  # of torch's own exporter
 def test_onnx():
-    """A model in evaluation, as it is and reverted, gives the same graph: torch's operations alone."""
+    """A model in evaluation, with activations fused, and reverted: the same graph, of torch's operations."""
     onnx = pytest.importorskip("onnx", reason="onnx is not installed")
     pytest.importorskip("onnxscript", reason="onnxscript is not installed")
-    model = trained(convert_sync_batchnorm(net())).eval()
+    model = nn.Sequential(nn.Conv2d(2, 3, 3), *net()[1:3])
+    for activation in ACTIVATIONS:
+        model.extend([nn.BatchNorm2d(3), TORCHS[activation]])
+    model = trained(convert_sync_batchnorm(model, fuse_activation=True)).eval()
     x = torch.randn(2, 2, 6, 6)
     graphs = []
     for each in (model, revert_sync_batchnorm(copy.deepcopy(model))):
