@@ -68,7 +68,7 @@ class Synchronized(BatchNorm):
 
     communicator: Communicator | None = None  # of the ranks to normalize over; None: the world
     _given: _Given | None = None  # the process_group, if it is another object than communicator
-    activation: str | None = None  # that the layer applies, as text; a module is turned into it when set
+    activation: str | None = None  # as text, into which a module is turned when it is set
     memory_efficient: bool = False  # whether the layer keeps its output in place of its input
     layer_name: str | None = None  # on all ranks: the name of the model, and the layer's own in it
     _key: str = "#"  # this process knows the layer by it while it has no name

@@ -52,6 +52,8 @@ def forward(
 ) -> tuple[Array, BatchStats, BatchStats]:
     """Normalize ``x`` with the statistics of the group's batch. Arguments are checked by the caller.
 
+    ``activation`` is a value, which ``activations.activation_of`` makes of a text or module.
+
     Returns:
         ``y``; the statistics in host memory, but in a compiled graph on the device; the same
         statistics on the device of ``x``.
