@@ -104,7 +104,7 @@ def cuda_kernels_for(device: Device) -> tuple[Kernels, str]:
         why = f"Triton does not work here: {type(error).__name__}: {error}"
     else:
         return cuda, "Triton"
-    from .cuda import aten_cuda
+    from . import aten_cuda
 
     kernels = f"composed of torch's operations for batch norm, because {why}"
     warnings.warn(f"the kernels for {device} are {kernels}", RuntimeWarning, stacklevel=2)
@@ -121,6 +121,6 @@ def _dlpack() -> Kernels | None:
         return None
     if not usable:
         return None
-    from .cuda import dlpack
+    from . import dlpack
 
     return dlpack

@@ -17,6 +17,7 @@ from mpisyncbn.activations import activation_of
 from mpisyncbn.kernels import ActivationContext, aten, generic
 from mpisyncbn.kernels.activation import UndoneContext
 from support.activations import ACTIVATIONS, TORCHS, far_from_kinks
+from support.device import needs_triton
 from support.dlpack import LikeCuPy, dlpack_kernels
 from support.jobs import ROOT
 from support.kernels import EVERY, check_fused, cpu, needs_native
@@ -319,6 +320,7 @@ def test_kernels(activation, cell, kernels):
     assert set(cell.split(", ")) <= set(libraries)
 
 
+@needs_triton
 @pytest.mark.untraced
 @pytest.mark.parametrize(("activation", "column", "cell"), cells(KERNELS, "dlpack"))
 def test_kernels_for_cupy(activation, column, cell, monkeypatch):

@@ -10,10 +10,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import mpisyncbn
-from mpisyncbn.kernels import Kind
-from mpisyncbn.kernels.cuda import aten_cuda
+from mpisyncbn.kernels import Kind, aten_cuda
 from support.device import GPU, needs_triton, there
 from support.dlpack import LikeCuPy, dlpack_kernels
+from support.jobs import run_alone
 from support.kernels import TOLERANCE, check, check_fused, cuda
 from support.oracle import distance, shard
 from support.ranks import no_exchange, together
@@ -74,6 +74,21 @@ def test_where_triton_does_not_work(problem, why, monkeypatch):
             assert why in made_of
     finally:
         cuda_kernels_for.cache_clear()
+
+
+def test_where_triton_is_not_installed():
+    out = run_alone(
+        """
+import sys, warnings
+sys.modules["triton"] = None  # import triton fails
+import torch
+from mpisyncbn.kernels import cuda_kernels_for
+warnings.simplefilter("ignore")
+module, made_of = cuda_kernels_for(torch.device("cuda", 0))
+print(module.__name__, "Triton is not installed" in made_of)
+"""
+    )
+    assert out.split() == ["mpisyncbn.kernels.aten_cuda", "True"]
 
 
 @given(

@@ -27,7 +27,7 @@ class LikeCuPy(np.ndarray):
 def dlpack_kernels(
     monkeypatch: pytest.MonkeyPatch, pointer: int = 0
 ) -> Iterator[tuple[ModuleType, list[Any]]]:
-    """kernels/cuda/dlpack.py over Triton's interpreter, and the streams that it makes current."""
+    """kernels/dlpack.py over Triton's interpreter, and the streams that it makes current."""
     streams: list[Any] = []
     current = SimpleNamespace(get_current_stream=lambda: SimpleNamespace(ptr=pointer))
     monkeypatch.setitem(sys.modules, "cupy", SimpleNamespace(from_dlpack=np.from_dlpack, cuda=current))
@@ -35,10 +35,10 @@ def dlpack_kernels(
     monkeypatch.setattr(torch.cuda, "default_stream", lambda: 0)
     monkeypatch.setattr(torch.cuda, "ExternalStream", lambda given: given)
     monkeypatch.setattr(torch.cuda, "stream", lambda stream: streams.append(stream) or nullcontext())
-    monkeypatch.delitem(sys.modules, "mpisyncbn.kernels.cuda.dlpack", raising=False)
-    dlpack = importlib.import_module("mpisyncbn.kernels.cuda.dlpack")
+    monkeypatch.delitem(sys.modules, "mpisyncbn.kernels.dlpack", raising=False)
+    dlpack = importlib.import_module("mpisyncbn.kernels.dlpack")
     monkeypatch.setattr(dlpack, "cuda_kernels_for", lambda device: (cuda.module, "Triton"))
     try:
         yield dlpack, streams
     finally:
-        del sys.modules["mpisyncbn.kernels.cuda.dlpack"]  # what it imported was not CuPy
+        del sys.modules["mpisyncbn.kernels.dlpack"]  # what it imported was not CuPy

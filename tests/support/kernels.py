@@ -13,8 +13,7 @@ from mpi4py import MPI
 from torch import Tensor
 
 from mpisyncbn.activations import activation_of
-from mpisyncbn.kernels import ActivationContext, Array, aten, generic, native
-from mpisyncbn.kernels.cuda import aten_cuda
+from mpisyncbn.kernels import ActivationContext, Array, aten, aten_cuda, generic, native
 from support.activations import TORCHS, far_from_kinks
 from support.device import GPU, OnDevice, needs_triton
 from support.device import cuda as triton_kernels

@@ -11,9 +11,9 @@ from contextlib import contextmanager
 import cupy
 import torch
 
-from .. import cuda_kernels_for
-from ..activation import NO_ACTIVATION, Activation, ActivationContext
-from ..protocol import Array, Kernels
+from . import cuda_kernels_for
+from .activation import NO_ACTIVATION, Activation, ActivationContext
+from .protocol import Array, Kernels
 
 __all__ = ["backward_elementwise", "backward_reduce", "local_moments", "normalize"]
 

@@ -11,8 +11,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ..activation import NO_ACTIVATION, Activation, ActivationContext, Kind, activate, activation_gradient
-from ..layout import channels_of, dense, rows, with_strides_of
+from .activation import NO_ACTIVATION, Activation, ActivationContext, Kind, activate, activation_gradient
+from .layout import channels_of, dense, rows, with_strides_of
 
 __all__ = ["backward_elementwise", "backward_reduce", "local_moments", "normalize"]
 
