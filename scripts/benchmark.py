@@ -46,6 +46,7 @@ SECTIONS = {
     "compiled": "resnet",
     "relu": "layers",
     "memory": "memory",
+    "activations": "layers",
     "reductions": "reductions",
 }
 Results = dict[str, Any]

@@ -77,6 +77,7 @@ MEMORY = [
     ("3-D U-Net", (1, 64, 32, 32, 32), True),
     ("3-D U-Net", (1, 128, 16, 16, 16), False),
 ]
+SEPARATE = "ours, then torch's"  # activation
 CHANNELS = (1, 16, 64, 128, 256, 512, 1024, 2048)
 QUICK_CHANNELS = (64, 128, 512, 2048)
 

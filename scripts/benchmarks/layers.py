@@ -1,4 +1,4 @@
-"""Whole layers, forward and backward: sections layer, threads, tiny, peers and relu."""
+"""Whole layers, forward and backward: sections layer, threads, tiny, peers, relu, activations."""
 
 from __future__ import annotations
 
@@ -12,12 +12,21 @@ from torch import Tensor, nn
 import mpisyncbn
 
 from . import peers as others
-from .cases import LAYERS, PEERS, RELU, TINY, Case, cases, ratio
+from .cases import LAYERS, PEERS, RELU, SEPARATE, TINY, Case, cases, ratio
 from .timing import copy_fraction, interleave
 
 WORLD = MPI.COMM_WORLD
 LOCAL = {2: nn.BatchNorm1d, 3: nn.BatchNorm1d, 4: nn.BatchNorm2d, 5: nn.BatchNorm3d}
 _MEMORY = {4: torch.channels_last, 5: torch.channels_last_3d}
+ACTIVATIONS = {
+    "relu": nn.ReLU(),
+    "leaky_relu": nn.LeakyReLU(),
+    "hardswish": nn.Hardswish(),
+    "silu": nn.SiLU(),
+    "elu": nn.ELU(),
+    "gelu": nn.GELU(),
+    "gelu(tanh)": nn.GELU("tanh"),
+}
 # Forward reads x twice and writes y; backward reads x and dy twice and writes dx.
 TENSORS = 8
 
@@ -69,6 +78,18 @@ def relu(quick: bool) -> Iterator[dict[str, Any]]:
             "local, then relu": nn.Sequential(LOCAL[len(case.shape)](channels), nn.ReLU()),
         }
         yield measured(case, layers, seconds=0.4 if quick else 2.5)
+
+
+def activations(quick: bool) -> Iterator[dict[str, Any]]:
+    """Each activation inside the layer, beside the same layer and then torch's function."""
+    for kind, module in ACTIVATIONS.items():
+        for case in cases(RELU, quick):
+            channels = case.shape[1]
+            layers = {
+                "ours": mpisyncbn.SyncBatchNorm(channels, activation=module),
+                SEPARATE: nn.Sequential(mpisyncbn.SyncBatchNorm(channels), module),
+            }
+            yield _measure(case._replace(family=kind), layers, seconds=0.3 if quick else 1.5)
 
 
 def data(case: Case) -> tuple[Tensor, Tensor]:

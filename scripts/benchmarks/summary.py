@@ -13,6 +13,7 @@ from .cases import (
     LARGE_VALUES,
     LARGE_VERB_BYTES,
     MESSAGE,
+    SEPARATE,
     STATISTICS,
     WHOLE,
     WITHOUT,
@@ -62,6 +63,7 @@ def summarize(sections: dict[str, list[Row]]) -> list[Line]:
         "compiled": _compiled,
         "relu": _relu,
         "memory": _memory,
+        "activations": _activations,
         "reductions": _reductions,
         "scaling": _scaling,
     }
@@ -211,6 +213,21 @@ def _memory(rows: list[Row]) -> list[Line]:
     return [*lines, Line("memory-efficient layer's time over the plain one's, geometric mean", times, 1.1)]
 
 
+def _activations(rows: list[Row]) -> list[Line]:
+    kinds = dict.fromkeys((row["family"], row["dtype"]) for row in rows)
+    return [
+        Line(
+            f"fused {kind} over {SEPARATE}, {dtype}, worst",
+            over(
+                max,
+                (row["ours to"][SEPARATE] for row in rows if (row["family"], row["dtype"]) == (kind, dtype)),
+            ),
+            0.75,
+        )
+        for kind, dtype in kinds
+    ]
+
+
 def _reductions(rows: list[Row]) -> list[Line]:
     """Times slower than ours: small messages, up to 100 KB; and a step of 100 MB of gradients."""
     lines = []
@@ -240,7 +257,7 @@ def _scaling(rows: list[Row]) -> list[Line]:
 def row_text(section: str, row: Row) -> str:
     """One row as a line: medians, minima in parentheses."""
     if "shape" in row:
-        case = f"{tuple(row['shape'])} {row['dtype']} {row['format']}"
+        case = f"{row['family']} {tuple(row['shape'])} {row['dtype']} {row['format']}"
     else:
         case = f"C={row['channels']}" + (f", {row['ranks']} ranks" if "ranks" in row else "")
     parts = [f"{section} {case}:"]

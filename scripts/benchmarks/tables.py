@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable
 from typing import Any
 
-from .cases import AS_TORCH, BARE, FLOOR, MESSAGE, WHOLE, Figures
+from .cases import AS_TORCH, BARE, FLOOR, MESSAGE, SEPARATE, WHOLE, Figures
 from .summary import Line, summarize
 
 Row = dict[str, Any]
@@ -90,6 +90,19 @@ def _memory(rows: list[Row]) -> str:
     return _table(("shape per rank", "dtype, format", *peers, *times), lines)
 
 
+def _activations(rows: list[Row]) -> str:
+    lines = (
+        [
+            row["family"],
+            *_case(row),
+            *(_time(row["us"][name]) for name in ("ours", SEPARATE)),
+            _plain(row["ours to"][SEPARATE]),
+        ]
+        for row in rows
+    )
+    return _table(("activation", "shape per rank", "dtype, format", "fused", SEPARATE, "ratio"), lines)
+
+
 def _reductions(rows: list[Row]) -> str:
     names = list(rows[0]["us"])[:2]
     lines = (
@@ -112,6 +125,7 @@ _TABLES: tuple[tuple[str, Callable[[list[Row]], str], tuple[str, ...]], ...] = (
     ("The exchange", _exchange, ("exchange",)),
     ("Slow peers, the compiler, a whole step, and ReLU", _peers, ("peers", "resnet", "compiled", "relu")),
     ("Memory kept by Conv-BN-LeakyReLU", _memory, ("memory",)),
+    ("Activations inside the layer", _activations, ("activations",)),
     ("Reductions beside gloo", _reductions, ("reductions",)),
 )
 

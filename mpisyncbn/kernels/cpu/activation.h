@@ -15,15 +15,16 @@ INLINE vec<T> where_positive(vec<T> v, vec<T> z) {
 // The output of an activation. HOW is a Fixed or a Chosen one.
 template <class T, class HOW>
 INLINE vec<T> activate(HOW how, vec<T> z) {
+    using W = compute_t<T>;
     switch (how.kind) {
         case Kind::none: return z;
         case Kind::relu: return where_positive<T>(z, z);
         case Kind::leaky_relu: return z > 0 ? z : z * broadcast<T>(how.parameter);
-        case Kind::silu: return silu<T>(z);
-        case Kind::hardswish: return hardswish<T>(z);
-        case Kind::elu: return elu<T>(z, how.parameter);
-        case Kind::gelu: return gelu<T>(z);
-        case Kind::gelu_tanh: return gelu_tanh<T>(z);
+        case Kind::silu: return gated<Kind::silu, W>(z);
+        case Kind::hardswish: return hardswish<W>(z);
+        case Kind::elu: return elu<W>(z, how.parameter);
+        case Kind::gelu: return gated<Kind::gelu, W>(z);
+        case Kind::gelu_tanh: return gated<Kind::gelu_tanh, W>(z);
     }
     return z;
 }
@@ -32,15 +33,16 @@ INLINE vec<T> activate(HOW how, vec<T> z) {
 // output if its sign decides.
 template <class T, class HOW>
 INLINE vec<T> activation_gradient(HOW how, vec<T> dy, vec<T> z) {
+    using W = compute_t<T>;
     switch (how.kind) {
         case Kind::none: return dy;
         case Kind::relu: return where_positive<T>(dy, z);
         case Kind::leaky_relu: return z > 0 ? dy : dy * broadcast<T>(how.parameter);
-        case Kind::silu: return dy * silu_derivative<T>(z);
-        case Kind::hardswish: return dy * hardswish_derivative<T>(z);
-        case Kind::elu: return dy * elu_derivative<T>(z, how.parameter);
-        case Kind::gelu: return dy * gelu_derivative<T>(z);
-        case Kind::gelu_tanh: return dy * gelu_tanh_derivative<T>(z);
+        case Kind::silu: return dy * gated_derivative<Kind::silu, W>(z);
+        case Kind::hardswish: return dy * hardswish_derivative<W>(z);
+        case Kind::elu: return dy * elu_derivative<W>(z, how.parameter);
+        case Kind::gelu: return dy * gated_derivative<Kind::gelu, W>(z);
+        case Kind::gelu_tanh: return dy * gated_derivative<Kind::gelu_tanh, W>(z);
     }
     return dy;
 }
