@@ -80,8 +80,12 @@ def backward_reduce(
     mean: np.ndarray,
     invstd: np.ndarray,
     context: ActivationContext | None,
+    dz: Array | None = None,
 ) -> None:
-    """Correct in place ``sums``, of shape (2, C): those of dy and of dy * (x - mean)."""
+    """Correct in place ``sums``, of shape (2, C): those of dz and of dz * (x - mean).
+
+    ``dz`` too, if the kernel has stored it.
+    """
     values = np.prod(x.shape) / x.shape[1]
     with np.errstate(all="ignore"):
         none = (sums == 0).all(0) & _is_ordinary(invstd)
@@ -89,7 +93,10 @@ def backward_reduce(
     chosen = np.flatnonzero(~(none | fine))
     if len(chosen):
         some = mean[chosen], invstd[chosen], chosen_context(context, chosen)
-        sums[:, chosen] = kernel(_float64_channels(dy, chosen), _float64_channels(x, chosen), *some)[:2]
+        *found, found_dz = kernel(_float64_channels(dy, chosen), _float64_channels(x, chosen), *some)
+        sums[:, chosen] = found
+        if dz is not None:
+            _put(dz, chosen, found_dz)
 
 
 def backward_elementwise(

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from itertools import product
+
 import numpy as np
 import pytest
 import torch
@@ -10,6 +12,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import mpisyncbn
 from mpisyncbn.kernels import Activation, ActivationContext, Kind, aten, generic, kernels_for
+from support.activations import ACTIVATIONS, MORE
 from support.kernels import (
     EVERY,
     FOR_THE_INTERPRETER,
@@ -69,6 +72,20 @@ def test_against_float64(kernels, shape, dtype):
         check(kernels, laid, dys["channels last"], None, None)
         check_fused(kernels, laid, dys[name], weight, bias, None)
         check_fused(kernels, laid, dys["contiguous"], weight, bias, dys["contiguous"])
+
+
+@pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
+@pytest.mark.parametrize("kernels", [*map(in_full, EVERY)])
+def test_every_activation_against_float64(kernels, dtype):
+    """With and without a residual, in planes and in rows, in vectors and what is left over."""
+    shapes = [(2, 3, 5, 7)] if interpreted(kernels) else [(3, 5, 9, 11), (37, 6)]
+    for activation, shape in product([*ACTIVATIONS, *MORE], shapes):
+        x, dy, residual = (shard(shape, seed, dtype=dtype) * 2 for seed in (1, 2, 3))
+        weight, bias = shard(shape[1:2], 4) + 1, shard(shape[1:2], 5)
+        for name in ("contiguous", "channels last"):
+            arguments = [layouts(each)[name] for each in (x, dy)]
+            check_fused(kernels, *arguments, weight, bias, None, activation=activation)
+            check_fused(kernels, *arguments, weight, bias, layouts(residual)[name], activation=activation)
 
 
 @pytest.mark.parametrize("kernels", EVERY)

@@ -20,6 +20,13 @@ TORCHS: dict[str | None, nn.Module] = {
     "gelu(tanh)": nn.GELU("tanh"),
 }
 ACTIVATIONS = [text for text in TORCHS if text]
+# For the kernels, which know of no text: other parameters.
+MORE = {
+    "leaky_relu(0)": nn.LeakyReLU(0.0),
+    "leaky_relu(0.3)": nn.LeakyReLU(0.3),
+    "leaky_relu(1)": nn.LeakyReLU(1.0),
+    "elu(-0.7)": nn.ELU(-0.7),
+}
 # One of each way to find the gradient: from the sign of the output, and from the input.
 TWO = ["leaky_relu(0.1)", "silu"]
 

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from mpisyncbn.activations import activation_of
 from mpisyncbn.kernels import ActivationContext, Array, aten, aten_cuda, generic, native
-from support.activations import TORCHS, far_from_kinks
+from support.activations import MORE, TORCHS, far_from_kinks
 from support.device import GPU, OnDevice, needs_triton
 from support.device import cuda as triton_kernels
 from support.oracle import distance, oracle
@@ -204,7 +204,7 @@ def check_fused(kernels, x, dy, weight, bias, residual, eps=1e-5, activation="re
 def value_and_derivative(z: Tensor, activation: str) -> tuple[Tensor, Tensor]:
     """Of an activation at ``z``, by torch's module."""
     leaf = z.detach().clone().requires_grad_()
-    y = TORCHS[activation](leaf)
+    y = (TORCHS | MORE)[activation](leaf)
     y.sum().backward()
     assert leaf.grad is not None
     return y.detach(), leaf.grad

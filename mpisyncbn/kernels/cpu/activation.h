@@ -15,16 +15,16 @@ INLINE vec<T> where_positive(vec<T> v, vec<T> z) {
 // The output of an activation. HOW is a Fixed or a Chosen one.
 template <class T, class HOW>
 INLINE vec<T> activate(HOW how, vec<T> z) {
-    using W = compute_t<T>;
+    using F = fit_t<T>;
     switch (how.kind) {
         case Kind::none: return z;
         case Kind::relu: return where_positive<T>(z, z);
         case Kind::leaky_relu: return z > 0 ? z : z * broadcast<T>(how.parameter);
-        case Kind::silu: return gated<Kind::silu, W>(z);
-        case Kind::hardswish: return hardswish<W>(z);
-        case Kind::elu: return elu<W>(z, how.parameter);
-        case Kind::gelu: return gated<Kind::gelu, W>(z);
-        case Kind::gelu_tanh: return gated<Kind::gelu_tanh, W>(z);
+        case Kind::silu: return gated<Kind::silu, F>(z);
+        case Kind::hardswish: return hardswish<F>(z);
+        case Kind::elu: return elu<F>(z, how.parameter);
+        case Kind::gelu: return gated<Kind::gelu, F>(z);
+        case Kind::gelu_tanh: return gated<Kind::gelu_tanh, F>(z);
     }
     return z;
 }
@@ -33,16 +33,16 @@ INLINE vec<T> activate(HOW how, vec<T> z) {
 // output if its sign decides.
 template <class T, class HOW>
 INLINE vec<T> activation_gradient(HOW how, vec<T> dy, vec<T> z) {
-    using W = compute_t<T>;
+    using F = fit_t<T>;
     switch (how.kind) {
         case Kind::none: return dy;
         case Kind::relu: return where_positive<T>(dy, z);
         case Kind::leaky_relu: return z > 0 ? dy : dy * broadcast<T>(how.parameter);
-        case Kind::silu: return dy * gated_derivative<Kind::silu, W>(z);
-        case Kind::hardswish: return dy * hardswish_derivative<W>(z);
-        case Kind::elu: return dy * elu_derivative<W>(z, how.parameter);
-        case Kind::gelu: return dy * gated_derivative<Kind::gelu, W>(z);
-        case Kind::gelu_tanh: return dy * gated_derivative<Kind::gelu_tanh, W>(z);
+        case Kind::silu: return dy * gated_derivative<Kind::silu, F>(z);
+        case Kind::hardswish: return dy * hardswish_derivative<F>(z);
+        case Kind::elu: return elu_gradient<F>(dy, z, how.parameter);
+        case Kind::gelu: return dy * gated_derivative<Kind::gelu, F>(z);
+        case Kind::gelu_tanh: return dy * gated_derivative<Kind::gelu_tanh, F>(z);
     }
     return dy;
 }
@@ -51,6 +51,7 @@ INLINE vec<T> activation_gradient(HOW how, vec<T> dy, vec<T> z) {
 // activation's input comes from.
 template <Kind KIND, Source SOURCE>
 struct Fixed {
+    static constexpr bool chosen = false;
     static constexpr Kind kind = KIND;
     static constexpr Source source = SOURCE;
     static constexpr bool undone = false;
@@ -59,6 +60,7 @@ struct Fixed {
 
 // The same as numbers, for what is not worth code of its own.
 struct Chosen {
+    static constexpr bool chosen = true;
     static constexpr bool undone = false;
     Kind kind;
     Source source;
@@ -67,6 +69,7 @@ struct Chosen {
 
 // For a leaky ReLU whose output is in place of x.
 struct Undone {
+    static constexpr bool chosen = false;
     static constexpr Kind kind = Kind::leaky_relu;
     static constexpr Source source = Source::undone;
     static constexpr bool undone = true;

@@ -147,8 +147,9 @@ bool are_products_extreme(long channels, long count, bool underflow, const doubl
     return extreme;
 }
 
-// Fills `out` with the two sums of each channel. If the activation's output was kept beside x, or a
-// residual, fills `dz` too. `undo`: x is the activation's output, to be undone. Returns the outcome.
+// Fills `out` with the two sums of each channel, and `dz` if there is one: there has to be if the
+// activation's output was kept beside x, or a residual. `undo`: x is the activation's output, to be
+// undone. Returns the outcome.
 int backward_reduce(nb::handle dy_object, nb::handle x_object, const Vector &mean, const Vector &invstd,
                     nb::handle weight_object, nb::handle bias_object, nb::handle y_object,
                     nb::handle residual_object, nb::handle dz_object, int kind, double parameter, bool undo,

@@ -173,7 +173,7 @@ static void tile_reduce(const Operands<T> &on, const Tile &t, bool rows, Activat
                         const compute_t<T> *coefficients, long stride, compute_t<T> *scratch, double *sum_dy,
                         double *sum_dy_xmu) {
     by_case<Source::output>(activation, source, [&](auto how) {
-        tile_sums(on, t, rows, coefficients, stride, Reduce<T, decltype(how)>{how}, scratch, sum_dy,
-                  sum_dy_xmu);
+        tile_sums(on, t, rows, coefficients, stride, Reduce<T, decltype(how)>{how, on.stores()}, scratch,
+                  sum_dy, sum_dy_xmu);
     });
 }

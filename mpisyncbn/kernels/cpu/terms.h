@@ -26,10 +26,10 @@ INLINE vec<T> input_of(HOW how, vec<T> x) {
         return x;
 }
 
-// With a residual or the output beside x, stores the gradient of the activation's input.
 template <class T, class HOW>
 struct Reduce {
     HOW how;
+    bool stores;  // the gradient of the activation's input; a Fixed does with another source than x
     static constexpr long rows_at_once = 4;  // fewer, because it reads two arrays
     template <class K, class A>
     INLINE_MEMBER void operator()(Pointers<T> pointers, long i, K coefficient, A access, vec<T> &a,
@@ -43,7 +43,8 @@ struct Reduce {
             if (how.source != Source::output) z += xm * coefficient(SCALE) + coefficient(SHIFT);
             a = activation_gradient<T>(how, a, z);
         }
-        if (!HOW::undone && how.source != Source::x) access.template put<false>(pointers.out + i, a);
+        if (HOW::chosen ? stores : !HOW::undone && how.source != Source::x)
+            access.template put<false>(pointers.out + i, a);
         b = a * xm;
     }
 };

@@ -60,6 +60,8 @@ struct Operands {
                 start.extra + (n * outer.extra + c * channel.extra + s),
                 start.out + (n * outer.out + c * channel.out + s)};
     }
+    // Whether there is an array to write: the address of x stands in for an absent one.
+    INLINE_MEMBER bool stores() const { return start.out != start.x; }
     // Whether planes of this length follow each other without a gap.
     INLINE_MEMBER bool adjacent(long length) const {
         return channel.dy == length && channel.x == length && channel.extra == length &&

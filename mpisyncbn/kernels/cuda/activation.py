@@ -81,5 +81,6 @@ def _gelu_tanh_argument(z):
 @triton.jit
 def _expm1(z):
     """``exp(z) - 1`` for ``z <= 0``: near 0 by a series, since the difference would lose digits."""
-    series = z * (1 + z * (0.5 + z * (1 / 6 + z * (1 / 24 + z * (1 / 120 + z / 720)))))
+    late = 1 / 720 + z * (1 / 5040 + z * (1 / 40320 + z * (1 / 362880 + z / 3628800)))
+    series = z * (1 + z * (1 / 2 + z * (1 / 6 + z * (1 / 24 + z * (1 / 120 + z * late)))))
     return tl.where(z > -0.1, series, tl.exp(tl.where(z > 0, 0.0, z)) - 1)
