@@ -89,7 +89,7 @@ def activations(quick: bool) -> Iterator[dict[str, Any]]:
                 "ours": mpisyncbn.SyncBatchNorm(channels, activation=module),
                 SEPARATE: nn.Sequential(mpisyncbn.SyncBatchNorm(channels), module),
             }
-            yield _measure(case._replace(family=kind), layers, seconds=0.3 if quick else 1.5)
+            yield measured(case._replace(family=kind), layers, seconds=0.3 if quick else 1.5)
 
 
 def data(case: Case) -> tuple[Tensor, Tensor]:

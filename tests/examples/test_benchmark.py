@@ -211,6 +211,7 @@ EXCHANGES = [
 ]
 
 
+APART = cases.SEPARATE
 KEPT = {"torch": 300, "torch, in-place": 200, "plain": 200, "ours": 100}
 
 
@@ -223,6 +224,7 @@ KEPT = {"torch": 300, "torch, in-place": 200, "plain": 200, "ours": 100}
         # at least, not at most; and times slower is the inverse of the ratio in the rows
         ("peers", [row(0.125, "naive over gloo")], [8.0, 8.0], [True, True, None, None]),
         ("relu", [row(0.5, "ours, then relu")], [0.5, 0.5], [True, True]),
+        ("activations", [row(0.5, APART), row(0.8, APART)], [0.8], [False]),
         ("memory", [row(1.2, "plain", kept=KEPT)], [1 / 3, 0.5, 0.5, 1.2], [True, True, True, False]),
         ("reductions", [row(0.5, "gloo", family="all_reduce", bytes=4000)], [2.0], [False]),
     ],
