@@ -82,7 +82,8 @@ class ActivationContext(NamedTuple):
     def stores_dz(self) -> bool:
         """Whether ``backward_reduce`` stores ``dz``, the gradient of the activation's input.
 
-        A residual has that gradient. If it is not stored, ``backward_elementwise`` computes it again.
+        A residual has that gradient. Without one, ``backward_elementwise`` computes it again, unless
+        the module of kernels stores it all the same.
         """
         return self.y is not None or self.residual is not None
 

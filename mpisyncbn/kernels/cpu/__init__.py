@@ -35,8 +35,9 @@ __all__ += ["instruction_set", "most_dimensions", "threads", "update_running_sta
 _Arrays = TypeVar("_Arrays", bound=tuple[Array | None, ...])
 _Vectors = TypeVar("_Vectors", bound=tuple[Array | None, ...])
 
-# Their derivatives take longer than to store dz and to read it instead of dy (bfloat16: a tenth of the
-# layer's time; float32: as long). Those of the other kinds cost less than that.
+# Of these kinds dz is stored rather than computed twice. Forward and backward of a layer then take 0.8
+# to 0.93 of the time in bfloat16, and in float32 0.92 (GELU), 1.0 (its tanh form) and 1.1 (SiLU). Of
+# ELU and hardswish it would take up to 1.25.
 _STORED = (Kind.SILU, Kind.GELU, Kind.GELU_TANH)
 
 _REFUSED, _EXTREME = 0, 2  # outcomes, see _cpu.pyi
