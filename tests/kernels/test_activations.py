@@ -1,6 +1,4 @@
-"""Activations of the native kernels against exact ones: everywhere, at every instruction set, and what is
-stored for the backward pass.
-"""
+"""Activations of the native kernels against exact ones, everywhere and at every instruction set."""
 
 from __future__ import annotations
 
@@ -57,17 +55,15 @@ def exact(z: Tensor, text: str) -> tuple[Tensor, Tensor]:
     if kind not in GATES:
         return value_and_derivative(z, text)
     if kind == Kind.GELU:
-        gate, slope = (
-            each(lambda v: math.erfc(-v * math.sqrt(0.5)) / 2, z),
-            (-z * z / 2).exp() / math.sqrt(2 * math.pi),
-        )
+        gate = each(lambda v: math.erfc(-v * math.sqrt(0.5)) / 2, z)
+        slope = (-z * z / 2).exp() / math.sqrt(2 * math.pi)
     else:
-        scale = math.sqrt(8 / math.pi)
-        t, dt = (
-            (z, 1.0) if kind == Kind.SILU else (scale * (z + 0.044715 * z**3), scale * (1 + 0.134145 * z * z))
-        )
+        t, t_slope = z, torch.ones_like(z)
+        if kind == Kind.GELU_TANH:
+            scale = math.sqrt(8 / math.pi)
+            t, t_slope = scale * (z + 0.044715 * z**3), scale * (1 + 0.134145 * z * z)
         gate = t.sigmoid()
-        slope = gate * (-t).sigmoid() * dt
+        slope = gate * (-t).sigmoid() * t_slope
     return z * gate, gate + z * slope
 
 

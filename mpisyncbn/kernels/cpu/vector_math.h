@@ -4,8 +4,8 @@
 //
 // All of them need the exponential of numbers below 0 alone, by symmetry. Numbers so far below 0
 // that it would not be normal count as the limit: results there are within 1e-35 (double: 1e-302) of
-// the exact ones, no instruction takes extra time for subnormal numbers, and none sets the flag
-// FE_UNDERFLOW, which kernels.h and moments.h look at. NaN stays NaN.
+// the exact ones, and no derivative sets the flag FE_UNDERFLOW, which kernels.h looks at, or takes
+// extra time for subnormal numbers. NaN stays NaN.
 //
 // The functions that take many instructions are not inlined: a loop has several copies of its body.
 
