@@ -21,6 +21,7 @@ __all__ = [
     "check_arguments",
     "check_count",
     "check_gradient",
+    "check_mask",
     "check_memory_efficient",
     "check_module",
     "check_num_batches_tracked",
@@ -162,6 +163,30 @@ def check_memory_efficient(
         raise ValueError(
             "expected activation to be None or a leaky_relu with a slope above 0 with memory_efficient, got "
             f"{given}{in_layer(layer)}: its output does not tell its input. Set memory_efficient to False"
+        )
+
+
+def check_mask(mask: Array | None, x: Array, layer: str | None = None) -> None:
+    """Check the mask of the input ``x``, which has been checked."""
+    if mask is None:
+        return
+    check_kind("mask", mask, "the input", x)
+    if dtype_name(mask.dtype) != "bool":
+        raise ValueError(
+            f"expected mask of dtype bool, got {dtype_name(mask.dtype)}{in_layer(layer)}: it is True for the "
+            "values that count; mask != 0 makes one of numbers"
+        )
+    shape, found = (x.shape[0], 1, *x.shape[2:]), tuple(mask.shape)
+    if found != shape:
+        raise ValueError(
+            f"expected mask of shape {shape}, that of the input {tuple(x.shape)} with one channel, got "
+            f"{found}, of {len(found)} dimensions{in_layer(layer)}: nothing is broadcast, .reshape() or "
+            ".expand() it first"
+        )
+    if _on_device(mask) != _on_device(x):
+        raise ValueError(
+            f"expected mask{_on_device(x)}, where the input is, got one{_on_device(mask)}{in_layer(layer)}: "
+            "move it with .to(input.device)"
         )
 
 

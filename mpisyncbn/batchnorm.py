@@ -9,7 +9,13 @@ from torch import Tensor, nn
 
 from . import autograd, convert
 from .activations import GivenActivation, activation_of, name_of
-from .arguments import check_arguments, check_memory_efficient, check_num_batches_tracked, check_residual
+from .arguments import (
+    check_arguments,
+    check_mask,
+    check_memory_efficient,
+    check_num_batches_tracked,
+    check_residual,
+)
 from .autograd.evaluation import evaluate
 from .comm.groups import AnyGroup
 from .kernels import has_float64
@@ -51,6 +57,9 @@ class SyncBatchNorm(convert.Synchronized):
     Shape:
         Input ``(N, C, *)`` with at least 2 dimensions; N may differ between ranks, and be 0.
         Residual, optional: like the input; added before the activation, at no pass of its own.
+        Mask, optional, by its name: boolean, ``(N, 1, *)``, of the lengths of the input, for padded
+        sequences and grids with holes. Statistics and gradients are those of the values where it is
+        true; elsewhere the output is 0, and what the input holds there reaches nothing (docs/masks.md).
         Output: the same, in the same memory format.
 
     Raises:
@@ -90,11 +99,15 @@ class SyncBatchNorm(convert.Synchronized):
         if self.bias is not None:
             nn.init.zeros_(self.bias)
 
-    def forward(self, input: Tensor, residual: Tensor | None = None) -> Tensor:
-        return self._batch_norm(input, residual)
+    def forward(self, input: Tensor, residual: Tensor | None = None, *, mask: Tensor | None = None) -> Tensor:
+        return self._batch_norm(input, residual, None, mask)
 
     def _batch_norm(
-        self, input: Tensor, residual: Tensor | None = None, activation: GivenActivation = None
+        self,
+        input: Tensor,
+        residual: Tensor | None = None,
+        activation: GivenActivation = None,
+        mask: Tensor | None = None,
     ) -> Tensor:
         """``forward`` with another activation than the layer's own, for registered forwards."""
         activation = self.activation if activation is None else activation
@@ -110,8 +123,9 @@ class SyncBatchNorm(convert.Synchronized):
                 ):
                     check_arguments(input, *vectors, eps=self.eps, layer=layer)
                 check_residual(residual, input, layer)
+                check_mask(mask, input, layer)
             # local: batch norm in evaluation needs no other rank
-            return evaluate(*tensors, self.eps, activation, residual)
+            return evaluate(*tensors, self.eps, activation, residual, mask)
         running_mean = running_var = None
         if self.track_running_stats:
             running_mean = _tensor(self, self._buffers, "running_mean")
@@ -131,6 +145,7 @@ class SyncBatchNorm(convert.Synchronized):
             activation,
             residual,
             self.memory_efficient,
+            mask,
         )
         if running_mean is not None:
             momentum: float | Tensor | None = self.momentum

@@ -93,7 +93,11 @@ class Synchronized(BatchNorm):
                 self._given = _Given(process_group, communicator)
 
     def _batch_norm(
-        self, input: torch.Tensor, residual: torch.Tensor | None = None, activation: GivenActivation = None
+        self,
+        input: torch.Tensor,
+        residual: torch.Tensor | None = None,
+        activation: GivenActivation = None,
+        mask: torch.Tensor | None = None,
     ) -> torch.Tensor:
         """``forward`` with another activation than the layer's own, for registered forwards."""
         raise NotImplementedError

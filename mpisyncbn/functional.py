@@ -16,7 +16,7 @@ from typing import TypeAlias
 import numpy as np
 
 from . import exchange, profiling
-from .arguments import check_arguments, check_count, check_gradient, check_stats
+from .arguments import check_arguments, check_count, check_gradient, check_mask, check_stats
 from .batch_stats import BatchStats, invstd_of
 from .comm import transport
 from .comm.groups import AnyGroup, resolve
@@ -106,6 +106,7 @@ def batch_norm_forward(
     *,
     eps: float = 1e-5,
     process_group: AnyGroup = None,
+    mask: Array | None = None,
 ) -> tuple[Array, BatchStats]:
     """Normalize ``x`` with the mean and variance of the whole group's batch (Ioffe and Szegedy 2015).
 
@@ -115,6 +116,8 @@ def batch_norm_forward(
         eps: added to the variance, at least 0.
         process_group: the ranks to normalize over: an mpi4py communicator, a Communicator, or None
             for the world.
+        mask: boolean, ``(N, 1, *)``, of the lengths of ``x``; or None. The statistics are those of the
+            values where it is true, and ``y`` is 0 elsewhere (docs/masks.md).
 
     Returns:
         ``y``, like ``x``, and the BatchStats that ``batch_norm_backward`` needs, as arrays of the
@@ -130,10 +133,11 @@ def batch_norm_forward(
     Collective: every rank of the group must call.
     """
     check_arguments(x, weight, bias, eps=eps)
+    check_mask(mask, x)
     group, call = resolve(process_group), _layer_call(x, weight, bias, "forward", float(eps))
     merge_moments = partial(exchange.merge_moments, group, call)
     with _no_grad_or_warnings(x):
-        y, stats, device_stats = forward(x, weight, bias, eps, kernels_for(x), merge_moments)
+        y, stats, device_stats = forward(x, weight, bias, eps, kernels_for(x, mask), merge_moments)
         check_count(stats.count, x)
         if transport.on_host(x):
             vectors = (transport.from_host(vector, x) for vector in stats[:3])
@@ -148,29 +152,32 @@ def batch_norm_backward(
     weight: Array | None = None,
     *,
     process_group: AnyGroup = None,
+    mask: Array | None = None,
 ) -> tuple[Array, Array, Array]:
     """The gradients of ``batch_norm_forward``.
 
     Args:
         dy: gradient of the loss with respect to ``y``, of the shape of ``x``.
-        x, weight, process_group: as given to ``batch_norm_forward``.
+        x, weight, process_group, mask: as given to ``batch_norm_forward``.
         stats: what it returned.
 
     Returns:
-        ``dx``, like ``x``; ``dweight`` and ``dbias``, of length C: the sums of this rank alone,
-        which data-parallel training averages with all other gradients.
+        ``dx``, like ``x``, and 0 where the mask is false; ``dweight`` and ``dbias``, of length C: the
+        sums of this rank alone, which data-parallel training averages with all other gradients.
 
     Collective: every rank of the group must call.
     """
     check_arguments(x, weight, None)
     check_gradient(dy, x)
+    check_mask(mask, x)
     check_stats(stats, ("mean", "var", "invstd"), x.shape[1], x)
     group, call = resolve(process_group), _layer_call(x, weight, None, "backward")
     reduce_sums = partial(exchange.reduce_sums, group, call)
     with _no_grad_or_warnings(x):
         vectors = transport.to_host(*stats[:3]) if transport.on_host(x) else stats[:3]
         device_stats = BatchStats._make((*vectors, stats.count))
-        dx, dweight, dbias, _ = backward(dy, x, device_stats, weight, kernels_for(x), reduce_sums)
+        kernels = kernels_for(x, mask)
+        dx, dweight, dbias, _ = backward(dy, x, device_stats, weight, kernels, reduce_sums)
         if transport.on_host(x):
             dweight, dbias = transport.from_host(dweight, x), transport.from_host(dbias, x)
     return dx, dweight, dbias

@@ -49,8 +49,8 @@ def _mixed(to: type[Synchronized], original: type[_BatchNorm]) -> type[Synchroni
             "that saved the model did"
         )
     if issubclass(original, LazyModuleMixin):
-        members["initialize_parameters"] = lambda self, input, residual=None: original.initialize_parameters(
-            self, input
+        members["initialize_parameters"] = lambda self, input, residual=None, *, mask=None: (
+            original.initialize_parameters(self, input)
         )
         become: Any = original.cls_to_become
         members["cls_to_become"] = become and synchronized_class(to, become)
@@ -80,9 +80,11 @@ def _normalizer(to: type[Synchronized]) -> Callable[[Synchronized], Forward]:
         input: torch.Tensor,
         residual: torch.Tensor | None = None,
         activation: GivenActivation = None,
+        mask: torch.Tensor | None = None,
     ) -> torch.Tensor:
         function = activation_of(activation)  # it raises before anything is sent
-        return activate(forward(layer, input, residual), function)
+        more = {} if mask is None else {"mask": mask}  # a forward of its own may know of no masks
+        return activate(forward(layer, input, residual, **more), function)
 
     return lambda layer: partial(by_forward, layer)
 

@@ -118,22 +118,28 @@ class _LayerMoments:
         self.count = 0
         self.mean, self.var = np.zeros((2, layer.num_features))
 
-    def add_batch(self, x: Tensor) -> None:
-        """Add the values of a batch that the layer has accepted."""
+    def add_batch(self, x: Tensor, mask: Tensor | None = None) -> None:
+        """Add the values of a batch that the layer has accepted, those where the mask is true."""
         x = x.detach()
-        count, mean, m2 = kernels_for(x).local_moments(x)
+        count, mean, m2 = kernels_for(x, mask).local_moments(x)
         if count == 0:
             return
         *means, m2 = transport.to_host(*mean, m2) if mean.ndim == 2 else transport.to_host(mean, m2)
         batch = count, np.sum(means, axis=0), m2 / count
         self.count, self.mean, self.var = merge_two((self.count, self.mean, self.var), batch)
 
-    def batch_norm(self, x: Tensor, residual: Tensor | None = None, activation: str | None = None) -> Tensor:
+    def batch_norm(
+        self,
+        x: Tensor,
+        residual: Tensor | None = None,
+        activation: str | None = None,
+        mask: Tensor | None = None,
+    ) -> Tensor:
         """What a synchronized layer normalizes with, while it is measured."""
         layer = cast(Synchronized, self.layer)
-        y = type(layer)._batch_norm(layer, x, residual, activation)
+        y = type(layer)._batch_norm(layer, x, residual, activation, mask)
         if self.layer.training:
-            self.add_batch(x)
+            self.add_batch(x, mask)
         return y
 
     def merge(self, name: str) -> None:

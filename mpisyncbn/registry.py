@@ -40,8 +40,8 @@ def register_conversion(
             inherit its forward are converted too.
         forward: what a converted layer does in place of the forward of ``cls``. It takes the layer, a
             function, and the arguments of the layer. The function normalizes with the statistics of
-            all ranks: ``batch_norm(x, residual=None, activation=None)``, as ``SyncBatchNorm`` does.
-            Every rank must call that function the same number of times.
+            all ranks: ``batch_norm(x, residual=None, activation=None, mask=None)``, as
+            ``SyncBatchNorm`` does. Every rank must call that function the same number of times.
 
     Returns:
         ``forward`` itself or, without one, a decorator for it. Not collective.

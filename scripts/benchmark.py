@@ -42,6 +42,7 @@ SECTIONS = {
     "watchdog": "watchdog",
     "tiny": "layers",
     "peers": "layers",
+    "masks": "masks",
     "resnet": "resnet",
     "compiled": "resnet",
     "relu": "layers",

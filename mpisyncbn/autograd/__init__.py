@@ -24,6 +24,7 @@ from ..arguments import (
     UNNAMED,
     check_arguments,
     check_count,
+    check_mask,
     check_memory_efficient,
     check_residual,
     check_tensor,
@@ -58,6 +59,7 @@ def sync_batch_norm(
     activation: GivenActivation = None,
     residual: Tensor | None = None,
     memory_efficient: bool = False,
+    mask: Tensor | None = None,
 ) -> Tensor:
     """``torch.nn.functional.batch_norm`` over the batch of all ranks of a group.
 
@@ -79,6 +81,9 @@ def sync_batch_norm(
         residual: like the input; added before the activation, in the same passes; or None.
         memory_efficient: if True, autograd keeps the output in place of the input, as
             ``SyncBatchNorm`` says.
+        mask: boolean, ``(N, 1, *)``, of the lengths of the input; or None. Statistics and gradients are
+            those of the values where it is true. Elsewhere ``y`` and the gradients of input and residual
+            are 0, whatever the input holds there, NaN too (docs/masks.md).
 
     Returns:
         ``y``, of the input's shape, dtype and memory format.
@@ -98,31 +103,20 @@ def sync_batch_norm(
     if not training:
         check_arguments(input, weight, bias, running_mean, running_var, momentum=momentum, eps=eps)
         check_residual(residual, input)
+        check_mask(mask, input)
         if running_mean is None:
             raise ValueError(
                 f"expected running_mean and running_var in evaluation, got neither{on_rank()}: hand them "
                 "over, or set training to True for the statistics of the batch"
             )
-        return evaluate(input, running_mean, running_var, weight, bias, eps, activation, residual)
+        return evaluate(input, running_mean, running_var, weight, bias, eps, activation, residual, mask)
     if momentum is None:
         raise TypeError(
             f"expected momentum to be a number, got None{on_rank()}: only a layer counts the batches that a "
             "cumulative average needs"
         )
-    y, stats, device_stats = batch_norm(
-        input,
-        running_mean,
-        running_var,
-        weight,
-        bias,
-        momentum,
-        eps,
-        process_group,
-        UNNAMED,
-        activation,
-        residual,
-        memory_efficient,
-    )
+    vectors, how = (running_mean, running_var, weight, bias), (activation, residual, memory_efficient, mask)
+    y, stats, device_stats = batch_norm(input, *vectors, momentum, eps, process_group, UNNAMED, *how)
     if running_mean is not None and running_var is not None:
         record_batch(running_mean, running_var, None, stats, momentum, device_stats)
     return y
@@ -141,6 +135,7 @@ def batch_norm(
     activation: GivenActivation = None,
     residual: Tensor | None = None,
     memory_efficient: bool = False,
+    mask: Tensor | None = None,
 ) -> tuple[Tensor, BatchStats, BatchStats]:
     """The layer while training.
 
@@ -165,18 +160,20 @@ def batch_norm(
         )
     if residual is not None:
         check_residual(residual, x, layer)
+    if mask is not None:
+        check_mask(mask, x, layer)
     function = activation_of(activation)  # it raises before anything is sent
     dtype = layer_dtype(x, weight, bias, running_mean)
     if compiling:
         # A graph cannot hold an object, so it holds the name of the group.
         group_key = _group_key(process_group)
-        y, stats = compiled.apply(x, weight, bias, eps, group_key, layer, dtype)
+        y, stats = compiled.apply(x, weight, bias, mask, eps, group_key, layer, dtype)
         # The compiler fuses these with the layer.
-        return add_residual_and_activation(y, function, residual), stats, stats
+        return add_residual_and_activation(y, function, residual, mask), stats, stats
     group = resolve(process_group)
     how = function, memory_efficient
     context = LayerContext(group, group.name_of(layer), x.shape[1], dtype, eps, *how)
-    y = fused.apply(x, weight, bias, residual, context)
+    y = fused.apply(x, weight, bias, residual, mask, context)
     check_count(context.stats.count, x, layer)
     return y, context.stats._replace(count=0) if is_recomputing() else context.stats, context.device_stats
 

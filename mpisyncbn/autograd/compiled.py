@@ -25,21 +25,29 @@ from ..batch_stats import BatchStats, invstd_of
 from ..comm import transport
 from ..comm.communicator import by_graph_key
 from ..errors import MPISyncBNError, on_rank
-from ..kernels import Array, generic, has_float64, kernels_for
+from ..kernels import Array, clean, has_float64, kernels_for
+from .composite import differentiable_kernels
 from .layer_context import FunctionContext, is_recomputing, layer_call
 
 __all__ = ["apply"]
 
 
 def apply(
-    x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float, group: str, layer: str, dtype: str
+    x: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    mask: Tensor | None,
+    eps: float,
+    group: str,
+    layer: str,
+    dtype: str,
 ) -> tuple[Tensor, BatchStats]:
     """``y`` and the statistics of the batch, whose count is 0 if a checkpoint repeats the call.
 
-    ``group`` is the ``graph_key`` of a Communicator, ``layer`` the name or key of a layer.
-    Collective, forward and backward: every rank of the group must call.
+    ``y`` is 0 where the mask is false. ``group`` is the ``graph_key`` of a Communicator, ``layer``
+    the name or key of a layer. Collective, forward and backward: every rank of the group must call.
     """
-    y, stats, count, first_time = _CompiledBatchNorm.apply(x, weight, bias, eps, group, layer, dtype)
+    y, stats, count, first_time = _CompiledBatchNorm.apply(x, weight, bias, mask, eps, group, layer, dtype)
     return y, BatchStats._make((*stats.unbind(), count * first_time))
 
 
@@ -56,19 +64,19 @@ _LIBRARY = torch.library.Library("mpisyncbn", "DEF")
 # the host takes part, and the kernels read any memory format
 _TAGS = (*torch_versions.HOST_TAKES_PART, torch.Tag.flexible_layout)
 _LIBRARY.define(
-    "batch_stats(Tensor x, Tensor(a!) token, str group, str layer, str dtype, float eps) "
+    "batch_stats(Tensor x, Tensor? mask, Tensor(a!) token, str group, str layer, str dtype, float eps) "
     "-> (Tensor, Tensor, Tensor, Tensor)",
     tags=_TAGS,
 )
 _LIBRARY.define(
-    "batch_sums(Tensor dy, Tensor x, Tensor stats, Tensor count, Tensor(a!) token, str group, str layer, "
-    "str dtype, float eps) -> (Tensor, Tensor)",
+    "batch_sums(Tensor dy, Tensor x, Tensor? mask, Tensor stats, Tensor count, Tensor(a!) token, str group, "
+    "str layer, str dtype, float eps) -> (Tensor, Tensor)",
     tags=_TAGS,
 )
 
 
 def _batch_stats_op(
-    x: Tensor, token: Tensor, group: str, layer: str, dtype: str, eps: float
+    x: Tensor, mask: Tensor | None, token: Tensor, group: str, layer: str, dtype: str, eps: float
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """The forward pass up to the exchange.
 
@@ -78,7 +86,7 @@ def _batch_stats_op(
     with np.errstate(all="ignore"):  # values that are not finite are data
         communicator = by_graph_key(group)
         call = layer_call(communicator.name_of(layer), "forward", x.shape[1], dtype, eps)
-        moments = kernels_for(x).local_moments(x)
+        moments = kernels_for(x, mask).local_moments(x)
         total, mean, var = exchange.merge_moments(communicator, call, *moments)
         stats = _rows(x, mean, var, invstd_of(var, eps))
     check_count(total, x)
@@ -90,6 +98,7 @@ def _batch_stats_op(
 def _batch_sums_op(
     dy: Tensor,
     x: Tensor,
+    mask: Tensor | None,
     stats: Tensor,
     count: Tensor,
     token: Tensor,
@@ -108,7 +117,7 @@ def _batch_sums_op(
         call = layer_call(communicator.name_of(layer), "backward", x.shape[1], dtype, eps)
         mean, invstd = stats[0], stats[2]
         vectors = transport.to_host(mean, invstd) if transport.on_host(x) else (mean, invstd)
-        sums = kernels_for(x).backward_reduce(dy, x, *vectors)[:2]
+        sums = kernels_for(x, mask).backward_reduce(dy, x, *vectors)[:2]
         totals = exchange.reduce_sums(communicator, call, *sums)
     sum_dy, sum_dy_xmu = _rows(x, *sums)
     # if no rank has a value, all sums are 0
@@ -186,6 +195,7 @@ class _CompiledBatchNorm(torch.autograd.Function):
         x: Tensor,
         weight: Tensor | None,
         bias: Tensor | None,
+        mask: Tensor | None,
         eps: float,
         group: str,
         layer: str,
@@ -193,14 +203,15 @@ class _CompiledBatchNorm(torch.autograd.Function):
     ) -> tuple[Tensor, ...]:
         token = _order_token(_FORWARD_ORDER, x)
         stats, rounded, count, first_time = torch.ops.mpisyncbn.batch_stats(
-            x, token, group, layer, dtype, eps
+            x, mask, token, group, layer, dtype, eps
         )
         y = _normalized(x, rounded)
         if weight is not None:
             y = y * _channels(weight, x)
         if bias is not None:
             y = y + _channels(bias, x)
-        ctx.save_for_backward(x, weight, stats, rounded, count)
+        y = clean(y, mask)
+        ctx.save_for_backward(x, weight, mask, stats, rounded, count)
         # torch does not check attributes for changes by another graph
         ctx.token = _order_token(_BACKWARD_ORDER, x)
         ctx.exchange = group, layer, dtype, eps
@@ -210,25 +221,25 @@ class _CompiledBatchNorm(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: FunctionContext, dy: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
-        x, weight, stats, rounded, count = ctx.saved_tensors
+        x, weight, mask, stats, rounded, count = ctx.saved_tensors
         need_dx, need_dweight, need_dbias, *_ = ctx.needs_input_grad
         dx = None
         if need_dx:
-            sums, of_dy = torch.ops.mpisyncbn.batch_sums(dy, x, stats, count, ctx.token, *ctx.exchange)
+            sums, of_dy = torch.ops.mpisyncbn.batch_sums(dy, x, mask, stats, count, ctx.token, *ctx.exchange)
             dweight, dbias = sums.unbind()
             dx = _centered(dy, of_dy) - _normalized(x, rounded) * _row(of_dy, 2, x)
             if weight is not None:
                 dx = dx * _channels(weight, x)
-            dx = (dx * _row(rounded, 2, x)).to(x.dtype)
+            dx = clean((dx * _row(rounded, 2, x)).to(x.dtype), mask)
         else:  # no exchange either
             mean, _var, invstd = stats.unbind()
-            dbias, dweight, _dz = generic.backward_reduce(dy, x, mean, invstd)
+            dbias, dweight, _dz = differentiable_kernels(mask).backward_reduce(dy, x, mean, invstd)
             dweight = dweight * invstd
         return (
             dx,
             dweight.to(weight.dtype) if need_dweight else None,
             dbias.to(ctx.bias_dtype) if need_dbias else None,
-            *(None,) * 4,
+            *(None,) * 5,
         )
 
 

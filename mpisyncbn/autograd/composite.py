@@ -15,10 +15,10 @@ from ..batch_stats import BatchStats, invstd_of
 from ..comm import transport
 from ..errors import on_rank
 from ..functional import ReduceSums
-from ..kernels import generic
+from ..kernels import Kernels, generic, masked
 from .layer_context import FunctionContext, LayerContext
 
-__all__ = ["differentiable_stats", "differentiable_sums", "refuse_batched"]
+__all__ = ["differentiable_kernels", "differentiable_stats", "differentiable_sums", "refuse_batched"]
 
 
 class _MergeMoments(torch.autograd.Function):
@@ -120,9 +120,14 @@ def refuse_batched(in_dims: tuple[int | None, ...]) -> None:
         )
 
 
-def differentiable_stats(x: Tensor, layer: LayerContext) -> BatchStats:
+def differentiable_kernels(mask: Tensor | None) -> Kernels:
+    """Kernels that torch differentiates any number of times."""
+    return generic if mask is None else masked.bind(masked, mask)
+
+
+def differentiable_stats(x: Tensor, layer: LayerContext, kernels: Kernels) -> BatchStats:
     """The statistics of the forward pass as differentiable functions of ``x``."""
-    count, mean, m2 = generic.local_moments(x)
+    count, mean, m2 = kernels.local_moments(x)
     mean, var = _MergeMoments.apply(mean, m2, count, layer)
     return BatchStats(mean, var, invstd_of(var, layer.eps), layer.stats.count)
 

@@ -7,7 +7,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..activations import GivenActivation, activation_of
-from ..kernels import Activation
+from ..arguments import check_count
+from ..kernels import Activation, clean, has_float64
 from ..kernels.activation import activate
 from ..torch_versions import is_exporting
 
@@ -23,6 +24,7 @@ def evaluate(
     eps: float,
     activation: GivenActivation = None,
     residual: Tensor | None = None,
+    mask: Tensor | None = None,
 ) -> Tensor:
     """``y`` by the running statistics, or by those of this rank's batch if there are none.
 
@@ -37,8 +39,28 @@ def evaluate(
             running_mean, running_var = torch.ops.mpisyncbn.keep(running_mean, running_var)
         else:
             running_mean, running_var = running_mean.clone(), running_var.clone()
-    y = F.batch_norm(x, running_mean, running_var, weight, bias, running_mean is None, 0.0, eps)
-    return add_residual_and_activation(y, function, residual)
+    x = clean(x, mask)
+    if mask is not None and running_mean is None:
+        y = _normalize_by_batch(x, weight, bias, eps, mask)
+    else:
+        y = F.batch_norm(x, running_mean, running_var, weight, bias, running_mean is None, 0.0, eps)
+    return add_residual_and_activation(clean(y, mask), function, residual, mask)
+
+
+def _normalize_by_batch(
+    x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float, mask: Tensor
+) -> Tensor:
+    """``y`` by the statistics of the true values of this rank, by operations of torch."""
+    count = mask.sum()
+    if not (x.is_meta or torch.compiler.is_compiling() or torch.jit.is_tracing() or is_exporting()):
+        check_count(int(count), x)  # a graph cannot look at a value
+    axes, values = (0, *range(2, x.ndim)), count + (count == 0)
+    wide = x.to(torch.float64 if has_float64(x) else torch.float32)
+    xmu = clean(wide - wide.sum(axes, keepdim=True) / values, mask)
+    y = xmu * (xmu.square().sum(axes, keepdim=True) / values + eps).rsqrt()
+    view = (1, -1) + (1,) * (x.ndim - 2)
+    y = y if weight is None else y * weight.view(view)
+    return (y if bias is None else y + bias.view(view)).to(x.dtype)
 
 
 def _is_recorded(*tensors: Tensor | None) -> bool:
@@ -47,10 +69,15 @@ def _is_recorded(*tensors: Tensor | None) -> bool:
     return any(each is not None and each.requires_grad for each in tensors)
 
 
-def add_residual_and_activation(y: Tensor, activation: Activation, residual: Tensor | None) -> Tensor:
-    """Add a residual and apply an activation, each by an operation of its own."""
+def add_residual_and_activation(
+    y: Tensor, activation: Activation, residual: Tensor | None, mask: Tensor | None = None
+) -> Tensor:
+    """Add a residual and apply an activation, each by an operation of its own.
+
+    ``y`` is 0 where the mask is false, and stays so: every activation of 0 is 0.
+    """
     if residual is not None:
-        y = y + residual
+        y = y + clean(residual, mask)
     return activate(y, activation)
 
 

@@ -16,9 +16,9 @@ from torch.autograd import forward_ad
 from .. import exchange, functional
 from ..comm import transport
 from ..errors import MPISyncBNError, on_rank
-from ..kernels import NO_ACTIVATION, ActivationContext, Array, BackwardKernels, generic, kernels_for
+from ..kernels import NO_ACTIVATION, ActivationContext, Array, BackwardKernels, clean, generic, kernels_for
 from ..kernels.from_output import DTYPES, FromOutput, channels_to_keep
-from .composite import differentiable_stats, differentiable_sums, refuse_batched
+from .composite import differentiable_kernels, differentiable_stats, differentiable_sums, refuse_batched
 from .layer_context import FunctionContext, LayerContext
 
 if TYPE_CHECKING:
@@ -26,12 +26,17 @@ if TYPE_CHECKING:
 
 __all__ = ["apply"]
 
-# x, weight, bias, residual, and the context of the call
-Inputs: TypeAlias = tuple[Tensor, Tensor | None, Tensor | None, Tensor | None, LayerContext]
+# x, weight, bias, residual, mask, and the context of the call
+Inputs: TypeAlias = tuple[Tensor, Tensor | None, Tensor | None, Tensor | None, Tensor | None, LayerContext]
 
 
 def apply(
-    x: Tensor, weight: Tensor | None, bias: Tensor | None, residual: Tensor | None, layer: LayerContext
+    x: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    residual: Tensor | None,
+    mask: Tensor | None,
+    layer: LayerContext,
 ) -> Tensor:
     """``y``, as a differentiable function of the tensors. Sets the statistics of ``layer``.
 
@@ -42,7 +47,7 @@ def apply(
     if layer.keeps_output:  # a device would have to be waited for; other derivatives need the input
         here = torch.is_grad_enabled() and transport.on_host(x) and _name(x.dtype) in DTYPES
         layer.keeps_output = here and not transforms and not _has_tangent(x, weight, bias)
-    return function.apply(x, weight, bias, residual, layer)
+    return function.apply(x, weight, bias, residual, mask, layer)
 
 
 class _SyncBatchNorm(torch.autograd.Function):
@@ -61,17 +66,18 @@ class _SyncBatchNorm(torch.autograd.Function):
         composite = torch.is_grad_enabled() or torch._C._functorch.is_batchedtensor(dy)
         if composite and layer.keeps_output:
             raise _only_first_derivatives(layer)
-        x, weight, *saved = ctx.saved_tensors
+        x, weight, mask, *saved = ctx.saved_tensors
         kept = saved.pop() if ctx.kept_channels is not None else None
         has_activation = layer.activation != NO_ACTIVATION
         context = ActivationContext(layer.activation, weight, *saved) if has_activation else None
         need_dx, need_dweight, need_dbias, *_ = ctx.needs_input_grad
         kernels: BackwardKernels
         if composite:
-            stats, kernels = differentiable_stats(x, layer), generic
+            of_all_orders = differentiable_kernels(mask)
+            stats, kernels = differentiable_stats(x, layer, of_all_orders), of_all_orders
             reduce_sums = differentiable_sums(layer, "backward")
         else:
-            stats, kernels = layer.device_stats, kernels_for(x)
+            stats, kernels = layer.device_stats, kernels_for(x, mask)
             reduce_sums = layer.exchange(exchange.reduce_sums, "backward")
         if ctx.kept_channels is not None:
             kernels = FromOutput(kernels, weight, saved[0], ctx.kept_channels, kept)
@@ -83,7 +89,8 @@ class _SyncBatchNorm(torch.autograd.Function):
             dx,
             _to_dtype(dweight, weight.dtype) if need_dweight else None,
             _to_dtype(dbias, ctx.bias_dtype) if need_dbias else None,
-            dz if ctx.has_residual else None,
+            (dz if context is not None else clean(dz, mask)) if ctx.has_residual else None,
+            None,
             None,
         )
 
@@ -94,26 +101,27 @@ class _SyncBatchNorm(torch.autograd.Function):
         dweight: Tensor | None,
         dbias: Tensor | None,
         dresidual: Tensor | None,
-        _: None,
+        *_: None,
     ) -> Tensor:
         # With unit weight the Jacobian with respect to x is symmetric, so forward mode is the
         # backward formula applied to the tangent.
-        x, weight, *saved = ctx.saved_tensors
-        layer = ctx.layer
-        stats = differentiable_stats(x, layer)
+        x, weight, mask, *saved = ctx.saved_tensors
+        layer, kernels = ctx.layer, differentiable_kernels(mask)
+        stats = differentiable_stats(x, layer, kernels)
         dy = torch.zeros_like(x)
         if dx is not None:
             reduce_sums = differentiable_sums(layer, "tangent")
-            dy = dy + functional.backward(dx, x, stats, weight, generic, reduce_sums)[0]
+            dy = dy + functional.backward(dx, x, stats, weight, kernels, reduce_sums)[0]
         if dweight is not None:
-            dy = dy + generic.normalize(x, stats.mean, stats.invstd, dweight, None)
+            dy = dy + kernels.normalize(x, stats.mean, stats.invstd, dweight, None)
         if dbias is not None:
             dy = dy + generic._channels(dbias, x).to(dy.dtype)
         if dresidual is not None:
             dy = dy + dresidual
+        dy = clean(dy, mask)
         if saved:
             context = ActivationContext(layer.activation, weight, *saved)
-            dy = generic.backward_reduce(dy, x, stats.mean, stats.invstd, context)[2].to(x.dtype)
+            dy = kernels.backward_reduce(dy, x, stats.mean, stats.invstd, context)[2].to(x.dtype)
         return dy
 
 
@@ -135,7 +143,12 @@ class _Transformable(_SyncBatchNorm):
 
 
 def _forward(
-    x: Tensor, weight: Tensor | None, bias: Tensor | None, residual: Tensor | None, layer: LayerContext
+    x: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    residual: Tensor | None,
+    mask: Tensor | None,
+    layer: LayerContext,
 ) -> Tensor:
     """``y``. Sets the statistics of ``layer``."""
     with np.errstate(all="ignore"):  # values that are not finite are data
@@ -144,7 +157,7 @@ def _forward(
             weight,
             bias,
             layer.eps,
-            kernels_for(x),
+            kernels_for(x, mask),
             layer.exchange(exchange.merge_moments, "forward"),
             residual,
             layer.activation,
@@ -153,36 +166,41 @@ def _forward(
 
 
 def _save_for_backward(ctx: FunctionContext, inputs: Inputs, y: Tensor) -> None:
-    x, weight, bias, residual, ctx.layer = inputs
+    x, weight, bias, residual, mask, ctx.layer = inputs
     ctx.bias_dtype = None if bias is None else bias.dtype
     ctx.has_residual = residual is not None
     ctx.kept_channels = None
     if ctx.layer.keeps_output:
-        _save_output(ctx, x, weight, bias, y)
+        _save_output(ctx, x, weight, bias, mask, y)
         return
-    saved: tuple[Tensor | None, ...] = (x, weight)
+    saved: tuple[Tensor | None, ...] = (x, weight, mask)
     activation = ctx.layer.activation
     if activation != NO_ACTIVATION:
         # With a residual, x alone does not tell the activation's input.
         by_sign = activation.sign_decides
-        saved = (x, weight, bias, y if ctx.has_residual and by_sign else None, None if by_sign else residual)
+        saved += (bias, y if ctx.has_residual and by_sign else None, None if by_sign else residual)
     ctx.save_for_backward(*saved)
     ctx.save_for_forward(*saved)
 
 
 def _save_output(
-    ctx: FunctionContext, x: Tensor, weight: Tensor | None, bias: Tensor | None, y: Tensor
+    ctx: FunctionContext,
+    x: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    mask: Tensor | None,
+    y: Tensor,
 ) -> None:
     """Save the output in place of the input, and the input of channels that it does not tell."""
     layer = ctx.layer
     _, var, invstd, count = layer.stats
     chosen = channels_to_keep(_name(x.dtype), var, invstd, count, weight, bias, layer.activation)
     if 2 * len(chosen) > len(var):
-        ctx.save_for_backward(x, weight, bias)
+        ctx.save_for_backward(x, weight, mask, bias)
         return
     ctx.kept_channels = chosen
     kept = x.detach()[:, torch.from_numpy(chosen)] if len(chosen) else None
-    ctx.save_for_backward(y, weight, bias, kept)
+    ctx.save_for_backward(y, weight, mask, bias, kept)
 
 
 def _name(dtype: torch.dtype) -> str:

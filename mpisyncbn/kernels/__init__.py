@@ -12,6 +12,7 @@ module             serves
 ``aten_cuda``      torch on a GPU, if Triton is not installed
 ``dlpack``         CuPy, if torch is installed: by ``cuda`` or ``aten_cuda``
 ``generic``        everything else, and derivatives of derivatives
+``masked``         every place with a mask, except that of ``cpu``
 =================  =============================================================================
 """
 
@@ -25,9 +26,10 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from . import generic
+from . import generic, masked
 from .activation import NO_ACTIVATION, Activation, ActivationContext, Kind
 from .generic import has_float64
+from .masked import clean
 from .protocol import Array, BackwardKernels, Kernels, NativeKernels
 
 if TYPE_CHECKING:
@@ -41,6 +43,7 @@ __all__ = [
     "BackwardKernels",
     "Kernels",
     "Kind",
+    "clean",
     "cuda_kernels_for",
     "has_float64",
     "kernels_for",
@@ -49,8 +52,11 @@ __all__ = [
 ]
 
 
-def kernels_for(x: Array) -> Kernels:
-    """The kernels for the place where ``x`` lives."""
+def kernels_for(x: Array, mask: Array | None = None) -> Kernels:
+    """The kernels for the place where ``x`` lives, bound to a mask if there is one."""
+    if mask is not None:
+        unmasked = kernels_for(x)
+        return masked.bind(unmasked if unmasked is native() else masked, mask)
     if getattr(x, "is_cpu", False):  # true only of torch tensors in host memory
         kernels = native()
         return kernels if kernels and x.ndim <= kernels.most_dimensions else _aten()

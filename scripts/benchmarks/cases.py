@@ -62,6 +62,15 @@ VERBS = {
         ("segmentation", (4, 256, 129, 129), False),
     ],
 }
+# With a mask at half density: 6 MB and more in bfloat16 too.
+MASKED = [
+    ("planes", (16, 64, 56, 56), True),
+    ("planes", (16, 1024, 14, 14), False),
+    ("ocean-land grid", (4, 3, 512, 512), False),
+    ("padded sequences", (64, 64, 1000), True),
+    ("points", (16384, 256), False),
+]
+UNMASKED = "without the mask"
 # Beside the slow peers and those that have to be compiled.
 PEERS = [
     Case("ResNet-50", (8, 64, 112, 112), "float32", "contiguous"),

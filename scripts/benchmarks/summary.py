@@ -15,6 +15,7 @@ from .cases import (
     MESSAGE,
     SEPARATE,
     STATISTICS,
+    UNMASKED,
     WHOLE,
     WITHOUT,
     Figures,
@@ -59,6 +60,7 @@ def summarize(sections: dict[str, list[Row]]) -> list[Line]:
         "watchdog": _watchdog,
         "tiny": _tiny,
         "peers": _peers,
+        "masks": _masks,
         "resnet": _resnet,
         "compiled": _compiled,
         "relu": _relu,
@@ -169,6 +171,16 @@ def _peers(rows: list[Row]) -> list[Line]:
         for statistic, combine in (("geometric mean", geometric_mean), ("worst", min)):
             what = f"naive SyncBatchNorm over gloo over ours, {label}, {statistic}"
             lines.append(Line(what, over(combine, slower), bar, at_most=False))
+    return lines
+
+
+def _masks(rows: list[Row]) -> list[Line]:
+    lines = []
+    for dtype in dict.fromkeys(row["dtype"] for row in rows):
+        for label, peer in (("step", UNMASKED), ("forward pass", f"forward {UNMASKED}")):
+            ratios = [row["ours to"][peer] for row in rows if row["dtype"] == dtype]
+            what = f"masked at half density over {UNMASKED}, {label}, {dtype}, worst"
+            lines.append(Line(what, over(max, ratios), 1.3))
     return lines
 
 

@@ -126,6 +126,7 @@ _TABLES: tuple[tuple[str, Callable[[list[Row]], str], tuple[str, ...]], ...] = (
     ("Slow peers, the compiler, a whole step, and ReLU", _peers, ("peers", "resnet", "compiled", "relu")),
     ("Memory kept by Conv-BN-LeakyReLU", _memory, ("memory",)),
     ("Activations inside the layer", _activations, ("activations",)),
+    ("With a mask, over without one", _peers, ("masks",)),
     ("Reductions beside gloo", _reductions, ("reductions",)),
 )
 

@@ -40,8 +40,7 @@ def table(heading: str) -> dict[str | None, dict[str, str]]:
 
 
 KEPT, WORKS, KERNELS = table("What a layer keeps"), table("What works"), table("On which kernels")
-LATER = ("mask",)  # masks: rows and columns without a test
-NO_ACTIVATIONS = ("mask", "memory_efficient")
+NO_ACTIVATIONS = ("mask", "memory_efficient")  # test_masks_page.py reads the cells on masks
 
 
 def cells(rows: dict[str | None, dict[str, str]], *columns: str) -> list[Any]:
@@ -277,8 +276,7 @@ def test_on_which_kernels_memory_efficient_works():
     assert {module for module in row if row[module] == "keeps x"} == {"cuda", "aten_cuda", "dlpack"}
 
 
-def test_columns_that_no_test_reads():
-    """masks: to be tried like the others."""
+def test_columns():
     assert set(WORKS[None]) == {*TRIED, "torch.compile", *NO_ACTIVATIONS}
     assert set(KEPT[None]) == {
         "kept",

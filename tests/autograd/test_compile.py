@@ -330,9 +330,10 @@ def test_the_operations_are_well_described():
     """torch's own checks of schema, fake results, what is changed in place, and compiled results."""
     x, token, call = torch.randn(2, 3, 5), torch.zeros(()), ("", "a layer", "float32", 1e-5)
     stats, ones = torch.ones(3, 3).double(), torch.ones(3)
-    torch.library.opcheck(torch.ops.mpisyncbn.batch_stats.default, (x, token, *call))
-    sums = torch.ops.mpisyncbn.batch_sums.default
-    torch.library.opcheck(sums, (x, x, stats, stats.new_tensor(10), token, *call))
+    for mask in (None, torch.tensor([[[True, False, True, True, False]], [[False] * 5]])):
+        torch.library.opcheck(torch.ops.mpisyncbn.batch_stats.default, (x, mask, token, *call))
+        sums = torch.ops.mpisyncbn.batch_sums.default
+        torch.library.opcheck(sums, (x, x, mask, stats, stats.new_tensor(10), token, *call))
     torch.library.opcheck(torch.ops.mpisyncbn.keep.default, (ones.double(), ones))
 
 

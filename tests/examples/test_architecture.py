@@ -163,6 +163,7 @@ def blocks(name: str) -> list[str]:
         "docs/algorithm.md",
         pytest.param("docs/compile.md", marks=pytest.mark.filterwarnings("ignore")),  # of torch's tools
         "docs/distributed.md",
+        "docs/masks.md",
         "docs/memory.md",
         "docs/sharp_bits.md",
         "docs/spatial.md",

@@ -34,7 +34,7 @@ from support.ranks import WORLD, together
 
 @pytest.mark.parametrize("quick", [False, True])
 def test_cases(quick: bool) -> None:
-    for table in (cases.LAYERS, cases.TINY, cases.RELU):
+    for table in (cases.LAYERS, cases.TINY, cases.RELU, cases.MASKED):
         chosen = list(cases.cases(table, quick))
         assert {case.dtype for case in chosen} == {"float32", "bfloat16"}
         assert {case.format for case in chosen} == {"contiguous", "channels_last"}

@@ -36,6 +36,14 @@ pytestmark = [
 C, SHAPE = 3, (4, 3, 2)
 X, VECTOR = torch.linspace(-2.0, 3.0, 24).reshape(SHAPE), torch.linspace(0.5, 1.5, C)
 TENSORS, VECTORS = {**tensors(X), **objects()}, {**tensors(VECTOR), **objects()}
+# Of dtypes that no mask has, and of the right one: in other layouts and shapes, and what has no values.
+MASK, ODD_MASKS = X[:, :1] > 0, ["inference", "subclass", "meta", "sparse", "transposed", "strided"]
+ODD_MASKS += ["overlapping", "one value for all", "0-d", "1-d", "longer", "more dimensions", "no batch"]
+MASKS = {**TENSORS, **{f"bool {key}": tensors(MASK).get(key, lambda: MASK) for key in ODD_MASKS}}
+ODD_ARRAYS = (
+    "read-only broadcast reversed transposed Fortran subclass masked matrix objects 0-d longer nothing"
+)
+ARRAY_MASKS = {f"array {key}": arrays(MASK.numpy())[key] for key in ODD_ARRAYS.split()}
 ARRAYS, ARRAY_VECTORS = ({**arrays(good.numpy()), **objects()} for good in (X, VECTOR))
 MIXED = {**{f"array {k}": v for k, v in arrays(X.numpy()).items()}, **numbers()}
 MIXED_VECTORS = {**{f"array {k}": v for k, v in arrays(VECTOR.numpy()).items()}, **numbers()}
@@ -61,11 +69,11 @@ def backward(y: Tensor) -> None:
         y.sum().backward()
 
 
-def by_layer(training: bool, residual: bool) -> Target:
+def by_layer(training: bool, name: str) -> Target:
     def call(group: Any, odd: Any, keep: Keep) -> None:
         module = layer(group, activation="silu").train(training)
         keep(list(module.state_dict().values()))
-        backward(module(keep(X.clone()), odd) if residual else module(odd))
+        backward(module(odd) if name == "input" else module(keep(X.clone()), **{name: odd}))
 
     return call
 
@@ -99,6 +107,7 @@ ARGUMENTS = {
     "eps": lambda: 1e-5,
     "activation": lambda: "leaky_relu(-0.2)",
     "residual": lambda: X.clone(),
+    "mask": lambda: None,
 }
 
 
@@ -217,12 +226,13 @@ TARGETS: dict[str, tuple[Odd, Target]] = {
     "join(model=)": (ANYTHING, joined),
 }
 for mode, training in (("train", True), ("eval", False)):
-    TARGETS[f"layer, input, {mode}"] = INPUTS, by_layer(training, residual=False)
-    TARGETS[f"layer, residual, {mode}"] = INPUTS, by_layer(training, residual=True)
+    for name in ("input", "residual"):
+        TARGETS[f"layer, {name}, {mode}"] = INPUTS, by_layer(training, name)
+    TARGETS[f"layer, mask, {mode}"] = {**MASKS, **ARRAY_MASKS}, by_layer(training, "mask")
     for name in (*BY_CHANNEL, "num_batches_tracked", "momentum", "eps", "activation", "process_group"):
         TARGETS[f"layer.{name}, {mode}"] = PARAMETERS, by_attribute(name, training)
     for name in (*ARGUMENTS, "process_group"):
-        odd = INPUTS if name in ("input", "residual") else PARAMETERS
+        odd = INPUTS if name in ("input", "residual") else MASKS if name == "mask" else PARAMETERS
         TARGETS[f"sync_batch_norm({name}=), {mode}"] = odd, by_function(name, training)
 for name in ("eps", "momentum", "process_group", "activation"):
     TARGETS[f"SyncBatchNorm({name}=)"] = ANYTHING, by_constructor(name)
@@ -230,14 +240,14 @@ for name, target in TARGETS.items():
     if "activation" in name:
         TARGETS[name] = {**target[0], **activations()}, target[1]
 for function, names in {
-    "batch_norm_forward": "x weight bias eps process_group",
-    "batch_norm_backward": "dy x stats stats.mean stats.invstd stats.count weight process_group",
+    "batch_norm_forward": "x weight bias eps process_group mask",
+    "batch_norm_backward": "dy x stats stats.mean stats.invstd stats.count weight process_group mask",
     "update_running_stats": "running_mean running_var stats stats.mean stats.var stats.count momentum",
 }.items():
     for name in names.split():
-        odd = {**VECTORS, **TENSORS, **numbers()}
+        odd = {**VECTORS, **(MASKS if name == "mask" else TENSORS), **numbers()}
         TARGETS[f"{function}({name}=), torch"] = odd, by_arrays(function, name, True)
-        odd = {**ARRAY_VECTORS, **ARRAYS, **numbers()}
+        odd = {**ARRAY_VECTORS, **(ARRAY_MASKS if name == "mask" else ARRAYS), **numbers()}
         TARGETS[f"{function}({name}=), NumPy"] = odd, by_arrays(function, name, False)
 
 

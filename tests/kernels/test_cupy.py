@@ -103,6 +103,22 @@ def test_uneven_batches(group, shape, dtype, affine):
     assert distance(sums[1], expected.dbias, dy.double().abs().sum()) < exact
 
 
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_masks(group, dtype):
+    mask = shard((3 + WORLD.rank, 1, 6), 5) < 0
+    x, dy = (shard((3 + WORLD.rank, 4, 6), seed, 2.0, dtype).masked_fill(~mask, np.nan) for seed in (1, 2))
+    y, stats = functional.batch_norm_forward(there(x), mask=there(mask), process_group=group)
+    dx, *_ = functional.batch_norm_backward(there(dy), there(x), stats, mask=there(mask), process_group=group)
+    true, dtrue, y_true, dx_true = (v.movedim(1, -1)[mask[:, 0]] for v in (x, dy, back(y), back(dx)))
+    expected = oracle(true, dtrue)
+    assert stats.count == expected.count
+    assert distance(y_true, expected.y) < max(1e-6, torch.finfo(dtype).eps)
+    assert distance(dx_true, expected.dx, expected.dx_scale) < max(1e-5, torch.finfo(dtype).eps * 4)
+    assert not any(back(each).masked_fill(mask, 0).any() for each in (y, dx))
+    with pytest.raises(TypeError, match="expected mask to be"):
+        functional.batch_norm_forward(there(x), mask=mask, process_group=group)
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
 def test_empty_batches(group, dtype):
     """Rank 0 has data; with four ranks so has rank 2."""

@@ -6,6 +6,7 @@ Importing this module fails if the extension was not built; then aten.py and gen
 from __future__ import annotations
 
 from collections.abc import Iterator
+from functools import partial
 from typing import TypeVar, cast
 
 import numpy as np
@@ -43,15 +44,16 @@ _STORED = (Kind.SILU, Kind.GELU, Kind.GELU_TANH)
 _REFUSED, _EXTREME = 0, 2  # outcomes, see _cpu.pyi
 
 
-def local_moments(x: Array) -> tuple[int, np.ndarray, np.ndarray]:
+def local_moments(x: Array, *, mask: Array | None = None) -> tuple[int, np.ndarray, np.ndarray]:
     found = np.empty((3, x.shape[1]))
-    outcome, count = _cpu.local_moments(x, found, _threads(x))
+    outcome, count = _cpu.local_moments(x, mask, found, _threads(x))
     if outcome == _REFUSED:
-        outcome, count = _cpu.local_moments(_dense(x), found, _threads(x))
+        mask_read = None if mask is None else _dense(mask)
+        outcome, count = _cpu.local_moments(_dense(x), mask_read, found, _threads(x))
     if outcome == _REFUSED:
-        raise _refused(x)
+        raise _refused(x, mask)
     if outcome == _EXTREME:
-        extremes.local_moments(local_moments, x, count, found[0], found[2])
+        extremes.local_moments(partial(local_moments, mask=mask), x, count, found[0], found[2])
     return count, found[:2] if x.dtype.itemsize == 8 else found[0], found[2]
 
 
@@ -63,32 +65,44 @@ def normalize(
     bias: Array | None,
     residual: Array | None = None,
     activation: Activation = NO_ACTIVATION,
+    *,
+    mask: Array | None = None,
 ) -> Array:
-    for x_read, vectors, (residual_read,) in _attempts(x, (mean, invstd, weight, bias), (residual,)):
+    small = mean, invstd, weight, bias, mask
+    for x_read, vectors, (residual_read,) in _attempts(x, small, (residual,)):
         y = _empty_like(x_read)
         outcome = _cpu.normalize(x_read, *vectors, residual_read, y, *activation, _threads(x))
         if outcome == _EXTREME:
-            extremes.normalize(normalize, y, x, mean, invstd, weight, bias, residual, activation)
+            again = partial(normalize, mask=mask)
+            extremes.normalize(again, y, x, mean, invstd, weight, bias, residual, activation)
         if outcome != _REFUSED:
             return y
-    raise _refused(x, mean, invstd, weight, bias, residual)
+    raise _refused(x, residual, *small)
 
 
 def backward_reduce(
-    dy: Array, x: Array, mean: np.ndarray, invstd: np.ndarray, context: ActivationContext | None = None
+    dy: Array,
+    x: Array,
+    mean: np.ndarray,
+    invstd: np.ndarray,
+    context: ActivationContext | None = None,
+    *,
+    mask: Array | None = None,
 ) -> tuple[np.ndarray, np.ndarray, Array]:
     sums = np.empty((2, x.shape[1]))
     context = context or ActivationContext(NO_ACTIVATION, None, None)
     activation, weight, bias, *more = context
-    for x_read, vectors, (dz, y, residual) in _attempts(x, (mean, invstd, weight, bias), (dy, *more)):
+    small = mean, invstd, weight, bias, mask
+    for x_read, vectors, (dz, y, residual) in _attempts(x, small, (dy, *more)):
         out = _empty_like(x_read) if _stores_dz(context) else None
         others, how = (y, residual, out), (*activation, context.undone)
         outcome = _cpu.backward_reduce(dz, x_read, *vectors, *others, *how, sums, _threads(x))
         if outcome == _EXTREME:
-            extremes.backward_reduce(backward_reduce, sums, dy, x, mean, invstd, context, out)
+            again = partial(backward_reduce, mask=mask)
+            extremes.backward_reduce(again, sums, dy, x, mean, invstd, context, out)
         if outcome != _REFUSED:
             return sums[0], sums[1], dz if out is None else out
-    raise _refused(dy, x, mean, invstd, weight, bias)
+    raise _refused(dy, x, *small)
 
 
 def backward_elementwise(
@@ -100,18 +114,18 @@ def backward_elementwise(
     mean_dy: np.ndarray,
     mean_dy_xmu: np.ndarray,
     context: ActivationContext | None = None,
+    *,
+    mask: Array | None = None,
 ) -> Array:
     activation, bias = recomputed_activation(None if _stores_dz(context) else context)
-    vectors = mean, invstd, weight, bias, mean_dy, mean_dy_xmu
+    vectors = mean, invstd, weight, bias, mean_dy, mean_dy_xmu, mask
     how = *activation, context is not None and context.undone
     for x_read, vectors_read, (dz_read,) in _attempts(x, vectors, (dz,)):
         dx = _empty_like(x_read)
         outcome = _cpu.backward_elementwise(dz_read, x_read, *vectors_read, dx, *how, _threads(x))
         if outcome == _EXTREME:
-            means = mean_dy, mean_dy_xmu
-            extremes.backward_elementwise(
-                backward_elementwise, dx, dz, x, mean, invstd, weight, means, context
-            )
+            again, means = partial(backward_elementwise, mask=mask), (mean_dy, mean_dy_xmu)
+            extremes.backward_elementwise(again, dx, dz, x, mean, invstd, weight, means, context)
         if outcome != _REFUSED:
             return dx
     raise _refused(dz, x, *vectors)
@@ -125,7 +139,7 @@ def _stores_dz(context: ActivationContext | None) -> bool:
 def _attempts(x: Array, vectors: _Vectors, others: _Arrays) -> Iterator[tuple[Array, _Vectors, _Arrays]]:
     """Yield arrays to try the native code on, until it refuses none.
 
-    First all arrays are as they are: ``x``, vectors of length C, and others. Then the others are
+    First all arrays are as they are: ``x``, vectors of length C or a mask, and others. Then the others are
     copies in the memory format of ``x``. Last, all are copies without gaps, for arrays that are not
     aligned or have no memory of their own.
     """

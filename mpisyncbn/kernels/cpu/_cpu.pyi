@@ -49,11 +49,13 @@ class Link:
 # 0: refused. 1: done. 2: done, except for channels with values that float32 cannot compute with.
 _Outcome = int
 
-def local_moments(x: Array, out: NDArray[float64], threads: int, /) -> tuple[_Outcome, int]:
+def local_moments(
+    x: Array, mask: Array | None, out: NDArray[float64], threads: int, /
+) -> tuple[_Outcome, int]:
     """Fill ``out``, (3, C), with the mean in two parts and M2.
 
     For other dtypes than float64 the first row is the whole mean. Returns the outcome, and the
-    number of values per channel. 0 threads stand for as many as OpenMP has.
+    number of values per channel, of those where the mask is true. 0 threads stand for as many as OpenMP has.
     """
 
 def normalize(
@@ -62,6 +64,7 @@ def normalize(
     invstd: Vector,
     weight: Array | None,
     bias: Array | None,
+    mask: Array | None,
     residual: Array | None,
     y: Array,
     kind: int,
@@ -69,7 +72,7 @@ def normalize(
     threads: int,
     /,
 ) -> _Outcome:
-    """Fill ``y``."""
+    """Fill ``y``, with 0 where the mask is false."""
 
 def backward_reduce(
     dy: Array,
@@ -78,6 +81,7 @@ def backward_reduce(
     invstd: Vector,
     weight: Array | None,
     bias: Array | None,
+    mask: Array | None,
     y: Array | None,
     residual: Array | None,
     dz: Array | None,
@@ -103,6 +107,7 @@ def backward_elementwise(
     bias: Array | None,
     mean_dy: Vector,
     mean_dy_xmu: Vector,
+    mask: Array | None,
     dx: Array,
     kind: int,
     parameter: float,

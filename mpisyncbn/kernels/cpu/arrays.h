@@ -1,6 +1,6 @@
 // Python's arrays by address, shape and strides, and how they lie in memory. Part of module.cpp.
 
-enum class DType { none, f16, bf16, f32, f64 };
+enum class DType { none, f16, bf16, f32, f64, boolean };
 
 // An array of Python. Strides count values.
 struct Array {
@@ -21,7 +21,7 @@ struct Array {
     }
 };
 
-// Calls operation with a value of the C++ type of a dtype. Returns false for DType::none.
+// Calls operation with a value of the C++ type of a dtype. Returns false for none and boolean.
 template <class F>
 bool by_dtype(DType dtype, F operation) {
     switch (dtype) {
@@ -80,6 +80,7 @@ bool describe_quickly(const ExchangeAPI &api, nb::handle object, Array &array) {
         return false;
     }
     array.dtype = tensor.code == 4 && tensor.bits == 16   ? DType::bf16
+                  : tensor.code == 6 && tensor.bits == 8  ? DType::boolean
                   : tensor.code != 2 || tensor.lanes != 1 ? DType::none
                   : tensor.bits == 16                     ? DType::f16
                   : tensor.bits == 32                     ? DType::f32
@@ -99,10 +100,11 @@ bool describe_by_name(nb::handle torch, nb::handle object, Array &array) {
         PyUnicode_InternFromString("stride"), PyUnicode_InternFromString("data_ptr"),
         PyUnicode_InternFromString("is_cpu")};
     static PyObject *const dtypes[] = {torch.attr("float16").ptr(), torch.attr("bfloat16").ptr(),
-                                       torch.attr("float32").ptr(), torch.attr("float64").ptr()};
+                                       torch.attr("float32").ptr(), torch.attr("float64").ptr(),
+                                       torch.attr("bool").ptr()};
     const nb::object dtype = object.attr(names[0]);
-    const auto known = std::find(dtypes, dtypes + 4, dtype.ptr());
-    if (known == dtypes + 4 || object.attr(names[4]).ptr() != Py_True) return false;
+    const auto known = std::find(dtypes, dtypes + 5, dtype.ptr());
+    if (known == dtypes + 5 || object.attr(names[4]).ptr() != Py_True) return false;
     array.dtype = (DType)(known - dtypes + 1);
     const nb::object shape = object.attr(names[1]),
                      stride = nb::steal(PyObject_CallMethodNoArgs(object.ptr(), names[2])),
@@ -124,8 +126,8 @@ bool describe_by_name(nb::handle torch, nb::handle object, Array &array) {
 }
 
 // Fills `array`; None becomes an array without data. Returns false unless the object is a NumPy
-// array or a torch tensor in host memory, of a dtype that the loops know.
-bool describe(nb::handle object, Array &array, bool to_write = false) {
+// array or a torch tensor in host memory, of a dtype that the loops know, or boolean.
+bool look_at(nb::handle object, Array &array, bool to_write = false) {
     if (object.is_none()) return true;
     if (PyObject_CheckBuffer(object.ptr())) {  // NumPy
         Py_buffer view;
@@ -139,6 +141,7 @@ bool describe(nb::handle object, Array &array, bool to_write = false) {
                       : *format == 'e'         ? DType::f16
                       : *format == 'f'         ? DType::f32
                       : *format == 'd'         ? DType::f64
+                      : *format == '?'         ? DType::boolean
                                                : DType::none;
         bool whole = array.dtype != DType::none && (uintptr_t)view.buf % view.itemsize == 0;
         array.data = (char *)view.buf;
@@ -165,6 +168,14 @@ bool describe(nb::handle object, Array &array, bool to_write = false) {
     }
     return api && (type == plain || type == parameter) ? describe_quickly(*api, object, array)
                                                        : describe_by_name(torch, object, array);
+}
+
+bool describe(nb::handle object, Array &array, bool to_write = false) {
+    return look_at(object, array, to_write) && array.dtype != DType::boolean;
+}
+
+bool describe_mask(nb::handle object, Array &array) {
+    return look_at(object, array) && (object.is_none() || array.dtype == DType::boolean);
 }
 
 // How arrays of one shape lie in memory: all as planes, or all as rows.

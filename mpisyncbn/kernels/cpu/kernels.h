@@ -15,21 +15,26 @@ bool same_kind(const Array &x, std::initializer_list<const Array *> others) {
 }
 
 // Merges the moments of the tiles into M2 and the mean in two parts, in a fixed order (Chan, Golub
-// and LeVeque 1979). Means are distances from the first origin.
+// and LeVeque 1979). Means are distances from the first origin. Sets without values have none.
 template <class T>
 void merge_moments(const Partials<T> &partials, long channels, long count, double *__restrict mean_hi,
                    double *__restrict mean_lo, double *__restrict m2) {
-    const Plan<T> &plan = partials.plan;
-    std::copy(partials.memory, partials.memory + channels, mean_hi);
+    const double *first = nullptr;
+    partials.in_order([&](const long *n, const double *origin, long) {
+        if (*n && !first) first = origin;
+    });
+    std::copy(first, first + channels, mean_hi);
     std::fill(mean_lo, mean_lo + channels, 0.0);
     std::fill(m2, m2 + channels, 0.0);
-    partials.in_order([&](int i, long slot, const double *origin, long columns) {
-        const double n = (double)plan.traversals[i].counts[slot], *const sums = origin + columns;
+    partials.in_order([&](const long *values, const double *origin, long columns) {
+        if (!*values) return;
+        const double n = (double)*values, *const sums = origin + columns;
         for (long c = 0; c < channels; ++c) mean_lo[c] += (origin[c] - mean_hi[c]) * n + sums[c];
     });
     for (long c = 0; c < channels; ++c) mean_lo[c] /= (double)count;
-    partials.in_order([&](int i, long slot, const double *origin, long columns) {
-        const double n = (double)plan.traversals[i].counts[slot], per = 1 / n;
+    partials.in_order([&](const long *values, const double *origin, long columns) {
+        if (!*values) return;
+        const double n = (double)*values, per = 1 / n;
         const double *const sums = origin + columns, *const squares = sums + columns;
         for (long c = 0; c < channels; ++c) {
             const double from_origin = sums[c] * per,
@@ -52,32 +57,60 @@ bool is_m2_extreme(long channels, long count, const double *mean, const double *
     return extreme;
 }
 
+// Fills `origins` with a number near the mean of each column, from a few rows spread over all.
+template <class T>
+void fill_row_origins(const Loops<T> &loops, const Plan<T> &plan, compute_t<T> *origins) {
+    const Traversal<T> &traversal = plan.traversals[0];
+    const Operands<T> &on = traversal.on;
+    const T *rows[8];
+    if (!on.masked()) {
+        long few = 8;
+        while (few > traversal.count) few /= 2;
+        for (long i = 0; i < few; ++i) rows[i] = on.pointers_at(i * traversal.count / few, 0, 0).x;
+        return loops.row_origins(rows, few, traversal.columns, origins);
+    }
+    // The next row that counts from each of 8 places, or else the first one of all. They are not those
+    // taken together: columns of one channel share an origin.
+    const long count = plan.positions, pitch = on.outer.x / traversal.sets;
+    const int8_t *const mask = on.start.mask;
+    const int8_t *const first = first_true(mask, 0, count);
+    for (long i = 0; i < 8; ++i) {
+        const int8_t *const found = first_true(mask, i * count / 8, count);
+        rows[i] = on.start.x + ((found ? found : first) - mask) * pitch;
+    }
+    loops.row_origins(rows, 8, plan.channels, origins);
+    for (long j = plan.channels; j < traversal.columns; ++j) origins[j] = origins[j - plan.channels];
+}
+
 // Fills `out` with mean_hi, mean_lo and M2 of each channel. Returns the outcome, and the number of
 // values per channel.
-std::pair<int, long> local_moments(nb::handle x_object, const Output &out, int threads) {
-    Array x, none;
-    if (!describe(x_object, x) || !same_kind(x, {})) return {REFUSED, 0};
-    if (x.size() == 0) {
-        std::fill(out.data(), out.data() + out.size(), 0.0);
-        return {DONE, 0};
-    }
-    const long channels = x.shape[1], count = x.size() / channels;
+std::pair<int, long> local_moments(nb::handle x_object, nb::handle mask_object, const Output &out,
+                                   int threads) {
+    Array x, mask, none;
+    if (!describe(x_object, x) || !describe_mask(mask_object, mask) || !same_kind(x, {}) || !fits(mask, x))
+        return {REFUSED, 0};
+    const long channels = x.shape[1];
+    long count = 0;
+    std::fill(out.data(), out.data() + out.size(), 0.0);
+    if (x.size() == 0) return {DONE, 0};
     bool extreme = false;
     const bool done = by_dtype(x.dtype, [&](auto type) {
         using T = decltype(type);
         using W = compute_t<T>;
-        const Plan<T> *const plan = plan_for<T>(x, none, none, none, threads);
+        Plan<T> *const plan = plan_for<T>(x, none, none, none, mask, threads);
         if (!plan) return false;
+        count = plan->count_values();
+        if (!count) return true;
         const Partials<T> found(*plan, 3);  // origin, sum of x - origin, sum of its square
         const auto &loops = best_loops<T>();
         const Unlocked unlocked(x);
         const Traversal<T> &first = plan->traversals[0];
         W *const origins = caller_scratch<W>(padded(first.columns) + 16);
-        if (first.rows) loops.row_origins(first.on, first.count, first.columns, origins);
+        if (first.rows) fill_row_origins(loops, *plan, origins);
         every_tile(*plan, Direction::down, [&](const Traversal<T> &traversal, const Tile &t, int i) {
-            loops.moments(traversal.on, t, traversal.rows, t.count(), origins + t.c0,
-                          tile_scratch<W>(3 * padded(t.c1 - t.c0)), found.at(i, t, 0), found.at(i, t, 1),
-                          found.at(i, t, 2));
+            loops.moments(traversal.on, t, traversal.rows, traversal.counts_of(t, channels),
+                          origins + t.c0, tile_scratch<W>(3 * padded(t.c1 - t.c0)), found.at(i, t, 0),
+                          found.at(i, t, 1), found.at(i, t, 2));
         });
         double *const mean_hi = out.data(), *const mean_lo = mean_hi + channels,
                       *const m2 = mean_lo + channels;
@@ -93,17 +126,18 @@ std::pair<int, long> local_moments(nb::handle x_object, const Output &out, int t
 
 // Fills y. Returns the outcome.
 int normalize(nb::handle x_object, const Vector &mean, const Vector &invstd, nb::handle weight_object,
-              nb::handle bias_object, nb::handle residual_object, nb::handle y_object, int kind,
-              double parameter, int threads) {
-    Array x, weight, bias, residual, y;
+              nb::handle bias_object, nb::handle mask_object, nb::handle residual_object,
+              nb::handle y_object, int kind, double parameter, int threads) {
+    Array x, weight, bias, mask, residual, y;
     if (!describe(x_object, x) || !describe(weight_object, weight) || !describe(bias_object, bias) ||
-        !describe(residual_object, residual) || !describe(y_object, y) || !same_kind(x, {&residual, &y}))
+        !describe_mask(mask_object, mask) || !describe(residual_object, residual) || !describe(y_object, y) ||
+        !same_kind(x, {&residual, &y}) || !fits(mask, x))
         return REFUSED;
     if (x.size() == 0) return DONE;
     bool extreme = false;
     const bool done = by_dtype(x.dtype, [&](auto type) {
         using T = decltype(type);
-        const Plan<T> *const plan = plan_for<T>(x, Array{}, residual, y, threads);
+        const Plan<T> *const plan = plan_for<T>(x, Array{}, residual, y, mask, threads);
         if (!plan) return false;
         const auto *all = coefficients_of(*plan, mean, invstd, weight, bias, nullptr, nullptr, extreme);
         const long stride = padded(plan->traversals[0].columns);
@@ -125,7 +159,7 @@ void merge_products(const Partials<T> &partials, long channels, const double *me
                     double *__restrict sum_dy_xmu) {
     std::fill(sum_dy, sum_dy + channels, 0.0);
     std::fill(sum_dy_xmu, sum_dy_xmu + channels, 0.0);
-    partials.in_order([&](int, long, const double *found, long columns) {
+    partials.in_order([&](const long *, const double *found, long columns) {
         for (long c = 0; c < channels; ++c) sum_dy[c] += found[c], sum_dy_xmu[c] += found[c + columns];
     });
     for (long c = 0; c < channels; ++c)
@@ -151,13 +185,14 @@ bool are_products_extreme(long channels, long count, bool underflow, const doubl
 // activation's output was kept beside x, or a residual. `undo`: x is the activation's output, to be
 // undone. Returns the outcome.
 int backward_reduce(nb::handle dy_object, nb::handle x_object, const Vector &mean, const Vector &invstd,
-                    nb::handle weight_object, nb::handle bias_object, nb::handle y_object,
-                    nb::handle residual_object, nb::handle dz_object, int kind, double parameter, bool undo,
-                    const Output &out, int threads) {
-    Array dy, x, weight, bias, y, residual, dz;
+                    nb::handle weight_object, nb::handle bias_object, nb::handle mask_object,
+                    nb::handle y_object, nb::handle residual_object, nb::handle dz_object, int kind,
+                    double parameter, bool undo, const Output &out, int threads) {
+    Array dy, x, weight, bias, mask, y, residual, dz;
     if (!describe(dy_object, dy) || !describe(x_object, x) || !describe(weight_object, weight) ||
-        !describe(bias_object, bias) || !describe(y_object, y) || !describe(residual_object, residual) ||
-        !describe(dz_object, dz) || !same_kind(x, {&dy, &y, &residual, &dz}))
+        !describe(bias_object, bias) || !describe_mask(mask_object, mask) || !describe(y_object, y) ||
+        !describe(residual_object, residual) || !describe(dz_object, dz) ||
+        !same_kind(x, {&dy, &y, &residual, &dz}) || !fits(mask, x))
         return REFUSED;
     if (x.size() == 0) {
         std::fill(out.data(), out.data() + out.size(), 0.0);
@@ -171,7 +206,7 @@ int backward_reduce(nb::handle dy_object, nb::handle x_object, const Vector &mea
                               : y.data        ? Source::output
                               : residual.data ? Source::residual
                                               : Source::x;
-        const Plan<T> *const plan = plan_for<T>(x, dy, y.data ? y : residual, dz, threads);
+        const Plan<T> *const plan = plan_for<T>(x, dy, y.data ? y : residual, dz, mask, threads);
         if (!plan) return false;
         const auto *all = coefficients_of(*plan, mean, invstd, weight, bias, nullptr, nullptr, extreme);
         const long stride = padded(plan->traversals[0].columns), channels = plan->channels;
@@ -199,17 +234,18 @@ int backward_reduce(nb::handle dy_object, nb::handle x_object, const Vector &mea
 // is the activation's output, to be undone. Returns the outcome.
 int backward_elementwise(nb::handle dy_object, nb::handle x_object, const Vector &mean, const Vector &invstd,
                          nb::handle weight_object, nb::handle bias_object, const Vector &mean_dy,
-                         const Vector &mean_dy_xmu, nb::handle dx_object, int kind, double parameter,
-                         bool undo, int threads) {
-    Array dy, x, weight, bias, dx;
+                         const Vector &mean_dy_xmu, nb::handle mask_object, nb::handle dx_object, int kind,
+                         double parameter, bool undo, int threads) {
+    Array dy, x, weight, bias, mask, dx;
     if (!describe(dy_object, dy) || !describe(x_object, x) || !describe(weight_object, weight) ||
-        !describe(bias_object, bias) || !describe(dx_object, dx) || !same_kind(x, {&dy, &dx}))
+        !describe(bias_object, bias) || !describe_mask(mask_object, mask) || !describe(dx_object, dx) ||
+        !same_kind(x, {&dy, &dx}) || !fits(mask, x))
         return REFUSED;
     if (x.size() == 0) return DONE;
     bool extreme = false;
     const bool done = by_dtype(x.dtype, [&](auto type) {
         using T = decltype(type);
-        const Plan<T> *const plan = plan_for<T>(x, dy, Array{}, dx, threads);
+        const Plan<T> *const plan = plan_for<T>(x, dy, Array{}, dx, mask, threads);
         if (!plan) return false;
         const auto *all =
             coefficients_of(*plan, mean, invstd, weight, bias, mean_dy.data(), mean_dy_xmu.data(), extreme);

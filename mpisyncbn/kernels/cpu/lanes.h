@@ -243,6 +243,39 @@ INLINE vec<T> only(vec<T> v, long n) {
     return lanes_below<T>(n) ? v : vec<T>{};
 }
 
+// A mask of the lanes whose bytes are not 0.
+template <class T>
+INLINE typename Lane<T>::mask mask_of_bytes(const int8_t *p) {
+    using M = typename Lane<T>::mask;
+#if LANES == 16
+    if constexpr (Lane<T>::width == 16)
+        return (M)_mm512_cvtepi8_epi32(_mm_loadu_si128((const __m128i *)p)) != 0;
+    return (M)_mm512_cvtepi8_epi64(_mm_loadl_epi64((const __m128i *)p)) != 0;
+#elif LANES == 8
+    if constexpr (Lane<T>::width == 8)
+        return (M)_mm256_cvtepi8_epi32(_mm_loadl_epi64((const __m128i *)p)) != 0;
+    return (M)_mm256_cvtepi8_epi64(_mm_cvtsi32_si128(read<int>(p))) != 0;
+#else
+    M mask;
+    for (int i = 0; i < Lane<T>::width; ++i) mask[i] = p[i];
+    return mask != 0;
+#endif
+}
+
+// The same, for lanes whose bytes are at p + which[i]. Lanes of a vector lie less than 16 bytes apart.
+template <class T>
+INLINE typename Lane<T>::mask gathered_mask(const int8_t *p, const uint8_t *which) {
+    int8_t bytes[16];
+#if LANES >= 8
+    const __m128i from_first = _mm_sub_epi8(_mm_loadu_si128((const __m128i *)which), _mm_set1_epi8(which[0]));
+    const __m128i found = _mm_shuffle_epi8(_mm_loadu_si128((const __m128i *)(p + which[0])), from_first);
+    _mm_storeu_si128((__m128i *)bytes, found);
+#else
+    for (int i = 0; i < Lane<T>::width; ++i) bytes[i] = p[which[i]];
+#endif
+    return mask_of_bytes<T>(bytes);
+}
+
 template <class T>
 INLINE vec<T> from_lane(vec<T> v, long n) {
     return lanes_below<T>(n) ? vec<T>{} : v;

@@ -7,6 +7,7 @@
 //     kernels.h        the four kernels
 //     arrays.h         how arrays lie in memory
 //     tiles.h          the work cut into tiles, and handed to threads
+//     masks.h          a mask, copied for the loops
 //     coefficients.h   numbers per channel for the loops
 //     levels.h         all code that is compiled once per instruction set: lanes.h (vectors) and
 //                          loops.h (loops over a tile), which includes the headers not listed here
@@ -104,12 +105,13 @@ NB_MODULE(_cpu, m) {
           given);
     m.def("invstd", &invstd);
     m.def("passes_fast_check", &passes_fast_check, given, maybe, maybe, maybe, maybe);
-    m.def("local_moments", &local_moments);
-    m.def("normalize", &normalize, given, given, given, maybe, maybe, maybe, given, given, given, given);
+    m.def("local_moments", &local_moments, given, maybe, given, given);
+    m.def("normalize", &normalize, given, given, given, maybe, maybe, maybe, maybe, given, given, given,
+          given);
     m.def("backward_reduce", &backward_reduce, given, given, given, given, maybe, maybe, maybe, maybe, maybe,
-          given, given, given, given, given);
+          maybe, given, given, given, given, given);
     m.def("backward_elementwise", &backward_elementwise, given, given, given, given, maybe, maybe, given,
-          given, given, given, given, given, given);
+          given, maybe, given, given, given, given, given);
     m.def("instruction_set", [] {
         const char *const names[] = {"baseline", "avx2", "avx512", "avx512 with bfloat16"};
         return names[(int)level()];

@@ -15,18 +15,21 @@ static void pass_planes(const Operands<T> &on, const Tile &t, const compute_t<T>
                 pointers.out, together, length,
                 [&](long i, long vectors, long c) {
                     const PlaneCoefficients<T> coefficient{of_plane + c, stride};
+                    const Pointers<T> here = pointers.after(c * length);
                     for (; vectors >= 2; vectors -= 2, i += 2 * W) {
-                        operation.template apply<STREAM>(pointers, i, coefficient, FullAccess{});
-                        operation.template apply<STREAM>(pointers, i + W, coefficient, FullAccess{});
+                        operation.template apply<STREAM>(here, i, coefficient, FullAccess{});
+                        operation.template apply<STREAM>(here, i + W, coefficient, FullAccess{});
                     }
-                    if (vectors) operation.template apply<STREAM>(pointers, i, coefficient, FullAccess{});
+                    if (vectors) operation.template apply<STREAM>(here, i, coefficient, FullAccess{});
                 },
                 [&](long i, long c, long values) {
                     operation.template apply<STREAM>(
-                        pointers, i, TwoPlanesCoefficients<T>{of_plane + c, stride, values}, FullAccess{});
+                        pointers.after(c * length), i,
+                        TwoPlanesCoefficients<T>{of_plane + c, stride, values}, FullAccess{});
                 },
                 [&](long i, long values, long c) {
-                    operation.template apply<false>(pointers, i, PlaneCoefficients<T>{of_plane + c, stride},
+                    operation.template apply<false>(pointers.after(c * length), i,
+                                                    PlaneCoefficients<T>{of_plane + c, stride},
                                                     TailAccess{values});
                 },
                 [](long) {});
@@ -45,12 +48,12 @@ static void pass_rows(const Operands<T> &on, const Tile &t, const compute_t<T> *
         const Pointers<T> one = on.pointers_at(r, t.c0, 0), two = on.pointers_at(r + half, t.c0, 0);
         long j = 0;
         for (; j + W <= columns; j += W) {
-            const RowCoefficients<T> coefficient{coefficients + j, stride};
+            const RowCoefficients<T> coefficient = row_coefficients(on, t, coefficients, stride, j);
             operation.template apply<STREAM>(one, j, coefficient, FullAccess{});
             operation.template apply<STREAM>(two, j, coefficient, FullAccess{});
         }
         if (j < columns) {
-            const RowCoefficients<T> coefficient{coefficients + j, stride};
+            const RowCoefficients<T> coefficient = row_coefficients(on, t, coefficients, stride, j);
             operation.template apply<false>(one, j, coefficient, TailAccess{columns - j});
             operation.template apply<false>(two, j, coefficient, TailAccess{columns - j});
         }
@@ -58,7 +61,7 @@ static void pass_rows(const Operands<T> &on, const Tile &t, const compute_t<T> *
     if ((t.s1 - t.s0) % 2)
         for (long j = 0; j < columns; j += W)
             operation.template apply<false>(on.pointers_at(t.s1 - 1, t.c0, 0), j,
-                                            RowCoefficients<T>{coefficients + j, stride},
+                                            row_coefficients(on, t, coefficients, stride, j),
                                             TailAccess{std::min(W, columns - j)});
     if (STREAM) fence();
 }
@@ -79,7 +82,7 @@ template <class T>
 static void tile_normalize(const Operands<T> &on, const Tile &t, bool rows, bool stream,
                            const compute_t<T> *coefficients, long stride, Activation activation,
                            Source source) {
-    by_case<Source::residual>(activation, source, [&](auto how) {
+    by_case<Source::residual>(activation, source, on.masked(), [&](auto how) {
         tile_pass(on, t, rows, stream, coefficients, stride, Normalize<T, decltype(how)>{how});
     });
 }
@@ -89,7 +92,7 @@ template <class T>
 static void tile_elementwise(const Operands<T> &on, const Tile &t, bool rows, bool stream,
                              const compute_t<T> *coefficients, long stride, Activation activation,
                              Source source) {
-    by_case<Source::x>(activation, source, [&](auto how) {
+    by_case<Source::x>(activation, source, on.masked(), [&](auto how) {
         tile_pass(on, t, rows, stream, coefficients, stride, Elementwise<T, decltype(how)>{how});
     });
 }

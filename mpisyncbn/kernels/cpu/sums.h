@@ -52,8 +52,8 @@ INLINE void add_planes(Pointers<T> pointers, long planes, long length, const com
         [&](long i, long vectors, long c) {
             for (long done = 0, block = 1; done < vectors; done += BLOCK, ++block) {
                 const PlaneCoefficients<T> coefficient{coefficients + c, stride};
-                add_vectors(pointers + (i + done * W), std::min(BLOCK, vectors - done), coefficient, terms,
-                            here);
+                add_vectors(pointers.after(c * length) + (i + done * W), std::min(BLOCK, vectors - done),
+                            coefficient, terms, here);
                 if (block % BLOCKS == 0) {
                     end(c);
                     flush(c);
@@ -62,15 +62,16 @@ INLINE void add_planes(Pointers<T> pointers, long planes, long length, const com
         },
         [&](long i, long c, long values) {
             vec<T> a, b;
-            terms(pointers, i, TwoPlanesCoefficients<T>{coefficients + c, stride, values}, FullAccess{}, a,
-                  b);
+            terms(pointers.after(c * length), i, TwoPlanesCoefficients<T>{coefficients + c, stride, values},
+                  FullAccess{}, a, b);
             here.a += only<T>(a, values), here.b += only<T>(b, values);
             end(c);
             here.a = from_lane<T>(a, values), here.b = from_lane<T>(b, values);
         },
         [&](long i, long values, long c) {
             vec<T> a, b;
-            terms(pointers, i, PlaneCoefficients<T>{coefficients + c, stride}, TailAccess{values}, a, b);
+            terms(pointers.after(c * length), i, PlaneCoefficients<T>{coefficients + c, stride},
+                  TailAccess{values}, a, b);
             here.a += only<T>(a, values), here.b += only<T>(b, values);
         },
         end);
@@ -100,6 +101,13 @@ static void sum_planes(const Operands<T> &on, const Tile &t, const compute_t<T> 
     for (long c = 0; c < channels; ++c) flush(c);
 }
 
+// The coefficients of a tile's columns from the j-th on.
+template <class T>
+INLINE RowCoefficients<T> row_coefficients(const Operands<T> &on, const Tile &t,
+                                           const compute_t<T> *coefficients, long stride, long j) {
+    return {coefficients + j, stride, on.row_of_column ? on.row_of_column + t.c0 + j : nullptr};
+}
+
 // Adds the terms of ROWS rows, which lie `step` apart, to the sums of one vector of columns.
 template <long ROWS, class T, class F, class A>
 INLINE void add_rows(Pointers<T> pointers, const typename Operands<T>::Strides &step,
@@ -110,7 +118,7 @@ INLINE void add_rows(Pointers<T> pointers, const typename Operands<T>::Strides &
     for (long i = 0; i < ROWS; ++i) {
         terms(pointers, 0, coefficient, access, a[i], b[i]);
         pointers = {pointers.dy + step.dy, pointers.x + step.x, pointers.extra + step.extra,
-                    pointers.out + step.out};
+                    pointers.out + step.out, pointers.mask + step.mask};
     }
 #pragma GCC unroll 8
     for (long half = ROWS / 2; half; half /= 2)
@@ -133,7 +141,8 @@ static void sum_rows(const Operands<T> &on, const Tile &t, const compute_t<T> *c
     const long columns = t.c1 - t.c0, part = (t.s1 - t.s0) / ROWS;
     const auto &pitch = on.outer;
     const typename Operands<T>::Strides step = {part * pitch.dy, part * pitch.x, part * pitch.extra,
-                                                part * pitch.out};
+                                                part * pitch.out, part * pitch.mask};
+    auto coefficient = [&](long j) { return row_coefficients(on, t, coefficients, stride, j); };
     compute_t<T> *const a_sums = scratch, *const b_sums = scratch + padded(columns);
     auto rows = [&](long from, long to, auto at_once) {
         while (from < to) {
@@ -142,11 +151,11 @@ static void sum_rows(const Operands<T> &on, const Tile &t, const compute_t<T> *c
                 const Pointers<T> pointers = on.pointers_at(from, t.c0, 0);
                 long j = 0;
                 for (; j + W <= columns; j += W)
-                    add_rows<at_once()>(pointers + j, step, RowCoefficients<T>{coefficients + j, stride},
-                                        terms, FullAccess{}, a_sums + j, b_sums + j);
+                    add_rows<at_once()>(pointers.columns_from(j), step, coefficient(j), terms, FullAccess{},
+                                        a_sums + j, b_sums + j);
                 if (j < columns)
-                    add_rows<at_once()>(pointers + j, step, RowCoefficients<T>{coefficients + j, stride},
-                                        terms, TailAccess{columns - j}, a_sums + j, b_sums + j);
+                    add_rows<at_once()>(pointers.columns_from(j), step, coefficient(j), terms,
+                                        TailAccess{columns - j}, a_sums + j, b_sums + j);
             }
             for (long j = 0; j < columns; ++j) total_a[j] += a_sums[j], total_b[j] += b_sums[j];
         }
@@ -172,7 +181,7 @@ template <class T>
 static void tile_reduce(const Operands<T> &on, const Tile &t, bool rows, Activation activation, Source source,
                         const compute_t<T> *coefficients, long stride, compute_t<T> *scratch, double *sum_dy,
                         double *sum_dy_xmu) {
-    by_case<Source::output>(activation, source, [&](auto how) {
+    by_case<Source::output>(activation, source, on.masked(), [&](auto how) {
         tile_sums(on, t, rows, coefficients, stride, Reduce<T, decltype(how)>{how, on.stores()}, scratch,
                   sum_dy, sum_dy_xmu);
     });

@@ -3,16 +3,33 @@
 // It is the same for planes and rows: coefficient(MEAN) and the like give the coefficients of a
 // plane's channel in all lanes, or those of the columns of rows in one lane each.
 
+//
+// Values that do not count are 0 in the terms, and in the output. They are taken away by their bits,
+// because 0 times NaN is not 0.
+template <class T, bool MASKED>
+struct Kept {
+    typename Lane<T>::mask mask;
+    template <class K>
+    INLINE_MEMBER Kept(Pointers<T> pointers, long i, K coefficient) {
+        if constexpr (MASKED) mask = coefficient.mask(pointers, i);
+    }
+    INLINE_MEMBER vec<T> operator()(vec<T> v) const {
+        if constexpr (MASKED) return (vec<T>)((typename Lane<T>::mask)v & mask);
+        return v;
+    }
+};
+
 // Terms of sums: a vector each for the sums a and b. Short runs of them are added in compute_t<T>,
 // and the sums of runs in double.
 
-template <class T>
+template <class T, bool MASKED>
 struct Moments {  // MEAN is an origin near the mean, so that the squares keep their digits
     static constexpr long rows_at_once = 8;  // see sum_rows
     template <class K, class A>
     INLINE_MEMBER void operator()(Pointers<T> pointers, long i, K coefficient, A access, vec<T> &a,
                                   vec<T> &b) const {
-        a = access.get(pointers.x + i) - coefficient(MEAN);
+        const Kept<T, MASKED> kept(pointers, i, coefficient);
+        a = kept(access.get(pointers.x + i) - coefficient(MEAN));
         b = a * a;
     }
 };
@@ -39,7 +56,8 @@ struct Reduce {
     INLINE_MEMBER void operator()(Pointers<T> pointers, long i, K coefficient, A access, vec<T> &a,
                                   vec<T> &b) const {
         if constexpr (HOW::chosen) read_ahead(pointers.x + i), read_ahead(pointers.dy + i);
-        const vec<T> x = access.get(pointers.x + i), xm = input_of<T>(how, x) - coefficient(MEAN);
+        const Kept<T, HOW::masked> kept(pointers, i, coefficient);
+        const vec<T> x = access.get(pointers.x + i), xm = kept(input_of<T>(how, x) - coefficient(MEAN));
         a = access.get(pointers.dy + i);
         if constexpr (HOW::undone) {
             a = activation_gradient<T>(how, a, x);
@@ -48,6 +66,7 @@ struct Reduce {
             if (how.source != Source::output) z += xm * coefficient(SCALE) + coefficient(SHIFT);
             a = activation_gradient<T>(how, a, z);
         }
+        a = kept(a);
         if (HOW::chosen ? stores : !HOW::undone && how.source != Source::x)
             access.template put<false>(pointers.out + i, a);
         b = a * xm;
@@ -64,7 +83,8 @@ struct Normalize {
         if constexpr (HOW::chosen) read_ahead(pointers.x + i);
         vec<T> z = (access.get(pointers.x + i) - coefficient(MEAN)) * coefficient(SCALE) + coefficient(SHIFT);
         if (how.source == Source::residual) z += access.get(pointers.extra + i);
-        access.template put<STREAM>(pointers.out + i, activate<T>(how, z));
+        const Kept<T, HOW::masked> kept(pointers, i, coefficient);
+        access.template put<STREAM>(pointers.out + i, kept(activate<T>(how, z)));
     }
 };
 
@@ -79,8 +99,9 @@ struct Elementwise {
         if (how.kind != Kind::none)
             dy = activation_gradient<T>(
                 how, dy, HOW::undone ? x : xm * coefficient(SCALE) + coefficient(SHIFT));
-        access.template put<STREAM>(
-            pointers.out + i, dy * coefficient(SCALE) + (xm * coefficient(SLOPE) + coefficient(INTERCEPT)));
+        const Kept<T, HOW::masked> kept(pointers, i, coefficient);
+        const vec<T> dx = dy * coefficient(SCALE) + (xm * coefficient(SLOPE) + coefficient(INTERCEPT));
+        access.template put<STREAM>(pointers.out + i, kept(dx));
     }
 };
 
@@ -90,6 +111,9 @@ struct PlaneCoefficients {
     const compute_t<T> *coefficients;  // of this channel
     long stride;                       // from one kind of coefficient to the next
     INLINE_MEMBER vec<T> operator()(int which) const { return broadcast<T>(coefficients[which * stride]); }
+    INLINE_MEMBER auto mask(Pointers<T> pointers, long i) const {
+        return mask_of_bytes<T>(pointers.mask + i);
+    }
 };
 
 // The coefficients of a channel in the first lanes, and those of the next channel in the others.
@@ -101,6 +125,10 @@ struct TwoPlanesCoefficients {
         const compute_t<T> *both = coefficients + which * stride;
         return lanes_below<T>(first) ? broadcast<T>(both[0]) : broadcast<T>(both[1]);
     }
+    // the mask of a sample is followed by its own beginning
+    INLINE_MEMBER auto mask(Pointers<T> pointers, long i) const {
+        return mask_of_bytes<T>(pointers.mask + i);
+    }
 };
 
 // The coefficients of as many channels as a vector has lanes.
@@ -108,5 +136,10 @@ template <class T>
 struct RowCoefficients {
     const compute_t<T> *coefficients;  // from this column on
     long stride;
+    const uint8_t *row_of_column;  // from this column on; null unless a mask is of rows taken together
     INLINE_MEMBER vec<T> operator()(int which) const { return read<vec<T>>(coefficients + which * stride); }
+    INLINE_MEMBER auto mask(Pointers<T> pointers, long) const {
+        if (row_of_column) return gathered_mask<T>(pointers.mask, row_of_column);
+        return typename Lane<T>::mask{} - (*pointers.mask != 0);
+    }
 };

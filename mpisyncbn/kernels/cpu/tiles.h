@@ -17,6 +17,31 @@ long stream_from = 4 << 20;
 
 long ceil_div(long length, long divisor) { return (length + divisor - 1) / divisor; }
 
+enum class Direction { up, down };
+
+// Calls operation for every index, on each thread in the order of memory, up or down. Sums go down
+// and the passes after them go up. So each pass begins with values that the one before it has left
+// in the cache, and sums begin at the end of the array that a neighbouring layer has just written.
+template <class F>
+void each(long length, int threads, Direction direction, F operation) {
+    auto from_to = [&](long begin, long end) {
+        for (long i = begin; i < end; ++i) operation(direction == Direction::up ? i : begin + end - 1 - i);
+    };
+#if defined(_OPENMP)
+    if (threads > 1 && length > 1) {
+#pragma omp parallel num_threads((int)std::min((long)threads, length))
+        {
+            const long all = omp_get_num_threads(), me = omp_get_thread_num();
+            from_to(length * me / all, length * (me + 1) / all);
+        }
+        return;
+    }
+#endif
+    from_to(0, length);
+}
+
+#include "masks.h"
+
 long cut_planes(long samples, long channels, long positions, std::vector<Tile> &tiles) {
     const long s_parts = ceil_div(positions, TILE), s_step = (ceil_div(positions, s_parts) + 63) / 64 * 64;
     // A tile has long planes in the order of memory, or short planes of several samples, whose sums
@@ -59,20 +84,46 @@ struct Traversal {
     long count;    // of rows
     bool stream;   // its output goes past the cache
     long slots;
-    std::vector<long> counts;  // values per channel of each slot
+    long sets;                 // how many rows are taken together
+    std::vector<long> counts;  // values per channel, of each set of each slot
     std::vector<Tile> tiles;
     void count_values() {
-        counts.resize(slots);
-        for (const Tile &t : tiles) counts[t.slot] = t.count();
+        counts.assign(slots * sets, 0);
+        for (const Tile &t : tiles)
+            if (t.c0 == 0) count_values(t, counts.data() + t.slot * sets);
+    }
+    void count_values(const Tile &t, long *into) const {
+        if (!on.masked())
+            std::fill(into, into + sets, t.count());
+        else if (rows)
+            count_true(on.start.mask + t.s0 * sets, (t.s1 - t.s0) * sets, sets, into);
+        else
+            for (long n = t.n0; n < t.n1; ++n)
+                count_true(on.pointers_at(n, 0, t.s0).mask, t.s1 - t.s0, 1, into);
+    }
+    Counts counts_of(const Tile &t, long channels) const {
+        return {counts.data() + t.slot * sets, sets, channels};
     }
 };
 
 template <class T>
 struct Plan {
-    long channels;
+    long channels, positions;  // positions of a sample in planes; rows
     int threads;
     int traversal_count;
     Traversal<T> traversals[2];  // the second has rows that the first leaves over
+    std::vector<int8_t> mask;
+    std::vector<uint8_t> row_of_column;
+
+    // Counts the values of all slots. Returns the sum.
+    long count_values() {
+        long count = 0;
+        for (int i = 0; i < traversal_count; ++i) {
+            traversals[i].count_values();
+            for (long n : traversals[i].counts) count += n;
+        }
+        return count;
+    }
 };
 
 // Addresses and strides for the loops. Those of x stand in for an absent array, which no loop
@@ -85,9 +136,17 @@ Operands<T> operands_of(const Array *const (&arrays)[4], const Layout &layout) {
         const int from = arrays[i]->data ? i : 0;
         start[i] = arrays[from]->data, outer[i] = layout.outer[from], channel[i] = layout.channel[from];
     }
-    return {{(const T *)start[1], (const T *)start[0], (const T *)start[2], (T *)start[3]},
-            {outer[1], outer[0], outer[2], outer[3]},
-            {channel[1], channel[0], channel[2], channel[3]}};
+    return {{(const T *)start[1], (const T *)start[0], (const T *)start[2], (T *)start[3], nullptr},
+            {outer[1], outer[0], outer[2], outer[3], 0},
+            {channel[1], channel[0], channel[2], channel[3], 0},
+            nullptr};
+}
+
+// How many rows may be taken together. A vector then reads a whole vector of a mask, so the last bytes
+// of that are left over.
+template <class T>
+long positions_together(const Operands<T> &on, const Layout &layout) {
+    return layout.positions - (on.masked() ? MASK_PAD : 0);
 }
 
 // How many rows are taken together as one row of whole vectors, if rows are short and follow each
@@ -101,7 +160,7 @@ long rows_taken_together(const Operands<T> &on, const Layout &layout) {
     if (!dense || channels >= 64) return 1;
     long together = 16 / std::gcd(channels, 16L);
     while (channels * together < 64) together *= 2;
-    return together <= layout.positions ? together : 1;
+    return together <= positions_together(on, layout) ? together : 1;
 }
 
 // Cuts rows into tiles of the first traversal. If several rows are taken together, the second
@@ -109,17 +168,25 @@ long rows_taken_together(const Operands<T> &on, const Layout &layout) {
 template <class T>
 void plan_rows(Plan<T> &plan, const Layout &layout) {
     Traversal<T> &traversal = plan.traversals[0];
-    const long together = rows_taken_together(traversal.on, layout), rows = layout.positions / together;
-    if (const long left = layout.positions % together) {
+    const long together = rows_taken_together(traversal.on, layout);
+    const long rows = (together > 1 ? positions_together(traversal.on, layout) : layout.positions) / together;
+    if (const long left = layout.positions - rows * together) {
         plan.traversal_count = 2;
         Traversal<T> &tail = plan.traversals[1];
         tail.on = traversal.on, tail.rows = true, tail.columns = layout.channels, tail.stream = false,
-        tail.slots = 1;
+        tail.slots = 1, tail.sets = 1;
         tail.tiles.assign(1, {0, 1, 0, layout.channels, rows * together, rows * together + left, 0});
-        tail.count_values();
+    }
+    traversal.sets = together;
+    if (together > 1 && traversal.on.masked()) {
+        auto &row_of = plan.row_of_column;
+        row_of.assign(padded(layout.channels * together) + 16, 0);
+        for (long j = 0; j < layout.channels * together; ++j) row_of[j] = (uint8_t)(j / layout.channels);
+        traversal.on.row_of_column = row_of.data();
     }
     auto &pitch = traversal.on.outer;
     pitch.dy *= together, pitch.x *= together, pitch.extra *= together, pitch.out *= together;
+    pitch.mask *= together;
     traversal.columns *= together, traversal.count = rows;
     traversal.slots = cut_rows(rows, traversal.columns, plan.threads, traversal.tiles);
     // a row must begin at a multiple of a vector for its stores to pass the cache
@@ -128,27 +195,35 @@ void plan_rows(Plan<T> &plan, const Layout &layout) {
 
 // The plan for arrays of one shape: x, which decides the layout, dy, another one to read (`extra`),
 // and one to write (`out`). It is valid until this thread makes the next plan. Null if the arrays
-// do not all lie in memory in one way: then the caller has to copy some.
+// do not all lie in memory in one way: then the caller has to copy some. The mask may lie in any way.
 template <class T>
-const Plan<T> *plan_for(const Array &x, const Array &dy, const Array &extra, const Array &out, int threads) {
+Plan<T> *plan_for(const Array &x, const Array &dy, const Array &extra, const Array &out, const Array &mask,
+                  int threads) {
     static thread_local Plan<T> plan;
     const Array *const arrays[4] = {&x, &dy, &extra, &out};
     Layout layout;
     if (!lay_out(arrays, layout)) return nullptr;
-    plan.channels = layout.channels;
+    plan.channels = layout.channels, plan.positions = layout.positions;
     plan.threads = x.size() < PARALLEL ? 1 : threads > 0 ? threads : default_threads();
     plan.traversal_count = 1;
     Traversal<T> &traversal = plan.traversals[0];
     traversal.on = operands_of<T>(arrays, layout);
+    if (mask.data) {
+        const MaskReader reader(mask, x);
+        const bool as_it_is = reader.is_dense() && (layout.rows || has_whole_vectors<T>(arrays, layout));
+        if (!as_it_is) copy_mask(reader, layout, plan.threads, plan.mask);
+        traversal.on.start.mask = as_it_is ? (const int8_t *)mask.data : plan.mask.data();
+        traversal.on.outer.mask = layout.rows ? 1 : layout.positions + (as_it_is ? 0 : MASK_PAD);
+    }
     traversal.rows = layout.rows;
     traversal.columns = layout.channels;
+    traversal.sets = 1;
     traversal.tiles.clear();
     traversal.stream = out.data && x.size() * (long)sizeof(T) >= stream_from && (uintptr_t)out.data % 64 == 0;
     if (layout.rows)
         plan_rows(plan, layout);
     else
         traversal.slots = cut_planes(layout.samples, layout.channels, layout.positions, traversal.tiles);
-    traversal.count_values();
     return &plan;
 }
 
@@ -159,29 +234,6 @@ struct Unlocked {
         if (x.size() >= PARALLEL) release.emplace();
     }
 };
-
-enum class Direction { up, down };
-
-// Calls operation for every index, on each thread in the order of memory, up or down. Sums go down
-// and the passes after them go up. So each pass begins with values that the one before it has left
-// in the cache, and sums begin at the end of the array that a neighbouring layer has just written.
-template <class F>
-void each(long length, int threads, Direction direction, F operation) {
-    auto from_to = [&](long begin, long end) {
-        for (long i = begin; i < end; ++i) operation(direction == Direction::up ? i : begin + end - 1 - i);
-    };
-#if defined(_OPENMP)
-    if (threads > 1 && length > 1) {
-#pragma omp parallel num_threads((int)std::min((long)threads, length))
-        {
-            const long all = omp_get_num_threads(), me = omp_get_thread_num();
-            from_to(length * me / all, length * (me + 1) / all);
-        }
-        return;
-    }
-#endif
-    from_to(0, length);
-}
 
 // Memory of this thread for a tile.
 template <class W>
@@ -227,14 +279,16 @@ struct Partials {
         return start(traversal, t.slot) + kind * plan.traversals[traversal].columns + t.c0;
     }
 
-    // Calls operation(traversal, slot, numbers, columns) in a fixed order, once for each set of all
-    // channels. Kind k of channel c is numbers[k * columns + c].
+    // Calls operation(count, numbers, columns) in a fixed order, once for each set of all channels.
+    // Kind k of channel c is numbers[k * columns + c]; `count` is where its number of values is.
     template <class F>
     void in_order(F operation) const {
         for (int i = 0; i < plan.traversal_count; ++i)
             for (long slot = 0; slot < plan.traversals[i].slots; ++slot)
-                for (long j = 0; j < plan.traversals[i].columns; j += plan.channels)
-                    operation(i, slot, (const double *)start(i, slot) + j, plan.traversals[i].columns);
+                for (long set = 0; set < plan.traversals[i].sets; ++set)
+                    operation(plan.traversals[i].counts.data() + slot * plan.traversals[i].sets + set,
+                              (const double *)start(i, slot) + set * plan.channels,
+                              plan.traversals[i].columns);
     }
 
   private:

@@ -40,11 +40,19 @@ struct Activation {
 // decides, from the output beside x, or, undone, from the output in place of x.
 enum class Source { x, residual, output, undone };
 
+// Bytes after the mask of each sample, as many as a vector may read there.
+constexpr long MASK_PAD = 16;
+
 template <class T>
 struct Pointers {
     const T *dy, *x, *extra;
     T *out;
-    INLINE_MEMBER Pointers operator+(long i) const { return {dy + i, x + i, extra + i, out + i}; }
+    const int8_t *mask;  // a byte for each position, not 0 if it counts. See masks.h
+    INLINE_MEMBER Pointers operator+(long i) const { return {dy + i, x + i, extra + i, out + i, mask + i}; }
+    // For rows: other columns, with the same mask.
+    INLINE_MEMBER Pointers columns_from(long j) const { return {dy + j, x + j, extra + j, out + j, mask}; }
+    // For planes: the mask begins again with each plane, so i - before is its index there.
+    INLINE_MEMBER Pointers after(long before) const { return {dy, x, extra, out, mask - before}; }
 };
 
 // Addresses and strides of up to four arrays of one shape. For planes the strides are from sample
@@ -53,19 +61,26 @@ template <class T>
 struct Operands {
     Pointers<T> start;
     struct Strides {
-        long dy, x, extra, out;
-    } outer, channel;
+        long dy, x, extra, out, mask;
+    } outer, channel;              // a mask has no channels: its stride is 0
+    const uint8_t *row_of_column;  // with a mask, if rows are taken together: the row of each column
     INLINE_MEMBER Pointers<T> pointers_at(long n, long c, long s) const {
         return {start.dy + (n * outer.dy + c * channel.dy + s), start.x + (n * outer.x + c * channel.x + s),
                 start.extra + (n * outer.extra + c * channel.extra + s),
-                start.out + (n * outer.out + c * channel.out + s)};
+                start.out + (n * outer.out + c * channel.out + s), start.mask + (n * outer.mask + s)};
+    }
+    INLINE_MEMBER bool masked() const { return start.mask != nullptr; }
+    // Whether a value counts.
+    INLINE_MEMBER bool counts(long n, long c, long s) const {
+        return !masked() || start.mask[n * outer.mask + (row_of_column ? row_of_column[c] : 0) + s];
     }
     // Whether there is an array to write: the address of x stands in for an absent one.
     INLINE_MEMBER bool stores() const { return start.out != start.x; }
     // Whether planes of this length follow each other without a gap.
     INLINE_MEMBER bool adjacent(long length) const {
         return channel.dy == length && channel.x == length && channel.extra == length &&
-               channel.out == length;
+               channel.out == length &&
+               (!masked() || outer.mask == length || outer.mask == length + MASK_PAD);
     }
 };
 
@@ -73,8 +88,16 @@ struct Operands {
 // the rows, and there is one sample.
 struct Tile {
     long n0, n1, c0, c1, s0, s1;
-    long slot;  // the tiles of a slot have the same number of values, of different channels
-    long count() const { return (n1 - n0) * (s1 - s0); }  // values per channel
+    long slot;  // the tiles of a slot have the same positions, of different channels
+    long count() const { return (n1 - n0) * (s1 - s0); }  // values per channel, without a mask
+};
+
+// The number of values in each column of a tile.
+struct Counts {
+    const long *of_set;  // a set of columns is one row of those taken together
+    long sets, channels;
+    INLINE_MEMBER long operator()(long column) const { return of_set[sets == 1 ? 0 : column / channels]; }
+    bool any() const { return std::any_of(of_set, of_set + sets, [](long n) { return n > 0; }); }
 };
 
 // Stands for a sum of squares that are 0 in float32, although the distances are not.
@@ -95,8 +118,8 @@ void fence() {
 template <class T>
 struct Loops {
     using W = compute_t<T>;
-    void (*row_origins)(const Operands<T> &, long rows, long columns, W *origins);
-    void (*moments)(const Operands<T> &, const Tile &, bool rows, long count, const W *origins, W *scratch,
+    void (*row_origins)(const T *const *rows, long few, long columns, W *origins);
+    void (*moments)(const Operands<T> &, const Tile &, bool rows, Counts, const W *origins, W *scratch,
                     double *, double *, double *);
     void (*reduce)(const Operands<T> &, const Tile &, bool rows, Activation, Source, const W *, long,
                    W *scratch, double *, double *);

@@ -1,0 +1,124 @@
+"""The four kernels with a mask, for any array: those of ``generic`` on values that are cleaned first.
+
+Where the mask is false, values become 0 before anything is computed with them, and results are 0.
+So NaN and infinity there reach nothing, in derivatives of any order neither.
+"""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import TYPE_CHECKING, NamedTuple
+
+import numpy as np
+
+from . import generic
+from .activation import NO_ACTIVATION, Activation, ActivationContext
+from .protocol import Array
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+__all__ = ["Bound", "bind", "clean"]
+
+
+class Bound(NamedTuple):
+    """The four kernels of a module, bound to a mask: ``protocol.Kernels``."""
+
+    local_moments: Callable[..., tuple[int, Array, Array]]
+    normalize: Callable[..., Array]
+    backward_reduce: Callable[..., tuple[Array, Array, Array]]
+    backward_elementwise: Callable[..., Array]
+
+
+def bind(module: object, mask: Array) -> Bound:
+    """The kernels of a module whose functions take a ``mask``."""
+    return Bound._make(partial(getattr(module, name), mask=mask) for name in Bound._fields)
+
+
+def clean(x: Array, mask: Array | None) -> Array:
+    """``x``, or None, with 0 where the mask is false."""
+    if x is None or mask is None:
+        return x
+    if hasattr(x, "is_cpu"):  # torch
+        return x.masked_fill(mask.logical_not(), 0)
+    return np.where(mask, x, x.dtype.type(0))
+
+
+def local_moments(x: Array, *, mask: Array) -> tuple[int, Array, Array]:
+    x = clean(x, mask)
+    count = mask.sum().item()  # waits for a device: the exchange needs the number
+    values = max(count, 1)
+    mean = generic._sum(x) / values
+    xmu = clean(generic._center(x, mean), mask)
+    m2 = generic._dot(xmu, xmu)
+    if str(x.dtype).endswith("float64"):
+        mean = generic._stack(mean, generic._sum(xmu) / values)
+    return count, mean, m2
+
+
+def normalize(
+    x: Array,
+    mean: Array,
+    invstd: Array,
+    weight: Array | None,
+    bias: Array | None,
+    residual: Array | None = None,
+    activation: Activation = NO_ACTIVATION,
+    *,
+    mask: Array,
+) -> Array:
+    mean, invstd = _near(x, mean, invstd)
+    x, residual = clean(x, mask), clean(residual, mask)
+    y = generic.normalize(x, mean, invstd, weight, bias, residual, activation)
+    return clean(y, mask)
+
+
+def backward_reduce(
+    dy: Array,
+    x: Array,
+    mean: Array,
+    invstd: Array,
+    context: ActivationContext | None = None,
+    *,
+    mask: Array,
+) -> tuple[Array, Array, Array]:
+    mean_read, invstd_read = _near(x, mean, invstd)
+    dy, x, context = clean(dy, mask), clean(x, mask), _clean_context(context, mask)
+    sum_dy, sum_dy_xmu, dz = generic.backward_reduce(dy, x, mean_read, invstd_read, context)
+    if mean_read is not mean:
+        sum_dy, sum_dy_xmu = sum_dy.numpy(), sum_dy_xmu.numpy()
+    return sum_dy, sum_dy_xmu, clean(dz, mask)
+
+
+def backward_elementwise(
+    dz: Array,
+    x: Array,
+    mean: Array,
+    invstd: Array,
+    weight: Array | None,
+    mean_dy: Array,
+    mean_dy_xmu: Array,
+    context: ActivationContext | None = None,
+    *,
+    mask: Array,
+) -> Array:
+    mean, invstd, mean_dy, mean_dy_xmu = _near(x, mean, invstd, mean_dy, mean_dy_xmu)
+    dz, x = clean(dz, mask), clean(x, mask)
+    means = mean_dy, mean_dy_xmu
+    dx = generic.backward_elementwise(dz, x, mean, invstd, weight, *means, _clean_context(context, mask))
+    return clean(dx, mask)
+
+
+def _near(x: Array, *vectors: Array) -> tuple[Array, ...]:
+    """The vectors as torch tensors if ``x`` is one: those of its host memory come as NumPy arrays."""
+    if not hasattr(x, "is_cpu") or not isinstance(vectors[0], np.ndarray):
+        return vectors
+    import torch
+
+    return tuple(map(torch.from_numpy, vectors))
+
+
+def _clean_context(context: ActivationContext | None, mask: Array) -> ActivationContext | None:
+    if context is None or context.residual is None:
+        return context
+    return context._replace(residual=clean(context.residual, mask))
