@@ -37,7 +37,8 @@ class LayerSync:
     a GPU, since gradients on GPUs belong to NCCL. A group that the program has made itself stays.
 
     Args:
-        process_group, name, fuse_relu, fuse_activation: as ``mpisyncbn.convert_sync_batchnorm`` takes them.
+        process_group, name, fuse_relu, fuse_activation, memory_efficient: as
+            ``mpisyncbn.convert_sync_batchnorm`` takes them.
 
     Raises:
         ImportError: neither of Lightning's packages has been imported.
@@ -53,6 +54,7 @@ class LayerSync:
         name: str | None = None,
         fuse_relu: bool = False,
         fuse_activation: bool = False,
+        memory_efficient: bool = False,
     ) -> None:
         if not _register():
             raise ImportError(
@@ -61,6 +63,7 @@ class LayerSync:
             )
         self.process_group, self.name = process_group, name
         self.fuse_relu, self.fuse_activation = fuse_relu, fuse_activation
+        self.memory_efficient = memory_efficient
         # Now, because the Trainer initializes torch.distributed before it calls apply(). It takes a
         # group that is there. torch's table of default backends would do as well, but is global, and
         # Lightning would go by an address and a port.
@@ -75,6 +78,7 @@ class LayerSync:
             name=self.name,
             fuse_relu=self.fuse_relu,
             fuse_activation=self.fuse_activation,
+            memory_efficient=self.memory_efficient,
         )
 
     def revert(self, model: nn.Module) -> nn.Module:
