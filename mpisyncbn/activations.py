@@ -10,10 +10,10 @@ from torch import nn
 from .errors import on_rank
 from .kernels import NO_ACTIVATION, Activation, Kind
 
-__all__ = ["HOOKS", "GivenActivation", "activation_of", "has_own_hooks", "name_of", "name_of_module"]
+__all__ = ["HOOKS", "AnyActivation", "activation_of", "has_own_hooks", "name_of", "name_of_module"]
 
-# "relu" or "leaky_relu(0.1)", for example, or a module that does the same; None: no activation.
-GivenActivation: TypeAlias = "str | nn.Module | None"
+# "relu" or "leaky_relu(0.1)", for example, or a module of torch that computes the same, or None.
+AnyActivation: TypeAlias = "str | nn.Module | None"
 
 _BY_NAME = {  # with torch's defaults
     "relu": Activation(Kind.RELU),
@@ -42,41 +42,41 @@ _BY_CLASS_NAME = {
 HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 
 
-def activation_of(given: GivenActivation) -> Activation:
-    """The activation that a text or a module stands for.
+def activation_of(activation: AnyActivation) -> Activation:
+    """The value that the kernels take, from a text or a module.
 
     Raises ValueError for another text, class or value, for a parameter that is not a finite number,
     and for a module that has hooks or a ``forward`` of its own, which a layer would not call.
     """
-    if given is None:
+    if activation is None:
         return NO_ACTIVATION
-    found = _of_text(given) if isinstance(given, str) else _of_module(given)
+    found = _of_text(activation) if isinstance(activation, str) else _of_module(activation)
     if found is None:
         raise ValueError(
             f"expected activation to be one of {', '.join(map(repr, _BY_NAME))}, a finite number in "
             f"parentheses behind {' or '.join(_PARAMETERS)}, a module of torch.nn without hooks that does "
-            f"the same, or None, got {given!r}{on_rank()}"
+            f"the same, or None, got {activation!r}{on_rank()}"
         )
     return found
 
 
-def name_of(given: GivenActivation) -> str | None:
-    """The text of an activation: its parameter stands in parentheses if it is not torch's default.
+def name_of(activation: AnyActivation) -> str | None:
+    """The text of an activation, with its parameter in parentheses if it is not torch's default.
 
     Raises ValueError as ``activation_of`` does.
     """
-    activation = activation_of(given)
-    return None if activation == NO_ACTIVATION else _text_of(activation)
+    found = activation_of(activation)
+    return None if found == NO_ACTIVATION else _text_of(found)
 
 
 def name_of_module(module: nn.Module) -> str | None:
-    """The text of the activation that a module is; None if a layer cannot do all that the module does."""
+    """The text of the activation that a module computes; None if a layer cannot do all that it does."""
     activation = _of_module(module)
     return None if activation is None else _text_of(activation)
 
 
 def has_own_hooks(module: nn.Module) -> bool:
-    """Whether hooks of a module see it run."""
+    """Whether a module has hooks that run with its forward or backward."""
     return any(getattr(module, hooks) for hooks in HOOKS)
 
 

@@ -151,11 +151,11 @@ def check_residual(residual: Array | None, x: Array, layer: str | None = None) -
 def check_memory_efficient(
     activation: Activation, residual: Array | None = None, layer: str | None = None
 ) -> None:
-    """Raise ValueError for what the output of a ``memory_efficient`` layer could not be undone with."""
+    """Refuse a residual, and an activation that cannot be undone, with ValueError."""
     if residual is not None:
         raise ValueError(
-            f"expected no residual with memory_efficient, got one{in_layer(layer)}: the output does not tell "
-            "the input then. Set memory_efficient to False"
+            f"expected no residual with memory_efficient, got one{in_layer(layer)}: the output then does not "
+            "tell the input. Set memory_efficient to False"
         )
     if not activation.can_be_undone:
         kind, parameter = activation
@@ -173,8 +173,8 @@ def check_mask(mask: Array | None, x: Array, layer: str | None = None) -> None:
     check_kind("mask", mask, "the input", x)
     if dtype_name(mask.dtype) != "bool":
         raise ValueError(
-            f"expected mask of dtype bool, got {dtype_name(mask.dtype)}{in_layer(layer)}: it is True for the "
-            "values that count; mask != 0 makes one of numbers"
+            f"expected mask of dtype bool, got {dtype_name(mask.dtype)}{in_layer(layer)}: it is True where "
+            "there is data. mask != 0 makes a boolean mask of numbers"
         )
     shape, found = (x.shape[0], 1, *x.shape[2:]), tuple(mask.shape)
     if found != shape:

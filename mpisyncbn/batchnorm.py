@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from . import autograd, convert
-from .activations import GivenActivation, activation_of, name_of
+from .activations import AnyActivation, activation_of, name_of
 from .arguments import (
     check_arguments,
     check_mask,
@@ -47,23 +47,23 @@ class SyncBatchNorm(convert.Synchronized):
         activation: what the layer ends in, at no pass over memory of its own, forward or backward:
             "relu", "leaky_relu", "silu", "hardswish", "elu" or "gelu", with torch's defaults;
             "leaky_relu(0.1)", "elu(0.5)" or "gelu(tanh)"; a module of torch.nn that does the same,
-            such as ``nn.LeakyReLU(0.1)``; or None. Also an attribute, to be set on a converted layer:
-            it becomes the text. docs/activations.md says how to choose.
+            such as ``nn.LeakyReLU(0.1)``; or None. Also an attribute, to be set on a converted layer;
+            a module is turned into its text. docs/activations.md says how to choose.
         memory_efficient: if True, the layer keeps its output for the backward pass in place of its
-            input: a gain if a layer follows that keeps it anyway, such as a convolution. Also an
-            attribute. The activation is None or a leaky_relu then, and there is no residual
-            (ValueError); create_graph is refused (MPISyncBNError). See docs/memory.md.
+            input. That saves memory if the next layer keeps its input anyway, as a convolution does.
+            Also an attribute. It takes no residual, and no activation but a leaky_relu with a slope
+            above 0 (ValueError); create_graph is refused (MPISyncBNError). See docs/memory.md.
 
     Shape:
         Input ``(N, C, *)`` with at least 2 dimensions; N may differ between ranks, and be 0.
         Residual, optional: like the input; added before the activation, at no pass of its own.
-        Mask, optional, by its name: boolean, ``(N, 1, *)``, of the lengths of the input, for padded
-        sequences and grids with holes. Statistics and gradients are those of the values where it is
-        true; elsewhere the output is 0, and what the input holds there reaches nothing (docs/masks.md).
+        Mask, optional, by keyword: boolean, of the input's shape but with one channel: ``(N, 1, *)``.
+        Statistics and gradients are those of the values where it is true. Elsewhere the output is 0,
+        and the input has no effect: for padded sequences and grids with holes (docs/masks.md).
         Output: the same, in the same memory format.
 
     Raises:
-        ValueError: ``activation`` is something else, or a module with hooks or another ``forward``.
+        ValueError: ``activation`` is another text or module, or one with hooks or its own ``forward``.
 
     Building, copying, loading and evaluating a layer is not collective. Forward and backward
     while training are: every rank of the group must call them, in the same order of layers.
@@ -81,7 +81,7 @@ class SyncBatchNorm(convert.Synchronized):
         dtype: torch.dtype | None = None,
         *,
         bias: bool = True,
-        activation: GivenActivation = None,
+        activation: AnyActivation = None,
         memory_efficient: bool = False,
     ) -> None:
         super().__init__(num_features, eps, momentum, affine, track_running_stats, device, dtype)  # type: ignore[arg-type]
@@ -106,7 +106,7 @@ class SyncBatchNorm(convert.Synchronized):
         self,
         input: Tensor,
         residual: Tensor | None = None,
-        activation: GivenActivation = None,
+        activation: AnyActivation = None,
         mask: Tensor | None = None,
     ) -> Tensor:
         """``forward`` with another activation than the layer's own, for registered forwards."""
@@ -184,13 +184,13 @@ class SyncBatchNorm(convert.Synchronized):
                 for the world. Layers that are synchronized already get it too.
             name: of the model, the same on every rank; None: the name of its class. Give models of one
                 class different names: they tell apart the layers of two models in one exchange.
-            fuse_activation: let a layer do the work of an ``nn.ReLU``, ``nn.LeakyReLU``, ``nn.SiLU``,
+            fuse_activation: let each layer compute the ``nn.ReLU``, ``nn.LeakyReLU``, ``nn.SiLU``,
                 ``nn.Hardswish``, ``nn.ELU`` or ``nn.GELU`` that follows it in an ``nn.Sequential``,
                 without a pass over memory of its own, if neither has hooks and the layer stands nowhere
-                else in the model. The layer's own output is then that of the activation.
+                else in the model. The layer itself then returns the output of the activation.
             fuse_relu: the same for ``nn.ReLU`` alone.
-            memory_efficient: set that attribute of the layers, except of those whose activation cannot
-                be undone (a fused ReLU) and of those of other libraries with a ``forward`` of their own.
+            memory_efficient: set that attribute on the layers, except on those with an activation that
+                cannot be undone (a fused ReLU) or with another library's ``forward``.
 
         Returns:
             ``module`` itself.

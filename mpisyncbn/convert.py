@@ -17,7 +17,7 @@ from torch.nn.modules.lazy import LazyModuleMixin
 from torch.nn.utils import parametrize
 
 from . import tracing
-from .activations import GivenActivation, activation_of, name_of
+from .activations import AnyActivation, activation_of, name_of
 from .arguments import check_memory_efficient, check_module, check_tensor, in_layer
 from .comm.communicator import Communicator
 from .comm.groups import AnyGroup, resolve
@@ -68,7 +68,7 @@ class Synchronized(BatchNorm):
 
     communicator: Communicator | None = None  # of the ranks to normalize over; None: the world
     _given: _Given | None = None  # the process_group, if it is another object than communicator
-    activation: str | None = None  # as text, into which a module is turned when it is set
+    activation: str | None = None  # its text; setting a module sets its text
     memory_efficient: bool = False  # whether the layer keeps its output in place of its input
     layer_name: str | None = None  # on all ranks: the name of the model, and the layer's own in it
     _key: str = "#"  # this process knows the layer by it while it has no name
@@ -96,7 +96,7 @@ class Synchronized(BatchNorm):
         self,
         input: torch.Tensor,
         residual: torch.Tensor | None = None,
-        activation: GivenActivation = None,
+        activation: AnyActivation = None,
         mask: torch.Tensor | None = None,
     ) -> torch.Tensor:
         """``forward`` with another activation than the layer's own, for registered forwards."""
@@ -107,7 +107,7 @@ class Synchronized(BatchNorm):
             object.__setattr__(self, name, value)  # nn.Module would keep some values itself
             return
         if name == "activation":
-            value = name_of(value)  # type: ignore[arg-type]  # it checks
+            value = name_of(value)  # type: ignore[arg-type]  # raises for other types
             if self.memory_efficient:
                 check_memory_efficient(activation_of(value), None, self.layer_name)
         if name == "memory_efficient":
@@ -204,12 +204,11 @@ def convert_sync_batchnorm(
         synchronized.process_group = process_group
         synchronized.layer_name = f"{model}: {path}" if path else name
     # A registered forward may do more after the normalization.
-    own: set[nn.Module] = {layer for _, layer in layers if type(layer).forward is to.forward}
+    own = {cast(Synchronized, layer) for _, layer in layers if type(layer).forward is to.forward}
     if fuse_relu or fuse_activation:
         fuse(module, own, only=None if fuse_activation else ("relu",))
     if memory_efficient:
-        for each in own:
-            synchronized = cast(Synchronized, each)
+        for synchronized in own:
             synchronized.memory_efficient = activation_of(synchronized.activation).can_be_undone
     return module
 

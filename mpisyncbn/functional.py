@@ -52,7 +52,7 @@ def forward(
 ) -> tuple[Array, BatchStats, BatchStats]:
     """Normalize ``x`` with the statistics of the group's batch. Arguments are checked by the caller.
 
-    ``activation`` is a value, which ``activations.activation_of`` makes of a text or module.
+    ``activations.activation_of`` makes ``activation`` of a text or module.
 
     Returns:
         ``y``; the statistics in host memory, but in a compiled graph on the device; the same
@@ -116,8 +116,8 @@ def batch_norm_forward(
         eps: added to the variance, at least 0.
         process_group: the ranks to normalize over: an mpi4py communicator, a Communicator, or None
             for the world.
-        mask: boolean, ``(N, 1, *)``, of the lengths of ``x``; or None. The statistics are those of the
-            values where it is true, and ``y`` is 0 elsewhere (docs/masks.md).
+        mask: boolean, of the shape of ``x`` but with one channel: ``(N, 1, *)``; or None. Statistics
+            are those of the values where it is true, and ``y`` is 0 elsewhere (docs/masks.md).
 
     Returns:
         ``y``, like ``x``, and the BatchStats that ``batch_norm_backward`` needs, as arrays of the

@@ -36,10 +36,10 @@ def fusible_activation(module: nn.Module) -> str | None:
     return None if _has_hooks(module) else name_of_module(module)
 
 
-def fuse(module: nn.Module, layers: set[nn.Module], only: Container[str] | None = None) -> None:
+def fuse(module: nn.Module, layers: Container[nn.Module], only: Container[str] | None = None) -> None:
     """Let ``layers`` apply the activation that follows them in an nn.Sequential, if hooks see neither.
 
-    ``only`` names the activations that are taken; None: all.
+    ``only`` has the texts of the activations that are taken, or is None for all.
     """
     uses = Counter(id(each) for _, each in module.named_modules(remove_duplicate=False))
     for container in module.modules():

@@ -11,7 +11,7 @@ from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.lazy import LazyModuleMixin
 
-from .activations import GivenActivation, activation_of
+from .activations import AnyActivation, activation_of
 from .errors import on_rank
 from .kernels.activation import activate
 from .registry import Forward, has_own_forward, registered_forward
@@ -79,12 +79,12 @@ def _normalizer(to: type[Synchronized]) -> Callable[[Synchronized], Forward]:
         layer: Synchronized,
         input: torch.Tensor,
         residual: torch.Tensor | None = None,
-        activation: GivenActivation = None,
+        activation: AnyActivation = None,
         mask: torch.Tensor | None = None,
     ) -> torch.Tensor:
-        function = activation_of(activation)  # it raises before anything is sent
-        more = {} if mask is None else {"mask": mask}  # a forward of its own may know of no masks
-        return activate(forward(layer, input, residual, **more), function)
+        act = activation_of(activation)  # raises before anything is sent
+        more = {} if mask is None else {"mask": mask}  # another library's forward may take none
+        return activate(forward(layer, input, residual, **more), act)
 
     return lambda layer: partial(by_forward, layer)
 

@@ -15,6 +15,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.overrides import TorchFunctionMode
 
 from . import exchange, uneven
+from .activations import AnyActivation
 from .arguments import check_module
 from .batch_stats import BatchStats
 from .comm import transport
@@ -132,7 +133,7 @@ class _LayerMoments:
         self,
         x: Tensor,
         residual: Tensor | None = None,
-        activation: str | None = None,
+        activation: AnyActivation = None,
         mask: Tensor | None = None,
     ) -> Tensor:
         """What a synchronized layer normalizes with, while it is measured."""

@@ -19,7 +19,7 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 
 from .. import profiling, torch_versions
-from ..activations import GivenActivation, activation_of
+from ..activations import AnyActivation, activation_of
 from ..arguments import (
     UNNAMED,
     check_arguments,
@@ -56,7 +56,7 @@ def sync_batch_norm(
     eps: float = 1e-5,
     process_group: AnyGroup = None,
     *,
-    activation: GivenActivation = None,
+    activation: AnyActivation = None,
     residual: Tensor | None = None,
     memory_efficient: bool = False,
     mask: Tensor | None = None,
@@ -81,16 +81,17 @@ def sync_batch_norm(
         residual: like the input; added before the activation, in the same passes; or None.
         memory_efficient: if True, autograd keeps the output in place of the input, as
             ``SyncBatchNorm`` says.
-        mask: boolean, ``(N, 1, *)``, of the lengths of the input; or None. Statistics and gradients are
-            those of the values where it is true. Elsewhere ``y`` and the gradients of input and residual
-            are 0, whatever the input holds there, NaN too (docs/masks.md).
+        mask: boolean, on the device of the input, of its shape but with one channel: ``(N, 1, *)``;
+            or None. Statistics and gradients are those of the values where it is true. Elsewhere
+            ``y`` and the gradients of input and residual are 0, even if the input is NaN there
+            (docs/masks.md).
 
     Returns:
         ``y``, of the input's shape, dtype and memory format.
 
     Raises:
         ValueError, TypeError: an argument is of the wrong shape, dtype, device or range.
-        ValueError: ``activation`` is something else, or a module with hooks or another ``forward``.
+        ValueError: ``activation`` is another text or module, or one with hooks or its own ``forward``.
         ValueError: ``memory_efficient`` with a residual or an activation that cannot be undone.
         ValueError: on every rank, if the group has a single value per channel.
         CollectiveMismatchError: on every rank, if the ranks were in different layers or calls.
@@ -132,7 +133,7 @@ def batch_norm(
     eps: float,
     process_group: AnyGroup,
     layer: str,
-    activation: GivenActivation = None,
+    activation: AnyActivation = None,
     residual: Tensor | None = None,
     memory_efficient: bool = False,
     mask: Tensor | None = None,
@@ -162,17 +163,17 @@ def batch_norm(
         check_residual(residual, x, layer)
     if mask is not None:
         check_mask(mask, x, layer)
-    function = activation_of(activation)  # it raises before anything is sent
+    act = activation_of(activation)  # raises before anything is sent
     dtype = layer_dtype(x, weight, bias, running_mean)
     if compiling:
         # A graph cannot hold an object, so it holds the name of the group.
         group_key = _group_key(process_group)
         y, stats = compiled.apply(x, weight, bias, mask, eps, group_key, layer, dtype)
         # The compiler fuses these with the layer.
-        return add_residual_and_activation(y, function, residual, mask), stats, stats
+        return add_residual_and_activation(y, act, residual, mask), stats, stats
     group = resolve(process_group)
-    how = function, memory_efficient
-    context = LayerContext(group, group.name_of(layer), x.shape[1], dtype, eps, *how)
+    name = group.name_of(layer)
+    context = LayerContext(group, name, x.shape[1], dtype, eps, act, memory_efficient)
     y = fused.apply(x, weight, bias, residual, mask, context)
     check_count(context.stats.count, x, layer)
     return y, context.stats._replace(count=0) if is_recomputing() else context.stats, context.device_stats

@@ -25,7 +25,7 @@ from ..batch_stats import BatchStats, invstd_of
 from ..comm import transport
 from ..comm.communicator import by_graph_key
 from ..errors import MPISyncBNError, on_rank
-from ..kernels import Array, clean, has_float64, kernels_for
+from ..kernels import Array, has_float64, kernels_for, where_true
 from .composite import differentiable_kernels
 from .layer_context import FunctionContext, is_recomputing, layer_call
 
@@ -210,7 +210,7 @@ class _CompiledBatchNorm(torch.autograd.Function):
             y = y * _channels(weight, x)
         if bias is not None:
             y = y + _channels(bias, x)
-        y = clean(y, mask)
+        y = where_true(y, mask)
         ctx.save_for_backward(x, weight, mask, stats, rounded, count)
         # torch does not check attributes for changes by another graph
         ctx.token = _order_token(_BACKWARD_ORDER, x)
@@ -230,7 +230,7 @@ class _CompiledBatchNorm(torch.autograd.Function):
             dx = _centered(dy, of_dy) - _normalized(x, rounded) * _row(of_dy, 2, x)
             if weight is not None:
                 dx = dx * _channels(weight, x)
-            dx = clean((dx * _row(rounded, 2, x)).to(x.dtype), mask)
+            dx = where_true((dx * _row(rounded, 2, x)).to(x.dtype), mask)
         else:  # no exchange either
             mean, _var, invstd = stats.unbind()
             dbias, dweight, _dz = differentiable_kernels(mask).backward_reduce(dy, x, mean, invstd)

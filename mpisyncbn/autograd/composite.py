@@ -122,7 +122,7 @@ def refuse_batched(in_dims: tuple[int | None, ...]) -> None:
 
 def differentiable_kernels(mask: Tensor | None) -> Kernels:
     """Kernels that torch differentiates any number of times."""
-    return generic if mask is None else masked.bind(masked, mask)
+    return generic if mask is None else masked.with_mask(masked, mask)
 
 
 def differentiable_stats(x: Tensor, layer: LayerContext, kernels: Kernels) -> BatchStats:

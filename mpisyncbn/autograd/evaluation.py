@@ -6,9 +6,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..activations import GivenActivation, activation_of
+from ..activations import AnyActivation, activation_of
 from ..arguments import check_count
-from ..kernels import Activation, clean, has_float64
+from ..kernels import Activation, has_float64, where_true
 from ..kernels.activation import activate
 from ..torch_versions import is_exporting
 
@@ -22,7 +22,7 @@ def evaluate(
     weight: Tensor | None,
     bias: Tensor | None,
     eps: float,
-    activation: GivenActivation = None,
+    activation: AnyActivation = None,
     residual: Tensor | None = None,
     mask: Tensor | None = None,
 ) -> Tensor:
@@ -31,7 +31,7 @@ def evaluate(
     Its gradient uses the running statistics of now, even if they change before the backward. Not
     collective.
     """
-    function = activation_of(activation)
+    act = activation_of(activation)
     if running_mean is not None and running_var is not None and _is_recorded(x, weight, bias):
         # Autograd keeps references, and a training step before the backward changes the tensors in
         # place. torch's own layer then uses the new values silently, or raises if it is compiled.
@@ -39,12 +39,12 @@ def evaluate(
             running_mean, running_var = torch.ops.mpisyncbn.keep(running_mean, running_var)
         else:
             running_mean, running_var = running_mean.clone(), running_var.clone()
-    x = clean(x, mask)
+    x = where_true(x, mask)
     if mask is not None and running_mean is None:
         y = _normalize_by_batch(x, weight, bias, eps, mask)
     else:
         y = F.batch_norm(x, running_mean, running_var, weight, bias, running_mean is None, 0.0, eps)
-    return add_residual_and_activation(clean(y, mask), function, residual, mask)
+    return add_residual_and_activation(where_true(y, mask), act, residual, mask)
 
 
 def _normalize_by_batch(
@@ -56,7 +56,7 @@ def _normalize_by_batch(
         check_count(int(count), x)  # a graph cannot look at a value
     axes, values = (0, *range(2, x.ndim)), count + (count == 0)
     wide = x.to(torch.float64 if has_float64(x) else torch.float32)
-    xmu = clean(wide - wide.sum(axes, keepdim=True) / values, mask)
+    xmu = where_true(wide - wide.sum(axes, keepdim=True) / values, mask)
     y = xmu * (xmu.square().sum(axes, keepdim=True) / values + eps).rsqrt()
     view = (1, -1) + (1,) * (x.ndim - 2)
     y = y if weight is None else y * weight.view(view)
@@ -74,10 +74,10 @@ def add_residual_and_activation(
 ) -> Tensor:
     """Add a residual and apply an activation, each by an operation of its own.
 
-    ``y`` is 0 where the mask is false, and stays so: every activation of 0 is 0.
+    Where the mask is false, ``y`` is 0 and stays 0: each activation maps 0 to 0.
     """
     if residual is not None:
-        y = y + clean(residual, mask)
+        y = y + where_true(residual, mask)
     return activate(y, activation)
 
 

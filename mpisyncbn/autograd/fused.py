@@ -16,7 +16,15 @@ from torch.autograd import forward_ad
 from .. import exchange, functional
 from ..comm import transport
 from ..errors import MPISyncBNError, on_rank
-from ..kernels import NO_ACTIVATION, ActivationContext, Array, BackwardKernels, clean, generic, kernels_for
+from ..kernels import (
+    NO_ACTIVATION,
+    ActivationContext,
+    Array,
+    BackwardKernels,
+    generic,
+    kernels_for,
+    where_true,
+)
 from ..kernels.from_output import DTYPES, FromOutput, channels_to_keep
 from .composite import differentiable_kernels, differentiable_stats, differentiable_sums, refuse_batched
 from .layer_context import FunctionContext, LayerContext
@@ -44,9 +52,9 @@ def apply(
     """
     transforms = torch._C._are_functorch_transforms_active()
     function = _Transformable if transforms else _SyncBatchNorm
-    if layer.keeps_output:  # a device would have to be waited for; other derivatives need the input
-        here = torch.is_grad_enabled() and transport.on_host(x) and _name(x.dtype) in DTYPES
-        layer.keeps_output = here and not transforms and not _has_tangent(x, weight, bias)
+    if layer.keeps_output:  # the host would wait for a device; other derivatives need the input
+        can_choose = torch.is_grad_enabled() and transport.on_host(x) and _name(x.dtype) in DTYPES
+        layer.keeps_output = can_choose and not transforms and not _has_tangent(x, weight, bias)
     return function.apply(x, weight, bias, residual, mask, layer)
 
 
@@ -89,7 +97,7 @@ class _SyncBatchNorm(torch.autograd.Function):
             dx,
             _to_dtype(dweight, weight.dtype) if need_dweight else None,
             _to_dtype(dbias, ctx.bias_dtype) if need_dbias else None,
-            (dz if context is not None else clean(dz, mask)) if ctx.has_residual else None,
+            (dz if context is not None else where_true(dz, mask)) if ctx.has_residual else None,
             None,
             None,
         )
@@ -118,7 +126,7 @@ class _SyncBatchNorm(torch.autograd.Function):
             dy = dy + generic._channels(dbias, x).to(dy.dtype)
         if dresidual is not None:
             dy = dy + dresidual
-        dy = clean(dy, mask)
+        dy = where_true(dy, mask)
         if saved:
             context = ActivationContext(layer.activation, weight, *saved)
             dy = kernels.backward_reduce(dy, x, stats.mean, stats.invstd, context)[2].to(x.dtype)
@@ -191,7 +199,7 @@ def _save_output(
     mask: Tensor | None,
     y: Tensor,
 ) -> None:
-    """Save the output in place of the input, and the input of channels that it does not tell."""
+    """Save the output in place of the input, and the input of channels where it is too coarse."""
     layer = ctx.layer
     _, var, invstd, count = layer.stats
     chosen = channels_to_keep(_name(x.dtype), var, invstd, count, weight, bias, layer.activation)

@@ -12,7 +12,7 @@ module             serves
 ``aten_cuda``      torch on a GPU, if Triton is not installed
 ``dlpack``         CuPy, if torch is installed: by ``cuda`` or ``aten_cuda``
 ``generic``        everything else, and derivatives of derivatives
-``masked``         every place with a mask, except that of ``cpu``
+``masked``         everything with a mask that ``cpu`` does not serve
 =================  =============================================================================
 """
 
@@ -29,7 +29,7 @@ import numpy as np
 from . import generic, masked
 from .activation import NO_ACTIVATION, Activation, ActivationContext, Kind
 from .generic import has_float64
-from .masked import clean
+from .masked import where_true
 from .protocol import Array, BackwardKernels, Kernels, NativeKernels
 
 if TYPE_CHECKING:
@@ -43,20 +43,20 @@ __all__ = [
     "BackwardKernels",
     "Kernels",
     "Kind",
-    "clean",
     "cuda_kernels_for",
     "has_float64",
     "kernels_for",
     "loaded_torch",
     "native",
+    "where_true",
 ]
 
 
 def kernels_for(x: Array, mask: Array | None = None) -> Kernels:
-    """The kernels for the place where ``x`` lives, bound to a mask if there is one."""
+    """The kernels for the place where ``x`` lives, with a mask if there is one."""
     if mask is not None:
         unmasked = kernels_for(x)
-        return masked.bind(unmasked if unmasked is native() else masked, mask)
+        return masked.with_mask(unmasked if unmasked is native() else masked, mask)
     if getattr(x, "is_cpu", False):  # true only of torch tensors in host memory
         kernels = native()
         return kernels if kernels and x.ndim <= kernels.most_dimensions else _aten()

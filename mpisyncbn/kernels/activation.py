@@ -91,8 +91,8 @@ class ActivationContext(NamedTuple):
 class UndoneContext(ActivationContext):
     """The context of kernels that get the output of a leaky ReLU in place of ``x``.
 
-    They undo the activation first. What they find is ``x`` to them, so ``mean`` is that of the
-    activation's input: the bias.
+    The kernels compute the activation's input from it, and use that in place of ``x``. The ``mean``
+    is then that of the activation's input: the bias.
     """
 
     @property

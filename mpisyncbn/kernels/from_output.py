@@ -1,12 +1,11 @@
 """The backward kernels that read a layer's output in place of its input.
 
-A layer that keeps its output y for the backward pass need not keep its input x, as long as y tells
-what x was (Rota Bulo, Porzi and Kontschieder 2018): with z = y, or the input of a leaky ReLU whose
-output is y, ``x - mean = (z - bias) / (weight * invstd)``. So the kernels work on z in place of x,
-with the bias in place of the mean, and what they find for a channel is divided by its weight *
-invstd. Nothing is written over x.
+A layer that keeps its output y for the backward pass need not keep its input x, if x can be computed
+from y (Rota Bulo, Porzi and Kontschieder 2018). Let z be y or, with a leaky ReLU, the input of which
+it makes y. Then ``x - mean = (z - bias) / (weight * invstd)``. So the kernels get z in place of x and
+the bias in place of the mean, and the sums of a channel are divided by its weight * invstd.
 
-The rounding of y is an error of x. In channels where it is too large, x is kept beside y.
+The rounding of y becomes an error of x. Channels in which it is too large keep their x beside y.
 """
 
 from __future__ import annotations
@@ -28,16 +27,16 @@ __all__ = ["DTYPES", "FromOutput", "channels_to_keep"]
 
 
 class _Limits(NamedTuple):
-    """What y must be for x to be found again, by its dtype."""
+    """The limits of a dtype within which x can be computed from y."""
 
-    rounding: float  # of a y, relative to it
-    least: float  # the error of a y that is too small to have all digits; it may become 0
+    rounding: float  # the relative error of y
+    least: float  # the absolute error of a y that is too small to have all digits
     most: float  # the largest y
     bias: float  # the largest bias, in standard deviations of z
 
 
-# Half precision is not among them: gradients had up to nine times the error that rounding leaves the
-# plain layer's. A float64 y stays far from the ends of the range: no wider type helps out there.
+# Half precision is left out: gradients had up to nine times the error of the plain layer's. For float64
+# the limits are far from the ends of its range, since extremes.py has no wider dtype to compute with.
 _LIMITS = {
     "float64": _Limits(2.0**-53, 2.0**-400, 2.0**400, 8.0),
     "float32": _Limits(2.0**-24, 2.0**-126, 2.0**126, 8.0),
@@ -55,10 +54,10 @@ def channels_to_keep(
     bias: Tensor | None,
     activation: Activation,
 ) -> np.ndarray:
-    """The indices of the channels whose input the output does not tell within the dtype's rounding.
+    """The indices of the channels that must keep their input: the output's rounding is too coarse.
 
     ``var``, ``invstd`` and ``count`` are those of the group's batch, so ranks with equal parameters
-    choose equal channels. A constant channel, or one with a value that is not finite, is among them.
+    choose equally. Constant channels, and those with values that are not finite, are among them.
     """
     limits = _LIMITS[dtype]
     slope = 1.0 if activation == NO_ACTIVATION else activation.parameter
@@ -80,10 +79,10 @@ def channels_to_keep(
 
 
 class FromOutput:
-    """The two kernels of one backward pass, for torch tensors in host memory; ``x`` is the output.
+    """The two kernels of one backward pass, whose ``x`` is the layer's output, in host memory.
 
-    ``kernels`` may be any for such tensors. ``chosen`` are the channels whose input was kept, and
-    ``kept`` is that input, None if there are none.
+    ``kernels`` are any for torch tensors in host memory. ``chosen`` are the channels whose input was
+    kept, and ``kept`` is that input, or None if there are none.
     """
 
     def __init__(

@@ -1,7 +1,7 @@
-"""The four kernels with a mask, for any array: those of ``generic`` on values that are cleaned first.
+"""The four kernels with a mask, for any array: those of ``generic`` on arrays with 0 elsewhere.
 
-Where the mask is false, values become 0 before anything is computed with them, and results are 0.
-So NaN and infinity there reach nothing, in derivatives of any order neither.
+Values become 0 where the mask is false before anything is computed with them, and so do results.
+NaN and infinity there have no effect, in derivatives of any order.
 """
 
 from __future__ import annotations
@@ -18,11 +18,11 @@ from .protocol import Array
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-__all__ = ["Bound", "bind", "clean"]
+__all__ = ["MaskedKernels", "where_true", "with_mask"]
 
 
-class Bound(NamedTuple):
-    """The four kernels of a module, bound to a mask: ``protocol.Kernels``."""
+class MaskedKernels(NamedTuple):
+    """The four kernels of a module with one mask: ``protocol.Kernels``."""
 
     local_moments: Callable[..., tuple[int, Array, Array]]
     normalize: Callable[..., Array]
@@ -30,13 +30,13 @@ class Bound(NamedTuple):
     backward_elementwise: Callable[..., Array]
 
 
-def bind(module: object, mask: Array) -> Bound:
-    """The kernels of a module whose functions take a ``mask``."""
-    return Bound._make(partial(getattr(module, name), mask=mask) for name in Bound._fields)
+def with_mask(module: object, mask: Array) -> MaskedKernels:
+    """The kernels of a module whose functions take a ``mask``, with that mask."""
+    return MaskedKernels._make(partial(getattr(module, name), mask=mask) for name in MaskedKernels._fields)
 
 
-def clean(x: Array, mask: Array | None) -> Array:
-    """``x``, or None, with 0 where the mask is false."""
+def where_true(x: Array, mask: Array | None) -> Array:
+    """``x`` where the mask is true, and 0 elsewhere. ``x`` itself if it or the mask is None."""
     if x is None or mask is None:
         return x
     if hasattr(x, "is_cpu"):  # torch
@@ -45,11 +45,11 @@ def clean(x: Array, mask: Array | None) -> Array:
 
 
 def local_moments(x: Array, *, mask: Array) -> tuple[int, Array, Array]:
-    x = clean(x, mask)
+    x = where_true(x, mask)
     count = mask.sum().item()  # waits for a device: the exchange needs the number
     values = max(count, 1)
     mean = generic._sum(x) / values
-    xmu = clean(generic._center(x, mean), mask)
+    xmu = where_true(generic._center(x, mean), mask)
     m2 = generic._dot(xmu, xmu)
     if str(x.dtype).endswith("float64"):
         mean = generic._stack(mean, generic._sum(xmu) / values)
@@ -67,10 +67,10 @@ def normalize(
     *,
     mask: Array,
 ) -> Array:
-    mean, invstd = _near(x, mean, invstd)
-    x, residual = clean(x, mask), clean(residual, mask)
+    mean, invstd = _vectors_like(x, mean, invstd)
+    x, residual = where_true(x, mask), where_true(residual, mask)
     y = generic.normalize(x, mean, invstd, weight, bias, residual, activation)
-    return clean(y, mask)
+    return where_true(y, mask)
 
 
 def backward_reduce(
@@ -82,12 +82,12 @@ def backward_reduce(
     *,
     mask: Array,
 ) -> tuple[Array, Array, Array]:
-    mean_read, invstd_read = _near(x, mean, invstd)
-    dy, x, context = clean(dy, mask), clean(x, mask), _clean_context(context, mask)
+    mean_read, invstd_read = _vectors_like(x, mean, invstd)
+    dy, x, context = where_true(dy, mask), where_true(x, mask), _context_where_true(context, mask)
     sum_dy, sum_dy_xmu, dz = generic.backward_reduce(dy, x, mean_read, invstd_read, context)
     if mean_read is not mean:
         sum_dy, sum_dy_xmu = sum_dy.numpy(), sum_dy_xmu.numpy()
-    return sum_dy, sum_dy_xmu, clean(dz, mask)
+    return sum_dy, sum_dy_xmu, where_true(dz, mask)
 
 
 def backward_elementwise(
@@ -102,15 +102,15 @@ def backward_elementwise(
     *,
     mask: Array,
 ) -> Array:
-    mean, invstd, mean_dy, mean_dy_xmu = _near(x, mean, invstd, mean_dy, mean_dy_xmu)
-    dz, x = clean(dz, mask), clean(x, mask)
+    mean, invstd, mean_dy, mean_dy_xmu = _vectors_like(x, mean, invstd, mean_dy, mean_dy_xmu)
+    dz, x = where_true(dz, mask), where_true(x, mask)
     means = mean_dy, mean_dy_xmu
-    dx = generic.backward_elementwise(dz, x, mean, invstd, weight, *means, _clean_context(context, mask))
-    return clean(dx, mask)
+    dx = generic.backward_elementwise(dz, x, mean, invstd, weight, *means, _context_where_true(context, mask))
+    return where_true(dx, mask)
 
 
-def _near(x: Array, *vectors: Array) -> tuple[Array, ...]:
-    """The vectors as torch tensors if ``x`` is one: those of its host memory come as NumPy arrays."""
+def _vectors_like(x: Array, *vectors: Array) -> tuple[Array, ...]:
+    """The vectors as torch tensors if ``x`` is one. For host memory they come as NumPy arrays."""
     if not hasattr(x, "is_cpu") or not isinstance(vectors[0], np.ndarray):
         return vectors
     import torch
@@ -118,7 +118,7 @@ def _near(x: Array, *vectors: Array) -> tuple[Array, ...]:
     return tuple(map(torch.from_numpy, vectors))
 
 
-def _clean_context(context: ActivationContext | None, mask: Array) -> ActivationContext | None:
+def _context_where_true(context: ActivationContext | None, mask: Array) -> ActivationContext | None:
     if context is None or context.residual is None:
         return context
-    return context._replace(residual=clean(context.residual, mask))
+    return context._replace(residual=where_true(context.residual, mask))

@@ -76,12 +76,13 @@ def test_without_lightning(packages: list[ModuleType]) -> None:
 def test_there_and_back(option: str, packages: list[ModuleType]) -> None:
     net, given = network(), mpisyncbn.Communicator()
     before = kinds(net)
-    plugin = mpisyncbn.lightning.LayerSync(given, name="net", **{option: True})
+    plugin = mpisyncbn.lightning.LayerSync(given, name="net", memory_efficient=True, **{option: True})
     assert plugin.apply(net) is net
     layers = [layer for layer in net.modules() if isinstance(layer, mpisyncbn.SyncBatchNorm)]
     assert [layer.layer_name for layer in layers] == ["net: 0", "net: 1.1", "net: 2.1", "net: 4"]
     assert [layer.process_group for layer in layers] == [given] * 4
     assert [layer.activation for layer in layers] == [None, "relu", "relu", None]
+    assert [layer.memory_efficient for layer in layers] == [True, False, False, True]
     assert plugin.revert(net) is net
     assert kinds(net) == before
 

@@ -119,7 +119,9 @@ def test_every_instruction_set(level: int, dtype: torch.dtype) -> None:
                 turn += 1
                 activation, residual = ACTIVATIONS[turn % 3], turn % 4 > 1
                 with native_settings(level, 1 + turn % 3, stream_from=0 if turn % 2 else 4 << 20):
-                    check(masked.bind(cpu, mask), laid, laid_like(dy, layout), mask, activation, residual)
+                    check(
+                        masked.with_mask(cpu, mask), laid, laid_like(dy, layout), mask, activation, residual
+                    )
 
 
 @pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
@@ -132,7 +134,7 @@ def test_generic(dtype: torch.dtype, activation: Activation) -> None:
             for seed, mean, bad in ((1, 3, np.nan), (2, 0.5, np.inf))
         )
         for residual in (False, True):
-            check(masked.bind(masked, mask), x, dy, mask, activation, residual)
+            check(masked.with_mask(masked, mask), x, dy, mask, activation, residual)
 
 
 @pytest.mark.parametrize(
@@ -145,7 +147,7 @@ def test_nothing_counts(kernels: Any, shape: tuple[int, ...]) -> None:
         torch.zeros(shape[0], 1, *shape[2:], dtype=torch.bool),
         np.ones(3),
     )
-    bound = masked.bind(kernels, mask)
+    bound = masked.with_mask(kernels, mask)
     count, mean, m2 = bound.local_moments(x)
     assert count == 0
     assert not np.any(np.asarray(mean))
@@ -167,7 +169,7 @@ def test_values_beyond_the_squares_of_float32(
     x = (dirty(shape, mask, 1, 3.0, 0.0) * scale).masked_fill(~mask, np.nan).to(dtype)
     for laid in (x, x.movedim(1, -1).contiguous().movedim(-1, 1)):
         true = rows(laid, mask)
-        bound = masked.bind(cpu, mask)
+        bound = masked.with_mask(cpu, mask)
         count, mean, m2 = bound.local_moments(laid)
         var = true.var(0, correction=0)
         assert distance(torch.from_numpy(m2), var * count) < 1e-6
@@ -188,7 +190,7 @@ def test_a_constant_channel_has_no_variance_whatever_lies_between(shape: tuple[i
     for value in (0.1, 1e-39, 1e5 + 0.1):
         x = torch.full(shape, value).masked_fill(~mask, 7.0)
         for laid in layouts(x).values():
-            _, mean, m2 = masked.bind(cpu, mask).local_moments(laid)
+            _, mean, m2 = masked.with_mask(cpu, mask).local_moments(laid)
             assert (mean == np.float32(value)).all()
             assert (m2 == 0).all()
 
@@ -202,7 +204,7 @@ def test_the_same_bits_at_any_number_of_threads_and_as_without_what_is_false() -
             results = []
             for threads in (1, 2, 3):
                 for mask in (masks(shape)["strided"], masks(shape)["strided"].contiguous()):
-                    bound = masked.bind(cpu, mask)
+                    bound = masked.with_mask(cpu, mask)
                     with native_settings(threads=threads):
                         _, mean, m2 = bound.local_moments(laid)
                         *sums, _ = bound.backward_reduce(laid, laid, ones, ones)
@@ -214,7 +216,7 @@ def test_the_same_bits_at_any_number_of_threads_and_as_without_what_is_false() -
 def test_numpy_arrays_and_which_kernels_serve() -> None:
     mask = masks((40, 16, 8))["half"]
     x = dirty((40, 16, 8), mask, 1, 3.0, np.nan)
-    expected = masked.bind(masked, mask).local_moments(x)
+    expected = masked.with_mask(masked, mask).local_moments(x)
     for array, of_array in ((x.numpy(), mask.numpy()), (x.numpy().astype(">f8"), mask.numpy())):
         bound = kernels_for(array, of_array)
         count, mean, m2 = bound.local_moments(array)

@@ -36,9 +36,9 @@ __all__ += ["instruction_set", "most_dimensions", "threads", "update_running_sta
 _Arrays = TypeVar("_Arrays", bound=tuple[Array | None, ...])
 _Vectors = TypeVar("_Vectors", bound=tuple[Array | None, ...])
 
-# Of these kinds dz is stored rather than computed twice. Forward and backward of a layer then take 0.8
-# to 0.93 of the time in bfloat16, and in float32 0.92 (GELU), 1.0 (its tanh form) and 1.1 (SiLU). Of
-# ELU and hardswish it would take up to 1.25.
+# ``dz`` of these kinds is stored, and not computed twice. Forward and backward together then take 0.8
+# to 0.93 of the time in bfloat16; in float32 0.92 (GELU), 1.0 (its tanh form) and 1.1 (SiLU). With
+# ELU and hardswish they would take up to 1.25.
 _STORED = (Kind.SILU, Kind.GELU, Kind.GELU_TANH)
 
 _REFUSED, _EXTREME = 0, 2  # outcomes, see _cpu.pyi
@@ -139,9 +139,9 @@ def _stores_dz(context: ActivationContext | None) -> bool:
 def _attempts(x: Array, vectors: _Vectors, others: _Arrays) -> Iterator[tuple[Array, _Vectors, _Arrays]]:
     """Yield arrays to try the native code on, until it refuses none.
 
-    First all arrays are as they are: ``x``, vectors of length C or a mask, and others. Then the others are
-    copies in the memory format of ``x``. Last, all are copies without gaps, for arrays that are not
-    aligned or have no memory of their own.
+    First all arrays are as they are: ``x``, vectors of length C or a mask, and others. Then the
+    others are copies in the memory format of ``x``. Last, all are copies without gaps, for arrays
+    that are not aligned or have no memory of their own.
     """
     yield x, vectors, others
     yield x, vectors, _in_format_of(x, others)

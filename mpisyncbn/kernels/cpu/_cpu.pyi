@@ -55,7 +55,7 @@ def local_moments(
     """Fill ``out``, (3, C), with the mean in two parts and M2.
 
     For other dtypes than float64 the first row is the whole mean. Returns the outcome, and the
-    number of values per channel, of those where the mask is true. 0 threads stand for as many as OpenMP has.
+    number of values per channel where the mask is true. 0 threads stand for as many as OpenMP has.
     """
 
 def normalize(
@@ -94,8 +94,8 @@ def backward_reduce(
 ) -> _Outcome:
     """Fill ``out``, (2, C), with the sums of ``dz`` and ``dz * (x - mean)``.
 
-    Fills ``dz`` too if ``y`` or ``residual`` is given. ``undo``: ``x`` is the output of the
-    activation, which is undone first.
+    Fills ``dz`` too if it is given, as it must be with ``y`` or ``residual``. If ``undo``, ``x`` is
+    the output of the activation, whose input is computed from it first.
     """
 
 def backward_elementwise(

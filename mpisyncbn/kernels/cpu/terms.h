@@ -3,7 +3,6 @@
 // It is the same for planes and rows: coefficient(MEAN) and the like give the coefficients of a
 // plane's channel in all lanes, or those of the columns of rows in one lane each.
 
-//
 // Values that do not count are 0 in the terms, and in the output. They are taken away by their bits,
 // because 0 times NaN is not 0.
 template <class T, bool MASKED>
