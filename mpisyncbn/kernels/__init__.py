@@ -14,6 +14,9 @@ module             serves
 ``generic``        everything else, and derivatives of derivatives
 ``masked``         everything with a mask that ``cpu`` does not serve
 =================  =============================================================================
+
+``from_output`` makes backward kernels that read a layer's output in place of its input, over any
+module for host memory.
 """
 
 from __future__ import annotations

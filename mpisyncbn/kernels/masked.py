@@ -119,6 +119,4 @@ def _vectors_like(x: Array, *vectors: Array) -> tuple[Array, ...]:
 
 
 def _context_where_true(context: ActivationContext | None, mask: Array) -> ActivationContext | None:
-    if context is None or context.residual is None:
-        return context
-    return context._replace(residual=where_true(context.residual, mask))
+    return None if context is None else context._replace(residual=where_true(context.residual, mask))

@@ -45,10 +45,6 @@ def rows(x: Tensor, mask: Tensor) -> Tensor:
     return x.detach().double().movedim(1, -1)[mask.movedim(1, -1)[..., 0]]
 
 
-def laid_like(x: Tensor, layout: str) -> Tensor:
-    return layouts(x)[layout]
-
-
 @np.errstate(all="ignore")
 def check(
     kernels: Any, x: Tensor, dy: Tensor, mask: Tensor, activation: Activation, with_residual: bool
@@ -119,9 +115,8 @@ def test_every_instruction_set(level: int, dtype: torch.dtype) -> None:
                 turn += 1
                 activation, residual = ACTIVATIONS[turn % 3], turn % 4 > 1
                 with native_settings(level, 1 + turn % 3, stream_from=0 if turn % 2 else 4 << 20):
-                    check(
-                        masked.with_mask(cpu, mask), laid, laid_like(dy, layout), mask, activation, residual
-                    )
+                    bound = masked.with_mask(cpu, mask)
+                    check(bound, laid, layouts(dy)[layout], mask, activation, residual)
 
 
 @pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
