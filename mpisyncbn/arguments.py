@@ -7,6 +7,7 @@ which rank, and the cure.
 from __future__ import annotations
 
 import math
+from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -14,7 +15,10 @@ from .arrays import check_array, check_kind
 from .batch_stats import BatchStats
 from .comm import transport
 from .errors import on_rank
-from .kernels import Activation, Array, loaded_torch
+from .kernels import Array, loaded_torch
+
+if TYPE_CHECKING:
+    from .activations import AnyActivation
 
 __all__ = [
     "UNNAMED",
@@ -149,7 +153,7 @@ def check_residual(residual: Array | None, x: Array, layer: str | None = None) -
 
 
 def check_memory_efficient(
-    activation: Activation, residual: Array | None = None, layer: str | None = None
+    activation: AnyActivation, residual: Array | None = None, layer: str | None = None
 ) -> None:
     """Refuse a residual, and an activation that cannot be undone, with ValueError."""
     if residual is not None:
@@ -157,12 +161,13 @@ def check_memory_efficient(
             f"expected no residual with memory_efficient, got one{in_layer(layer)}: the output then does not "
             "tell the input. Set memory_efficient to False"
         )
-    if not activation.can_be_undone:
-        kind, parameter = activation
-        given = f"{kind.name.lower()}({parameter})" if parameter else kind.name.lower()
+    from .activations import activation_of, name_of  # they import torch
+
+    if not activation_of(activation).can_be_undone:
         raise ValueError(
             "expected activation to be None or a leaky_relu with a slope above 0 with memory_efficient, got "
-            f"{given}{in_layer(layer)}: its output does not tell its input. Set memory_efficient to False"
+            f"{name_of(activation)!r}{in_layer(layer)}: its output does not tell its input. Set "
+            "memory_efficient to False"
         )
 
 

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from . import autograd, convert
-from .activations import AnyActivation, activation_of, name_of
+from .activations import AnyActivation, name_of
 from .arguments import (
     check_arguments,
     check_mask,
@@ -112,7 +112,7 @@ class SyncBatchNorm(convert.Synchronized):
         """``forward`` with another activation than the layer's own, for registered forwards."""
         activation = self.activation if activation is None else activation
         if self.memory_efficient:
-            check_memory_efficient(activation_of(activation), residual, self.layer_name)
+            check_memory_efficient(activation, residual, self.layer_name)
         self._check_input_dim(input)
         if not self.training:
             tensors = input, self.running_mean, self.running_var, self.weight, self.bias

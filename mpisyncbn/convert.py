@@ -109,12 +109,12 @@ class Synchronized(BatchNorm):
         if name == "activation":
             value = name_of(value)  # type: ignore[arg-type]  # raises for other types
             if self.memory_efficient:
-                check_memory_efficient(activation_of(value), None, self.layer_name)
+                check_memory_efficient(value, None, self.layer_name)
         if name == "memory_efficient":
             if not isinstance(value, bool):
                 raise TypeError(f"expected memory_efficient to be True or False, got {value!r}{on_rank()}")
             if value:
-                check_memory_efficient(activation_of(self.activation), None, self.layer_name)
+                check_memory_efficient(self.activation, None, self.layer_name)
         if name == "qconfig" and value is not None:  # torch.ao.quantization marks what it will replace
             tracing.refuse("torch.ao.quantization", self.layer_name, "quantize")
         super().__setattr__(name, value)  # type: ignore[arg-type]  # it takes any attribute

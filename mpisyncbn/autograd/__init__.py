@@ -100,7 +100,7 @@ def sync_batch_norm(
     """
     check_tensor(input)
     if memory_efficient:
-        check_memory_efficient(activation_of(activation), residual)
+        check_memory_efficient(activation, residual)
     if not training:
         check_arguments(input, weight, bias, running_mean, running_var, momentum=momentum, eps=eps)
         check_residual(residual, input)

@@ -199,7 +199,7 @@ def _save_output(
     mask: Tensor | None,
     y: Tensor,
 ) -> None:
-    """Save the output in place of the input, and the input of channels where it is too coarse."""
+    """Save the output in place of the input, and beside it the input of the channels that need it."""
     layer = ctx.layer
     _, var, invstd, count = layer.stats
     chosen = channels_to_keep(_name(x.dtype), var, invstd, count, weight, bias, layer.activation)

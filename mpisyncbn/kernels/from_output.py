@@ -1,9 +1,10 @@
 """The backward kernels that read a layer's output in place of its input.
 
 A layer that keeps its output y for the backward pass need not keep its input x, if x can be computed
-from y (Rota Bulo, Porzi and Kontschieder 2018). Let z be y or, with a leaky ReLU, the input of which
-it makes y. Then ``x - mean = (z - bias) / (weight * invstd)``. So the kernels get z in place of x and
-the bias in place of the mean, and the sums of a channel are divided by its weight * invstd.
+from y (Rota Bulo, Porzi and Kontschieder 2018). Let z be the activation's input: y itself or, with a
+leaky ReLU, y divided by the slope where it is negative. Then ``x - mean = (z - bias) / (weight *
+invstd)``. So the kernels get z in place of x and the bias in place of the mean, and the sums of a
+channel are divided by its weight * invstd.
 
 The rounding of y becomes an error of x. Channels in which it is too large keep their x beside y.
 """

@@ -1,7 +1,7 @@
-"""The four kernels with a mask, for any array: those of ``generic`` on arrays with 0 elsewhere.
+"""The four kernels with a mask, for any array: those of ``generic``, with 0 where the mask is false.
 
-Values become 0 where the mask is false before anything is computed with them, and so do results.
-NaN and infinity there have no effect, in derivatives of any order.
+Values become 0 there before anything is computed with them, and so do results. NaN and infinity
+there have no effect, in derivatives of any order.
 """
 
 from __future__ import annotations

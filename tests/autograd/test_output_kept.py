@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import gc
 import pickle
+import re
 import weakref
 from functools import partial
 
@@ -177,7 +178,7 @@ def test_refusals(training):
             partial(setattr, SyncBatchNorm(2, activation=activation), "memory_efficient", True),
             partial(sync_batch_norm, x, *stats, training=training, **given),
         ):
-            with pytest.raises(ValueError, match=rf"leaky_relu with a slope above 0.*got {activation[:4]}"):
+            with pytest.raises(ValueError, match=re.escape(f"got {activation!r}")):
                 call()
     layer = SyncBatchNorm(2, memory_efficient=True).train(training)
     layer.layer_name = "net: bn"
