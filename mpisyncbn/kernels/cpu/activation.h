@@ -54,9 +54,9 @@ struct Fixed {
     static constexpr bool chosen = false;
     static constexpr Kind kind = KIND;
     static constexpr Source source = SOURCE;
-    static constexpr bool undone = false;
     static constexpr double parameter = 0;
     static constexpr bool masked = false;
+    static constexpr bool undone() { return false; }
 };
 
 // The same as numbers, for what is not worth code of its own.
@@ -64,29 +64,26 @@ template <bool MASKED>
 struct Chosen {
     static constexpr bool chosen = true;
     static constexpr bool masked = MASKED;
-    static constexpr bool undone = false;
     Kind kind;
     Source source;
     double parameter;
+    INLINE_MEMBER bool undone() const { return MASKED && source == Source::undone; }
 };
 
-// For a leaky ReLU whose output is in place of x.
-template <bool MASKED>
+// For a leaky ReLU whose output is in place of x, without a mask.
 struct Undone {
     static constexpr bool chosen = false;
-    static constexpr bool masked = MASKED;
+    static constexpr bool masked = false;
     static constexpr Kind kind = Kind::leaky_relu;
     static constexpr Source source = Source::undone;
-    static constexpr bool undone = true;
     double parameter;
+    static constexpr bool undone() { return true; }
 };
 
 // Calls `call` with a Fixed, whose source is x or OTHER, or with a Chosen, or, unless OTHER is
 // residual, with an Undone.
 template <Source OTHER, class F>
 INLINE void by_case(Activation activation, Source source, bool masked, F call) {
-    if constexpr (OTHER != Source::residual)
-        if (masked && source == Source::undone) return call(Undone<true>{activation.parameter});
     if (masked) return call(Chosen<true>{activation.kind, source, activation.parameter});
     if (activation.kind == Kind::relu && source == OTHER) return call(Fixed<Kind::relu, OTHER>{});
     if (activation.kind == Kind::relu && source == Source::x) return call(Fixed<Kind::relu, Source::x>{});
@@ -94,7 +91,7 @@ INLINE void by_case(Activation activation, Source source, bool masked, F call) {
     if constexpr (OTHER == Source::residual) {
         if (activation.kind == Kind::none) return call(Fixed<Kind::none, OTHER>{});
     } else if (source == Source::undone) {
-        return call(Undone<false>{activation.parameter});
+        return call(Undone{activation.parameter});
     }
     call(Chosen<false>{activation.kind, source, activation.parameter});
 }

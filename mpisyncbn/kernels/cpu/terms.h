@@ -36,10 +36,7 @@ struct Moments {  // MEAN is an origin near the mean, so that the squares keep t
 // What the kernels take for x: if `x` is the output of a leaky ReLU, the input of that.
 template <class T, class HOW>
 INLINE vec<T> input_of(HOW how, vec<T> x) {
-    if constexpr (HOW::undone)
-        return x > 0 ? x : x * broadcast<T>(1 / how.parameter);
-    else
-        return x;
+    return how.undone() ? (x > 0 ? x : x * broadcast<T>(1 / how.parameter)) : x;
 }
 
 // Fetches what a loop will read half a page later. Processors do so by themselves, but not into the
@@ -58,7 +55,7 @@ struct Reduce {
         const Kept<T, HOW::masked> kept(pointers, i, coefficient);
         const vec<T> x = access.get(pointers.x + i), xm = kept(input_of<T>(how, x) - coefficient(MEAN));
         a = access.get(pointers.dy + i);
-        if constexpr (HOW::undone) {
+        if (how.undone()) {
             a = activation_gradient<T>(how, a, x);
         } else if (how.kind != Kind::none) {
             vec<T> z = how.source == Source::x ? vec<T>{} : access.get(pointers.extra + i);
@@ -66,7 +63,7 @@ struct Reduce {
             a = activation_gradient<T>(how, a, z);
         }
         a = kept(a);
-        if (HOW::chosen ? stores : !HOW::undone && how.source != Source::x)
+        if (HOW::chosen ? stores : !how.undone() && how.source != Source::x)
             access.template put<false>(pointers.out + i, a);
         b = a * xm;
     }
@@ -97,7 +94,7 @@ struct Elementwise {
         vec<T> dy = access.get(pointers.dy + i);
         if (how.kind != Kind::none)
             dy = activation_gradient<T>(
-                how, dy, HOW::undone ? x : xm * coefficient(SCALE) + coefficient(SHIFT));
+                how, dy, how.undone() ? x : xm * coefficient(SCALE) + coefficient(SHIFT));
         const Kept<T, HOW::masked> kept(pointers, i, coefficient);
         const vec<T> dx = dy * coefficient(SCALE) + (xm * coefficient(SLOPE) + coefficient(INTERCEPT));
         access.template put<STREAM>(pointers.out + i, kept(dx));
