@@ -1,12 +1,9 @@
-// The loops, compiled once per instruction set. The processor decides at run time which ones serve.
-// Part of module.cpp.
+// The loops are compiled once per instruction set, each in a source file of its own, loops_*.cpp. The
+// processor decides at run time which ones serve.
 
-namespace baseline {
-#define LANES 4
-#include "lanes.h"
-#include "loops.h"
-#undef LANES
-}  // namespace baseline
+#pragma once
+
+#include "types.h"
 
 #if defined(__x86_64__) && (defined(__clang__) || __GNUC__ >= 10)
 #define HAVE_LEVELS
@@ -20,41 +17,31 @@ namespace baseline {
 #define END_TARGET PRAGMA(GCC pop_options)
 #define VECTOR_WIDTH_FLAG ",prefer-vector-width=512"
 #endif
-
-BEGIN_TARGET("avx2,fma,f16c")
-namespace avx2 {
-#define LANES 8
-#include "lanes.h"
-#include "loops.h"
-#undef LANES
-}  // namespace avx2
-END_TARGET
-
-BEGIN_TARGET("avx512f,avx512bw,avx512vl,avx512dq,avx2,fma,f16c" VECTOR_WIDTH_FLAG)
-namespace avx512 {
-#define LANES 16
-#include "lanes.h"
-#include "loops.h"
-#undef LANES
-}  // namespace avx512
-END_TARGET
-
-BEGIN_TARGET("avx512bf16,avx512f,avx512bw,avx512vl,avx512dq,avx2,fma,f16c" VECTOR_WIDTH_FLAG)
-namespace avx512bf16 {  // only for bfloat16: its rounding takes as long as the rest otherwise
-#define LANES 16
-#define BF16_INSTRUCTIONS
-#include "lanes.h"
-#include "loops.h"
-#undef BF16_INSTRUCTIONS
-#undef LANES
-}  // namespace avx512bf16
-END_TARGET
 #endif
 
-enum class Level { baseline, avx2, avx512, avx512bf16 };
-Level highest_level = Level::avx512bf16;  // tests lower it to run the others
+namespace mpisyncbn {
 
-Level level() {
+namespace baseline {
+template <class T>
+const Loops<T> &loops();
+}
+namespace avx2 {
+template <class T>
+const Loops<T> &loops();
+}
+namespace avx512 {
+template <class T>
+const Loops<T> &loops();
+}
+namespace avx512bf16 {  // only for bfloat16: its rounding takes as long as the rest otherwise
+template <class T>
+const Loops<T> &loops();
+}
+
+enum class Level { baseline, avx2, avx512, avx512bf16 };
+inline Level highest_level = Level::avx512bf16;  // tests lower it to run the others
+
+inline Level level() {
 #ifdef HAVE_LEVELS
     auto has_avx512 = [] {
         return __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl") &&
@@ -76,11 +63,13 @@ const Loops<T> &best_loops() {
 #ifdef HAVE_LEVELS
     switch (level()) {
         case Level::avx512bf16:
-            if constexpr (std::is_same_v<T, bfloat16>) return avx512bf16::loops<T>;
-        case Level::avx512: return avx512::loops<T>;
-        case Level::avx2: return avx2::loops<T>;
+            if constexpr (std::is_same_v<T, bfloat16>) return avx512bf16::loops<T>();
+        case Level::avx512: return avx512::loops<T>();
+        case Level::avx2: return avx2::loops<T>();
         default: break;
     }
 #endif
-    return baseline::loops<T>;
+    return baseline::loops<T>();
 }
+
+}  // namespace mpisyncbn

@@ -57,5 +57,15 @@ INLINE void go_through(const P *from, long planes, long length, Inside inside, A
 #include "passes.h"
 
 template <class T>
-static const Loops<T> loops = {row_origins<T>, tile_moments<T>, tile_reduce<T>, tile_normalize<T>,
-                               tile_elementwise<T>};
+const Loops<T> &loops() {
+    static const Loops<T> all = {row_origins<T>, tile_moments<T>, tile_reduce<T>, tile_normalize<T>,
+                                 tile_elementwise<T>};
+    return all;
+}
+
+template const Loops<bfloat16> &loops<bfloat16>();
+#ifndef BF16_INSTRUCTIONS
+template const Loops<float16> &loops<float16>();
+template const Loops<float> &loops<float>();
+template const Loops<double> &loops<double>();
+#endif

@@ -9,16 +9,15 @@
 //     tiles.h          the work cut into tiles, and handed to threads
 //     masks.h          a mask, copied for the loops
 //     coefficients.h   numbers per channel for the loops
-//     levels.h         all code that is compiled once per instruction set: lanes.h (vectors) and
-//                          loops.h (loops over a tile), which includes the headers not listed here
+//     levels.h         the choice of loops. Each loops_*.cpp has those for an instruction set: lanes.h
+//                          (vectors) and loops.h (loops over a tile), which includes the headers not
+//                          listed here
 //     link.h           an exchange
 //     running_stats.h  running statistics
 //     leave.h          the end of a rank, in MPI_Finalize
 //
 // For each channel, the tiles depend only on the shape, and their sums are added in a fixed order. So
 // results have the same bits at any number of threads.
-
-#include <nb_combined.cpp>  // nanobind itself, so that setuptools can build us without CMake
 
 #include <nanobind/nanobind.h>
 #include <nanobind/ndarray.h>
@@ -49,22 +48,24 @@
 #include <unistd.h>
 #include <utility>
 #include <vector>
-#if defined(__x86_64__)
-#include <immintrin.h>
-#endif
 #if defined(_OPENMP)
 #include <omp.h>
 #endif
 
 namespace nb = nanobind;
 
-#define INLINE_MEMBER inline __attribute__((always_inline))
-#define INLINE static INLINE_MEMBER
+#include "levels.h"
+
+namespace mpisyncbn::baseline {
+#define LANES 4
+#include "lanes.h"
+#undef LANES
+}  // namespace mpisyncbn::baseline
 
 namespace {
 
-#include "types.h"
-#include "levels.h"
+using namespace mpisyncbn;
+
 #include "arrays.h"
 #include "tiles.h"
 #include "coefficients.h"

@@ -1,5 +1,23 @@
 // Half-precision numbers, and the arguments of the loops: addresses, tiles, coefficients. Part of
-// module.cpp.
+// every source file.
+
+#pragma once
+
+#include <algorithm>
+#include <atomic>
+#include <cfenv>
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+#include <type_traits>
+#if defined(__x86_64__)
+#include <immintrin.h>
+#endif
+
+#define INLINE_MEMBER inline __attribute__((always_inline))
+#define INLINE static INLINE_MEMBER
+
+namespace mpisyncbn {
 
 struct bfloat16 {
     uint16_t bits;
@@ -8,15 +26,15 @@ struct float16 {
     uint16_t bits;
 };
 
-float value(float v) { return v; }
-double value(double v) { return v; }
-float value(bfloat16 v) {
+inline float value(float v) { return v; }
+inline double value(double v) { return v; }
+inline float value(bfloat16 v) {
     const uint32_t wide = (uint32_t)v.bits << 16;
     float f;
     std::memcpy(&f, &wide, 4);
     return f;
 }
-float value(float16 v) {
+inline float value(float16 v) {
     const int exponent = v.bits >> 10 & 31, mantissa = v.bits & 1023;
     const float magnitude = exponent == 31 ? (mantissa ? NAN : INFINITY)
                             : exponent     ? std::ldexp(1024.0f + mantissa, exponent - 25)
@@ -105,11 +123,11 @@ constexpr double UNDERFLOWED = -1;
 constexpr long MAX_CHANNELS = 256;  // in a tile of planes
 constexpr int NDIM = 64;            // the most that NumPy allows; torch's may have more, and are refused
 
-long padded(long length) { return (length + 15) / 16 * 16; }
+inline long padded(long length) { return (length + 15) / 16 * 16; }
 
-std::atomic<long> streamed_values{0};  // for tests, since results do not show it
+inline std::atomic<long> streamed_values{0};  // for tests, since results do not show it
 
-void fence() {
+inline void fence() {
 #if defined(__x86_64__)
     _mm_sfence();
 #endif
@@ -128,3 +146,5 @@ struct Loops {
     void (*elementwise)(const Operands<T> &, const Tile &, bool rows, bool stream, const W *, long,
                         Activation, Source);
 };
+
+}  // namespace mpisyncbn
