@@ -10,7 +10,7 @@ import torch.nn.modules.module as torchs
 from torch import nn
 
 from . import tracing
-from .activations import HOOKS, has_own_hooks, name_of_module
+from .activations import HOOKS, activation_of, has_own_hooks, name_of_module
 
 __all__ = ["FusedActivation", "FusedReLU", "fuse", "fused_layers", "fusible_activation", "unfuse"]
 
@@ -39,7 +39,8 @@ def fusible_activation(module: nn.Module) -> str | None:
 def fuse(module: nn.Module, layers: Container[nn.Module], only: Container[str] | None = None) -> None:
     """Let ``layers`` apply the activation that follows them in an nn.Sequential, if hooks see neither.
 
-    ``only`` has the texts of the activations that are taken, or is None for all.
+    ``only`` has the texts of the activations that are taken, or is None for all. Layers whose output then
+    no longer tells their input cease to be memory-efficient.
     """
     uses = Counter(id(each) for _, each in module.named_modules(remove_duplicate=False))
     for container in module.modules():
@@ -53,6 +54,8 @@ def fuse(module: nn.Module, layers: Container[nn.Module], only: Container[str] |
                 continue
             if uses[id(layer)] == 1 and not _has_hooks(layer):
                 vars(layer)["activation"] = activation
+                if layer.memory_efficient:
+                    vars(layer)["memory_efficient"] = activation_of(activation).can_be_undone
                 container._modules[name] = FusedActivation(layer, follower)
 
 

@@ -75,6 +75,7 @@ def channels_to_keep(
             & (size * invstd >= limits.least)
             & (invstd >= _SMALLEST_INVSTD)
             & (invstd <= _LARGEST_INVSTD)
+            & (limits.least <= slope <= limits.most)  # its reciprocal is a number of the dtype too
         )
     return np.flatnonzero(~found_again)
 

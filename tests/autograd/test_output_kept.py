@@ -263,6 +263,19 @@ def test_conversion_leaves_out_layers_that_refuse():
     assert not any("memory_efficient" in vars(layer) for layer in net)
 
 
+@no_exchange
+def test_memory_efficient_layers_that_are_fused_later():
+    """The order of two conversions does not matter."""
+    net = nn.Sequential(nn.BatchNorm1d(3), nn.LeakyReLU(), nn.BatchNorm1d(3), nn.ReLU())
+    mpisyncbn.convert_sync_batchnorm(net, memory_efficient=True)
+    mpisyncbn.convert_sync_batchnorm(net, fuse_activation=True)
+    assert [(net[i].activation, net[i].memory_efficient) for i in (0, 2)] == [
+        ("leaky_relu", True),
+        ("relu", False),
+    ]
+    net.eval()(torch.randn(2, 3, 4))
+
+
 def test_a_fused_leaky_relu_in_place():
     """As in nnU-Net. Of two tensors of the convolution's output, one is kept."""
     net = nn.Sequential(nn.Conv1d(2, 3, 1), nn.BatchNorm1d(3), nn.LeakyReLU(inplace=True), nn.Conv1d(3, 1, 1))
