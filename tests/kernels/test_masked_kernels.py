@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import ctypes
+import mmap
+import sys
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -206,6 +210,42 @@ def test_the_same_bits_at_any_number_of_threads_and_as_without_what_is_false() -
                         y = bound.normalize(laid, ones, ones, None, None)
                     results.append([v.tobytes() for v in (mean, m2, *sums, y.numpy())])
             assert all(each == results[0] for each in results)
+
+
+def at_the_end_of_memory(mask: np.ndarray) -> np.ndarray:
+    """A copy behind which no byte can be read: the process would end."""
+    room = -(-mask.nbytes // mmap.PAGESIZE) * mmap.PAGESIZE
+    memory = np.frombuffer(mmap.mmap(-1, room + mmap.PAGESIZE), bool)
+    protect = ctypes.CDLL(None).mprotect
+    protect.argtypes = ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int
+    assert protect(memory.ctypes.data + room, mmap.PAGESIZE, 0) == 0  # PROT_NONE
+    copy = memory[room - mask.nbytes : room].reshape(mask.shape)
+    copy[...] = mask
+    return copy
+
+
+@needs_native
+@pytest.mark.skipif(sys.platform == "win32", reason="Windows has no mprotect")
+@pytest.mark.parametrize("level", LEVELS)
+def test_nothing_is_read_beyond_a_mask(level: int) -> None:
+    """Vectors read whole vectors of bytes. A byte that is not 0 is true, be it 1 or not."""
+    for shape in [(33, 2), (49, 3), (80, 1), (300, 3), (5, 70), (2, 3, 5), (2, 3, 64), (1, 2, 701)]:
+        x, ones = shard(shape, 1, 3.0), np.ones(shape[1])
+        mask = masks(shape)["half"].numpy()
+        ends = at_the_end_of_memory((mask * np.uint8(6)).view(bool))
+        begins = at_the_end_of_memory(mask[::-1])[::-1]
+        for laid in layouts(x).values():
+            results = []
+            for each in (mask, ends, begins):
+                bound, array = masked.bind(cpu, each), laid.numpy()
+                with native_settings(level):
+                    count, mean, m2 = bound.local_moments(array)
+                    *sums, dz = bound.backward_reduce(array, array, ones, ones)
+                    y = bound.normalize(array, ones, ones, None, None)
+                    dx = bound.backward_elementwise(dz, array, ones, ones, None, ones, ones)
+                results.append((count, mean, m2, *sums, y, dx))
+            for found in results[1:]:
+                assert all(map(partial(np.allclose, rtol=1e-5, atol=1e-4), found, results[0]))
 
 
 def test_numpy_arrays_and_which_kernels_serve() -> None:
