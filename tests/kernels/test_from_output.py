@@ -117,6 +117,11 @@ def test_channels_to_keep():
     assert channels_to_keep("float64", far**-2, far, 9, None, None, leaky).tolist() == [0, 3]
     large = torch.tensor([1e100, 1e119, 1e121, 1e200], dtype=torch.float64)
     assert channels_to_keep("float64", ones, ones, 9, large, None, leaky).tolist() == [2, 3]
+    # a value may be sqrt(count) standard deviations from the mean, and a slope above 1 makes it larger
+    near = torch.tensor([1e119], dtype=torch.float64)
+    for count, slope, kept in ((9, 1.0, 0), (10**6, 1.0, 1), (9, 30.0, 1)):
+        steep = Activation(Kind.LEAKY_RELU, slope)
+        assert len(channels_to_keep("float64", ones[:1], ones[:1], count, near, None, steep)) == kept
     for slope, kept in ((1e-39, 1), (1e-37, 0), (1e37, 0), (1e39, 1)):  # that of 1e-39 is infinite
         weight, spread = torch.tensor([1e15 if slope < 1 else 1e-20]), np.ones(1)
         extreme = Activation(Kind.LEAKY_RELU, slope)

@@ -39,6 +39,9 @@ def masks(shape: tuple[int, ...]) -> dict[str, Tensor]:
     per_sample = random(shape[0], 1, *[1] * (len(shape) - 2)) < 0.5
     per_sample[:1] = True
     found["expanded"] = per_sample.expand(full)
+    of_all_samples = random(1, 1, *full[2:]) < 0.5
+    of_all_samples.view(-1)[:1] = True
+    found["of all samples"] = of_all_samples.expand(full)
     found["strided"] = (random(*full, 2) < 0.5)[..., 1]
     found["permuted"] = (random(*full[::-1]) < 0.5).permute(*reversed(range(len(full))))
     return found
