@@ -198,6 +198,18 @@ def test_a_constant_channel_has_no_variance_whatever_lies_between(shape: tuple[i
 
 
 @needs_native
+def test_a_part_without_true_values_leaves_nothing() -> None:
+    """The memory of its sums holds what the call before has left there."""
+    x, mask = shard((2, 3, 256, 256), 1), torch.ones(2, 1, 256, 256, dtype=torch.bool)
+    mask[0] = False
+    cpu.local_moments(torch.full_like(x, np.nan))
+    count, mean, m2 = masked.with_mask(cpu, mask).local_moments(x)
+    assert count == 256 * 256
+    assert distance(torch.from_numpy(mean), x[1].double().mean((1, 2)), 1.0) < 1e-6
+    assert distance(torch.from_numpy(m2) / count, x[1].double().var((1, 2), correction=0)) < 1e-6
+
+
+@needs_native
 def test_the_same_bits_at_any_number_of_threads_and_as_without_what_is_false() -> None:
     """A mask that is all true changes no bit of what float64 sums give; layouts of a mask none at all."""
     for shape in [(4, 33, 60, 60), (30000, 3), (2, 500, 30, 30)]:
@@ -240,7 +252,7 @@ def test_nothing_is_read_beyond_a_mask(level: int) -> None:
         for laid in layouts(x).values():
             results = []
             for each in (mask, ends, begins):
-                bound, array = masked.bind(cpu, each), laid.numpy()
+                bound, array = masked.with_mask(cpu, each), laid.numpy()
                 with native_settings(level):
                     count, mean, m2 = bound.local_moments(array)
                     *sums, dz = bound.backward_reduce(array, array, ones, ones)
