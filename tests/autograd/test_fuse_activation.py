@@ -141,6 +141,8 @@ def test_what_is_left_alone():
     own.forward = lambda x: -x
     seen.register_full_backward_hook(lambda *_: None)
     inside = nn.Sequential(nn.BatchNorm2d(5), nn.SiLU())
+    backwards = nn.Sequential(nn.BatchNorm2d(5), nn.SiLU())
+    backwards.forward = lambda x: backwards[0](backwards[1](x))
     net = nn.ModuleList(
         [
             nn.Sequential(shared, nn.SiLU()),
@@ -155,6 +157,7 @@ def test_what_is_left_alone():
             nn.Sequential(nn.Sequential(nn.BatchNorm2d(5)), nn.SiLU()),
             inside,
             nn.Sequential(inside),
+            backwards,
         ]
     )
     before = kinds(net)

@@ -132,6 +132,21 @@ def test_forward_mode_and_functorch_keep_the_input(activation):
             assert torch.allclose(ours, theirs, rtol=1e-12, atol=1e-12)
 
 
+@pytest.mark.parametrize("which", [0, 1], ids=["weight", "bias"])
+def test_forward_mode_of_a_parameter_keeps_the_input(which):
+    x = shard((local_batch(), 3, 20), 1, 2.0)
+    parameters, tangent = [torch.tensor([1.0, -2.0, 0.5]), torch.ones(3)], torch.tensor([1.0, 2.0, 3.0])
+    found = []
+    for memory_efficient in (True, False):
+        with forward_ad.dual_level():
+            dual = list(parameters)
+            dual[which] = forward_ad.make_dual(dual[which], tangent)
+            y = sync_batch_norm(x, None, None, *dual, memory_efficient=memory_efficient)
+            found.append(forward_ad.unpack_dual(y).tangent)
+    with together():
+        assert torch.equal(*found)
+
+
 def test_the_function():
     weight, x = torch.tensor([1.0, -2.0, 1e-6]), shard((local_batch(), 3, 20), 1)
     found = []
@@ -261,6 +276,20 @@ def test_conversion_leaves_out_layers_that_refuse():
     assert net[0].memory_efficient
     mpisyncbn.revert_sync_batchnorm(net)
     assert not any("memory_efficient" in vars(layer) for layer in net)
+
+
+@no_exchange
+def test_conversion_leaves_out_registered_forwards():
+    """One may end in an activation that cannot be undone."""
+
+    class NormRelu(nn.BatchNorm1d):
+        def forward(self, x):
+            return F.relu(super().forward(x))
+
+    mpisyncbn.register_conversion(NormRelu, lambda layer, batch_norm, x: batch_norm(x, None, "relu"))
+    layer = mpisyncbn.convert_sync_batchnorm(NormRelu(3), memory_efficient=True)
+    assert not layer.memory_efficient
+    layer.eval()(torch.randn(2, 3, 4))
 
 
 @no_exchange
