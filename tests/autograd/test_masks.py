@@ -86,7 +86,7 @@ def test_residual_and_activation_in_every_layout(activation, with_residual, nati
 
 def test_derivatives_of_every_order_over_ranks():
     """As functions of the true values, they are those of a batch that has no others."""
-    shape, results = (3, 4), []
+    shape, results, clean = (3, 4), [], []
     for activation in (None, "silu"):
         for masked in (True, False):
             x, residual, dy, mask = data(shape)
@@ -113,7 +113,7 @@ def test_derivatives_of_every_order_over_ranks():
             values = [y, tangent, third, *first[:2], *second[:2]]
             vectors = [*first[2:], *second[2:]]
             if masked:
-                clean = [is_0_elsewhere(v, mask) for v in values]
+                clean += [is_0_elsewhere(v, mask) for v in values]
                 values = [rows(v, mask) for v in values]
             results.append([v.detach() for v in (*values, *vectors)])
     with together():
