@@ -160,6 +160,18 @@ def test_nothing_counts(kernels: Any, shape: tuple[int, ...]) -> None:
     assert not any(np.any(np.asarray(each)) for each in (y, *sums, dx))
 
 
+@pytest.mark.parametrize(
+    "kernels", [pytest.param(cpu, id="cpu", marks=needs_native), pytest.param(masked, id="generic")]
+)
+def test_a_float64_mean_has_two_parts(kernels: Any) -> None:
+    """One number would round a mean of 1e9 by 1e-7."""
+    mask = masks((40, 3, 30))["half"]
+    x = dirty((40, 3, 30), mask, 1, 1e9, np.nan)
+    _, (high, low), _ = masked.with_mask(kernels, mask).local_moments(x)
+    rest = (rows(x, mask) - torch.as_tensor(high)).mean(0)
+    assert distance(torch.as_tensor(low), rest, 1.0) < 1e-12
+
+
 @needs_native
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("scale", [1e-23, 1e23, 1e-30])
