@@ -193,8 +193,9 @@ def test_values_beyond_the_squares_of_float32(
         _, sum_dy_xmu, _ = bound.backward_reduce(laid, laid, mean, invstd.numpy())
         assert distance(torch.from_numpy(sum_dy_xmu), var * count) < 1e-5
         dx = bound.backward_elementwise(laid, laid, mean, invstd.numpy(), None, mean, m2 / count)
-        assert dx.isfinite().all()
-        assert (dx[~mask.expand(shape)] == 0).all()
+        assert dx.abs().max() < TOLERANCE[dtype] * 8  # that of x itself is 0
+        for result in (y, dx):
+            assert (result[~mask.expand(shape)] == 0).all()
 
 
 @needs_native
