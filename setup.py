@@ -84,7 +84,8 @@ class BuildNative(build_ext):
     def compile_all(self, sources: list[str], **options: object) -> list[str]:
         """Compile the sources side by side: the loops of one instruction set take half a minute."""
         with ThreadPoolExecutor(os.cpu_count()) as pool:
-            return sum(pool.map(lambda source: self.compile_one([source], **options), sources), [])
+            objects = pool.map(lambda source: self.compile_one([source], **options), sources)
+            return [name for names in objects for name in names]
 
     def has_openmp(self) -> bool:
         with TemporaryDirectory() as folder:
