@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 import pickle
 import warnings
-from importlib.util import find_spec
 
 import pytest
 import torch
@@ -87,27 +86,6 @@ def test_a_parameter_that_changes_at_each_step_leaves_nothing():
         sync_batch_norm(x, None, None, activation=nn.LeakyReLU(0.1 + step / 100))
         SyncBatchNorm(3, activation=f"elu({0.1 + step / 100})")
     assert size() == before
-
-
-@no_exchange
-@pytest.mark.parametrize("cls", [*activations._TIMM, "SwishMe", "HardSwishMe"])
-def test_activations_of_timm_are_torchs(cls):
-    if find_spec("timm") is None:
-        pytest.skip("timm is not installed: pip install 'mpisyncbn[integrations]'")
-    from timm.layers import activations as plain
-    from timm.layers import activations_me
-
-    module = getattr(activations_me if cls.endswith("Me") else plain, cls)()
-    torchs = TORCHS[activations.name_of_module(module)]
-    z = torch.linspace(-8, 8, 4096, dtype=torch.float64)
-    results = []
-    for function in (module, torchs):
-        leaf = z.clone().requires_grad_()
-        y = function(leaf)
-        y.backward(torch.cos(z))
-        results += [y.detach(), leaf.grad]
-    assert torch.allclose(results[0], results[2], rtol=0, atol=1e-14)
-    assert torch.allclose(results[1], results[3], rtol=0, atol=1e-14)
 
 
 @compiles

@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 import pickle
 import re
-from importlib.util import find_spec
 
 import pytest
 import torch
@@ -142,24 +141,6 @@ def test_every_activation_is_fused(monkeypatch):
     found = [layer(x) for layer in layers]
     with together():
         assert all(distance(ours, theirs) < 1e-6 for ours, theirs in zip(found, expected, strict=True))
-
-
-@pytest.mark.parametrize("act", ["gelu", "gelu_tanh", "silu", "hard_swish", "leaky_relu", "elu", "relu"])
-def test_layers_of_timm_are_fused(act, monkeypatch):
-    if find_spec("timm") is None:
-        pytest.skip("timm is not installed: pip install 'mpisyncbn[integrations]'")
-    from timm.layers import create_act
-    from timm.layers.norm_act import BatchNormAct2d
-
-    layer = BatchNormAct2d(C, act_layer=create_act.get_act_layer(act))
-    torch.manual_seed(0)
-    whole, mine = torch.randn(WORLD.size * 2, C, 2, 2), slice(2 * WORLD.rank, 2 * WORLD.rank + 2)
-    expected = copy.deepcopy(layer)(whole)[mine]
-    convert_sync_batchnorm(layer)
-    monkeypatch.setattr(type(layer.act), "forward", refuse_to_run)
-    y = layer(whole[mine])
-    with together():
-        assert distance(y, expected) < 1e-5
 
 
 @no_exchange

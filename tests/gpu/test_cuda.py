@@ -16,7 +16,8 @@ from mpi4py import MPI
 import mpisyncbn
 from mpisyncbn.comm import runtime, staging, transport
 from mpisyncbn.errors import CollectiveMismatchError, MPISyncBNError
-from mpisyncbn.kernels import Kind, aten_cuda, generic
+from mpisyncbn.kernels import Kind, aten_cuda, generic, masked
+from support import masks
 from support.device import DEVICE, GPU, cuda, needs_gpu, needs_triton, pretend, there
 from support.jobs import run_alone
 from support.oracle import bits_equal_on_all_ranks, distance, local_batch, oracle, shard
@@ -48,7 +49,7 @@ def device(monkeypatch):
 def kernels(request, monkeypatch):
     """The module that serves tensors on the device."""
     for module in ("autograd.fused", "functional"):
-        monkeypatch.setattr(f"mpisyncbn.{module}.kernels_for", lambda x: request.param)
+        monkeypatch.setattr(f"mpisyncbn.{module}.kernels_for", lambda x, mask=None: request.param)
     return request.param
 
 
@@ -148,6 +149,34 @@ def test_a_memory_efficient_layer_keeps_its_input(kernels):
         assert second.isfinite().all()
 
 
+@pytest.mark.parametrize("group", TRANSPORTS, indirect=True)
+def test_a_mask(group, monkeypatch):
+    """As a layer in host memory with the same mask, in float64."""
+    monkeypatch.setattr(
+        "mpisyncbn.autograd.fused.kernels_for",
+        lambda x, mask=None: generic if mask is None else masked.with_mask(masked, mask),
+    )
+    options = {"process_group": group, "activation": "leaky_relu"}
+    x, _, dy, mask = masks.data((3, 4, 5), torch.float32)
+    far = there(x).requires_grad_()
+    layer = mpisyncbn.SyncBatchNorm(3, device=DEVICE, **options)
+    y = layer(far, mask=there(mask))
+    y.backward(there(dy))
+    monkeypatch.undo()
+    near, wide = (
+        x.detach().double().requires_grad_(),
+        mpisyncbn.SyncBatchNorm(3, dtype=torch.float64, **options),
+    )
+    expected = wide(near, mask=mask)
+    expected.backward(dy.double())
+    with together():
+        assert y.device == DEVICE
+        assert masks.is_0_elsewhere(y.cpu(), mask)
+        assert distance(y.detach().cpu(), expected.detach()) < 1e-5
+        assert distance(far.grad.cpu(), near.grad) < 1e-5
+        assert distance(layer.running_var.cpu(), wide.running_var) < 1e-6
+
+
 @pytest.mark.parametrize("kernels", KERNELS, indirect=True)
 def test_fused(kernels):
     layer = mpisyncbn.SyncBatchNorm(3, device=DEVICE, activation="relu")
@@ -177,7 +206,7 @@ def test_fused(kernels):
 @pytest.mark.parametrize("group", TRANSPORTS, indirect=True)
 def test_one_wait_each_way(group, device, monkeypatch):
     """Whatever the options, the host waits for the device in the exchange alone, and once in each."""
-    monkeypatch.setattr("mpisyncbn.autograd.fused.kernels_for", lambda x: generic)
+    monkeypatch.setattr("mpisyncbn.autograd.fused.kernels_for", lambda x, mask=None: generic)
     per_exchange = {"host": 1, "device": 2}[group.ready().transport]  # for MPI, and for what came of it
     for options in ({}, {"momentum": None}, {"track_running_stats": False}):
         layer = mpisyncbn.SyncBatchNorm(3, process_group=group, device=DEVICE, **options)
@@ -211,7 +240,7 @@ def no_other_wait(gpu: bool) -> Iterator[None]:
 
 @pytest.mark.parametrize("group", TRANSPORTS, indirect=True)
 def test_ranks_in_different_calls(group, monkeypatch):
-    monkeypatch.setattr("mpisyncbn.autograd.fused.kernels_for", lambda x: generic)
+    monkeypatch.setattr("mpisyncbn.autograd.fused.kernels_for", lambda x, mask=None: generic)
     first, second = (mpisyncbn.SyncBatchNorm(3, process_group=group, device=DEVICE) for _ in range(2))
     x = there(shard((local_batch(), 3, 4), 1))
     first(x), second(x)
@@ -282,7 +311,7 @@ def test_a_wait_left_out_is_found_out(device, monkeypatch):
     """The tests above can fail: without the wait, values come from before the copy."""
     if device is None:
         pytest.skip("scripts/gpu_check does it with long kernels")
-    monkeypatch.setattr("mpisyncbn.autograd.fused.kernels_for", lambda x: generic)
+    monkeypatch.setattr("mpisyncbn.autograd.fused.kernels_for", lambda x, mask=None: generic)
     monkeypatch.setattr("support.device.Event.synchronize", lambda self: None)
     layer = mpisyncbn.SyncBatchNorm(3, device=DEVICE, track_running_stats=False)
     y = layer(shard((local_batch(), 3, 4), 1))
@@ -366,7 +395,7 @@ def test_messages_go_with_their_group(group):
 
 
 def test_derivatives_of_derivatives(monkeypatch):
-    monkeypatch.setattr("mpisyncbn.autograd.fused.kernels_for", lambda x: generic)
+    monkeypatch.setattr("mpisyncbn.autograd.fused.kernels_for", lambda x, mask=None: generic)
     x = there(shard((local_batch(), 3, 4), 1, 1.0, torch.float64))
 
     def second(data):
