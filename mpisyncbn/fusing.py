@@ -33,7 +33,7 @@ FusedReLU = FusedActivation  # pickles of whole models name it so
 
 def fusible_activation(module: nn.Module) -> str | None:
     """The text of the activation that a module is, if a layer can apply it and no hooks see it."""
-    return None if _has_hooks(module) else name_of_module(module)
+    return None if _are_global_hooks() else name_of_module(module)
 
 
 def fuse(module: nn.Module, layers: Container[nn.Module], only: Container[str] | None = None) -> None:
@@ -83,4 +83,8 @@ def _calls_one_after_the_other(module: nn.Module) -> bool:
 
 def _has_hooks(module: nn.Module) -> bool:
     """Whether hooks see a module run, its own or those of all modules."""
-    return has_own_hooks(module) or any(getattr(torchs, f"_global{hooks}") for hooks in HOOKS)
+    return has_own_hooks(module) or _are_global_hooks()
+
+
+def _are_global_hooks() -> bool:
+    return any(getattr(torchs, f"_global{hooks}") for hooks in HOOKS)

@@ -13,6 +13,8 @@ from typing import TYPE_CHECKING, NamedTuple
 from .protocol import Array
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from torch import Tensor
 
 __all__ = [
@@ -23,6 +25,7 @@ __all__ = [
     "UndoneContext",
     "activate",
     "activation_gradient",
+    "input_gradient",
     "undo",
 ]
 
@@ -147,6 +150,23 @@ def activation_gradient(dy: Tensor, z: Tensor, activation: Activation) -> Tensor
     if kind == Kind.NONE:
         return dy
     return dy * _derivative(z, kind)
+
+
+def input_gradient(
+    normalize: Callable[..., Tensor],
+    dy: Tensor,
+    x: Tensor,
+    mean: Array,
+    invstd: Array,
+    context: ActivationContext,
+) -> Tensor:
+    """The gradient of the activation's input, of the dtype of ``dy``, by kernels that normalize."""
+    activation, weight, bias, z, residual = context
+    if z is None:
+        wide = x if x.dtype.itemsize == 8 else x.float()
+        residual = None if residual is None else residual.to(wide.dtype)
+        z = normalize(wide, mean, invstd, weight, bias, residual)
+    return activation_gradient(dy.to(z.dtype), z, activation).to(dy.dtype)
 
 
 def _derivative(z: Tensor, kind: Kind) -> Tensor:

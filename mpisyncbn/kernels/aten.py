@@ -24,6 +24,7 @@ from .activation import (
     Kind,
     activate,
     activation_gradient,
+    input_gradient,
     undo,
 )
 from .layout import dense, rows, with_strides_of
@@ -91,7 +92,7 @@ def backward_reduce(
         sum_dz, products, _ = backward_reduce(dz, undo(wide, context.activation), mean, invstd)
         return sum_dz, products, dz.to(dy.dtype)
     if context is not None:
-        dy = _input_gradient(dy, x, mean, invstd, context)
+        dy = input_gradient(normalize, dy, x, mean, invstd, context)
     sums = np.stack(_sums(dy, x, mean))
     if x.dtype != torch.float64 and x.numel():
         extremes.backward_reduce(backward_reduce, sums, dy, x, mean, invstd, None)
@@ -122,18 +123,6 @@ def backward_elementwise(
     return extremes.backward_elementwise(
         backward_elementwise, dx, dz, x, mean, invstd, weight, means, context
     )
-
-
-def _input_gradient(
-    dy: Tensor, x: Tensor, mean: np.ndarray, invstd: np.ndarray, context: ActivationContext
-) -> Tensor:
-    """The gradient of the activation's input, of the dtype of ``dy``."""
-    activation, weight, bias, z, residual = context
-    if z is None:
-        wide = _compute_dtype(x)
-        residual = None if residual is None else residual.to(wide)
-        z = normalize(x.to(wide), mean, invstd, weight, bias, residual)
-    return activation_gradient(dy.to(z.dtype), z, activation).to(dy.dtype)
 
 
 def _sums(dy: Tensor, x: Tensor, mean: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

@@ -11,7 +11,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .activation import NO_ACTIVATION, Activation, ActivationContext, Kind, activate, activation_gradient
+from .activation import NO_ACTIVATION, Activation, ActivationContext, Kind, activate, input_gradient
 from .layout import channels_of, dense, rows, with_strides_of
 
 __all__ = ["backward_elementwise", "backward_reduce", "local_moments", "normalize"]
@@ -62,12 +62,7 @@ def backward_reduce(
     dy: Tensor, x: Tensor, mean: Tensor, invstd: Tensor, context: ActivationContext | None = None
 ) -> tuple[Tensor, Tensor, Tensor]:
     if context is not None:
-        activation, weight, bias, z, residual = context
-        if z is None:
-            wide = torch.float64 if x.dtype == torch.float64 else torch.float32
-            residual = None if residual is None else residual.to(wide)
-            z = normalize(x.to(wide), mean, invstd, weight, bias, residual)
-        dy = activation_gradient(dy.to(z.dtype), z, activation).to(dy.dtype)
+        dy = input_gradient(normalize, dy, x, mean, invstd, context)
     if x.numel() == 0:
         zeros = x.new_zeros((2, x.shape[1]), dtype=torch.float64)
         return zeros[0], zeros[1], dy

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import ctypes
 import mmap
-import sys
 from functools import partial
 from typing import Any
 
@@ -253,7 +252,6 @@ def at_the_end_of_memory(mask: np.ndarray) -> np.ndarray:
 
 
 @needs_native
-@pytest.mark.skipif(sys.platform == "win32", reason="Windows has no mprotect")
 @pytest.mark.parametrize("level", LEVELS)
 def test_nothing_is_read_beyond_a_mask(level: int) -> None:
     """Vectors read whole vectors of bytes. A byte that is not 0 is true, be it 1 or not."""
