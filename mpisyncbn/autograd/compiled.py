@@ -211,13 +211,15 @@ class _CompiledBatchNorm(torch.autograd.Function):
         if bias is not None:
             y = y + _channels(bias, x)
         y = where_true(y, mask)
+        # torch 2.11 gives a result of to() that is its input no gradient
+        y = y if y.dtype == x.dtype else y.to(x.dtype)
         ctx.save_for_backward(x, weight, mask, stats, rounded, count)
         # torch does not check attributes for changes by another graph
         ctx.token = _order_token(_BACKWARD_ORDER, x)
         ctx.exchange = group, layer, dtype, eps
         ctx.bias_dtype = None if bias is None else bias.dtype
         ctx.mark_non_differentiable(stats, count, first_time)
-        return y.to(x.dtype), stats, count, first_time
+        return y, stats, count, first_time
 
     @staticmethod
     def backward(ctx: FunctionContext, dy: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:

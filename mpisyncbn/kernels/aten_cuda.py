@@ -68,9 +68,11 @@ def backward_reduce(
         return zeros[0], zeros[1], dy
     x = dense(x)
     mean_hi = _narrow(mean, x)
+    # the operation rounds sums over planes to the dtype of what it reads
+    dtype = mean_hi.dtype if x.is_contiguous() else x.dtype
     sum_dy, sum_dy_xmu, _, _ = torch.batch_norm_backward_reduce(
-        _readable(with_strides_of(x, dy)),
-        _readable(x),
+        _readable(with_strides_of(x, dy).to(dtype)),
+        _readable(x.to(dtype)),
         mean_hi,
         torch.ones_like(mean_hi),
         None,

@@ -40,7 +40,9 @@ def where_true(x: Array, mask: Array | None) -> Array:
     if x is None or mask is None:
         return x
     if hasattr(x, "is_cpu"):  # torch
-        return x.masked_fill(mask.logical_not(), 0)
+        import torch
+
+        return torch.where(mask, x, 0)  # masked_fill would forget channels_last
     return np.where(mask, x, x.dtype.type(0))
 
 

@@ -77,6 +77,9 @@ def check(
     assert (y[false] == 0).all()
     assert distance(rows(y, mask), activate(z, activation), z) < tolerance
 
+    is_dense = x.is_contiguous() or x.movedim(1, -1).is_contiguous()
+    assert not is_dense or y.stride() == x.stride()
+
     context = None
     if activation.kind:
         known = (y, None) if activation.sign_decides else (None, residual)

@@ -16,6 +16,7 @@ __all__ = ["Plan", "plan_elementwise", "plan_merge", "plan_running_stats", "plan
 # Sums: few large programs, because their results must be merged.
 _WARPS = 8
 _VALUES = 32 * _WARPS * 8  # in a tile of a program; half as many of float64
+_REGISTERS: int | None = None  # of a thread, at most
 _PROGRAMS = 4  # for each multiprocessor
 _LONGEST = 64  # tiles in a share: a float32 sum of this length keeps its digits
 _SHORTEST = 8  # tiles in a share, except the last: fewer are not worth a second kernel
@@ -68,7 +69,7 @@ def plan_sums(samples: int, channels: int, length: int, dtype: torch.dtype, mult
     share = max(share, triton.cdiv(tiles, _MOST_SHARES))
     shares = triton.cdiv(tiles, share)
     sizes = samples, width, channels * length, tiles, share, channels
-    options = _options(planes, width, rows, columns, dtype, _WARPS)
+    options = _options(planes, width, rows, columns, dtype, _WARPS) | {"maxnreg": _REGISTERS}
     return Plan((blocks, shares), sizes, options, shares, tiles == 1)
 
 

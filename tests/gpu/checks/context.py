@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -80,7 +80,18 @@ class Context:
 @contextmanager
 def _serving(module: Any) -> Iterator[None]:
     with ExitStack() as stack:
-        for place in ("autograd", "functional") if module is not None else ():
-            importlib.import_module(f"mpisyncbn.{place}")
-            stack.enter_context(mock.patch(f"mpisyncbn.{place}.kernels_for", return_value=module))
+        for place in ("autograd.fused", "functional"):
+            served = importlib.import_module(f"mpisyncbn.{place}")
+            # without a module, the same function in its place: so that a CPU shows that there is one
+            instead = (
+                {"wraps": served.kernels_for} if module is None else {"side_effect": partial(_masked, module)}
+            )
+            stack.enter_context(mock.patch.object(served, "kernels_for", **instead))
         yield
+
+
+def _masked(module: Any, x: Any, mask: Any = None) -> Any:
+    """That module; with a mask the kernels for masks, which serve every GPU."""
+    from mpisyncbn.kernels import kernels_for
+
+    return module if mask is None else kernels_for(x, mask)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any, NamedTuple
 
 import torch
@@ -9,6 +10,7 @@ from torch import Tensor
 
 import mpisyncbn
 from mpisyncbn import functional
+from support.activations import TORCHS
 from support.whole_batch import distance, whole_batch
 
 from .context import Context
@@ -18,6 +20,8 @@ _ALL = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 _HALVES = (torch.bfloat16, torch.float16)
 _SOME = (torch.float32, torch.bfloat16)
 _BOTH = ("contiguous", "channels_last")
+# all, in one dtype of each width; their outputs have the signs of their inputs
+_ACTIVATIONS = ("relu", "leaky_relu(0.1)", "silu", "hardswish", "elu(0.5)", "gelu", "gelu(tanh)")
 _IMAGE = (12, 9, 7)  # beyond the batch: channels, height, width
 _VARIANCE = {torch.float64: 1e-11}  # relative; 1e-6 for all others
 _RUNNING = {torch.float64: 1e-11, torch.float32: 2e-6, torch.bfloat16: 8e-3, torch.float16: 1e-3}
@@ -34,8 +38,9 @@ class Case(NamedTuple):
     affine: bool = True
     mixed: bool = False  # float32 parameters with half-precision input
     dy: str = "like x"
-    relu: bool = False
+    activation: str | None = None
     residual: bool = False
+    masked: bool = False
     quick: bool = False
 
 
@@ -53,9 +58,16 @@ CASES = [
     Case("dy of the other layout", _IMAGE, _SOME, dy="other"),
     Case("dy with gaps", _IMAGE, _SOME, dy="gaps"),
     Case("dy expanded", _IMAGE, (torch.float32,), dy="expanded"),
-    Case("ReLU", _IMAGE, _ALL, relu=True),
     Case("residual", _IMAGE, _SOME, residual=True),
-    Case("residual, ReLU", _IMAGE, _ALL, relu=True, residual=True, quick=True),
+    *(Case(text, _IMAGE, _SOME, activation=text) for text in _ACTIVATIONS),
+    *(
+        Case(f"residual, {text}", _IMAGE, _SOME, ("contiguous",), activation=text, residual=True)
+        for text in _ACTIVATIONS
+    ),
+    Case("SiLU, all dtypes", _IMAGE, _ALL, ("contiguous",), activation="silu", quick=True),
+    Case("residual, ReLU, all dtypes", _IMAGE, _ALL, activation="relu", residual=True, quick=True),
+    Case("mask", _IMAGE, _ALL, masked=True, quick=True),
+    Case("mask, residual, leaky_relu", _IMAGE, _SOME, activation="leaky_relu", residual=True, masked=True),
     Case("not dense", _IMAGE, _SOME, ("gaps", "offset")),
     Case("many parts", (6, 128, 128), _SOME, batch=24),
     Case("many samples", (3,), (torch.float32,), ("contiguous",), batch=150_000),
@@ -82,55 +94,79 @@ def layers(context: Context, kernels: str) -> None:
 
 def _check(context: Context, case: Case, dtype: torch.dtype, layout: str, name: str, exact: bool) -> None:
     records = context.records
-    shape, channels = (case.batch + context.rank, *case.shape), case.shape[0]
+    shape = (case.batch + context.rank, *case.shape)
     seed = 1000 * context.rank + len(name)
     x = laid_out(random(shape, seed, case.mean, case.std).to(dtype), layout)
     dy = _gradient(random(shape, seed + 500, 0.5).to(dtype), x, case.dy)
     residual = laid_out(random(shape, seed + 700).to(dtype), layout) if case.residual else None
-    parameters = torch.float32 if case.mixed else dtype
+    mask = random((shape[0], 1, *shape[2:]), seed + 900) > 0.0 if case.masked else None
+    layer, weight, bias = _layer(context, case, torch.float32 if case.mixed else dtype)
+
+    there = context.there(x).requires_grad_()
+    residual_there = None if residual is None else context.there(residual).requires_grad_()
+    mask_there = None if mask is None else mask.to(context.device)
+    y = layer(there, residual_there, mask=mask_there)
+    y.backward(context.there(dy))
+    _, stats = functional.batch_norm_forward(there.detach(), layer.weight, layer.bias, mask=mask_there)
+    context.synchronize()
+
+    found = {"y": y.detach().cpu(), "dx": there.grad.cpu()}
+    if mask is not None:
+        outside = max(each[~mask.expand(shape)].abs().max().item() for each in found.values())
+        records.at_most(f"{name}: y and dx outside of the mask", outside, 0.0)
+        found = {what: _rows(each, mask) for what, each in found.items()}
+        x, dy, residual = (None if each is None else _rows(each, mask) for each in (x, dy, residual))
+    z = whole_batch(context.world, x, dy, weight, bias, layer.eps).y
+    z = z if residual is None else z + residual.double()
+    if case.activation:
+        # near zero, rounding decides which side the input is on: the side is taken as found
+        z = torch.where(found["y"] > 0, z.abs(), -z.abs())
+    activation, z = TORCHS[case.activation], z.requires_grad_()
+    expected_y = activation(z)
+    (dz,) = torch.autograd.grad(expected_y, z, dy.double())
+    expected = whole_batch(context.world, x, dz, weight, bias, layer.eps)
+    bar = BARS[dtype] * (max(1.0, case.mean) if dtype == torch.float64 else 1.0)
+    errors = {
+        "y": (distance(found["y"], expected_y), bar),
+        "dx": (distance(found["dx"], expected.dx, expected.dx_scale), bar),
+        **_of_vectors(context, case, layer, stats, expected, dtype),
+    }
+    if residual_there is not None:
+        dresidual = residual_there.grad.cpu()
+        dresidual = dresidual if mask is None else _rows(dresidual, mask)
+        errors["dresidual"] = distance(dresidual, dz), 0.0 if case.activation in (None, "relu") else bar
+    for what, (value, most) in errors.items():
+        if exact or case.mean < 100 * math.hypot(case.std, layer.eps**0.5):
+            records.at_most(f"{name}: {what}", value, most)
+        else:  # torch's operations have no more than a float32 mean, to a few roundings
+            records.figure(f"{name}: {what}", value)
+    records.holds(f"{name}: layout of y and dx", _same_layout(y, there) and _same_layout(there.grad, there))
+
+
+def _layer(context: Context, case: Case, parameters: torch.dtype) -> tuple[Any, Tensor, Tensor]:
+    """A layer on the device, and its weight and bias on the host."""
+    channels = case.shape[0]
     layer = mpisyncbn.SyncBatchNorm(
         channels,
         momentum=1.0,
         affine=case.affine,
-        activation="relu" if case.relu else None,
+        activation=case.activation,
         device=context.device,
         dtype=parameters,
     )
+    if not case.affine:
+        return layer, torch.ones(channels), torch.zeros(channels)
     weight = 0.5 + torch.arange(channels, dtype=torch.float64) % 11 / 10
     weight, bias = weight.to(parameters), (1.0 - weight).to(parameters)
-    if case.affine:
-        with torch.no_grad():
-            layer.weight.copy_(weight)
-            layer.bias.copy_(bias)
-    else:
-        weight, bias = torch.ones(channels), torch.zeros(channels)
+    with torch.no_grad():
+        layer.weight.copy_(weight)
+        layer.bias.copy_(bias)
+    return layer, weight, bias
 
-    there = context.there(x).requires_grad_()
-    residual_there = None if residual is None else context.there(residual).requires_grad_()
-    y = layer(there, residual_there)
-    y.backward(context.there(dy))
-    _, stats = functional.batch_norm_forward(there.detach(), layer.weight, layer.bias)
-    context.synchronize()
 
-    # Where y is zero but for rounding the gate may be either way: it is taken as found, and y compared.
-    dz = dy.masked_fill(y.detach().cpu() <= 0, 0) if case.relu else dy
-    expected = whole_batch(context.world, x, dz, weight, bias, layer.eps)
-    expected_y = expected.y if residual is None else expected.y + residual.double()
-    expected_y = expected_y.relu() if case.relu else expected_y
-    bar = BARS[dtype] * (max(1.0, case.mean) if dtype == torch.float64 else 1.0)
-    errors = {
-        "y": (distance(y, expected_y), bar),
-        "dx": (distance(there.grad, expected.dx, expected.dx_scale), bar),
-        **_of_vectors(context, case, layer, stats, expected, dtype),
-    }
-    if residual_there is not None:
-        errors["dresidual"] = distance(residual_there.grad, dz.double()), 0.0
-    for what, (value, most) in errors.items():
-        if exact or case.mean < 100:
-            records.at_most(f"{name}: {what}", value, most)
-        else:  # torch's operations have no more than a float32 mean
-            records.figure(f"{name}: {what}", value)
-    records.holds(f"{name}: layout of y and dx", _same_layout(y, there) and _same_layout(there.grad, there))
+def _rows(x: Tensor, mask: Tensor) -> Tensor:
+    """The values where the mask is true, as a matrix whose columns are channels."""
+    return x.movedim(1, -1)[mask[:, 0]]
 
 
 def _of_vectors(

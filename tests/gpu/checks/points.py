@@ -86,9 +86,14 @@ _PARTS = {  # by number and title, and whether they run side by side: where no t
         Run("fallback", "repeats.bits", 4, 120, _FALLBACK, gpu=True),
         Run("torch.nn.SyncBatchNorm", "repeats.peer", 2, 90),
     ],
-    (5, "latency", False): [Run("exchange", "latency.latencies", 2, 90)],
+    # ranks that share a GPU take turns at it, so one rank shows what the way itself takes
+    (5, "latency", False): [
+        Run("exchange, 1 rank", "latency.latencies", 1, 90),
+        Run("exchange, 2 ranks", "latency.latencies", 2, 90),
+    ],
     (6, "bandwidth and speed", False): [
         Run("kernels", "bandwidth.kernels", 0, 240, gpu=True),
+        Run("layer, 1 rank", "speed.layer", 1, 90),
         Run("layer, 2 ranks", "speed.layer", 2, 90),
         Run("layer, 4 ranks", "speed.layer", 4, 90),
         Run("tiny layer", "speed.tiny", 1, 60),

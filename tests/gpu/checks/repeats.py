@@ -88,9 +88,11 @@ def _compare(context: Context, name: str, dtype: torch.dtype, layout: str) -> No
         gradients = leaf.grad, layer.weight.grad, layer.bias.grad
         results.append((y, *gradients, layer.running_mean, layer.running_var))
     bar = 1e-5 if dtype == torch.float32 else 8e-3
+    # torch rounds its sums over planes of half precision to that, which point 3 holds ours to be free of
+    of_sums = bar if layout == "contiguous" else 1e-5
     labels = ("y", "dx", "dweight", "dbias", "running_mean", "running_var")
     for label, theirs, ours in zip(labels, *results, strict=True):
         # what is left of large sums, at their own scale
         scale = dy.double().abs().sum().item() / _SHAPE[1] if label in ("dweight", "dbias") else None
-        most = bar if label in ("y", "dx") else 1e-5
+        most = bar if label in ("y", "dx") else of_sums if label in ("dweight", "dbias") else 1e-5
         context.records.at_most(f"{name}: {label}", distance(ours, theirs, scale), most)
