@@ -1,6 +1,7 @@
 """Run each CUDA operation of torch by its version for host memory, which runtime.cpp hands out.
 
 Importing this changes torch. An operation waits for its stream first, so only copies happen late.
+On a stream that is being captured it is recorded: each replay runs it again, on the same memory.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils._pytree import tree_map
+from torch.utils._pytree import tree_leaves, tree_map
 
 from support.batch_norm_operations import EMULATED
 
@@ -24,6 +25,8 @@ _KEPT = {
 }
 _NOT_OURS = ("_cudnn", "cudnn", "miopen", "_use_cudnn", "_nested", "_flash", "_efficient")
 _runtime: Any = ctypes.CDLL(None)
+_HostFunction = ctypes.CFUNCTYPE(None, ctypes.c_void_p)
+_recorded: list[object] = []  # never given back: a graph may be replayed at any time
 _library = torch.library.Library("aten", "IMPL")
 
 
@@ -44,44 +47,114 @@ def on_device(tensor: Tensor, device: torch.device) -> Tensor:
     return there
 
 
+def down(value: object) -> object:
+    return on_host(value) if isinstance(value, Tensor) and value.is_cuda else value
+
+
+def stream() -> ctypes.c_void_p:
+    return ctypes.c_void_p(torch.cuda.current_stream().cuda_stream)
+
+
+def checked(code: int) -> None:
+    if code:
+        raise RuntimeError(f"CUDA error {code} of a stand-in" + (", while capturing" if capturing() else ""))
+
+
 def work_off() -> None:
-    _runtime.cudaStreamSynchronize(ctypes.c_void_p(torch.cuda.current_stream().cuda_stream))
+    checked(_runtime.cudaStreamSynchronize(stream()))
+
+
+def capturing() -> bool:
+    return torch.cuda.is_current_stream_capturing()
+
+
+def in_stream_order(function: Callable[[], object]) -> None:
+    """Call it now, after what the stream was told before; while capturing: at each replay."""
+    if not capturing():
+        work_off()
+        function()
+        return
+    recorded = _HostFunction(lambda _: function())
+    _recorded.append(recorded)
+    checked(_runtime.standin_call(stream(), recorded))
+
+
+class _Call:
+    """The arguments of one operation, as tensors of the host, and its results, as tensors of the device."""
+
+    def __init__(self) -> None:
+        self.devices: list[torch.device] = []
+        self.pairs: dict[int, tuple[Tensor, Tensor]] = {}
+        self.results: list[Tensor | None] = []  # the memory of each that is new
+        self.enlarged: list[tuple[Tensor, Tensor]] = []
+
+    def down(self, value: object) -> object:
+        if isinstance(value, Tensor) and value.is_cuda:
+            self.devices.append(value.device)
+            host = on_host(value)
+            self.pairs[id(host)] = host, value
+            return host
+        if isinstance(value, torch.Generator):
+            return None
+        if isinstance(value, torch.device) and value.type == "cuda":
+            self.devices.append(value)
+            return torch.device("cpu")
+        return value
+
+    def up(self, value: object) -> object:
+        if not isinstance(value, Tensor):
+            return value
+        known = self.pairs.get(id(value))
+        device = self.devices[0] if self.devices else torch.device("cuda", torch.cuda.current_device())
+        there = known[1] if known else on_device(value, device)
+        self.results.append(None if known else on_host(there))
+        return there
+
+    def enlarge(self) -> None:
+        for host, there in self.pairs.values():
+            if host.size() != there.size():  # an empty "out", made larger
+                there.resize_(host.size()).as_strided_(host.size(), host.stride())
+                self.enlarged.append((on_host(there), host))
+        self.copy_enlarged()
+
+    def copy_enlarged(self) -> None:
+        for memory, host in self.enlarged:
+            memory.copy_(host)
+
+    def again(self, found: object) -> None:
+        """Store what the operation found once more where it was found first."""
+        tensors = (each for each in tree_leaves(found) if isinstance(each, Tensor))
+        for memory, value in zip(self.results, tensors, strict=True):
+            if memory is not None:
+                memory.copy_(value)
+        self.copy_enlarged()
 
 
 def by_the_host(
     operation: Callable[..., object], schema: torch.FunctionSchema | None = None
 ) -> Callable[..., object]:
     def call(*arguments: object, **options: object) -> object:
-        work_off()
-        devices: list[torch.device] = []
-        pairs: dict[int, tuple[Tensor, Tensor]] = {}
-
-        def down(value: object) -> object:
-            if isinstance(value, Tensor) and value.is_cuda:
-                devices.append(value.device)
-                host = on_host(value)
-                pairs[id(host)] = host, value
-                return host
-            if isinstance(value, torch.Generator):
-                return None
-            if isinstance(value, torch.device) and value.type == "cuda":
-                devices.append(value)
-                return torch.device("cpu")
-            return value
-
-        def up(value: object) -> object:
-            if not isinstance(value, Tensor):
-                return value
-            return pairs[id(value)][1] if id(value) in pairs else on_device(value, device)
-
+        recorded = capturing()
+        if not recorded:
+            work_off()
+        this = _Call()
         arguments = tuple(map(_as_declared, arguments, schema.arguments)) if schema else arguments
-        found = operation(*tree_map(down, arguments), **tree_map(down, options))
-        for host, there in pairs.values():
-            if host.size() != there.size():  # an empty "out", made larger
-                there.resize_(host.size()).as_strided_(host.size(), host.stride())
-                on_host(there).copy_(host)
-        device = devices[0] if devices else torch.device("cuda", torch.cuda.current_device())
-        return tree_map(up, found)
+        arguments, options = tree_map(this.down, arguments), tree_map(this.down, options)
+        # A capture must leave memory alone, yet say what the results look like.
+        storages = [host.untyped_storage() for host, _ in this.pairs.values()] if recorded else []
+        before = [storage.clone() for storage in storages]
+        found = operation(*arguments, **options)
+        this.enlarge()
+        result = tree_map(this.up, found)
+        if recorded:
+            if any(isinstance(each, (bool, int, float)) for each in tree_leaves(found)):
+                work_off()  # refused, as a value is wanted now
+            for storage, old in zip(storages, before, strict=True):
+                if storage.nbytes() == old.nbytes():
+                    storage.copy_(old)
+            this.pairs.clear()  # as CUDA does, a graph knows addresses and keeps no tensor alive
+            in_stream_order(lambda: this.again(operation(*arguments, **options)))
+        return result
 
     return call
 
@@ -99,15 +172,13 @@ def copy(self: Tensor, source: Tensor, non_blocking: bool = False) -> Tensor:
     dense = self.is_contiguous() or (self.ndim > 1 and self.movedim(1, -1).is_contiguous())
     same = self.dtype == source.dtype and self.size() == source.size() and self.stride() == source.stride()
     if dense and same and not (source.is_neg() or source.is_conj() or self.is_neg() or self.is_conj()):
-        stream = ctypes.c_void_p(torch.cuda.current_stream().cuda_stream)
         pointers = map(ctypes.c_void_p, (self.data_ptr(), source.data_ptr()))
-        _runtime.cudaMemcpyAsync(*pointers, ctypes.c_size_t(self.nbytes), 4, stream)
+        checked(_runtime.cudaMemcpyAsync(*pointers, ctypes.c_size_t(self.nbytes), 4, stream()))
         if not non_blocking and not (self.is_cuda and source.is_cuda):
             work_off()
         return self
-    work_off()
-    to, from_ = (on_host(each) if each.is_cuda else each for each in (self, source))
-    to.copy_(from_)
+    to, from_ = down(self), down(source)
+    in_stream_order(lambda: to.copy_(from_))
     return self
 
 

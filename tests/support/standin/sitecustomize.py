@@ -1,4 +1,5 @@
-"""Python imports this at its start. It replaces torch's CUDA operations by operations.py's."""
+"""Python imports this at its start. It replaces torch's CUDA operations by operations.py's, and Triton's
+launches by launches.py's."""
 
 from __future__ import annotations
 
@@ -9,22 +10,25 @@ import sys
 from importlib.machinery import ModuleSpec
 from types import ModuleType
 
+# Once a module has been imported, this one is.
+_AFTER = {"torch": "operations", "triton.runtime.interpreter": "launches"}
 
-class _AfterTorch(importlib.abc.MetaPathFinder):
+
+class _After(importlib.abc.MetaPathFinder):
     def find_spec(self, name: str, path: object, target: object = None) -> ModuleSpec | None:
-        if name != "torch":
+        ours = _AFTER.pop(name, None)
+        if ours is None:
             return None
-        sys.meta_path.remove(self)
         spec = importlib.util.find_spec(name)
         execute = spec.loader.exec_module
 
         def exec_module(module: ModuleType) -> None:
             execute(module)
-            import operations  # noqa: F401
+            importlib.import_module(ours)
 
         spec.loader.exec_module = exec_module
         return spec
 
 
 if os.environ.get("MPISYNCBN_STANDIN") == "values":
-    sys.meta_path.insert(0, _AfterTorch())
+    sys.meta_path.insert(0, _After())

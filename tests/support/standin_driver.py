@@ -1,0 +1,167 @@
+"""The stand-in's library, runtime and driver in one, for a process whose torch knows no CUDA.
+
+    path = library()                  # compiled once in a process: StreamWorker(driver=path) opens it
+    driver = Driver(path)             # the same library by ctypes: the same streams, memory and graphs
+    stream, flags = driver.stream(), driver.flags()
+    driver.cuStreamWaitValue32_v2(stream, flags, 1, EQ)
+    driver.cuStreamSynchronize(stream)
+
+A path stands for a device of its own: library(another) is a copy, for another order and other
+switches, which it reads from the environment: device.h tells of them.
+"""
+
+from __future__ import annotations
+
+import atexit
+import ctypes
+import functools
+import os
+import shlex
+import shutil
+import subprocess
+import sysconfig
+import tempfile
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from importlib.util import find_spec
+from pathlib import Path
+
+FOLDER = Path(__file__).parent / "standin"
+CXX = shlex.split(os.environ.get("CXX") or sysconfig.get_config_var("CXX") or "g++")
+GEQ, EQ = 0, 1
+GLOBAL, THREAD, RELAXED = 0, 1, 2
+MOVE = 1  # of cuGraphRetainUserObject
+BELL, DONE, MESSAGE, RESULT = 0, 4, 8, 12  # in a Worker's mailbox: two numbers, and two reals
+HostFunction = ctypes.CFUNCTYPE(None, ctypes.c_void_p)
+
+
+def headers() -> Path | None:
+    """CUDA's, which Triton brings."""
+    found = find_spec("triton")
+    folder = Path(found.origin).parent / "backends" / "nvidia" / "include" if found and found.origin else None
+    return folder if folder and (folder / "cuda_runtime_api.h").is_file() else None
+
+
+def missing() -> str | None:
+    """Why the library cannot be compiled here, None if it can."""
+    if not headers():
+        return "no Triton that brings CUDA's headers"
+    return None if shutil.which(CXX[0]) else "no C++ compiler"
+
+
+@functools.cache
+def library(copy: Path | None = None) -> Path:
+    """The path of the compiled library; `copy`: of a copy there, a device of its own."""
+    if copy:
+        return Path(shutil.copy(library(), copy))
+    folder = Path(tempfile.mkdtemp(prefix="standin"))
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    options = ["-fPIC", "-fvisibility=hidden", f"-I{headers()}"]  # hidden: a copy has its own state
+    object, path = folder / "driver.o", folder / "libstandin.so"
+    _run(*CXX, *options, "-c", "-xc", FOLDER / "driver.c", "-o", object)
+    sources = (FOLDER / f"{name}.cpp" for name in ("device", "runtime", "streams"))
+    linked = ["-std=c++17", "-shared", "-Wl,-Bsymbolic", object, "-ldl", "-lpthread"]
+    _run(*CXX, *options, *sources, *linked, "-o", path)
+    return path
+
+
+def _run(*command: str | Path) -> None:
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+
+
+class Driver:
+    """CUDA's functions by their names: whole numbers are passed on, an error is raised as CudaError."""
+
+    def __init__(self, path: Path | str) -> None:
+        self.path, self._library = path, ctypes.CDLL(str(path))
+
+    def __getattr__(self, name: str) -> Callable[..., None]:
+        function = getattr(self._library, name)
+
+        def call(*arguments: object) -> None:
+            # Every argument of these is a pointer or a whole number, and a register holds either.
+            code = function(*(ctypes.c_uint64(each) if isinstance(each, int) else each for each in arguments))
+            if code:
+                raise CudaError(name, code)
+
+        return call
+
+    def made(self, name: str, *arguments: object) -> int:
+        """What a function stores where its first argument points."""
+        out = ctypes.c_uint64()
+        getattr(self, name)(ctypes.byref(out), *arguments)
+        return out.value
+
+    def stream(self) -> int:
+        return self.made("cuStreamCreate", 1)
+
+    def event(self) -> int:
+        return self.made("cuEventCreate", 2)
+
+    def mailbox(self, size: int) -> int:
+        """Pinned memory of the host."""
+        return self.made("cuMemHostAlloc", size, 0)
+
+    def flags(self) -> int:
+        """Sixteen numbers in a mailbox, zero."""
+        memory = self.mailbox(64)
+        ctypes.memset(memory, 0, 64)
+        return memory
+
+    def memory(self, size: int) -> int:
+        """Memory of the device, which is the host's too."""
+        return self.made("cuMemAlloc_v2", size)
+
+    @contextmanager
+    def capture(self, stream: int, mode: int = GLOBAL) -> Iterator[list[int]]:
+        """What is enqueued inside is recorded: the list holds the executable graph afterwards."""
+        executable: list[int] = []
+        self.cuStreamBeginCapture_v2(stream, mode)
+        yield executable
+        graph = ctypes.c_uint64()
+        self.cuStreamEndCapture(stream, ctypes.byref(graph))
+        executable.append(self.made("cuGraphInstantiateWithFlags", graph.value, 0))
+        self.cuGraphDestroy(graph.value)
+
+
+def number(address: int) -> ctypes.c_uint32:
+    return ctypes.c_uint32.from_address(address)
+
+
+def real(address: int) -> ctypes.c_float:
+    return ctypes.c_float.from_address(address)
+
+
+class Worker:
+    """Takes messages and answers with twice their value, as long as the block lasts."""
+
+    def __init__(self, mailbox: int) -> None:
+        self._mailbox, self._stop = mailbox, False
+        self._thread = threading.Thread(target=self._work)
+
+    def __enter__(self) -> Worker:
+        self._thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._stop = True
+        self._thread.join()
+
+    def _work(self) -> None:
+        bell, done = number(self._mailbox + BELL), number(self._mailbox + DONE)
+        message, result = real(self._mailbox + MESSAGE), real(self._mailbox + RESULT)
+        while not self._stop:
+            if bell.value:
+                bell.value = 0
+                result.value = 2 * message.value
+                done.value = 1
+            time.sleep(0)
+
+
+class CudaError(Exception):
+    def __init__(self, function: str, code: int) -> None:
+        super().__init__(f"{function}: error {code}")
+        self.function, self.code = function, code
