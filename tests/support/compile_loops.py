@@ -97,7 +97,8 @@ def arguments(name: str, shape: tuple[int, int, int]) -> Iterator[tuple[Any, dic
 
 def compiled(kernel: triton.JITFunction, values: dict[str, Any], architecture: int) -> CompiledKernel:
     """Compile as Triton does for these values: it specializes on 1 and on multiples of 16."""
-    options = {name: values[name] for name in ("num_warps", "enable_fp_fusion")}
+    settings = ("num_warps", "enable_fp_fusion", "maxnreg")
+    options = {name: values[name] for name in settings if name in values}
     signature, constants, attributes = {}, {}, {}
     for place, parameter in enumerate(kernel.params):
         value = values[parameter.name]

@@ -18,6 +18,8 @@ from ..layout import dense, with_strides_of
 from . import elementwise, moments, plans, running_stats, sums
 from .plans import Plan
 
+COMPILED = isinstance(moments.moments, JITFunction)  # else Triton's interpreter runs them
+
 __all__ = ["backward_elementwise", "backward_reduce", "local_moments", "normalize", "record_batch"]
 
 
@@ -180,7 +182,7 @@ def _sums_of(x: Tensor, rows: int) -> Tensor:
 
 def _partials_of(x: Tensor, plan: Plan, rows: int) -> Tensor | None:
     """Memory for the partial results of programs; None if one program computes the whole sum."""
-    return x.new_empty((plan.shares, rows, x.shape[1]), dtype=torch.float64) if plan.shares > 1 else None
+    return x.new_empty((rows, x.shape[1], plan.shares), dtype=torch.float64) if plan.shares > 1 else None
 
 
 def _planned(x: Tensor) -> tuple[Tensor, Plan]:

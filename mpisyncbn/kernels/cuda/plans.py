@@ -11,19 +11,21 @@ import torch
 import triton
 import triton.language as tl
 
-__all__ = ["Plan", "plan_elementwise", "plan_merge", "plan_running_stats", "plan_sums"]
+__all__ = ["Plan", "plan_elementwise", "plan_merge", "plan_running_stats", "plan_sums", "plan_vector"]
 
-# Sums: few large programs, because their results must be merged.
-_WARPS = 8
+# Sums: few large programs, because their results must be merged. Registers of a thread are limited so
+# that all programs run at once. Measured on an H200, 2026-11-27.
+_WARPS = 4
 _VALUES = 32 * _WARPS * 8  # in a tile of a program; half as many of float64
-_REGISTERS: int | None = None  # of a thread, at most
-_PROGRAMS = 4  # for each multiprocessor
+_PROGRAMS, _REGISTERS = 8, 64  # for each multiprocessor; of a thread, at most
+_SIDE_PROGRAMS, _SIDE_REGISTERS = 5, 96  # where channels lie side by side, and a thread holds vectors
+_FEWER = 4  # programs for each multiprocessor whose registers have no limit
+_SIDE_CHANNELS = 32  # of a program: 64 of bfloat16 leave twice as much to merge
 _LONGEST = 64  # tiles in a share: a float32 sum of this length keeps its digits
 _SHORTEST = 8  # tiles in a share, except the last: fewer are not worth a second kernel
 _MOST_SHARES = 65535  # what CUDA lets a grid's second axis count
-_LINE = 128  # bytes side by side in a tile of channels: a cache line
-# The merging of sums: as many values in a tile, but of float64 vectors.
-_PARTS, _PART_COLUMNS = 64, 16
+_LINE = 128  # bytes side by side in a tile of channels, element by element: a cache line
+_PARTS, _LEAST_PARTS = 1024, 128  # partial results that a program merges at once
 # Element by element: many small programs.
 _SMALL_WARPS = 4
 _SMALL_BYTES, _SMALL_VALUES = 64, 16  # at most, for each thread: 4 loads of 16 bytes, or 16 of a value
@@ -61,25 +63,34 @@ def plan_sums(samples: int, channels: int, length: int, dtype: torch.dtype, mult
     values = min(_VALUES, _VALUES * 4 // dtype.itemsize)
     if planes and triton.next_power_of_2(samples) * triton.next_power_of_2(length) == 2 * values:
         values *= 2  # a single tile, which needs no loop
-    rows, columns = _tile(samples, width, values) if planes else _lines(samples, width, values, dtype)
+    if planes:
+        rows, columns = _tile(samples, width, values)
+    else:
+        rows, columns = _lines(samples, width, values, _SIDE_CHANNELS)
+    options = _options(planes, width, rows, columns, dtype, _WARPS)
+    # Float64 values need two registers, and those not read 16 bytes at a time need addresses.
+    limited = dtype != torch.float64 and options["ALIGN"] * dtype.itemsize >= 16
+    programs = (_PROGRAMS if planes else _SIDE_PROGRAMS) if limited else _FEWER
+    if limited and torch.version.hip is None:  # AMD's compiler refuses a limit
+        options["maxnreg"] = _REGISTERS if planes else _SIDE_REGISTERS
     down, across = triton.cdiv(samples, rows), triton.cdiv(width, columns)
     tiles, blocks = (down * across, channels) if planes else (down, across)
-    wanted = max(1, _PROGRAMS * multiprocessors // blocks)
+    wanted = max(1, programs * multiprocessors // blocks)
+    if wanted == 2 and tiles <= _LONGEST:
+        wanted = 1  # a second kernel takes longer than half as many programs
     share = min(max(triton.cdiv(tiles, wanted), _SHORTEST), _LONGEST)
     share = max(share, triton.cdiv(tiles, _MOST_SHARES))
     shares = triton.cdiv(tiles, share)
     sizes = samples, width, channels * length, tiles, share, channels
-    options = _options(planes, width, rows, columns, dtype, _WARPS) | {"maxnreg": _REGISTERS}
     return Plan((blocks, shares), sizes, options, shares, tiles == 1)
 
 
 @lru_cache(maxsize=4096)
 def plan_merge(shares: int, length: int) -> Plan:
-    return Plan(
-        (triton.cdiv(length, _PART_COLUMNS),),
-        (shares, length),
-        {"ROWS": _PARTS, "COLUMNS": _PART_COLUMNS, "num_warps": _SMALL_WARPS, "enable_fp_fusion": True},
-    )
+    rows = min(triton.next_power_of_2(shares), _PARTS)
+    columns = max(1, _LEAST_PARTS // rows)
+    options = {"ROWS": rows, "COLUMNS": columns, "num_warps": max(1, rows // 256), "enable_fp_fusion": True}
+    return Plan((triton.cdiv(length, columns),), (shares, length), options)
 
 
 @lru_cache(maxsize=4096)
@@ -96,7 +107,7 @@ def plan_elementwise(
         columns = min(triton.next_power_of_2(width), values)
         rows = min(triton.next_power_of_2(samples), values // columns)
     else:
-        rows, columns = _lines(samples, width, values, dtype)
+        rows, columns = _lines(samples, width, values, _LINE // dtype.itemsize)
     down, across = triton.cdiv(samples, rows), triton.cdiv(width, columns)
     steps = 1 if planes or down * across < _STEPS * _ENOUGH * multiprocessors else _STEPS
     grid = triton.cdiv(down, steps) * across * (channels if planes else 1)
@@ -109,9 +120,16 @@ def plan_elementwise(
 def plan_running_stats(channels: int, *numbers: float) -> Plan:
     """A plan that holds the bits of the numbers, because Triton would round them to float32."""
     bits = struct.unpack(f"{len(numbers)}q", struct.pack(f"{len(numbers)}d", *numbers))
+    vector = plan_vector(channels)
+    return Plan(vector.grid, (channels, *bits), vector.options)
+
+
+@lru_cache(maxsize=4096)
+def plan_vector(channels: int) -> Plan:
+    """A plan for vectors of a value for each channel."""
     columns = min(_VECTOR, triton.next_power_of_2(channels))
     options = {"COLUMNS": columns, "num_warps": _SMALL_WARPS, "enable_fp_fusion": True}
-    return Plan((triton.cdiv(channels, columns),), (channels, *bits), options)
+    return Plan((triton.cdiv(channels, columns),), (channels,), options)
 
 
 def _options(
@@ -142,10 +160,10 @@ def _tile(rows: int, width: int, values: int) -> tuple[int, int]:
     return min(height, values // columns), columns
 
 
-def _lines(rows: int, channels: int, values: int, dtype: torch.dtype) -> tuple[int, int]:
-    """Rows and columns, powers of two, of tiles whose columns are channels.
+def _lines(rows: int, channels: int, values: int, most: int) -> tuple[int, int]:
+    """Rows and columns, powers of two, of tiles whose columns are channels, at ``most`` so many.
 
     They are narrow, so that the sums of many rows are spread over programs.
     """
-    columns = min(triton.next_power_of_2(channels), _LINE // dtype.itemsize)
+    columns = min(triton.next_power_of_2(channels), most)
     return min(triton.next_power_of_2(rows), values // columns), columns

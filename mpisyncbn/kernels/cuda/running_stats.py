@@ -5,7 +5,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-__all__ = ["record_batch"]
+__all__ = ["record_batch", "record_enqueued"]
 
 
 @triton.jit(do_not_specialize=["channels", "to_unbiased", "momentum"])
@@ -27,11 +27,38 @@ def record_batch(
     """
     channel = tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)
     inside = channel < channels
-    _lerp(running_mean, tl.load(mean + channel, inside, 0.0), momentum, channel, inside)
     unbiased = tl.load(var + channel, inside, 0.0) * _float64_of(to_unbiased)
+    _lerp(running_mean, tl.load(mean + channel, inside, 0.0), momentum, channel, inside)
     _lerp(running_var, unbiased, momentum, channel, inside)
     if num_batches_tracked is not None:
         tl.store(num_batches_tracked, tl.load(num_batches_tracked) + 1, tl.program_id(0) == 0)
+
+
+@triton.jit(do_not_specialize=["channels", "momentum"])
+def record_enqueued(
+    running_mean,
+    running_var,
+    num_batches_tracked,
+    mean,
+    var,
+    more,
+    channels,
+    momentum,
+    COLUMNS: tl.constexpr,
+):
+    """Do the same for a batch that the host does not know: ``more`` has what the worker says of it.
+
+    That is the count, the unbiased variance over the biased one, and 0 if the batch is to be left out.
+    """
+    channel = tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)
+    takes_batch = tl.load(more + 2) > 0
+    inside = (channel < channels) & takes_batch
+    unbiased = tl.load(var + channel, inside, 0.0) * tl.load(more + 1)
+    _lerp(running_mean, tl.load(mean + channel, inside, 0.0), momentum, channel, inside)
+    _lerp(running_var, unbiased, momentum, channel, inside)
+    if num_batches_tracked is not None:
+        counts = (tl.program_id(0) == 0) & takes_batch
+        tl.store(num_batches_tracked, tl.load(num_batches_tracked) + 1, counts)
 
 
 @triton.jit

@@ -12,16 +12,22 @@ import triton.language as tl
 
 from .activation import activation_gradient
 from .tiles import (
+    UNROLL,
     affine,
     channels_of_program,
     multiple_of,
+    next_place,
+    partial_of_program,
+    place_of,
     share_of_program,
     split_mean,
     sum_per_channel,
     tile_offsets,
 )
 
-__all__ = ["backward_sums", "merge_sums"]
+__all__ = ["backward_sums", "merge_sums", "parameter_gradients"]
+
+SIDE_STAGES = tl.constexpr(3)  # tiles copied ahead to shared memory, where channels lie side by side
 
 
 @triton.jit(do_not_specialize=["rows", "tiles", "share"])
@@ -54,43 +60,81 @@ def backward_sums(
 ):
     """Store both sums of each program's tiles.
 
-    They go to ``partials``, of shape (shares, 2, channels), or to ``out`` if that is None.
+    They go to ``partials``, of shape (2, channels, shares), or to ``out`` if that is None.
     """
     width, stride = multiple_of(width, ALIGN), multiple_of(stride, ALIGN)
     channel = channels_of_program(COLUMNS, PLANES)
     inside = channel < channels
     mean_hi, mean_lo = split_mean(mean, channel, inside, COMPUTE_DTYPE)
     inverse, factor, shift = affine(invstd, weight, bias, mean_lo, channel, inside, COMPUTE_DTYPE)
-    unit = tl.where(inverse == 0, 1.0, inverse)  # keeps products in the range of float32
+    unit = _unit(inverse)
+    factor = tl.where(inverse == 0, factor * 0.0, factor)
     sum_dy = tl.zeros([ROWS, COLUMNS], COMPUTE_DTYPE)
     sum_dy_xmu = tl.zeros([ROWS, COLUMNS], COMPUTE_DTYPE)
     begin, end = share_of_program(share, tiles)
-    for tile in range(begin, end):
-        offsets, mask, _ = tile_offsets(tile, end, rows, width, stride, INDEX, PLANES, ROWS, COLUMNS)
+    row, column = place_of(begin, width, INDEX, PLANES, ROWS, COLUMNS)
+    stages: tl.constexpr = 1 if PLANES else SIDE_STAGES
+    unroll: tl.constexpr = UNROLL if PLANES and COMPUTE_DTYPE == tl.float32 else 1
+    for _ in tl.range(begin, end, num_stages=stages, loop_unroll_factor=unroll):
+        offsets, mask = tile_offsets(row, column, rows, width, stride, PLANES, ROWS, COLUMNS)
+        row, column = next_place(row, column, width, PLANES, ROWS, COLUMNS)
         gradient = tl.load(dy + offsets, mask, 0.0).to(COMPUTE_DTYPE)
-        xmu = tl.load(x + offsets, mask, 0.0).to(COMPUTE_DTYPE) - mean_hi
-        z = xmu * inverse * factor + shift
+        scaled = (tl.load(x + offsets, mask, 0.0).to(COMPUTE_DTYPE) - mean_hi) * unit
+        z = scaled * factor + shift
         gradient = _through_activation(gradient, z, y, residual, dz, offsets, mask, KIND, PARAMETER)
         sum_dy += gradient
-        sum_dy_xmu += tl.where(mask, gradient * (xmu * unit), 0.0)
+        sum_dy_xmu += tl.where(mask, gradient * scaled, 0.0)
+    _store_sums(out, partials, sum_dy, sum_dy_xmu, mean, invstd, channel, channels, PLANES)
+
+
+@triton.jit
+def _store_sums(out, partials, sum_dy, sum_dy_xmu, mean, invstd, channel, channels, PLANES: tl.constexpr):
+    inside = channel < channels
     total_dy = sum_per_channel(sum_dy.to(tl.float64), PLANES)
-    pointer = (out if partials is None else partials + tl.program_id(1) * 2 * channels) + channel
-    tl.store(pointer, total_dy, inside)
-    total_dy_xmu = sum_per_channel(sum_dy_xmu.to(tl.float64), PLANES) / unit.to(tl.float64)
-    tl.store(pointer + channels, total_dy_xmu - mean_lo * total_dy, inside)
+    total_dy_xmu = sum_per_channel(sum_dy_xmu.to(tl.float64), PLANES)
+    # "volatile" has them read again: the loop has no registers to keep them
+    exact = tl.load(mean + channel, inside, 0.0, volatile=True)
+    mean_lo = exact - exact.to(sum_dy.dtype).to(tl.float64)
+    unit = _unit(tl.load(invstd + channel, inside, 0.0, volatile=True).to(sum_dy.dtype))
+    total_dy_xmu = total_dy_xmu / unit.to(tl.float64) - mean_lo * total_dy
+    if partials is None:
+        tl.store(out + channel, total_dy, inside)
+        tl.store(out + channels + channel, total_dy_xmu, inside)
+    else:
+        pointer, row = partial_of_program(partials, channel, channels)
+        tl.store(pointer, total_dy, inside)
+        tl.store(pointer + row, total_dy_xmu, inside)
 
 
 @triton.jit(do_not_specialize=["shares"])
 def merge_sums(partials, out, shares, length, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
-    """Store the sums over the first axis of ``partials``, of shape (shares, length)."""
+    """Store the sums over the last axis of ``partials``, of shape (length, shares)."""
     column = tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)
     inside = column < length
+    pointer = partials + column.to(tl.int64)[None, :] * shares
     sums = tl.zeros([ROWS, COLUMNS], tl.float64)
     for begin in range(0, shares, ROWS):
-        row = begin + tl.arange(0, ROWS)
-        mask = (row < shares)[:, None] & inside[None, :]
-        sums += tl.load(partials + row[:, None] * length + column[None, :], mask, 0.0)
+        share = begin + tl.arange(0, ROWS)[:, None]
+        sums += tl.load(pointer + share, (share < shares) & inside[None, :], 0.0)
     tl.store(out + column, tl.sum(sums, 0), inside)
+
+
+@triton.jit(do_not_specialize=["channels"])
+def parameter_gradients(sums, invstd, dweight, dbias, channels, COLUMNS: tl.constexpr):
+    """Store the gradients of weight and bias, where given, from this rank's sums."""
+    channel = tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)
+    inside = channel < channels
+    if dweight is not None:
+        found = tl.load(sums + channels + channel, inside, 0.0) * tl.load(invstd + channel, inside, 0.0)
+        tl.store(dweight + channel, found.to(dweight.dtype.element_ty), inside)
+    if dbias is not None:
+        tl.store(dbias + channel, tl.load(sums + channel, inside, 0.0).to(dbias.dtype.element_ty), inside)
+
+
+@triton.jit
+def _unit(inverse):
+    """What ``x - mean`` is multiplied by: it keeps products in the range of float32."""
+    return tl.where(inverse == 0, 1.0, inverse)
 
 
 @triton.jit

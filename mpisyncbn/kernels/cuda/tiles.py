@@ -13,16 +13,36 @@ import triton
 import triton.language as tl
 
 __all__ = [
+    "UNROLL",
     "affine",
     "any_channel",
     "channels_of_program",
     "load_tile",
     "multiple_of",
+    "next_place",
+    "partial_of_program",
+    "place_of",
     "share_of_program",
     "split_mean",
     "sum_per_channel",
     "tile_offsets",
+    "values_before",
 ]
+
+# Steps of a loop at once: bfloat16 has half the bytes on their way. Of float64, activations would spill.
+UNROLL = tl.constexpr(2)
+
+
+@triton.jit
+def partial_of_program(partials, channel, channels):
+    """Pointers to a program's first results in ``partials``, of shape (rows, channels, shares).
+
+    Also returns the distance of a row from the next. The shares of a channel lie side by side, for
+    the second kernel, which reads them all.
+    """
+    shares = tl.num_programs(1)
+    row = tl.cast(channels, tl.int64) * shares
+    return partials + tl.cast(channel, tl.int64) * shares + tl.program_id(1), row
 
 
 @triton.jit
@@ -33,55 +53,72 @@ def share_of_program(share, tiles):
 
 
 @triton.jit
-def tile_offsets(
-    tile,
-    end,
-    rows,
-    width,
-    stride,
-    INDEX: tl.constexpr,
-    PLANES: tl.constexpr,
-    ROWS: tl.constexpr,
-    COLUMNS: tl.constexpr,
+def place_of(
+    tile, width, INDEX: tl.constexpr, PLANES: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr
 ):
-    """The offsets, mask and number of values per channel of a tile of this program's channels.
-
-    The mask is empty for a tile from ``end`` on.
-    """
-    rows = tl.where(tile < end, rows, 0)
+    """The row and the column at which a tile of this program's channels begins."""
     if PLANES:
         column_tiles = tl.cdiv(width, COLUMNS)
-        row = tl.cast(tile // column_tiles, tl.int64) * ROWS
         column = tl.cast(tile % column_tiles, INDEX) * COLUMNS
-        base = tl.program_id(0).to(tl.int64) * width
-        count = tl.maximum(tl.minimum(rows - row, ROWS), 0) * tl.minimum(width - column, COLUMNS)
+        return tl.cast(tile // column_tiles, tl.int64) * ROWS, column
     else:
-        row = tl.cast(tile, tl.int64) * ROWS
-        column = tl.cast(tl.program_id(0), INDEX) * COLUMNS
-        base = tl.zeros([], tl.int64)
-        count = tl.maximum(tl.minimum(rows - row, ROWS), 0)
-    row += tl.arange(0, ROWS)
-    column += tl.arange(0, COLUMNS)
-    offsets = (base + row * stride)[:, None] + column[None, :]
-    return offsets, (row < rows)[:, None] & (column < width)[None, :], count
+        return tl.cast(tile, tl.int64) * ROWS, tl.cast(tl.program_id(0), INDEX) * COLUMNS
+
+
+@triton.jit
+def next_place(row, column, width, PLANES: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
+    """The row and the column at which the next tile begins, without a division."""
+    if PLANES:
+        column += COLUMNS
+        is_last = column >= width
+        return row + tl.where(is_last, ROWS, 0), tl.where(is_last, 0, column)
+    else:
+        return row + ROWS, column
+
+
+@triton.jit
+def values_before(
+    tile, rows, width, INDEX: tl.constexpr, PLANES: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr
+):
+    """How many values of a channel lie in the tiles before ``tile``."""
+    row, column = place_of(tile, width, INDEX, PLANES, ROWS, COLUMNS)
+    count = tl.minimum(row, rows)
+    if PLANES:
+        count = count * width + tl.maximum(tl.minimum(rows - row, ROWS), 0) * column
+    return count
+
+
+@triton.jit
+def tile_offsets(
+    row, column, rows, width, stride, PLANES: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr
+):
+    """The offsets and the mask of the tile that begins at a row and a column."""
+    down, across = tl.arange(0, ROWS), tl.arange(0, COLUMNS)
+    within = (down * stride.to(tl.int64))[:, None] + across[None, :]  # computed once for all tiles
+    begin = row * stride + column
+    if PLANES:
+        begin += tl.program_id(0).to(tl.int64) * width
+    rows_left = tl.maximum(tl.minimum(rows - row, ROWS), 0).to(tl.int32)
+    columns_left = tl.minimum(width - column, COLUMNS).to(tl.int32)
+    return within + begin, (down < rows_left)[:, None] & (across < columns_left)[None, :]
 
 
 @triton.jit
 def load_tile(
     x,
-    tile,
-    end,
+    row,
+    column,
     rows,
     width,
     stride,
-    INDEX: tl.constexpr,
+    other,
     PLANES: tl.constexpr,
     ROWS: tl.constexpr,
     COLUMNS: tl.constexpr,
 ):
-    """The values of a tile, and its mask and number of values per channel from ``tile_offsets``."""
-    offsets, mask, count = tile_offsets(tile, end, rows, width, stride, INDEX, PLANES, ROWS, COLUMNS)
-    return tl.load(x + offsets, mask, 0.0), mask, count
+    """The values of a tile, with ``other`` beyond the edge."""
+    offsets, mask = tile_offsets(row, column, rows, width, stride, PLANES, ROWS, COLUMNS)
+    return tl.load(x + offsets, mask, other)
 
 
 @triton.jit

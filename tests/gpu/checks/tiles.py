@@ -13,8 +13,9 @@ from .context import Context
 
 _SHAPES = [(32, 64, 112, 112), (32, 256, 56, 56), (32, 1024, 14, 14), (50, 2048, 7, 7)]
 _THREADS = 32  # of a warp
-# For sums: warps of a program, values of a tile for each of its threads, programs for each multiprocessor.
-_SUMS = [(warps, values, 32 // warps) for warps in (4, 8, 16) for values in (8, 16)]
+# For sums: warps of a program, values of a tile for each of its threads, registers of a thread, at most.
+_SUMS = [(warps, values, most) for warps in (2, 4, 8) for values in (8, 16) for most in (64, 80, 128)]
+_ALL_REGISTERS = 1 << 16  # of a multiprocessor
 # For what goes element by element: warps, bytes for each thread, tiles for each program.
 _ELEMENTS = [(warps, bytes, steps) for warps in (4, 8) for bytes in (32, 64) for steps in (1, 4)]
 
@@ -47,8 +48,15 @@ def _compare(context: Context, plans: Any, name: str, kind: tuple[Any, ...]) -> 
             context.records.figure(f"{name} {kernel}", found)
 
 
-def _for_sums(warps: int, values: int, programs: int) -> dict[str, int]:
-    return {"_WARPS": warps, "_VALUES": _THREADS * warps * values, "_PROGRAMS": programs}
+def _for_sums(warps: int, values: int, registers: int) -> dict[str, int]:
+    """As many programs for each multiprocessor as have room for their registers."""
+    programs = _ALL_REGISTERS // (registers * warps * _THREADS)
+    return {
+        "_WARPS": warps,
+        "_VALUES": _THREADS * warps * values,
+        **dict.fromkeys(("_REGISTERS", "_SIDE_REGISTERS"), registers),
+        **dict.fromkeys(("_PROGRAMS", "_SIDE_PROGRAMS"), programs),
+    }
 
 
 def _for_elements(warps: int, bytes: int, steps: int) -> dict[str, int]:

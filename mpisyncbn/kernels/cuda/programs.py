@@ -1,0 +1,262 @@
+"""The compiled kernels of a layer's two directions, for native code to start in one call each.
+
+A program is made once for each kind of input. It holds compiled kernels with their sizes; the
+pointers of a call are numbered by ``Forward`` and ``Backward``. See enqueued.py for its use.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from enum import IntEnum
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from triton import JITFunction
+
+from ..activation import NO_ACTIVATION, Activation
+from ..cpu import Launches
+from ..layout import dense, with_strides_of
+from ..protocol import Running
+from . import elementwise, moments, plans, running_stats, sums
+from .plans import Plan
+
+__all__ = ["Backward", "Forward", "Program", "backward_program", "forward_program"]
+
+_VALUE, _MESSAGE = -1, -2  # places of arguments that are no pointer of a call: see _cpu.pyi
+_MASK_64 = (1 << 64) - 1
+
+Given = tuple[int, tuple[int, ...], int, int, list[tuple[int, int]]]  # of Launches
+
+
+class Forward(IntEnum):
+    """The places of the pointers of a forward call."""
+
+    X = 0
+    Y = 1
+    WEIGHT = 2
+    BIAS = 3
+    RESIDUAL = 4
+    PARTIALS = 5
+    MEAN = 6
+    VAR = 7
+    INVSTD = 8
+    MORE = 9  # count, count / (count - 1), and whether running statistics may take the batch
+    RUNNING_MEAN = 10
+    RUNNING_VAR = 11
+    NUM_BATCHES_TRACKED = 12
+
+
+class Backward(IntEnum):
+    """The places of the pointers of a backward call."""
+
+    DY = 0
+    X = 1
+    Y = 2
+    RESIDUAL = 3
+    DZ = 4
+    MEAN = 5
+    INVSTD = 6
+    WEIGHT = 7
+    BIAS = 8
+    PARTIALS = 9
+    SUMS = 10
+    DX = 11
+    MEAN_DY = 12
+    MEAN_DY_XMU = 13
+    DWEIGHT = 14
+    DBIAS = 15
+
+
+class Program(NamedTuple):
+    """The kernels before the exchange and after it, and how many partial results are between."""
+
+    before: Launches
+    after: Launches
+    partials: int  # float64 values of memory
+
+
+_programs: dict[tuple[object, ...], Program | None] = {}
+
+
+def forward_program(
+    x: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    residual: Tensor | None,
+    activation: Activation,
+    running: Running | None,
+) -> Program | None:
+    """The kernels of a forward pass, and of the update of running statistics.
+
+    None if a tensor is not as the kernels read it, so that a copy has to be made.
+    """
+    key = (
+        activation,
+        None if running is None else (running.momentum, _kind(running.mean), _kind(running.var)),
+        None if running is None else _kind(running.num_batches_tracked),
+        *(x.shape, x.device.index, _kind(x), _kind(residual), _kind(weight), _kind(bias)),
+    )
+    try:
+        return _programs[key]
+    except KeyError:
+        readable = _are_readable(x, (x, residual), (weight, bias))
+        made = _make_forward(x, residual, weight, bias, activation, running) if readable else None
+        return _programs.setdefault(key, made)
+
+
+def backward_program(
+    dy: Tensor,
+    x: Tensor,
+    y: Tensor | None,
+    residual: Tensor | None,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    activation: Activation,
+    parameters: tuple[torch.dtype | None, torch.dtype | None],
+) -> Program | None:
+    """The kernels of a backward pass, which store ``dz`` if ``y`` or the residual is given.
+
+    ``parameters`` are the dtypes of the gradients of weight and bias, None for one that is not
+    needed. None as for ``forward_program``.
+    """
+    key = (
+        *(activation, parameters, x.shape, x.device.index, _kind(x), _kind(dy), _kind(y), _kind(residual)),
+        *(_kind(weight), _kind(bias)),
+    )
+    try:
+        return _programs[key]
+    except KeyError:
+        readable = _are_readable(x, (x, dy, y, residual), (weight, bias))
+        tensors = x, dy, y, residual, weight, bias
+        made = _make_backward(*tensors, activation, parameters) if readable else None
+        return _programs.setdefault(key, made)
+
+
+def _kind(tensor: Tensor | None) -> object:
+    """All of a tensor that a program depends on, beside its shape."""
+    if tensor is None:
+        return None
+    return tensor.dtype, tensor.stride(), tensor.data_ptr() % 16, tensor.is_neg()
+
+
+def _are_readable(x: Tensor, like_x: Sequence[Tensor | None], vectors: Sequence[Tensor | None]) -> bool:
+    same = x.numel() > 0 and dense(x) is x
+    for each in like_x:
+        same = same and (each is None or with_strides_of(x, each) is each)
+    return same and all(each is None or (each.is_contiguous() and not each.is_neg()) for each in vectors)
+
+
+def _make_forward(
+    x: Tensor,
+    residual: Tensor | None,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    activation: Activation,
+    running: Running | None,
+) -> Program:
+    at, plan, vector = Forward, plan_of(x), _vector_of(x)
+    partials = vector if plan.shares > 1 else None
+    pointers = [(x, at.X), (partials, at.PARTIALS), (vector, _MESSAGE)]
+    before = [_given(moments.moments, plan, pointers, {"ONE": plan.one})]
+    if partials is not None:
+        merge = plans.plan_merge(plan.shares, x.shape[1])
+        constants = {"SPLIT_MEAN": x.dtype == torch.float64}
+        before.append(_given(moments.merge_moments, merge, pointers[1:], constants))
+    vectors = [(vector, at.MEAN), (vector, at.INVSTD), (weight, at.WEIGHT), (bias, at.BIAS)]
+    tensors = [(x, at.X), (residual, at.RESIDUAL), (x.new_empty(1), at.Y), *vectors]
+    after = [_given(elementwise.normalize, elements_of(x), tensors, _constants(activation))]
+    if running is not None:
+        plan_running = plans.plan_running_stats(x.shape[1], running.momentum)
+        pointers = [
+            (running.mean, at.RUNNING_MEAN),
+            (running.var, at.RUNNING_VAR),
+            (running.num_batches_tracked, at.NUM_BATCHES_TRACKED),
+            (vector, at.MEAN),
+            (vector, at.VAR),
+            (vector[1:], at.MORE),
+        ]
+        after.append(_given(running_stats.record_enqueued, plan_running, pointers, {}))
+    return Program(
+        Launches(before), Launches(after), 4 * plan.shares * x.shape[1] if partials is not None else 0
+    )
+
+
+def _make_backward(
+    x: Tensor,
+    dy: Tensor,
+    y: Tensor | None,
+    residual: Tensor | None,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    activation: Activation,
+    parameters: tuple[torch.dtype | None, torch.dtype | None],
+) -> Program:
+    at, plan, vector = Backward, plan_of(x), _vector_of(x)
+    stores_dz = y is not None or residual is not None
+    dz = x.new_empty(1) if stores_dz else None
+    statistics = [(vector, at.MEAN), (vector, at.INVSTD), (weight, at.WEIGHT)]
+    partials = vector if plan.shares > 1 else None
+    tensors = [(dy, at.DY), (x, at.X), (y, at.Y), (residual, at.RESIDUAL), (dz, at.DZ), *statistics]
+    tensors += [(bias, at.BIAS), (partials, at.PARTIALS), (vector, at.SUMS)]
+    before = [_given(sums.backward_sums, plan, tensors, _constants(activation))]
+    if partials is not None:
+        merge = plans.plan_merge(plan.shares, 2 * x.shape[1])
+        before.append(_given(sums.merge_sums, merge, [(vector, at.PARTIALS), (vector, at.SUMS)], {}))
+    again = NO_ACTIVATION if stores_dz else activation
+    tensors = [(dy if dz is None else dz, at.DY if dz is None else at.DZ), (x, at.X), (x.new_empty(1), at.DX)]
+    tensors += [*statistics, (None if stores_dz else bias, at.BIAS)]
+    tensors += [(vector, at.MEAN_DY), (vector, at.MEAN_DY_XMU)]
+    after = [_given(elementwise.backward_elementwise, elements_of(x), tensors, _constants(again))]
+    dweight, dbias = (None if dtype is None else x.new_empty(1, dtype=dtype) for dtype in parameters)
+    if dweight is not None or dbias is not None:
+        pointers = [(vector, at.SUMS), (vector, at.INVSTD), (dweight, at.DWEIGHT), (dbias, at.DBIAS)]
+        after.append(_given(sums.parameter_gradients, plans.plan_vector(x.shape[1]), pointers, {}))
+    return Program(
+        Launches(before), Launches(after), 2 * plan.shares * x.shape[1] if partials is not None else 0
+    )
+
+
+def plan_of(x: Tensor) -> Plan:
+    """The plan for sums over a dense tensor."""
+    from . import _matrix, _multiprocessors
+
+    return plans.plan_sums(*_matrix(x), x.dtype, _multiprocessors(x.device))
+
+
+def elements_of(x: Tensor) -> Plan:
+    from . import _matrix, _multiprocessors
+
+    return plans.plan_elementwise(*_matrix(x), x.dtype, _multiprocessors(x.device))
+
+
+def _vector_of(x: Tensor) -> Tensor:
+    """Float64 vectors as the kernels get them, for the compiler to look at: two values of one."""
+    return x.new_empty(2, dtype=torch.float64)
+
+
+def _constants(activation: Activation) -> dict[str, float]:
+    return {"KIND": int(activation.kind), "PARAMETER": activation.parameter}
+
+
+def _given(
+    kernel: JITFunction, plan: Plan, pointers: Sequence[tuple[Tensor | None, int]], constants: dict[str, Any]
+) -> Given:
+    """A kernel, compiled, as Launches takes it. Tensors tell dtypes and alignments."""
+    tensors = [tensor for tensor, _ in pointers]
+    compiled: Any = kernel.warmup(*tensors, *plan.sizes, grid=plan.grid, **plan.options, **constants)
+    compiled.run  # noqa: B018  (loads it)
+    values = [*((place, 0) for _, place in pointers), *((_VALUE, size & _MASK_64) for size in plan.sizes)]
+    signature = compiled.src.signature
+    arguments = [
+        (int(place), value)
+        for name, (place, value) in zip(kernel.arg_names, values, strict=False)
+        if signature[name] != "constexpr"
+    ]
+    # Triton appends pointers to scratch memory, which these kernels do not use.
+    entry = re.search(r"\.entry[^(]*\(([^)]*)\)", compiled.asm["ptx"])
+    parameters = entry[1].count(".param") if entry else len(arguments)
+    arguments += [(_VALUE, 0)] * (parameters - len(arguments))
+    metadata = compiled.metadata
+    return compiled.function, plan.grid, 32 * metadata.num_warps, metadata.shared, arguments
