@@ -278,11 +278,15 @@ def check_running(running_mean: Array, running_var: Array, momentum: float | Arr
 
 def check_count(count: int, x: Array, layer: str | None = None) -> None:
     """Raise on every rank if the group has one value per channel: it has no variance."""
-    if count == 1:
-        raise ValueError(
-            f"expected more than 1 value per channel over the whole group when training, "
-            f"got input of shape {tuple(x.shape)}{in_layer(layer)}: use a larger batch or eval mode"
-        )
+    if isinstance(count, int) and count == 1:  # else the worker of a stream looks at it
+        raise ValueError(one_value_message(layer, f"input of shape {tuple(x.shape)}"))
+
+
+def one_value_message(layer: str | None, got: str = "1") -> str:
+    return (
+        f"expected more than 1 value per channel over the whole group when training, got {got}"
+        f"{in_layer(layer)}: use a larger batch or eval mode"
+    )
 
 
 def check_module(module: object) -> None:

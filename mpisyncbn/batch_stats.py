@@ -9,7 +9,7 @@ import numpy as np
 
 from .kernels import Array, native
 
-__all__ = ["BatchStats", "invstd_of"]
+__all__ = ["NOT_TO_RECORD", "BatchStats", "invstd_of"]
 
 
 class BatchStats(NamedTuple):
@@ -22,6 +22,9 @@ class BatchStats(NamedTuple):
     var: Array  # biased: divided by count
     invstd: Array  # (var + eps) ** -0.5
     count: Array  # values per channel: an int, or an array in a compiled graph
+
+
+NOT_TO_RECORD = BatchStats(None, None, None, 0)  # of a batch that is recorded already, or never
 
 
 def invstd_of(var: Array, eps: float) -> Array:

@@ -126,18 +126,16 @@ class SyncBatchNorm(convert.Synchronized):
                 check_mask(mask, input, layer)
             # local: batch norm in evaluation needs no other rank
             return evaluate(*tensors, self.eps, activation, residual, mask)
-        running_mean = running_var = None
+        running_mean = running_var = num_batches_tracked = None
         if self.track_running_stats:
             running_mean = _tensor(self, self._buffers, "running_mean")
             running_var = _tensor(self, self._buffers, "running_var")
             num_batches_tracked = _tensor(self, self._buffers, "num_batches_tracked")
             check_num_batches_tracked(num_batches_tracked)
+        weight, bias = (_tensor(self, self._parameters, name) for name in ("weight", "bias"))
         y, stats, device_stats = autograd.batch_norm(
             input,
-            running_mean,
-            running_var,
-            _tensor(self, self._parameters, "weight"),
-            _tensor(self, self._parameters, "bias"),
+            *(running_mean, running_var, weight, bias),
             self.momentum,
             self.eps,
             self.communicator,
@@ -146,6 +144,7 @@ class SyncBatchNorm(convert.Synchronized):
             residual,
             self.memory_efficient,
             mask,
+            num_batches_tracked,
         )
         if running_mean is not None:
             momentum: float | Tensor | None = self.momentum

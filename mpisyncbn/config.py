@@ -42,8 +42,8 @@ def _choice(name: str, default: str, choices: tuple[str, ...]) -> str:
 
 
 def transport() -> str:
-    """``MPISYNCBN_TRANSPORT``: where messages live: ``auto`` (default), ``host`` or ``device``."""
-    return _choice("MPISYNCBN_TRANSPORT", "auto", ("auto", "host", "device"))
+    """``MPISYNCBN_TRANSPORT``: where messages live: ``auto``, ``host``, ``device`` or ``stream``."""
+    return _choice("MPISYNCBN_TRANSPORT", "auto", ("auto", "host", "device", "stream"))
 
 
 def debug() -> bool:

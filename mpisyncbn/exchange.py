@@ -26,7 +26,7 @@ from typing import TYPE_CHECKING, Any, NoReturn, TypeAlias
 
 import numpy as np
 
-from . import fingerprint, profiling
+from . import enqueue, fingerprint, profiling
 from .comm import transport
 from .comm.communicator import Communicator
 from .errors import CollectiveMismatchError, MPISyncBNError
@@ -79,6 +79,9 @@ def merge_moments(group: Communicator, call: LayerCall, count: int, mean: Array,
     Collective: every rank of the group must call.
     """
     group.check_world()
+    if (worker := enqueue.worker_for(group, m2)) is not None:
+        moments = (*mean, m2) if call.dtype == "float64" else (mean, m2)
+        return enqueue.merge_moments(group, worker, call, count, moments)
     merge: Callable[..., Moments]
     if call.dtype == "float64":
         merge, vectors = _gather_moments, _where_sent(group, *mean, m2)
@@ -96,7 +99,9 @@ def reduce_sums(group: Communicator, call: LayerCall, *sums: Array) -> tuple[np.
 
     Collective: every rank of the group must call.
     """
-    vectors = _where_sent(group, *sums)
+    if (worker := enqueue.worker_for(group, sums[0])) is not None:
+        return tuple(enqueue.reduce_sums(group, worker, call, sums))
+    vectors: Sequence[Array] = _where_sent(group, *sums)
     with _locked(group, "mpisyncbn:reduce_sums"):
         try:
             if group.link is not None and len(sums) == 2 and type(vectors[0]) is np.ndarray:
@@ -257,7 +262,7 @@ def _begin_exchange(group: Communicator, call: LayerCall, length: int, kind: int
     """The fingerprint of the exchange that begins here. From here on the watchdog watches it."""
     rank_status = group.rank_status
     rank_status.current_call = call
-    group.ready()
+    group.ready().synchronize()
     rank_status.exchanges += 1
     if group.debug and not group.in_join_context:
         fingerprint.compare_calls(group, call)
@@ -284,6 +289,7 @@ def serve_joined(group: Communicator) -> None:
     """
     while True:
         with group.lock:
+            group.synchronize()
             group.rank_status.exchanges += 1
             group.rank_status.current_call = _NO_DATA
             try:

@@ -25,14 +25,15 @@ from .batch_stats import BatchStats
 from .comm import transport
 from .errors import on_rank
 from .kernels import Array, has_float64, kernels_for, loaded_torch, native
+from .kernels.protocol import Running
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-__all__ = ["lerp", "lerp_", "record_batch", "update_running_stats"]
+__all__ = ["lerp", "lerp_", "record_batch", "running_on_device", "update_running_stats"]
 
 # running_mean, running_var and num_batches_tracked
-Running: TypeAlias = "tuple[Array, Array, Tensor | None]"
+Averages: TypeAlias = "tuple[Array, Array, Tensor | None]"
 
 
 def update_running_stats(
@@ -101,12 +102,30 @@ def record_batch(
     return _record_without_sync(running, stats, momentum)
 
 
+def running_on_device(
+    running_mean: Array | None, running_var: Array | None, num_batches_tracked: Array | None, momentum: object
+) -> Running | None:
+    """Running statistics that kernels on a GPU can update; None for others."""
+    if running_mean is None or running_var is None or momentum.__class__ is not float:
+        return None
+    for each in (running_mean, running_var, num_batches_tracked):
+        if each is not None and not (
+            type(each) is loaded_torch().Tensor
+            and each.is_cuda
+            and each.is_contiguous()
+            and not each.requires_grad
+            and not each.is_inference()
+        ):
+            return None
+    return Running(running_mean, running_var, num_batches_tracked, momentum)
+
+
 def _bessel_factor(count: int) -> float:
     """The unbiased variance over the biased one, ``count / (count - 1)``; 1 for a single value."""
     return count / max(count - 1, 1)
 
 
-def _record_natively(running: Running, stats: BatchStats, momentum: float | Array) -> bool:
+def _record_natively(running: Averages, stats: BatchStats, momentum: float | Array) -> bool:
     """Do it in one call of native code. Returns False if that refuses, and then nothing is changed."""
     running_mean, _, num_batches_tracked = running
     if not (
@@ -130,7 +149,7 @@ def _record_natively(running: Running, stats: BatchStats, momentum: float | Arra
 
 
 def _record_from_host(
-    running: Running, stats: BatchStats, momentum: float | Array, device_stats: BatchStats | None
+    running: Averages, stats: BatchStats, momentum: float | Array, device_stats: BatchStats | None
 ) -> bool:
     """Do it from statistics that the host knows, wherever the running ones are. Returns whether it did."""
     mean, var = transport.to_host(stats.mean, stats.var)
@@ -144,7 +163,7 @@ def _record_from_host(
     return True
 
 
-def _record_on_device(running: Running, stats: BatchStats, momentum: float | Array) -> bool:
+def _record_on_device(running: Averages, stats: BatchStats, momentum: float | Array) -> bool:
     """Do it in one kernel, from statistics on the device. Returns False if no kernel can."""
     if transport.on_host(stats.mean) or type(momentum) is not float:
         return False
@@ -153,7 +172,7 @@ def _record_on_device(running: Running, stats: BatchStats, momentum: float | Arr
     return record is not None and record(*arrays, _bessel_factor(stats.count), momentum)
 
 
-def _record_without_sync(running: Running, stats: BatchStats, momentum: float | Array) -> Array:
+def _record_without_sync(running: Averages, stats: BatchStats, momentum: float | Array) -> Array:
     """Do it without knowing the statistics on the host, and without waiting for them. Nothing warns.
 
     Returns whether it was done, as an array of no dimensions.

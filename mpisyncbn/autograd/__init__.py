@@ -29,13 +29,13 @@ from ..arguments import (
     check_residual,
     check_tensor,
 )
-from ..batch_stats import BatchStats
+from ..batch_stats import NOT_TO_RECORD, BatchStats
 from ..comm.communicator import Communicator
 from ..comm.groups import AnyGroup, resolve
 from ..errors import on_rank
 from ..fingerprint import layer_dtype
 from ..kernels import native
-from ..running_stats import record_batch
+from ..running_stats import record_batch, running_on_device
 from . import compiled, fused
 from .evaluation import add_residual_and_activation, evaluate
 from .layer_context import LayerContext, is_recomputing
@@ -137,28 +137,24 @@ def batch_norm(
     residual: Tensor | None = None,
     memory_efficient: bool = False,
     mask: Tensor | None = None,
+    num_batches_tracked: Tensor | None = None,
 ) -> tuple[Tensor, BatchStats, BatchStats]:
     """The layer while training.
 
     Returns ``y``, the statistics of the batch on the host, and the same on the device of ``x``. If
-    a checkpoint repeats the call, their count is 0, so that the batch is not recorded twice.
+    a checkpoint repeats the call, or running statistics have taken the batch already, their count
+    is 0, so that it is not recorded twice.
     ``layer`` is a name, or a key for ``Communicator.name_of``. The caller has refused what
     ``memory_efficient`` refuses. Collective, forward and backward: every rank of the group must call.
     """
     if not torch_versions.COMPILES and torch.compiler.is_compiling():
         torch_versions.refuse_to_compile()
     compiling = torch.compiler.is_compiling() or x.is_meta or isinstance(x, FakeTensor)
-    if compiling or not passes_fast_check(x, weight, bias, running_mean, running_var, momentum, eps):
-        check_arguments(
-            x,
-            weight,
-            bias,
-            running_mean,
-            running_var,
-            momentum=momentum,
-            eps=eps,
-            layer=layer,
-        )
+    tensors = x, weight, bias, running_mean, running_var
+    if compiling or not passes_fast_check(*tensors, momentum, eps):
+        check_arguments(*tensors, momentum=momentum, eps=eps, layer=layer)
+        if x.is_cuda and not compiling:
+            _accept(*tensors)
     if residual is not None:
         check_residual(residual, x, layer)
     if mask is not None:
@@ -172,11 +168,17 @@ def batch_norm(
         # The compiler fuses these with the layer.
         return add_residual_and_activation(y, act, residual, mask), stats, stats
     group = resolve(process_group)
-    name = group.name_of(layer)
+    name, recomputing = group.name_of(layer), is_recomputing()
     context = LayerContext(group, name, x.shape[1], dtype, eps, act, memory_efficient)
+    if group.ready().stream is not None and not recomputing:
+        context.running = running_on_device(running_mean, running_var, num_batches_tracked, momentum)
     y = fused.apply(x, weight, bias, residual, mask, context)
+    if context.enqueued is not None:
+        is_recorded = running_mean is None or context.running is not None or recomputing
+        stats = NOT_TO_RECORD if is_recorded else context.enqueued.stats()
+        return y, stats, stats
     check_count(context.stats.count, x, layer)
-    return y, context.stats._replace(count=0) if is_recomputing() else context.stats, context.device_stats
+    return y, context.stats._replace(count=0) if recomputing else context.stats, context.device_stats
 
 
 def passes_fast_check(
@@ -200,10 +202,28 @@ def passes_fast_check(
             and 0.0 <= eps < math.inf
             and momentum.__class__ is float
             and 0.0 <= momentum <= 1.0
-            and native_cpu.passes_fast_check(x, weight, bias, running_mean, running_var)
+            and (
+                _kinds(x, weight, bias, running_mean, running_var) in _accepted
+                if x.is_cuda
+                else native_cpu.passes_fast_check(x, weight, bias, running_mean, running_var)
+            )
         )
     except (AttributeError, RuntimeError):  # a nested tensor has no lengths; of torch 2.6 the latter
         return False
+
+
+_accepted: set[tuple[object, ...]] = set()  # kinds of tensors on GPUs that check_arguments has accepted
+
+
+def _kinds(*tensors: Tensor | None) -> tuple[object, ...]:
+    """All that check_arguments looks at in tensors."""
+    return tuple((type(t), t.shape, t.dtype, t.device, t.layout) if t is not None else None for t in tensors)
+
+
+def _accept(*tensors: Tensor | None) -> None:
+    if len(_accepted) >= 4096:  # a model has fewer: its shapes have come and gone
+        _accepted.clear()
+    _accepted.add(_kinds(*tensors))
 
 
 def _group_key(process_group: AnyGroup) -> str:

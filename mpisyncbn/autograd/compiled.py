@@ -19,7 +19,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import _disable_current_modes
 from torch.utils.checkpoint import CheckpointPolicy, _CachingTorchDispatchMode
 
-from .. import exchange, torch_versions
+from .. import config, exchange, torch_versions
 from ..arguments import check_count
 from ..batch_stats import BatchStats, invstd_of
 from ..comm import transport
@@ -55,14 +55,46 @@ with torch.inference_mode(False), _disable_current_modes():  # the first import 
     _FORWARD_ORDER, _BACKWARD_ORDER = torch.from_numpy(np.zeros(())), torch.from_numpy(np.zeros(()))
 
 
+_ON_DEVICE: dict[tuple[torch.device, str], Tensor] = {}  # for CUDA graphs, by device and direction
+_FOR_GRAPHS = config.transport() == "stream"
+
+
 def _order_token(token: Tensor, x: Tensor) -> Tensor:
-    """The tensor that an exchange changes: ``token``, or a new one if ``x`` is meta or fake."""
-    return token if torch.compiler.is_compiling() else x.new_zeros(())
+    """The tensor that an exchange changes: ``token``, or a new one if ``x`` is meta or fake.
+
+    A CUDA graph takes no tensor of the host. The stream transport has one for each device.
+    """
+    if not torch.compiler.is_compiling():
+        return x.new_zeros(())
+    if not (_FOR_GRAPHS and x.is_cuda):
+        return token
+    return _forward_token(x.device) if token is _FORWARD_ORDER else _backward_token(x.device)
+
+
+# The compiler takes the name of such a function for that of its result.
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
+def _forward_token(device: torch.device) -> Tensor:
+    return _token_on(device, "forward")
+
+
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
+def _backward_token(device: torch.device) -> Tensor:
+    return _token_on(device, "backward")
+
+
+def _token_on(device: torch.device, direction: str) -> Tensor:
+    found = _ON_DEVICE.get((device, direction))
+    if found is None:
+        with torch.inference_mode(False), _disable_current_modes():
+            found = torch.zeros((), device=device, dtype=torch.float64)
+        torch._dynamo.mark_static_address(found, guard=False)
+        _ON_DEVICE[device, direction] = found
+    return found
 
 
 _LIBRARY = torch.library.Library("mpisyncbn", "DEF")
 # the host takes part, and the kernels read any memory format
-_TAGS = (*torch_versions.HOST_TAKES_PART, torch.Tag.flexible_layout)
+_TAGS = (*(() if _FOR_GRAPHS else torch_versions.HOST_TAKES_PART), torch.Tag.flexible_layout)
 _LIBRARY.define(
     "batch_stats(Tensor x, Tensor? mask, Tensor(a!) token, str group, str layer, str dtype, float eps) "
     "-> (Tensor, Tensor, Tensor, Tensor)",
@@ -92,7 +124,8 @@ def _batch_stats_op(
     check_count(total, x)
     # filled on the device, so that the host does not wait for it
     first_time = stats.new_full((), not is_recomputing(), dtype=torch.bool)
-    return stats, _rounded(stats[0], stats[2], x), stats.new_full((), total), first_time
+    count = stats.new_full((), total) if isinstance(total, int) else total.clone()
+    return stats, _rounded(stats[0], stats[2], x), count, first_time
 
 
 def _batch_sums_op(

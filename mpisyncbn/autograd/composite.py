@@ -38,7 +38,7 @@ class _MergeMoments(torch.autograd.Function):
         output: tuple[Tensor, Tensor],
     ) -> None:
         mean, _, ctx.count, ctx.layer = inputs
-        ctx.total = max(ctx.layer.stats.count, 1)
+        ctx.total = max(int(ctx.layer.stats.count), 1)
         ctx.rows = mean.ndim == 2  # the two parts of a float64 mean: only their sum matters here
         mean = mean.sum(0) if ctx.rows else mean
         ctx.save_for_backward(mean, output[0])

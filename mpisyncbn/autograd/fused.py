@@ -26,6 +26,7 @@ from ..kernels import (
     where_true,
 )
 from ..kernels.from_output import DTYPES, FromOutput, channels_to_keep
+from . import enqueued
 from .composite import differentiable_kernels, differentiable_stats, differentiable_sums, refuse_batched
 from .layer_context import FunctionContext, LayerContext
 
@@ -79,6 +80,13 @@ class _SyncBatchNorm(torch.autograd.Function):
         has_activation = layer.activation != NO_ACTIVATION
         context = ActivationContext(layer.activation, weight, *saved) if has_activation else None
         need_dx, need_dweight, need_dbias, *_ = ctx.needs_input_grad
+        if layer.enqueued is not None:
+            wanted = weight.dtype if need_dweight else None, ctx.bias_dtype if need_dbias else None
+            if need_dx and not composite:
+                found = enqueued.backward(dy, x, weight, layer, context, wanted)
+                if found is not None:
+                    return *found[:3], found[3] if ctx.has_residual else None, None, None
+            layer.stats = layer.device_stats = layer.enqueued.stats()
         kernels: BackwardKernels
         if composite:
             of_all_orders = differentiable_kernels(mask)
@@ -159,6 +167,11 @@ def _forward(
     layer: LayerContext,
 ) -> Tensor:
     """``y``. Sets the statistics of ``layer``."""
+    if mask is None and layer.group.stream is not None and not torch._C._are_functorch_transforms_active():
+        found = enqueued.forward(x, weight, bias, residual, layer)
+        if found is not None:
+            y, layer.enqueued = found
+            return y
     with np.errstate(all="ignore"):  # values that are not finite are data
         y, layer.stats, layer.device_stats = functional.forward(
             x,

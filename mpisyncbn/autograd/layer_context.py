@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import lru_cache, partial
-from typing import Any, TypeAlias, TypeVar
+from typing import TYPE_CHECKING, Any, TypeAlias, TypeVar
 
 import torch
 
@@ -12,6 +12,10 @@ from ..batch_stats import BatchStats
 from ..comm.communicator import Communicator
 from ..fingerprint import LayerCall
 from ..kernels import Activation
+
+if TYPE_CHECKING:
+    from ..kernels.protocol import Running
+    from .enqueued import Enqueued
 
 __all__ = ["FunctionContext", "LayerContext", "is_recomputing", "layer_call"]
 
@@ -27,10 +31,12 @@ class LayerContext:
         "channels",
         "device_stats",
         "dtype",
+        "enqueued",
         "eps",
         "group",
         "keeps_output",
         "name",
+        "running",
         "stats",
     )
 
@@ -47,6 +53,8 @@ class LayerContext:
         self.group, self.name, self.channels, self.dtype, self.eps = group, name, channels, dtype, eps
         self.activation = activation
         self.keeps_output = memory_efficient  # whether the output is kept in place of the input
+        self.running: Running | None = None  # running statistics that a forward pass may update itself
+        self.enqueued: Enqueued | None = None  # of a forward pass that the host did not wait for
         self.stats: BatchStats  # on the host
         self.device_stats: BatchStats  # where the input is
 

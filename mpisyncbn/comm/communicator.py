@@ -15,22 +15,22 @@ import numpy as np
 from .. import config
 from ..errors import MPISyncBNError, on_rank
 from ..kernels import Array
-from ..kernels.link import native_link
+from ..kernels.link import native_link, native_stream_worker
 from ..layer_names import FirstUses
 from ..liveness import arrivals, watchdog
 from ..liveness.rank_status import RankStatus, agreed_timeout
 from . import launcher, runtime, unreferenced
 from .handshake import exchange_handshakes
-from .runtime import mpi
+from .runtime import check_comm, mpi
 from .staging import DeviceMessage, device_key
 from .streams import Device
 
 if TYPE_CHECKING:
     from mpi4py import MPI
 
-    from ..kernels.cpu._cpu import Link
+    from ..kernels.cpu._cpu import Call, Link, StreamWorker
 
-__all__ = ["Communicator", "by_graph_key", "check_comm", "type_name", "world"]
+__all__ = ["Communicator", "by_graph_key", "world"]
 
 _Key = TypeVar("_Key")
 _Buffer = TypeVar("_Buffer")
@@ -83,6 +83,9 @@ class Communicator:
         self.graph_key = f"group {next(_numbers)}"
         _by_graph_key[self.graph_key] = self
         self.link: Link | None = None  # native code for an exchange
+        self.stream: StreamWorker | None = None  # does the exchanges of the stream transport
+        self.enqueued_calls: dict[object, Call] = {}  # as the worker is told of them
+        self.on_failure: Callable[[Communicator], None] | None = None  # raises what it has found
         self.transport = "host"  # for data on a device; ready() agrees on it
         self._messages: dict[int, np.ndarray] = {}
         self._device_messages: dict[tuple[int, int, Device], DeviceMessage] = {}
@@ -128,9 +131,13 @@ class Communicator:
         # Some launchers hand the environment to the first host's ranks only, so the ranks agree on
         # the settings. No rank uses native code unless all have it: the two ways round differently.
         self.debug = any(each.debug for each in handshakes)
-        self.transport = "device" if all(each.transport == "device" for each in handshakes) else "host"
+        wanted = {each.transport for each in handshakes}
+        self.transport = wanted.pop() if len(wanted) == 1 else "host"
         self.link = link if all(each.has_link for each in handshakes) else None
         self.comm = comm
+        if self.transport == "stream":
+            self.stream = self.rank_status.stream = native_stream_worker(comm, MPI)
+            unreferenced.finish_at_exit()
         status = self.rank_status
         status.timeout = status.finalize_timeout = agreed_timeout([each.timeout for each in handshakes])
         status.all_native = self.link is not None
@@ -175,10 +182,24 @@ class Communicator:
             ours.Free()
             everybody.Free()
 
+    def synchronize(self) -> None:
+        """Wait until all exchanges that this rank has enqueued are done; raise what they found.
+
+        For the ``stream`` transport (docs/transports.md): others have nothing enqueued.
+
+        Raises what the exchange would have raised on the host, on every rank: all must call then.
+        """
+        if self.stream is None:
+            return
+        self.stream.wait()
+        if self.stream.failed and self.on_failure is not None:
+            self.on_failure(self)
+
     @contextmanager
     def collective(self, name: str) -> Iterator[None]:
         """A context for a collective other than an exchange. Reports of this rank name it."""
         with self.lock:
+            self.synchronize()
             self.rank_status.exchanges += 1
             self.rank_status.current_call = name
             try:
@@ -214,7 +235,7 @@ class Communicator:
             return layer
         name = self._names.get(layer)
         if name is None:
-            name = self._names.add(layer, self.exchanges + 1)
+            name = self._names.add(layer, self.rank_status.calls_begun + 1)
         return name
 
     def forget_names(self) -> None:
@@ -258,7 +279,7 @@ class Communicator:
                 mpi()
                 with self.collective("freeing the communicator"):
                     unreferenced.free_comm(self.rank_status)
-            self.comm = self.link = None
+            self.comm = self.link = self.stream = None
             self._messages.clear()
             self._device_messages.clear()
 
@@ -308,28 +329,6 @@ def by_graph_key(graph_key: str) -> Communicator:
     return _by_graph_key[graph_key]
 
 
-def check_comm(comm: object) -> None:
-    """Raise TypeError or ValueError unless ``comm`` is an intra-communicator with this rank."""
-    MPI = mpi()
-    if not isinstance(comm, MPI.Comm):
-        raise TypeError(f"expected an mpi4py communicator, got {type_name(comm)}{on_rank()}")
-    if comm == MPI.COMM_NULL:
-        raise ValueError(
-            f"expected a communicator that contains this rank, got MPI.COMM_NULL{on_rank()}: it was freed, "
-            "or this rank is not in the group; build the layer only on the group's own ranks"
-        )
-    if comm.Is_inter():
-        raise ValueError(
-            f"expected an intra-communicator, got an inter-communicator{on_rank()}: "
-            "merge it first, comm.Merge()"
-        )
-
-
-def type_name(value: object) -> str:
-    """The full name of the type of a value, for messages."""
-    return f"{type(value).__module__}.{type(value).__qualname__}"
-
-
 def _make_room(buffers: dict[_Key, _Buffer]) -> None:
     """Drop all buffers if there are too many."""
     if len(buffers) >= 256:  # a model has fewer: its buffers have come and gone
@@ -341,7 +340,7 @@ def _in_child() -> None:
     runtime.forked()
     watchdog.forked()
     for communicator in list(_by_graph_key.values()):
-        communicator.comm = communicator.link = None
+        communicator.comm = communicator.link = communicator.stream = None
         communicator.lock = threading.RLock()  # a thread of the parent may hold the old one
 
 

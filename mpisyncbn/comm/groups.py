@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING, TypeAlias, TypeVar, cast
 
 from ..errors import MPISyncBNError, on_rank
 from . import launcher
-from .communicator import Communicator, check_comm, type_name, world
-from .runtime import mpi
+from .communicator import Communicator, world
+from .runtime import check_comm, mpi, type_name
 
 if TYPE_CHECKING:
     from mpi4py import MPI

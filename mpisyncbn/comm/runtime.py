@@ -10,7 +10,7 @@ from .. import config
 from ..errors import MPISyncBNError, on_rank
 from . import ancestors
 
-__all__ = ["forked", "lock", "mpi"]
+__all__ = ["check_comm", "forked", "lock", "mpi", "type_name"]
 
 _forked = False  # whether this process was forked from one that runs MPI
 _one_at_a_time = threading.RLock()
@@ -60,6 +60,28 @@ def _is_worker() -> bool:
     """Whether multiprocessing started this process."""
     multiprocessing = sys.modules.get("multiprocessing.process")
     return multiprocessing is not None and multiprocessing.parent_process() is not None
+
+
+def check_comm(comm: object) -> None:
+    """Raise TypeError or ValueError unless ``comm`` is an intra-communicator with this rank."""
+    MPI = mpi()
+    if not isinstance(comm, MPI.Comm):
+        raise TypeError(f"expected an mpi4py communicator, got {type_name(comm)}{on_rank()}")
+    if comm == MPI.COMM_NULL:
+        raise ValueError(
+            f"expected a communicator that contains this rank, got MPI.COMM_NULL{on_rank()}: it was freed, "
+            "or this rank is not in the group; build the layer only on the group's own ranks"
+        )
+    if comm.Is_inter():
+        raise ValueError(
+            f"expected an intra-communicator, got an inter-communicator{on_rank()}: "
+            "merge it first, comm.Merge()"
+        )
+
+
+def type_name(value: object) -> str:
+    """The full name of the type of a value, for messages."""
+    return f"{type(value).__module__}.{type(value).__qualname__}"
 
 
 def lock() -> threading.RLock:

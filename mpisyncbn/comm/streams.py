@@ -29,6 +29,12 @@ class Streams(Protocol):
     def device_context(self) -> AbstractContextManager[object]:
         """A context in which the device is the current one."""
 
+    def handle(self) -> int:
+        """The current stream, as a number for CUDA's driver."""
+
+    def addresses(self, vectors: Sequence[Array]) -> tuple[list[int], Sequence[Array]]:
+        """The addresses of vectors as contiguous float64 memory, and the arrays that own it."""
+
     def empty(self, length: int) -> tuple[Array, int]:
         """A float64 vector on the device, and its address."""
 
@@ -72,6 +78,13 @@ class TorchStreams:
         if self.torch.cuda.current_device() == self.device.index:
             return nullcontext()
         return self.torch.cuda.device(self.device)
+
+    def handle(self) -> int:
+        return self.torch._C._cuda_getCurrentRawStream(self.device.index)
+
+    def addresses(self, vectors: Sequence[Array]) -> tuple[list[int], Sequence[Array]]:
+        kept = [vector.detach().double().contiguous() for vector in vectors]
+        return [vector.data_ptr() for vector in kept], kept
 
     def empty(self, length: int) -> tuple[Array, int]:
         with self.torch.inference_mode(False):  # else nothing may write to it outside of that
@@ -138,6 +151,15 @@ class CuPyStreams:
 
     def device_context(self) -> AbstractContextManager[object]:
         return self.device
+
+    def handle(self) -> int:
+        with self.device:
+            return self.cupy.cuda.get_current_stream().ptr
+
+    def addresses(self, vectors: Sequence[Array]) -> tuple[list[int], Sequence[Array]]:
+        with self.device:
+            kept = [self.cupy.ascontiguousarray(vector, "float64") for vector in vectors]
+        return [vector.data.ptr for vector in kept], kept
 
     def empty(self, length: int) -> tuple[Array, int]:
         with self.device:

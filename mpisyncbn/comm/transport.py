@@ -12,6 +12,7 @@ it to the device. Tensors and arrays in host memory need neither.
 from __future__ import annotations
 
 import ctypes
+import warnings
 from collections.abc import Callable, Sequence
 from types import ModuleType
 
@@ -19,7 +20,8 @@ import numpy as np
 
 from .. import config
 from ..errors import TransportError, on_rank
-from ..kernels import Array, has_float64, loaded_torch
+from ..kernels import Array, has_float64, loaded_torch, native
+from ..kernels.link import native_stream_worker
 from .staging import device_of, staging_for
 
 __all__ = [
@@ -50,6 +52,8 @@ def chosen(MPI: ModuleType) -> tuple[str, str]:
     asked = config.transport()
     if asked == "host":
         return "host", "MPISYNCBN_TRANSPORT=host"
+    if asked == "stream":
+        return _stream(MPI)
     kind = "rocm" if _is_rocm() else "cuda"
     aware, reason = _is_aware(MPI, kind)
     if asked == "device" and not aware:
@@ -59,6 +63,32 @@ def chosen(MPI: ModuleType) -> tuple[str, str]:
             "the variable to auto"
         )
     return "device" if aware else "host", reason
+
+
+def _stream(MPI: ModuleType) -> tuple[str, str]:
+    """The stream transport, as for ``chosen``; ``host`` on a machine without CUDA's driver."""
+    if MPI.Query_thread() < MPI.THREAD_MULTIPLE:
+        raise TransportError(
+            f"MPISYNCBN_TRANSPORT=stream calls MPI from a thread of its own, but MPI provides thread level "
+            f"{MPI.Query_thread()}{on_rank()}: ask for MPI.THREAD_MULTIPLE with mpi4py.rc.thread_level or "
+            "MPI.Init_thread, or set the variable to auto"
+        )
+    if native() is None:
+        raise TransportError(
+            f"MPISYNCBN_TRANSPORT=stream needs the native code, which was not built{on_rank()}: install "
+            "mpisyncbn with a C++17 compiler, or set the variable to auto"
+        )
+    try:
+        worker = native_stream_worker(MPI.COMM_SELF, MPI)
+    except RuntimeError as error:
+        return "host", f"MPISYNCBN_TRANSPORT=stream, but CUDA's driver cannot be used here: {error}"
+    torch = loaded_torch()
+    device = torch.cuda.current_device() if torch is not None and torch.cuda.is_available() else 0
+    if not worker.has_memory_operations(device):
+        reason = "MPISYNCBN_TRANSPORT=stream, but the device has no stream memory operations"
+        warnings.warn(f"{reason}{on_rank()}: messages go by the host transport", RuntimeWarning, stacklevel=2)
+        return "host", reason
+    return "stream", "MPISYNCBN_TRANSPORT=stream"
 
 
 def _is_aware(MPI: ModuleType, kind: str) -> tuple[bool, str]:

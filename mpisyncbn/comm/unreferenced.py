@@ -7,17 +7,21 @@ groups they have dropped, and free each one that all of its ranks have dropped.
 
 from __future__ import annotations
 
+import atexit
+import os
 import weakref
 from collections import Counter
 from collections.abc import Iterable
+from functools import cache
 from typing import TYPE_CHECKING, TypeAlias
 
+from ..liveness import exits, reports
 from ..liveness.rank_status import RankStatus
 
 if TYPE_CHECKING:
     from .communicator import Communicator
 
-__all__ = ["GroupId", "free_comm", "free_unreferenced", "ids", "track"]
+__all__ = ["GroupId", "finish_at_exit", "free_comm", "free_unreferenced", "ids", "track"]
 
 GroupId: TypeAlias = tuple[str, str, int, int]  # the ProcessId of a group's first rank, and a number
 _tracked: dict[GroupId, tuple[weakref.ref[Communicator], RankStatus]] = {}
@@ -44,9 +48,37 @@ def free_unreferenced(ids_by_rank: Iterable[list[GroupId]]) -> None:
             free_comm(_tracked.pop(group_id)[1])
 
 
+@cache
+def finish_at_exit() -> None:
+    """Finish what is enqueued before MPI is finalized, unless this rank fails: that ends the job."""
+
+    process = os.getpid()
+
+    @atexit.register
+    def finish() -> None:
+        for _, rank_status in list(_tracked.values()):
+            if rank_status.stream is not None and not exits.status() and os.getpid() == process:
+                rank_status.stream.wait()
+                problem, call, exchange = rank_status.stream.failure()
+                if problem:
+                    reports.print_report(
+                        f"rank {rank_status.rank} of {rank_status.size} has come to its end, and exchange "
+                        f"number {exchange}, {rank_status.calls[call]}, has failed"
+                    )
+                    reports.abort_job(
+                        1, "Communicator.synchronize() at the end of the program raises the error"
+                    )
+                rank_status.stream.stop()
+
+
 def free_comm(rank_status: RankStatus) -> None:
     """Free the communicator of a group, unless that is done. Collective among its ranks."""
     rank_status.unregister()
+    worker = rank_status.stream
+    if worker is not None:
+        worker.wait()
+        worker.close()  # a graph that is replayed from here on gets NaN
+        rank_status.stream = None
     comm, p2p_comm = rank_status.comm, rank_status.p2p_comm
     rank_status.comm = rank_status.p2p_comm = None
     if comm is not None:

@@ -46,6 +46,7 @@ __all__ = [
     "BackwardKernels",
     "Kernels",
     "Kind",
+    "compiled_programs",
     "cuda_kernels_for",
     "has_float64",
     "kernels_for",
@@ -118,6 +119,21 @@ def cuda_kernels_for(device: Device) -> tuple[Kernels, str]:
     kernels = f"composed of torch's operations for batch norm, because {why}"
     warnings.warn(f"the kernels for {device} are {kernels}", RuntimeWarning, stacklevel=2)
     return aten_cuda, kernels
+
+
+def compiled_programs(x: Array) -> ModuleType | None:
+    """The module of compiled programs for a torch tensor on a GPU; None if Triton compiles none."""
+    return _programs(x.device) if getattr(x, "is_cuda", False) else None
+
+
+@cache
+def _programs(device: Device) -> ModuleType | None:
+    kernels, _ = cuda_kernels_for(device)
+    if not getattr(kernels, "COMPILED", False) or native() is None:
+        return None
+    from .cuda import programs
+
+    return programs
 
 
 @cache

@@ -12,9 +12,11 @@ if TYPE_CHECKING:
     from mpi4py import MPI as mpi4py_MPI
 
     from .cpu._cpu import Link as Link  # also for the annotations of other modules
+    from .cpu._cpu import StreamWorker
 
-__all__ = ["addresses", "handle", "native_link"]
+__all__ = ["CUDA_DRIVER", "addresses", "handle", "native_link", "native_stream_worker"]
 
+CUDA_DRIVER = "libcuda.so.1"
 _MASK_64 = (1 << 64) - 1
 
 
@@ -34,6 +36,17 @@ def native_link(comm: mpi4py_MPI.Intracomm, MPI: ModuleType) -> Link | None:
     on, double, add = (handle(MPI, each) for each in (comm, MPI.DOUBLE, MPI.SUM))
     in_place, int_handles = int(MPI.IN_PLACE), MPI._sizeof(comm) == 4
     return kernels.Link(address, on, double, add, in_place, int_handles, comm.Get_size())
+
+
+def native_stream_worker(comm: mpi4py_MPI.Intracomm, MPI: ModuleType) -> StreamWorker:
+    """A worker for exchanges in the order of a device's streams. See transport.py for when it can be made."""
+    kernels = native()
+    if kernels is None:
+        raise RuntimeError("the native code was not built")
+    reduce, gather = addresses(MPI, "MPI_Allreduce", "MPI_Allgather")
+    on, double, add = (handle(MPI, each) for each in (comm, MPI.DOUBLE, MPI.SUM))
+    more = int(MPI.IN_PLACE), MPI._sizeof(comm) == 4, comm.Get_size(), comm.Get_rank()
+    return kernels.StreamWorker(CUDA_DRIVER, reduce, gather, on, double, add, *more)
 
 
 def addresses(MPI: ModuleType, *names: str) -> list[int]:

@@ -9,13 +9,13 @@ float64).
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any, Protocol, TypeAlias
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol, TypeAlias
 
 if TYPE_CHECKING:
     import numpy as np
 
     from .activation import Activation, ActivationContext
-    from .cpu._cpu import Link
+    from .cpu._cpu import Call, Launches, Link, StreamWorker, Total
 
 __all__ = ["Array", "BackwardKernels", "Kernels", "NativeKernels", "Vector"]
 
@@ -85,10 +85,23 @@ class Kernels(BackwardKernels, Protocol):
         ...
 
 
+class Running(NamedTuple):
+    """The running statistics that a forward pass moves towards its batch itself: tensors on a GPU."""
+
+    mean: Array
+    var: Array
+    num_batches_tracked: Array | None
+    momentum: float
+
+
 class NativeKernels(Kernels, Protocol):
     """``kernels.cpu``: the four kernels, and the other native functions. See ``_cpu.pyi``."""
 
+    Call: type[Call]
+    Launches: type[Launches]
     Link: type[Link]
+    StreamWorker: type[StreamWorker]
+    Total: type[Total]
     most_dimensions: int
 
     def add_departing_group(

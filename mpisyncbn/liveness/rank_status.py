@@ -6,7 +6,7 @@ import socket
 import sys
 import threading
 import time
-from typing import TYPE_CHECKING, TypeAlias
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 import numpy as np
 
@@ -15,6 +15,8 @@ from . import arrivals, reports
 
 if TYPE_CHECKING:
     from mpi4py import MPI as mpi4py_MPI
+
+    from ..kernels.cpu._cpu import StreamWorker
 
 __all__ = ["DEFAULT_TIMEOUT", "ProcessId", "RankStatus", "agreed_timeout", "all_statuses", "forget_all"]
 
@@ -53,8 +55,10 @@ class RankStatus:
         self.comm: mpi4py_MPI.Intracomm | None = None  # of the group alone, while MPI has it
         # For point-to-point messages: ``comm``, or a duplicate if ``comm`` carries others already.
         self.p2p_comm: mpi4py_MPI.Intracomm | None = None
-        self.exchanges = 0  # begun so far
-        self.current_call: object = None  # str() of it says what this rank is in; None: nothing
+        self.stream: StreamWorker | None = None  # if there is one, it counts exchanges, and may be in one
+        self.calls: list[Any] = []  # that it has been told of, by their numbers
+        self._exchanges = 0
+        self._current_call: object = None
         self.timeout = DEFAULT_TIMEOUT  # seconds, 0: none
         self.finalize_timeout = DEFAULT_TIMEOUT  # for the end of the program
         self.all_native = False  # whether every rank has native code
@@ -69,6 +73,40 @@ class RankStatus:
         self._asked_at: float | None = None
         self._answers: dict[int, str] = {}
         self._sends: list[mpi4py_MPI.Request] = []
+
+    @property
+    def exchanges(self) -> int:
+        """How many exchanges this rank has begun."""
+        return self._exchanges if self.stream is None else self.stream.exchanges
+
+    @exchanges.setter
+    def exchanges(self, number: int) -> None:
+        if self.stream is None:
+            self._exchanges = number
+        else:
+            self._exchanges += number - self.stream.exchanges  # those of the host alone
+            self.stream.exchanges = number
+
+    @property
+    def calls_begun(self) -> int:
+        """How many exchanges the host has begun or enqueued: the same on ranks that do the same."""
+        return self._exchanges + (0 if self.stream is None else self.stream.enqueued)
+
+    def align(self) -> None:
+        """After an error, count as begun what all ranks have done: some have enqueued more than others."""
+        if self.stream is not None:
+            self._exchanges = self.stream.exchanges - self.stream.enqueued
+
+    @property
+    def current_call(self) -> object:
+        """What this rank is in, by its str(); None: nothing."""
+        if self._current_call is None and self.stream is not None and self.stream.current >= 0:
+            return self.calls[self.stream.current]
+        return self._current_call
+
+    @current_call.setter
+    def current_call(self, call: object) -> None:
+        self._current_call = call
 
     def register(self) -> None:
         """Let the watchdog watch this group, and answer other ranks in it, from here on."""

@@ -17,7 +17,11 @@ from ..activation import NO_ACTIVATION, Activation, ActivationContext, Kind, rec
 from ..protocol import Array
 from . import _cpu
 from ._cpu import (
+    Call,
+    Launches,
     Link,
+    StreamWorker,
+    Total,
     add_departing_group,
     install_finalize_hook,
     instruction_set,
@@ -30,7 +34,8 @@ from ._cpu import (
 
 __all__ = ["backward_elementwise", "backward_reduce", "local_moments", "normalize"]
 # Other native code: see link.h, running_stats.h and leave.h.
-__all__ += ["Link", "add_departing_group", "install_finalize_hook", "invstd", "passes_fast_check"]
+__all__ += ["Call", "Launches", "Link", "StreamWorker", "Total"]
+__all__ += ["add_departing_group", "install_finalize_hook", "invstd", "passes_fast_check"]
 __all__ += ["instruction_set", "most_dimensions", "threads", "update_running_stats"]
 
 _Arrays = TypeVar("_Arrays", bound=tuple[Array | None, ...])

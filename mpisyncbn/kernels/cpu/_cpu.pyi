@@ -186,3 +186,88 @@ def stream_from(size: int, /) -> None:
 
 def streamed_values() -> int:
     """How many values were written past the cache since the last call."""
+
+class Total:
+    """The count of a group's batch, for a backward exchange."""
+
+    count: float
+
+class Call:
+    """An exchange of the stream transport, as worker.h has it."""
+
+    def __init__(
+        self, kind: int, number: int, channels: int, hash: int, again: int, eps: float, largest: float, /
+    ) -> None: ...
+
+class Launches:
+    """Compiled kernels of CUDA to start one after the other.
+
+    Each is a function, a grid, the number of threads, the bytes of shared memory, and arguments.
+    An argument is a pair of a place among pointers and a value. The place is -1 for a value, and -2
+    for the message of the exchange.
+    """
+
+    def __init__(
+        self, given: list[tuple[int, tuple[int, ...], int, int, list[tuple[int, int]]]], /
+    ) -> None: ...
+
+class StreamWorker:
+    """A thread that does the exchanges of a communicator in the order of a device's streams."""
+
+    exchanges: int  # begun so far
+
+    def __init__(
+        self,
+        driver: str,
+        allreduce: int,
+        allgather: int,
+        comm: int,
+        datatype: int,
+        op: int,
+        in_place: int,
+        int_handles: bool,
+        size: int,
+        rank: int,
+        /,
+    ) -> None: ...
+    @property
+    def current(self) -> int: ...
+    @property
+    def enqueued(self) -> int: ...
+    @property
+    def failed(self) -> bool: ...
+    @property
+    def owned(self) -> int: ...
+    @property
+    def pending(self) -> int: ...
+    @property
+    def slots(self) -> int: ...
+    def enqueue(
+        self,
+        stream: int,
+        call: Call,
+        count: float,
+        total: Total | None,
+        before: Launches | None,
+        vectors: list[int],
+        out: int,
+        after: Launches | None,
+        pointers: list[int],
+        /,
+    ) -> None:
+        """Enqueue kernels, an exchange, and further kernels.
+
+        ``vectors`` are the addresses of the message's on the device; none if the kernels before write
+        it. The result is copied to ``out``. ``total`` is set by moments, and sums are divided by it.
+        """
+
+    def wait(self) -> None:
+        """Wait until all exchanges that were enqueued are done."""
+
+    def failure(self) -> tuple[int, int, int]:
+        """The first problem, the number of its call, and of its exchange; zeros if there is none."""
+
+    def forget_failure(self) -> None: ...
+    def close(self) -> None: ...
+    def stop(self) -> None: ...
+    def has_memory_operations(self, device: int, /) -> bool: ...

@@ -37,7 +37,7 @@ template <class Handle>
 class Departure {
   public:
     explicit Departure(const DepartingGroup &departing)
-        : group(departing), comm(Link::handle<Handle>(departing.comm)) {
+        : group(departing), comm(Collectives::handle<Handle>(departing.comm)) {
         // Neighbours are at distances of powers of two. They are few, and as long as only some
         // ranks have departed, a departed rank has a neighbour that has not. Each message has
         // arrived before its sender enters the barrier, so none is left when the barrier is over
@@ -103,7 +103,7 @@ class Departure {
         sleep_for(FORWARD_SECONDS);
         std::signal(SIGALRM, SIG_DFL);  // kills the process if MPI's abort hangs
         alarm(1);
-        ((int (*)(Handle, int))mpi.abort)(Link::handle<Handle>(mpi.world), TIMED_OUT);
+        ((int (*)(Handle, int))mpi.abort)(Collectives::handle<Handle>(mpi.world), TIMED_OUT);
         std::raise(SIGKILL);
     }
 
@@ -151,7 +151,7 @@ class Departure {
         return !succeeded(((int (*)(Handle *, int *, void *))mpi.test)(request, &done, status)) || done;
     }
 
-    static Handle byte() { return Link::handle<Handle>(mpi.byte); }
+    static Handle byte() { return Collectives::handle<Handle>(mpi.byte); }
 };
 
 template <class Handle>
@@ -185,5 +185,5 @@ bool install_finalize_hook(uintptr_t create_keyval, uintptr_t set_attr, uintptr_
     int keyval;
     using Create = int (*)(decltype(&copy_nothing), decltype(&depart_from_all), int *, void *);
     return ((Create)create_keyval)(&copy_nothing, &depart_from_all, &keyval, nullptr) == 0 &&
-           ((int (*)(Handle, int, void *))set_attr)(Link::handle<Handle>(comm_self), keyval, nullptr) == 0;
+           ((int (*)(Handle, int, void *))set_attr)(Collectives::handle<Handle>(comm_self), keyval, nullptr) == 0;
 }

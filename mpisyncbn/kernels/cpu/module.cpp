@@ -12,7 +12,8 @@
 //     levels.h         the choice of loops. Each loops_*.cpp has those for an instruction set: lanes.h
 //                          (vectors) and loops.h (loops over a tile), which includes the headers not
 //                          listed here
-//     link.h           an exchange
+//     link.h           an exchange; merging.h its arithmetic, collectives.h its calls of MPI
+//     stream.cpp       exchanges in the order of a device's streams: worker.h, cuda_driver.h
 //     running_stats.h  running statistics
 //     leave.h          the end of a rank, in MPI_Finalize
 //
@@ -76,6 +77,8 @@ using namespace mpisyncbn;
 
 }  // namespace
 
+void bind_stream(nb::module_ &m);  // stream.cpp
+
 NB_MODULE(_cpu, m) {
     // A communicator lives as long as MPI, longer than the interpreter, so nanobind would complain
     // at exit.
@@ -86,10 +89,11 @@ NB_MODULE(_cpu, m) {
         .def("__init__",
              [](Link *link, uintptr_t function, uintptr_t comm, uintptr_t datatype, uintptr_t op,
                 intptr_t in_place, bool int_handles, int size) {
-                 new (link) Link{function, comm, datatype, op, (uintptr_t)in_place, int_handles, size, {}};
+                 new (link) Link{{function, 0, comm, datatype, op, (uintptr_t)in_place, int_handles, size, 0}, {}};
              })
         .def("sum_moments", &Link::sum_moments)
         .def("sum_vectors", &Link::sum_vectors);
+    bind_stream(m);
     m.def("install_finalize_hook", [](const std::vector<uintptr_t> &functions, uintptr_t self,
                                       uintptr_t world, uintptr_t byte, int any_source, bool int_handles) {
         mpi = {functions.at(2), functions.at(3), functions.at(4), functions.at(5),

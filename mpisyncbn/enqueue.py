@@ -1,0 +1,197 @@
+"""Exchanges in the order of a device's streams: the ``stream`` transport (docs/transports.md).
+
+The host enqueues an exchange and goes on. A thread of native code, the worker of the group
+(kernels/cpu/worker.h), calls MPI when the device has computed the message, and the stream waits for
+the result, which is on the device from the start. So errors are found while the host is elsewhere:
+the results are NaN then, and the next exchange that the host enqueues raises.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from . import fingerprint, profiling
+from .arguments import one_value_message
+from .comm import transport
+from .comm.communicator import Communicator
+from .comm.staging import staging_for
+from .comm.streams import Streams
+from .errors import MPISyncBNError, on_rank
+from .fingerprint import LayerCall
+from .kernels import Array, native
+
+if TYPE_CHECKING:
+    from .kernels.cpu._cpu import Call, StreamWorker, Total
+
+__all__ = [
+    "locked",
+    "merge_moments",
+    "moments_call",
+    "new_total",
+    "reduce_sums",
+    "streams_of",
+    "sums_call",
+    "worker_for",
+]
+
+_SUM_MOMENTS, _GATHER_MOMENTS, _SUM_VECTORS = 0, 1, 2  # as in worker.h
+_LARGEST_FLOAT32 = float(np.finfo(np.float32).max)
+_MISMATCH, _ONE_VALUE = -1, -2
+
+
+def worker_for(group: Communicator, x: Array) -> StreamWorker | None:
+    """The worker for exchanges of an array's device; None if the host takes part in them.
+
+    It does while ranks compare their calls (MPISYNCBN_DEBUG) and while some have no more data.
+    Raises what an earlier exchange has found, on every rank. Collective at the first call.
+    """
+    if transport.on_host(x):
+        return None
+    group.ready()
+    worker = group.stream
+    if worker is None or group.debug or group.in_join_context:
+        return None
+    if worker.failed:
+        raise_failure(group)
+    return worker
+
+
+def merge_moments(
+    group: Communicator, worker: StreamWorker, call: LayerCall, count: int, vectors: Sequence[Array]
+) -> tuple[Array, Array, Array]:
+    """Enqueue the exchange of moments. Returns count, mean and variance on the device.
+
+    ``vectors`` are mean and M2; for float64 layers the mean in two rows, and M2.
+    """
+    channels = len(vectors[-1])
+    what, length = moments_call(group, call, channels), 3 * channels + 3
+    out = _enqueue(group, worker, what, count, vectors, length, "mpisyncbn:merge_moments")
+    mean, var, _ = out[: 3 * channels].reshape(3, channels)
+    return out[3 * channels], mean, var
+
+
+def reduce_sums(
+    group: Communicator, worker: StreamWorker, call: LayerCall, vectors: Sequence[Array]
+) -> Sequence[Array]:
+    """Enqueue the sum of vectors of one length over the group. Returns the sums on the device."""
+    values = len(vectors) * len(vectors[0])
+    what = sums_call(group, call, values)
+    sums = _enqueue(group, worker, what, 0, vectors, values, "mpisyncbn:reduce_sums")
+    return list(sums.reshape(len(vectors), -1))
+
+
+def locked(group: Communicator, streams: Streams, name: str) -> AbstractContextManager[object]:
+    """A context for enqueueing an exchange on a device, which is the current one in it.
+
+    A running profiler of torch records it under a name.
+    """
+    group.on_failure = raise_failure
+    on_device = streams.device_context()
+    profiled = profiling.profiler._is_profiler_enabled
+    if not profiled and isinstance(on_device, nullcontext):
+        return group.lock
+    return _several(profiling.recorded(name, group.lock) if profiled else group.lock, on_device)
+
+
+@contextmanager
+def _several(first: AbstractContextManager[object], second: AbstractContextManager[object]) -> Iterator[None]:
+    with first, second:
+        yield
+
+
+def streams_of(x: Array) -> Streams:
+    """The streams of an array's device."""
+    staging = staging_for(x)
+    if staging is None:
+        raise MPISyncBNError(f"expected an array on a CUDA device, got one on {x.device}{on_rank()}")
+    return staging.streams
+
+
+def new_total() -> Total:
+    """The count of a batch, which its forward exchange sets and its backward one divides by."""
+    kernels = native()
+    if kernels is None:
+        raise MPISyncBNError("the native code is not there, and a worker is")
+    return kernels.Total()
+
+
+def moments_call(
+    group: Communicator, call: LayerCall, channels: int, largest: float = _LARGEST_FLOAT32
+) -> Call:
+    """The exchange of moments as the worker is told of it. ``largest`` is that of running statistics."""
+    kind = _GATHER_MOMENTS if call.dtype == "float64" else _SUM_MOMENTS
+    return _native_call(group, call, kind, channels, largest)
+
+
+def sums_call(group: Communicator, call: LayerCall, values: int) -> Call:
+    """The exchange of so many sums, of all vectors together, as the worker is told of it."""
+    return _native_call(group, call, _SUM_VECTORS, values, 0.0)
+
+
+def _native_call(group: Communicator, call: LayerCall, kind: int, values: int, largest: float) -> Call:
+    key = call, kind, values, largest
+    found = group.enqueued_calls.get(key)
+    if found is None:
+        again = call._replace(direction=f"{call.direction} once more")
+        hashes = fingerprint.fingerprint(call, 0), fingerprint.fingerprint(again, 0)
+        number, kernels = len(group.rank_status.calls), native()
+        if kernels is None:
+            raise MPISyncBNError("the native code is not there, and a worker is")
+        found = kernels.Call(kind, number, values, *hashes, call.eps or 0.0, largest)
+        group.enqueued_calls[key] = found
+        group.rank_status.calls.append(call)
+    return found
+
+
+def _enqueue(
+    group: Communicator,
+    worker: StreamWorker,
+    what: Call,
+    count: int,
+    vectors: Sequence[Array],
+    length: int,
+    name: str,
+) -> Array:
+    """Enqueue an exchange of vectors. Returns memory of its result on the device."""
+    streams = streams_of(vectors[0])
+    with locked(group, streams, name):
+        addresses, kept = streams.addresses(vectors)
+        out, address = streams.empty(length)
+        worker.enqueue(streams.handle(), what, count, None, None, addresses, address, None, [])
+        del kept  # until here: memory is freed in the order of the stream
+    return out
+
+
+def raise_failure(group: Communicator) -> None:
+    """Raise what the worker has found, as the host's own exchange would.
+
+    Every rank of the group must call: all have found it.
+    """
+    worker = group.stream
+    if worker is None:
+        return
+    with group.lock:
+        worker.wait()  # all that was enqueued since gets NaN, and sends nothing
+        problem, number, exchange = worker.failure()
+        if not problem:
+            return
+        call = group.rank_status.calls[number]
+        group.rank_status.align()
+        try:
+            if problem == _MISMATCH:
+                fingerprint.mismatch(group, call)
+            if problem == _ONE_VALUE:
+                raise ValueError(one_value_message(call.layer))
+            error = group.mpi_error(problem)
+            if error.Get_error_class() == group.truncated:
+                fingerprint.mismatch(group, call)  # some rank sent a longer message
+            raise MPISyncBNError(
+                f"MPI failed in rank {group.rank} of {group.size}, exchange number {exchange} of this "
+                f"communicator, {call}: {error}{group.revoke_if_rank_lost(error)}"
+            ) from error
+        finally:
+            worker.forget_failure()

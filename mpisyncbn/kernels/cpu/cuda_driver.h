@@ -1,0 +1,81 @@
+// The functions of CUDA's driver that the stream transport calls, looked up at run time.
+#pragma once
+
+#include <dlfcn.h>
+
+#include <cstddef>
+#include <cstdint>
+#include <stdexcept>
+#include <string>
+
+struct Driver {
+    using Stream = void *;
+    using Pointer = uint64_t;  // of a device
+    using Call = int;          // 0, or CUDA's error
+
+    union MemoryOperation {  // one of cuStreamBatchMemOp
+        struct {
+            uint32_t operation, padding;
+            Pointer address;
+            uint64_t value;
+            uint32_t flags;
+        } parts;
+        uint64_t all[6];
+    };
+
+    Call (*cuMemHostAlloc)(void **, size_t, unsigned);
+    Call (*cuMemcpyAsync)(Pointer, Pointer, size_t, Stream);
+    Call (*cuStreamBatchMemOp_v2)(Stream, unsigned, MemoryOperation *, unsigned);
+    Call (*cuStreamSynchronize)(Stream);
+    Call (*cuEventCreate)(void **, unsigned);
+    Call (*cuEventRecord)(void *, Stream);
+    Call (*cuStreamWaitEvent)(Stream, void *, unsigned);
+    Call (*cuStreamGetCaptureInfo_v2)(Stream, int *, uint64_t *, void **, const void ***, size_t *);
+    Call (*cuThreadExchangeStreamCaptureMode)(int *);
+    Call (*cuUserObjectCreate)(void **, void *, void (*)(void *), unsigned, unsigned);
+    Call (*cuGraphRetainUserObject)(void *, void *, unsigned, unsigned);
+    Call (*cuLaunchKernel)(void *, unsigned, unsigned, unsigned, unsigned, unsigned, unsigned, unsigned, Stream,
+                           void **, void **);
+    Call (*cuCtxGetCurrent)(void **);
+    Call (*cuCtxSetCurrent)(void *);
+    Call (*cuCtxSynchronize)();
+    Call (*cuDeviceGet)(int *, int);
+    Call (*cuDeviceGetAttribute)(int *, int, int);
+    Call (*cuGetErrorString)(Call, const char **);
+
+    // Throws std::runtime_error if the library or one of the functions is missing.
+    explicit Driver(const std::string &path) {
+        void *const library = dlopen(path.c_str(), RTLD_NOW | RTLD_GLOBAL);
+        if (!library) throw std::runtime_error(dlerror());
+        const auto find = [&](auto &function, const char *name) {
+            if (!(function = (std::decay_t<decltype(function)>)dlsym(library, name)))
+                throw std::runtime_error(path + " has no " + name);
+        };
+#define FIND(name) find(name, #name)
+        FIND(cuMemHostAlloc), FIND(cuMemcpyAsync), FIND(cuStreamBatchMemOp_v2), FIND(cuStreamSynchronize);
+        FIND(cuEventCreate), FIND(cuEventRecord), FIND(cuStreamWaitEvent), FIND(cuStreamGetCaptureInfo_v2);
+        FIND(cuThreadExchangeStreamCaptureMode), FIND(cuUserObjectCreate), FIND(cuGraphRetainUserObject);
+        FIND(cuCtxGetCurrent), FIND(cuCtxSetCurrent), FIND(cuCtxSynchronize), FIND(cuLaunchKernel), FIND(cuDeviceGet), FIND(cuDeviceGetAttribute), FIND(cuGetErrorString);
+#undef FIND
+    }
+
+    void check(Call error, const char *what) const {
+        if (error == 0) return;
+        const char *words = nullptr;
+        cuGetErrorString(error, &words);
+        throw std::runtime_error(std::string(what) + ": " + (words ? words : std::to_string(error)));
+    }
+
+    // Whether the device with this number has stream memory operations.
+    bool has_memory_operations(int number) const {
+        int device = 0, has = 0;
+        if (cuDeviceGet(&device, number)) return false;
+        for (const int attribute : {92, 122})  // CAN_USE_STREAM_MEM_OPS_V1, and of 64 bits
+            if (cuDeviceGetAttribute(&has, attribute, device) == 0 && has) return true;
+        return false;
+    }
+};
+
+// CUDA's numbers
+enum { WAIT_VALUE_32 = 1, WRITE_VALUE_32 = 2, WAIT_EQUAL = 1 };
+enum { HOST_PORTABLE = 1, HOST_MAPPED = 2, NO_TIMING = 2, CAPTURING = 1, RELAXED = 2, MOVE = 1, NO_SYNC = 1 };

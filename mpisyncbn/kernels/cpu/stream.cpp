@@ -1,0 +1,290 @@
+// What Python sees of the stream transport: it enqueues exchanges on the streams of a device.
+
+#include <nanobind/nanobind.h>
+#include <nanobind/stl/shared_ptr.h>
+#include <nanobind/stl/string.h>
+#include <nanobind/stl/tuple.h>
+#include <nanobind/stl/vector.h>
+
+#include <deque>
+
+#include "worker.h"
+
+namespace nb = nanobind;
+
+namespace {
+
+// Kernels that are compiled, with their arguments: all but the pointers are the same each time.
+struct Launch {
+    struct Argument {
+        int pointer;  // its place among the pointers of a call; VALUE: none, MESSAGE: that of the slot
+        uint64_t value;
+    };
+    enum { VALUE = -1, MESSAGE = -2 };
+    void *function;
+    unsigned grid[3], threads, shared;
+    std::vector<Argument> arguments;
+
+    void run(const Driver &driver, Driver::Stream stream, const std::vector<uint64_t> &pointers,
+             const Slot *slot) const {
+        std::vector<uint64_t> values;
+        std::vector<void *> addresses;
+        values.reserve(arguments.size());
+        for (const auto &each : arguments) {
+            values.push_back(each.pointer == VALUE     ? each.value
+                             : each.pointer == MESSAGE ? (uint64_t)slot->message
+                                                       : pointers.at(each.pointer));
+            addresses.push_back(&values.back());
+        }
+        driver.check(driver.cuLaunchKernel(function, grid[0], grid[1], grid[2], threads, 1, 1, shared, stream,
+                                           addresses.data(), nullptr),
+                     "cuLaunchKernel");
+    }
+};
+
+struct Launches {
+    std::vector<Launch> all;
+};
+
+struct StreamWorker {
+    static constexpr size_t MOST_EAGER = 256;
+    const Driver driver;
+    const Collectives mpi;
+    const long pid = getpid();
+    std::unique_ptr<Worker> worker;  // from the first exchange on: pinned memory needs a device
+    std::deque<Slot> slots;          // all, whose addresses stay
+    std::vector<Slot *> eager;       // those that are used in turn
+    size_t turn = 0;
+    long exchanges_before = 0;
+    // where the last exchange was enqueued
+    Driver::Stream last = nullptr;
+    uint64_t last_capture = 0;
+    bool any = false;
+    void *event = nullptr, *context = nullptr;
+
+    StreamWorker(const std::string &path, uintptr_t allreduce, uintptr_t allgather, uintptr_t comm,
+                 uintptr_t datatype, uintptr_t op, intptr_t in_place, bool int_handles, int size, int rank)
+        : driver(path), mpi{allreduce, allgather, comm, datatype, op, (uintptr_t)in_place, int_handles, size, rank} {}
+
+    ~StreamWorker() {
+        if (!worker) return;
+        if (getpid() != pid || worker->owned || worker->pending()) {
+            worker.release();  // only the parent has the thread; or graphs ring for it; or MPI does not return
+            new std::deque<Slot>(std::move(slots));  // which it goes on to use, where they are
+            return;
+        }
+        const nb::gil_scoped_release other_threads_run;
+        worker->stop();
+    }
+
+    // Enqueues kernels, an exchange and further kernels. The message comes from vectors on the device,
+    // if any are given; else the kernels write it. The result is copied to `out` on the device.
+    void enqueue(uintptr_t stream_number, const Call &call, double count, std::shared_ptr<Total> total,
+                 const Launches *before, const std::vector<uint64_t> &vectors, uint64_t out, const Launches *after,
+                 const std::vector<uint64_t> &pointers) {
+        const Driver::Stream stream = (Driver::Stream)stream_number;
+        int status = 0;
+        uint64_t capture = 0;
+        void *graph = nullptr;
+        driver.check(driver.cuStreamGetCaptureInfo_v2(stream, &status, &capture, &graph, nullptr, nullptr),
+                     "cuStreamGetCaptureInfo");
+        if (status != CAPTURING) capture = 0, graph = nullptr;
+        if (!worker) make_worker();
+        Slot &slot = take_slot(call.channels, graph);
+        slot.what = {call, count, std::move(total)};
+        run(before, stream, pointers, &slot);
+        follow_last(stream, capture);
+        copy_vectors(slot, vectors, stream);
+        if (!graph) ++worker->enqueued;
+        worker->wake();
+        const auto word = [](uint32_t operation, const volatile uint32_t *address, uint64_t value, uint32_t flags) {
+            Driver::MemoryOperation made{};
+            made.parts = {operation, 0, (Driver::Pointer)address, value, flags};
+            return made;
+        };
+        Driver::MemoryOperation operations[] = {word(WRITE_VALUE_32, worker->doorbell, slot.number, 0),
+                                                word(WAIT_VALUE_32, slot.done, 1, WAIT_EQUAL),
+                                                word(WRITE_VALUE_32, slot.done, 0, 0)};
+        driver.check(driver.cuStreamBatchMemOp_v2(stream, 3, operations, 0), "cuStreamBatchMemOp");
+        copy(out, (Driver::Pointer)slot.result, 8 * call.result_length(), stream);
+        run(after, stream, pointers, &slot);
+    }
+
+    // Waits until all that was enqueued is done, and what captured graphs do, on whatever stream.
+    void wait() {
+        if (!worker || !(worker->pending() || worker->owned)) return;
+        const nb::gil_scoped_release other_threads_run;
+        void *now = nullptr;
+        driver.cuCtxGetCurrent(&now);
+        if (!now) driver.check(driver.cuCtxSetCurrent(context), "cuCtxSetCurrent");  // a thread without a device
+        if (worker->owned) driver.check(driver.cuCtxSynchronize(), "cuCtxSynchronize");
+        while (worker->pending()) driver.check(driver.cuStreamSynchronize(last), "cuStreamSynchronize");
+    }
+
+    std::tuple<int, int, long> failure() {
+        const Failure found = worker ? worker->failure() : Failure{};
+        return {found.problem, found.call, found.exchange};
+    }
+
+   private:
+    void run(const Launches *launches, Driver::Stream stream, const std::vector<uint64_t> &pointers, const Slot *slot) {
+        if (launches)
+            for (const auto &each : launches->all) each.run(driver, stream, pointers, slot);
+    }
+
+    static void *pinned(const Driver &driver, size_t bytes) {
+        int mode = RELAXED;  // a capture on any stream forbids it otherwise
+        driver.check(driver.cuThreadExchangeStreamCaptureMode(&mode), "cuThreadExchangeStreamCaptureMode");
+        void *memory = nullptr;
+        const int error = driver.cuMemHostAlloc(&memory, bytes, HOST_PORTABLE | HOST_MAPPED);
+        driver.cuThreadExchangeStreamCaptureMode(&mode);
+        driver.check(error, "cuMemHostAlloc");
+        memset(memory, 0, bytes);
+        return memory;
+    }
+
+    void make_worker() {
+        worker = std::make_unique<Worker>(mpi, (uint32_t *)pinned(driver, 64));
+        worker->exchanges = exchanges_before;
+        driver.check(driver.cuCtxGetCurrent(&context), "cuCtxGetCurrent");
+        driver.check(driver.cuEventCreate(&event, NO_TIMING), "cuEventCreate");
+        worker->start();
+    }
+
+    // A slot with room for the channels: of the graph, or one of those that are used in turn.
+    Slot &take_slot(size_t channels, void *graph) {
+        if (graph) {
+            Slot &slot = free_slot(channels);
+            slot.owned = true;
+            ++worker->owned;
+            retain(slot, graph);
+            return slot;
+        }
+        Slot *slot = nullptr;
+        for (size_t tries = 0; tries < eager.size() && !slot; ++tries) {
+            Slot *const next = eager[turn];
+            if (next->sequence && next->sequence >= worker->performed) break;  // nor are those after it free
+            turn = (turn + 1) % eager.size();
+            if (next->room >= channels) slot = next;
+        }
+        if (!slot && eager.size() >= MOST_EAGER) {
+            wait();
+            return take_slot(channels, graph);
+        }
+        if (!slot) {
+            slot = &new_slot(channels);
+            eager.insert(eager.begin() + turn, slot);
+            turn = (turn + 1) % eager.size();
+        }
+        slot->sequence = worker->enqueued + 1;
+        return *slot;
+    }
+
+    Slot &free_slot(size_t channels) {
+        for (auto &each : slots)
+            if (!each.owned && each.room >= channels &&
+                std::find(eager.begin(), eager.end(), &each) == eager.end())
+                return each;
+        return new_slot(channels);
+    }
+
+    Slot &new_slot(size_t channels) {
+        if (slots.size() >= Worker::MOST_SLOTS) throw std::runtime_error("more exchanges in captured graphs than 16384");
+        size_t room = 64;
+        while (room < channels) room *= 2;
+        auto *const memory = (double *)pinned(driver, 64 + 8 * (3 * room + 3 * room + 3));
+        Slot &slot = slots.emplace_back();
+        slot.done = (uint32_t *)memory, slot.message = memory + 8, slot.result = slot.message + 3 * room;
+        slot.room = room, slot.number = (uint32_t)slots.size();
+        worker->slots[slot.number - 1].store(&slot, std::memory_order_release);
+        return slot;
+    }
+
+    // Gives the slot back when the graph, and all that was made of it, is destroyed.
+    void retain(Slot &slot, void *graph) {
+        struct Owner {
+            Slot *slot;
+            Worker *worker;
+        };
+        void *object = nullptr;
+        const auto give_back = [](void *pointer) {
+            const std::unique_ptr<Owner> owner((Owner *)pointer);
+            owner->slot->owned = false;
+            --owner->worker->owned;
+        };
+        driver.check(driver.cuUserObjectCreate(&object, new Owner{&slot, worker.get()}, give_back, 1, NO_SYNC),
+                     "cuUserObjectCreate");
+        driver.check(driver.cuGraphRetainUserObject(graph, object, 1, MOVE), "cuGraphRetainUserObject");
+    }
+
+    // Orders this exchange after the last one, if that was enqueued on another stream.
+    void follow_last(Driver::Stream stream, uint64_t capture) {
+        if (any && last != stream && last_capture == capture) {
+            driver.check(driver.cuEventRecord(event, last), "cuEventRecord");
+            driver.check(driver.cuStreamWaitEvent(stream, event, 0), "cuStreamWaitEvent");
+        }
+        any = true, last = stream, last_capture = capture;
+    }
+
+    // Copies vectors of one length to the message, those that lie side by side in one copy.
+    void copy_vectors(Slot &slot, const std::vector<uint64_t> &vectors, Driver::Stream stream) {
+        const size_t each = slot.what.kind == SUM_VECTORS ? slot.what.channels / std::max<size_t>(vectors.size(), 1)
+                                                          : slot.what.channels;
+        for (size_t i = 0; i < vectors.size();) {
+            size_t end = i + 1;
+            while (end < vectors.size() && vectors[end] == vectors[i] + (end - i) * 8 * each) ++end;
+            copy((Driver::Pointer)(slot.message + i * each), vectors[i], (end - i) * 8 * each, stream);
+            i = end;
+        }
+    }
+
+    void copy(Driver::Pointer to, Driver::Pointer from, size_t bytes, Driver::Stream stream) {
+        driver.check(driver.cuMemcpyAsync(to, from, bytes, stream), "cuMemcpyAsync");
+    }
+};
+
+}  // namespace
+
+void bind_stream(nb::module_ &m) {
+    nb::class_<Total>(m, "Total").def(nb::init<>()).def_rw("count", &Total::count);
+    nb::class_<Call>(m, "Call")
+        .def("__init__", [](Call *self, int kind, int number, size_t channels, long hash, long again, double eps,
+                            double largest) { new (self) Call{kind, number, channels, hash, again, eps, largest}; });
+    using Given = std::tuple<uintptr_t, std::tuple<unsigned, unsigned, unsigned>, unsigned, unsigned,
+                             std::vector<std::tuple<int, uint64_t>>>;
+    nb::class_<Launches>(m, "Launches").def("__init__", [](Launches *self, const std::vector<Given> &given) {
+        new (self) Launches;
+        for (const auto &[function, grid, threads, shared, arguments] : given) {
+            const auto &[x, y, z] = grid;
+            self->all.push_back({(void *)function, {x, y, z}, threads, shared, {}});
+            for (const auto &[pointer, value] : arguments) self->all.back().arguments.push_back({pointer, value});
+        }
+    });
+    const auto given = nb::arg();
+    const auto maybe = nb::arg().none();
+    nb::class_<StreamWorker>(m, "StreamWorker")
+        .def(nb::init<const std::string &, uintptr_t, uintptr_t, uintptr_t, uintptr_t, uintptr_t, intptr_t, bool, int,
+                      int>())
+        .def("enqueue", &StreamWorker::enqueue, given, given, given, maybe, maybe, given, given, maybe, given)
+        .def("wait", &StreamWorker::wait)
+        .def("failure", &StreamWorker::failure)
+        .def("forget_failure", [](StreamWorker &self) { if (self.worker) self.worker->forget_failure(); })
+        .def("close", [](StreamWorker &self) { if (self.worker) self.worker->closed = true; })
+        .def("stop", [](StreamWorker &self) {
+            const nb::gil_scoped_release other_threads_run;
+            if (self.worker) self.worker->stop();
+        })
+        .def("has_memory_operations", [](StreamWorker &self, int device) { return self.driver.has_memory_operations(device); })
+        .def_prop_ro("failed", [](StreamWorker &self) { return self.worker && self.worker->failed; })
+        .def_prop_ro("pending", [](StreamWorker &self) { return self.worker ? self.worker->pending() : 0; })
+        .def_prop_ro("enqueued", [](StreamWorker &self) { return self.worker ? self.worker->enqueued.load() : 0; })
+        .def_prop_ro("slots", [](StreamWorker &self) { return self.slots.size(); })
+        .def_prop_ro("owned", [](StreamWorker &self) { return self.worker ? self.worker->owned.load() : 0; })
+        .def_prop_ro("current", [](StreamWorker &self) { return self.worker ? self.worker->current.load() : -1; })
+        .def_prop_rw("exchanges",
+                     [](StreamWorker &self) { return self.worker ? self.worker->exchanges.load() : self.exchanges_before; },
+                     [](StreamWorker &self, long number) {
+                         if (self.worker) self.worker->exchanges = number;
+                         else self.exchanges_before = number;
+                     });
+}
