@@ -106,7 +106,10 @@ def test_a_variable_that_nothing_understands(monkeypatch, capsys):
     monkeypatch.setattr("sys.argv", ["mpisyncbn"])
     with pytest.raises(SystemExit, match="2"):
         report.main()
-    assert "MPISYNCBN_TRANSPORT must be one of auto, host, device, got 'pigeon'" in capsys.readouterr().err
+    assert (
+        "MPISYNCBN_TRANSPORT must be one of auto, host, device, stream, got 'pigeon'"
+        in capsys.readouterr().err
+    )
 
 
 def test_report_says_that_the_ranks_are_apart(monkeypatch):

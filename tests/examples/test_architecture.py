@@ -19,10 +19,10 @@ PACKAGE = ROOT / "mpisyncbn"
 # Data goes down these lines and back; imports go down them and never up. In kernels/ there is no order.
 FLOORS = {
     "": "__init__ __main__ lightning precise_bn distributed uneven batchnorm autograd convert"
-    " convertible mixed_class registry fusing tracing functional exchange merging fingerprint running_stats"
-    " arguments arrays batch_stats activations communicator comm layer_names liveness kernels"
+    " convertible mixed_class registry fusing tracing functional exchange enqueue merging fingerprint"
+    " running_stats arguments arrays batch_stats activations communicator comm layer_names liveness kernels"
     " profiling torch_versions config errors",
-    "autograd": "__init__ fused compiled composite evaluation layer_context",
+    "autograd": "__init__ fused enqueued compiled composite evaluation layer_context",
     "comm": "__init__ nodes groups communicator runtime ancestors handshake transport staging streams"
     " unreferenced launcher",
     "distributed": "__init__ joining process_group rendezvous store collectives point_to_point checked"

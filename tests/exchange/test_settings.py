@@ -84,7 +84,7 @@ def test_an_inter_communicator(user):
             "TRANSPORT",
             "gpu",
             ValueError,
-            "MPISYNCBN_TRANSPORT must be one of auto, host, device, got 'gpu' .*: correct",
+            "MPISYNCBN_TRANSPORT must be one of auto, host, device, stream, got 'gpu' .*: correct",
         ),
         (
             "DEBUG",

@@ -8,8 +8,8 @@ import sys
 from glob import glob
 from typing import Any, NamedTuple
 
-NUMBERS, TUNE = list(range(1, 9)), 9
-_HOST, _DEVICE = ({"MPISYNCBN_TRANSPORT": where} for where in ("host", "device"))
+NUMBERS, TUNE = list(range(1, 10)), 10
+_HOST, _DEVICE, _STREAM = ({"MPISYNCBN_TRANSPORT": where} for where in ("host", "device", "stream"))
 _TRITON, _FALLBACK = {"kernels": "cuda"}, {"kernels": "aten_cuda"}
 
 
@@ -106,6 +106,18 @@ _PARTS = {  # by number and title, and whether they run side by side: where no t
         Run("CuPy, without torch", "arrays.without_torch", 2, 120, gpu=True),
     ],
     (8, "sanitizer", True): [_sanitized(tool) for tool in ("memcheck", "racecheck")],
+    (9, "the stream transport", False): [
+        Run("layers, 2 ranks", "correctness.layers", 2, 240, _TRITON, _STREAM, gpu=True),
+        Run("layers, 4 ranks", "correctness.layers", 4, 240, _FALLBACK, _STREAM, gpu=True),
+        Run("streams", "streams.streams", 2, 90, {}, _STREAM, gpu=True),
+        Run("capture, 1 rank", "stream.capture", 1, 90, gpu=True),
+        Run("capture, 2 ranks", "stream.capture", 2, 90, gpu=True),
+        Run("failures", "stream.failures", 2, 90, gpu=True),
+        Run("times, 1 rank", "stream.times", 1, 90, gpu=True),
+        Run("times, 2 ranks", "stream.times", 2, 90, gpu=True),
+        Run("ResNet-50, 1 rank", "stream.resnet", 1, 120, gpu=True),
+        Run("ResNet-50, 2 ranks", "stream.resnet", 2, 120, gpu=True),
+    ],
     (TUNE, "tiles", False): [Run("tiles", "tiles.tiles", 0, 420, gpu=True)],
 }
 POINTS = [Point(*key, parts) for key, parts in _PARTS.items()]

@@ -33,11 +33,16 @@ def pytest_generate_tests(metafunc: Any) -> None:
 def point(request: Any) -> Iterator[dict[str, Future[dict[str, Any]]]]:
     """The parts of a point as they run: side by side where no time is taken, and apart from other points."""
     options = request.config.option
+    parts = [item.callspec.params for item in request.session.items]
+    chosen = {
+        part["run"].name for part in parts if part["point"] is request.param
+    }  # pytest's -k leaves some out
     most = _RANKS_AT_A_TIME // 4 if request.param.side_by_side else 1
     with ThreadPoolExecutor(most) as pool:
         yield {
             run.name: pool.submit(launch.ended, run, options.device, options.quick)
             for run in request.param.runs
+            if run.name in chosen
         }
         pool.shutdown(cancel_futures=True)
 

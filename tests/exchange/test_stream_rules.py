@@ -1,0 +1,218 @@
+"""The rules of order that the stream transport rests on: each is broken in turn, and it shows.
+
+A library between the worker and the stand-in's driver breaks one. The stand-in works a stream off
+when somebody waits for it, takes its time for a message, and lets a result vanish that was read.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import subprocess
+import time
+from typing import NamedTuple
+
+import pytest
+
+from mpisyncbn.kernels import native
+from support.device import GPU
+from support.ranks import once
+from support.standin_driver import CXX, Driver, headers, library
+from support.stream_device import StreamDevice, needs_standin
+
+pytestmark = [
+    needs_standin,
+    once("no rank meets another in it"),
+    pytest.mark.skipif(GPU, reason="scripts/gpu_check has its own"),
+]
+BEGINNING = """
+#include <cuda.h>
+#include <dlfcn.h>
+#define ENTRY extern "C" CUresult
+#define REAL(name) ((decltype(&name))dlsym(dlopen(STANDIN, RTLD_NOW), #name))
+using Operations = CUstreamBatchMemOpParams;
+static CUdeviceptr held_to, held_from;
+static size_t held;
+static bool rung;
+"""
+
+
+class Rule(NamedTuple):
+    keeps: str
+    broken: str  # by this C++
+    shows: str  # what is wrong then, perhaps beside more
+
+
+def without(place):
+    """A batch of operations (ring, wait for the flag, reset the flag) without one of them."""
+    return f"""
+ENTRY cuStreamBatchMemOp_v2(CUstream stream, unsigned count, Operations *operations, unsigned flags) {{
+    for (unsigned i = 0; i < count; ++i)
+        if (i != {place})
+            if (CUresult error = REAL(cuStreamBatchMemOp_v2)(stream, 1, operations + i, flags)) return error;
+    return CUDA_SUCCESS;
+}}"""
+
+
+RULES = {
+    "none is broken": Rule("", "", ""),
+    "an exchange waits for the one before": Rule(
+        "on another stream, by an event",
+        "ENTRY cuStreamWaitEvent(CUstream, CUevent, unsigned) { return CUDA_SUCCESS; }",
+        "order",
+    ),
+    "the event comes after the one before": Rule(
+        "it is recorded once more for each exchange",
+        "ENTRY cuEventRecord(CUevent, CUstream) { return CUDA_SUCCESS; }",
+        "order",
+    ),
+    "the message comes before the bell": Rule(
+        "the worker reads it as soon as it hears the bell",
+        """
+ENTRY cuMemcpyAsync(CUdeviceptr to, CUdeviceptr from, size_t bytes, CUstream stream) {
+    if (rung) return rung = false, REAL(cuMemcpyAsync)(to, from, bytes, stream);
+    return held_to = to, held_from = from, held = bytes, CUDA_SUCCESS;
+}
+ENTRY cuStreamBatchMemOp_v2(CUstream stream, unsigned count, Operations *operations, unsigned flags) {
+    REAL(cuStreamBatchMemOp_v2)(stream, 1, operations, flags);
+    REAL(cuMemcpyAsync)(held_to, held_from, held, stream);
+    return rung = true, REAL(cuStreamBatchMemOp_v2)(stream, count - 1, operations + 1, flags);
+}""",
+        "sent",
+    ),
+    "the stream waits for the flag": Rule("the result is there then", without(1), "results"),
+    "the flag is reset": Rule("else the next wait for it is none", without(2), "results"),
+    "a graph owns its slots": Rule(
+        "until it is destroyed",
+        """
+static CUhostFn destroy;
+static void *owner;
+ENTRY cuUserObjectCreate(CUuserObject *, void *data, CUhostFn function, unsigned, unsigned) {
+    return owner = data, destroy = function, CUDA_SUCCESS;
+}
+ENTRY cuGraphRetainUserObject(CUgraph, CUuserObject, unsigned, unsigned) {
+    return destroy(owner), CUDA_SUCCESS;
+}""",
+        "replayed",
+    ),
+    "an exchange in a capture is not enqueued": Rule(
+        "it comes with each replay",
+        """
+ENTRY cuStreamGetCaptureInfo_v2(CUstream, CUstreamCaptureStatus *out, cuuint64_t *, CUgraph *,
+                                const CUgraphNode **, size_t *) {
+    return *out = CU_STREAM_CAPTURE_STATUS_NONE, CUDA_SUCCESS;
+}""",
+        "captured",
+    ),
+    "no event crosses the border of a capture": Rule(
+        "the driver refuses it",
+        """
+ENTRY cuStreamGetCaptureInfo_v2(CUstream stream, CUstreamCaptureStatus *out, cuuint64_t *number,
+                                CUgraph *graph, const CUgraphNode **nodes, size_t *edges) {
+    CUresult error = REAL(cuStreamGetCaptureInfo_v2)(stream, out, number, graph, nodes, edges);
+    return *number = 0, error;
+}""",
+        "raises: cuStreamWaitEvent",
+    ),
+    "pinned memory is made in a relaxed mode": Rule(
+        "a capture, even another thread's, forbids it otherwise",
+        "ENTRY cuThreadExchangeStreamCaptureMode(CUstreamCaptureMode *) { return CUDA_SUCCESS; }",
+        "raises: cuMemHostAlloc",
+    ),
+}
+
+
+class Sent:
+    """MPI_Allreduce of one rank, which notes the fingerprint and the first value of each message."""
+
+    def __init__(self):
+        kind = ctypes.CFUNCTYPE(ctypes.c_int, *[ctypes.c_void_p] * 6)
+        self.messages = []
+        self.function = kind(self.reduce)
+        self.address = ctypes.cast(self.function, ctypes.c_void_p).value
+
+    def reduce(self, _, message, *more):
+        words = (ctypes.c_double * 4).from_address(message)
+        self.messages.append((words[0], words[3]))
+        return 0
+
+
+@pytest.fixture(params=RULES)
+def rule(request):
+    return request.param
+
+
+@pytest.fixture
+def shim(rule, tmp_path):
+    """The path of the driver in which the rule is broken."""
+    source, path, real = tmp_path / "broken.cpp", tmp_path / "libbroken.so", library()
+    source.write_text(BEGINNING + RULES[rule].broken)
+    options = ["-shared", "-fPIC", f"-I{headers()}", f'-DSTANDIN="{real}"', f"-Wl,-rpath,{real.parent}"]
+    linked = [f"-L{real.parent}", "-Wl,--no-as-needed", f"-l:{real.name}", "-ldl"]
+    done = subprocess.run(
+        [*CXX, *options, source, *linked, "-o", path], capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    return path
+
+
+def test_a_broken_rule_shows(rule, shim, monkeypatch):
+    monkeypatch.setenv("MPISYNCBN_STANDIN_PAUSE", "5000")
+    device, sent = StreamDevice(Driver(library()), waits=False), Sent()
+    worker = native().StreamWorker(str(shim), sent.address, 0, 0, 0, 0, 0, False, 1, 0)
+    other, last = device.driver.stream(), device.driver.stream()
+
+    def enqueue(stream, number, name=5):
+        message, out = device.put([number]), device.memory(1)
+        call = native().Call(2, 0, 1, name, 0, 0.0, 0.0)
+        worker.enqueue(stream, call, 0, None, None, [message.data_ptr()], out.data_ptr(), None, [])
+        return out
+
+    def eager():
+        """What is wrong with exchanges on streams that are waited for in another order."""
+        streams, numbers = (other, device.stream, other, device.stream, last), [0.0, 1.0, 2.0, 3.0, 4.0]
+        before, outs = len(sent.messages), [enqueue(*each) for each in zip(streams, numbers, strict=True)]
+        for stream in (device.stream, other, last):
+            device.driver.cuStreamSynchronize(stream)
+        results, messages = [out.item() for out in outs], [value for _, value in sent.messages[before:]]
+        if sorted(messages) == numbers != messages:
+            return ["order"]
+        return ["sent"] * (messages != numbers) + ["results"] * (results != numbers)
+
+    found = eager() or eager() or eager() or in_graphs(device, worker, sent, (other, last), enqueue)
+    enqueue(last, 0)  # the last one is performed last, so that the worker may end
+    device.driver.cuStreamSynchronize(last)
+    limit = time.monotonic() + 60
+    while worker.pending and time.monotonic() < limit:
+        time.sleep(0.001)
+    assert worker.pending == 0
+    assert RULES[rule].shows in found if RULES[rule].shows else found == []
+
+
+def in_graphs(device, worker, sent, others, enqueue):
+    """What is wrong with two graphs, captured after an exchange on another stream and replayed before one."""
+    other, last = others
+    graphs, found = [], []
+    for stream, name in ((device.stream, 6), (other, 7)):
+        enqueue(stream, 0)
+        device.driver.cuStreamSynchronize(stream)
+        pending = worker.pending
+        try:
+            with device.driver.capture(device.stream) as graph:
+                enqueue(device.stream, name, name)
+        except RuntimeError as error:
+            device.driver._library.cuStreamEndCapture(
+                ctypes.c_void_p(device.stream), ctypes.byref(ctypes.c_void_p())
+            )
+            return [*found, f"raises: {str(error).partition(':')[0]}"]
+        graphs += graph
+        found += ["captured"] * (worker.pending != pending)
+    fingerprints = []
+    enqueue(last, 0)  # so the worker is awake, whatever it knows of graphs
+    for number, name in enumerate((6, 7)):
+        begun = worker.exchanges
+        device.driver.cuGraphLaunch(graphs[number], device.stream)
+        device.driver.cuStreamSynchronize(device.stream)
+        fingerprints.append((sent.messages[-1][0], float((name + (begun + 1) * 40503) % (1 << 18))))
+        device.driver.cuGraphExecDestroy(graphs[number])
+    device.driver.cuStreamSynchronize(last)
+    return found + ["replayed"] * any(ours != right for ours, right in fingerprints)
