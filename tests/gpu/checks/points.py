@@ -112,6 +112,7 @@ _PARTS = {  # by number and title, and whether they run side by side: where no t
         Run("streams", "streams.streams", 2, 90, {}, _STREAM, gpu=True),
         Run("capture, 1 rank", "stream.capture", 1, 90, gpu=True),
         Run("capture, 2 ranks", "stream.capture", 2, 90, gpu=True),
+        Run("torch.compile", "stream.compiled", 2, 180, {}, _STREAM, gpu=True),
         Run("failures", "stream.failures", 2, 90, gpu=True),
         Run("times, 1 rank", "stream.times", 1, 90, gpu=True),
         Run("times, 2 ranks", "stream.times", 2, 90, gpu=True),

@@ -12,6 +12,7 @@ import torch
 import mpisyncbn
 from benchmarks.peers import gloo
 from benchmarks.timing import interleave
+from mpisyncbn.comm.groups import resolve
 from mpisyncbn.errors import CollectiveMismatchError, TransportError
 from support.whole_batch import distance, whole_batch
 
@@ -91,6 +92,39 @@ def capture(context: Context) -> None:
     context.synchronize()
     context.records.holds("the layer works afterwards", bool(eager.isfinite().all()))
     layer.process_group.synchronize()
+
+
+def compiled(context: Context) -> None:
+    """Layers of a network in the CUDA graphs of torch.compile, beside the same without. Collective."""
+    import torch._inductor.config
+
+    torch._inductor.config.compile_threads = 1  # a pool of processes has no place in a rank
+    nets = [_network().to(context.device) for _ in range(2)]
+    fast = torch.compile(nets[1], mode="reduce-overhead")
+    worst = 0.0
+    for step in range(6):  # the first warms up, the second records
+        shape = (3 + context.rank, 5, 8, 8)
+        x, dy = (random(shape, 100 * step + 10 * each + context.rank, step).float() for each in (1, 2))
+        found = []
+        for net, run in ((nets[0], nets[0]), (nets[1], fast)):
+            net.zero_grad(set_to_none=True)
+            leaf = context.there(x).requires_grad_()
+            torch.compiler.cudagraph_mark_step_begin()
+            y = run(leaf)
+            y.backward(context.there(dy))
+            context.synchronize()
+            found.append([each.clone() for each in (y, leaf.grad, net[0].weight.grad, net[2].running_var)])
+        errors = [distance(other, plain.detach()) for plain, other in zip(*found, strict=True)]
+        worst = max(worst, *errors)
+    context.records.at_most("six steps: y, dx, dweight, running_var", worst, 1e-5)
+    owned = resolve(None).stream.owned
+    context.records.holds("the exchanges are in graphs", owned == 4, f"{owned} slots are owned by graphs")
+
+
+def _network() -> torch.nn.Sequential:
+    torch.manual_seed(1)
+    layers = mpisyncbn.SyncBatchNorm(5), torch.nn.Conv2d(5, 5, 3), mpisyncbn.SyncBatchNorm(5)
+    return torch.nn.Sequential(*layers, torch.nn.ReLU())
 
 
 def failures(context: Context) -> None:
