@@ -283,6 +283,7 @@ def check_count(count: int, x: Array, layer: str | None = None) -> None:
 
 
 def one_value_message(layer: str | None, got: str = "1") -> str:
+    """The words for a group with one value per channel."""
     return (
         f"expected more than 1 value per channel over the whole group when training, got {got}"
         f"{in_layer(layer)}: use a larger batch or eval mode"

@@ -21,7 +21,7 @@ class BatchStats(NamedTuple):
     mean: Array
     var: Array  # biased: divided by count
     invstd: Array  # (var + eps) ** -0.5
-    count: Array  # values per channel: an int, or an array in a compiled graph
+    count: Array  # values per channel: an int, or an array in a compiled graph and under stream
 
 
 NOT_TO_RECORD = BatchStats(None, None, None, 0)  # of a batch that is recorded already, or never

@@ -70,7 +70,7 @@ def merge_moments(group: Communicator, call: LayerCall, count: int, mean: Array,
 
     Returns:
         ``count, mean, var``, float64 NumPy vectors wherever the arguments live, the same bits on every
-        rank. An empty group batch gives zeros.
+        rank; arrays on the device under the stream transport. An empty group batch gives zeros.
 
     Raises:
         CollectiveMismatchError: on every rank, if the ranks were not all in the same call.
@@ -94,8 +94,8 @@ def merge_moments(group: Communicator, call: LayerCall, count: int, mean: Array,
             group.rank_status.current_call = None
 
 
-def reduce_sums(group: Communicator, call: LayerCall, *sums: Array) -> tuple[np.ndarray, ...]:
-    """Vectors of one length, any arrays, summed over the group, as float64 NumPy vectors.
+def reduce_sums(group: Communicator, call: LayerCall, *sums: Array) -> tuple[Array, ...]:
+    """Vectors of one length, any arrays, summed over the group, as ``merge_moments`` returns them.
 
     Collective: every rank of the group must call.
     """

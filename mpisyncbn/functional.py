@@ -55,8 +55,8 @@ def forward(
     ``activations.activation_of`` makes ``activation`` of a text or module.
 
     Returns:
-        ``y``; the statistics in host memory, but in a compiled graph on the device; the same
-        statistics on the device of ``x``.
+        ``y``; the statistics in host memory, but on the device in a compiled graph and under the
+        stream transport; the same statistics on the device of ``x``.
 
     Collective: every rank of the group must call.
     """
@@ -93,6 +93,8 @@ def backward(
     dx = None
     if need_dx:
         total_dy, total_dy_xmu = reduce_sums(sum_dy, sum_dy_xmu)
+        if isinstance(total_dy, np.ndarray) and not isinstance(count, int):
+            count = float(count)  # on the device, of a forward pass that the host did not wait for
         count = count + (count == 0)  # if no rank has a value, all sums are 0
         mean_dy, mean_dy_xmu = transport.to_device_of(x, total_dy / count, total_dy_xmu / count)
         dx = kernels.backward_elementwise(dz, x, mean, invstd, weight, mean_dy, mean_dy_xmu, context)

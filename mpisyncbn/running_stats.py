@@ -112,6 +112,7 @@ def running_on_device(
         if each is not None and not (
             type(each) is loaded_torch().Tensor
             and each.is_cuda
+            and each.device == running_mean.device
             and each.is_contiguous()
             and not each.requires_grad
             and not each.is_inference()

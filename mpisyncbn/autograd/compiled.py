@@ -56,7 +56,7 @@ with torch.inference_mode(False), _disable_current_modes():  # the first import 
 
 
 _ON_DEVICE: dict[tuple[torch.device, str], Tensor] = {}  # for CUDA graphs, by device and direction
-_FOR_GRAPHS = config.transport() == "stream"
+_FOR_GRAPHS = config.transport() == "stream" and not config.debug()
 
 
 def _order_token(token: Tensor, x: Tensor) -> Tensor:

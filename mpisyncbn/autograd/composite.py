@@ -127,6 +127,8 @@ def differentiable_kernels(mask: Tensor | None) -> Kernels:
 
 def differentiable_stats(x: Tensor, layer: LayerContext, kernels: Kernels) -> BatchStats:
     """The statistics of the forward pass as differentiable functions of ``x``."""
+    if layer.enqueued is not None:
+        layer.stats = layer.device_stats = layer.enqueued.stats()
     count, mean, m2 = kernels.local_moments(x)
     mean, var = _MergeMoments.apply(mean, m2, count, layer)
     return BatchStats(mean, var, invstd_of(var, layer.eps), layer.stats.count)

@@ -80,7 +80,7 @@ def _stream(MPI: ModuleType) -> tuple[str, str]:
         )
     try:
         worker = native_stream_worker(MPI.COMM_SELF, MPI)
-    except RuntimeError as error:
+    except (AttributeError, OSError, RuntimeError) as error:
         return "host", f"MPISYNCBN_TRANSPORT=stream, but CUDA's driver cannot be used here: {error}"
     torch = loaded_torch()
     device = torch.cuda.current_device() if torch is not None and torch.cuda.is_available() else 0

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from .activation import Activation, ActivationContext
     from .cpu._cpu import Call, Launches, Link, StreamWorker, Total
 
-__all__ = ["Array", "BackwardKernels", "Kernels", "NativeKernels", "Vector"]
+__all__ = ["Array", "BackwardKernels", "Kernels", "NativeKernels", "Running", "Vector"]
 
 Array: TypeAlias = Any  # of NumPy, CuPy or torch, on any device
 Vector: TypeAlias = "np.ndarray[Any, np.dtype[np.float64]]"

@@ -77,7 +77,8 @@ class RankStatus:
     @property
     def exchanges(self) -> int:
         """How many exchanges this rank has begun."""
-        return self._exchanges if self.stream is None else self.stream.exchanges
+        stream = self.stream  # free() may take it away
+        return self._exchanges if stream is None else stream.exchanges
 
     @exchanges.setter
     def exchanges(self, number: int) -> None:
@@ -100,9 +101,9 @@ class RankStatus:
     @property
     def current_call(self) -> object:
         """What this rank is in, by its str(); None: nothing."""
-        if self._current_call is None and self.stream is not None and self.stream.current >= 0:
-            return self.calls[self.stream.current]
-        return self._current_call
+        stream = self.stream
+        number = -1 if stream is None else stream.current
+        return self._current_call if number < 0 else self.calls[number]
 
     @current_call.setter
     def current_call(self, call: object) -> None:

@@ -194,6 +194,13 @@ def test_the_host_runs_ahead(group, device, monkeypatch):
     assert 0 < ahead <= 256
     assert group.stream.slots == 256
     assert (group.exchanges, group.stream.pending) == (300, 0)
+    # now all slots are too small
+    ones = device.put([1.0] * 1000)
+    (total,) = exchange.reduce_sums(group, LayerCall("large", "backward", 1000, "float32"), ones)
+    group.synchronize()
+    device.synchronize()
+    assert group.stream.slots == 256
+    assert (total == WORLD.size).all()
 
 
 def test_two_streams_in_turn(group, device):

@@ -39,6 +39,7 @@ struct Driver {
     Call (*cuCtxGetCurrent)(void **);
     Call (*cuCtxSetCurrent)(void *);
     Call (*cuCtxSynchronize)();
+    Call (*cuInit)(unsigned);
     Call (*cuDeviceGet)(int *, int);
     Call (*cuDeviceGetAttribute)(int *, int, int);
     Call (*cuGetErrorString)(Call, const char **);
@@ -55,7 +56,8 @@ struct Driver {
         FIND(cuMemHostAlloc), FIND(cuMemcpyAsync), FIND(cuStreamBatchMemOp_v2), FIND(cuStreamSynchronize);
         FIND(cuEventCreate), FIND(cuEventRecord), FIND(cuStreamWaitEvent), FIND(cuStreamGetCaptureInfo_v2);
         FIND(cuThreadExchangeStreamCaptureMode), FIND(cuUserObjectCreate), FIND(cuGraphRetainUserObject);
-        FIND(cuCtxGetCurrent), FIND(cuCtxSetCurrent), FIND(cuCtxSynchronize), FIND(cuLaunchKernel), FIND(cuDeviceGet), FIND(cuDeviceGetAttribute), FIND(cuGetErrorString);
+        FIND(cuInit), FIND(cuCtxGetCurrent), FIND(cuCtxSetCurrent), FIND(cuCtxSynchronize), FIND(cuLaunchKernel);
+        FIND(cuDeviceGet), FIND(cuDeviceGetAttribute), FIND(cuGetErrorString);
 #undef FIND
     }
 
@@ -69,7 +71,7 @@ struct Driver {
     // Whether the device with this number has stream memory operations.
     bool has_memory_operations(int number) const {
         int device = 0, has = 0;
-        if (cuDeviceGet(&device, number)) return false;
+        if (cuInit(0) || cuDeviceGet(&device, number)) return false;
         for (const int attribute : {92, 122})  // CAN_USE_STREAM_MEM_OPS_V1, and of 64 bits
             if (cuDeviceGetAttribute(&has, attribute, device) == 0 && has) return true;
         return false;

@@ -7,6 +7,8 @@
 #include <nanobind/stl/vector.h>
 
 #include <deque>
+#include <map>
+#include <optional>
 
 #include "worker.h"
 
@@ -56,11 +58,13 @@ struct StreamWorker {
     std::vector<Slot *> eager;       // those that are used in turn
     size_t turn = 0;
     long exchanges_before = 0;
-    // where the last exchange was enqueued
-    Driver::Stream last = nullptr;
-    uint64_t last_capture = 0;
-    bool any = false;
-    void *event = nullptr, *context = nullptr;
+    struct Place {  // where an exchange was enqueued
+        Driver::Stream stream;
+        void *context;
+        uint64_t capture;
+    };
+    std::optional<Place> last, last_captured;  // a capture is no part of the order of the others
+    std::map<void *, void *> events;           // by context
 
     StreamWorker(const std::string &path, uintptr_t allreduce, uintptr_t allgather, uintptr_t comm,
                  uintptr_t datatype, uintptr_t op, intptr_t in_place, bool int_handles, int size, int rank)
@@ -82,7 +86,11 @@ struct StreamWorker {
     void enqueue(uintptr_t stream_number, const Call &call, double count, std::shared_ptr<Total> total,
                  const Launches *before, const std::vector<uint64_t> &vectors, uint64_t out, const Launches *after,
                  const std::vector<uint64_t> &pointers) {
+        // A driver whose queue is full waits for the device, and Python's other threads must not.
+        const nb::gil_scoped_release other_threads_run;
+        if (worker && worker->stopping) throw std::runtime_error("the program is at its end: no exchange can follow");
         const Driver::Stream stream = (Driver::Stream)stream_number;
+        enter_context();
         int status = 0;
         uint64_t capture = 0;
         void *graph = nullptr;
@@ -95,8 +103,6 @@ struct StreamWorker {
         run(before, stream, pointers, &slot);
         follow_last(stream, capture);
         copy_vectors(slot, vectors, stream);
-        if (!graph) ++worker->enqueued;
-        worker->wake();
         const auto word = [](uint32_t operation, const volatile uint32_t *address, uint64_t value, uint32_t flags) {
             Driver::MemoryOperation made{};
             made.parts = {operation, 0, (Driver::Pointer)address, value, flags};
@@ -106,19 +112,19 @@ struct StreamWorker {
                                                 word(WAIT_VALUE_32, slot.done, 1, WAIT_EQUAL),
                                                 word(WRITE_VALUE_32, slot.done, 0, 0)};
         driver.check(driver.cuStreamBatchMemOp_v2(stream, 3, operations, 0), "cuStreamBatchMemOp");
+        if (!graph) ++worker->enqueued;
+        worker->wake();
         copy(out, (Driver::Pointer)slot.result, 8 * call.result_length(), stream);
         run(after, stream, pointers, &slot);
     }
 
     // Waits until all that was enqueued is done, and what captured graphs do, on whatever stream.
+    // Python's lock is not held.
     void wait() {
         if (!worker || !(worker->pending() || worker->owned)) return;
-        const nb::gil_scoped_release other_threads_run;
-        void *now = nullptr;
-        driver.cuCtxGetCurrent(&now);
-        if (!now) driver.check(driver.cuCtxSetCurrent(context), "cuCtxSetCurrent");  // a thread without a device
+        enter_context();
         if (worker->owned) driver.check(driver.cuCtxSynchronize(), "cuCtxSynchronize");
-        while (worker->pending()) driver.check(driver.cuStreamSynchronize(last), "cuStreamSynchronize");
+        while (worker->pending()) driver.check(driver.cuStreamSynchronize(last->stream), "cuStreamSynchronize");
     }
 
     std::tuple<int, int, long> failure() {
@@ -127,6 +133,13 @@ struct StreamWorker {
     }
 
    private:
+    // Gives a thread that has not used a device yet that of the last exchange.
+    void enter_context() {
+        void *context = nullptr;
+        driver.cuCtxGetCurrent(&context);
+        if (!context && last) driver.check(driver.cuCtxSetCurrent(last->context), "cuCtxSetCurrent");
+    }
+
     void run(const Launches *launches, Driver::Stream stream, const std::vector<uint64_t> &pointers, const Slot *slot) {
         if (launches)
             for (const auto &each : launches->all) each.run(driver, stream, pointers, slot);
@@ -146,8 +159,6 @@ struct StreamWorker {
     void make_worker() {
         worker = std::make_unique<Worker>(mpi, (uint32_t *)pinned(driver, 64));
         worker->exchanges = exchanges_before;
-        driver.check(driver.cuCtxGetCurrent(&context), "cuCtxGetCurrent");
-        driver.check(driver.cuEventCreate(&event, NO_TIMING), "cuEventCreate");
         worker->start();
     }
 
@@ -169,9 +180,12 @@ struct StreamWorker {
         }
         if (!slot && eager.size() >= MOST_EAGER) {
             wait();
-            return take_slot(channels, graph);
-        }
-        if (!slot) {
+            // the device may still copy the result of the last exchange
+            if (eager[turn]->sequence == worker->enqueued) turn = (turn + 1) % eager.size();
+            slot = eager[turn];
+            turn = (turn + 1) % eager.size();
+            if (slot->room < channels) give_memory(*slot, channels);
+        } else if (!slot) {
             slot = &new_slot(channels);
             eager.insert(eager.begin() + turn, slot);
             turn = (turn + 1) % eager.size();
@@ -190,14 +204,20 @@ struct StreamWorker {
 
     Slot &new_slot(size_t channels) {
         if (slots.size() >= Worker::MOST_SLOTS) throw std::runtime_error("more exchanges in captured graphs than 16384");
+        Slot &slot = slots.emplace_back();
+        give_memory(slot, channels);
+        slot.number = (uint32_t)slots.size();
+        worker->slots[slot.number - 1].store(&slot, std::memory_order_release);
+        return slot;
+    }
+
+    // Gives a slot that nothing uses memory for so many channels.
+    void give_memory(Slot &slot, size_t channels) {
         size_t room = 64;
         while (room < channels) room *= 2;
         auto *const memory = (double *)pinned(driver, 64 + 8 * (3 * room + 3 * room + 3));
-        Slot &slot = slots.emplace_back();
         slot.done = (uint32_t *)memory, slot.message = memory + 8, slot.result = slot.message + 3 * room;
-        slot.room = room, slot.number = (uint32_t)slots.size();
-        worker->slots[slot.number - 1].store(&slot, std::memory_order_release);
-        return slot;
+        slot.room = room;
     }
 
     // Gives the slot back when the graph, and all that was made of it, is destroyed.
@@ -217,13 +237,21 @@ struct StreamWorker {
         driver.check(driver.cuGraphRetainUserObject(graph, object, 1, MOVE), "cuGraphRetainUserObject");
     }
 
-    // Orders this exchange after the last one, if that was enqueued on another stream.
+    // Orders this exchange after the last one, if that was enqueued elsewhere: in the same capture, or
+    // outside of all.
     void follow_last(Driver::Stream stream, uint64_t capture) {
-        if (any && last != stream && last_capture == capture) {
-            driver.check(driver.cuEventRecord(event, last), "cuEventRecord");
+        Place here{stream, nullptr, capture};
+        driver.check(driver.cuCtxGetCurrent(&here.context), "cuCtxGetCurrent");
+        std::optional<Place> &before = capture ? last_captured : last;
+        const bool moved = before && (before->stream != stream || before->context != here.context);
+        if (moved && before->capture == capture) {
+            void *const event = events[before->context];  // an event and its stream are of one device
+            driver.check(driver.cuEventRecord(event, before->stream), "cuEventRecord");
             driver.check(driver.cuStreamWaitEvent(stream, event, 0), "cuStreamWaitEvent");
         }
-        any = true, last = stream, last_capture = capture;
+        before = here;
+        void *&event = events[here.context];
+        if (!event) driver.check(driver.cuEventCreate(&event, NO_TIMING), "cuEventCreate");
     }
 
     // Copies vectors of one length to the message, those that lie side by side in one copy.
@@ -266,7 +294,7 @@ void bind_stream(nb::module_ &m) {
         .def(nb::init<const std::string &, uintptr_t, uintptr_t, uintptr_t, uintptr_t, uintptr_t, intptr_t, bool, int,
                       int>())
         .def("enqueue", &StreamWorker::enqueue, given, given, given, maybe, maybe, given, given, maybe, given)
-        .def("wait", &StreamWorker::wait)
+        .def("wait", &StreamWorker::wait, nb::call_guard<nb::gil_scoped_release>())
         .def("failure", &StreamWorker::failure)
         .def("forget_failure", [](StreamWorker &self) { if (self.worker) self.worker->forget_failure(); })
         .def("close", [](StreamWorker &self) { if (self.worker) self.worker->closed = true; })

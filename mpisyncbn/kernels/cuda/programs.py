@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
+from contextlib import AbstractContextManager
 from enum import IntEnum
 from typing import Any, NamedTuple
 
@@ -102,7 +103,8 @@ def forward_program(
         return _programs[key]
     except KeyError:
         readable = _are_readable(x, (x, residual), (weight, bias))
-        made = _make_forward(x, residual, weight, bias, activation, running) if readable else None
+        with _on_device_of(x):
+            made = _make_forward(x, residual, weight, bias, activation, running) if readable else None
         return _programs.setdefault(key, made)
 
 
@@ -130,7 +132,8 @@ def backward_program(
     except KeyError:
         readable = _are_readable(x, (x, dy, y, residual), (weight, bias))
         tensors = x, dy, y, residual, weight, bias
-        made = _make_backward(*tensors, activation, parameters) if readable else None
+        with _on_device_of(x):
+            made = _make_backward(*tensors, activation, parameters) if readable else None
         return _programs.setdefault(key, made)
 
 
@@ -174,7 +177,7 @@ def _make_forward(
             (running.var, at.RUNNING_VAR),
             (running.num_batches_tracked, at.NUM_BATCHES_TRACKED),
             (vector, at.MEAN),
-            (vector, at.VAR),
+            (vector[x.shape[1] % 2 :], at.VAR),  # after an odd number of values
             (vector[1:], at.MORE),
         ]
         after.append(_given(running_stats.record_enqueued, plan_running, pointers, {}))
@@ -207,7 +210,7 @@ def _make_backward(
     again = NO_ACTIVATION if stores_dz else activation
     tensors = [(dy if dz is None else dz, at.DY if dz is None else at.DZ), (x, at.X), (x.new_empty(1), at.DX)]
     tensors += [*statistics, (None if stores_dz else bias, at.BIAS)]
-    tensors += [(vector, at.MEAN_DY), (vector, at.MEAN_DY_XMU)]
+    tensors += [(vector, at.MEAN_DY), (vector[x.shape[1] % 2 :], at.MEAN_DY_XMU)]
     after = [_given(elementwise.backward_elementwise, elements_of(x), tensors, _constants(again))]
     dweight, dbias = (None if dtype is None else x.new_empty(1, dtype=dtype) for dtype in parameters)
     if dweight is not None or dbias is not None:
@@ -216,6 +219,13 @@ def _make_backward(
     return Program(
         Launches(before), Launches(after), 2 * plan.shares * x.shape[1] if partials is not None else 0
     )
+
+
+def _on_device_of(x: Tensor) -> AbstractContextManager[object]:
+    """A context in which the device of ``x`` is current: kernels are loaded there."""
+    from . import _device_of
+
+    return _device_of(x)
 
 
 def plan_of(x: Tensor) -> Plan:
