@@ -23,7 +23,13 @@ def of_stub(body: list[ast.stmt]) -> Iterator[tuple[str, Any]]:
     """Every public name, with the number of parameters and the type that is returned."""
     for each in body:
         if isinstance(each, ast.ClassDef):
-            yield each.name, dict(of_stub(each.body))
+            members = dict(of_stub(each.body))
+            attributes = {n.target.id for n in each.body if isinstance(n, ast.AnnAssign)}
+            yield each.name, members | dict.fromkeys(attributes, "Final[property]")
+        elif isinstance(each, ast.FunctionDef) and [ast.unparse(d) for d in each.decorator_list] == [
+            "property"
+        ]:
+            yield each.name, "Final[property]"
         elif isinstance(each, ast.FunctionDef):
             given = each.args
             assert ast.unparse(given).endswith("/") or not given.posonlyargs, "nanobind's are positional only"

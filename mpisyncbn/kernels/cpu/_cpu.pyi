@@ -192,6 +192,8 @@ class Total:
 
     count: float
 
+    def __init__(self, /) -> None: ...
+
 class Call:
     """An exchange of the stream transport, as worker.h has it."""
 
@@ -261,13 +263,16 @@ class StreamWorker:
         it. The result is copied to ``out``. ``total`` is set by moments, and sums are divided by it.
         """
 
-    def wait(self) -> None:
+    def wait(self, /) -> None:
         """Wait until all exchanges that were enqueued are done."""
 
-    def failure(self) -> tuple[int, int, int]:
+    def failure(self, /) -> tuple[int, int, int]:
         """The first problem, the number of its call, and of its exchange; zeros if there is none."""
 
-    def forget_failure(self) -> None: ...
-    def close(self) -> None: ...
-    def stop(self) -> None: ...
+    def forget_failure(self, /) -> None:
+        """Send messages again."""
+    def close(self, /) -> None:
+        """Answer with NaN from here on: the communicator is freed."""
+    def stop(self, /) -> None:
+        """End the worker after what is enqueued."""
     def has_memory_operations(self, device: int, /) -> bool: ...
