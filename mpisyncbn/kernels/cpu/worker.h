@@ -126,6 +126,7 @@ class Worker {
     uint32_t next() {
         using namespace std::chrono;
         auto since = steady_clock::now();
+        bool idle = false;
         for (unsigned tries = 0;; ++tries) {
             if (const uint32_t number = *doorbell) {
                 std::atomic_thread_fence(std::memory_order_acquire);
@@ -139,11 +140,17 @@ class Worker {
             // Other threads may need this core. A device that works for long is not worth one either.
             const auto waited = steady_clock::now() - since;
             if (waited < microseconds(20)) continue;
-            if (!pending() && !owned) {
+            if (!pending() && !owned && waited < seconds(1)) {
+                // Soon there will be more to do, and to wake this thread would cost the host more.
+                std::this_thread::sleep_for(microseconds(50));
+                idle = true;
+            } else if (!pending() && !owned) {
                 std::unique_lock<std::mutex> lock(mutex);
                 sleeping = true;
                 woken.wait(lock, [&] { return pending() || owned || stopping; });
                 sleeping = false, since = steady_clock::now();
+            } else if (idle) {
+                idle = false, since = steady_clock::now();  // the bell may ring at any moment
             } else if (waited < milliseconds(1)) {
                 std::this_thread::yield();
             } else {
