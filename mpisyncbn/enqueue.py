@@ -26,21 +26,22 @@ from .kernels import Array, native
 
 if TYPE_CHECKING:
     from .kernels.cpu._cpu import Call, StreamWorker, Total
+    from .kernels.protocol import NativeKernels
 
 __all__ = [
+    "device_streams",
     "locked",
     "merge_moments",
     "moments_call",
     "new_total",
     "reduce_sums",
-    "streams_of",
     "sums_call",
     "worker_for",
 ]
 
 _SUM_MOMENTS, _GATHER_MOMENTS, _SUM_VECTORS = 0, 1, 2  # as in worker.h
 _LARGEST_FLOAT32 = float(np.finfo(np.float32).max)
-_MISMATCH, _ONE_VALUE = -1, -2
+_ONE_VALUE = -2  # as in collectives.h
 
 
 def worker_for(group: Communicator, x: Array) -> StreamWorker | None:
@@ -91,10 +92,8 @@ def locked(group: Communicator, streams: Streams, name: str) -> AbstractContextM
     """
     group.on_failure = raise_failure
     on_device = streams.device_context()
-    profiled = profiling.profiler._is_profiler_enabled
-    if not profiled and isinstance(on_device, nullcontext):
-        return group.lock
-    return _several(profiling.recorded(name, group.lock) if profiled else group.lock, on_device)
+    lock = profiling.locked(name, group.lock)
+    return lock if isinstance(on_device, nullcontext) else _several(lock, on_device)
 
 
 @contextmanager
@@ -103,7 +102,7 @@ def _several(first: AbstractContextManager[object], second: AbstractContextManag
         yield
 
 
-def streams_of(x: Array) -> Streams:
+def device_streams(x: Array) -> Streams:
     """The streams of an array's device."""
     staging = staging_for(x)
     if staging is None:
@@ -113,10 +112,7 @@ def streams_of(x: Array) -> Streams:
 
 def new_total() -> Total:
     """The count of a batch, which its forward exchange sets and its backward one divides by."""
-    kernels = native()
-    if kernels is None:
-        raise MPISyncBNError("the native code is not there, and a worker is")
-    return kernels.Total()
+    return _native().Total()
 
 
 def moments_call(
@@ -132,16 +128,21 @@ def sums_call(group: Communicator, call: LayerCall, values: int) -> Call:
     return _native_call(group, call, _SUM_VECTORS, values, 0.0)
 
 
+def _native() -> NativeKernels:
+    kernels = native()
+    if kernels is None:
+        raise MPISyncBNError("the native code is not there, and a worker is")
+    return kernels
+
+
 def _native_call(group: Communicator, call: LayerCall, kind: int, values: int, largest: float) -> Call:
     key = call, kind, values, largest
     found = group.enqueued_calls.get(key)
     if found is None:
         again = call._replace(direction=f"{call.direction} once more")
         hashes = fingerprint.fingerprint(call, 0), fingerprint.fingerprint(again, 0)
-        number, kernels = len(group.rank_status.calls), native()
-        if kernels is None:
-            raise MPISyncBNError("the native code is not there, and a worker is")
-        found = kernels.Call(kind, number, values, *hashes, call.eps or 0.0, largest)
+        number = len(group.rank_status.calls)
+        found = _native().Call(kind, number, values, *hashes, call.eps or 0.0, largest)
         group.enqueued_calls[key] = found
         group.rank_status.calls.append(call)
     return found
@@ -157,7 +158,7 @@ def _enqueue(
     name: str,
 ) -> Array:
     """Enqueue an exchange of vectors. Returns memory of its result on the device."""
-    streams = streams_of(vectors[0])
+    streams = device_streams(vectors[0])
     with locked(group, streams, name):
         addresses, kept = streams.addresses(vectors)
         out, address = streams.empty(length)
@@ -176,22 +177,14 @@ def raise_failure(group: Communicator) -> None:
         return
     with group.lock:
         worker.wait()  # all that was enqueued since gets NaN, and sends nothing
-        problem, number, exchange = worker.failure()
+        problem, number, _ = worker.failure()
         if not problem:
             return
         call = group.rank_status.calls[number]
         group.rank_status.align()
         try:
-            if problem == _MISMATCH:
-                fingerprint.mismatch(group, call)
             if problem == _ONE_VALUE:
                 raise ValueError(one_value_message(call.layer))
-            error = group.mpi_error(problem)
-            if error.Get_error_class() == group.truncated:
-                fingerprint.mismatch(group, call)  # some rank sent a longer message
-            raise MPISyncBNError(
-                f"MPI failed in rank {group.rank} of {group.size}, exchange number {exchange} of this "
-                f"communicator, {call}: {error}{group.revoke_if_rank_lost(error)}"
-            ) from error
+            fingerprint.raise_problem(group, call, problem)
         finally:
             worker.forget_failure()

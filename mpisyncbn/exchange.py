@@ -21,15 +21,13 @@ requires these sums to be identical on all ranks, so all ranks decide the same.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager
-from typing import TYPE_CHECKING, Any, NoReturn, TypeAlias
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 import numpy as np
 
 from . import enqueue, fingerprint, profiling
 from .comm import transport
 from .comm.communicator import Communicator
-from .errors import CollectiveMismatchError, MPISyncBNError
 from .fingerprint import LayerCall
 from .kernels import Array
 from .merging import (
@@ -42,7 +40,7 @@ from .merging import (
 )
 
 if TYPE_CHECKING:
-    from mpi4py import MPI
+    pass
 
 __all__ = ["merge_moments", "reduce_sums", "serve_joined"]
 
@@ -87,7 +85,9 @@ def merge_moments(group: Communicator, call: LayerCall, count: int, mean: Array,
         merge, vectors = _gather_moments, _where_sent(group, *mean, m2)
     else:
         merge, vectors = _sum_moments, _where_sent(group, mean, m2)
-    with _locked(group, "mpisyncbn:merge_moments"):  # held for both messages: nothing comes between them
+    with profiling.locked(
+        "mpisyncbn:merge_moments", group.lock
+    ):  # held for both messages: nothing comes between them
         try:
             return merge(group, call, count, *vectors)
         finally:
@@ -102,25 +102,18 @@ def reduce_sums(group: Communicator, call: LayerCall, *sums: Array) -> tuple[Arr
     if (worker := enqueue.worker_for(group, sums[0])) is not None:
         return tuple(enqueue.reduce_sums(group, worker, call, sums))
     vectors: Sequence[Array] = _where_sent(group, *sums)
-    with _locked(group, "mpisyncbn:reduce_sums"):
+    with profiling.locked("mpisyncbn:reduce_sums", group.lock):
         try:
             if group.link is not None and len(sums) == 2 and type(vectors[0]) is np.ndarray:
                 totals = np.empty((2, len(sums[0])))
                 h = _begin_exchange(group, call, 3 + totals.size)
                 problem = group.link.sum_vectors(h, vectors[0], vectors[1], totals)
                 if problem:
-                    _raise_problem(group, call, problem)
+                    fingerprint.raise_problem(group, call, problem)
                 return totals[0], totals[1]
             return tuple(_exchange_vectors(group, call, _SUM, 0, *vectors)[3:].reshape(len(sums), -1))
         finally:
             group.rank_status.current_call = None
-
-
-def _locked(group: Communicator, name: str) -> AbstractContextManager[object]:
-    """The lock of a group's exchanges, which a running profiler of torch records under a name."""
-    if profiling.profiler._is_profiler_enabled:
-        return profiling.recorded(name, group.lock)
-    return group.lock
 
 
 def _where_sent(group: Communicator, *vectors: Array) -> Sequence[Array]:
@@ -142,7 +135,7 @@ def _sum_moments(group: Communicator, call: LayerCall, count: int, mean: Array, 
         h = _begin_exchange(group, call, 3 + merged.size)
         problem, total, cancelled, absorbed = group.link.sum_moments(h, count, mean, m2, merged)
         if problem:
-            _raise_problem(group, call, problem)
+            fingerprint.raise_problem(group, call, problem)
         mean_of_all, var = merged[0], merged[1]
     else:
         sums = mean * count
@@ -255,7 +248,7 @@ def _run_collective(
             with transport.device_of(message):  # MPI may look at which one is current
                 collective(*buffers)
     except group.mpi_error as error:
-        _raise_failed(group, call, error)
+        fingerprint.raise_failed(group, call, error)
 
 
 def _begin_exchange(group: Communicator, call: LayerCall, length: int, kind: int = _SUM) -> int:
@@ -301,22 +294,3 @@ def serve_joined(group: Communicator) -> None:
                 _COLLECTIVES[kind](group, _NO_DATA, *message)
             finally:
                 group.rank_status.current_call = None
-
-
-def _raise_problem(group: Communicator, call: LayerCall, problem: int) -> NoReturn:
-    """Raise what a Link returned as its problem: see kernels/cpu/link.h."""
-    if problem == -1:
-        fingerprint.mismatch(group, call)
-    _raise_failed(group, call, group.mpi_error(problem))
-
-
-def _raise_failed(group: Communicator, call: LayerCall, error: MPI.Exception) -> NoReturn:
-    if error.Get_error_class() == group.truncated:
-        try:
-            fingerprint.mismatch(group, call)  # some rank sent a longer message
-        except CollectiveMismatchError as mismatch:
-            raise mismatch from error
-    raise MPISyncBNError(
-        f"MPI failed in rank {group.rank} of {group.size}, exchange number {group.exchanges} of this "
-        f"communicator, {call}: {error}{group.revoke_if_rank_lost(error)}"
-    ) from error

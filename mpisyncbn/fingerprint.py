@@ -1,4 +1,4 @@
-"""The fingerprint in every message, and the error if ranks are in different calls."""
+"""The fingerprint in every message, and the errors if ranks are in different calls or MPI fails."""
 
 from __future__ import annotations
 
@@ -14,9 +14,21 @@ from .errors import CollectiveMismatchError, MPISyncBNError
 from .kernels import Array
 
 if TYPE_CHECKING:
+    from mpi4py import MPI as mpi4py_MPI
+
     from .comm.communicator import Communicator
 
-__all__ = ["LayerCall", "check", "compare_calls", "fingerprint", "keep_alive", "layer_dtype", "mismatch"]
+__all__ = [
+    "LayerCall",
+    "check",
+    "compare_calls",
+    "fingerprint",
+    "keep_alive",
+    "layer_dtype",
+    "mismatch",
+    "raise_failed",
+    "raise_problem",
+]
 
 # P ranks stay exact while P * 2**36, the sum of the squares, is below 2**53: up to 131,072 ranks.
 _BITS = 18
@@ -110,6 +122,26 @@ def mismatch(group: Communicator, call: object) -> NoReturn:
     silent = f"no answer in {_PATIENCE:.0f} s; it may wait in MPI for a message as long as its own"
     calls = [text.decode(errors="replace") or silent for text in records.tolist()]
     _raise_mismatch(group, calls, group.exchanges)
+
+
+def raise_problem(group: Communicator, call: LayerCall, problem: int) -> NoReturn:
+    """Raise what native code returned as the problem of an exchange: see kernels/cpu/collectives.h."""
+    if problem == -1:
+        mismatch(group, call)
+    raise_failed(group, call, group.mpi_error(problem))
+
+
+def raise_failed(group: Communicator, call: LayerCall, error: mpi4py_MPI.Exception) -> NoReturn:
+    """Raise MPISyncBNError for an error of MPI, or the mismatch that it comes from."""
+    if error.Get_error_class() == group.truncated:
+        try:
+            mismatch(group, call)  # some rank sent a longer message
+        except CollectiveMismatchError as raised:
+            raise raised from error
+    raise MPISyncBNError(
+        f"MPI failed in rank {group.rank} of {group.size}, exchange number {group.exchanges} of this "
+        f"communicator, {call}: {error}{group.revoke_if_rank_lost(error)}"
+    ) from error
 
 
 def keep_alive(*memory: object) -> None:

@@ -32,6 +32,11 @@ def record(name: str) -> AbstractContextManager[object]:
     return profiler.record_function(name)
 
 
+def locked(name: str, lock: AbstractContextManager[object]) -> AbstractContextManager[object]:
+    """A context that holds ``lock``. A running profiler of torch records it as ``name``."""
+    return recorded(name, lock) if profiler._is_profiler_enabled else lock
+
+
 @contextmanager
 def recorded(name: str, lock: AbstractContextManager[object]) -> Iterator[None]:
     """A context that holds ``lock``. Its record, ``name``, includes the wait for the lock."""

@@ -68,7 +68,7 @@ def forward(
         *map(_pointer, running[:3] if running else ()),
     ]
     largest = torch.finfo(running.var.dtype if running else torch.float32).max
-    streams = enqueue.streams_of(x)
+    streams = enqueue.device_streams(x)
     with enqueue.locked(group, streams, "mpisyncbn:merge_moments"):
         call = enqueue.moments_call(group, layer.call("forward"), channels, largest)
         total = enqueue.new_total()
@@ -111,7 +111,7 @@ def backward(
     invstd = mean + 16 * channels
     pointers = [*map(_pointer, (dy, x, y, residual, dz)), mean, invstd, _pointer(weight), _pointer(bias)]
     pointers += [partials, sums, dx.data_ptr(), mean_dy, mean_dy_xmu, _pointer(dweight), _pointer(dbias)]
-    streams = enqueue.streams_of(x)
+    streams = enqueue.device_streams(x)
     with enqueue.locked(group, streams, "mpisyncbn:reduce_sums"):
         call = enqueue.sums_call(group, layer.call("backward"), 2 * channels)
         worker.enqueue(

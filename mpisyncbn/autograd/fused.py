@@ -80,20 +80,19 @@ class _SyncBatchNorm(torch.autograd.Function):
         has_activation = layer.activation != NO_ACTIVATION
         context = ActivationContext(layer.activation, weight, *saved) if has_activation else None
         need_dx, need_dweight, need_dbias, *_ = ctx.needs_input_grad
-        if layer.enqueued is not None:
+        if layer.enqueued is not None and need_dx and not composite:
             wanted = weight.dtype if need_dweight else None, ctx.bias_dtype if need_dbias else None
-            if need_dx and not composite:
-                found = enqueued.backward(dy, x, weight, layer, context, wanted)
-                if found is not None:
-                    return *found[:3], found[3] if ctx.has_residual else None, None, None
-            layer.stats = layer.device_stats = layer.enqueued.stats()
+            found = enqueued.backward(dy, x, weight, layer, context, wanted)
+            if found is not None:
+                return *found[:3], found[3] if ctx.has_residual else None, None, None
         kernels: BackwardKernels
         if composite:
             of_all_orders = differentiable_kernels(mask)
             stats, kernels = differentiable_stats(x, layer, of_all_orders), of_all_orders
             reduce_sums = differentiable_sums(layer, "backward")
         else:
-            stats, kernels = layer.device_stats, kernels_for(x, mask)
+            stats = layer.device_stats if layer.enqueued is None else layer.enqueued.stats()
+            kernels = kernels_for(x, mask)
             reduce_sums = layer.exchange(exchange.reduce_sums, "backward")
         if ctx.kept_channels is not None:
             kernels = FromOutput(kernels, weight, saved[0], ctx.kept_channels, kept)

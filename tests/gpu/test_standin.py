@@ -16,7 +16,6 @@ from typing import Any
 
 import pytest
 
-from support import standin_driver
 from support.jobs import ROOT
 from support.ranks import once
 from support.standin_driver import (
@@ -31,14 +30,12 @@ from support.standin_driver import (
     HostFunction,
     Worker,
     library,
+    needs_library,
     number,
     real,
 )
 
-pytestmark = [
-    once("it is compiled"),
-    pytest.mark.skipif(standin_driver.missing() is not None, reason=str(standin_driver.missing())),
-]
+pytestmark = [once("it is compiled"), needs_library]
 _SIZE, _DEFAULT = 4096, 4
 _NOT_PERMITTED, _NOT_SUPPORTED = 800, 801
 
@@ -46,12 +43,6 @@ _NOT_PERMITTED, _NOT_SUPPORTED = 800, 801
 @pytest.fixture
 def cuda(tmp_path: Path) -> Any:
     return ctypes.CDLL(str(library(tmp_path / "late.so")))
-
-
-@pytest.fixture(params=["late", "early"])
-def driver(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Driver:
-    monkeypatch.setenv("MPISYNCBN_STANDIN_ORDER", request.param)
-    return Driver(library(tmp_path / "standin.so"))
 
 
 def made(function: Any, *arguments: Any) -> ctypes.c_void_p:

@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import ctypes
-from pathlib import Path
 
 import pytest
 
-from support import standin_driver
 from support.ranks import once
 from support.standin_driver import (
     BELL,
@@ -22,22 +20,13 @@ from support.standin_driver import (
     Driver,
     HostFunction,
     Worker,
-    library,
+    needs_library,
     number,
     real,
 )
 
-pytestmark = [
-    once("it is compiled"),
-    pytest.mark.skipif(standin_driver.missing() is not None, reason=str(standin_driver.missing())),
-]
+pytestmark = [once("it is compiled"), needs_library]
 _CAPTURING, _INVALIDATED, _UNJOINED, _ISOLATION, _CAPTURED = 900, 901, 904, 905, 907
-
-
-@pytest.fixture(params=["late", "early"])
-def driver(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Driver:
-    monkeypatch.setenv("MPISYNCBN_STANDIN_ORDER", request.param)
-    return Driver(library(tmp_path / "standin.so"))
 
 
 def test_a_graph_is_replayed(driver: Driver) -> None:

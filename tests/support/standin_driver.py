@@ -28,6 +28,8 @@ from contextlib import contextmanager
 from importlib.util import find_spec
 from pathlib import Path
 
+import pytest
+
 FOLDER = Path(__file__).parent / "standin"
 CXX = shlex.split(os.environ.get("CXX") or sysconfig.get_config_var("CXX") or "g++")
 GEQ, EQ = 0, 1
@@ -49,6 +51,9 @@ def missing() -> str | None:
     if not headers():
         return "no Triton that brings CUDA's headers"
     return None if shutil.which(CXX[0]) else "no C++ compiler"
+
+
+needs_library = pytest.mark.skipif(missing() is not None, reason=str(missing()))
 
 
 @functools.cache

@@ -106,8 +106,15 @@ inline double merge_rows(int ranks, size_t channels, const double *rows, double 
     return total;
 }
 
+WITH_AVX inline void inverse_roots(size_t channels, const double *__restrict var, double eps,
+                            double *__restrict out) {
+    for (size_t c = 0; c < channels; ++c) out[c] = 1 / std::sqrt(var[c] + eps);
+}
+
 // (var + eps) ** -0.5; 0 for a constant channel if eps is 0.
 inline void inverse_deviations(size_t channels, const double *var, double eps, double *invstd) {
-    for (size_t c = 0; c < channels; ++c)
-        invstd[c] = eps == 0 && var[c] < DBL_MIN ? 0 : 1 / std::sqrt(var[c] + eps);
+    inverse_roots(channels, var, eps, invstd);
+    if (eps == 0)
+        for (size_t c = 0; c < channels; ++c)
+            if (var[c] < DBL_MIN) invstd[c] = 0;
 }

@@ -46,11 +46,6 @@ bool update_running_stats(nb::handle running_mean_object, nb::handle running_var
     });
 }
 
-WITH_AVX void inverse_roots(size_t channels, const double *__restrict var, double eps,
-                            double *__restrict out) {
-    for (size_t c = 0; c < channels; ++c) out[c] = 1 / std::sqrt(var[c] + eps);
-}
-
 // Fills `out` with 1 / sqrt(var + eps).
 void invstd(const Vector &var, double eps,
             nb::ndarray<double, nb::ndim<1>, nb::c_contig, nb::device::cpu> out) {

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
-from contextlib import AbstractContextManager
 from enum import IntEnum
 from typing import Any, NamedTuple
 
@@ -20,7 +19,7 @@ from ..activation import NO_ACTIVATION, Activation
 from ..cpu import Launches
 from ..layout import dense, with_strides_of
 from ..protocol import Running
-from . import elementwise, moments, plans, running_stats, sums
+from . import _constants, _device_of, _elements, _planned, elementwise, moments, plans, running_stats, sums
 from .plans import Plan
 
 __all__ = ["Backward", "Forward", "Program", "backward_program", "forward_program"]
@@ -103,7 +102,7 @@ def forward_program(
         return _programs[key]
     except KeyError:
         readable = _are_readable(x, (x, residual), (weight, bias))
-        with _on_device_of(x):
+        with _device_of(x):
             made = _make_forward(x, residual, weight, bias, activation, running) if readable else None
         return _programs.setdefault(key, made)
 
@@ -132,7 +131,7 @@ def backward_program(
     except KeyError:
         readable = _are_readable(x, (x, dy, y, residual), (weight, bias))
         tensors = x, dy, y, residual, weight, bias
-        with _on_device_of(x):
+        with _device_of(x):
             made = _make_backward(*tensors, activation, parameters) if readable else None
         return _programs.setdefault(key, made)
 
@@ -159,7 +158,7 @@ def _make_forward(
     activation: Activation,
     running: Running | None,
 ) -> Program:
-    at, plan, vector = Forward, plan_of(x), _vector_of(x)
+    at, plan, vector = Forward, _planned(x)[1], _vector_of(x)
     partials = vector if plan.shares > 1 else None
     pointers = [(x, at.X), (partials, at.PARTIALS), (vector, _MESSAGE)]
     before = [_given(moments.moments, plan, pointers, {"ONE": plan.one})]
@@ -169,7 +168,7 @@ def _make_forward(
         before.append(_given(moments.merge_moments, merge, pointers[1:], constants))
     vectors = [(vector, at.MEAN), (vector, at.INVSTD), (weight, at.WEIGHT), (bias, at.BIAS)]
     tensors = [(x, at.X), (residual, at.RESIDUAL), (x.new_empty(1), at.Y), *vectors]
-    after = [_given(elementwise.normalize, elements_of(x), tensors, _constants(activation))]
+    after = [_given(elementwise.normalize, _elements(x), tensors, _constants(activation))]
     if running is not None:
         plan_running = plans.plan_running_stats(x.shape[1], running.momentum)
         pointers = [
@@ -196,7 +195,7 @@ def _make_backward(
     activation: Activation,
     parameters: tuple[torch.dtype | None, torch.dtype | None],
 ) -> Program:
-    at, plan, vector = Backward, plan_of(x), _vector_of(x)
+    at, plan, vector = Backward, _planned(x)[1], _vector_of(x)
     stores_dz = y is not None or residual is not None
     dz = x.new_empty(1) if stores_dz else None
     statistics = [(vector, at.MEAN), (vector, at.INVSTD), (weight, at.WEIGHT)]
@@ -211,7 +210,7 @@ def _make_backward(
     tensors = [(dy if dz is None else dz, at.DY if dz is None else at.DZ), (x, at.X), (x.new_empty(1), at.DX)]
     tensors += [*statistics, (None if stores_dz else bias, at.BIAS)]
     tensors += [(vector, at.MEAN_DY), (vector[x.shape[1] % 2 :], at.MEAN_DY_XMU)]
-    after = [_given(elementwise.backward_elementwise, elements_of(x), tensors, _constants(again))]
+    after = [_given(elementwise.backward_elementwise, _elements(x), tensors, _constants(again))]
     dweight, dbias = (None if dtype is None else x.new_empty(1, dtype=dtype) for dtype in parameters)
     if dweight is not None or dbias is not None:
         pointers = [(vector, at.SUMS), (vector, at.INVSTD), (dweight, at.DWEIGHT), (dbias, at.DBIAS)]
@@ -221,33 +220,9 @@ def _make_backward(
     )
 
 
-def _on_device_of(x: Tensor) -> AbstractContextManager[object]:
-    """A context in which the device of ``x`` is current: kernels are loaded there."""
-    from . import _device_of
-
-    return _device_of(x)
-
-
-def plan_of(x: Tensor) -> Plan:
-    """The plan for sums over a dense tensor."""
-    from . import _matrix, _multiprocessors
-
-    return plans.plan_sums(*_matrix(x), x.dtype, _multiprocessors(x.device))
-
-
-def elements_of(x: Tensor) -> Plan:
-    from . import _matrix, _multiprocessors
-
-    return plans.plan_elementwise(*_matrix(x), x.dtype, _multiprocessors(x.device))
-
-
 def _vector_of(x: Tensor) -> Tensor:
     """Float64 vectors as the kernels get them, for the compiler to look at: two values of one."""
     return x.new_empty(2, dtype=torch.float64)
-
-
-def _constants(activation: Activation) -> dict[str, float]:
-    return {"KIND": int(activation.kind), "PARAMETER": activation.parameter}
 
 
 def _given(

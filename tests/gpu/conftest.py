@@ -1,0 +1,15 @@
+"""The stand-in's driver, for the tests of the stand-in."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from support.standin_driver import Driver, library
+
+
+@pytest.fixture(params=["late", "early"])
+def driver(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Driver:
+    monkeypatch.setenv("MPISYNCBN_STANDIN_ORDER", request.param)
+    return Driver(library(tmp_path / "standin.so"))
