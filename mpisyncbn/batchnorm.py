@@ -29,7 +29,7 @@ class SyncBatchNorm(convert.Synchronized):
     r"""Batch normalization over the batch of all ranks of an MPI communicator.
 
     A drop-in for :class:`torch.nn.SyncBatchNorm`, with the same arguments, attributes and
-    state_dict, for tensors on any device. See docs/sharp_bits.md for where it differs on purpose.
+    state_dict, for tensors on any device. See docs/explanation/sharp_bits.md for where it differs on purpose.
 
     Args:
         num_features: the number of channels C of an input of shape ``(N, C, *)``.
@@ -48,18 +48,18 @@ class SyncBatchNorm(convert.Synchronized):
             "relu", "leaky_relu", "silu", "hardswish", "elu" or "gelu", with torch's defaults;
             "leaky_relu(0.1)", "elu(0.5)" or "gelu(tanh)"; a module of torch.nn that does the same,
             such as ``nn.LeakyReLU(0.1)``; or None. Also an attribute, to be set on a converted layer;
-            a module is turned into its text. docs/activations.md says how to choose.
+            a module is turned into its text. docs/guides/activations.md says how to choose.
         memory_efficient: if True, the layer keeps its output for the backward pass in place of its
             input. That saves memory if the next layer keeps its input anyway, as a convolution does.
             Also an attribute. It takes no residual, and no activation but a leaky_relu with a slope
-            above 0 (ValueError); create_graph is refused (MPISyncBNError). See docs/memory.md.
+            above 0 (ValueError); create_graph is refused (MPISyncBNError). See docs/guides/memory.md.
 
     Shape:
         Input ``(N, C, *)`` with at least 2 dimensions; N may differ between ranks, and be 0.
         Residual, optional: like the input; added before the activation, at no pass of its own.
         Mask, optional, by keyword: boolean, of the input's shape but with one channel: ``(N, 1, *)``.
         Statistics and gradients are those of the values where it is true. Elsewhere the output is 0,
-        and the input has no effect: for padded sequences and grids with holes (docs/masks.md).
+        and the input has no effect: for padded sequences and grids with holes (docs/guides/masks.md).
         Output: the same, in the same memory format.
 
     Raises:

@@ -1,4 +1,4 @@
-"""Exchanges in the order of a device's streams: the ``stream`` transport (docs/transports.md).
+"""Exchanges in the order of a device's streams: the ``stream`` transport (docs/explanation/transports.md).
 
 The host enqueues an exchange and goes on. A thread of native code, the worker of the group
 (kernels/cpu/worker.h), calls MPI when the device has computed the message, and the stream waits for

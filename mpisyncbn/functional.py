@@ -3,7 +3,7 @@
 A training step of one layer has two halves. ``forward``: the moments of this rank, one exchange,
 normalize. ``backward``: the sums of this rank, one exchange, dx. The kernels work where the data
 lives (kernels/). An exchange is the one message each way (exchange.py). Formulas:
-docs/algorithm.md.
+docs/explanation/algorithm.md.
 """
 
 from __future__ import annotations
@@ -119,7 +119,7 @@ def batch_norm_forward(
         process_group: the ranks to normalize over: an mpi4py communicator, a Communicator, or None
             for the world.
         mask: boolean, of the shape of ``x`` but with one channel: ``(N, 1, *)``; or None. Statistics
-            are those of the values where it is true, and ``y`` is 0 elsewhere (docs/masks.md).
+            are those of the values where it is true, and ``y`` is 0 elsewhere (docs/guides/masks.md).
 
     Returns:
         ``y``, like ``x``, and the BatchStats that ``batch_norm_backward`` needs, as arrays of the

@@ -1,4 +1,4 @@
-"""Runs the examples of docs/integrations.md at two ranks, beside the tools' own runs in one process.
+"""Runs the examples of docs/guides/integrations.md at two ranks, beside the tools' own runs in one process.
 
 Prints a table in Markdown; with --write, puts it into docs/results/integrations.md. Exit status: 0, or 1
 where a run fails or is further from one process than rounding in float64 brings it.

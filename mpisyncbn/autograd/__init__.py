@@ -84,7 +84,7 @@ def sync_batch_norm(
         mask: boolean, on the device of the input, of its shape but with one channel: ``(N, 1, *)``;
             or None. Statistics and gradients are those of the values where it is true. Elsewhere
             ``y`` and the gradients of input and residual are 0, even if the input is NaN there
-            (docs/masks.md).
+            (docs/guides/masks.md).
 
     Returns:
         ``y``, of the input's shape, dtype and memory format.

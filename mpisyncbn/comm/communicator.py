@@ -185,7 +185,7 @@ class Communicator:
     def synchronize(self) -> None:
         """Wait until all exchanges that this rank has enqueued are done; raise what they found.
 
-        For the ``stream`` transport (docs/transports.md): others have nothing enqueued.
+        For the ``stream`` transport (docs/explanation/transports.md): others have nothing enqueued.
 
         Raises what the exchange would have raised on the host, on every rank: all must call then.
         """

@@ -1,4 +1,4 @@
-"""Results as Markdown, as docs/performance.md has them."""
+"""Results as Markdown, as docs/explanation/performance.md has them."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""docs/activations.md: each cell of its tables is read, and tried."""
+"""docs/guides/activations.md: each cell of its tables is read, and tried."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from support.ranks import no_exchange
 from support.versions import compiles
 
 pytestmark = no_exchange
-PAGE = (ROOT / "docs" / "activations.md").read_text()
+PAGE = (ROOT / "docs" / "guides" / "activations.md").read_text()
 SHAPE = (4, 3, 5)
 
 

@@ -1,4 +1,4 @@
-"""docs/activations.md: its cells on masks are read and tried."""
+"""docs/guides/activations.md: its cells on masks are read and tried."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from support.oracle import distance
 from support.ranks import no_exchange, together, up_to_two
 from support.versions import compiles
 
-PAGE = (Path(__file__).parents[2] / "docs" / "activations.md").read_text()
+PAGE = (Path(__file__).parents[2] / "docs" / "guides" / "activations.md").read_text()
 
 
 def row(name: str, heading: str) -> dict[str, str]:

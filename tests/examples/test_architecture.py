@@ -159,14 +159,14 @@ def blocks(name: str) -> list[str]:
     "name",
     [
         "README.md",
-        "docs/activations.md",
-        "docs/algorithm.md",
-        pytest.param("docs/compile.md", marks=pytest.mark.filterwarnings("ignore")),  # of torch's tools
-        "docs/distributed.md",
-        "docs/masks.md",
-        "docs/memory.md",
-        "docs/sharp_bits.md",
-        "docs/spatial.md",
+        "docs/guides/activations.md",
+        "docs/explanation/algorithm.md",
+        pytest.param("docs/guides/compile.md", marks=pytest.mark.filterwarnings("ignore")),  # torch's tools
+        "docs/guides/distributed.md",
+        "docs/guides/masks.md",
+        "docs/guides/memory.md",
+        "docs/explanation/sharp_bits.md",
+        "docs/guides/spatial.md",
     ],
 )
 def test_code_in_the_documentation_runs(name, tmp_path, monkeypatch, capsys):
@@ -186,7 +186,7 @@ def table(name: str, heading: str) -> list[list[str]]:
 
 
 def test_each_claim_of_the_comparison_names_tests_that_exist():
-    shown = dict(table("docs/comparison.md", "# The comparison"))
+    shown = dict(table("docs/explanation/comparison.md", "# The comparison"))
     assert list(shown) == [claim for claim, *_ in table("README.md", "## Beside torch.nn.SyncBatchNorm")]
     for claim, tests in shown.items():
         files = re.split(r"`(test_\w+\.py)`", tests)[1:]
@@ -199,8 +199,8 @@ def test_each_claim_of_the_comparison_names_tests_that_exist():
 
 
 def test_the_page_on_the_architecture_shows_what_is():
-    shown = (ROOT / "docs" / "architecture.md").read_text()
-    assert architecture.table() in shown, "docs/architecture.md: python scripts/architecture.py has the table"
+    shown = (ROOT / "docs" / "explanation" / "architecture.md").read_text()
+    assert architecture.table() in shown, "the table comes from python scripts/architecture.py"
     lines, longest = architecture.sizes()
     assert max(lines.values()) <= 350, max(lines, key=lines.__getitem__)
     assert max(longest.values()) <= 50, max(longest, key=longest.__getitem__)

@@ -1,4 +1,4 @@
-"""The examples of docs/integrations.md: each at two ranks beside what it computes in one process.
+"""The examples of docs/guides/integrations.md: each at two ranks beside what it computes in one process.
 
 As a program, ``documented.py FILE FOLDER``, it runs one example and saves what the example learned.
 """
@@ -18,7 +18,7 @@ import torchvision_on_cpu
 
 from support.jobs import ROOT, End
 
-PAGE = ROOT / "docs" / "integrations.md"
+PAGE = ROOT / "docs" / "guides" / "integrations.md"
 TOLERANCE = 1e-12  # in float64, of weights and statistics of about 1
 
 

@@ -1,4 +1,4 @@
-"""The examples of docs/integrations.md equal their tools' own runs in one process."""
+"""The examples of docs/guides/integrations.md equal their tools' own runs in one process."""
 
 from __future__ import annotations
 

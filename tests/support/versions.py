@@ -1,4 +1,4 @@
-"""Marks for tests that take some version of torch, see docs/versions.md."""
+"""Marks for tests that take some version of torch, see docs/reference/versions.md."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-// The exchanges of a communicator in the order of a device's streams: see docs/transports.md.
+// The exchanges of a communicator in the order of a device's streams: see docs/explanation/transports.md.
 //
 // The host enqueues an exchange and goes on. When the device comes to it, it writes the message to
 // pinned memory and rings the doorbell. The worker, a thread of this file, then sends the message,
