@@ -17,8 +17,9 @@ from .arguments import (
     check_residual,
 )
 from .autograd.evaluation import evaluate
+from .batch_stats import NOT_TO_RECORD
 from .comm.groups import AnyGroup
-from .kernels import has_float64
+from .kernels import describe, has_float64
 from .layer_names import new_key
 from .running_stats import record_batch
 
@@ -117,11 +118,12 @@ class SyncBatchNorm(convert.Synchronized):
         if not self.training:
             tensors = input, self.running_mean, self.running_var, self.weight, self.bias
             if not torch.jit.is_tracing():
-                vectors, layer = (*tensors[3:], *tensors[1:3]), self.layer_name
-                if torch.compiler.is_compiling() or not autograd.passes_fast_check(
-                    input, *vectors, 0.0, self.eps
-                ):
-                    check_arguments(input, *vectors, eps=self.eps, layer=layer)
+                checked, layer = (input, *tensors[3:], *tensors[1:3]), self.layer_name
+                if torch.compiler.is_compiling():
+                    check_arguments(*checked, eps=self.eps, layer=layer)
+                else:
+                    description = describe(*checked) if input.is_cuda else None
+                    autograd.check_tensors(*checked, 0.0, self.eps, layer, description)
                 check_residual(residual, input, layer)
                 check_mask(mask, input, layer)
             # local: batch norm in evaluation needs no other rank
@@ -146,7 +148,7 @@ class SyncBatchNorm(convert.Synchronized):
             mask,
             num_batches_tracked,
         )
-        if running_mean is not None:
+        if running_mean is not None and stats is not NOT_TO_RECORD:
             momentum: float | Tensor | None = self.momentum
             if momentum is None:
                 momentum = _cumulative_momentum(num_batches_tracked)

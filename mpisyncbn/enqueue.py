@@ -162,7 +162,7 @@ def _enqueue(
     with locked(group, streams, name):
         addresses, kept = streams.addresses(vectors)
         out, address = streams.empty(length)
-        worker.enqueue(streams.handle(), what, count, None, None, addresses, address, None, [])
+        worker.enqueue(streams.handle(), what, count, None, None, addresses, address, None, ())
         del kept  # until here: memory is freed in the order of the stream
     return out
 

@@ -30,7 +30,7 @@ from .kernels.protocol import Running
 if TYPE_CHECKING:
     from torch import Tensor
 
-__all__ = ["lerp", "lerp_", "record_batch", "running_on_device", "update_running_stats"]
+__all__ = ["can_record", "lerp", "lerp_", "record_batch", "update_running_stats"]
 
 # running_mean, running_var and num_batches_tracked
 Averages: TypeAlias = "tuple[Array, Array, Tensor | None]"
@@ -102,23 +102,13 @@ def record_batch(
     return _record_without_sync(running, stats, momentum)
 
 
-def running_on_device(
-    running_mean: Array | None, running_var: Array | None, num_batches_tracked: Array | None, momentum: object
-) -> Running | None:
-    """Running statistics that kernels on a GPU can update; None for others."""
-    if running_mean is None or running_var is None or momentum.__class__ is not float:
-        return None
-    for each in (running_mean, running_var, num_batches_tracked):
-        if each is not None and not (
-            type(each) is loaded_torch().Tensor
-            and each.is_cuda
-            and each.device == running_mean.device
-            and each.is_contiguous()
-            and not each.requires_grad
-            and not each.is_inference()
-        ):
-            return None
-    return Running(running_mean, running_var, num_batches_tracked, momentum)
+def can_record(x: Array, running: Running) -> bool:
+    """Whether kernels for ``x``, a tensor on a GPU, can change these running statistics."""
+    tensor = loaded_torch().Tensor
+    return all(
+        each is None or (type(each) is tensor and each.device == x.device and each.is_contiguous())
+        for each in running[:3]
+    )
 
 
 def _bessel_factor(count: int) -> float:

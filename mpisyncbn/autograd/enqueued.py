@@ -7,6 +7,7 @@ that have to be copied first, and on a device without compiled kernels.
 
 from __future__ import annotations
 
+from collections.abc import Hashable
 from typing import TYPE_CHECKING, NamedTuple
 
 import torch
@@ -14,14 +15,21 @@ from torch import Tensor
 
 from .. import enqueue
 from ..batch_stats import BatchStats
-from ..kernels import ActivationContext, compiled_programs
+from ..kernels import ActivationContext, compiled_programs, describe
+from ..running_stats import can_record
 from .layer_context import LayerContext
 
 if TYPE_CHECKING:
-    from ..kernels.cpu._cpu import Total
+    from ..comm.streams import Streams
+    from ..kernels.cpu._cpu import Call, Total
+    from ..kernels.cuda.programs import Program
+    from ..kernels.protocol import Running
 
 __all__ = ["Enqueued", "backward", "forward"]
 
+_MOST = 4096  # passes that are kept prepared; a model has fewer, unless the shapes of its data change
+
+Dtypes = tuple[torch.dtype | None, torch.dtype | None]
 Gradients = tuple[Tensor, Tensor | None, Tensor | None, Tensor]
 
 
@@ -30,6 +38,7 @@ class Enqueued(NamedTuple):
 
     result: Tensor  # float64: mean, var, invstd, count, and two numbers for running statistics
     total: Total
+    recorded: bool  # whether the running statistics take the batch
 
     def stats(self) -> BatchStats:
         """The statistics as views of the result."""
@@ -45,40 +54,30 @@ def forward(
 
     Collective: every rank of the group must call.
     """
-    group, running = layer.group, layer.running
+    group, running = layer.group, _running_of(layer)
     group.check_world()
-    worker, programs = enqueue.worker_for(group, x), compiled_programs(x)
-    if worker is None or programs is None:
+    worker = enqueue.worker_for(group, x)
+    if worker is None or layer.description is None:
         return None
-    program = programs.forward_program(x, weight, bias, residual, layer.activation, running)
-    if program is None:
+    momentum = None if running is None else running.momentum
+    key = layer.name, layer.description, layer.activation, layer.eps, momentum
+    prepared = group.prepared.get(key) or _prepare_forward(key, x, weight, bias, residual, layer)
+    if prepared is None:
         return None
-    channels, y = x.shape[1], torch.empty_like(x)
-    result = x.new_empty(3 * channels + 3, dtype=torch.float64)
+    program, call, streams, channels, records = prepared
+    y, result = torch.empty_like(x), x.new_empty(3 * channels + 3, dtype=torch.float64)
     partials = x.new_empty(program.partials, dtype=torch.float64) if program.partials else None
-    mean = result.data_ptr()
-    var, invstd, more = (mean + 8 * row * channels for row in (1, 2, 3))
-    tensors = x, y, weight, bias, residual, partials
-    pointers = [
-        *map(_pointer, tensors),
-        mean,
-        var,
-        invstd,
-        more,
-        *map(_pointer, running[:3] if running else ()),
-    ]
-    largest = torch.finfo(running.var.dtype if running else torch.float32).max
-    streams = enqueue.device_streams(x)
+    mean, row = result.data_ptr(), 8 * channels
+    vectors = mean, mean + row, mean + 2 * row, mean + 3 * row  # mean, var, invstd, and three numbers
+    pointers = x, y, weight, bias, residual, partials, *vectors, *(running[:3] if running else ())
     with enqueue.locked(group, streams, "mpisyncbn:merge_moments"):
-        call = enqueue.moments_call(group, layer.call("forward"), channels, largest)
-        total = enqueue.new_total()
-        count = x.numel() // channels
+        total, count = enqueue.new_total(), x.numel() // channels
         worker.enqueue(
             streams.handle(), call, count, total, program.before, [], mean, program.after, pointers
         )
-    if running:
+    if running is not None and records:
         torch._C._increment_version([each for each in running[:3] if each is not None])
-    return y, Enqueued(result, total)
+    return y, Enqueued(result, total, records)
 
 
 def backward(
@@ -87,7 +86,7 @@ def backward(
     weight: Tensor | None,
     layer: LayerContext,
     context: ActivationContext | None,
-    dtypes: tuple[torch.dtype | None, torch.dtype | None],
+    dtypes: Dtypes,
 ) -> Gradients | None:
     """The gradients of x, weight, bias and residual; None if the host has to take part.
 
@@ -95,38 +94,102 @@ def backward(
     Collective: every rank of the group must call.
     """
     group, enqueued = layer.group, layer.enqueued
-    worker, programs = enqueue.worker_for(group, x), compiled_programs(x)
-    if worker is None or programs is None or enqueued is None:
+    worker = enqueue.worker_for(group, x)
+    if worker is None or enqueued is None:
         return None
     _, _, bias, y, residual = context or (None,) * 5
-    program = programs.backward_program(dy, x, y, residual, weight, bias, layer.activation, dtypes)
-    if program is None:
+    # Described again: a hook of autograd may have kept the tensors elsewhere.
+    description = describe(dy, x, y, residual, weight, bias)
+    key = layer.name, description, layer.activation, layer.eps, dtypes
+    tensors = dy, x, y, residual, weight, bias
+    prepared = group.prepared.get(key) or _prepare_backward(key, *tensors, dtypes, layer)
+    if prepared is None:
         return None
-    channels, dx = x.shape[1], torch.empty_like(x)
+    program, call, streams, channels, _ = prepared
+    dx = torch.empty_like(x)
     dz = torch.empty_like(x) if context is not None and context.stores_dz else None
-    dweight, dbias = (None if each is None else x.new_empty(channels, dtype=each) for each in dtypes)
+    dweight = None if dtypes[0] is None else x.new_empty(channels, dtype=dtypes[0])
+    dbias = None if dtypes[1] is None else x.new_empty(channels, dtype=dtypes[1])
     memory = x.new_empty(4 * channels + program.partials, dtype=torch.float64)
-    sums, mean = memory.data_ptr(), enqueued.result.data_ptr()
-    mean_dy, mean_dy_xmu, partials = (sums + 8 * row * channels for row in (2, 3, 4))
-    invstd = mean + 16 * channels
-    pointers = [*map(_pointer, (dy, x, y, residual, dz)), mean, invstd, _pointer(weight), _pointer(bias)]
-    pointers += [partials, sums, dx.data_ptr(), mean_dy, mean_dy_xmu, _pointer(dweight), _pointer(dbias)]
-    streams = enqueue.device_streams(x)
+    sums, mean, row = memory.data_ptr(), enqueued.result.data_ptr(), 8 * channels
+    mean_dy = sums + 2 * row
+    pointers = (
+        *(dy, x, y, residual, dz, mean, mean + 2 * row, weight, bias, sums + 4 * row, sums),
+        *(dx, mean_dy, mean_dy + row, dweight, dbias),
+    )
+    before, after = program.before, program.after
     with enqueue.locked(group, streams, "mpisyncbn:reduce_sums"):
-        call = enqueue.sums_call(group, layer.call("backward"), 2 * channels)
-        worker.enqueue(
-            streams.handle(),
-            call,
-            0,
-            enqueued.total,
-            program.before,
-            [sums],
-            mean_dy,
-            program.after,
-            pointers,
-        )
+        worker.enqueue(streams.handle(), call, 0, enqueued.total, before, [sums], mean_dy, after, pointers)
     return dx, dweight, dbias, dy if dz is None else dz
 
 
-def _pointer(tensor: Tensor | None) -> int:
-    return 0 if tensor is None else tensor.data_ptr()
+class _Prepared(NamedTuple):
+    """All of a pass that is the same each time."""
+
+    program: Program
+    call: Call
+    streams: Streams
+    channels: int
+    records: bool  # the batch in the running statistics
+
+
+def _running_of(layer: LayerContext) -> Running | None:
+    """The running statistics, if their values can be changed behind autograd."""
+    running = layer.running
+    if running is None or running.mean.requires_grad or running.var.requires_grad:
+        return None
+    batches = running.num_batches_tracked
+    inference = running.mean.is_inference() or running.var.is_inference()
+    return None if inference or (batches is not None and batches.is_inference()) else running
+
+
+def _prepare_forward(
+    key: Hashable,
+    x: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    residual: Tensor | None,
+    layer: LayerContext,
+) -> _Prepared | None:
+    programs, running, channels = compiled_programs(x), _running_of(layer), x.shape[1]
+    if programs is None:
+        return None
+    if running is not None and not can_record(x, running):
+        running = None
+    tensors = x, weight, bias, residual
+    program = programs.forward_program(*tensors, layer.activation, running, layer.description)
+    if program is None:
+        return None
+    largest = torch.finfo(torch.float32 if running is None else running.var.dtype).max
+    call = enqueue.moments_call(layer.group, layer.call("forward"), channels, largest)
+    records = running is not None
+    return _keep(key, layer, _Prepared(program, call, enqueue.device_streams(x), channels, records))
+
+
+def _prepare_backward(
+    key: Hashable,
+    dy: Tensor,
+    x: Tensor,
+    y: Tensor | None,
+    residual: Tensor | None,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    dtypes: Dtypes,
+    layer: LayerContext,
+) -> _Prepared | None:
+    programs, channels = compiled_programs(x), x.shape[1]
+    if programs is None:
+        return None
+    program = programs.backward_program(dy, x, y, residual, weight, bias, layer.activation, dtypes)
+    if program is None:
+        return None
+    call = enqueue.sums_call(layer.group, layer.call("backward"), 2 * channels)
+    return _keep(key, layer, _Prepared(program, call, enqueue.device_streams(x), channels, False))
+
+
+def _keep(key: Hashable, layer: LayerContext, prepared: _Prepared) -> _Prepared:
+    kept = layer.group.prepared
+    if len(kept) >= _MOST:
+        kept.clear()
+    kept[key] = prepared
+    return prepared

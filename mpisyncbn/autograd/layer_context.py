@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Hashable
 from functools import lru_cache, partial
 from typing import TYPE_CHECKING, Any, TypeAlias, TypeVar
 
@@ -29,6 +29,7 @@ class LayerContext:
     __slots__ = (
         "activation",
         "channels",
+        "description",
         "device_stats",
         "dtype",
         "enqueued",
@@ -54,6 +55,7 @@ class LayerContext:
         self.activation = activation
         self.keeps_output = memory_efficient  # whether the output is kept in place of the input
         self.running: Running | None = None  # running statistics that a forward pass may update itself
+        self.description: Hashable | None = None  # of the tensors, for kernels that are compiled for them
         self.enqueued: Enqueued | None = None  # of a forward pass that the host did not wait for
         self.stats: BatchStats  # on the host
         self.device_stats: BatchStats  # where the input is

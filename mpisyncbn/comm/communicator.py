@@ -6,7 +6,7 @@ import itertools
 import os
 import threading
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Hashable, Iterator
 from contextlib import contextmanager, suppress
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -85,6 +85,7 @@ class Communicator:
         self.link: Link | None = None  # native code for an exchange
         self.stream: StreamWorker | None = None  # does the exchanges of the stream transport
         self.enqueued_calls: dict[object, Call] = {}  # as the worker is told of them
+        self.prepared: dict[Hashable, Any] = {}  # passes of layers on a GPU: see autograd/enqueued.py
         self.on_failure: Callable[[Communicator], None] | None = None  # raises what it has found
         self.transport = "host"  # for data on a device; ready() agrees on it
         self._messages: dict[int, np.ndarray] = {}

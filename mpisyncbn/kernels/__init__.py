@@ -23,6 +23,7 @@ from __future__ import annotations
 
 import sys
 import warnings
+from collections.abc import Callable, Hashable
 from functools import cache
 from types import ModuleType
 from typing import TYPE_CHECKING
@@ -48,6 +49,7 @@ __all__ = [
     "Kind",
     "compiled_programs",
     "cuda_kernels_for",
+    "describe",
     "has_float64",
     "kernels_for",
     "loaded_torch",
@@ -134,6 +136,35 @@ def _programs(device: Device) -> ModuleType | None:
     from .cuda import programs
 
     return programs
+
+
+def describe(*tensors: Array | None) -> Hashable | None:
+    """All that kernels and checks depend on in torch tensors, but for addresses and values.
+
+    None if a tensor has no memory of its own, such as a sparse one.
+    """
+    return _describer()(*tensors)
+
+
+@cache
+def _describer() -> Callable[..., Hashable | None]:
+    native_code = native()
+    has_functions = native_code is not None and native_code.use_tensors(loaded_torch().Tensor)
+    return native_code.describe if native_code is not None and has_functions else _describe_in_python
+
+
+def _describe_in_python(*tensors: Array | None) -> Hashable | None:
+    try:
+        if any(t is not None and t.numel() and not t.data_ptr() for t in tensors):
+            return None
+        return tuple(
+            None
+            if t is None
+            else (type(t), t.shape, t.stride(), t.dtype, t.device, t.data_ptr() % 16, t.is_neg())
+            for t in tensors
+        )
+    except (AttributeError, NotImplementedError, RuntimeError):  # a nested tensor has no shape
+        return None
 
 
 @cache

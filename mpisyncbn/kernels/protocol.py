@@ -108,6 +108,8 @@ class NativeKernels(Kernels, Protocol):
         self, comm: int, rank: int, exchanges: int, timeout: float, hostnames: list[str], /
     ) -> None: ...
 
+    def describe(self, *tensors: Array | None) -> bytes | None: ...
+
     def install_finalize_hook(
         self,
         functions: list[int],
@@ -147,3 +149,5 @@ class NativeKernels(Kernels, Protocol):
         momentum: float,
         /,
     ) -> bool: ...
+
+    def use_tensors(self, tensor: type, /) -> bool: ...

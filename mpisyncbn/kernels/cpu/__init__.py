@@ -23,6 +23,7 @@ from ._cpu import (
     StreamWorker,
     Total,
     add_departing_group,
+    describe,
     install_finalize_hook,
     instruction_set,
     invstd,
@@ -30,12 +31,14 @@ from ._cpu import (
     passes_fast_check,
     threads,
     update_running_stats,
+    use_tensors,
 )
 
 __all__ = ["backward_elementwise", "backward_reduce", "local_moments", "normalize"]
 # Other native code: see link.h, running_stats.h and leave.h.
 __all__ += ["Call", "Launches", "Link", "StreamWorker", "Total"]
 __all__ += ["add_departing_group", "install_finalize_hook", "invstd", "passes_fast_check"]
+__all__ += ["describe", "use_tensors"]
 __all__ += ["instruction_set", "most_dimensions", "threads", "update_running_stats"]
 
 _Arrays = TypeVar("_Arrays", bound=tuple[Array | None, ...])

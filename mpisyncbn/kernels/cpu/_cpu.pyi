@@ -187,6 +187,16 @@ def stream_from(size: int, /) -> None:
 def streamed_values() -> int:
     """How many values were written past the cache since the last call."""
 
+def use_tensors(tensor: type, /) -> bool:
+    """Read tensors of this class, torch's, in what follows. Returns False for torch before 2.10."""
+
+def describe(*tensors: Array | None) -> bytes | None:
+    """All that kernels and checks of arguments depend on, but for addresses and values.
+
+    That is class, device, dtype, shape, strides, alignment to 16 bytes, and whether values are
+    negated when they are read. None if a tensor has no memory of its own.
+    """
+
 class Total:
     """The count of a group's batch, for a backward exchange."""
 
@@ -254,13 +264,14 @@ class StreamWorker:
         vectors: list[int],
         out: int,
         after: Launches | None,
-        pointers: list[int],
+        pointers: tuple[Array | int | None, ...],
         /,
     ) -> None:
         """Enqueue kernels, an exchange, and further kernels.
 
         ``vectors`` are the addresses of the message's on the device; none if the kernels before write
         it. The result is copied to ``out``. ``total`` is set by moments, and sums are divided by it.
+        ``pointers`` are tensors of torch, addresses, or None.
         """
 
     def wait(self, /) -> None:

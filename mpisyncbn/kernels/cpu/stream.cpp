@@ -1,20 +1,26 @@
 // What Python sees of the stream transport: it enqueues exchanges on the streams of a device.
 
 #include <nanobind/nanobind.h>
+#include <nanobind/stl/optional.h>
 #include <nanobind/stl/shared_ptr.h>
 #include <nanobind/stl/string.h>
 #include <nanobind/stl/tuple.h>
 #include <nanobind/stl/vector.h>
 
+#include <array>
 #include <deque>
 #include <map>
 #include <optional>
 
+#include "tensors.h"
 #include "worker.h"
 
 namespace nb = nanobind;
 
 namespace {
+
+using Pointers = std::array<uint64_t, 16>;
+constexpr size_t MOST_ARGUMENTS = 64;
 
 // Kernels that are compiled, with their arguments: all but the pointers are the same each time.
 struct Launch {
@@ -25,21 +31,21 @@ struct Launch {
     enum { VALUE = -1, MESSAGE = -2 };
     void *function;
     unsigned grid[3], threads, shared;
-    std::vector<Argument> arguments;
+    std::vector<Argument> arguments;  // at most MOST_ARGUMENTS
 
-    void run(const Driver &driver, Driver::Stream stream, const std::vector<uint64_t> &pointers,
-             const Slot *slot) const {
-        std::vector<uint64_t> values;
-        std::vector<void *> addresses;
-        values.reserve(arguments.size());
+    void run(const Driver &driver, Driver::Stream stream, const Pointers &pointers, const Slot *slot) const {
+        uint64_t values[MOST_ARGUMENTS];
+        void *addresses[MOST_ARGUMENTS];
+        size_t i = 0;
         for (const auto &each : arguments) {
-            values.push_back(each.pointer == VALUE     ? each.value
-                             : each.pointer == MESSAGE ? (uint64_t)slot->message
-                                                       : pointers.at(each.pointer));
-            addresses.push_back(&values.back());
+            values[i] = each.pointer == VALUE     ? each.value
+                        : each.pointer == MESSAGE ? (uint64_t)slot->message
+                                                  : pointers.at(each.pointer);
+            addresses[i] = values + i;
+            ++i;
         }
         driver.check(driver.cuLaunchKernel(function, grid[0], grid[1], grid[2], threads, 1, 1, shared, stream,
-                                           addresses.data(), nullptr),
+                                           addresses, nullptr),
                      "cuLaunchKernel");
     }
 };
@@ -85,7 +91,10 @@ struct StreamWorker {
     // if any are given; else the kernels write it. The result is copied to `out` on the device.
     void enqueue(uintptr_t stream_number, const Call &call, double count, std::shared_ptr<Total> total,
                  const Launches *before, const std::vector<uint64_t> &vectors, uint64_t out, const Launches *after,
-                 const std::vector<uint64_t> &pointers) {
+                 nb::tuple given) {
+        Pointers pointers{};
+        for (size_t i = 0; i < given.size(); ++i) pointers.at(i) = tensors::address_of(given[i].ptr());
+        if (PyErr_Occurred()) throw nb::python_error();
         // A driver whose queue is full waits for the device, and Python's other threads must not.
         const nb::gil_scoped_release other_threads_run;
         if (worker && worker->stopping) throw std::runtime_error("the program is at its end: no exchange can follow");
@@ -140,7 +149,7 @@ struct StreamWorker {
         if (!context && last) driver.check(driver.cuCtxSetCurrent(last->context), "cuCtxSetCurrent");
     }
 
-    void run(const Launches *launches, Driver::Stream stream, const std::vector<uint64_t> &pointers, const Slot *slot) {
+    void run(const Launches *launches, Driver::Stream stream, const Pointers &pointers, const Slot *slot) {
         if (launches)
             for (const auto &each : launches->all) each.run(driver, stream, pointers, slot);
     }
@@ -274,6 +283,12 @@ struct StreamWorker {
 }  // namespace
 
 void bind_stream(nb::module_ &m) {
+    m.def("use_tensors", [](nb::handle type) { return tensors::use(type.ptr()); });
+    m.def("describe", [](nb::args all) -> std::optional<nb::bytes> {
+        PyObject *const found = tensors::describe(all.ptr());
+        if (!found) throw nb::python_error();
+        return found == Py_None ? std::nullopt : std::optional(nb::steal<nb::bytes>(found));
+    });
     nb::class_<Total>(m, "Total").def(nb::init<>()).def_rw("count", &Total::count);
     nb::class_<Call>(m, "Call")
         .def("__init__", [](Call *self, int kind, int number, size_t channels, long hash, long again, double eps,
@@ -285,6 +300,7 @@ void bind_stream(nb::module_ &m) {
         for (const auto &[function, grid, threads, shared, arguments] : given) {
             const auto &[x, y, z] = grid;
             self->all.push_back({(void *)function, {x, y, z}, threads, shared, {}});
+            if (arguments.size() > MOST_ARGUMENTS) throw std::runtime_error("a kernel with more than 64 arguments");
             for (const auto &[pointer, value] : arguments) self->all.back().arguments.push_back({pointer, value});
         }
     });

@@ -7,7 +7,7 @@ pointers of a call are numbered by ``Forward`` and ``Backward``. See enqueued.py
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 from enum import IntEnum
 from typing import Any, NamedTuple
 
@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 from triton import JITFunction
 
+from .. import describe
 from ..activation import NO_ACTIVATION, Activation
 from ..cpu import Launches
 from ..layout import dense, with_strides_of
@@ -77,7 +78,7 @@ class Program(NamedTuple):
     partials: int  # float64 values of memory
 
 
-_programs: dict[tuple[object, ...], Program | None] = {}
+_programs: dict[Hashable, Program | None] = {}
 
 
 def forward_program(
@@ -87,17 +88,14 @@ def forward_program(
     residual: Tensor | None,
     activation: Activation,
     running: Running | None,
+    description: Hashable,
 ) -> Program | None:
     """The kernels of a forward pass, and of the update of running statistics.
 
-    None if a tensor is not as the kernels read it, so that a copy has to be made.
+    ``description`` is that of all these tensors. None if a tensor is not as the kernels read it, so
+    that a copy has to be made.
     """
-    key = (
-        activation,
-        None if running is None else (running.momentum, _kind(running.mean), _kind(running.var)),
-        None if running is None else _kind(running.num_batches_tracked),
-        *(x.shape, x.device.index, _kind(x), _kind(residual), _kind(weight), _kind(bias)),
-    )
+    key = description, activation, None if running is None else running.momentum
     try:
         return _programs[key]
     except KeyError:
@@ -122,10 +120,10 @@ def backward_program(
     ``parameters`` are the dtypes of the gradients of weight and bias, None for one that is not
     needed. None as for ``forward_program``.
     """
-    key = (
-        *(activation, parameters, x.shape, x.device.index, _kind(x), _kind(dy), _kind(y), _kind(residual)),
-        *(_kind(weight), _kind(bias)),
-    )
+    # of all tensors again: a hook of autograd may have kept x elsewhere
+    key = describe(x, dy, y, residual, weight, bias), activation, parameters
+    if key[0] is None:
+        return None
     try:
         return _programs[key]
     except KeyError:
@@ -134,13 +132,6 @@ def backward_program(
         with _device_of(x):
             made = _make_backward(*tensors, activation, parameters) if readable else None
         return _programs.setdefault(key, made)
-
-
-def _kind(tensor: Tensor | None) -> object:
-    """All of a tensor that a program depends on, beside its shape."""
-    if tensor is None:
-        return None
-    return tensor.dtype, tensor.stride(), tensor.data_ptr() % 16, tensor.is_neg()
 
 
 def _are_readable(x: Tensor, like_x: Sequence[Tensor | None], vectors: Sequence[Tensor | None]) -> bool:

@@ -1,0 +1,98 @@
+// What native code asks of torch's tensors, wherever their memory is: by the C functions that torch
+// 2.10 and newer have for DLPack. A call of one of a tensor's methods takes ten times as long.
+#pragma once
+
+#include <Python.h>
+
+#include <cstdint>
+#include <stdexcept>
+#include <string>
+
+namespace tensors {
+
+// As in dlpack.h, version 1
+struct DLTensor {
+    char *data;
+    int32_t device_type, device, dimensions;
+    uint8_t code, bits;
+    uint16_t lanes;
+    int64_t *shape, *strides;
+    uint64_t byte_offset;
+
+    uint64_t address() const { return (uint64_t)(data + byte_offset); }
+};
+struct ExchangeAPI {
+    uint32_t major, minor;
+    const ExchangeAPI *previous;
+    void *managed[3];
+    int (*dltensor_from_py_object)(void *, DLTensor *);
+    void *current_work_stream;
+};
+
+inline PyTypeObject *tensor_type = nullptr;
+inline const ExchangeAPI *api = nullptr;
+inline PyObject *is_neg = nullptr;
+
+// Takes torch.Tensor. Returns whether it has those functions.
+inline bool use(PyObject *type) {
+    PyObject *const capsule = PyObject_GetAttrString(type, "__dlpack_c_exchange_api__");
+    const auto *found = capsule ? (const ExchangeAPI *)PyCapsule_GetPointer(capsule, "dlpack_exchange_api") : nullptr;
+    Py_XDECREF(capsule);
+    PyErr_Clear();
+    while (found && found->major > 1) found = found->previous;
+    if (!found || found->major != 1 || !found->dltensor_from_py_object) return false;
+    if (!is_neg) is_neg = PyUnicode_InternFromString("is_neg");
+    Py_INCREF(type);  // for good, as its functions
+    tensor_type = (PyTypeObject *)type, api = found;
+    return true;
+}
+
+// Returns false for what is no tensor with memory of its own: sparse, of a transform, all zeros, ...
+inline bool read(PyObject *object, DLTensor &out) {
+    if (!api || !PyType_IsSubtype(Py_TYPE(object), tensor_type)) return false;
+    if (api->dltensor_from_py_object(object, &out) != 0) return PyErr_Clear(), false;
+    int64_t values = 1;
+    for (int32_t i = 0; i < out.dimensions; ++i) values *= out.shape[i];
+    return out.data || !values;
+}
+
+// All that a kernel depends on, and a check of arguments, beside the address: of each tensor, or None.
+// Returns None if one cannot be read.
+inline PyObject *describe(PyObject *tuple) {
+    std::string out;
+    out.reserve(64 * PyTuple_Size(tuple));
+    const auto put = [&out](const auto &value) { out.append((const char *)&value, sizeof value); };
+    for (Py_ssize_t i = 0; i < PyTuple_Size(tuple); ++i) {
+        PyObject *const object = PyTuple_GetItem(tuple, i);
+        DLTensor found;
+        if (object == Py_None) {
+            put(nullptr);
+            continue;
+        }
+        if (!read(object, found)) Py_RETURN_NONE;
+        PyObject *const negative = PyObject_CallMethodObjArgs(object, is_neg, nullptr);
+        if (!negative) return nullptr;
+        put(Py_TYPE(object)), put(found.device_type), put(found.device), put(found.dimensions);
+        put(found.code), put(found.bits), put(found.lanes);
+        put((uint8_t)(found.address() % 16)), put((uint8_t)(negative == Py_True));
+        out.append((const char *)found.shape, 8 * found.dimensions);
+        out.append((const char *)found.strides, 8 * found.dimensions);
+        Py_DECREF(negative);
+    }
+    return PyBytes_FromStringAndSize(out.data(), out.size());
+}
+
+// The address of a tensor, or one that is given as a number; 0 for None.
+inline uint64_t address_of(PyObject *object) {
+    if (object == Py_None) return 0;
+    DLTensor found;
+    if (read(object, found)) return found.address();
+    PyObject *const number = PyLong_Check(object) ? (Py_INCREF(object), object)
+                                                  : PyObject_CallMethod(object, "data_ptr", nullptr);
+    if (!number) return 0;  // with Python's error
+    const uint64_t address = PyLong_AsUnsignedLongLong(number);
+    Py_DECREF(number);
+    return address;
+}
+
+}  // namespace tensors
