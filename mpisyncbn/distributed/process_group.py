@@ -27,6 +27,7 @@ if TYPE_CHECKING:
 
 __all__ = ["BACKEND", "ProcessGroup", "create_process_group"]
 
+#: The name of the backend in torch.distributed: "mpi4py".
 BACKEND = "mpi4py"
 
 
