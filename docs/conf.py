@@ -14,9 +14,7 @@ myst_heading_anchors = 3  # links to headings, by the names that repository view
 highlight_language = "text"  # of blocks that name none
 
 autodoc_member_order = "bysource"
-autodoc_typehints = "description"
-autodoc_typehints_description_target = "documented_params"
-python_use_unqualified_type_names = True
+python_maximum_signature_line_length = 88
 napoleon_use_rtype = False
 
 nitpicky = True
