@@ -1,4 +1,4 @@
-"""How the package is put together: who imports whom, what importing it costs, and that the README runs."""
+"""How the package is put together: who imports whom, what importing it costs, and what pages say of it."""
 
 from __future__ import annotations
 
@@ -149,33 +149,6 @@ def test_hooks_of_git_run_what_the_tests_run_first():
     assert [hook.removesuffix(" --fix") for hook in hooks] == ["ruff check", "ruff format", "mypy"]
     steps = re.findall(r'run "(ruff check|ruff format|mypy)" ', (ROOT / "scripts" / "test").read_text())
     assert steps == ["ruff check", "ruff format", "mypy"]
-
-
-def blocks(name: str) -> list[str]:
-    return re.findall(r"^```python\n(.*?)^```", (ROOT / name).read_text(), re.MULTILINE | re.DOTALL)
-
-
-@pytest.mark.parametrize(
-    "name",
-    [
-        "README.md",
-        "docs/guides/activations.md",
-        "docs/explanation/algorithm.md",
-        pytest.param("docs/guides/compile.md", marks=pytest.mark.filterwarnings("ignore")),  # torch's tools
-        "docs/guides/distributed.md",
-        "docs/guides/masks.md",
-        "docs/guides/memory.md",
-        "docs/explanation/sharp_bits.md",
-        "docs/guides/spatial.md",
-    ],
-)
-def test_code_in_the_documentation_runs(name, tmp_path, monkeypatch, capsys):
-    """Each block by itself, at any number of ranks."""
-    monkeypatch.chdir(tmp_path)
-    found = blocks(name)
-    assert found or name != "README.md"
-    for number, code in enumerate(found):
-        exec(compile(code, f"{name}, block {number + 1}", "exec"), {"__name__": "__main__"})
 
 
 def table(name: str, heading: str) -> list[list[str]]:
