@@ -14,6 +14,7 @@ myst_heading_anchors = 3  # links to headings, by the names that repository view
 highlight_language = "text"  # of blocks that name none
 
 autodoc_member_order = "bysource"
+autodoc_type_aliases = {name: name for name in ("AnyActivation", "AnyGroup", "Array", "Forward")}
 python_maximum_signature_line_length = 88
 napoleon_use_rtype = False
 
@@ -21,6 +22,7 @@ nitpicky = True
 # Without a network there is no list of the names of other projects.
 nitpick_ignore_regex = [("py:.*", r"(?!mpisyncbn\.).*")]
 
+pygments_style, pygments_dark_style = "default", "monokai"
 html_theme = "furo"  # brings its own fonts and scripts
 html_title = f"mpisyncbn {release}"
 html_show_sphinx = html_copy_source = False

@@ -12,13 +12,15 @@ __all__ = ["local_rank"]
 
 
 def local_rank(comm: AnyGroup = None) -> int:
-    """This rank's place among the ranks of ``comm`` on its machine, from 0. Choose a GPU by it:
+    """This rank's place among the ranks of ``comm`` on its machine, from 0.
+
+    It tells a rank which GPU to take::
 
         torch.cuda.set_device(mpisyncbn.local_rank() % torch.cuda.device_count())
 
-    MPI knows which ranks share memory, while variables such as SLURM_LOCALID are wrong under other
-    launchers. (Take the remainder because some launchers show each rank one GPU only.) Containers
-    on one machine may share no memory: their ranks are found by the machine's name and boot.
+    The remainder is for launchers that show each rank one GPU only. MPI knows which ranks share
+    memory, while variables such as SLURM_LOCALID are wrong under other launchers. Ranks in containers
+    may share no memory: they are found by the name and the boot of their machine.
 
     Args:
         comm: an mpi4py communicator, a Communicator, or None for the world.
