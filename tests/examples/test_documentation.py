@@ -105,12 +105,14 @@ def check_page(page: Path, folder: Path, wanted, variables: Mapping[str, str]) -
 
 
 @starts_mpiexec
+@pytest.mark.timeout(900)
 @pytest.mark.parametrize("page", with_blocks(runs_commands, pytest.mark.full("jobs of several ranks")))
 def test_commands_print_what_the_page_shows(page, tmp_path):
     check_page(page, tmp_path, runs_commands, jobs.for_jobs())
 
 
 @starts_mpiexec
+@pytest.mark.timeout(900)
 @pytest.mark.parametrize("page", with_blocks(of_slurm, pytest.mark.full("Slurm takes its time")))
 def test_batch_jobs_print_what_the_page_shows(page, tmp_path):
     with slurm(nodes=1) as cluster:

@@ -10,8 +10,7 @@ from typing import NamedTuple
 
 from support.jobs import ROOT
 
-PAGES = [ROOT / name for name in ("README.md", "CONTRIBUTING.md", "CHANGELOG.md")]
-PAGES += sorted((ROOT / "docs").rglob("*.md"))
+PAGES = sorted(ROOT.glob("*.md")) + sorted((ROOT / "docs").rglob("*.md"))
 
 _BLOCK = re.compile(r"^```(\S*)[^\n]*\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 _FILE = re.compile(r"(?:#!.*\n)?# (\w+\.\w+)\n")
@@ -62,9 +61,9 @@ def write(block: Block, folder: Path) -> None:
     old, new = re.findall(r"^[-+]{3} (\S+)$", head, re.MULTILINE)
     text = (folder / old).read_text()
     for hunk in hunks:
-        lines = [(line[0], line[1:]) for line in hunk.splitlines(keepends=True)]
-        before = "".join(line for sign, line in lines if sign in " -" or line == "")
-        after = "".join(line for sign, line in lines if sign in " +" or line == "")
+        lines = [line if line.strip() else " \n" for line in hunk.splitlines(keepends=True)]
+        before = "".join(line[1:] for line in lines if line[0] in " -")
+        after = "".join(line[1:] for line in lines if line[0] in " +")
         assert text.count(before) == 1, f"{old} has this {text.count(before)} times:\n{before}"
         text = text.replace(before, after)
     (folder / new).write_text(text)
