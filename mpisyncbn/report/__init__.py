@@ -52,7 +52,7 @@ class Report:
             "mpi": {**self._merged(lambda each: each.mpi), "sums": self.sums},
             "ranks": self._ranks(),
             "kernels": self._merged(lambda each: each.kernels),
-            "gpu": {"seen by torch": by_rank([len(each.gpus) for each in self.ranks])},
+            "gpu": {"GPUs for each": by_rank([len(each.gpus) for each in self.ranks])},
             "transport": self._merged(
                 lambda each: dict(zip(("in use", "because"), each.transport, strict=True))
             ),
@@ -73,9 +73,9 @@ class Report:
             "ranks per node": ", ".join(str(len(node)) for node in nodes),
             "hosts": hosts(self.ranks, lambda each: each.machine[0]),
             "launcher": self.launcher,
-            "cores each": by_rank([len(each.cores) for each in self.ranks]),
-            "limit of their time": by_rank(quotas),
-            "threads each": by_rank([each.threads for each in self.ranks]),
+            "cores for each": by_rank([len(each.cores) for each in self.ranks]),
+            "limit for each": by_rank(quotas),
+            "threads of each": by_rank([each.threads for each in self.ranks]),
         }
 
 

@@ -46,6 +46,7 @@ def find_problems(facts: Sequence[RankFacts]) -> list[Problem]:
         _versions,
         _cores,
         _cores_of_tasks,
+        _shared_memory,
         _native,
         _gpus,
         _triton,
@@ -233,6 +234,17 @@ def _cores_of_tasks(facts: Sequence[RankFacts]) -> Iterator[Problem]:
         )
 
 
+def _shared_memory(facts: Sequence[RankFacts]) -> Iterator[Problem]:
+    apart = [node for node in nodes_of(facts) if len({each.first for each in node}) > 1]
+    if apart:
+        yield Problem(
+            WARNING,
+            f"{ranks(apart[0], facts)} on {apart[0][0].machine[0]} share no memory, so that messages go by "
+            "the network",
+            "let containers use the /dev/shm of the host: apptainer without --contain, docker --ipc=host",
+        )
+
+
 def _native(facts: Sequence[RankFacts]) -> Iterator[Problem]:
     for why, found in _grouped(facts, lambda each: [each.no_native] if each.no_native else []).items():
         train = "trains" if len(found) == 1 else "train"
@@ -246,6 +258,12 @@ def _native(facts: Sequence[RankFacts]) -> Iterator[Problem]:
 
 
 def _gpus(facts: Sequence[RankFacts]) -> Iterator[Problem]:
+    for why, found in _grouped(facts, lambda each: [each.gpu_error] if each.gpu_error else []).items():
+        yield Problem(
+            ERROR,
+            f"the GPU cannot be used on {ranks(found, facts)}: {why}",
+            "nvidia-smi or rocm-smi says whether the driver works, and who else uses the GPU",
+        )
     without = [each for each in facts if not each.gpus]
     if 0 < len(without) < len(facts):
         yield Problem(

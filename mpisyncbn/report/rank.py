@@ -47,6 +47,7 @@ class RankFacts(NamedTuple):
     threads: int
     yields: bool
     gpus: tuple[str, ...]  # an id of each that torch sees
+    gpu_error: str  # why they cannot be used
     gpus_given: str  # what says that there are some
 
 
@@ -65,7 +66,8 @@ def find(MPI: ModuleType) -> RankFacts:
     vendor, version = MPI.get_vendor()
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # the report says it
-        used, kernels = _transport(MPI), _kernels()
+        used = _transport(MPI)
+        gpus, gpu_kernels, gpu_error = _gpus()
     return RankFacts(
         rank=world.rank,
         machine=config.machine(),
@@ -82,14 +84,15 @@ def find(MPI: ModuleType) -> RankFacts:
         unknown_settings=config.unknown_settings(),
         invalid=tuple(invalid),
         transport=used,
-        kernels=kernels,
+        kernels={**_kernels(), **gpu_kernels},
         no_native=_no_native(),
         cores=cores(),
         quota=quota(),
         cpus_per_task=config.cpus_per_task(),
         threads=_threads(),
         yields=yields(MPI),
-        gpus=_gpus(),
+        gpus=gpus,
+        gpu_error=gpu_error,
         gpus_given=config.gpus_given(),
     )
 
@@ -130,26 +133,12 @@ def _torch() -> ModuleType | None:
 
 
 def _kernels() -> dict[str, str]:
-    """The kernels for each kind of array, in words."""
+    """The kernels for each kind of array in host memory, in words."""
     used = {"NumPy": _on_host(np.zeros((1, 1)), "generic: composed of NumPy operations")}
     torch = _torch()
     if torch is None:
         return {**used, "torch": "torch is not installed"}
-    used["torch, cpu"] = _on_host(torch.zeros(1, 1), "aten: composed of ATen operations")
-    accelerator = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
-    if accelerator is None:
-        used["torch, accelerator"] = "torch finds no accelerator"
-    elif accelerator.type == "cuda":
-        used["torch, cuda"] = cuda_kernels_for(torch.device("cuda", torch.cuda.current_device()))[1]
-    else:
-        used[f"torch, {accelerator.type}"] = "generic: composed of torch operations"
-    if "not installed" in versions()["cupy"]:
-        used["CuPy"] = "CuPy is not installed"
-    elif accelerator is not None and accelerator.type == "cuda":
-        used["CuPy"] = "those of torch, cuda, by way of DLPack"
-    else:
-        used["CuPy"] = "generic: composed of CuPy operations"
-    return used
+    return {**used, "torch, cpu": _on_host(torch.zeros(1, 1), "aten: composed of ATen operations")}
 
 
 def _on_host(x: Array, otherwise: str) -> str:
@@ -182,10 +171,32 @@ def _threads() -> int:
     return 1 if host is None else host.threads()
 
 
-def _gpus() -> tuple[str, ...]:
-    """An id of each GPU that torch sees, the same in all processes that see it."""
+def _gpus() -> tuple[tuple[str, ...], dict[str, str], str]:
+    """An id of each GPU that torch sees, the kernels for arrays there, and why they cannot be used.
+
+    The id is the same in all processes that see the GPU.
+    """
     torch = _torch()
-    if torch is None or not torch.cuda.is_available():
-        return ()
-    devices = map(torch.cuda.get_device_properties, range(torch.cuda.device_count()))
-    return tuple(f"{each.name} {getattr(each, 'uuid', index)}" for index, each in enumerate(devices))
+    if torch is None:
+        return (), {}, ""
+    accelerator = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
+    kind, gpus, used = None if accelerator is None else accelerator.type, [], {}
+    if kind is None:
+        used["torch, accelerator"] = "torch finds no accelerator"
+    elif kind != "cuda":
+        used[f"torch, {kind}"] = "generic: composed of torch operations"
+    else:
+        try:
+            for index in range(torch.cuda.device_count()):
+                found = torch.cuda.get_device_properties(index)
+                gpus.append(f"{found.name} {getattr(found, 'uuid', index)}")
+            used["torch, cuda"] = cuda_kernels_for(torch.device("cuda", torch.cuda.current_device()))[1]
+        except RuntimeError as error:  # those of CUDA are
+            return tuple(gpus), {}, str(error).strip().splitlines()[0]
+    if "not installed" in versions()["cupy"]:
+        used["CuPy"] = "CuPy is not installed"
+    elif kind == "cuda":
+        used["CuPy"] = "those of torch, cuda, by way of DLPack"
+    else:
+        used["CuPy"] = "generic: composed of CuPy operations"
+    return tuple(gpus), used, ""
