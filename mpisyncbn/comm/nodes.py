@@ -8,7 +8,7 @@ from .communicator import world
 from .groups import AnyGroup, resolve
 from .runtime import mpi
 
-__all__ = ["local_rank"]
+__all__ = ["local_rank", "ranks_on_node_of"]
 
 
 def local_rank(comm: AnyGroup = None) -> int:
@@ -35,10 +35,10 @@ def local_rank(comm: AnyGroup = None) -> int:
         first = shared.bcast(group.rank)
         shared.Free()
         gathered = group.comm.allgather((first, config.machine()))
-    return _ranks_on_node_of(gathered, group.rank).index(group.rank)
+    return ranks_on_node_of(gathered, group.rank).index(group.rank)
 
 
-def _ranks_on_node_of(gathered: list[tuple[int, tuple[str, str]]], rank: int) -> list[int]:
+def ranks_on_node_of(gathered: list[tuple[int, tuple[str, str]]], rank: int) -> list[int]:
     """The ranks that share memory with ``rank``, or a machine with any of those, in order."""
     firsts, machines = {gathered[rank][0]}, {gathered[rank][1]}
     while True:

@@ -18,7 +18,7 @@ from support.ranks import no_exchange
 PACKAGE = ROOT / "mpisyncbn"
 # Data goes down these lines and back; imports go down them and never up. In kernels/ there is no order.
 FLOORS = {
-    "": "__init__ __main__ lightning precise_bn distributed uneven batchnorm autograd convert"
+    "": "__init__ __main__ report lightning precise_bn distributed uneven batchnorm autograd convert"
     " convertible mixed_class registry fusing tracing functional exchange enqueue merging fingerprint"
     " running_stats arguments arrays batch_stats activations communicator comm layer_names liveness kernels"
     " profiling torch_versions config errors",
@@ -28,6 +28,7 @@ FLOORS = {
     "distributed": "__init__ joining process_group rendezvous store collectives point_to_point checked"
     " mpi_collectives host_tensors work no_compile",
     "liveness": "__init__ watchdog rank_status reports arrivals exits",
+    "report": "__init__ text checks words rank cores",
 }
 MODULES = sorted(PACKAGE.rglob("*.py"))
 
