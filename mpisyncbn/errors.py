@@ -16,11 +16,11 @@ class CollectiveMismatchError(MPISyncBNError):
 
 
 class CollectiveTimeoutError(MPISyncBNError):
-    """A rank waited longer for the others than the deadline allows."""
+    """A rank waited longer for the others, in a collective of torch.distributed, than it may."""
 
 
 class TransportError(MPISyncBNError):
-    """The transport that was asked for is not available."""
+    """The transport that ``MPISYNCBN_TRANSPORT`` asks for is not available."""
 
 
 def on_rank() -> str:

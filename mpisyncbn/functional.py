@@ -164,8 +164,8 @@ def batch_norm_backward(
         stats: what it returned.
 
     Returns:
-        ``dx``, like ``x``, and 0 where the mask is false; ``dweight`` and ``dbias``, of length C: the
-        sums of this rank alone, which data-parallel training averages with all other gradients.
+        ``dx``, like ``x``, and 0 where the mask is false; ``dweight`` and ``dbias``, of length C, the
+        sums of this rank alone. Data-parallel training averages them with all other gradients.
 
     Collective: every rank of the group must call.
     """

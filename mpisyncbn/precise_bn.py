@@ -43,11 +43,11 @@ def update_bn(
 ) -> None:
     """Set the running statistics of a model to those of all data of all ranks, exactly.
 
-    ``torch.optim.swa_utils.update_bn`` over ranks, for weights that were averaged (SWA, EMA) or that
-    should be evaluated with precise statistics (Wu and Johnson 2021, "Rethinking 'Batch' in BatchNorm").
-    The mean and the unbiased variance are those of all values that a layer normalizes, whatever batches and
-    ranks they come in: torch averages the statistics of batches, with one weight for all. The model runs
-    in training mode, so that a synchronized layer normalizes each batch with the statistics of all ranks.
+    It is ``torch.optim.swa_utils.update_bn`` over ranks. It serves weights that were averaged (SWA,
+    EMA), and precise statistics (Wu and Johnson 2021, "Rethinking 'Batch' in BatchNorm"). The mean and
+    the unbiased variance are those of all values that a layer normalizes, whatever batches and ranks
+    they come in. (torch averages the statistics of batches, all with one weight.) The model runs in
+    training mode, so that a synchronized layer normalizes each batch with the statistics of all ranks.
 
     Args:
         loader: batches of this rank: tensors, or tuples and lists whose first item is the input of the

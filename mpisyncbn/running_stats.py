@@ -52,8 +52,8 @@ def update_running_stats(
             memory or on their device.
 
     Returns:
-        Whether they were updated: a bool, or a 0-d array if only a device or a compiled graph knows
-        that. Not collective.
+        Whether they were updated, as a bool; as a 0-d array if only a device or a compiled graph
+        knows that. Not collective.
 
     Raises:
         ValueError, TypeError: an argument is of the wrong shape, dtype, device or range.

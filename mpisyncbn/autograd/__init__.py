@@ -76,7 +76,7 @@ def sync_batch_norm(
         eps: added to the variance, at least 0.
         process_group: the ranks to normalize over: an mpi4py communicator, a Communicator, or None
             for the world.
-        activation: what the output goes through, in the same passes over memory, forward and
+        activation: applied to the output, in the same passes over memory, forward and
             backward: "relu", "leaky_relu", "silu", "hardswish", "elu" or "gelu", with torch's
             defaults; "leaky_relu(0.1)", "elu(0.5)" or "gelu(tanh)"; a module of torch.nn that does
             the same, such as ``nn.LeakyReLU(0.1)``; or None.

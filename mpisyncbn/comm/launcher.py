@@ -23,7 +23,7 @@ from ..errors import MPISyncBNError, on_rank
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
 
-__all__ = ["check_world", "check_world_size", "describe", "warn_world_size"]
+__all__ = ["check_world", "check_world_size", "describe", "warn_world_size", "world_size_mismatch"]
 
 # How srun starts the ranks of a library, by mpi4py's name for the library.
 _SRUN = {
@@ -36,11 +36,17 @@ _SRUN = {
 _checked: Callable[[], object] = object  # returns torch's default group at the last check
 
 
-class _WorldSizeMismatch(NamedTuple):
+class WorldSizeMismatch(NamedTuple):
     """The error that torch.distributed or a launcher knows of more ranks than MPI."""
 
-    text: str  # both numbers of ranks, and the cure
+    sizes: str  # both numbers of ranks
+    cure: str
     variable: str = ""
+
+    @property
+    def text(self) -> str:
+        """The sizes and the cure."""
+        return f"{self.sizes}: {self.cure}"
 
 
 def check_world(mpi: Callable[[], ModuleType]) -> None:
@@ -60,7 +66,7 @@ def check_world_size(MPI: ModuleType) -> None:
 
     In a shell that srun started, only warn: srun may start one per task, with a user at the first.
     """
-    found = _world_size_mismatch(MPI)
+    found = world_size_mismatch(MPI)
     if found is None:
         return
     if found.variable.startswith("SLURM_") and _has_terminal():
@@ -74,19 +80,17 @@ def check_world_size(MPI: ModuleType) -> None:
 
 def warn_world_size(MPI: ModuleType) -> None:
     """Warn, once, if torch.distributed or a launcher knows of more ranks than MPI."""
-    if (found := _world_size_mismatch(MPI)) is not None:
+    if (found := world_size_mismatch(MPI)) is not None:
         _warn(found.text)
 
 
-def describe(MPI: ModuleType) -> dict[str, str]:
-    """The number of ranks by the launcher, and a mismatch if any, for ``python -m mpisyncbn``."""
+def describe(MPI: ModuleType) -> str:
+    """The number of ranks by the launcher, in words, for ``python -m mpisyncbn``."""
     ranks, variable = config.any_launcher_size(MPI.COMM_WORLD.Get_size())
-    known = f"{ranks} rank{'' if ranks == 1 else 's'} ({variable})" if variable else "none that is known here"
-    found = _world_size_mismatch(MPI)
-    return {"launcher": known, **({} if found is None else {"APART": found.text})}
+    return f"{ranks} rank{'' if ranks == 1 else 's'} ({variable})" if variable else "none that is known here"
 
 
-def _world_size_mismatch(MPI: ModuleType) -> _WorldSizeMismatch | None:
+def world_size_mismatch(MPI: ModuleType) -> WorldSizeMismatch | None:
     """The mismatch if torch.distributed or a launcher knows of more ranks than MPI, else None."""
     size = MPI.COMM_WORLD.Get_size()
     if MPI.Comm.Get_parent() != MPI.COMM_NULL:  # spawned: a world beside another, on purpose
@@ -94,14 +98,14 @@ def _world_size_mismatch(MPI: ModuleType) -> _WorldSizeMismatch | None:
     if _torch_group() is not None:
         ranks = sys.modules["torch.distributed"].get_world_size()
         if ranks > size:
-            return _WorldSizeMismatch(
-                f"torch.distributed has {ranks} ranks, MPI a world of {size}: {_cure(MPI)}"
+            return WorldSizeMismatch(
+                f"torch.distributed has {ranks} ranks, MPI a world of {size}", _cure(MPI)
             )
     ranks, variable = config.any_launcher_size(size)
     if ranks <= size or (variable.startswith("SLURM_") and config.in_batch_script()):
         return None
-    text = f"the launcher started {ranks} ranks ({variable}={ranks}), MPI has a world of {size}: "
-    return _WorldSizeMismatch(text + _cure(MPI, variable), variable)
+    sizes = f"the launcher started {ranks} ranks ({variable}={ranks}), MPI has a world of {size}"
+    return WorldSizeMismatch(sizes, _cure(MPI, variable), variable)
 
 
 def _cure(MPI: ModuleType, variable: str = "") -> str:

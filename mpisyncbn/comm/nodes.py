@@ -8,17 +8,19 @@ from .communicator import world
 from .groups import AnyGroup, resolve
 from .runtime import mpi
 
-__all__ = ["local_rank"]
+__all__ = ["local_rank", "ranks_on_node_of"]
 
 
 def local_rank(comm: AnyGroup = None) -> int:
-    """This rank's place among the ranks of ``comm`` on its machine, from 0. Choose a GPU by it:
+    """This rank's place among the ranks of ``comm`` on its machine, from 0.
+
+    It tells a rank which GPU to take::
 
         torch.cuda.set_device(mpisyncbn.local_rank() % torch.cuda.device_count())
 
-    MPI knows which ranks share memory, while variables such as SLURM_LOCALID are wrong under other
-    launchers. (Take the remainder because some launchers show each rank one GPU only.) Containers
-    on one machine may share no memory: their ranks are found by the machine's name and boot.
+    The remainder is for launchers that show each rank one GPU only. MPI knows which ranks share
+    memory, while variables such as SLURM_LOCALID are wrong under other launchers. Ranks in containers
+    may share no memory: they are found by the name and the boot of their machine.
 
     Args:
         comm: an mpi4py communicator, a Communicator, or None for the world.
@@ -33,10 +35,10 @@ def local_rank(comm: AnyGroup = None) -> int:
         first = shared.bcast(group.rank)
         shared.Free()
         gathered = group.comm.allgather((first, config.machine()))
-    return _ranks_on_node_of(gathered, group.rank).index(group.rank)
+    return ranks_on_node_of(gathered, group.rank).index(group.rank)
 
 
-def _ranks_on_node_of(gathered: list[tuple[int, tuple[str, str]]], rank: int) -> list[int]:
+def ranks_on_node_of(gathered: list[tuple[int, tuple[str, str]]], rank: int) -> list[int]:
     """The ranks that share memory with ``rank``, or a machine with any of those, in order."""
     firsts, machines = {gathered[rank][0]}, {gathered[rank][1]}
     while True:

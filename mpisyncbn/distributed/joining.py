@@ -27,7 +27,9 @@ def join(
     for each exchange.
 
     Args:
-        model: the other arguments are those of its method ``join``.
+        model: a DistributedDataParallel.
+        divide_by_initial_world_size, enable, throw_on_early_termination: as its method ``join``
+            takes them.
 
     Raises:
         TypeError: ``model`` is not a DistributedDataParallel.

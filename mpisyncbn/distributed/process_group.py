@@ -27,14 +27,16 @@ if TYPE_CHECKING:
 
 __all__ = ["BACKEND", "ProcessGroup", "create_process_group"]
 
+#: The name of the backend in torch.distributed: "mpi4py".
 BACKEND = "mpi4py"
 
 
 @no_compile_methods
 class ProcessGroup(Collectives, PointToPoint):
-    """The ranks of an MPI communicator as a process group of torch.distributed, which makes it.
+    """A process group of torch.distributed over an MPI communicator.
 
-    The methods have torch's names and arguments. All but send and recv are collective.
+    torch.distributed makes it, in ``init_process_group`` and ``new_group``. The methods have torch's
+    names and arguments. All but send and recv are collective.
 
     Raises:
         TypeError, ValueError: the arguments cannot be used, by any rank or by this one.

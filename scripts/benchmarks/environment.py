@@ -50,8 +50,8 @@ def facts(allocator: str) -> dict[str, Any]:
     }
     torch = sys.modules.get("torch")
     if torch is not None:
-        from mpisyncbn.__main__ import report
         from mpisyncbn.kernels import kernels_for
+        from mpisyncbn.report import report
 
         found["threads"] = torch.get_num_threads()
         found["kernels"] = kernels_for(torch.zeros(1, 1)).__name__

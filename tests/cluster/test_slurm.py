@@ -95,6 +95,7 @@ def limited(jobs: Jobs) -> int:
     """
     launcher = jobs.folder / "launcher"
     launcher.write_text("""#!/bin/bash
+[[ $* != *--check ]] || exit 3
 echo "started: $*"
 [[ $SLURM_RESTART_COUNT -gt 0 ]] && exit 0
 trap 'touch "$CHECKPOINT"; exit 75' USR1
@@ -122,11 +123,16 @@ def test_an_array_of_two(jobs: Jobs) -> None:
     assert sorted(found) == [(task, rank) for task in "01" for rank in "0123"]
 
 
-def test_worlds_of_one_are_no_test(jobs: Jobs) -> None:
-    """test.sbatch looks at the size first."""
-    job = jobs.submit(1, f"{ROOT}/scripts/slurm/test.sbatch", "--co", LAUNCH="srun --mpi=none")
+@pytest.mark.parametrize("script", ["test", "train"])
+def test_worlds_of_one_do_not_start(script: str, jobs: Jobs) -> None:
+    """The scripts check that first. One of the tasks says it for all."""
+    job = jobs.submit(1, f"{ROOT}/scripts/slurm/{script}.sbatch", "--help", LAUNCH="srun --mpi=none")
     assert jobs.cluster.wait(job, 60)["JobState"] == "FAILED"
-    assert "expected one world of 4 ranks, got one of 1: choose another LAUNCH" in jobs.said(job)
+    output = " ".join(jobs.said(job).split())
+    sizes = "error: the launcher started 4 ranks (SLURM_STEP_NUM_TASKS=4), MPI has a world of 1: "
+    assert output.count(sizes) == 1
+    assert output.count("cure: srun did not tell ") == 1
+    assert "usage: " not in output
 
 
 @pytest.mark.parametrize("launcher", LAUNCHERS)

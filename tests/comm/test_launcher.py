@@ -97,7 +97,7 @@ def test_ranks_that_mpi_does_not_know_are_told_the_cure(vendor, given, words, va
     text = str(said.value)
     assert text.startswith(f"the launcher started 4 ranks ({given}=4), MPI has a world of 1: ")
     assert words in text
-    assert words in launcher.describe(library(vendor))["APART"]
+    assert words in launcher.world_size_mismatch(library(vendor)).cure
 
 
 @pytest.mark.parametrize("given", [TORCHRUN, ELASTIC, HOROVODRUN, {**ELASTIC, "OMPI_COMM_WORLD_SIZE": "1"}])
@@ -107,7 +107,7 @@ def test_launchers_that_tell_mpi_nothing(given, variables):
         mpisyncbn.MPISyncBNError, match=r"started 2 ranks .* world of 1: torchrun, .* mpiexec"
     ):
         launcher.check_world_size(library())
-    assert launcher.describe(library())["launcher"].startswith("2 ranks (")
+    assert launcher.describe(library()).startswith("2 ranks (")
 
 
 @pytest.mark.parametrize(
@@ -130,7 +130,7 @@ def test_launchers_that_tell_mpi_nothing(given, variables):
 def test_nothing_is_said_where_the_launcher_of_mpi_agrees(size, given, variables):
     variables(**given)
     launcher.check_world_size(library(size=size))
-    assert "APART" not in launcher.describe(library(size=size))
+    assert launcher.world_size_mismatch(library(size=size)) is None
 
 
 def test_sizes_are_compared(variables):
@@ -296,4 +296,4 @@ def test_local_rank():
 )
 def test_ranks_beside(everyone, beside):
     for rank, ranks in beside.items():
-        assert nodes._ranks_on_node_of(everyone, rank) == ranks
+        assert nodes.ranks_on_node_of(everyone, rank) == ranks

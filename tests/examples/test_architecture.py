@@ -1,4 +1,4 @@
-"""How the package is put together: who imports whom, what importing it costs, and that the README runs."""
+"""How the package is put together: who imports whom, what importing it costs, and what pages say of it."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from support.ranks import no_exchange
 PACKAGE = ROOT / "mpisyncbn"
 # Data goes down these lines and back; imports go down them and never up. In kernels/ there is no order.
 FLOORS = {
-    "": "__init__ __main__ lightning precise_bn distributed uneven batchnorm autograd convert"
+    "": "__init__ __main__ report lightning precise_bn distributed uneven batchnorm autograd convert"
     " convertible mixed_class registry fusing tracing functional exchange enqueue merging fingerprint"
     " running_stats arguments arrays batch_stats activations communicator comm layer_names liveness kernels"
     " profiling torch_versions config errors",
@@ -28,6 +28,7 @@ FLOORS = {
     "distributed": "__init__ joining process_group rendezvous store collectives point_to_point checked"
     " mpi_collectives host_tensors work no_compile",
     "liveness": "__init__ watchdog rank_status reports arrivals exits",
+    "report": "__init__ text checks words rank cores",
 }
 MODULES = sorted(PACKAGE.rglob("*.py"))
 
@@ -149,33 +150,6 @@ def test_hooks_of_git_run_what_the_tests_run_first():
     assert [hook.removesuffix(" --fix") for hook in hooks] == ["ruff check", "ruff format", "mypy"]
     steps = re.findall(r'run "(ruff check|ruff format|mypy)" ', (ROOT / "scripts" / "test").read_text())
     assert steps == ["ruff check", "ruff format", "mypy"]
-
-
-def blocks(name: str) -> list[str]:
-    return re.findall(r"^```python\n(.*?)^```", (ROOT / name).read_text(), re.MULTILINE | re.DOTALL)
-
-
-@pytest.mark.parametrize(
-    "name",
-    [
-        "README.md",
-        "docs/guides/activations.md",
-        "docs/explanation/algorithm.md",
-        pytest.param("docs/guides/compile.md", marks=pytest.mark.filterwarnings("ignore")),  # torch's tools
-        "docs/guides/distributed.md",
-        "docs/guides/masks.md",
-        "docs/guides/memory.md",
-        "docs/explanation/sharp_bits.md",
-        "docs/guides/spatial.md",
-    ],
-)
-def test_code_in_the_documentation_runs(name, tmp_path, monkeypatch, capsys):
-    """Each block by itself, at any number of ranks."""
-    monkeypatch.chdir(tmp_path)
-    found = blocks(name)
-    assert found or name != "README.md"
-    for number, code in enumerate(found):
-        exec(compile(code, f"{name}, block {number + 1}", "exec"), {"__name__": "__main__"})
 
 
 def table(name: str, heading: str) -> list[list[str]]:

@@ -40,14 +40,13 @@ def probe(device: str) -> None:
 
 def facts(device: str) -> dict[str, Any]:
     """Device, driver and versions: no host name, no path."""
-    from mpisyncbn.__main__ import _versions
     from mpisyncbn.kernels import native
+    from mpisyncbn.report import versions
 
     found: dict[str, Any] = {
-        "python": platform.python_version(),
         "system": f"{platform.system()} {platform.machine()}",
         "cores": os.cpu_count(),
-        **_versions(),
+        **versions(),
     }
     try:
         import torch
