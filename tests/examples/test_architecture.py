@@ -166,6 +166,7 @@ def blocks(name: str) -> list[str]:
         "docs/guides/distributed.md",
         "docs/guides/masks.md",
         "docs/guides/memory.md",
+        "docs/explanation/scaling.md",
         "docs/explanation/sharp_bits.md",
         "docs/guides/spatial.md",
     ],
