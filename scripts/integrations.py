@@ -34,7 +34,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--write", action="store_true", help="into docs/results/integrations.md")
+    parser.add_argument("--write", action="store_true", help="write docs/results/integrations.md")
     write = parser.parse_args().write
     rows = ["| tool | version | tried | largest distance | lines |", "| --- | --- | --- | --- | --- |"]
     print(*rows, sep="\n", flush=True)
