@@ -1,4 +1,4 @@
-"""How the package is put together: who imports whom, and its longest files and functions.
+"""Print which module imports which, and the longest files and functions.
 
 python scripts/architecture.py            the table of docs/explanation/architecture.md
 python scripts/architecture.py --longest  the longest files and functions, and those with most branches

@@ -1,4 +1,4 @@
-"""How fast this is, beside its peers and its limits, measured in the same processes in turn.
+"""Measure speed beside peers and limits, alternating in the same processes.
 
     mpiexec -n 2 python scripts/benchmark.py            about ten minutes on two cores
     mpiexec -n 2 python scripts/benchmark.py --quick    under two
@@ -7,17 +7,16 @@
     mpiexec -n 2 python scripts/benchmark.py --only compiled    minutes of torch.compile, then its step
     python scripts/benchmark.py --from-json a.json b.json --plot . --tables tables.md
 
-Where each rank has a core of its own, MPI's part of an exchange halves if ranks stay there and do not yield:
+If each rank has a core of its own, bind ranks and do not yield: MPI's part of an exchange halves.
 
     OMPI_MCA_mpi_yield_when_idle=0 mpiexec --bind-to core -n 2 python scripts/benchmark.py
 
-One thread a rank, unless --threads is given. Every figure is that of the slowest rank: the median and, in
-parentheses, the minimum.
-The cases are in benchmarks/cases.py; the last lines hold the figures that matter beside their bars.
+Each rank has one thread unless --threads is given. Every figure is that of the slowest rank: the
+median and, in parentheses, the minimum. The cases are in benchmarks/cases.py. The last lines have the
+main figures beside their aims.
 
-glibc gives large blocks back to the system when they are freed, and getting them again costs as much
-as a kernel, now in one layer and now in the other. So it is told to keep them, for all;
-``--default-allocator`` leaves it alone.
+glibc returns large freed blocks to the system. To get them again takes as long as a kernel, at times
+that nobody can predict. So glibc is told to keep them, for all peers; ``--default-allocator`` does not.
 """
 
 from __future__ import annotations
@@ -70,14 +69,18 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--quick", action="store_true", help="fewer cases, less time for each")
     parser.add_argument("--only", metavar="SECTIONS", help=f"some of {','.join(SECTIONS)}")
     parser.add_argument(
-        "--threads", type=int, default=1, metavar="N", help="of each rank; above 1, the section threads alone"
+        "--threads",
+        type=int,
+        default=1,
+        metavar="N",
+        help="threads of a rank; above 1, only the section threads",
     )
     parser.add_argument("--scaling", action="store_true", help="exchanges at 2 to 64 ranks, and the model")
-    parser.add_argument("--json", metavar="PATH", help="also write the figures and the environment there")
-    parser.add_argument("--plot", metavar="DIR", help="also draw ratios.png and growth.png there")
-    parser.add_argument("--tables", metavar="PATH", help="also write them there as Markdown tables")
-    parser.add_argument("--from-json", metavar="PATH", nargs="+", help="measure nothing: take these files")
-    parser.add_argument("--default-allocator", action="store_true", help="let glibc give freed memory back")
+    parser.add_argument("--json", metavar="PATH", help="also write figures and environment to this file")
+    parser.add_argument("--plot", metavar="DIR", help="also draw ratios.png and growth.png in this folder")
+    parser.add_argument("--tables", metavar="PATH", help="also write Markdown tables to this file")
+    parser.add_argument("--from-json", metavar="PATH", nargs="+", help="measure nothing, use these files")
+    parser.add_argument("--default-allocator", action="store_true", help="let glibc return freed memory")
     options = parser.parse_args(arguments)
     usual = [name for name in SECTIONS if name not in ("threads", "compiled")]
     if options.threads > 1:

@@ -197,13 +197,17 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
         description="Train on sharded digits three ways.",
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
-    parser.add_argument("--steps", type=int, default=400, help="in all")
+    parser.add_argument("--steps", type=int, default=400, help="training steps")
     parser.add_argument("--batch", type=int, default=4, help="samples per rank and step")
     parser.add_argument("--lr", type=float, default=0.02, help="learning rate")
-    parser.add_argument("--dtype", choices=("float32", "float64"), default="float32", help="of everything")
-    parser.add_argument("--seed", type=int, default=0, help="of data and network")
-    parser.add_argument("--plot", metavar="PATH", default="demo.png", help="the picture; empty: none")
-    parser.add_argument("--json", metavar="PATH", default="", help="also write everything there")
+    parser.add_argument(
+        "--dtype", choices=("float32", "float64"), default="float32", help="dtype of data and network"
+    )
+    parser.add_argument("--seed", type=int, default=0, help="seed of data and network")
+    parser.add_argument(
+        "--plot", metavar="PATH", default="demo.png", help="file of the picture; empty for none"
+    )
+    parser.add_argument("--json", metavar="PATH", default="", help="also write all results to this file")
     args = parser.parse_args(argv)
     if min(args.steps, args.batch) < 1:
         parser.error(f"--steps and --batch must be at least 1, got {args.steps} and {args.batch}")

@@ -1,7 +1,7 @@
 # source environment.sh EXTRA[,EXTRA...]
-# Puts first on PATH a .venv with mpisyncbn[EXTRA] and an mpiexec that starts the MPI library which mpi4py loads.
-# Sets $root. PYTHON=python3.12 chooses another interpreter. With a version in $other_torch the environment is one of its
-# own, .venv-torch-VERSION, which sees no packages but its own.
+# Makes .venv with mpisyncbn[EXTRA], and an mpiexec that starts the MPI library which mpi4py loads, and
+# puts both first on PATH. Sets $root. PYTHON=python3.12 chooses another interpreter. With a version in
+# $other_torch it makes .venv-torch-VERSION, which sees only its own packages.
 # shellcheck shell=bash
 
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
@@ -10,8 +10,8 @@ venv=$root/.venv${other_torch:+-torch-$other_torch}
 say() { echo "environment: $*" >&2; }
 die() { say "$@"; exit 1; }
 
-# One line: interpreter, its version, its torch. From within another virtual environment, take the Python it was made
-# with: a new environment sees the packages of that one only.
+# Prints one line: interpreter, its version, its torch. Within another virtual environment, take the
+# Python that it was made from: a new environment sees only the packages of that one.
 find_base() {
     local python=${PYTHON:-python3}
     type -P "$python" >/dev/null || die "$python not found: install Python 3.10 or newer, or name one in PYTHON"
@@ -81,7 +81,7 @@ without_native() {
     echo "native kernels: none ($why): slower ATen and NumPy operations serve instead"
 }
 
-# .venv/.whole is absent while anything is being changed: an environment that was killed halfway is made anew.
+# .venv/.whole is absent while anything changes, so an environment that was killed halfway is remade.
 is_whole() {
     [[ $(cat "$venv/.whole" 2>/dev/null) == "$base" ]]
 }
@@ -122,8 +122,8 @@ if found is None or not wanted.specifier.contains(found, prereleases=True):
 END
 }
 
-# Prints the library's name and version when mpiexec makes one world of two ranks. The exit status alone does not say:
-# under another library's mpiexec each rank is a world of its own, and all is well.
+# Prints the library's name and version if mpiexec makes one world of two ranks. The exit status does
+# not tell: under another library's mpiexec each rank is a world of its own, and ends with 0.
 one_world() {
     local lines
     lines=$(timeout --kill-after=5 60 mpiexec -n 2 python -c '
@@ -156,8 +156,8 @@ choose_mpiexec() {
     echo "mpiexec: .venv/bin/mpiexec ($library), from PyPI: $why"
 }
 
-# mpi_beside NAME: puts the MPI library of that name in setup.cfg into .venv/NAME, apart from the one that the mpiexec on
-# PATH starts. Where that cannot be, prints why and fails.
+# mpi_beside NAME: installs the MPI library of that name in setup.cfg into .venv/NAME, apart from the
+# one that the mpiexec on PATH starts. If that is not possible, prints why and fails.
 mpi_beside() {
     local prefix=$venv/$1 wanted found
     wanted=$(sed -n "s/^$1 = //p" "$root/setup.cfg")
@@ -179,8 +179,9 @@ is_own() {
     grep -q "^mpiexec: .*(${titles[$1]} [0-9]" "$stamp"
 }
 
-# mpi_variables NAME: prints the variables, a line each, under which mpiexec and mpi4py are of the library of that name, or
-# of an mpiexec with that path; "system" is the first on PATH. Where that cannot be, prints why and fails.
+# mpi_variables NAME: prints the variables, a line each, that make mpiexec and mpi4py use the library
+# of that name, or of an mpiexec with that path; "system" is the first on PATH. If that is not
+# possible, prints why and fails.
 mpi_variables() {
     local name=$1 mpiexec variables library yielding found
     case $name in
@@ -222,8 +223,8 @@ mpi_variables() {
     printf '%s\n' "${variables[@]}"
 }
 
-# pytest_at SIZE [ARGUMENTS OF python]: sets the array "pytest" to what runs pytest on that many ranks. One rank needs no
-# mpiexec, and takes on what one is enough for: there, two processes share out the files.
+# pytest_at SIZE [ARGUMENTS OF python]: sets the array "pytest" to the command that runs pytest on that
+# many ranks. One rank needs no mpiexec and runs the tests that need one rank only, in two processes.
 pytest_at() {
     # mpiexec may give each rank a terminal of its own, where pytest sees colours wanted.
     [[ -t 1 ]] || export NO_COLOR=1
@@ -235,8 +236,8 @@ pytest_at() {
     fi
 }
 
-# Open MPI 5 reads PRTE_MCA_*, Open MPI 4 OMPI_MCA_*. More ranks than cores is the normal case here: without binding off
-# and yielding on, a collective then takes a thousand times as long.
+# Open MPI 5 reads PRTE_MCA_*, Open MPI 4 OMPI_MCA_*. Tests usually have more ranks than cores. Unless
+# binding is off and yielding on, a collective then takes a thousand times as long.
 if ((EUID == 0)); then
     export OMPI_ALLOW_RUN_AS_ROOT=${OMPI_ALLOW_RUN_AS_ROOT-1}
     export OMPI_ALLOW_RUN_AS_ROOT_CONFIRM=${OMPI_ALLOW_RUN_AS_ROOT_CONFIRM-1}

@@ -69,7 +69,7 @@ def calls(layer: Any, dtype: torch.dtype) -> dict[str, Callable[[], Any]]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--transports", default="stream,host")
-    parser.add_argument("--seconds", type=float, default=4.0, help="for each table")
+    parser.add_argument("--seconds", type=float, default=4.0, help="seconds for each table")
     parser.add_argument("--output", metavar="PATH", help="write the figures as JSON")
     options = parser.parse_args()
     torch.set_num_threads(1)

@@ -1,7 +1,7 @@
-"""Runs the examples of docs/guides/integrations.md at two ranks, beside the tools' own runs in one process.
+"""Run the examples of docs/guides/integrations.md at two ranks and compare with one process.
 
-Prints a table in Markdown; with --write, puts it into docs/results/integrations.md. Exit status: 0, or 1
-where a run fails or is further from one process than rounding in float64 brings it.
+Prints a Markdown table; --write puts it into docs/results/integrations.md. Exit status: 0, or 1 if a
+run fails or differs from one process by more than rounding in float64.
 """
 
 from __future__ import annotations
@@ -21,11 +21,12 @@ from support import jobs  # noqa: E402
 
 RESULTS = ROOT / "docs" / "results" / "integrations.md"
 HEAD = """\
-# The tools of integrations.md at two ranks
+# Lightning, Accelerate, transformers and timm at two ranks
 
-By `scripts/integrations --write`, with torch {torch}: the largest distance, in float64, between
-the tool's run at two ranks and its own in one process, of any weight, running statistic or metric
-of the example; and the number of lines that name `mpisyncbn`.
+[Each program of the page on integrations](../guides/integrations.md) was run at two ranks and,
+without the lines that name `mpisyncbn`, in one process. "Largest distance" is the largest
+difference of any weight, running statistic or metric, in float64. "Lines" are those that name
+`mpisyncbn`. Made by `scripts/integrations --write` with torch {torch}.
 """
 
 
@@ -33,7 +34,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--write", action="store_true", help="into docs/results/integrations.md")
+    parser.add_argument("--write", action="store_true", help="write docs/results/integrations.md")
     write = parser.parse_args().write
     rows = ["| tool | version | tried | largest distance | lines |", "| --- | --- | --- | --- | --- |"]
     print(*rows, sep="\n", flush=True)

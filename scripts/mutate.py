@@ -1,8 +1,8 @@
-"""Mutation testing by cosmic-ray: does a test fail where one thing in the code is wrong?
+"""Mutation testing with cosmic-ray: does a test fail if one thing in the code is wrong?
 
     scripts/mutate                                        all mutants of all modules in cosmic-ray.toml: hours
     scripts/mutate --sample 40 --seed 1 exchange.py       some, at random
-    scripts/mutate --jobs 2 --session FILE exchange.py    goes on where the last run with FILE was stopped
+    scripts/mutate --jobs 2 --session FILE exchange.py    continues the last run with FILE
 
 Each job tries its mutants in a copy of the tree. Prints those that survive, and their share in percent.
 """
@@ -62,11 +62,11 @@ def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("modules", nargs="*", help="of mpisyncbn; those of cosmic-ray.toml unless given")
+    parser.add_argument("modules", nargs="*", help="modules of mpisyncbn; default: those in cosmic-ray.toml")
     parser.add_argument("--sample", type=int, metavar="N", help="how many mutants")
-    parser.add_argument("--seed", type=int, default=0, help="of the choice")
+    parser.add_argument("--seed", type=int, default=0, help="seed of the random choice")
     parser.add_argument("--jobs", type=int, default=1, metavar="N", help="mutants at the same time")
-    parser.add_argument("--session", type=Path, metavar="FILE", help="of cosmic-ray, to be kept")
+    parser.add_argument("--session", type=Path, metavar="FILE", help="cosmic-ray session to keep")
     return parser.parse_args()
 
 

@@ -1,13 +1,13 @@
-"""Whether exchanges leave memory behind: many of them, of all kinds, and what has grown since the first.
+"""Check that exchanges leak no memory: make many, of all kinds, and see what has grown.
 
     scripts/soak                        100,000 exchanges on 4 ranks
     scripts/soak --exchanges 1000000    more of them
-    RANKS=2 scripts/soak                on other ranks
+    RANKS=2 scripts/soak                on 2 ranks
 
-Layers, the function and the NumPy functions, forward, backward and twice backward, of several sizes and
-dtypes, in the world, in halves of it and alone. Prints for each rank by how much its resident memory and the
-number of its Python objects have grown since the warm-up. Exit status: 0, or 1 where memory grew by more than
-1 MiB on some rank.
+It calls layers, the function and the NumPy functions, forward, backward and twice backward, in several
+sizes and dtypes, in the world, in halves of it and alone. It prints for each rank how much its resident
+memory and the number of its Python objects have grown since the warm-up. Exit status: 0, or 1 if memory
+grew by more than 1 MiB on some rank.
 """
 
 from __future__ import annotations
@@ -158,7 +158,9 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--exchanges", type=int, default=100_000, metavar="N", help="after the warm-up")
+    parser.add_argument(
+        "--exchanges", type=int, default=100_000, metavar="N", help="exchanges after the warm-up"
+    )
     options = parser.parse_args(arguments)
     if options.exchanges < 1:
         parser.error(f"--exchanges takes at least 1, got {options.exchanges}")

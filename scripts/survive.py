@@ -1,13 +1,13 @@
-"""Train on when ranks are lost: with those that are left, as if there had never been more.
+"""Continue training after ranks are lost, with those that are left and the same global batch.
 
     scripts/survive
     scripts/survive --kill-rank 1 3 --kill-step 4 9 --at forward gradients
 
-The first kills rank 2 in the backward pass of step 6, the second one rank and later another. It wants a
-fault-tolerant MPI: Open MPI 5, by ``mpiexec --with-ft ulfm``. ``train`` and ``Run.recover`` are what a
-program needs to go on without the lost. At the end the survivors check that parameters, momentum and running
-statistics are those of one process with torch's own BatchNorm and the same batches, that all have the same
-bits, and that the loss went on falling. Exit status: 0 where all of that is so, else 1.
+The first kills rank 2 in the backward pass of step 6, the second one rank and later another. It needs a
+fault-tolerant MPI: Open MPI 5, with ``mpiexec --with-ft ulfm``. ``train`` and ``Run.recover`` show what
+a program needs to continue. At the end the survivors check that parameters, momentum and running
+statistics are those of one process with torch's own BatchNorm and the same batches, that all have the
+same bits, and that the loss kept falling. Exit status: 0 if all of that holds, else 1.
 """
 
 from __future__ import annotations
@@ -257,9 +257,11 @@ def parse(arguments: list[str] | None = None) -> tuple[argparse.Namespace, list[
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--kill-rank", type=int, nargs="+", default=[2], help="ranks, in the world, to kill")
-    parser.add_argument("--kill-step", type=int, nargs="+", default=[6], help="in which step, counted from 0")
-    parser.add_argument("--at", choices=MOMENTS, nargs="+", default=["backward"], help="and when in it")
+    parser.add_argument("--kill-rank", type=int, nargs="+", default=[2], help="world ranks to kill")
+    parser.add_argument(
+        "--kill-step", type=int, nargs="+", default=[6], help="steps, counted from 0, in which to kill them"
+    )
+    parser.add_argument("--at", choices=MOMENTS, nargs="+", default=["backward"], help="where in the step")
     parser.add_argument("--steps", type=int, default=20)
     parser.add_argument("--dtype", choices=TOLERANCE, default="float32")
     options = parser.parse_args(arguments)

@@ -1,11 +1,11 @@
-"""What each test file costs and what it is good for: seconds, lines of the package, mutants killed.
+"""Seconds, covered lines and killed mutants of each test file.
 
     python scripts/test_table.py --json FILE                    the lines of each file, at 1 rank
     python scripts/test_table.py --json FILE --mutants 60       mutants, at 1 rank, by tests not marked full
     python scripts/test_table.py --json FILE --reports *.xml    the table, with seconds of pytest's reports
 
-Run it in the environment of scripts/mutate. Each file runs by itself under coverage.py. A line that one file
-alone runs is its own; one that all of them run, as importing the package does, counts for none.
+Run it in the environment of scripts/mutate. Each file runs by itself under coverage.py. A line that only
+one file runs is its own. A line that all files run, such as one that runs at import, counts for none.
 """
 
 from __future__ import annotations
@@ -38,9 +38,13 @@ def main() -> int:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--json", type=Path, required=True, metavar="FILE")
-    parser.add_argument("--mutants", type=int, default=0, metavar="N", help="at random, of the whole package")
+    parser.add_argument(
+        "--mutants", type=int, default=0, metavar="N", help="random mutants of the whole package"
+    )
     parser.add_argument("--jobs", type=int, default=2, metavar="N", help="processes at the same time")
-    parser.add_argument("--reports", type=Path, nargs="+", metavar="XML", help="of pytest, one for each size")
+    parser.add_argument(
+        "--reports", type=Path, nargs="+", metavar="XML", help="pytest reports, one for each number of ranks"
+    )
     options = parser.parse_args()
     found = json.loads(options.json.read_text()) if options.json.exists() else {"files": {}, "mutants": {}}
     if options.reports:

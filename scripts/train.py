@@ -1,21 +1,22 @@
-"""Train a small residual network on handwritten digits: SyncBatchNorm, DistributedDataParallel and MPI alone.
+"""Train a small residual network on handwritten digits, with SyncBatchNorm and DistributedDataParallel.
 
     mpiexec -n 4 python scripts/train.py
-    mpiexec -n 4 python scripts/train.py --ddp gloo         # or nccl: the gradients by another way
+    mpiexec -n 4 python scripts/train.py --ddp gloo         # or nccl: the backend that sums gradients
     mpiexec -n 4 python scripts/train.py --checkpoint run.pt --stop-after 2
     mpiexec -n 4 python scripts/train.py --checkpoint run.pt --resume
 
-Every backend finds its ranks through MPI: there is no address to give. The ranks share out each batch; images
-are shifted at random by DataLoader's worker processes. Each epoch ends with a line on rank 0, and with a
-checkpoint, from which --resume goes on as if nothing had happened. At the same number of ranks the results
-are the same bits, where MPI adds up the same gradients to the same bits: Open MPI and MPICH do, Intel MPI
-does with I_MPI_CBWR=1, which this script sets. At another number of ranks they are the same up to rounding.
+Every backend finds its ranks through MPI, so there is no address to give. The ranks divide each batch.
+DataLoader's worker processes shift the images at random. Each epoch ends with a line on rank 0 and
+with a checkpoint, from which --resume continues as if nothing had happened. At the same number of
+ranks the results have the same bits if MPI adds in the same order: Open MPI and MPICH do, and Intel MPI
+does with I_MPI_CBWR=1, which this script sets. At another number of ranks they agree up to rounding.
 
-With --checkpoint, SIGUSR1 on any rank (Slurm's word that time is nearly up) lets all ranks finish their step,
-write a checkpoint in mid-epoch, and leave. scripts/slurm/train.sbatch starts such a job anew.
+With --checkpoint, SIGUSR1 on any rank (Slurm sends it before the time limit) lets all ranks finish
+their step, write a checkpoint in mid-epoch, and leave. scripts/slurm/train.sbatch requeues such a job.
 
 Exit status: 0 at the end of the run, or of --stop-after; 75 (EX_TEMPFAIL: try again) after SIGUSR1, when
---resume goes on from the checkpoint; any other is an error, and the checkpoint is the last one before it.
+--resume continues from the checkpoint. Any other status is an error; the checkpoint is then the last one
+before it.
 """
 
 from __future__ import annotations
@@ -281,27 +282,27 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument(
-        "--ddp", default="mpi4py", choices=("mpi4py", "gloo", "nccl"), help="who sums gradients"
+        "--ddp", default="mpi4py", choices=("mpi4py", "gloo", "nccl"), help="backend that sums gradients"
     )
     parser.add_argument("--epochs", type=int, default=5)
     parser.add_argument(
         "--batch",
         type=int,
         default=32,
-        help="samples of one rank; with --resume, of all ranks together as before",
+        help="samples of one rank; --resume keeps the global batch",
     )
-    parser.add_argument("--accumulate", type=int, default=1, metavar="N", help="batches for one update")
+    parser.add_argument("--accumulate", type=int, default=1, metavar="N", help="batches for each update")
     parser.add_argument("--lr", type=float, default=0.1)
     parser.add_argument("--amp", action="store_true", help="autocast to bfloat16")
     parser.add_argument("--float64", action="store_true", help="compute in float64")
     parser.add_argument("--workers", type=int, default=1, help="processes of each rank that load the data")
     parser.add_argument("--start-method", default="fork", choices=("fork", "spawn"))
     parser.add_argument(
-        "--checkpoint", type=Path, metavar="PATH", help="write one there after every epoch, and at SIGUSR1"
+        "--checkpoint", type=Path, metavar="PATH", help="file to write after every epoch, and at SIGUSR1"
     )
-    parser.add_argument("--resume", action="store_true", help="go on from --checkpoint")
-    parser.add_argument("--stop-after", type=int, metavar="EPOCH", help="before the schedule's end")
-    parser.add_argument("--json", type=Path, metavar="PATH", help="write the metrics there")
+    parser.add_argument("--resume", action="store_true", help="continue from --checkpoint")
+    parser.add_argument("--stop-after", type=int, metavar="EPOCH", help="last epoch of this run")
+    parser.add_argument("--json", type=Path, metavar="PATH", help="write the metrics to this file")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--no-progress", dest="progress", action="store_false")
     args = parser.parse_args(argv)

@@ -121,6 +121,12 @@ def test_batch_jobs_print_what_the_page_shows(page, tmp_path):
 
 
 @no_exchange
+def test_no_line_of_prose_is_longer_than_100_characters():
+    lines = [(page, number, line) for page in PAGES for number, line in enumerate(pages.prose(page), 1)]
+    assert [f"{pages.name_of(page)}:{number}" for page, number, line in lines if len(line) > 100] == []
+
+
+@no_exchange
 @pytest.mark.parametrize("page", PAGES, ids=pages.name_of)
 def test_links_lead_somewhere(page):
     for link in pages.links(page):

@@ -37,7 +37,7 @@ EXAMPLES = (
     Example("Lightning", "lightning", LIGHTNING),
     Example("Lightning", "pytorch-lightning", LIGHTNING, ("lightning.pytorch as", "pytorch_lightning as")),
     Example("Accelerate", "accelerate", "the loop of its guide, with a scheduler, two epochs"),
-    Example("The Trainer of transformers", "transformers", "train and evaluate a ResNet, two epochs"),
+    Example("Hugging Face Trainer (transformers)", "transformers", "train and evaluate a ResNet, two epochs"),
     Example("timm", "timm", "three batches of an EfficientNet in training mode"),
 )
 

@@ -103,3 +103,19 @@ def anchors(page: Path) -> set[str]:
     """The names of the headings of a page, as repository viewers make them."""
     headings = re.findall(r"^#+ (.*)$", _BLOCK.sub("", page.read_text()), re.MULTILINE)
     return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
+def prose(page: Path) -> list[str]:
+    """The lines of a page, without links' targets; those of code and tables are empty."""
+    lines, fence = [], ""
+    for line in page.read_text().splitlines():
+        mark = re.match(r" *(```+|~~~+|:::+)", line)
+        if mark and not fence:
+            fence = mark[1]
+        elif mark and mark[1].startswith(fence) and line.strip() == mark[1]:
+            fence = ""
+        elif not fence and not line.startswith(("    ", "|")):
+            lines.append(re.sub(r"\]\([^)]*\)|https?://\S+", "", line))
+            continue
+        lines.append("")
+    return lines
