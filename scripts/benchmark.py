@@ -5,7 +5,7 @@
     python scripts/benchmark.py --threads 2             one rank with two threads, beside torch with two
     python scripts/benchmark.py --scaling               2 to 64 ranks; starts mpiexec itself
     mpiexec -n 2 python scripts/benchmark.py --only compiled    minutes of torch.compile, then its step
-    python scripts/benchmark.py --from-json a.json b.json --plot . --tables tables.md
+    scripts/pictures --results DIR --to DIR             pictures and tables of files --json DIR/cpu-NAME.json
 
 If each rank has a core of its own, bind ranks and do not yield: MPI's part of an exchange halves.
 
@@ -54,9 +54,7 @@ Results = dict[str, Any]
 
 def main(arguments: list[str] | None = None) -> None:
     options = parse(arguments)
-    if options.from_json:
-        finish(merged(options.from_json), options)
-    elif options.scaling and not launched():
+    if options.scaling and not launched():
         finish(launch_scaling(options), options)
     else:
         measure(options)
@@ -77,9 +75,6 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     )
     parser.add_argument("--scaling", action="store_true", help="exchanges at 2 to 64 ranks, and the model")
     parser.add_argument("--json", metavar="PATH", help="also write figures and environment to this file")
-    parser.add_argument("--plot", metavar="DIR", help="also draw ratios.png and growth.png in this folder")
-    parser.add_argument("--tables", metavar="PATH", help="also write Markdown tables to this file")
-    parser.add_argument("--from-json", metavar="PATH", nargs="+", help="measure nothing, use these files")
     parser.add_argument("--default-allocator", action="store_true", help="let glibc return freed memory")
     options = parser.parse_args(arguments)
     usual = [name for name in SECTIONS if name not in ("threads", "compiled")]
@@ -136,16 +131,6 @@ def launch_scaling(options: argparse.Namespace) -> Results:
     return results
 
 
-def merged(paths: list[str]) -> Results:
-    """One file's results, or several files' sections; of two of the same name the last one."""
-    results: Results = {"environment": {}, "sections": {}}
-    for path in paths:
-        found = json.loads(Path(path).read_text())
-        results["environment"] |= found["environment"]
-        results["sections"] |= found["sections"]
-    return results
-
-
 def show(section: str, row: dict[str, Any]) -> None:
     from benchmarks.summary import row_text
 
@@ -153,7 +138,7 @@ def show(section: str, row: dict[str, Any]) -> None:
 
 
 def finish(results: Results, options: argparse.Namespace) -> None:
-    """Summary, file and pictures."""
+    """The summary, and the file."""
     from benchmarks import summary
 
     lines = summary.summarize(results["sections"])
@@ -163,14 +148,6 @@ def finish(results: Results, options: argparse.Namespace) -> None:
     if options.json:
         judged = [{**line._asdict(), "met": line.met} for line in lines]
         Path(options.json).write_text(json.dumps({**results, "summary": judged}, indent=1) + "\n")
-    if options.tables:
-        from benchmarks import tables
-
-        Path(options.tables).write_text(tables.markdown(results["sections"]))
-    if options.plot:
-        from benchmarks import plots
-
-        plots.draw(results["sections"], Path(options.plot))
 
 
 if __name__ == "__main__":

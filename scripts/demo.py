@@ -13,6 +13,7 @@ import argparse
 import json
 from collections.abc import Iterable, Sequence
 from copy import deepcopy
+from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
@@ -233,40 +234,37 @@ largest distance: of the loss curve from that of one process, over all steps
 
 
 def plot(losses: dict[str, np.ndarray], size: int, path: str) -> None:
-    """The three loss curves: means of the last steps, over the raw ones in faint colours."""
-    from matplotlib.figure import Figure  # without pyplot: needs no display
+    """The three loss curves: means of the last steps."""
+    from benchmarks import style
 
     away = {name: distance(curve, losses[ONE_PROCESS]) for name, curve in losses.items()}
     mantissa, exponent = f"{away[SYNCHRONIZED]:.0e}".split("e")
     closest = rf"{mantissa} \times 10^{{{int(exponent)}}}"
     styles = {  # drawn in this order: ours is thin and lies on the one-process curve
-        ONE_PROCESS: ("#f6cf6d", 8, f"{ONE_PROCESS}, the whole batch"),
-        SYNCHRONIZED: ("#16324f", 1.6, f"{SYNCHRONIZED}, largest distance ${closest}$"),
-        LOCAL: ("#d1495b", 2, f"{LOCAL}, largest distance {away[LOCAL]:.1f}"),
+        ONE_PROCESS: (style.WHOLE_BATCH, 8, f"{ONE_PROCESS}, the whole batch"),
+        SYNCHRONIZED: (style.OURS, 1.6, f"{SYNCHRONIZED}, largest distance ${closest}$"),
+        LOCAL: (style.LOCAL, 2, f"{LOCAL}, largest distance {away[LOCAL]:.1f}"),
     }
-    figure = Figure(figsize=(9, 5), layout="constrained")
+    figure = style.figure(4.2)
     axes = figure.add_subplot()
     for name, (color, width, label) in styles.items():
         raw = losses[name]
         steps = np.arange(1, len(raw) + 1)
         recent = [raw[max(0, step - LAST) : step].mean() for step in steps]
         axes.plot(steps, recent, color=color, linewidth=width, label=label, solid_capstyle="round")
-        if name != ONE_PROCESS:  # ours hides it
-            axes.plot(steps, raw, color=color, linewidth=0.7, alpha=0.18)
     ranks = "1 rank" if size == 1 else f"{size} ranks"
     title = rf"On {ranks}, {SYNCHRONIZED} follows one process to $\mathbf{{{closest}}}$"
-    axes.set_title(title, loc="left", pad=28, fontsize=15, fontweight="bold", color="#222222")
+    axes.set_title(title, pad=22, fontsize=12)
     axes.annotate(
-        sharding(size), (0, 1), (0, 10), "axes fraction", textcoords="offset points", color="#666666"
+        sharding(size), (0, 1), (0, 8), "axes fraction", textcoords="offset points", color=style.GREY
     )
     axes.set_yscale("log")
     axes.set_xlim(1, len(losses[ONE_PROCESS]) + 1)
     axes.set_xlabel("step")
     axes.set_ylabel(f"training loss, mean of the last {LAST} steps")
-    axes.grid(color="#e8e8e8", linewidth=0.8)
-    axes.spines[["top", "right"]].set_visible(False)
-    axes.legend(frameon=False, loc="lower left", fontsize=11)
-    figure.savefig(path, dpi=200)
+    axes.grid()
+    figure.legend(loc="outside lower center", ncols=2)
+    style.save(figure, Path(path))
 
 
 def sharding(size: int) -> str:

@@ -104,7 +104,7 @@ STATISTICS = ("median", "minimum")
 
 
 def ratio(of: Figures, to: Figures) -> Figures:
-    return {label: of[label] / to[label] for label in STATISTICS}
+    return {label: of[label] / to[label] for label in STATISTICS if label in of}
 
 
 # "6 MB or more" is said of float32; in bfloat16 the same shapes count.

@@ -258,7 +258,7 @@ def _scaling(rows: list[Row]) -> list[Line]:
     lines = []
     for name in GATHERS:
         what = f"{name}, over ours, {ranks} ranks"
-        if "us" not in largest:
+        if name not in largest.get("us", ()):
             lines.append(Line(what, {}, 3.0, note=largest["left out"].get("us", "")))
             continue
         times = ratio(largest["us"][name], largest["us"]["merge_moments"])

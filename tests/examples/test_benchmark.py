@@ -14,6 +14,7 @@ import torch
 
 import benchmark
 import mpisyncbn
+import pictures
 from benchmarks import (
     cases,
     exchanges,
@@ -25,7 +26,6 @@ from benchmarks import (
     resnet,
     scaling,
     summary,
-    tables,
     timing,
 )
 from support.oracle import distance, local_batch, oracle, shard
@@ -260,8 +260,6 @@ def test_summary_in_words() -> None:
     assert ["no mpicc" in str(line) for line in summary.summarize({"exchange": [without]})] == [True]
     (first, *_) = summary.summarize({"threads": LAYERS})
     assert first.what.startswith("1 rank with 2 threads, layer over local, 6 MB and more, float32")
-    measured = {"us": {name: {"median": 3.0, "minimum": 2.0} for name in ("local", "ours")}}
-    assert "## The layer with several threads a rank" in tables.markdown({"threads": [row(1.0, **measured)]})
 
 
 def test_threads_are_a_run_of_their_own() -> None:
@@ -289,7 +287,7 @@ def test_a_run_and_its_files(
 ) -> None:
     monkeypatch.setattr(layers, "TINY", [("tiny", (2, 64, 8, 8), True)])
     monkeypatch.setattr(layers, "interleave", lambda *args, **kw: timing.interleave(args[0], 0.0, warm=1))
-    report = tmp_path / "report.json"
+    report = tmp_path / "cpu-report.json"
     threads = torch.get_num_threads()
     benchmark.main(["--quick", "--only", "tiny", "--default-allocator", "--json", str(report)])
     torch.set_num_threads(threads)
@@ -306,8 +304,10 @@ def test_a_run_and_its_files(
         assert written["environment"]["ranks"] == WORLD.size
         assert [line["bar"] for line in written["summary"]] == [2.5, 2.5]
 
-        table = tmp_path / "tables.md"
-        benchmark.main(["--from-json", str(report), "--plot", str(tmp_path), "--tables", str(table)])
-        assert "tiny layer over local" in capsys.readouterr().out
-        assert (tmp_path / "ratios.png").read_bytes().startswith(b"\x89PNG")
-        assert "| (2, 64, 8, 8) | bfloat16, contiguous |" in table.read_text()
+        pictures.main(["--results", str(tmp_path), "--to", str(tmp_path / "drawn")])
+        assert {path.name for path in (tmp_path / "drawn").iterdir()} == {
+            "architecture.svg",
+            "benchmark.md",
+            "layers.svg",
+        }
+        assert "| (2, 64, 8, 8) | bfloat16, contiguous |" in (tmp_path / "drawn" / "benchmark.md").read_text()

@@ -1,0 +1,69 @@
+"""How all pictures look: one colour for one thing, letters of 9 points and more on a page of 700 pixels."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+# Of Okabe and Ito's palette, which people who see fewer colours can tell apart; in grey they differ too.
+OURS, OURS_LIGHT = "#0072B2", "#8CC4E6"
+LOCAL = "#E69F00"  # torch's local batch norm
+TORCH_SYNC = "#D55E00"  # torch.nn.SyncBatchNorm, and what it sends
+MPI = "#3C3C3C"  # MPI alone, called from C
+MODEL = "#EAF5F0"  # the ground of what is computed by a model, not measured
+WHOLE_BATCH = "#C4C4C4"  # batch norm of all samples in one process
+GREY, FAINT = "#5A5A5A", "#DDDDDD"
+WIDTH = 7.3  # inches: 700 pixels of a browser
+
+_SETTINGS = {
+    "font.family": "DejaVu Sans",  # comes with matplotlib
+    "font.size": 9,
+    "axes.titlesize": 10,
+    "axes.titleweight": "bold",
+    "axes.titlelocation": "left",
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.axisbelow": True,
+    "axes.grid": False,
+    "grid.color": FAINT,
+    "grid.linewidth": 0.6,
+    "legend.frameon": False,
+    "hatch.linewidth": 0.7,
+    "figure.constrained_layout.h_pad": 0.09,
+    "figure.constrained_layout.w_pad": 0.09,
+    "svg.hashsalt": "mpisyncbn",  # the same picture has the same bytes
+}
+
+
+def figure(height: float) -> Figure:
+    """An empty figure as wide as a page, ``height`` inches high. Needs no display."""
+    import matplotlib
+    from matplotlib.figure import Figure
+
+    matplotlib.rcParams.update(_SETTINGS)
+    return Figure(figsize=(WIDTH, height), layout="constrained", facecolor="white")
+
+
+def save(picture: Figure, path: Path, source: object = None) -> None:
+    """Write the picture as SVG or, with 64 colours, as PNG. An SVG keeps the fingerprint of ``source``."""
+    if path.suffix == ".svg":
+        about = {"Date": None, "Creator": "scripts/pictures", "Description": fingerprint(source)}
+        picture.savefig(path, metadata=about)
+        return
+    from io import BytesIO
+
+    from PIL import Image
+
+    drawn = BytesIO()
+    picture.savefig(drawn, format="png", dpi=192)
+    Image.open(drawn).convert("RGB").quantize(64, dither=Image.Dither.NONE).save(path, optimize=True)
+
+
+def fingerprint(source: Any) -> str:
+    """A short text that is another one where the data of a picture are."""
+    return "data " + hashlib.sha256(json.dumps(source, sort_keys=True).encode()).hexdigest()[:16]
