@@ -35,7 +35,7 @@ NATIVE = Extension(
         *("-std=gnu++17", "-O3", "-g0", "-fvisibility=hidden"),
         "-fno-strict-aliasing",  # nanobind asks for it
         *("-ffp-contract=fast", "-fno-math-errno", "-fno-wrapv"),
-        *("-Wno-psabi", "-Wno-maybe-uninitialized", "-Wno-unknown-pragmas"),
+        *("-Wno-psabi", "-Wno-maybe-uninitialized", "-Wno-uninitialized", "-Wno-unknown-pragmas"),
     ],
     language="c++",
 )
