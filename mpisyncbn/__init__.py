@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 
     convert_sync_batchnorm = SyncBatchNorm.convert_sync_batchnorm
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 __all__ = [
     "CollectiveMismatchError",

@@ -11,18 +11,22 @@ import shutil
 import sys
 import sysconfig
 import tarfile
+import zipfile
 from pathlib import Path
 
 import numpy as np
 import pytest
 
+import mpisyncbn
 from support import jobs
 from support.jobs import ROOT, run_alone
+from support.kernels import needs_native
 from support.ranks import once
 
 pytestmark = once("setup.py is no MPI program")
 
-SUFFIX = sysconfig.get_config_var("EXT_SUFFIX")
+STABLE_ABI = sys.version_info >= (3, 12) and not sysconfig.get_config_var("Py_GIL_DISABLED")
+SUFFIX = ".abi3.so" if STABLE_ABI else sysconfig.get_config_var("EXT_SUFFIX")
 NATIVE = sorted(
     str(path.relative_to(ROOT))
     for path in (ROOT / "mpisyncbn" / "kernels" / "cpu").iterdir()
@@ -155,6 +159,37 @@ def test_sources_are_distributed(tree: Tree) -> None:
     with tarfile.open(archive) as file:
         names = {name.partition("/")[2] for name in file.getnames()}
     assert {"setup.py", *NATIVE} <= names
+
+
+def test_wheel(tree: Tree) -> None:
+    """Its tag and its contents, of what passes for a compiled extension."""
+    tree.setup("-q", "bdist_wheel")
+    (wheel,) = tree.sources.glob("dist/*.whl")
+    python, abi, platform = wheel.stem.split("-")[-3:]
+    major_minor = f"cp{sys.version_info.major}{sys.version_info.minor}"
+    assert (python, abi) == (("cp312", "abi3") if STABLE_ABI else (major_minor, major_minor))
+    assert platform.startswith("linux_")
+    with zipfile.ZipFile(wheel) as file:
+        names = set(file.namelist())
+        (metadata,) = (file.read(name).decode() for name in names if name.endswith(".dist-info/METADATA"))
+    assert f"mpisyncbn/kernels/cpu/_cpu{SUFFIX}" in names
+    assert {"mpisyncbn/py.typed", "mpisyncbn/kernels/cpu/_cpu.pyi"} <= names
+    assert all(name.split("/")[0].startswith("mpisyncbn") for name in names), "no tests, no tools"
+    assert f"Version: {mpisyncbn.__version__}\n" in metadata
+
+
+@needs_native
+def test_threads_are_torchs() -> None:
+    """One libgomp is loaded, the one that torch brings, although the extension is loaded first or last."""
+    code = """
+import {first}, {second}, mpisyncbn.kernels.cpu, torch, pathlib
+lines = pathlib.Path("/proc/self/maps").read_text().splitlines()
+print(*{{line.split()[-1] for line in lines if "libgomp" in line}}, sep="\\n")
+"""
+    before, after = "torch", "mpisyncbn.kernels.cpu"
+    found = run_alone(code.format(first=before, second=after)).split()
+    assert len(found) == 1
+    assert len(run_alone(code.format(first=after, second=before)).split()) == 1
 
 
 RESULTS = """

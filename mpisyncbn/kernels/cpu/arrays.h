@@ -107,18 +107,18 @@ bool describe_by_name(nb::handle torch, nb::handle object, Array &array) {
     if (known == dtypes + 5 || object.attr(names[4]).ptr() != Py_True) return false;
     array.dtype = (DType)(known - dtypes + 1);
     const nb::object shape = object.attr(names[1]),
-                     stride = nb::steal(PyObject_CallMethodNoArgs(object.ptr(), names[2])),
-                     address = nb::steal(PyObject_CallMethodNoArgs(object.ptr(), names[3]));
+                     stride = nb::steal(PyObject_CallMethodObjArgs(object.ptr(), names[2], nullptr)),
+                     address = nb::steal(PyObject_CallMethodObjArgs(object.ptr(), names[3], nullptr));
     if (!stride.is_valid() || !address.is_valid()) {
         PyErr_Clear();
         return false;
     }
-    if (!PyTuple_Check(shape.ptr()) || !PyTuple_Check(stride.ptr()) || PyTuple_GET_SIZE(shape.ptr()) > NDIM)
+    if (!PyTuple_Check(shape.ptr()) || !PyTuple_Check(stride.ptr()) || PyTuple_Size(shape.ptr()) > NDIM)
         return false;
-    array.ndim = (int)PyTuple_GET_SIZE(shape.ptr());
+    array.ndim = (int)PyTuple_Size(shape.ptr());
     for (int d = 0; d < array.ndim; ++d) {
-        array.shape[d] = PyLong_AsLong(PyTuple_GET_ITEM(shape.ptr(), d));
-        array.stride[d] = PyLong_AsLong(PyTuple_GET_ITEM(stride.ptr(), d));
+        array.shape[d] = PyLong_AsLong(PyTuple_GetItem(shape.ptr(), d));
+        array.stride[d] = PyLong_AsLong(PyTuple_GetItem(stride.ptr(), d));
     }
     array.data = (char *)PyLong_AsVoidPtr(address.ptr());
     if (PyErr_Occurred()) throw nb::python_error();
@@ -161,7 +161,7 @@ bool look_at(nb::handle object, Array &array, bool to_write = false) {
                                                                    torch.attr("nn").attr("Parameter").ptr();
     static PyObject *const is_neg = PyUnicode_InternFromString("is_neg");
     const PyObject *const type = (PyObject *)Py_TYPE(object.ptr());
-    const nb::object negated = nb::steal(PyObject_CallMethodNoArgs(object.ptr(), is_neg));
+    const nb::object negated = nb::steal(PyObject_CallMethodObjArgs(object.ptr(), is_neg, nullptr));
     if (negated.ptr() != Py_False) {  // its memory does not show a pending sign
         PyErr_Clear();
         return false;

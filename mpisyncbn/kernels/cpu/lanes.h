@@ -282,7 +282,7 @@ INLINE vec<T> from_lane(vec<T> v, long n) {
 }
 
 template <class T>
-INLINE double total(vec<T> v) {
+NOT_INLINED double total(vec<T> v) {
     if constexpr (Lane<T>::width == 2) return v[0] + v[1];
     // adds the halves in double
     constexpr int HALF = Lane<T>::width / 2;

@@ -7,7 +7,8 @@
 #include "activation.h"
 #include "terms.h"
 
-// Goes through planes that follow each other in memory: `planes` of `length` values each. Vectors
+// Goes through planes that follow each other in memory: `planes` of `length` values each, at least two
+// vectors: shorter planes have a loop of their own, without vectors across. Vectors
 // are aligned in the array at `from`, because loads and stores that cross into the next cache line
 // are slow, and stores past the cache need whole lines. Calls
 //     inside(i, n, c) for n vectors within plane c, from the i-th value on,
@@ -20,14 +21,6 @@ INLINE void go_through(const P *from, long planes, long length, Inside inside, A
     constexpr long W = Lane<T>::width;
     const long total = planes * length, ahead = (long)(-(uintptr_t)from % (W * sizeof(T)) / sizeof(T));
     long i = 0;
-    if (length < 2 * W) {  // too short for two kinds of vectors
-        for (long c = 0; c < planes; ++c, i += length) {
-            if (length >= W) inside(i, 1, c);
-            if (length % W) part(i + length / W * W, length % W, c);
-            end(c);
-        }
-        return;
-    }
     long c = 0, left = length;  // values of plane c
     if (ahead) {
         part(0, ahead, 0);

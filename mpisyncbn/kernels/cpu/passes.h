@@ -1,16 +1,37 @@
 // Element-wise work on a tile. Included once per instruction set by loops.h.
 
+// For n values, fewer than a vector.
+template <class T, class F, class K>
+NOT_INLINED void apply_to_part(F operation, Pointers<T> pointers, long i, K coefficient, long n) {
+    operation.template apply<false>(pointers, i, coefficient, TailAccess{n});
+}
+
+// For planes of fewer values than two vectors.
+template <class T, class F>
+static void pass_short_planes(Pointers<T> pointers, long planes, long length, const compute_t<T> *coefficients,
+                              long stride, F operation) {
+    constexpr long W = Lane<T>::width;
+    for (long c = 0; c < planes; ++c, pointers = pointers.after(length) + length) {
+        const PlaneCoefficients<T> coefficient{coefficients + c, stride};
+        if (length >= W) operation.template apply<false>(pointers, 0, coefficient, FullAccess{});
+        if (const long left = length % W)
+            operation.template apply<false>(pointers, length - left, coefficient, TailAccess{left});
+    }
+}
+
 template <bool STREAM, class T, class F>
 static void pass_planes(const Operands<T> &on, const Tile &t, const compute_t<T> *coefficients, long stride,
                         F operation) {
     constexpr long W = Lane<T>::width;
     const long channels = t.c1 - t.c0, length = t.s1 - t.s0, together = on.adjacent(length) ? channels : 1;
-    if (STREAM && length < 2 * W)
-        return pass_planes<false>(on, t, coefficients, stride, operation);  // short planes are not aligned
     for (long n = t.n0; n < t.n1; ++n)
         for (long from = 0; from < channels; from += together) {
             const Pointers<T> pointers = on.pointers_at(n, t.c0 + from, t.s0);
             const compute_t<T> *const of_plane = coefficients + from;
+            if (length < 2 * W) {  // they are not aligned, and so not streamed
+                pass_short_planes(pointers, together, length, of_plane, stride, operation);
+                continue;
+            }
             go_through<T>(
                 pointers.out, together, length,
                 [&](long i, long vectors, long c) {
@@ -28,9 +49,8 @@ static void pass_planes(const Operands<T> &on, const Tile &t, const compute_t<T>
                         TwoPlanesCoefficients<T>{of_plane + c, stride, values}, FullAccess{});
                 },
                 [&](long i, long values, long c) {
-                    operation.template apply<false>(pointers.after(c * length), i,
-                                                    PlaneCoefficients<T>{of_plane + c, stride},
-                                                    TailAccess{values});
+                    apply_to_part(operation, pointers.after(c * length), i,
+                                  PlaneCoefficients<T>{of_plane + c, stride}, values);
                 },
                 [](long) {});
         }
@@ -54,15 +74,14 @@ static void pass_rows(const Operands<T> &on, const Tile &t, const compute_t<T> *
         }
         if (j < columns) {
             const RowCoefficients<T> coefficient = row_coefficients(on, t, coefficients, stride, j);
-            operation.template apply<false>(one, j, coefficient, TailAccess{columns - j});
-            operation.template apply<false>(two, j, coefficient, TailAccess{columns - j});
+            apply_to_part(operation, one, j, coefficient, columns - j);
+            apply_to_part(operation, two, j, coefficient, columns - j);
         }
     }
     if ((t.s1 - t.s0) % 2)
         for (long j = 0; j < columns; j += W)
-            operation.template apply<false>(on.pointers_at(t.s1 - 1, t.c0, 0), j,
-                                            row_coefficients(on, t, coefficients, stride, j),
-                                            TailAccess{std::min(W, columns - j)});
+            apply_to_part(operation, on.pointers_at(t.s1 - 1, t.c0, 0), j,
+                          row_coefficients(on, t, coefficients, stride, j), std::min(W, columns - j));
     if (STREAM) fence();
 }
 

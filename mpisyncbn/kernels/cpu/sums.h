@@ -9,29 +9,32 @@ struct PartialSums {
     vec<T> a, b;
 };
 
+// The terms of n values, fewer than a vector.
+template <class T, class F, class K>
+NOT_INLINED void part_terms(Pointers<T> pointers, long i, K coefficient, F terms, long n, vec<T> &a,
+                            vec<T> &factor) {
+    terms(pointers, i, coefficient, TailAccess{n}, a, factor);
+}
+
 // Adds both sums over n vectors, at most 64, to `into`. A lane has at most 16 additions.
 template <class T, class F>
 INLINE void add_vectors(Pointers<T> pointers, long n, PlaneCoefficients<T> coefficient, F terms,
                         PartialSums<T> &into) {
     constexpr long W = Lane<T>::width;
-    vec<T> a0, a1, a2, a3, b0, b1, b2, b3, a, b;
+    vec<T> a0{}, a1{}, a2{}, a3{}, b0{}, b1{}, b2{}, b3{}, a, factor;
     if (n >= 4) {
-        terms(pointers, 0, coefficient, FullAccess{}, a0, b0);
-        terms(pointers, W, coefficient, FullAccess{}, a1, b1);
-        terms(pointers, 2 * W, coefficient, FullAccess{}, a2, b2);
-        terms(pointers, 3 * W, coefficient, FullAccess{}, a3, b3);
-        for (n -= 4, pointers = pointers + 4 * W; n >= 4; n -= 4, pointers = pointers + 4 * W) {
-            terms(pointers, 0, coefficient, FullAccess{}, a, b), a0 += a, b0 += b;
-            terms(pointers, W, coefficient, FullAccess{}, a, b), a1 += a, b1 += b;
-            terms(pointers, 2 * W, coefficient, FullAccess{}, a, b), a2 += a, b2 += b;
-            terms(pointers, 3 * W, coefficient, FullAccess{}, a, b), a3 += a, b3 += b;
+        for (; n >= 4; n -= 4, pointers = pointers + 4 * W) {
+            terms(pointers, 0, coefficient, FullAccess{}, a, factor), a0 += a, b0 += a * factor;
+            terms(pointers, W, coefficient, FullAccess{}, a, factor), a1 += a, b1 += a * factor;
+            terms(pointers, 2 * W, coefficient, FullAccess{}, a, factor), a2 += a, b2 += a * factor;
+            terms(pointers, 3 * W, coefficient, FullAccess{}, a, factor), a3 += a, b3 += a * factor;
         }
         into.a += (a0 + a1) + (a2 + a3);
         into.b += (b0 + b1) + (b2 + b3);
     }
     for (; n > 0; --n, pointers = pointers + W) {
-        terms(pointers, 0, coefficient, FullAccess{}, a, b);
-        into.a += a, into.b += b;
+        terms(pointers, 0, coefficient, FullAccess{}, a, factor);
+        into.a += a, into.b += a * factor;
     }
 }
 
@@ -43,10 +46,26 @@ INLINE void add_planes(Pointers<T> pointers, long planes, long length, const com
                        long stride, F terms, PartialSums<T> *partial, Flush flush) {
     constexpr long W = Lane<T>::width;
     PartialSums<T> here{};  // in registers, for the plane at hand
+    vec<T> a, factor;
     auto end = [&](long c) {
         partial[c].a += here.a, partial[c].b += here.b;
         here.a = here.b = vec<T>{};
     };
+    if (length < 2 * W) {
+        for (long c = 0; c < planes; ++c, pointers = pointers.after(length) + length) {
+            const PlaneCoefficients<T> coefficient{coefficients + c, stride};
+            if (length >= W) {
+                terms(pointers, 0, coefficient, FullAccess{}, a, factor);
+                here.a += a, here.b += a * factor;
+            }
+            if (const long left = length % W) {
+                terms(pointers, length - left, coefficient, TailAccess{left}, a, factor);
+                here.a += only<T>(a, left), here.b += only<T>(a * factor, left);
+            }
+            end(c);
+        }
+        return;
+    }
     go_through<T>(
         pointers.x, planes, length,
         [&](long i, long vectors, long c) {
@@ -61,18 +80,19 @@ INLINE void add_planes(Pointers<T> pointers, long planes, long length, const com
             }
         },
         [&](long i, long c, long values) {
-            vec<T> a, b;
-            terms(pointers.after(c * length), i, TwoPlanesCoefficients<T>{coefficients + c, stride, values},
-                  FullAccess{}, a, b);
+            const TwoPlanesCoefficients<T> coefficient{coefficients + c, stride, values};
+            vec<T> a, factor;
+            terms(pointers.after(c * length), i, coefficient, FullAccess{}, a, factor);
+            const vec<T> b = a * factor;
             here.a += only<T>(a, values), here.b += only<T>(b, values);
             end(c);
             here.a = from_lane<T>(a, values), here.b = from_lane<T>(b, values);
         },
         [&](long i, long values, long c) {
-            vec<T> a, b;
-            terms(pointers.after(c * length), i, PlaneCoefficients<T>{coefficients + c, stride},
-                  TailAccess{values}, a, b);
-            here.a += only<T>(a, values), here.b += only<T>(b, values);
+            const PlaneCoefficients<T> coefficient{coefficients + c, stride};
+            vec<T> a, factor;
+            part_terms(pointers.after(c * length), i, coefficient, terms, values, a, factor);
+            here.a += only<T>(a, values), here.b += only<T>(a * factor, values);
         },
         end);
 }
@@ -108,15 +128,21 @@ INLINE RowCoefficients<T> row_coefficients(const Operands<T> &on, const Tile &t,
     return {coefficients + j, stride, on.row_of_column ? on.row_of_column + t.c0 + j : nullptr};
 }
 
-// Adds the terms of ROWS rows, which lie `step` apart, to the sums of one vector of columns.
-template <long ROWS, class T, class F, class A>
+// Adds the terms of ROWS rows, which lie `step` apart, to the sums of one vector of columns, or of
+// the last n columns.
+template <long ROWS, bool WHOLE, class T, class F>
 INLINE void add_rows(Pointers<T> pointers, const typename Operands<T>::Strides &step,
-                     RowCoefficients<T> coefficient, F terms, A access, compute_t<T> *a_sums,
+                     RowCoefficients<T> coefficient, F terms, long n, compute_t<T> *a_sums,
                      compute_t<T> *b_sums) {
     vec<T> a[ROWS], b[ROWS];
 #pragma GCC unroll 8
     for (long i = 0; i < ROWS; ++i) {
-        terms(pointers, 0, coefficient, access, a[i], b[i]);
+        vec<T> factor;
+        if constexpr (WHOLE)
+            terms(pointers, 0, coefficient, FullAccess{}, a[i], factor);
+        else
+            part_terms(pointers, 0, coefficient, terms, n, a[i], factor);
+        b[i] = a[i] * factor;
         pointers = {pointers.dy + step.dy, pointers.x + step.x, pointers.extra + step.extra,
                     pointers.out + step.out, pointers.mask + step.mask};
     }
@@ -126,6 +152,14 @@ INLINE void add_rows(Pointers<T> pointers, const typename Operands<T>::Strides &
         for (long i = 0; i < half; ++i) a[i] += a[i + half], b[i] += b[i + half];
     write<false>(a_sums, read<vec<T>>(a_sums) + a[0]);
     write<false>(b_sums, read<vec<T>>(b_sums) + b[0]);
+}
+
+// The same for the last n columns, fewer than a vector.
+template <long ROWS, class T, class F>
+NOT_INLINED void add_row_ends(Pointers<T> pointers, const typename Operands<T>::Strides &step,
+                              RowCoefficients<T> coefficient, F terms, long n, compute_t<T> *a_sums,
+                              compute_t<T> *b_sums) {
+    add_rows<ROWS, false>(pointers, step, coefficient, terms, n, a_sums, b_sums);
 }
 
 // Adds both sums over rows s0 to s1 to the totals of every column. `scratch` has room for two sums
@@ -151,11 +185,11 @@ static void sum_rows(const Operands<T> &on, const Tile &t, const compute_t<T> *c
                 const Pointers<T> pointers = on.pointers_at(from, t.c0, 0);
                 long j = 0;
                 for (; j + W <= columns; j += W)
-                    add_rows<at_once()>(pointers.columns_from(j), step, coefficient(j), terms, FullAccess{},
-                                        a_sums + j, b_sums + j);
+                    add_rows<at_once(), true>(pointers.columns_from(j), step, coefficient(j), terms, W,
+                                              a_sums + j, b_sums + j);
                 if (j < columns)
-                    add_rows<at_once()>(pointers.columns_from(j), step, coefficient(j), terms,
-                                        TailAccess{columns - j}, a_sums + j, b_sums + j);
+                    add_row_ends<at_once()>(pointers.columns_from(j), step, coefficient(j), terms,
+                                            columns - j, a_sums + j, b_sums + j);
             }
             for (long j = 0; j < columns; ++j) total_a[j] += a_sums[j], total_b[j] += b_sums[j];
         }

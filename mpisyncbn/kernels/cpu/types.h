@@ -16,6 +16,8 @@
 
 #define INLINE_MEMBER inline __attribute__((always_inline))
 #define INLINE static INLINE_MEMBER
+// for what takes many instructions and is called in several places, so that it is compiled once
+#define NOT_INLINED static __attribute__((noinline))
 
 namespace mpisyncbn {
 

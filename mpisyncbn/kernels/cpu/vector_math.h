@@ -6,10 +6,6 @@
 // that it would not be normal count as the limit: results there are within 1e-35 (double: 1e-302) of
 // the exact ones, and no derivative sets the flag FE_UNDERFLOW, which kernels.h looks at, or takes
 // extra time for subnormal numbers. NaN stays NaN.
-//
-// The functions that take many instructions are not inlined: a loop has several copies of its body.
-
-#define NOT_INLINED static __attribute__((noinline))
 
 template <class T>
 using fit_t = std::conditional_t<sizeof(T) == 2, bfloat16, T>;
