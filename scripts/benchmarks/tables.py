@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import textwrap
 from collections.abc import Callable, Iterable
 from typing import Any
 
@@ -57,7 +58,8 @@ def _measured(found: list[runs.Run], name: str) -> str:
     runs_of = f"{len(found)} run{'s' * (len(found) > 1)}"
     note = f"; {first['note']}" if "note" in first else ""
     each = f"{threads} thread{'s' * (threads > 1)} each"
-    return f"- `{name}`: {ranks}, {each}; {runs_of}, {dates}; {where}{note}"
+    line = f"- `{name}`: {ranks}, {each}; {runs_of}, {dates}; {where}{note}"
+    return textwrap.fill(line, 100, subsequent_indent="  ")
 
 
 def _layer(rows: list[Row]) -> str:
