@@ -60,13 +60,14 @@ struct Fixed {
 };
 
 // The same as numbers, for what is not worth code of its own.
+template <bool MASKED>
 struct Chosen {
     static constexpr bool chosen = true;
+    static constexpr bool masked = MASKED;
     Kind kind;
     Source source;
-    bool masked;
     double parameter;
-    INLINE_MEMBER bool undone() const { return source == Source::undone; }
+    INLINE_MEMBER bool undone() const { return MASKED && source == Source::undone; }
 };
 
 // For a leaky ReLU whose output is in place of x, without a mask.
@@ -83,8 +84,7 @@ struct Undone {
 // residual, with an Undone.
 template <Source OTHER, class F>
 INLINE void by_case(Activation activation, Source source, bool masked, F call) {
-    const Chosen chosen{activation.kind, source, masked, activation.parameter};
-    if (masked) return call(chosen);
+    if (masked) return call(Chosen<true>{activation.kind, source, activation.parameter});
     if (activation.kind == Kind::relu && source == OTHER) return call(Fixed<Kind::relu, OTHER>{});
     if (activation.kind == Kind::relu && source == Source::x) return call(Fixed<Kind::relu, Source::x>{});
     if (activation.kind == Kind::none && source == Source::x) return call(Fixed<Kind::none, Source::x>{});
@@ -93,5 +93,5 @@ INLINE void by_case(Activation activation, Source source, bool masked, F call) {
     } else if (source == Source::undone) {
         return call(Undone{activation.parameter});
     }
-    call(chosen);
+    call(Chosen<false>{activation.kind, source, activation.parameter});
 }

@@ -5,14 +5,17 @@
 
 // Values that do not count are 0 in the terms, and in the output. They are taken away by their bits,
 // because 0 times NaN is not 0.
-template <class T>
+template <class T, bool MASKED>
 struct Kept {
-    using M = typename Lane<T>::mask;
-    M mask;
+    typename Lane<T>::mask mask;
     template <class K>
-    INLINE_MEMBER Kept(bool masked, Pointers<T> pointers, long i, K coefficient)
-        : mask(masked ? coefficient.mask(pointers, i) : M{} - 1) {}
-    INLINE_MEMBER vec<T> operator()(vec<T> v) const { return (vec<T>)((M)v & mask); }
+    INLINE_MEMBER Kept(Pointers<T> pointers, long i, K coefficient) {
+        if constexpr (MASKED) mask = coefficient.mask(pointers, i);
+    }
+    INLINE_MEMBER vec<T> operator()(vec<T> v) const {
+        if constexpr (MASKED) return (vec<T>)((typename Lane<T>::mask)v & mask);
+        return v;
+    }
 };
 
 // Terms of sums: a vector for the sum a, and a factor: a * factor is for the sum b. Short runs of them
@@ -24,7 +27,7 @@ struct Moments {  // MEAN is an origin near the mean, so that the squares keep t
     template <class K, class A>
     INLINE_MEMBER void operator()(Pointers<T> pointers, long i, K coefficient, A access, vec<T> &a,
                                   vec<T> &factor) const {
-        const Kept<T> kept(MASKED, pointers, i, coefficient);
+        const Kept<T, MASKED> kept(pointers, i, coefficient);
         a = factor = kept(access.get(pointers.x + i) - coefficient(MEAN));
     }
 };
@@ -48,7 +51,7 @@ struct Reduce {
     INLINE_MEMBER void operator()(Pointers<T> pointers, long i, K coefficient, A access, vec<T> &a,
                                   vec<T> &factor) const {
         if constexpr (HOW::chosen) read_ahead(pointers.x + i), read_ahead(pointers.dy + i);
-        const Kept<T> kept(how.masked, pointers, i, coefficient);
+        const Kept<T, HOW::masked> kept(pointers, i, coefficient);
         const vec<T> x = access.get(pointers.x + i), xm = kept(input_of<T>(how, x) - coefficient(MEAN));
         a = access.get(pointers.dy + i);
         if (how.undone()) {
@@ -75,7 +78,7 @@ struct Normalize {
         if constexpr (HOW::chosen) read_ahead(pointers.x + i);
         vec<T> z = (access.get(pointers.x + i) - coefficient(MEAN)) * coefficient(SCALE) + coefficient(SHIFT);
         if (how.source == Source::residual) z += access.get(pointers.extra + i);
-        const Kept<T> kept(how.masked, pointers, i, coefficient);
+        const Kept<T, HOW::masked> kept(pointers, i, coefficient);
         access.template put<STREAM>(pointers.out + i, kept(activate<T>(how, z)));
     }
 };
@@ -91,7 +94,7 @@ struct Elementwise {
         if (how.kind != Kind::none)
             dy = activation_gradient<T>(
                 how, dy, how.undone() ? x : xm * coefficient(SCALE) + coefficient(SHIFT));
-        const Kept<T> kept(how.masked, pointers, i, coefficient);
+        const Kept<T, HOW::masked> kept(pointers, i, coefficient);
         const vec<T> dx = dy * coefficient(SCALE) + (xm * coefficient(SLOPE) + coefficient(INTERCEPT));
         access.template put<STREAM>(pointers.out + i, kept(dx));
     }
