@@ -30,7 +30,7 @@ class SyncBatchNorm(convert.Synchronized):
     r"""Batch normalization over the batch of all ranks of an MPI communicator.
 
     A drop-in for :class:`torch.nn.SyncBatchNorm`, with the same arguments, attributes and
-    state_dict, for tensors on any device. See docs/explanation/sharp_bits.md for where it differs on purpose.
+    state_dict, for tensors on any device. See docs/explanation/surprises.md for where it differs on purpose.
 
     Args:
         num_features: the number of channels C of an input of shape ``(N, C, *)``.

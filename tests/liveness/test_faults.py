@@ -146,16 +146,23 @@ def test_a_library_that_ends_the_job_itself() -> None:
     assert not judged(case, "mpich", status=14).ok
 
 
-def test_an_mpiexec_that_breaks() -> None:
-    """Intel MPI's, now and then: the rank that aborts says the status."""
-    broken = {
-        "status": 141,
-        "stderr": "the cause\napplication called MPI_Abort(MPI_COMM_WORLD, 4) - process 2",
-    }
-    assert judged(name="impi", **broken).ok
-    assert not judged(name="openmpi", **broken).ok
-    assert not judged(name="impi", **{**broken, "status": 140}).ok
-    assert not judged(name="impi", **{**broken, "stderr": broken["stderr"].replace("4)", "5)")}).ok
+ABORTED = {
+    "openmpi": "MPI_ABORT was invoked on rank 2 in communicator MPI_COMM_WORLD\n  Errorcode: 4\n",
+    "impi": "application called MPI_Abort(MPI_COMM_WORLD, 4) - process 2\n",
+}
+
+
+@pytest.mark.parametrize(("name", "status"), [("openmpi", 139), ("impi", 141)])
+def test_an_mpiexec_that_breaks(name: str, status: int) -> None:
+    """Now and then it does: the output gives the status of the rank that aborted."""
+    said = f"the cause\n{ABORTED[name]}"
+    assert judged(name=name, status=status, stderr=said).ok
+    assert not judged(name="mpich", status=status, stderr=said).ok
+    assert not judged(name=name, status=status - 1, stderr=said).ok
+    assert not judged(name=name, status=status, stderr=said.replace("4", "5")).ok
+    rank = "process rank 1 with PID 9 on node vm exited on signal 11 (Segmentation fault)."
+    if name == "openmpi":
+        assert not judged(name=name, status=status, stderr=f"{said}\n{rank}").ok
 
 
 REPORT = """\

@@ -30,6 +30,9 @@ _KINDS = {
         {
             "signal": r"process rank {rank} with PID \d+ on node \S+ exited on\s+signal {number} ",
             "exit": r"process rank {rank} with PID|@\d+,{rank}\]\s+Exit code: +{number}\b",
+            # Once in twenty times it ends of SIGSEGV itself, when a rank has called MPI_Abort and
+            # another is in MPI_Finalize: in PMIx_server_finalize, and without this package as well.
+            "abort": r"MPI_ABORT was invoked on rank[^-]*Errorcode: {number}\b",
         },
     ),
     "mpich": _Kind(

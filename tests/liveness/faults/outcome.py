@@ -12,7 +12,7 @@ from support.libraries import Library
 
 from .case import NOT_ZERO, Case
 
-_BROKEN_PIPE = 128 + signal.SIGPIPE
+_BREAKS = {"openmpi": signal.SIGSEGV, "impi": signal.SIGPIPE}  # of what mpiexec itself may end
 
 
 class Outcome(NamedTuple):
@@ -43,7 +43,7 @@ def judge(case: Case, library: Library, end: End) -> Outcome:
     elif end.status is None:
         problems.append(f"HUNG: no end within {case.limit:g} s")
     else:
-        right = end.status in statuses or _is_lost(end, library, statuses)
+        right = end.status in statuses or _broke(end, library, statuses)
         problems += [] if right else [f"status {end.status}"]
         problems += [f"{end.left} processes left behind"] if end.left else []
         missing = (pattern for pattern, text in patterns if not re.search(pattern, text, re.MULTILINE))
@@ -52,12 +52,14 @@ def judge(case: Case, library: Library, end: End) -> Outcome:
     return Outcome(library.title, case.name, case.fault, not problems, outcome, **end._asdict())
 
 
-def _is_lost(end: End, library: Library, statuses: Iterable[int]) -> bool:
-    """Whether mpiexec broke while it ended the job for a rank, which says the status itself."""
-    words = library.words.get("abort")
-    if end.status != _BROKEN_PIPE or words is None:
+def _broke(end: End, library: Library, statuses: Iterable[int]) -> bool:
+    """Whether mpiexec broke while it ended the job for a rank, and the output gives that rank's status."""
+    number = _BREAKS.get(library.name)
+    if number is None or end.status != 128 + number:
         return False
-    return any(re.search(words.format(number=status), end.stderr) for status in statuses)
+    if re.search(library.words["signal"].format(rank=r"\d+", number=int(number)), end.stdout + end.stderr):
+        return False  # a rank broke
+    return any(re.search(library.words["abort"].format(number=status), end.stderr) for status in statuses)
 
 
 def _said(pattern: str, text: str) -> str:
