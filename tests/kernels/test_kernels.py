@@ -227,13 +227,14 @@ def test_the_right_module_for_each_array():
     assert kernels_for(torch.zeros(1, 1, device="meta")) is generic
 
 
-@pytest.mark.parametrize("shape", [(2**24 + 5000, 1), (1, 2, 2**23 + 5000)], ids=str)
+@pytest.mark.parametrize("shape", [(2**24 + 5000, 1), (1, 1, 2**24 + 5000), (1, 2, 2**24 + 5000)], ids=str)
 @pytest.mark.parametrize("kernels", [*map(in_full, HOST)])
 def test_sums_of_more_values_than_float32_can_count(kernels, shape):
-    if interpreted(kernels) and shape[1] == 1:
-        pytest.skip("the interpreter takes its time, and the other shape shows as much")
+    if interpreted(kernels) and shape[0] * shape[1] > 1:
+        pytest.skip("the interpreter takes half a minute for one of them")
     ones = torch.ones(shape)
-    for x in (ones, ones.movedim(1, -1).contiguous().movedim(-1, 1)):
+    # A tensor of one channel has one layout.
+    for x in (ones, ones.movedim(1, -1).contiguous().movedim(-1, 1))[: shape[1]]:
         near = np.zeros(shape[1])
         sum_dy, sum_dy_xmu, _ = kernels.backward_reduce(x, x, near, near + 1)
         assert sum_dy.tolist() == sum_dy_xmu.tolist() == [x.numel() / shape[1]] * shape[1]
