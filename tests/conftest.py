@@ -77,6 +77,24 @@ def pytest_sessionstart(session: Any) -> None:
         reporter.write_line(f"{WORLD.size} rank{'s' if WORLD.size > 1 else ''}")
 
 
+# They take minutes each.
+_LONG = (
+    "test_faults.py",
+    "test_kernels.py",
+    "test_documentation.py",
+    "test_slurm.py",
+    "test_cuda.py",
+    "test_processes.py",
+    "test_documented.py",
+)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """The longest files first: pytest-xdist deals them out in this order, and none is left for the end."""
+    places = {name: place for place, name in enumerate(_LONG)}
+    items.sort(key=lambda item: places.get(item.path.name, len(_LONG)))
+
+
 def pytest_runtest_logreport(report: Any) -> None:
     """What fails outside of a test, in a fixture or while it is collected, may do so on this rank alone."""
     if report.when != "call":
