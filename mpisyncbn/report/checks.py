@@ -191,7 +191,7 @@ def _oversubscribed(pool: _Pool, where: str) -> Problem:
         what += f" and have {pool.threads} threads"
         cure += "; set OMP_NUM_THREADS=1"
     if not all(each.yields for each in pool.ranks):
-        what += ". A rank that waits keeps its core from the others: a message takes milliseconds"
+        what += ". A rank that waits keeps its core from the others: a message can take milliseconds"
         variable = _YIELDING.get(_vendor(pool.ranks[0]))
         cure += f"; or set {variable}, so that it yields" if variable else ""
     return Problem(WARNING, what, cure)
