@@ -41,13 +41,15 @@ exit status, the same on all ranks:
 at the head of a batch script:
   srun python -m mpisyncbn --check && srun python -m mpi4py train.py
 and to go on in spite of warnings:
-  srun python -m mpisyncbn --check || (($? == 3)) || exit
+  srun --kill-on-bad-exit=0 python -m mpisyncbn --check || (($? == 3)) || exit
 """
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Print the report on one rank, and return the exit status of all. Collective."""
     options = _parser().parse_args(arguments)
+    with suppress(ImportError):
+        importlib.import_module("torch")  # on hundreds of ranks a shared disk takes its time
     with _time_limit(options.timeout):
         return _run(options.check, options.json)
 

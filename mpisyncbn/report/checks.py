@@ -174,11 +174,14 @@ def _cores(facts: Sequence[RankFacts]) -> Iterator[Problem]:
         where += hosts(pools, lambda pool: pool.ranks[0].machine[0])
         if len(pools) > 1:
             where += " each" if len(pool.ranks) == 1 else f", {len(pool.ranks)} at a time,"
-        yield _oversubscribed(pool, where) if len(pool.ranks) > pool.size else _too_many_threads(pool, where)
+        has_few = 1 < len(pool.ranks) > pool.size
+        yield _oversubscribed(pool, where) if has_few else _too_many_threads(pool, where)
 
 
 def _is_crowded(pool: _Pool) -> bool:
-    if len(pool.ranks) > pool.size and not all(each.yields for each in pool.ranks):
+    """A rank that yields its core still uses up the time of its control group."""
+    waits = pool.limited or not all(each.yields for each in pool.ranks)
+    if waits and 1 < len(pool.ranks) > pool.size:
         return True
     return pool.threads > pool.size and any(each.threads > 1 for each in pool.ranks)
 
@@ -186,11 +189,14 @@ def _is_crowded(pool: _Pool) -> bool:
 def _oversubscribed(pool: _Pool, where: str) -> Problem:
     fewer = max(1, int(pool.size))
     what = f"{where} share {pool.cores}"
-    cure = f"start {fewer} rank{plural(fewer)} there, or bind each rank to a core of its own"
+    cure = f"start {fewer} rank{plural(fewer)} there, or "
+    cure += "raise that limit" if pool.limited else "bind each rank to a core of its own"
     if pool.threads > len(pool.ranks):
         what += f" and have {pool.threads} threads"
         cure += "; set OMP_NUM_THREADS=1"
-    if not all(each.yields for each in pool.ranks):
+    if pool.limited:
+        what += ". A rank that waits uses up that time, and then all stop for milliseconds"
+    elif not all(each.yields for each in pool.ranks):
         what += ". A rank that waits keeps its core from the others: a message can take milliseconds"
         variable = _YIELDING.get(_vendor(pool.ranks[0]))
         cure += f"; or set {variable}, so that it yields" if variable else ""
@@ -271,8 +277,8 @@ def _gpus(facts: Sequence[RankFacts]) -> Iterator[Problem]:
             f"torch sees no GPU on {ranks(without, facts)}, and one or more on the others",
             "ask for GPUs on every node, srun --gpus-per-node, and look at CUDA_VISIBLE_DEVICES",
         )
-    elif without and any(each.gpus_given for each in facts):
-        (first, *_) = (each for each in facts if each.gpus_given)
+    elif without and (missed := [each for each in facts if each.gpus_given and _has_torch(each)]):
+        first = missed[0]
         yield Problem(
             WARNING,
             f"there are GPUs ({first.gpus_given}), but torch {first.versions['torch']} sees none",
@@ -293,6 +299,10 @@ def _gpus(facts: Sequence[RankFacts]) -> Iterator[Problem]:
                 f"start as many ranks on each node as it has GPUs: srun --ntasks-per-node={gpus} "
                 f"--gpus-per-node={gpus}, or mpiexec --map-by ppr:{gpus}:node (Open MPI), -ppn {gpus}",
             )
+
+
+def _has_torch(rank: RankFacts) -> bool:
+    return rank.versions["torch"] != "not installed"
 
 
 def _triton(facts: Sequence[RankFacts]) -> Iterator[Problem]:

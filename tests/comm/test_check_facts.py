@@ -61,6 +61,9 @@ def test_nothing_is_said_where_all_is_well():
     assert said(*[{"yields": True}] * 8) == []  # more ranks than cores, which yield
     assert said(*[{"gpus": ("a", "b")}] * 4, nodes=2) == []
     assert said({"gpus": ("a",)}, {"gpus": ("b",)}) == []  # one is visible to each
+    assert said({"quota": ("group", 0.5)}) == []  # it shares its time with no other rank
+    no_torch = {"versions": {**FACTS.versions, "torch": "not installed"}}
+    assert said({**no_torch, "gpus_given": "SLURM_GPUS_ON_NODE=4"}) == []  # CuPy may use them
 
 
 @no_exchange
@@ -85,6 +88,11 @@ def test_nothing_is_said_where_all_is_well():
             [{"cores": frozenset([rank]), "quota": ("group", 1.5)} for rank in range(3)],
             1,
             "all ranks on n1 share the processor time of 1.5 cores. A rank",
+        ),
+        (
+            [{"cores": frozenset([rank]), "quota": ("group", 2.0), "yields": True} for rank in range(4)],
+            1,
+            "all ranks on n1 share the processor time of 2 cores. A rank that waits uses up that time",
         ),
         (
             [{"threads": 2, "quota": (f"group {rank}", 1.0)} for rank in range(2)],

@@ -50,8 +50,8 @@ class Tree:
         self.sources = folder / "sources"
         ignore = shutil.ignore_patterns("*.so", "__pycache__")
         shutil.copytree(ROOT / "mpisyncbn", self.sources / "mpisyncbn", ignore=ignore)
-        for name in ("setup.py", "setup.cfg", "pyproject.toml", "MANIFEST.in", "README.md", "LICENSE"):
-            shutil.copy2(ROOT / name, self.sources)
+        for file in filter(Path.is_file, ROOT.iterdir()):
+            shutil.copy2(file, self.sources)
         (folder / "nanobind.py").write_text(
             f"__version__ = '3'\ndef include_dir():\n    return {str(folder / 'nanobind/include')!r}\n"
         )
@@ -158,7 +158,7 @@ def test_sources_are_distributed(tree: Tree) -> None:
     (archive,) = tree.sources.glob("dist/*.tar")
     with tarfile.open(archive) as file:
         names = {name.partition("/")[2] for name in file.getnames()}
-    assert {"setup.py", *NATIVE} <= names
+    assert {"setup.py", "README.md", "CHANGELOG.md", "CITATION.cff", "SECURITY.md", *NATIVE} <= names
 
 
 def test_wheel(tree: Tree) -> None:

@@ -44,7 +44,9 @@ SHAPES = {
 MULTIPROCESSORS = 132
 
 
-def arguments(name: str, shape: tuple[int, int, int]) -> Iterator[tuple[Any, dict[str, Any]]]:
+def arguments(
+    name: str, shape: tuple[int, int, int], kinds: Iterable[Kind]
+) -> Iterator[tuple[Any, dict[str, Any]]]:
     """Every kernel and option, with what it is called with; pointers by their type."""
     x, dtype = POINTERS[name], getattr(torch, name)
     parameter = VECTOR if dtype == torch.float64 else "*fp32"
@@ -57,7 +59,7 @@ def arguments(name: str, shape: tuple[int, int, int]) -> Iterator[tuple[Any, dic
     }
     vectors = {"mean": VECTOR, "invstd": VECTOR, "weight": parameter}
     yield moments, {"x": x, "ONE": plan.one, **sums, **plan.options}
-    for kind, source in (*((kind, None) for kind in Kind), (Kind.RELU, "y"), (Kind.SILU, "residual")):
+    for kind, source in (*((kind, None) for kind in kinds), (Kind.RELU, "y"), (Kind.SILU, "residual")):
         more = {"dy": x, "x": x, "y": None, "residual": None, "dz": x if source else None}
         more |= {**vectors, "bias": parameter, "KIND": int(kind), "PARAMETER": 0.1}
         if source:
@@ -75,7 +77,7 @@ def arguments(name: str, shape: tuple[int, int, int]) -> Iterator[tuple[Any, dic
     plan = plans.plan_elementwise(*shape, dtype, MULTIPROCESSORS)
     named = ("rows", "width", "stride", "channels", "column_tiles")
     small = {**dict(zip(named, plan.sizes, strict=True)), **plan.options}
-    for residual, kind, bias in ((None, 0, parameter), *((x, kind, None) for kind in Kind)):
+    for residual, kind, bias in ((None, 0, parameter), *((x, kind, None) for kind in kinds)):
         yield (
             normalize,
             {
@@ -89,7 +91,7 @@ def arguments(name: str, shape: tuple[int, int, int]) -> Iterator[tuple[Any, dic
                 **small,
             },
         )
-    for kind in Kind:
+    for kind in kinds:
         more = {"mean_dy": VECTOR, "mean_dy_xmu": VECTOR, "bias": parameter if kind else None}
         more |= {"KIND": int(kind), "PARAMETER": 0.1}
         yield backward_elementwise, {"dz": x, "x": x, "dx": x, **vectors, **more, **small}
@@ -130,15 +132,21 @@ def resources(binary: bytes) -> tuple[int, int]:
     return int(found[1]), int(found[2])
 
 
-def main(architectures: list[int], names: Iterable[str] = SHAPES, dtypes: Iterable[str] = POINTERS) -> None:
+def main(
+    architectures: Iterable[int],
+    names: Iterable[str] = SHAPES,
+    dtypes: Iterable[str] = POINTERS,
+    kinds: Iterable[int] = Kind,
+) -> None:
+    cases = itertools.product(architectures, dtypes, names, [[Kind(kind) for kind in kinds]])
     with ProcessPoolExecutor(mp_context=multiprocessing.get_context("fork")) as pool:
-        for lines in pool.map(report, *zip(*itertools.product(architectures, dtypes, names), strict=True)):
+        for lines in pool.map(report, *zip(*cases, strict=True)):
             print(*lines, sep="\n")
 
 
-def report(architecture: int, dtype: str, name: str) -> list[str]:
+def report(architecture: int, dtype: str, name: str, kinds: list[Kind]) -> list[str]:
     lines = []
-    for kernel, values in arguments(dtype, SHAPES[name]):
+    for kernel, values in arguments(dtype, SHAPES[name], kinds):
         binary = compiled(kernel, values, architecture)
         loads = re.findall(r"ld\.global\S*", binary.asm["ptx"])
         wide = [load for load in loads if ".v4.b32" in load or ".v2.b64" in load]
@@ -151,4 +159,4 @@ def report(architecture: int, dtype: str, name: str) -> list[str]:
 
 
 if __name__ == "__main__":
-    main([int(argument) for argument in sys.argv[1:]] or [80, 90])
+    main([int(argument) for argument in sys.argv[1:]] or (80, 90))
