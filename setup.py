@@ -6,12 +6,12 @@ MPISYNCBN_NO_NATIVE=1 leaves them out on purpose. CXX, CFLAGS, CXXFLAGS and LDFL
 from __future__ import annotations
 
 import os
-import platform
 import shlex
 import shutil
 import sys
 import sysconfig
 from concurrent.futures import ThreadPoolExecutor
+from importlib.machinery import EXTENSION_SUFFIXES
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
@@ -40,6 +40,9 @@ NATIVE = Extension(
     ],
     language="c++",
 )
+OPENMP = "#include <omp.h>\nint main() { return omp_get_max_threads(); }\n"
+# Whether the processor chooses between instruction sets when it runs.
+LEVELS = f'#include "{FOLDER.resolve()}/levels.h"\n#ifndef HAVE_LEVELS\n#error\n#endif\nint main() {{}}\n'
 VARIABLES = ("CC", "CXX", "CFLAGS", "CXXFLAGS", "LDFLAGS")
 
 
@@ -61,6 +64,10 @@ class BuildNative(build_ext):
                 f"native kernels were not built ({why}): slower ATen and NumPy operations serve instead. "
                 "The cure: install a C++17 compiler and Python's headers, then this again"
             )
+        if inplace:  # Python would import an earlier build, without the stable ABI, before this one
+            names = [f"_cpu{suffix}" for suffix in EXTENSION_SUFFIXES]
+            for earlier in names[: names.index(name)]:
+                (FOLDER / earlier).unlink(missing_ok=True)
 
     def build_extension(self, ext: Extension) -> None:
         try:
@@ -71,7 +78,8 @@ class BuildNative(build_ext):
         ext.include_dirs = [str(home / part) for part in ("include", "src", "ext/robin_map/include")]
         # What is built holds no path of the machine that built it.
         ext.extra_compile_args += [f"-ffile-prefix-map={home}=nanobind"]
-        openmp = ["-fopenmp"] if self.has_openmp() else []
+        openmp = ["-fopenmp"] if self.compiles(OPENMP, "-fopenmp") else []
+        self.has_levels = self.compiles(LEVELS, "-std=gnu++17")
         ext.extra_compile_args += openmp
         ext.extra_link_args += openmp
         for name in ("CFLAGS", "CXXFLAGS"):  # setuptools puts them before ours
@@ -92,27 +100,28 @@ class BuildNative(build_ext):
             say("the compiler has no OpenMP: native kernels run on one thread")
 
     def compile_all(self, sources: list[str], **options: object) -> list[str]:
-        """Compile the sources side by side: the loops of one instruction set take a third of the time."""
+        """Compile the sources side by side, as setuptools does not."""
 
         def compile_one(source: str) -> list[str]:
-            flags = options["extra_postargs"]
-            if Path(source).name == "loops_baseline.cpp" and platform.machine() == "x86_64":
-                # for processors without AVX2, so before 2014: 9 s of compilation are worth more
-                flags = ["-O1" if flag == "-O3" else flag for flag in flags]
+            flags = [*options["extra_postargs"]]
+            if Path(source).name == "loops_baseline.cpp" and self.has_levels:
+                # For processors without AVX2, which are old or small: 9 s of compilation are worth more.
+                flags[flags.index("-O3")] = "-O1"
             return self.compile_one([source], **{**options, "extra_postargs": flags})
 
         with ThreadPoolExecutor(os.cpu_count()) as pool:
             objects = pool.map(compile_one, sources)
             return [name for names in objects for name in names]
 
-    def has_openmp(self) -> bool:
+    def compiles(self, program: str, *flags: str) -> bool:
+        """Whether the compiler takes a program."""
         with TemporaryDirectory() as folder:
-            source = Path(folder, "openmp.cpp")
-            source.write_text("#include <omp.h>\nint main() { return omp_get_max_threads(); }\n")
-            options = {"output_dir": folder, "extra_postargs": ["-fopenmp"]}
+            source = Path(folder, "program.cpp")
+            source.write_text(program)
+            options = {"output_dir": folder, "extra_postargs": [*flags]}
             try:
                 objects = self.compiler.compile([str(source)], **options)
-                self.compiler.link_executable(objects, "openmp", target_lang="c++", **options)
+                self.compiler.link_executable(objects, "program", target_lang="c++", **options)
             except Exception:
                 return False
         return True

@@ -141,10 +141,11 @@ def _native_call(group: Communicator, call: LayerCall, kind: int, values: int, l
     if found is None:
         again = call._replace(direction=f"{call.direction} once more")
         hashes = fingerprint.fingerprint(call, 0), fingerprint.fingerprint(again, 0)
-        number = len(group.rank_status.calls)
-        found = _native().Call(kind, number, values, *hashes, call.eps or 0.0, largest)
-        group.enqueued_calls[key] = found
-        group.rank_status.calls.append(call)
+        with group.lock:  # or another thread's call gets this number
+            number = len(group.rank_status.calls)
+            found = _native().Call(kind, number, values, *hashes, call.eps or 0.0, largest)
+            group.enqueued_calls[key] = found
+            group.rank_status.calls.append(call)
     return found
 
 

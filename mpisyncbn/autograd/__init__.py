@@ -163,7 +163,9 @@ def batch_norm(
     if mask is not None:
         check_mask(mask, x, layer)
     act = activation_of(activation)  # raises before anything is sent
-    dtype = _accepted.get(description) or layer_dtype(x, weight, bias, running_mean)
+    # The compiler must not see a table that other calls change.
+    accepted = None if description is None else _accepted.get(description)
+    dtype = accepted or layer_dtype(x, weight, bias, running_mean)
     if compiling:
         # A graph cannot hold an object, so it holds the name of the group.
         y, stats = compiled.apply(x, weight, bias, mask, eps, _group_key(process_group), layer, dtype)
@@ -172,9 +174,10 @@ def batch_norm(
     group = resolve(process_group)
     name, recomputing = group.name_of(layer), is_recomputing()
     context = LayerContext(group, name, x.shape[1], dtype, eps, act, memory_efficient)
-    if group.ready().stream is not None and not recomputing:
+    if group.ready().stream is not None:
         context.description = description
-        if running_mean is not None and running_var is not None and momentum.__class__ is float:
+        has_statistics = running_mean is not None and running_var is not None
+        if has_statistics and momentum.__class__ is float and not recomputing:
             context.running = Running(running_mean, running_var, num_batches_tracked, momentum)
     y = fused.apply(x, weight, bias, residual, mask, context)
     if context.enqueued is not None:

@@ -61,7 +61,7 @@ def forward(
         return None
     momentum = None if running is None else running.momentum
     key = layer.name, layer.description, layer.activation, layer.eps, momentum
-    prepared = group.prepared.get(key) or _prepare_forward(key, x, weight, bias, residual, layer)
+    prepared = group.prepared.get(key) or _prepare_forward(key, x, weight, bias, residual, layer, running)
     if prepared is None:
         return None
     program, call, streams, channels, records = prepared
@@ -98,10 +98,11 @@ def backward(
     if worker is None or enqueued is None:
         return None
     _, _, bias, y, residual = context or (None,) * 5
-    # Described again: a hook of autograd may have kept the tensors elsewhere.
-    description = describe(dy, x, y, residual, weight, bias)
-    key = layer.name, description, layer.activation, layer.eps, dtypes
     tensors = dy, x, y, residual, weight, bias
+    description = describe(*tensors)  # again: a hook of autograd may have kept the tensors elsewhere
+    if description is None:
+        return None
+    key = layer.name, description, layer.activation, layer.eps, dtypes
     prepared = group.prepared.get(key) or _prepare_backward(key, *tensors, dtypes, layer)
     if prepared is None:
         return None
@@ -135,12 +136,10 @@ class _Prepared(NamedTuple):
 
 def _running_of(layer: LayerContext) -> Running | None:
     """The running statistics, if their values can be changed behind autograd."""
-    running = layer.running
-    if running is None or running.mean.requires_grad or running.var.requires_grad:
-        return None
-    batches = running.num_batches_tracked
-    inference = running.mean.is_inference() or running.var.is_inference()
-    return None if inference or (batches is not None and batches.is_inference()) else running
+    for each in layer.running[:3] if layer.running is not None else ():
+        if each is not None and (each.requires_grad or each.is_inference()):
+            return None
+    return layer.running
 
 
 def _prepare_forward(
@@ -150,8 +149,9 @@ def _prepare_forward(
     bias: Tensor | None,
     residual: Tensor | None,
     layer: LayerContext,
+    running: Running | None,
 ) -> _Prepared | None:
-    programs, running, channels = compiled_programs(x), _running_of(layer), x.shape[1]
+    programs, channels = compiled_programs(x), x.shape[1]
     if programs is None:
         return None
     if running is not None and not can_record(x, running):
@@ -167,7 +167,7 @@ def _prepare_forward(
 
 
 def _prepare_backward(
-    key: Hashable,
+    key: tuple[Hashable, ...],
     dy: Tensor,
     x: Tensor,
     y: Tensor | None,
@@ -180,7 +180,8 @@ def _prepare_backward(
     programs, channels = compiled_programs(x), x.shape[1]
     if programs is None:
         return None
-    program = programs.backward_program(dy, x, y, residual, weight, bias, layer.activation, dtypes)
+    tensors = dy, x, y, residual, weight, bias
+    program = programs.backward_program(*tensors, layer.activation, dtypes, key[1])
     if program is None:
         return None
     call = enqueue.sums_call(layer.group, layer.call("backward"), 2 * channels)

@@ -281,8 +281,8 @@ class Communicator:
                 with self.collective("freeing the communicator"):
                     unreferenced.free_comm(self.rank_status)
             self.comm = self.link = self.stream = None
-            self._messages.clear()
-            self._device_messages.clear()
+            for kept in (self._messages, self._device_messages, self.enqueued_calls, self.prepared):
+                kept.clear()
 
     def __repr__(self) -> str:
         return f"Communicator(rank={self.rank}, size={self.size}{', freed' if self.freed else ''})"

@@ -93,8 +93,10 @@ struct StreamWorker {
                  const Launches *before, const std::vector<uint64_t> &vectors, uint64_t out, const Launches *after,
                  nb::tuple given) {
         Pointers pointers{};
-        for (size_t i = 0; i < given.size(); ++i) pointers.at(i) = tensors::address_of(given[i].ptr());
-        if (PyErr_Occurred()) throw nb::python_error();
+        for (size_t i = 0; i < given.size(); ++i) {
+            pointers.at(i) = tensors::address_of(given[i].ptr());
+            if (PyErr_Occurred()) throw nb::python_error();
+        }
         // A driver whose queue is full waits for the device, and Python's other threads must not.
         const nb::gil_scoped_release other_threads_run;
         if (worker && worker->stopping) throw std::runtime_error("the program is at its end: no exchange can follow");
@@ -284,10 +286,10 @@ struct StreamWorker {
 
 void bind_stream(nb::module_ &m) {
     m.def("use_tensors", [](nb::handle type) { return tensors::use(type.ptr()); });
-    m.def("describe", [](nb::args all) -> std::optional<nb::bytes> {
+    m.def("describe", [](nb::args all) {
         PyObject *const found = tensors::describe(all.ptr());
         if (!found) throw nb::python_error();
-        return found == Py_None ? std::nullopt : std::optional(nb::steal<nb::bytes>(found));
+        return nb::steal(found);
     });
     nb::class_<Total>(m, "Total").def(nb::init<>()).def_rw("count", &Total::count);
     nb::class_<Call>(m, "Call")

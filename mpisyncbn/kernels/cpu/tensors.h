@@ -1,11 +1,11 @@
 // What native code asks of torch's tensors, wherever their memory is: by the C functions that torch
-// 2.10 and newer have for DLPack. A call of one of a tensor's methods takes ten times as long.
+// 2.10 and newer have for DLPack. A call of one of a tensor's methods takes ten times as long, and is
+// made only for what DLPack does not tell: whether values are negated when they are read.
 #pragma once
 
 #include <Python.h>
 
 #include <cstdint>
-#include <stdexcept>
 #include <string>
 
 namespace tensors {
@@ -47,7 +47,8 @@ inline bool use(PyObject *type) {
     return true;
 }
 
-// Returns false for what is no tensor with memory of its own: sparse, of a transform, all zeros, ...
+// Returns false unless it is a tensor with memory of its own, which sparse tensors, those of a transform
+// and torch._efficientzerotensor have not.
 inline bool read(PyObject *object, DLTensor &out) {
     if (!api || !PyType_IsSubtype(Py_TYPE(object), tensor_type)) return false;
     if (api->dltensor_from_py_object(object, &out) != 0) return PyErr_Clear(), false;
@@ -56,8 +57,7 @@ inline bool read(PyObject *object, DLTensor &out) {
     return out.data || !values;
 }
 
-// All that a kernel depends on, and a check of arguments, beside the address: of each tensor, or None.
-// Returns None if one cannot be read.
+// As in _cpu.pyi. A new reference; nullptr with Python's error.
 inline PyObject *describe(PyObject *tuple) {
     std::string out;
     out.reserve(64 * PyTuple_Size(tuple));

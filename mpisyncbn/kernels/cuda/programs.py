@@ -15,7 +15,6 @@ import torch
 from torch import Tensor
 from triton import JITFunction
 
-from .. import describe
 from ..activation import NO_ACTIVATION, Activation
 from ..cpu import Launches
 from ..layout import dense, with_strides_of
@@ -92,7 +91,8 @@ def forward_program(
 ) -> Program | None:
     """The kernels of a forward pass, and of the update of running statistics.
 
-    ``description`` is that of all these tensors. None if a tensor is not as the kernels read it, so
+    ``description`` is that of x, the vectors and the residual, and of the running statistics, also
+    if they are not updated here. None if a tensor is not as the kernels read it, so
     that a copy has to be made.
     """
     key = description, activation, None if running is None else running.momentum
@@ -102,7 +102,7 @@ def forward_program(
         readable = _are_readable(x, (x, residual), (weight, bias))
         with _device_of(x):
             made = _make_forward(x, residual, weight, bias, activation, running) if readable else None
-        return _programs.setdefault(key, made)
+        return _keep(key, made)
 
 
 def backward_program(
@@ -114,16 +114,14 @@ def backward_program(
     bias: Tensor | None,
     activation: Activation,
     parameters: tuple[torch.dtype | None, torch.dtype | None],
+    description: Hashable,
 ) -> Program | None:
     """The kernels of a backward pass, which store ``dz`` if ``y`` or the residual is given.
 
     ``parameters`` are the dtypes of the gradients of weight and bias, None for one that is not
-    needed. None as for ``forward_program``.
+    needed. ``description`` is that of the tensors. None as for ``forward_program``.
     """
-    # of all tensors again: a hook of autograd may have kept x elsewhere
-    key = describe(x, dy, y, residual, weight, bias), activation, parameters
-    if key[0] is None:
-        return None
+    key = description, activation, parameters
     try:
         return _programs[key]
     except KeyError:
@@ -131,7 +129,13 @@ def backward_program(
         tensors = x, dy, y, residual, weight, bias
         with _device_of(x):
             made = _make_backward(*tensors, activation, parameters) if readable else None
-        return _programs.setdefault(key, made)
+        return _keep(key, made)
+
+
+def _keep(key: Hashable, made: Program | None) -> Program | None:
+    if len(_programs) >= 4096:  # a model has fewer: the shapes of its data have come and gone
+        _programs.clear()
+    return _programs.setdefault(key, made)
 
 
 def _are_readable(x: Tensor, like_x: Sequence[Tensor | None], vectors: Sequence[Tensor | None]) -> bool:
