@@ -163,9 +163,7 @@ def batch_norm(
     if mask is not None:
         check_mask(mask, x, layer)
     act = activation_of(activation)  # raises before anything is sent
-    # The compiler must not see a table that other calls change.
-    accepted = None if description is None else _accepted.get(description)
-    dtype = accepted or layer_dtype(x, weight, bias, running_mean)
+    dtype = (_accepted.get(description) if description else "") or layer_dtype(x, weight, bias, running_mean)
     if compiling:
         # A graph cannot hold an object, so it holds the name of the group.
         y, stats = compiled.apply(x, weight, bias, mask, eps, _group_key(process_group), layer, dtype)
@@ -176,8 +174,7 @@ def batch_norm(
     context = LayerContext(group, name, x.shape[1], dtype, eps, act, memory_efficient)
     if group.ready().stream is not None:
         context.description = description
-        has_statistics = running_mean is not None and running_var is not None
-        if has_statistics and momentum.__class__ is float and not recomputing:
+        if not (running_mean is None or running_var is None or recomputing) and type(momentum) is float:
             context.running = Running(running_mean, running_var, num_batches_tracked, momentum)
     y = fused.apply(x, weight, bias, residual, mask, context)
     if context.enqueued is not None:
@@ -226,7 +223,8 @@ def check_tensors(
         _accepted[description] = layer_dtype(x, weight, bias, running_mean)
 
 
-# Descriptions of tensors on GPUs that check_arguments has accepted, and the layer's dtype
+# Descriptions of tensors on GPUs that check_arguments has accepted, and the layer's dtype. A compiler
+# must not see this table, which other calls change.
 _accepted: dict[Hashable, str] = {}
 
 

@@ -286,10 +286,10 @@ struct StreamWorker {
 
 void bind_stream(nb::module_ &m) {
     m.def("use_tensors", [](nb::handle type) { return tensors::use(type.ptr()); });
-    m.def("describe", [](nb::args all) {
-        PyObject *const found = tensors::describe(all.ptr());
+    m.def("describe", [](nb::args all) -> std::optional<nb::bytes> {
+        const nb::object found = nb::steal(tensors::describe(all.ptr()));
         if (!found) throw nb::python_error();
-        return nb::steal(found);
+        return found.is_none() ? std::nullopt : std::optional(nb::borrow<nb::bytes>(found));
     });
     nb::class_<Total>(m, "Total").def(nb::init<>()).def_rw("count", &Total::count);
     nb::class_<Call>(m, "Call")
