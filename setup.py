@@ -11,7 +11,6 @@ import shutil
 import sys
 import sysconfig
 from concurrent.futures import ThreadPoolExecutor
-from importlib.machinery import EXTENSION_SUFFIXES
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
@@ -64,10 +63,8 @@ class BuildNative(build_ext):
                 f"native kernels were not built ({why}): slower ATen and NumPy operations serve instead. "
                 "The cure: install a C++17 compiler and Python's headers, then this again"
             )
-        if inplace:  # Python would import an earlier build, without the stable ABI, before this one
-            names = [f"_cpu{suffix}" for suffix in EXTENSION_SUFFIXES]
-            for earlier in names[: names.index(name)]:
-                (FOLDER / earlier).unlink(missing_ok=True)
+        if inplace and STABLE_ABI:  # Python would import an earlier build for its version alone first
+            (FOLDER / f"_cpu{sysconfig.get_config_var('EXT_SUFFIX')}").unlink(missing_ok=True)
 
     def build_extension(self, ext: Extension) -> None:
         try:

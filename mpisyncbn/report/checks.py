@@ -142,6 +142,10 @@ class _Pool(NamedTuple):
         return sum(each.threads for each in self.ranks)
 
     @property
+    def has_few_cores(self) -> bool:
+        return 1 < len(self.ranks) > self.size
+
+    @property
     def fullness(self) -> tuple[float, int]:
         return self.threads / self.size, -len(self.ranks)
 
@@ -174,14 +178,13 @@ def _cores(facts: Sequence[RankFacts]) -> Iterator[Problem]:
         where += hosts(pools, lambda pool: pool.ranks[0].machine[0])
         if len(pools) > 1:
             where += " each" if len(pool.ranks) == 1 else f", {len(pool.ranks)} at a time,"
-        has_few = 1 < len(pool.ranks) > pool.size
-        yield _oversubscribed(pool, where) if has_few else _too_many_threads(pool, where)
+        yield _oversubscribed(pool, where) if pool.has_few_cores else _too_many_threads(pool, where)
 
 
 def _is_crowded(pool: _Pool) -> bool:
     """A rank that yields its core still uses up the time of its control group."""
     waits = pool.limited or not all(each.yields for each in pool.ranks)
-    if waits and 1 < len(pool.ranks) > pool.size:
+    if waits and pool.has_few_cores:
         return True
     return pool.threads > pool.size and any(each.threads > 1 for each in pool.ranks)
 

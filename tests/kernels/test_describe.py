@@ -21,7 +21,7 @@ def describe(request: pytest.FixtureRequest) -> Callable[..., object]:
         return kernels._describe_in_python
     code = native()
     if code is None or not code.use_tensors(torch.Tensor):
-        pytest.skip("native code takes torch 2.10 or newer")
+        pytest.skip("there is no native code, or torch is older than 2.10")
     return code.describe
 
 
