@@ -140,7 +140,7 @@ class Communicator:
             self.stream = self.rank_status.stream = native_stream_worker(comm, MPI)
             unreferenced.finish_at_exit()
         status = self.rank_status
-        status.timeout = status.finalize_timeout = agreed_timeout([each.timeout for each in handshakes])
+        status.agree_on_timeout([each.timeout for each in handshakes])
         status.all_native = self.link is not None
         status.process_ids = [each.process_id for each in handshakes]
         status.comm = status.p2p_comm = comm

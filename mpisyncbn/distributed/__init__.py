@@ -49,7 +49,9 @@ def init_process_group(
     Args:
         comm: a communicator of all ranks of the world, whose order becomes the order of torch's
             ranks; None: MPI.COMM_WORLD.
-        timeout: how long a rank waits for the others in a collective; None: torch's 30 minutes.
+        timeout: how long a rank waits for the others in a collective; None: ``MPISYNCBN_TIMEOUT``
+            seconds if that is set (0: for ever), else 30 minutes. Groups of ``new_group`` have the
+            same default.
 
     Raises:
         ValueError: torch.distributed is initialized already, or ``comm`` does not contain all

@@ -11,6 +11,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.distributed.constants import default_pg_timeout
 
 from .. import fingerprint, profiling
 from ..comm.communicator import Communicator
@@ -95,6 +96,7 @@ class _DefaultOptions:
 
 DEFAULT: Any = _DefaultOptions()  # stands for an instance of any option class
 _ZERO = timedelta(0)
+_LONGEST = 100 * 365 * 24 * 3600.0  # seconds: as good as for ever, and a timedelta can hold it
 profiling.find_torch()
 
 
@@ -103,13 +105,14 @@ class CheckedProcessGroup(dist.ProcessGroup):
 
     Args:
         comm: a communicator for this object alone, which owns it from now on.
-        timeout: how long a rank waits for the others.
+        timeout: how long a rank waits for the others. ``MPISYNCBN_TIMEOUT``, if set, takes the place
+            of torch's default, 30 minutes.
     """
 
     def __init__(self, comm: MPI.Intracomm, timeout: timedelta) -> None:
         self._collective_group = Communicator(comm)._take_over(comm)
         super().__init__(self._collective_group.rank, self._collective_group.size)  # type: ignore[call-arg]
-        self._timeout = timeout
+        self._timeout = _default_timeout(self._collective_group) if timeout == default_pg_timeout else timeout
         self._collective_thread = CollectiveThread("mpisyncbn collectives")
         self._unusable = ""  # why the group cannot be used any more
         self._fingerprint_message = np.zeros(2)
@@ -182,9 +185,9 @@ class CheckedProcessGroup(dist.ProcessGroup):
             self._unusable = f"this process group is unusable since {call} timed out"
             raise CollectiveTimeoutError(
                 f"{call}: rank {group.rank} of {group.size} waited {seconds:g} s for the other ranks of its "
-                f"group, in collective number {group.exchanges}. Some rank does something else, is late or "
-                "gone: mpisyncbn.distributed.monitored_barrier() says which, and timeout= of "
-                "init_process_group or new_group how long to wait"
+                f"group, in collective number {group.exchanges}. All ranks must make the same collectives in "
+                "the same order. If some rank is only slow, MPISYNCBN_TIMEOUT=<seconds>, or timeout= of "
+                f"init_process_group or new_group, gives it more time.\n{group.rank_status.ask_others()}"
             )
         fingerprint.check(group, message[0], message[1], call)
 
@@ -238,6 +241,13 @@ class CheckedProcessGroup(dist.ProcessGroup):
         if len(splits) != size or sum(splits) != rows or min(splits) < 0:
             raise ValueError(f"expected {size} splits with a sum of {rows} rows, got {list(splits)}")
         return [count * (values.nbytes // max(rows, 1)) for count in splits]
+
+
+def _default_timeout(group: Communicator) -> timedelta:
+    """The timeout of a process group that was made without one, or with torch's default."""
+    if not group.rank_status.timeout_is_given:
+        return default_pg_timeout
+    return timedelta(seconds=min(group.rank_status.timeout or _LONGEST, _LONGEST))
 
 
 def _refuse(operation: str, problem: Exception, _: MPI.Intracomm) -> NoReturn:

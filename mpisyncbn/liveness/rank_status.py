@@ -30,6 +30,7 @@ _MESSAGE_BYTES = 1024
 
 _lock = threading.Lock()
 _registered: list[RankStatus] = []
+_unfinished_sends: list[mpi4py_MPI.Request] = []  # of groups that ended: MPI may still read their memory
 
 
 def agreed_timeout(given: list[float | None]) -> float:
@@ -60,6 +61,7 @@ class RankStatus:
         self._exchanges = 0
         self._current_call: object = None
         self.timeout = DEFAULT_TIMEOUT  # seconds, 0: none
+        self.timeout_is_given = False  # whether MPISYNCBN_TIMEOUT is set on any rank
         self.finalize_timeout = DEFAULT_TIMEOUT  # for the end of the program
         self.all_native = False  # whether every rank has native code
         self.process_ids: list[ProcessId] = []  # of each rank
@@ -68,7 +70,8 @@ class RankStatus:
         self.departed: dict[int, int] = {}  # exchanges of each rank that is at its program's end
         self.p2p_lock = threading.Lock()  # for the use of p2p_comm
         self._seen, self._waited = -1, 0.0
-        self._reported = self._was_asked = False
+        self._reported = False
+        self._asked_by: int | None = None  # the rank that asked this one last
         self._ask_at: float | None = None
         self._asked_at: float | None = None
         self._answers: dict[int, str] = {}
@@ -109,6 +112,11 @@ class RankStatus:
     def current_call(self, call: object) -> None:
         self._current_call = call
 
+    def agree_on_timeout(self, given: list[float | None]) -> None:
+        """Take the timeout that the ranks of the group were given, or the default."""
+        self.timeout = self.finalize_timeout = agreed_timeout(given)
+        self.timeout_is_given = any(seconds is not None for seconds in given)
+
     def register(self) -> None:
         """Let the watchdog watch this group, and answer other ranks in it, from here on."""
         self.listening = True
@@ -122,6 +130,7 @@ class RankStatus:
         with _lock:
             if self in _registered:
                 _registered.remove(self)
+            _unfinished_sends.extend(self._sends)
 
     # For the clock: no call of MPI.
 
@@ -145,8 +154,23 @@ class RankStatus:
             f"has waited {self._waited:.1f} s (the limit is {self.timeout:g} s, MPISYNCBN_TIMEOUT) for other "
             f"ranks of its group in exchange number {self.number}, {self.current_call}"
         )
+        answers = self.ask_others()
+        if self._asked_by is None:  # else the rank that asked prints them
+            reports.print_report(answers)
+        reports.abort_job(
+            TIMED_OUT,
+            "Every rank of a group must run the same layers in the same order. If some rank is only slow, "
+            "MPISYNCBN_TIMEOUT=<seconds> gives it more time, and 0 turns the limit off",
+        )
+
+    def ask_others(self) -> str:
+        """Ask the other ranks of the group what they are doing, and return their answers, a line for each.
+
+        One rank is enough to ask. A rank that was asked returns which rank asked it. It takes at most
+        ``ASK_SECONDS + ANSWER_SECONDS``.
+        """
         start = time.monotonic()
-        self._ask_at = start + ASK_SECONDS * self.rank / self.size  # one is enough, if it comes through
+        self._ask_at = start + ASK_SECONDS * self.rank / self.size
         while time.monotonic() < start + ASK_SECONDS + ANSWER_SECONDS:  # also for the others, to say the same
             time.sleep(0.02)
             since = self._asked_at
@@ -155,16 +179,11 @@ class RankStatus:
             ):
                 break
         if self._asked_at is not None:
-            lines = map(self._line, range(self.size))
-            reports.print_report("\n".join(["what the ranks of the group were doing:", *lines]))
-        elif not self._was_asked:
-            missing = "" if self.p2p_comm else self._before_the_first()
-            reports.print_report(f"the other ranks could not be asked{missing}")
-        reports.abort_job(
-            TIMED_OUT,
-            "Every rank of a group must run the same layers in the same order. If some rank is only slow, "
-            "MPISYNCBN_TIMEOUT=<seconds> gives it more time, and 0 turns the limit off",
-        )
+            return "\n".join(["what the ranks of the group were doing:", *map(self._line, range(self.size))])
+        if self._asked_by is not None:
+            return f"rank {self._asked_by}, which asked first, reports what the ranks of the group were doing"
+        missing = "" if self.p2p_comm else self._before_the_first()
+        return f"the other ranks could not be asked{missing}"
 
     def abort_on_departed(self, rank: int) -> None:
         """Report that this rank waits for one that has departed, and end the job."""
@@ -189,7 +208,7 @@ class RankStatus:
             comm.Recv(heard, source, tag)
             text = heard.tobytes().rstrip(b"\0").decode(errors="replace")
             if tag == _ASK:
-                self._was_asked = True
+                self._asked_by = source
                 self._send(comm, source, _ANSWER, self.state())
                 self.report(f"was asked by rank {source}, which has waited too long: it {self.state()}")
             elif tag == _ANSWER:
@@ -197,7 +216,7 @@ class RankStatus:
             else:
                 self.departed[source] = int(text)
         self._sends = [request for request in self._sends if not request.Test()]
-        if self._ask_at is not None and time.monotonic() >= self._ask_at and not self._was_asked:
+        if self._ask_at is not None and time.monotonic() >= self._ask_at and self._asked_by is None:
             self._ask_at, self._asked_at = None, time.monotonic()
             for rank in range(self.size):
                 if rank != self.rank:

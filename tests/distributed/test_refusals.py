@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import socket
 from datetime import timedelta
 from typing import Any
 
@@ -17,6 +18,7 @@ from mpisyncbn import CollectiveMismatchError, CollectiveTimeoutError, MPISyncBN
 from support.ranks import WORLD, error_of, several, together
 
 RANK, SIZE = WORLD.rank, WORLD.size
+_YEAR = 365 * 24 * 3600  # seconds
 pytestmark = [
     pytest.mark.usefixtures("world"),
     pytest.mark.filterwarnings("ignore::FutureWarning"),  # torch 2.13 renames collectives
@@ -78,10 +80,31 @@ def test_a_rank_that_does_not_come() -> None:
             assert isinstance(late, CollectiveTimeoutError)
             assert "all_reduce SUM of float32 (3,)" in str(late)
             assert f"rank 0 of {SIZE} waited 1 s" in str(late)
+            found = str(late).splitlines()[-SIZE:]
+            here = f" on {socket.gethostname()}"
+            assert found[0].startswith(f"  rank 0{here} waits in exchange number 1, all_reduce SUM of")
+            missing_one = f"{here} is missing: it has done 0 exchanges of this group, and is at /"
+            assert all(
+                line.startswith(f"  rank {rank}{missing_one}") for rank, line in enumerate(found) if rank
+            )
             assert "unusable" in str(unusable)
             assert f"ranks [{SIZE - 1}] did not come" in str(missing)
         elif RANK < SIZE - 1:
             assert "did not come" in str(errors[0])
+
+
+@pytest.mark.parametrize(
+    ("variable", "seconds"), [("", 1800), ("7.5", 7.5), ("0", 100 * _YEAR), ("1e300", 100 * _YEAR)]
+)
+def test_the_default_timeout(variable: str, seconds: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MPISYNCBN_TIMEOUT", variable)
+    groups = [dist.new_group(), dist.new_group(timeout=timedelta(seconds=5))]
+    works = [dist.all_reduce(torch.ones(1), group=group, async_op=True) for group in groups]
+    for group, work in zip(groups, works, strict=True):
+        work.wait()
+        dist.destroy_process_group(group)
+
+    assert [group._timeout.total_seconds() for group in groups] == [seconds, 5]
 
 
 def test_an_interrupted_collective_ends_its_group(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -87,7 +87,7 @@ def test_ranks_that_are_asked_say_what_they_do(quiet):
         group._ask_at = time.monotonic()
         hear(group, lambda: len(group._answers) == SIZE - 1 and not group._sends)
     else:
-        hear(group, lambda: group._was_asked and not group._sends)
+        hear(group, lambda: group._asked_by == 0 and not group._sends)
         group._ask_at = time.monotonic()
         group.listen()  # who was asked does not ask
     asked_back = RANK > 0 and (group._asked_at is not None or bool(group._sends))

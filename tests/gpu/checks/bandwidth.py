@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import statistics
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -41,6 +42,8 @@ def kernels(context: Context) -> None:
                 name = f"{shape} {str(dtype).rpartition('.')[2]} {layout}"
                 with records.trying(name):
                     rows += _rows(context, name, shape, dtype, layout)
+    with records.trying("torch's merge of ranks"):
+        _merges(context)
     records.figure("kernels", kernels_for(torch.zeros(1, 1, device=context.device)).__name__)
     if not rows:
         return
@@ -106,6 +109,21 @@ def _rows(
     for kernel, reason in left_out.items():
         context.records.skip(f"{name}, torch's {kernel}", reason)
     return rows
+
+
+def _merges(context: Context) -> None:
+    """Torch's own kernel that merges the statistics of ranks. MPI and the host merge ours: see point 5."""
+    for channels in (64, 2048):
+        peers: Peers = {}
+        for ranks in (2, 4, 32):
+            x = torch.zeros(1, channels, device=context.device)
+            mean, invstd = torch.ones(2, ranks, channels, device=context.device)
+            running, counts = torch.ones(2, channels, device=context.device), mean[:, 0].contiguous()
+            peers[f"{ranks} ranks"] = partial(
+                torch.batch_norm_gather_stats_with_counts, x, mean, invstd, *running, 0.1, 1e-5, counts
+            )
+        times = timed(context, peers, 7 if context.quick else 21)
+        context.records.figure(f"batch_norm_gather_stats_with_counts, C = {channels}, us", times)
 
 
 def timed(context: Context, peers: Peers, rounds: int) -> dict[str, float]:

@@ -26,7 +26,8 @@ from .context import Context
 from .records import summary
 
 _CHANNELS = (64, 256, 1024, 2048)
-_OURS, _MPI = "ours, pinned", "MPI alone, host memory"
+_OURS, _STREAM, _MPI = "ours, pinned", "ours, stream", "MPI alone, host memory"
+_IN_GRAPH = 20  # exchanges in a CUDA graph: the host starts all by one call
 _BAR = 25.0  # microseconds beyond MPI's own
 
 
@@ -40,6 +41,23 @@ def _ours(group: Any, channels: int, context: Context) -> Callable[[], Any]:
         return transport.to_device_of(mean, merged, var, invstd_of(var, 1e-5))
 
     return whole
+
+
+def _enqueued(group: Any, channels: int, context: Context) -> Callable[[], Any]:
+    """Exchanges of the stream transport one after another, as the device sees them."""
+    mean, m2 = torch.ones(2, channels, dtype=torch.float64, device=context.device).unbind()
+    call = LayerCall("the latency check", "forward", channels, "float32")
+
+    def exchanges() -> None:
+        for _ in range(_IN_GRAPH):
+            exchange.merge_moments(group, call, 100, mean, m2)
+
+    exchanges()
+    context.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        exchanges()
+    return graph.replay
 
 
 def _pageable(channels: int, context: Context) -> Callable[[], Any]:
@@ -74,11 +92,14 @@ def _peers(context: Context) -> tuple[dict[str, Any], list[tuple[str, str]]]:
         _MPI: lambda channels: partial(context.world.Allreduce, MPI.IN_PLACE, np.zeros(2 * channels + 3)),
     }
     left_out = []
-    try:
-        device = _group("device")
-        peers["ours, device pointer"] = lambda channels: _ours(device, channels, context)
-    except TransportError as error:
-        left_out.append(("device pointer", summary(error)))
+    others = {"ours, device pointer": ("device", _ours), _STREAM: ("stream", _enqueued)}
+    if not context.on_gpu:
+        del others[_STREAM]
+    for name, (where, make) in others.items():
+        try:
+            peers[name] = partial(make, _group(where), context=context)
+        except TransportError as error:
+            left_out.append((name, summary(error)))
     return peers, left_out
 
 
@@ -103,10 +124,13 @@ def latencies(context: Context) -> None:
         for channels in _CHANNELS[::3] if context.quick else _CHANNELS:
             calls = {name: context.synced(make(channels)) for name, make in peers.items()}
             times = interleave(calls, 0.3 if context.quick else 1.5, warm=10, fewest=20, most=2000)
+            if _STREAM in times:
+                times[_STREAM] = {label: value / _IN_GRAPH for label, value in times[_STREAM].items()}
             records.figure(
                 f"C = {channels}, us, median (minimum)",
                 {name: f"{each['median']:.1f} ({each['minimum']:.1f})" for name, each in times.items()},
             )
-            for label in ("median", "minimum"):
-                beyond = times[_OURS][label] - times[_MPI][label]
-                records.bar(f"C = {channels}, us beyond MPI's own, {label}", beyond, _BAR)
+            for name in filter(times.__contains__, (_OURS, _STREAM)):
+                for label in ("median", "minimum"):
+                    beyond = times[name][label] - times[_MPI][label]
+                    records.bar(f"C = {channels}, {name}, us beyond MPI's own, {label}", beyond, _BAR)

@@ -116,6 +116,7 @@ _PARTS = {  # by number and title, and whether they run side by side: where no t
         Run("failures", "stream.failures", 2, 90, gpu=True),
         Run("times, 1 rank", "stream.times", 1, 90, gpu=True),
         Run("times, 2 ranks", "stream.times", 2, 90, gpu=True),
+        Run("times, 4 ranks", "stream.times", 4, 90, gpu=True),
         Run("ResNet-50, 1 rank", "stream.resnet", 1, 120, gpu=True),
         Run("ResNet-50, 2 ranks", "stream.resnet", 2, 120, gpu=True),
     ],

@@ -22,6 +22,7 @@ from .reference import BARS, random
 
 _SHAPES = [(2, 64, 8, 8), (32, 256, 14, 14), (50, 2048, 7, 7)]
 _REPLAYS = 100
+_TIMES_FASTER = 3.0  # than torch over gloo, for the largest shape
 
 
 def group(transport: str) -> mpisyncbn.Communicator:
@@ -186,6 +187,12 @@ def times(context: Context) -> None:
             found = interleave(calls, 1.5, fewest=10)
             said = {n: f"{each['median'] / 10:.0f} ({each['minimum'] / 10:.0f})" for n, each in found.items()}
             records.figure(f"{shape}, ten steps, us of one, median (minimum)", said)
+            if context.size > 1 and shape == _SHAPES[-1]:
+                for name in ("ours, stream", "ours, host"):
+                    faster = found["torch over gloo"]["median"] / found[name]["median"]
+                    records.bar(
+                        f"{name}: times faster than torch over gloo", faster, _TIMES_FASTER, most=False
+                    )
 
 
 def _steps(context: Context, layer: Any, shape: tuple[int, ...]) -> Callable[[], Any]:
