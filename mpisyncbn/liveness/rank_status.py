@@ -155,7 +155,7 @@ class RankStatus:
             f"ranks of its group in exchange number {self.number}, {self.current_call}"
         )
         answers = self.ask_others()
-        if self._asked_by is None:  # else the rank that asked prints them
+        if self._asked_at is not None or self._asked_by is None:  # else the rank that asked prints them
             reports.print_report(answers)
         reports.abort_job(
             TIMED_OUT,

@@ -111,6 +111,22 @@ def test_ranks_that_are_asked_say_what_they_do(quiet):
         assert "in test_ranks_that_are_asked_say_what_they_do" in said[0]
 
 
+@pytest.mark.parametrize("asked", [True, False])
+def test_a_rank_that_has_asked_reports_the_answers(asked, monkeypatch):
+    """Also if another asked it meanwhile, which may end the job before it prints its own."""
+    said, ended = [], []
+    monkeypatch.setattr(reports, "print_report", said.append)
+    monkeypatch.setattr(reports, "abort_job", lambda *arguments: ended.append(arguments))
+    monkeypatch.setattr(rank_status, "ASK_SECONDS", 0.0)
+    monkeypatch.setattr(rank_status, "ANSWER_SECONDS", 0.0)
+    group = RankStatus(0, 2)
+    group._asked_by, group._asked_at, group._answers = 1, 0.0 if asked else None, {1: "is at line 7"}
+    group.abort_on_timeout()
+    reports_of_answers = [text for text in said if text.startswith("what the ranks of the group")]
+    assert [text.splitlines()[-1] for text in reports_of_answers] == ["  rank 1 is at line 7"] * asked
+    assert len(ended) == 1
+
+
 def test_a_rank_in_another_group_says_so():
     here, there = RankStatus(0, 2), RankStatus(0, 2)
     there.exchanges, there.current_call = 7, "backward of b"
