@@ -224,14 +224,14 @@ mpi_variables() {
 }
 
 # pytest_at SIZE [ARGUMENTS OF python]: sets the array "pytest" to the command that runs pytest on that
-# many ranks. One rank needs no mpiexec and runs the tests that need one rank only, in three processes,
+# many ranks. One rank needs no mpiexec and runs the tests that need one rank only, in four processes,
 # since many of them wait for jobs.
 pytest_at() {
     # mpiexec may give each rank a terminal of its own, where pytest sees colours wanted.
     [[ -t 1 ]] || export NO_COLOR=1
     pytest=(python "${@:2}" -m pytest -p no:cacheprovider)
     if (($1 == 1)); then
-        pytest+=(--numprocesses 3 --dist loadfile --no-loadscope-reorder)
+        pytest+=(--numprocesses 4 --dist loadfile --no-loadscope-reorder)
     else
         pytest=(mpiexec -n "$1" "${pytest[@]}")
     fi
