@@ -57,7 +57,11 @@ def _enqueued(group: Any, channels: int, context: Context) -> Callable[[], Any]:
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         exchanges()
-    return graph.replay
+
+    def replay(_: object = (mean, m2)) -> None:  # the graph reads them, and does not keep them
+        graph.replay()
+
+    return replay
 
 
 def _pageable(channels: int, context: Context) -> Callable[[], Any]:
