@@ -96,9 +96,9 @@ def _peers(context: Context) -> tuple[dict[str, Any], list[tuple[str, str]]]:
         _MPI: lambda channels: partial(context.world.Allreduce, MPI.IN_PLACE, np.zeros(2 * channels + 3)),
     }
     left_out = []
-    others = {"ours, device pointer": ("device", _ours), _STREAM: ("stream", _enqueued)}
-    if not context.on_gpu:
-        del others[_STREAM]
+    others = {"ours, device pointer": ("device", _ours)}
+    if context.on_gpu:
+        others[_STREAM] = "stream", _enqueued
     for name, (where, make) in others.items():
         try:
             peers[name] = partial(make, _group(where), context=context)

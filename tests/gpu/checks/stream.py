@@ -19,10 +19,10 @@ from support.whole_batch import distance, whole_batch
 from .context import Context
 from .records import summary
 from .reference import BARS, random
+from .speed import TIMES_FASTER
 
 _SHAPES = [(2, 64, 8, 8), (32, 256, 14, 14), (50, 2048, 7, 7)]
 _REPLAYS = 100
-_TIMES_FASTER = 3.0  # than torch over gloo, for the largest shape
 
 
 def group(transport: str) -> mpisyncbn.Communicator:
@@ -191,7 +191,7 @@ def times(context: Context) -> None:
                 for name in ("ours, stream", "ours, host"):
                     faster = found["torch over gloo"]["median"] / found[name]["median"]
                     records.bar(
-                        f"{name}: times faster than torch over gloo", faster, _TIMES_FASTER, most=False
+                        f"{name}: times faster than torch over gloo", faster, TIMES_FASTER, most=False
                     )
 
 
