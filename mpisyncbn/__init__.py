@@ -22,9 +22,9 @@ if TYPE_CHECKING:
     from .comm.groups import new_group, new_subgroups
     from .comm.nodes import local_rank
     from .convert import revert_sync_batchnorm, set_process_group
+    from .convert.registry import register_conversion
     from .distributed import init_process_group
     from .precise_bn import update_bn
-    from .registry import register_conversion
 
     convert_sync_batchnorm = SyncBatchNorm.convert_sync_batchnorm
 
@@ -65,7 +65,7 @@ _HOME = {
     "local_rank": "comm.nodes",
     "new_group": "comm.groups",
     "new_subgroups": "comm.groups",
-    "register_conversion": "registry",
+    "register_conversion": "convert.registry",
     "revert_sync_batchnorm": "convert",
     "set_process_group": "convert",
     "sync_batch_norm": "autograd",

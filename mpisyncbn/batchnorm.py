@@ -19,8 +19,8 @@ from .arguments import (
 from .autograd.evaluation import evaluate
 from .batch_stats import NOT_TO_RECORD
 from .comm.groups import AnyGroup
+from .comm.layer_names import new_key
 from .kernels import describe, has_float64
-from .layer_names import new_key
 from .running_stats import record_batch
 
 __all__ = ["SyncBatchNorm"]

@@ -16,11 +16,11 @@ from .. import config
 from ..errors import MPISyncBNError, on_rank
 from ..kernels import Array
 from ..kernels.link import native_link, native_stream_worker
-from ..layer_names import FirstUses
 from ..liveness import arrivals, watchdog
 from ..liveness.rank_status import RankStatus, agreed_timeout
 from . import launcher, runtime, unreferenced
 from .handshake import exchange_handshakes
+from .layer_names import FirstUses
 from .runtime import check_comm, mpi
 from .staging import DeviceMessage, device_key
 from .streams import Device

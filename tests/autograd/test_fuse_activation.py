@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from mpisyncbn import SyncBatchNorm, convert_sync_batchnorm, revert_sync_batchnorm
-from mpisyncbn.fusing import FusedActivation
+from mpisyncbn.convert.fusing import FusedActivation
 from support.activations import ACTIVATIONS, TORCHS
 from support.models import kinds
 from support.oracle import distance, local_batch, shard
@@ -187,9 +187,9 @@ def test_models_that_were_pickled_with_a_relu():
     stand_in = vars(net[1])
     stand_in["_relu"] = stand_in.pop("_replaced")
     saved = pickle.dumps(net, protocol=0)
-    assert b"mpisyncbn.fusing\nFusedActivation\n" in saved
-    for module in (b"fusing", b"convert"):
-        older = saved.replace(b"mpisyncbn.fusing\nFusedActivation", b"mpisyncbn." + module + b"\nFusedReLU")
+    assert b"mpisyncbn.convert.fusing\nFusedActivation\n" in saved
+    for module in (b"convert.fusing", b"convert"):
+        older = saved.replace(b"convert.fusing\nFusedActivation", module + b"\nFusedReLU")
         loaded = pickle.loads(older)
         assert loaded(images()).min() == 0
         reverted = revert_sync_batchnorm(copy.deepcopy(loaded))

@@ -13,7 +13,7 @@ from torch.nn.utils import parametrize
 
 import mpisyncbn
 from mpisyncbn import SyncBatchNorm, convert_sync_batchnorm, register_conversion, revert_sync_batchnorm
-from mpisyncbn.registry import _forwards, drop_and_act, registered_forward
+from mpisyncbn.convert.registry import _forwards, drop_and_act, registered_forward
 from support.activations import ACTIVATIONS, TORCHS
 from support.models import C
 from support.ranks import WORLD, no_exchange, together

@@ -17,10 +17,9 @@ from mpisyncbn import (
     SyncBatchNorm,
     convert_sync_batchnorm,
     functional,
-    layer_names,
     revert_sync_batchnorm,
 )
-from mpisyncbn.comm import unreferenced
+from mpisyncbn.comm import layer_names, unreferenced
 from mpisyncbn.comm.groups import resolve
 from mpisyncbn.liveness import rank_status
 from support.oracle import distance, local_batch, oracle, shard

@@ -6,8 +6,8 @@ import sys
 
 import numpy as np
 
-from .errors import on_rank
-from .kernels import Array, loaded_torch
+from ..errors import on_rank
+from ..kernels import Array, loaded_torch
 
 __all__ = ["check_array", "check_kind"]
 

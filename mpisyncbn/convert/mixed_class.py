@@ -11,13 +11,13 @@ from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.lazy import LazyModuleMixin
 
-from .activations import AnyActivation, activation_of
-from .errors import on_rank
-from .kernels.activation import activate
+from ..activations import AnyActivation, activation_of
+from ..errors import on_rank
+from ..kernels.activation import activate
 from .registry import Forward, has_own_forward, registered_forward
 
 if TYPE_CHECKING:
-    from .convert import Synchronized
+    from . import Synchronized
 
 __all__ = ["rebuild", "synchronized_class"]
 

@@ -9,8 +9,8 @@ from itertools import pairwise
 import torch.nn.modules.module as torchs
 from torch import nn
 
+from ..activations import HOOKS, activation_of, has_own_hooks, name_of_module
 from . import tracing
-from .activations import HOOKS, activation_of, has_own_hooks, name_of_module
 
 __all__ = ["FusedActivation", "FusedReLU", "fuse", "fused_layers", "fusible_activation", "unfuse"]
 

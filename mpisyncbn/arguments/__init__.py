@@ -11,14 +11,14 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from ..batch_stats import BatchStats
+from ..comm import transport
+from ..errors import on_rank
+from ..kernels import Array, loaded_torch
 from .arrays import check_array, check_kind
-from .batch_stats import BatchStats
-from .comm import transport
-from .errors import on_rank
-from .kernels import Array, loaded_torch
 
 if TYPE_CHECKING:
-    from .activations import AnyActivation
+    from ..activations import AnyActivation
 
 __all__ = [
     "UNNAMED",
@@ -161,7 +161,7 @@ def check_memory_efficient(
             f"expected no residual with memory_efficient, got one{in_layer(layer)}: the output then does not "
             "tell the input. Set memory_efficient to False"
         )
-    from .activations import activation_of, name_of  # they import torch
+    from ..activations import activation_of, name_of  # they import torch
 
     if not activation_of(activation).can_be_undone:
         raise ValueError(

@@ -8,7 +8,7 @@ from typing import TypeAlias, overload
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from .errors import on_rank
+from ..errors import on_rank
 from .fusing import fusible_activation
 
 __all__ = ["Forward", "has_own_forward", "register_conversion", "registered_forward"]

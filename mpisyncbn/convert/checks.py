@@ -10,7 +10,7 @@ from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.utils import parametrize
 
-from .errors import on_rank
+from ..errors import on_rank
 from .registry import has_own_forward, registered_forward
 
 __all__ = [

@@ -16,12 +16,14 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.lazy import LazyModuleMixin
 from torch.nn.utils import parametrize
 
+from ..activations import AnyActivation, activation_of, name_of
+from ..arguments import check_memory_efficient, check_module, check_tensor, in_layer
+from ..comm.communicator import Communicator
+from ..comm.groups import AnyGroup, resolve
+from ..comm.layer_names import give_up_key, new_key
+from ..errors import on_rank
 from . import tracing
-from .activations import AnyActivation, activation_of, name_of
-from .arguments import check_memory_efficient, check_module, check_tensor, in_layer
-from .comm.communicator import Communicator
-from .comm.groups import AnyGroup, resolve
-from .convertible import (
+from .checks import (
     abbreviated,
     check_name,
     label_of,
@@ -31,9 +33,7 @@ from .convertible import (
     refuse_scripted,
     warn_of_others,
 )
-from .errors import on_rank
 from .fusing import FusedReLU, fuse, fused_layers, unfuse
-from .layer_names import give_up_key, new_key
 from .mixed_class import rebuild, synchronized_class
 from .registry import Forward
 

@@ -7,7 +7,7 @@ import weakref
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from .convert import Synchronized
+    from ..convert import Synchronized
 
 __all__ = ["FirstUses", "give_up_key", "new_key"]
 

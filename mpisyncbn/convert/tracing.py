@@ -7,7 +7,7 @@ from typing import NoReturn
 from torch import Tensor, nn
 from torch.fx import Proxy, Tracer
 
-from .errors import on_rank
+from ..errors import on_rank
 
 __all__ = ["Leaf", "refuse"]
 
