@@ -33,15 +33,17 @@ from .checks import (
     refuse_scripted,
     warn_of_others,
 )
-from .fusing import FusedReLU, fuse, fused_layers, unfuse
+from .fusing import FusedActivation, FusedReLU, fuse, fused_layers, unfuse
 from .mixed_class import rebuild, synchronized_class
 from .registry import Forward
 
 __all__ = [
     "BatchNorm",
-    "FusedReLU",  # pickles of whole models name it here
+    "FusedActivation",
+    "FusedReLU",
     "Synchronized",
     "convert_sync_batchnorm",
+    "rebuild",
     "revert_sync_batchnorm",
     "set_process_group",
 ]
@@ -170,7 +172,7 @@ _CONVERSION_ATTRIBUTES = (
     "_key",
     "_converted_from",
 )
-_rebuild = rebuild  # pickles of whole models name it here
+_rebuild = rebuild  # pickles of whole models name it so, or rebuild, FusedActivation or FusedReLU
 _WRAPPED = ("module", "_orig_mod", "_fsdp_wrapped_module")  # names of the model in torch's wrappers
 
 

@@ -18,6 +18,8 @@ __all__ = ["FusedActivation", "FusedReLU", "fuse", "fused_layers", "fusible_acti
 class FusedActivation(tracing.Leaf, nn.Identity):
     """Stands for an activation that the layer before it applies. Reverting puts the module back."""
 
+    __module__ = "mpisyncbn.convert"  # for pickles
+
     def __init__(self, layer: nn.Module, replaced: nn.Module) -> None:
         super().__init__()
         vars(self).update(_layer=layer, _replaced=replaced)  # not submodules: the model has none there

@@ -98,3 +98,6 @@ def _reduce_mixed(layer: Synchronized, protocol: int) -> tuple[object, ...]:
 def rebuild(to: type[Synchronized], original: type[_BatchNorm]) -> Synchronized:
     cls = _mixed(to, original)
     return cls.__new__(cls)
+
+
+rebuild.__module__ = "mpisyncbn.convert"  # for pickles

@@ -182,14 +182,20 @@ def test_global_hooks_see_everything():
 
 @no_exchange
 def test_models_that_were_pickled_with_a_relu():
-    """Their stand-in was named FusedReLU, in one of two modules."""
+    """Their stand-in was named FusedReLU, and its module was another, as that of ``rebuild``."""
     net = convert_sync_batchnorm(nn.Sequential(nn.BatchNorm2d(5), nn.ReLU()), fuse_activation=True)
     stand_in = vars(net[1])
     stand_in["_relu"] = stand_in.pop("_replaced")
     saved = pickle.dumps(net, protocol=0)
-    assert b"mpisyncbn.convert.fusing\nFusedActivation\n" in saved
-    for module in (b"convert.fusing", b"convert"):
-        older = saved.replace(b"convert.fusing\nFusedActivation", module + b"\nFusedReLU")
+    for rebuild, fused in (
+        (b"convert\n_rebuild\n", b"convert\nFusedReLU\n"),
+        (b"mixed_class\nrebuild\n", b"fusing\nFusedReLU\n"),
+        (b"mixed_class\nrebuild\n", b"fusing\nFusedActivation\n"),
+    ):
+        older = saved
+        for name, was in (b"convert\nrebuild\n", rebuild), (b"convert\nFusedActivation\n", fused):
+            assert older.count(name) == 1
+            older = older.replace(name, was)
         loaded = pickle.loads(older)
         assert loaded(images()).min() == 0
         reverted = revert_sync_batchnorm(copy.deepcopy(loaded))

@@ -18,9 +18,9 @@ from support.ranks import no_exchange
 PACKAGE = ROOT / "mpisyncbn"
 # Data goes down these lines and back; imports go down them and never up. In kernels/ there is no order.
 FLOORS = {
-    "": "__init__ __main__ report lightning precise_bn distributed uneven batchnorm autograd convert"
-    " functional exchange enqueue merging fingerprint running_stats arguments batch_stats activations"
-    " communicator comm liveness kernels profiling torch_versions config errors",
+    "": "__init__ __main__ communicator fusing mixed_class report lightning precise_bn distributed uneven"
+    " batchnorm autograd convert functional exchange enqueue merging fingerprint running_stats arguments"
+    " batch_stats activations comm liveness kernels profiling torch_versions config errors",
     "arguments": "__init__ arrays",
     "autograd": "__init__ fused enqueued compiled composite evaluation layer_context",
     "comm": "__init__ nodes groups communicator runtime ancestors handshake transport staging streams"
