@@ -12,6 +12,7 @@ import numpy as np
 
 from .errors import CollectiveMismatchError, MPISyncBNError
 from .kernels import Array
+from .liveness.pending import keep_alive
 
 if TYPE_CHECKING:
     from mpi4py import MPI as mpi4py_MPI
@@ -23,7 +24,6 @@ __all__ = [
     "check",
     "compare_calls",
     "fingerprint",
-    "keep_alive",
     "layer_dtype",
     "mismatch",
     "raise_failed",
@@ -35,7 +35,6 @@ _BITS = 18
 _MASK = (1 << _BITS) - 1
 
 _PATIENCE = 10.0  # seconds that a rank waits for the others to say their calls, after a mismatch
-_kept_alive: list[tuple[object, ...]] = []
 
 
 class LayerCall(NamedTuple):
@@ -142,11 +141,6 @@ def raise_failed(group: Communicator, call: LayerCall, error: mpi4py_MPI.Excepti
         f"MPI failed in rank {group.rank} of {group.size}, exchange number {group.exchanges} of this "
         f"communicator, {call}: {error}{group.revoke_if_rank_lost(error)}"
     ) from error
-
-
-def keep_alive(*memory: object) -> None:
-    """Keep memory that MPI may still write to, until the process ends."""
-    _kept_alive.append(memory)
 
 
 def _here(call: object) -> tuple[str, str]:

@@ -18,6 +18,7 @@ from ..comm.communicator import Communicator
 from ..comm.runtime import mpi
 from ..errors import CollectiveTimeoutError, MPISyncBNError, on_rank
 from ..liveness import watchdog
+from ..liveness.pending import keep_alive
 from ..torch_versions import is_async
 from .work import CollectiveThread, Work, wait_until
 
@@ -177,11 +178,11 @@ class CheckedProcessGroup(dist.ProcessGroup):
         try:
             all_here = wait_until(request.Test, seconds)
         except BaseException:  # an interrupt
-            fingerprint.keep_alive(request, message)
+            keep_alive(request, message)
             self._unusable = f"this process group is unusable since {call} was interrupted"
             raise
         if not all_here:
-            fingerprint.keep_alive(request, message)
+            keep_alive(request, message)
             self._unusable = f"this process group is unusable since {call} timed out"
             raise CollectiveTimeoutError(
                 f"{call}: rank {group.rank} of {group.size} waited {seconds:g} s for the other ranks of its "

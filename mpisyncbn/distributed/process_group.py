@@ -10,12 +10,12 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from .. import fingerprint
 from ..arguments import check_timeout
 from ..comm import launcher
 from ..comm.communicator import Communicator
 from ..comm.groups import resolve, subset
 from ..comm.runtime import mpi
+from ..liveness.pending import keep_alive
 from . import rendezvous
 from .collectives import Collectives
 from .no_compile import no_compile_methods
@@ -94,7 +94,7 @@ class ProcessGroup(Collectives, PointToPoint):
         """Keep the memory of messages that are not done: MPI may still read and write it."""
         for work in list(self._pending):
             if self._collective_group._is_finalized() or not work.is_completed():
-                fingerprint.keep_alive(work)
+                keep_alive(work)
 
     def split_group(
         self, ranks: list[int], timeout: timedelta | None = None, *args: object, **kwargs: object

@@ -14,10 +14,11 @@ from urllib.parse import parse_qs, urlencode, urlparse
 
 import torch.distributed as dist
 
-from .. import config, fingerprint
+from .. import config
 from ..comm import launcher
 from ..comm.groups import subset
 from ..comm.runtime import mpi
+from ..liveness.pending import keep_alive
 from .store import LazyStore, shared_store
 from .work import wait_until
 
@@ -115,7 +116,7 @@ def _with_stores(make: Callable[P, T], ours: str) -> Callable[P, T]:
         if wait_until(barrier.Test, timeout.total_seconds()):
             comm.Free()
         else:
-            fingerprint.keep_alive(barrier)
+            keep_alive(barrier)
         return made
 
     return make_with_store

@@ -12,6 +12,7 @@ import numpy as np
 
 from .. import config
 from . import arrivals, reports
+from .pending import keep_alive
 
 if TYPE_CHECKING:
     from mpi4py import MPI as mpi4py_MPI
@@ -30,7 +31,6 @@ _MESSAGE_BYTES = 1024
 
 _lock = threading.Lock()
 _registered: list[RankStatus] = []
-_unfinished_sends: list[mpi4py_MPI.Request] = []  # of groups that ended: MPI may still read their memory
 
 
 def agreed_timeout(given: list[float | None]) -> float:
@@ -130,7 +130,7 @@ class RankStatus:
         with _lock:
             if self in _registered:
                 _registered.remove(self)
-            _unfinished_sends.extend(self._sends)
+        keep_alive(*self._sends)
 
     # For the clock: no call of MPI.
 

@@ -112,14 +112,14 @@ def test_an_interrupted_collective_ends_its_group(monkeypatch: pytest.MonkeyPatc
         raise KeyboardInterrupt
 
     group = dist.new_group()
-    abandoned = len(mpisyncbn.fingerprint._kept_alive)
+    abandoned = len(mpisyncbn.liveness.pending._kept_alive)
     monkeypatch.setattr(mpisyncbn.distributed.checked, "wait_until", interrupt)
     with pytest.raises(KeyboardInterrupt):
         dist.all_reduce(torch.zeros(3), group=group)
     monkeypatch.undo()
     with pytest.raises(MPISyncBNError, match=r"unusable since all_reduce SUM .* was interrupted"):
         dist.all_reduce(torch.zeros(3), group=group)
-    assert len(mpisyncbn.fingerprint._kept_alive) == abandoned + 1, "MPI may write there still"
+    assert len(mpisyncbn.liveness.pending._kept_alive) == abandoned + 2, "MPI may write to the message still"
     watched = [group._collective_group.rank_status in mpisyncbn.liveness.rank_status.all_statuses()]
     dist.destroy_process_group(group)
     watched.append(group._collective_group.rank_status in mpisyncbn.liveness.rank_status.all_statuses())

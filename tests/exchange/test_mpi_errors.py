@@ -12,6 +12,7 @@ from mpi4py import MPI
 import mpisyncbn
 from mpisyncbn import CollectiveMismatchError, Communicator, MPISyncBNError, SyncBatchNorm, fingerprint
 from mpisyncbn.fingerprint import LayerCall
+from mpisyncbn.liveness import pending
 from support.ranks import WORLD
 
 RANK, SIZE = WORLD.rank, WORLD.size
@@ -77,15 +78,15 @@ def test_an_error_of_mpi_in_debug_mode_and_before_it(monkeypatch):
 def test_a_rank_that_does_not_answer_is_not_waited_for(monkeypatch):
     """As where MPI has left it waiting for the rest of a longer message."""
     monkeypatch.setattr(fingerprint, "_PATIENCE", 0.01)
-    monkeypatch.setattr(fingerprint, "_kept_alive", [])
-    pending = SimpleNamespace(Test=lambda: False)
+    monkeypatch.setattr(pending, "_kept_alive", [])
+    unanswered = SimpleNamespace(Test=lambda: False)
     group = Communicator(MPI.COMM_SELF).ready()
-    group.size, group.comm = 2, SimpleNamespace(Iallgather=lambda *_: pending)
+    group.size, group.comm = 2, SimpleNamespace(Iallgather=lambda *_: unanswered)
     with pytest.raises(
         CollectiveMismatchError, match=r"rank 0 on .*: forward of a layer[^$]*rank 1 no answer in"
     ):
         fingerprint.mismatch(group, CALL)
-    assert fingerprint._kept_alive[0][0] is pending
+    assert pending._kept_alive[0] is unanswered
 
 
 @pytest.mark.parametrize("looks", [1, 2, 5])
@@ -94,11 +95,11 @@ def test_an_answer_that_takes_a_moment_is_waited_for(looks, monkeypatch):
     naps, answers = [], iter([False] * (looks - 1) + [True])
     clock = SimpleNamespace(sleep=naps.append, monotonic=lambda: sum(naps))
     monkeypatch.setattr(fingerprint, "time", clock)
-    monkeypatch.setattr(fingerprint, "_kept_alive", [])
+    monkeypatch.setattr(pending, "_kept_alive", [])
     group = Communicator(MPI.COMM_SELF).ready()
     group.comm = SimpleNamespace(Iallgather=lambda *_: SimpleNamespace(Test=lambda: next(answers)))
     with pytest.raises(CollectiveMismatchError, match=r"rank 0 on .*: forward of a layer"):
         fingerprint.mismatch(group, CALL)
     assert len(naps) == looks - 1
     assert all(0 < nap <= 0.01 for nap in naps)
-    assert not fingerprint._kept_alive
+    assert not pending._kept_alive
