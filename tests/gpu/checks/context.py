@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import os
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from functools import cached_property, partial
@@ -40,6 +41,16 @@ class Context:
         device = torch.device("cuda", self.rank % torch.cuda.device_count())
         torch.cuda.set_device(device)
         return device
+
+    def group(self, transport: str) -> Any:
+        """A group with that transport. Collective. Raises TransportError if it cannot be had."""
+        import mpisyncbn
+
+        with mock.patch.dict(os.environ, {"MPISYNCBN_TRANSPORT": transport}):
+            found = mpisyncbn.Communicator().ready()
+        if found.transport != transport:
+            raise mpisyncbn.TransportError(f"expected the {transport} transport, got {found.transport}")
+        return found
 
     def synchronize(self) -> None:
         import torch

@@ -2,18 +2,15 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable
 from contextlib import ExitStack
 from functools import partial
 from typing import Any
-from unittest import mock
 
 import numpy as np
 import torch
 import torch.distributed as dist
 
-import mpisyncbn
 from benchmarks.peers import gloo
 from benchmarks.timing import interleave
 from mpisyncbn import exchange
@@ -79,17 +76,11 @@ def _pageable(channels: int, context: Context) -> Callable[[], Any]:
     return whole
 
 
-def _group(where: str) -> Any:
-    """A group with that transport. Collective. Raises TransportError where MPI lacks it."""
-    with mock.patch.dict(os.environ, {"MPISYNCBN_TRANSPORT": where}):
-        return mpisyncbn.Communicator().ready()
-
-
 def _peers(context: Context) -> tuple[dict[str, Any], list[tuple[str, str]]]:
     """For each peer what makes its call for a number of channels; and those that are left out. Collective."""
     from mpi4py import MPI
 
-    host = _group("host")
+    host = context.group("host")
     peers: dict[str, Any] = {
         _OURS: lambda channels: _ours(host, channels, context),
         "pageable": lambda channels: _pageable(channels, context),
@@ -101,7 +92,7 @@ def _peers(context: Context) -> tuple[dict[str, Any], list[tuple[str, str]]]:
         others[_STREAM] = "stream", _enqueued
     for name, (where, make) in others.items():
         try:
-            peers[name] = partial(make, _group(where), context=context)
+            peers[name] = partial(make, context.group(where), context=context)
         except TransportError as error:
             left_out.append((name, summary(error)))
     return peers, left_out

@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 from collections.abc import Callable
 from typing import Any
-from unittest import mock
 
 import torch
 
@@ -25,18 +24,11 @@ _SHAPES = [(2, 64, 8, 8), (32, 256, 14, 14), (50, 2048, 7, 7)]
 _REPLAYS = 100
 
 
-def group(transport: str) -> mpisyncbn.Communicator:
-    """A group with that transport. Collective. Raises TransportError where it cannot be had."""
-    with mock.patch.dict(os.environ, {"MPISYNCBN_TRANSPORT": transport}):
-        found = mpisyncbn.Communicator().ready()
-    if found.transport != transport:
-        raise TransportError(f"expected the {transport} transport, got {found.transport}")
-    return found
-
-
 def capture(context: Context) -> None:
     """Forward and backward in one graph, replayed with other data each time. Collective."""
-    layer = mpisyncbn.SyncBatchNorm(24, process_group=group("stream"), device=context.device, momentum=0.5)
+    layer = mpisyncbn.SyncBatchNorm(
+        24, process_group=context.group("stream"), device=context.device, momentum=0.5
+    )
     shape = (4 + context.rank, 24, 8, 8)
     x = torch.zeros(shape, device=context.device, requires_grad=True)
     dy = torch.zeros(shape, device=context.device)
@@ -133,9 +125,9 @@ def _network() -> torch.nn.Sequential:
 
 def failures(context: Context) -> None:
     """A mismatch is found late, and raised on every rank; nothing wrong is used. Collective."""
-    ranks = group("stream")
+    group = context.group("stream")
     layers = [
-        mpisyncbn.SyncBatchNorm(8, process_group=ranks, device=context.device, eps=e) for e in (1e-5, 1e-3)
+        mpisyncbn.SyncBatchNorm(8, process_group=group, device=context.device, eps=e) for e in (1e-5, 1e-3)
     ]
     x = random((4, 8, 5, 5), context.rank).float().to(context.device)
     layers[0](x)
@@ -146,7 +138,7 @@ def failures(context: Context) -> None:
     context.synchronize()
     raised = ""
     try:
-        ranks.synchronize()
+        group.synchronize()
     except CollectiveMismatchError as error:
         raised = str(error)
     several = context.size > 1
@@ -157,7 +149,7 @@ def failures(context: Context) -> None:
     context.records.holds("raised on every rank", ("eps 0.001" in raised) == several, raised)
     y = layers[0](x)
     context.synchronize()
-    ranks.synchronize()
+    group.synchronize()
     context.records.holds("the next exchange is right", bool(y.isfinite().all()))
 
 
@@ -167,12 +159,12 @@ def times(context: Context) -> None:
     kinds: dict[str, Callable[[int], Any]] = {}
     for transport in ("stream", "host", "device"):
         try:
-            ranks = group(transport)
+            group = context.group(transport)
         except TransportError as error:
             records.skip(transport, summary(error))
             continue
-        kinds[f"ours, {transport}"] = lambda channels, ranks=ranks: mpisyncbn.SyncBatchNorm(
-            channels, process_group=ranks, device=context.device
+        kinds[f"ours, {transport}"] = lambda channels, group=group: mpisyncbn.SyncBatchNorm(
+            channels, process_group=group, device=context.device
         )
     kinds["local"] = lambda channels: torch.nn.BatchNorm2d(channels, device=context.device)
     with gloo():
@@ -234,8 +226,8 @@ def resnet(context: Context) -> None:
 
     add("local", lambda model: model)
     for transport in ("stream", "host"):
-        ranks = group(transport)
-        add(f"ours, {transport}", lambda model, ranks=ranks: mpisyncbn.convert_sync_batchnorm(model, ranks))
+        group = context.group(transport)
+        add(f"ours, {transport}", lambda model, group=group: mpisyncbn.convert_sync_batchnorm(model, group))
     with gloo():
         if context.size > 1:
             add("torch over gloo", torch.nn.SyncBatchNorm.convert_sync_batchnorm)
