@@ -117,7 +117,8 @@ def _refuse_capture(streams: Streams) -> None:
     if streams.capturing():
         raise MPISyncBNError(
             "a synchronized batch norm cannot be captured in a CUDA graph, because the host takes part in "
-            f"its exchange at every training step{on_rank()}: leave it out of what is captured"
+            f"its exchange at every training step{on_rank()}: leave it out of what is captured, or set "
+            "MPISYNCBN_TRANSPORT=stream, without MPISYNCBN_DEBUG=1"
         )
 
 

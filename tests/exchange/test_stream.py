@@ -203,6 +203,22 @@ def test_the_host_runs_ahead(group, device, monkeypatch):
     assert (total == WORLD.size).all()
 
 
+def test_pinned_memory_serves_the_next_group(monkeypatch, tmp_path):
+    """Each group leaves out the memory of its last exchange, which the device may still read."""
+    device = pretend_stream(monkeypatch, path=shutil.copy(library(), tmp_path / "driver.so"))
+    slots = []
+    for _ in range(5):
+        group = stream_group()
+        found = [numbered(group, device, number) for number in range(20)]
+        group.synchronize()
+        slots.append(group.stream.slots)
+        group.free()
+        device.synchronize()
+        assert [each.item() for each in found] == [rank_sum(number) for number in range(20)]
+    assert min(slots) > 1
+    assert device.driver.mailboxes() <= max(slots) + len(slots)
+
+
 def test_two_streams_in_turn(group, device):
     """Their exchanges keep the order of enqueueing, though the last stream is worked off first."""
     other, found = device.driver.stream(), []

@@ -110,6 +110,10 @@ class Driver:
         """Pinned memory of the host."""
         return self.made("cuMemHostAlloc", size, 0)
 
+    def mailboxes(self) -> int:
+        """The number of pieces of pinned memory that are allocated."""
+        return self.made("standin_mailboxes")
+
     def flags(self) -> int:
         """Sixteen numbers in a mailbox, zero."""
         memory = self.mailbox(64)

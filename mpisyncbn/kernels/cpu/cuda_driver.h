@@ -23,6 +23,7 @@ struct Driver {
         uint64_t all[6];
     };
 
+    void *library;
     Call (*cuMemHostAlloc)(void **, size_t, unsigned);
     Call (*cuMemcpyAsync)(Pointer, Pointer, size_t, Stream);
     Call (*cuStreamBatchMemOp_v2)(Stream, unsigned, MemoryOperation *, unsigned);
@@ -46,7 +47,7 @@ struct Driver {
 
     // Throws std::runtime_error if the library or one of the functions is missing.
     explicit Driver(const std::string &path) {
-        void *const library = dlopen(path.c_str(), RTLD_NOW | RTLD_GLOBAL);
+        library = dlopen(path.c_str(), RTLD_NOW | RTLD_GLOBAL);
         if (!library) throw std::runtime_error(dlerror());
         const auto find = [&](auto &function, const char *name) {
             if (!(function = (std::decay_t<decltype(function)>)dlsym(library, name)))

@@ -13,7 +13,7 @@
 //                          (vectors) and loops.h (loops over a tile), which includes the headers not
 //                          listed here
 //     link.h           an exchange; merging.h its arithmetic, collectives.h its calls of MPI
-//     stream.cpp       exchanges in the order of a device's streams: worker.h, cuda_driver.h
+//     stream.cpp       exchanges in the order of a device's streams: worker.h, cuda_driver.h, pinned.h
 //     running_stats.h  running statistics
 //     leave.h          the end of a rank, in MPI_Finalize
 //

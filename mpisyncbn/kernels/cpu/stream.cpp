@@ -12,6 +12,7 @@
 #include <map>
 #include <optional>
 
+#include "pinned.h"
 #include "tensors.h"
 #include "worker.h"
 
@@ -55,7 +56,7 @@ struct Launches {
 };
 
 struct StreamWorker {
-    static constexpr size_t MOST_EAGER = 256;
+    static constexpr size_t MOST_EAGER = 256, DOORBELL_BYTES = 64;
     const Driver driver;
     const Collectives mpi;
     const long pid = getpid();
@@ -85,6 +86,9 @@ struct StreamWorker {
         }
         const nb::gil_scoped_release other_threads_run;
         worker->stop();
+        for (const Slot &each : slots)  // the device may still copy the result of the last exchange
+            if (!each.sequence || each.sequence != worker->enqueued) give_back(each);
+        PinnedMemory::give_back(driver, (void *)worker->doorbell, DOORBELL_BYTES);
     }
 
     // Enqueues kernels, an exchange and further kernels. The message comes from vectors on the device,
@@ -156,19 +160,8 @@ struct StreamWorker {
             for (const auto &each : launches->all) each.run(driver, stream, pointers, slot);
     }
 
-    static void *pinned(const Driver &driver, size_t bytes) {
-        int mode = RELAXED;  // a capture on any stream forbids it otherwise
-        driver.check(driver.cuThreadExchangeStreamCaptureMode(&mode), "cuThreadExchangeStreamCaptureMode");
-        void *memory = nullptr;
-        const int error = driver.cuMemHostAlloc(&memory, bytes, HOST_PORTABLE | HOST_MAPPED);
-        driver.cuThreadExchangeStreamCaptureMode(&mode);
-        driver.check(error, "cuMemHostAlloc");
-        memset(memory, 0, bytes);
-        return memory;
-    }
-
     void make_worker() {
-        worker = std::make_unique<Worker>(mpi, (uint32_t *)pinned(driver, 64));
+        worker = std::make_unique<Worker>(mpi, (uint32_t *)PinnedMemory::take(driver, DOORBELL_BYTES));
         worker->exchanges = exchanges_before;
         worker->start();
     }
@@ -226,10 +219,14 @@ struct StreamWorker {
     void give_memory(Slot &slot, size_t channels) {
         size_t room = 64;
         while (room < channels) room *= 2;
-        auto *const memory = (double *)pinned(driver, 64 + 8 * (3 * room + 3 * room + 3));
+        if (slot.room) give_back(slot);
+        auto *const memory = (double *)PinnedMemory::take(driver, bytes_of(room));
         slot.done = (uint32_t *)memory, slot.message = memory + 8, slot.result = slot.message + 3 * room;
         slot.room = room;
     }
+
+    static size_t bytes_of(size_t room) { return 64 + 8 * (3 * room + 3 * room + 3); }
+    void give_back(const Slot &slot) { PinnedMemory::give_back(driver, (void *)slot.done, bytes_of(slot.room)); }
 
     // Gives the slot back when the graph, and all that was made of it, is destroyed.
     void retain(Slot &slot, void *graph) {

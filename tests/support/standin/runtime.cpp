@@ -1,6 +1,8 @@
 // A stand-in for CUDA's runtime, preloaded before libcudart: the memory of its device is that of the host, copies happen
 // as late as they may, and kernels do nothing. With it a torch that is built for CUDA takes all its ways on a machine
 // that has no GPU: see scripts/standin. Here are devices, memory and kernels; streams and graphs are in streams.cpp.
+#include <algorithm>
+
 #include "device.h"
 
 using namespace standin;
@@ -88,6 +90,11 @@ ENTRY cudaMalloc(void **out, size_t bytes) { return allowed(out, bytes, cudaMemo
 ENTRY cudaMallocAsync(void **out, size_t bytes, cudaStream_t) { return allocate(out, bytes, cudaMemoryTypeDevice); }
 ENTRY cudaHostAlloc(void **out, size_t bytes, unsigned) { return allowed(out, bytes, cudaMemoryTypeHost); }
 ENTRY standin_mailbox(void **out, size_t bytes) { return allowed(out, bytes, cudaMemoryTypeHost, true); }
+ENTRY standin_mailboxes(size_t *out) {
+    const Lock lock(mutex);
+    *out = std::count_if(blocks.begin(), blocks.end(), [](const auto &each) { return each.second.mailbox; });
+    return cudaSuccess;
+}
 ENTRY cudaFree(void *pointer) { return release(pointer); }
 ENTRY cudaFreeAsync(void *pointer, cudaStream_t) { return release(pointer); }
 ENTRY cudaFreeHost(void *pointer) { return release(pointer); }
