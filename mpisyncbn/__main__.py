@@ -1,4 +1,4 @@
-"""``python -m mpisyncbn``, alone or under mpiexec: what is installed, what is used and why.
+"""``python -m mpisyncbn`` reports what is installed, what is used and why, alone or under mpiexec.
 
 Collective: every rank of the world runs it; rank 0 prints.
 """
@@ -132,7 +132,10 @@ def _why_no_mpi() -> Problem | None:
 
 
 def _prints(found: Report) -> bool:
-    """Whether this rank prints for all; of worlds that do not know each other, one of them."""
+    """Whether this rank prints for all.
+
+    If MPI knows only some of the launcher's ranks, the one that the launcher numbers 0 prints.
+    """
     mismatch = found.ranks[0].mismatch
     if mismatch is not None and config.rank_by_launcher(mismatch.variable) not in (0, None):
         return False
@@ -141,12 +144,13 @@ def _prints(found: Report) -> bool:
 
 @contextmanager
 def _time_limit(seconds: float) -> Iterator[None]:
-    """End the job with a report if what is in the block takes longer."""
+    """A context that ends the job with a report if its block takes longer."""
     ranks = range(config.mpi_launcher_size()[0])
     timer = threading.Timer(seconds, _end, (seconds, ranks))
     timer.daemon = True
     timer.start()
-    # While MPI starts no thread runs: mpi4py keeps Python's lock. This ends the process without it.
+    # The timer's thread cannot run while MPI starts, because mpi4py holds the GIL then. faulthandler
+    # ends the process without the GIL.
     faulthandler.dump_traceback_later(seconds + 5, exit=True, file=sys.__stderr__ or sys.stderr)
     try:
         with arrivals.mark_arrival(ranks):
@@ -173,7 +177,8 @@ def _end(seconds: float, ranks: Sequence[int]) -> None:
 if __name__ == "__main__":
     status = main()
     if status:
-        # Ranks end together: launchers kill the others when one has ended so, and may report that.
+        # Finalize lets all ranks end together. When one rank ends with a status, a launcher may kill the
+        # others, and report that.
         if "mpi4py.MPI" in sys.modules:
             sys.modules["mpi4py.MPI"].Finalize()
         sys.stderr.flush()

@@ -43,7 +43,7 @@ HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_p
 
 
 def activation_of(activation: AnyActivation) -> Activation:
-    """The value that the kernels take, from a text or a module.
+    """Return the Activation that the kernels take for a text or a module.
 
     Raises ValueError for another text, class or value, for a parameter that is not a finite number,
     and for a module that has hooks or a ``forward`` of its own, which a layer would not call.

@@ -28,7 +28,7 @@ class BatchStats(NamedTuple):
     count: Array
 
 
-NOT_TO_RECORD = BatchStats(None, None, None, 0)  # of a batch that is recorded already, or never
+NOT_TO_RECORD = BatchStats(None, None, None, 0)  # for a batch that is recorded already, or never
 
 
 def invstd_of(var: Array, eps: float) -> Array:
@@ -38,8 +38,8 @@ def invstd_of(var: Array, eps: float) -> Array:
         native_cpu.invstd(var, eps, invstd)
         return invstd
     if eps == 0:
-        # A constant channel gives 0, so that y is its bias and dx is 0, not NaN. So does a variance
-        # that float64 has no digits for.
+        # A constant channel gives 0, so that y is its bias and dx is 0, not NaN. A variance below
+        # float64's normal numbers gives 0 too.
         constant = var < sys.float_info.min
         return (var + constant) ** -0.5 * ~constant
     return (var + eps) ** -0.5

@@ -88,7 +88,7 @@ class SyncBatchNorm(convert.Synchronized):
         memory_efficient: bool = False,
     ) -> None:
         super().__init__(num_features, eps, momentum, affine, track_running_stats, device, dtype)  # type: ignore[arg-type]
-        if not bias:  # by hand: of older torch, 2.11 for one, the base class has no such argument
+        if not bias:  # the base class of older torch, such as 2.11, has no such argument
             self.register_parameter("bias", None)
         self.activation = name_of(activation)
         self.memory_efficient = memory_efficient
@@ -112,7 +112,7 @@ class SyncBatchNorm(convert.Synchronized):
         activation: AnyActivation = None,
         mask: Tensor | None = None,
     ) -> Tensor:
-        """``forward`` with another activation than the layer's own, for registered forwards."""
+        """Do ``forward``, but with ``activation`` if it is given. Registered forwards call this."""
         activation = self.activation if activation is None else activation
         if self.memory_efficient:
             check_memory_efficient(activation, residual, self.layer_name)
@@ -218,7 +218,7 @@ class SyncBatchNorm(convert.Synchronized):
 
 
 def _cumulative_momentum(num_batches_tracked: Tensor | None) -> float | Tensor:
-    """The weight of the next batch in the average of all, as a tensor: the host waits for no device."""
+    """The weight of the next batch in the average of all: a tensor, so the host waits for no device."""
     if num_batches_tracked is None:
         return 0.0
     dtype = torch.float64 if has_float64(num_batches_tracked) else torch.float32

@@ -1,4 +1,4 @@
-"""A name that pickles of models have: ``mpisyncbn.communicator.resolve`` of None is the world."""
+"""A name that pickled models refer to: ``mpisyncbn.communicator.resolve(None)`` is the world."""
 
 from .comm.communicator import _unpickled_world as resolve
 

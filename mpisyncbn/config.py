@@ -122,7 +122,7 @@ def mpi_launcher_size() -> tuple[int, str]:
 def any_launcher_size(size: int) -> tuple[int, str]:
     """How many ranks any launcher started, and the variable that says so.
 
-    ``size`` is that of MPI's world. A launcher that started more ranks than that comes first.
+    ``size`` is that of MPI's world. It tells which variables may be left over from other launchers.
     """
     given = _sizes()
     if size > 1:  # some launcher told MPI so, and variables of another one are left over
@@ -237,7 +237,7 @@ def device_aware(kind: str) -> str | None:
 
 
 def rendezvous_given() -> dict[str, str]:
-    """The variables that are set, of those by which torch's launchers tell ranks of each other."""
+    """The variables by which torch's launchers tell ranks of each other, those that are set."""
     names = "RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"
     return {name: os.environ[name] for name in names if os.environ.get(name)}
 
@@ -249,7 +249,7 @@ def cpus_per_task() -> int:
 
 
 def gpus_given() -> str:
-    """What says that this machine has GPUs for this process, in words; "" if nothing does."""
+    """The variable or folder that says that this process may use GPUs; "" if there is none."""
     for name in ("SLURM_GPUS_ON_NODE", "CUDA_VISIBLE_DEVICES", "ROCR_VISIBLE_DEVICES"):
         value = os.environ.get(name, "").strip()
         if value not in ("", "-1", "NoDevFiles") and f"{name}={value}" != "SLURM_GPUS_ON_NODE=0":

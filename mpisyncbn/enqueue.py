@@ -1,9 +1,9 @@
 """Exchanges in the order of a device's streams: the ``stream`` transport (docs/explanation/transports.md).
 
 The host enqueues an exchange and goes on. A thread of native code, the worker of the group
-(kernels/cpu/worker.h), calls MPI when the device has computed the message, and the stream waits for
-the result, which is on the device from the start. So errors are found while the host is elsewhere:
-the results are NaN then, and the next exchange that the host enqueues raises.
+(kernels/cpu/worker.h), calls MPI when the device has computed the message. The stream waits for the
+result, and copies it to the device. If the worker finds an error, the host has gone on already: the
+results are NaN then, and the next exchange that the host enqueues raises the error.
 """
 
 from __future__ import annotations
@@ -47,8 +47,8 @@ _ONE_VALUE = -2  # as in collectives.h
 def worker_for(group: Communicator, x: Array) -> StreamWorker | None:
     """The worker for exchanges of an array's device; None if the host takes part in them.
 
-    It does while ranks compare their calls (MPISYNCBN_DEBUG) and while some have no more data.
-    Raises what an earlier exchange has found, on every rank. Collective at the first call.
+    The host takes part while ranks compare their calls (MPISYNCBN_DEBUG), and while some have no more
+    data. Raises the error of an earlier exchange, on every rank. Collective at the first call.
     """
     if transport.on_host(x):
         return None
@@ -86,9 +86,9 @@ def reduce_sums(
 
 
 def locked(group: Communicator, streams: Streams, name: str) -> AbstractContextManager[object]:
-    """A context for enqueueing an exchange on a device, which is the current one in it.
+    """A context in which to enqueue an exchange on a device, which is the current one there.
 
-    A running profiler of torch records it under a name.
+    A running profiler of torch records it as ``name``.
     """
     group.on_failure = raise_failure
     on_device = streams.device_context()
@@ -118,13 +118,16 @@ def new_total() -> Total:
 def moments_call(
     group: Communicator, call: LayerCall, channels: int, largest: float = _LARGEST_FLOAT32
 ) -> Call:
-    """The exchange of moments as the worker is told of it. ``largest`` is that of running statistics."""
+    """The description of an exchange of moments for the worker.
+
+    ``largest`` is the largest number of the running statistics' dtype.
+    """
     kind = _GATHER_MOMENTS if call.dtype == "float64" else _SUM_MOMENTS
     return _native_call(group, call, kind, channels, largest)
 
 
 def sums_call(group: Communicator, call: LayerCall, values: int) -> Call:
-    """The exchange of so many sums, of all vectors together, as the worker is told of it."""
+    """The description of an exchange of sums for the worker: ``values`` sums of all vectors together."""
     return _native_call(group, call, _SUM_VECTORS, values, 0.0)
 
 
@@ -141,7 +144,7 @@ def _native_call(group: Communicator, call: LayerCall, kind: int, values: int, l
     if found is None:
         again = call._replace(direction=f"{call.direction} once more")
         hashes = fingerprint.fingerprint(call, 0), fingerprint.fingerprint(again, 0)
-        with group.lock:  # or another thread's call gets this number
+        with group.lock:  # else another thread's call may get this number
             number = len(group.rank_status.calls)
             found = _native().Call(kind, number, values, *hashes, call.eps or 0.0, largest)
             group.enqueued_calls[key] = found
@@ -164,20 +167,20 @@ def _enqueue(
         addresses, kept = streams.addresses(vectors)
         out, address = streams.empty(length)
         worker.enqueue(streams.handle(), what, count, None, None, addresses, address, None, ())
-        del kept  # until here: memory is freed in the order of the stream
+        del kept  # not before: memory is freed in the order of the stream
     return out
 
 
 def raise_failure(group: Communicator) -> None:
-    """Raise what the worker has found, as the host's own exchange would.
+    """Raise the error that the worker has found, as an exchange by the host would raise it.
 
-    Every rank of the group must call: all have found it.
+    Every rank of the group must call: the workers of all have found it.
     """
     worker = group.stream
     if worker is None:
         return
     with group.lock:
-        worker.wait()  # all that was enqueued since gets NaN, and sends nothing
+        worker.wait()  # the exchanges enqueued since get NaN, and send nothing
         problem, number, _ = worker.failure()
         if not problem:
             return

@@ -46,9 +46,9 @@ __all__ = ["merge_moments", "reduce_sums", "serve_joined"]
 
 Buffer: TypeAlias = Any  # as mpi4py takes it: an array, or a list that names memory on a device
 
-_SUM, _GATHER = 1, 2  # kinds of messages, as a joined rank is told of them
-# A rank adds this to the first word if the sum of squares absorbs its M2. 131,072 of them are
-# below 1.
+_SUM, _GATHER = 1, 2  # kinds of messages, for ranks that have no more data
+# A rank adds this to the first word if the sum of squares absorbs its M2. The sum over 131,072 ranks
+# is below 1.
 _ABSORBED_FLAG = 2.0**-18
 _NO_DATA = LayerCall("no layer, for want of data", "answer", 0, "any")
 
@@ -95,7 +95,7 @@ def merge_moments(group: Communicator, call: LayerCall, count: int, mean: Array,
 
 
 def reduce_sums(group: Communicator, call: LayerCall, *sums: Array) -> tuple[Array, ...]:
-    """Vectors of one length, any arrays, summed over the group, as ``merge_moments`` returns them.
+    """Sum vectors of one length over the group. Returns the kind of arrays that ``merge_moments`` does.
 
     Collective: every rank of the group must call.
     """
@@ -120,7 +120,7 @@ def _where_sent(group: Communicator, *vectors: Array) -> Sequence[Array]:
     """Return the vectors in the memory of this group's messages: the device's or the host's."""
     if type(vectors[0]) is np.ndarray:
         return vectors
-    if isinstance(vectors[0], np.ndarray):  # a subclass may override what arrays do
+    if isinstance(vectors[0], np.ndarray):  # a subclass may override operators
         return [np.asarray(vector) for vector in vectors]
     group.ready()  # the ranks agree on the transport there
     if group.transport == "device" and transport.on_device(vectors[0]):
@@ -157,10 +157,10 @@ def _merge_about_mean(
     var: np.ndarray,
     absorbed: bool,
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Mean and variance of the group by sums about its mean, after digits were lost by cancellation.
+    """Return mean and variance of the group from sums about its mean, to recover cancelled digits.
 
-    The exchange is skipped if all such channels are constant, and no rank has said that an M2 of its
-    own was ``absorbed``.
+    The exchange is skipped if all channels that lost digits may be constant, and no rank has said that
+    an M2 of its own was ``absorbed``.
     """
     cancelled, origin, constant = cancelled_channels(mean_of_all, var)
     if constant and not absorbed:
@@ -196,9 +196,10 @@ def _exchange_vectors(
 
 
 def _pack(group: Communicator, header: Array, vectors: Sequence[Array], length: int) -> tuple[Array, Buffer]:
-    """A message beside the vectors, in host memory or on their device: as an array, and as a buffer for MPI.
+    """Return a message of ``header`` and the vectors, as an array and as a buffer for MPI.
 
-    The fingerprint stands first, so that it arrives even if another rank sent a shorter message.
+    It is in the memory of the vectors, host or device. The fingerprint stands first, so that it arrives
+    even if another rank sent a shorter message.
     """
     if type(vectors[0]) is not np.ndarray:
         on_device = group.device_message(1, length, vectors[0])
@@ -252,7 +253,7 @@ def _run_collective(
 
 
 def _begin_exchange(group: Communicator, call: LayerCall, length: int, kind: int = _SUM) -> int:
-    """The fingerprint of the exchange that begins here. From here on the watchdog watches it."""
+    """Begin an exchange, which the watchdog watches from then on, and return its fingerprint."""
     rank_status = group.rank_status
     rank_status.current_call = call
     group.ready().synchronize()

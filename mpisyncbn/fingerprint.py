@@ -30,7 +30,7 @@ __all__ = [
     "raise_problem",
 ]
 
-# P ranks stay exact while P * 2**36, the sum of the squares, is below 2**53: up to 131,072 ranks.
+# Sums over P ranks are exact while P * 2**36, that of the squares, is below 2**53: up to 131,072 ranks.
 _BITS = 18
 _MASK = (1 << _BITS) - 1
 
@@ -48,7 +48,7 @@ class LayerCall(NamedTuple):
     direction: str
     channels: int
     dtype: str  # of the layer, "float32" or "float64"
-    eps: float | None = None  # None: the call does not know it
+    eps: float | None = None  # None: the caller does not know it
 
     def __str__(self) -> str:
         eps = "" if self.eps in (None, 1e-5) else f", eps {self.eps}"
@@ -124,7 +124,7 @@ def mismatch(group: Communicator, call: object) -> NoReturn:
 
 
 def raise_problem(group: Communicator, call: LayerCall, problem: int) -> NoReturn:
-    """Raise what native code returned as the problem of an exchange: see kernels/cpu/collectives.h."""
+    """Raise the error for the ``problem`` of an exchange in native code: see kernels/cpu/collectives.h."""
     if problem == -1:
         mismatch(group, call)
     raise_failed(group, call, group.mpi_error(problem))

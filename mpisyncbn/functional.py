@@ -188,7 +188,7 @@ def batch_norm_backward(
 def _layer_call(
     x: Array, weight: Array | None, bias: Array | None, direction: str, eps: float | None = None
 ) -> LayerCall:
-    profiling.find_torch()  # it may have been imported since
+    profiling.find_torch()  # torch may have been imported since
     return LayerCall("functional.batch_norm", direction, x.shape[1], layer_dtype(x, weight, bias), eps)
 
 

@@ -1,4 +1,4 @@
-"""Names that pickles of models have: ``FusedActivation``, and before that ``FusedReLU``."""
+"""Names that pickled models refer to: ``FusedActivation``, and ``FusedReLU``, its older name."""
 
 from .convert.fusing import FusedActivation, FusedReLU
 

@@ -66,7 +66,7 @@ def cancelled_channels(mean: np.ndarray, var: np.ndarray) -> tuple[np.ndarray, n
 def without_rounding(var: np.ndarray, distance: np.ndarray) -> np.ndarray:
     """``var``, but 0 for channels where all ranks have the same mean, at a ``distance`` from the origin.
 
-    There only rounding is left, of either sign. NaN stays NaN.
+    Only rounding, of either sign, is left of their variance. NaN stays NaN.
     """
     return var * (var > _ROUNDING * (distance * distance))
 

@@ -1,4 +1,4 @@
-"""A name that pickles of models have: ``mpisyncbn.mixed_class.rebuild``."""
+"""A name that pickled models refer to: ``mpisyncbn.mixed_class.rebuild``."""
 
 from .convert.mixed_class import rebuild
 

@@ -89,7 +89,7 @@ def update_bn(
         batches = _run(_with_bar(loader, resolve(process_group)), model, device)
     uneven.serve(groups)
     for group in groups:
-        group.forget_names()  # those of layers that a rank without batches has not seen
+        group.forget_names()  # ranks without batches have not named these layers
     most = {group: _allreduce_max(group, batches) for group in groups}
     for name, layer in layers.items():
         layer.merge(name)
@@ -136,7 +136,7 @@ class _LayerMoments:
         activation: AnyActivation = None,
         mask: Tensor | None = None,
     ) -> Tensor:
-        """What a synchronized layer normalizes with, while it is measured."""
+        """Normalize as the synchronized layer does, and add its batch. This replaces ``_batch_norm``."""
         layer = cast(Synchronized, self.layer)
         y = type(layer)._batch_norm(layer, x, residual, activation, mask)
         if self.layer.training:
@@ -159,7 +159,7 @@ class _LayerMoments:
 
 
 class _LocalLayers(TorchFunctionMode):
-    """Measures local layers at the one function that all of them call, whatever their forward does."""
+    """A mode that measures local layers in ``F.batch_norm``, which all of them call in their forward."""
 
     def __init__(self, layers: Iterable[_LayerMoments]) -> None:
         super().__init__()
@@ -175,7 +175,7 @@ class _LocalLayers(TorchFunctionMode):
         kwargs = kwargs or {}
         if func is not cast(object, F.batch_norm):
             return func(*args, **kwargs)
-        # batch_norm itself hands these over in this way, however it was called.
+        # batch_norm itself passes its arguments to this mode in this way, however it was called.
         x, running_mean, _ = args
         layer = self._layers.get(id(running_mean))
         if layer is None or x is None or not kwargs["training"]:
@@ -223,7 +223,7 @@ def _training(model: nn.Module, layers: Collection[_LayerMoments]) -> Iterator[N
         for count, number in zip(counts, counted, strict=True):
             if count is not None and number is not None:
                 count.copy_(number)
-        model.train(modes[model])  # a model may do more in it than to set modes
+        model.train(modes[model])  # a model's own train() may do more than set modes
         for module, mode in modes.items():
             module.training = mode
 

@@ -1,6 +1,6 @@
-"""Names of collectives and exchanges in torch.profiler.
+"""Records of collectives and exchanges, by name, for torch.profiler.
 
-Without a profiler they cost a look at a flag.
+Without a profiler, a record costs a look at a flag.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ def recorded(name: str, lock: AbstractContextManager[object]) -> Iterator[None]:
 def begin(name: str) -> Callable[[], None]:
     """Begin a record. Returns a function that ends it, on any thread.
 
-    Only while a profiler is enabled.
+    A profiler must be enabled.
     """
     recording, ended = profiler.record_function(name), sys.modules["torch"].futures.Future()
     recording.__enter__()
@@ -58,7 +58,7 @@ def begin(name: str) -> Callable[[], None]:
 def in_background(name: str, run: Callable[[], None]) -> Callable[[], None]:
     """A function for another thread, which calls ``run`` and ends a record that begins now.
 
-    Only while a profiler is enabled.
+    A profiler must be enabled.
     """
     end = begin(name)
 

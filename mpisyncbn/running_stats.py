@@ -117,7 +117,7 @@ def _bessel_factor(count: int) -> float:
 
 
 def _record_natively(running: Averages, stats: BatchStats, momentum: float | Array) -> bool:
-    """Do it in one call of native code. Returns False if that refuses, and then nothing is changed."""
+    """Record a batch in one call of native code. Returns False, and changes nothing, if that refuses."""
     running_mean, _, num_batches_tracked = running
     if not (
         type(stats.mean) is np.ndarray
@@ -135,14 +135,17 @@ def _record_natively(running: Averages, stats: BatchStats, momentum: float | Arr
         return native_cpu.update_running_stats(*arrays, stats.mean, stats.var, factor, momentum)
     except BaseException:
         if num_batches_tracked is not None and num_batches_tracked._version - running_mean._version > ahead:
-            num_batches_tracked.sub_(1)  # counted, and then something went wrong
+            num_batches_tracked.sub_(1)  # the batch was counted before the error
         raise
 
 
 def _record_from_host(
     running: Averages, stats: BatchStats, momentum: float | Array, device_stats: BatchStats | None
 ) -> bool:
-    """Do it from statistics that the host knows, wherever the running ones are. Returns whether it did."""
+    """Record a batch whose statistics the host knows. Returns whether it was recorded.
+
+    The running statistics may be in host memory or on a device.
+    """
     mean, var = transport.to_host(stats.mean, stats.var)
     with np.errstate(all="ignore"):
         unbiased = var * _bessel_factor(stats.count)
@@ -155,7 +158,7 @@ def _record_from_host(
 
 
 def _record_on_device(running: Averages, stats: BatchStats, momentum: float | Array) -> bool:
-    """Do it in one kernel, from statistics on the device. Returns False if no kernel can."""
+    """Record a batch in one kernel, from statistics on the device. Returns False if no kernel can."""
     if transport.on_host(stats.mean) or type(momentum) is not float:
         return False
     record = getattr(kernels_for(running[0]), "record_batch", None)
@@ -164,9 +167,9 @@ def _record_on_device(running: Averages, stats: BatchStats, momentum: float | Ar
 
 
 def _record_without_sync(running: Averages, stats: BatchStats, momentum: float | Array) -> Array:
-    """Do it without knowing the statistics on the host, and without waiting for them. Nothing warns.
+    """Record a batch whose statistics the host neither knows nor waits for. It never warns.
 
-    Returns whether it was done, as an array of no dimensions.
+    Returns whether the batch was recorded, as an array of no dimensions.
     """
     running_mean, running_var, num_batches_tracked = running
     count, mean = stats.count, stats.mean
@@ -189,7 +192,7 @@ def _record_without_sync(running: Averages, stats: BatchStats, momentum: float |
 def _fits(mean: np.ndarray, unbiased: np.ndarray, running: Array) -> bool:
     """Whether all values of both vectors are finite in the dtype of the running statistics."""
     largest = _finfo_max(running)
-    # The norms are an upper bound of the maxima, for a fifth of their cost. NaN is below nothing.
+    # The norms are an upper bound of the maxima, for a fifth of their cost. With NaN the comparison is false.
     if mean.dot(mean) + unbiased.dot(unbiased) <= min(largest * largest, sys.float_info.max):
         return True
     return bool(np.abs(mean).max() <= largest and unbiased.max() <= largest)
@@ -198,7 +201,7 @@ def _fits(mean: np.ndarray, unbiased: np.ndarray, running: Array) -> bool:
 def _finfo_max(array: Array) -> float:
     """The largest finite number of an array's dtype."""
     if hasattr(array, "is_cpu"):
-        import torch  # torch.compile knows this, and not loaded_torch()
+        import torch  # torch.compile cannot trace loaded_torch()
 
         return torch.finfo(array.dtype).max
     return float(np.finfo(array.dtype).max)

@@ -1,4 +1,7 @@
-"""How versions of torch differ, from 2.6 on: the one place that knows. A line goes with its torch."""
+"""The differences between versions of torch, from 2.6 on, in one place.
+
+Remove a line when its version of torch is no longer supported.
+"""
 
 from __future__ import annotations
 
@@ -29,7 +32,7 @@ _VERSION = torch.__version__
 # its backward pass, and refuse that pass once another graph has made an exchange.
 COMPILES = _VERSION >= "2.11"
 
-# Torch 2.6 keeps a Work that it has from Python without the methods of that, and waits for ever.
+# Torch 2.6 keeps a Work that it has from Python without its Python methods, and waits for ever.
 CPP_KEEPS_WORKS = _VERSION >= "2.7"
 
 # Torch 2.6 takes no socket for a store by libuv, 2.13 does. Between them the older store serves as well.
@@ -38,7 +41,7 @@ STORE_BY_LIBUV = _VERSION >= "2.13"
 # Torch 2.7 and older have no such tag. They compile no layer either.
 HOST_TAKES_PART = (torch.Tag.cudagraph_unsafe,) if hasattr(torch.Tag, "cudagraph_unsafe") else ()
 
-# Torch 2.6 does not tell export from compilation.
+# Torch 2.6 does not distinguish export from compilation.
 is_exporting = getattr(torch.compiler, "is_exporting", torch.compiler.is_compiling)
 
 
@@ -77,7 +80,7 @@ def shut_down_groups_of(cls: type[ProcessGroup]) -> None:
 
 def refuse_to_compile() -> NoReturn:
     """Raise MPISyncBNError: this torch cannot compile a synchronized layer that trains."""
-    from torch._dynamo.exc import Unsupported  # the compiler hands on its own errors as they are
+    from torch._dynamo.exc import Unsupported  # the compiler passes on its own errors unchanged
 
     class CompilerError(MPISyncBNError, Unsupported):
         pass
@@ -89,5 +92,6 @@ def refuse_to_compile() -> NoReturn:
     )
 
 
-# The compiler is to call it while it traces. It does not trace what names neither torch nor tensors.
+# This makes the compiler call the function while it traces. It does not trace code that names neither
+# torch nor tensors.
 refuse_to_compile._dynamo_marked_constant = True  # type: ignore[attr-defined]

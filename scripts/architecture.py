@@ -25,7 +25,7 @@ def main() -> None:
 
 
 def table() -> str:
-    """A row for each place, a module at the top or a folder: what it imports of the others."""
+    """A Markdown table of which top-level module or folder of the package imports which others."""
     found: dict[str, set[str]] = {}
     for path in sorted(PACKAGE.rglob("*.py")):
         found.setdefault(place(path), set()).update(parts[0] for parts in imports(path))
@@ -37,12 +37,15 @@ def table() -> str:
 
 
 def place(path: Path) -> str:
-    """The module at the top or the folder that a file stands in."""
+    """The name of the top-level module or folder of the package that a file belongs to."""
     return path.relative_to(PACKAGE).parts[0].removesuffix(".py")
 
 
 def imports(path: Path) -> list[tuple[str, ...]]:
-    """Parts of the path of each module of the package that the file imports, but for types alone."""
+    """The modules of the package that a file imports, each as the parts of its path.
+
+    Only relative imports count, except those under ``if TYPE_CHECKING:``.
+    """
     module, found = ast.parse(path.read_text()), []
     for node in ast.walk(module):
         if isinstance(node, ast.If) and getattr(node.test, "id", "") == "TYPE_CHECKING":
@@ -59,7 +62,7 @@ def imports(path: Path) -> list[tuple[str, ...]]:
 
 
 def ordered(found: dict[str, set[str]]) -> list[str]:
-    """Each place before all that it imports."""
+    """Sort the names so that each comes before the names that it imports."""
     done: list[str] = []
     seen: set[str] = set()
 
@@ -77,7 +80,7 @@ def ordered(found: dict[str, set[str]]) -> list[str]:
 
 
 def sizes() -> tuple[dict[str, int], dict[str, int]]:
-    """Lines of each file, C++ included, and of each function of Python without its docstring."""
+    """Count the lines of each file, C++ included, and of each Python function without docstring."""
     files, functions = {}, {}
     for path in PACKAGE.rglob("*"):
         if path.suffix in (".py", ".cpp", ".h"):
@@ -95,7 +98,10 @@ def functions_of_the_package() -> Iterator[tuple[str, ast.FunctionDef]]:
 
 
 def longest() -> str:
-    """The ten longest files and functions, the ten with most branches, and how often Any stands there."""
+    """The ten longest files, the ten longest functions, and the ten functions with most branches.
+
+    The last line counts the word ``Any`` in the package, without ``import Any``.
+    """
     files, functions = sizes()
     branches = {
         name: sum(isinstance(each, BRANCHES) for each in ast.walk(node))

@@ -1,22 +1,24 @@
-"""Measure speed beside peers and limits, alternating in the same processes.
+"""Measure this package, its peers and the limits of the machine, in turn in the same processes.
 
     mpiexec -n 2 python scripts/benchmark.py            about ten minutes on two cores
     mpiexec -n 2 python scripts/benchmark.py --quick    under two
     python scripts/benchmark.py --threads 2             one rank with two threads, beside torch with two
     python scripts/benchmark.py --scaling               2 to 64 ranks; starts mpiexec itself
-    mpiexec -n 2 python scripts/benchmark.py --only compiled    minutes of torch.compile, then its step
-    scripts/pictures --results DIR --to DIR             pictures and tables of files --json DIR/cpu-NAME.json
+    mpiexec -n 2 python scripts/benchmark.py --only compiled    minutes of torch.compile, then the steps
+    scripts/pictures --results DIR --to DIR             pictures and tables, after --json DIR/cpu-NAME.json
 
-If each rank has a core of its own, bind ranks and do not yield: MPI's part of an exchange halves.
+If each rank has a core of its own, bind the ranks and turn yielding off: MPI's part of an exchange
+then takes half the time.
 
     OMPI_MCA_mpi_yield_when_idle=0 mpiexec --bind-to core -n 2 python scripts/benchmark.py
 
 Each rank has one thread unless --threads is given. Every figure is that of the slowest rank: the
-median and, in parentheses, the minimum. The cases are in benchmarks/cases.py. The last lines have the
+median and, in parentheses, the minimum. The cases are in benchmarks/cases.py. The last lines show the
 main figures beside their aims.
 
-glibc returns large freed blocks to the system. To get them again takes as long as a kernel, at times
-that nobody can predict. So glibc is told to keep them, for all peers; ``--default-allocator`` does not.
+glibc returns large freed blocks to the system. Getting them again takes as long as a kernel, at
+unpredictable times. The script therefore tells glibc to keep them, for all peers.
+``--default-allocator`` turns this off.
 """
 
 from __future__ import annotations
@@ -32,7 +34,7 @@ from typing import Any
 from benchmarks import model, scaling
 from mpisyncbn.config import launched
 
-# Section, and the module of its function.
+# The module of each section. Its function has the name of the section.
 SECTIONS = {
     "layer": "layers",
     "threads": "layers",
@@ -87,7 +89,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
 
 
 def measure(options: argparse.Namespace) -> None:
-    """Collective: every rank of the world runs it; rank 0 prints."""
+    """Measure the chosen sections. Rank 0 prints. Collective: every rank of the world must call."""
     from benchmarks import environment, timing
 
     world = timing.WORLD
@@ -138,7 +140,7 @@ def show(section: str, row: dict[str, Any]) -> None:
 
 
 def finish(results: Results, options: argparse.Namespace) -> None:
-    """The summary, and the file."""
+    """Print the summary, and write the file of ``--json``."""
     from benchmarks import summary
 
     lines = summary.summarize(results["sections"])

@@ -2,9 +2,9 @@
 
     mpiexec -n 4 python scripts/demo.py
 
-The data are the handwritten digits of scikit-learn (1797 images of 8 x 8), lying as they might on a
-cluster's disks: rank r holds the digits d with d % size == r. All three runs start from the same
-network and see the same samples at each step: the global batch is the ranks' batches in a row.
+The data are the handwritten digits of scikit-learn (1797 images of 8 x 8), divided as they might be on
+a cluster's disks: rank r holds the digits d with d % size == r. All three runs start from the same
+network and see the same samples at each step: the global batch is the batches of all ranks together.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from tqdm import tqdm
 import mpisyncbn
 
 ONE_PROCESS, LOCAL, SYNCHRONIZED = "one process", "local BatchNorm", "SyncBatchNorm"
-LAST = 20  # steps that a loss is averaged over where it is shown: a single step's is noisy
+LAST = 20  # losses are shown as means over so many steps: the loss of a single step is noisy
 
 
 class Run(NamedTuple):
@@ -39,7 +39,7 @@ class Run(NamedTuple):
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Collective: every rank must call. Rank 0 prints, and writes the files."""
+    """Run the demo. Rank 0 prints and writes the files. Collective: every rank must call."""
     args = parse(argv)
     comm = MPI.COMM_WORLD
     torch.set_num_threads(1)  # the ranks share the cores already
@@ -72,11 +72,11 @@ def compare(
     Args:
         data: images and labels, the same on every rank.
         batch: samples per rank and step.
-        progress: whether rank 0 shows a bar.
+        progress: whether rank 0 shows a progress bar.
 
     Returns:
-        A run by name. The losses are those of the global batches, the same on every rank; the
-        models are this rank's, which differ in the running statistics of local batch norm.
+        The runs by name. The losses are those of the global batches, the same on every rank. The
+        models are this rank's: the running statistics of local batch norm differ between ranks.
 
     Collective: every rank of ``comm`` must call.
     """
@@ -85,7 +85,7 @@ def compare(
     samples = draw(data.tensors[1].numpy(), comm.size, steps, batch, seed)
     mine, everyone = samples[:, comm.rank], samples.reshape(steps, -1)
     ways = {
-        # On every rank: while rank 0 trains, the others would only wait, and a waiting rank spins.
+        # Every rank trains this one. If only rank 0 did, the others would wait, and a waiting rank spins.
         ONE_PROCESS: (network, everyone, MPI.COMM_SELF),
         LOCAL: (deepcopy(network), mine, comm),
         SYNCHRONIZED: (mpisyncbn.convert_sync_batchnorm(deepcopy(network), comm), mine, comm),
@@ -94,7 +94,7 @@ def compare(
     for name, (model, batches, group) in ways.items():
         bar = tqdm(batches, f"{name:{len(LOCAL)}}", unit="step", disable=not progress or comm.rank > 0)
         losses = train(model, data, bar, group, lr)
-        runs[name] = Run(model, comm.bcast(losses))  # rank 0's: rounding may differ between unlike nodes
+        runs[name] = Run(model, comm.bcast(losses))  # rounding may differ between unlike nodes: take rank 0's
     return runs
 
 
@@ -120,7 +120,10 @@ def train(
 
 
 def average_gradients(model: nn.Module, comm: MPI.Intracomm) -> None:
-    """Data parallelism in plain MPI: with batches of one size, the mean gradient is the global batch's."""
+    """Replace each gradient by its mean over ranks: data parallelism in plain MPI.
+
+    If all batches have one size, this is the gradient of the global batch.
+    """
     gradients = [parameter.grad for parameter in model.parameters()]
     flat = parameters_to_vector(gradients)
     average(flat.numpy(), comm)  # the array is a view of flat
@@ -128,7 +131,7 @@ def average_gradients(model: nn.Module, comm: MPI.Intracomm) -> None:
 
 
 def average(values: np.ndarray, comm: MPI.Intracomm) -> np.ndarray:
-    """The mean over ranks, in place."""
+    """Replace ``values`` by their mean over ranks, and return them."""
     comm.Allreduce(MPI.IN_PLACE, values)
     values /= comm.size
     return values
@@ -137,7 +140,7 @@ def average(values: np.ndarray, comm: MPI.Intracomm) -> np.ndarray:
 def make_network() -> nn.Module:
     def block(channels: int, out: int, stride: int) -> list[nn.Module]:
         convolution = nn.Conv2d(channels, out, 3, stride, padding=1, bias=False)
-        # SiLU, not ReLU: at a kink a rounding error becomes a different gradient, and any two runs part.
+        # SiLU, not ReLU: at ReLU's kink a rounding error changes the gradient, and two runs drift apart.
         return [convolution, nn.BatchNorm2d(out), nn.SiLU()]
 
     features = [*block(1, 16, 1), *block(16, 32, 2), *block(32, 64, 2)]
@@ -145,7 +148,10 @@ def make_network() -> nn.Module:
 
 
 def load(dtype: torch.dtype, seed: int) -> tuple[TensorDataset, TensorDataset]:
-    """The digits, four fifths for training and one for the test; images ``(N, 1, 8, 8)`` from 0 to 1."""
+    """Return four fifths of the digits for training, and the others for the test.
+
+    The images are ``(N, 1, 8, 8)``, with values from 0 to 1.
+    """
     from sklearn.datasets import load_digits
     from sklearn.model_selection import train_test_split
 
@@ -159,7 +165,7 @@ def load(dtype: torch.dtype, seed: int) -> tuple[TensorDataset, TensorDataset]:
 
 
 def draw(labels: np.ndarray, size: int, steps: int, batch: int, seed: int) -> np.ndarray:
-    """What each rank draws from its shard at each step: indices, ``(steps, size, batch)``.
+    """Draw the samples of each step, each rank's from its shard. Return indices, ``(steps, size, batch)``.
 
     Raises:
         ValueError: there are more ranks than kinds of digits.
@@ -189,7 +195,7 @@ def summary(run: Run, one_process: Run, test_set: TensorDataset) -> dict[str, fl
 
 
 def distance(losses: np.ndarray, others: np.ndarray) -> float:
-    """The largest over all steps."""
+    """The largest distance over all steps."""
     return float(np.abs(losses - others).max())
 
 
@@ -234,7 +240,7 @@ largest distance: of the loss curve from that of one process, over all steps
 
 
 def plot(losses: dict[str, np.ndarray], size: int, path: str) -> None:
-    """The three loss curves: means of the last steps."""
+    """Draw the three loss curves. Each point is the mean of the last steps."""
     from benchmarks import style
 
     away = {name: distance(curve, losses[ONE_PROCESS]) for name, curve in losses.items()}

@@ -10,8 +10,8 @@ venv=$root/.venv${other_torch:+-torch-$other_torch}
 say() { echo "environment: $*" >&2; }
 die() { say "$@"; exit 1; }
 
-# Prints one line: interpreter, its version, its torch. Within another virtual environment, take the
-# Python that it was made from: a new environment sees only the packages of that one.
+# Prints one line: an interpreter, its version and its torch. If $PYTHON is in another virtual environment,
+# this is the Python that the environment was made from: a new one sees only that Python's packages.
 find_base() {
     local python=${PYTHON:-python3}
     type -P "$python" >/dev/null || die "$python not found: install Python 3.10 or newer, or name one in PYTHON"
@@ -39,7 +39,7 @@ print("\t".join([sys.executable, sys.version.split()[0], torch]))
 END
 }
 
-# What .venv depends on: while this stays the same, a second run has nothing to do.
+# Prints a checksum of all that .venv depends on. While it stays the same, another run has nothing to do.
 state() {
     {
         echo "$base" "$system_mpiexec" "${LD_LIBRARY_PATH-}" "${MPI4PY_LIBMPI-}"
@@ -53,7 +53,7 @@ state() {
     } | sha256sum
 }
 
-# Says what building the native kernels lacks, if anything.
+# Prints what is missing to build the native kernels, if anything.
 lacking() {
     "${base%%$'\t'*}" - <<'END'
 import os, shlex, shutil, sysconfig
@@ -66,7 +66,7 @@ elif not os.path.exists(os.path.join(sysconfig.get_path("include"), "Python.h"))
 END
 }
 
-# Prints nothing where native kernels serve.
+# Prints why there are no native kernels, or nothing if there are.
 without_native() {
     local error why
     error=$(python -c 'import mpisyncbn.kernels.cpu._cpu' 2>&1) && return
@@ -81,7 +81,7 @@ without_native() {
     echo "native kernels: none ($why): slower ATen and NumPy operations serve instead"
 }
 
-# .venv/.whole is absent while anything changes, so an environment that was killed halfway is remade.
+# .venv/.whole is absent while anything changes, so .venv is made again if a run was killed halfway.
 is_whole() {
     [[ $(cat "$venv/.whole" 2>/dev/null) == "$base" ]]
 }
@@ -101,12 +101,12 @@ pip() {
     say "pip $*"
     rm "$venv/.whole"
     python -m pip --disable-pip-version-check -qq "$@" || status=$?
-    # Whole again either way: a pip that fails undoes what it did.
+    # .venv is whole again either way: if pip fails, it undoes what it did.
     echo "$base" >"$venv/.whole"
     ((status == 0)) || die "pip failed"
 }
 
-# What [tool:mpisyncbn] says, unless a torch in setup.cfg's range is there.
+# Prints the torch that [tool:mpisyncbn] in setup.cfg names, unless one in the range of setup.cfg is installed.
 missing_torch() {
     python - "$root/setup.cfg" <<'END'
 import configparser, sys
@@ -122,8 +122,8 @@ if found is None or not wanted.specifier.contains(found, prereleases=True):
 END
 }
 
-# Prints the library's name and version if mpiexec makes one world of two ranks. The exit status does
-# not tell: under another library's mpiexec each rank is a world of its own, and ends with 0.
+# Prints the library's name and version if mpiexec makes one world of two ranks. The exit status of mpiexec
+# does not tell: under another library's mpiexec each rank is a world of its own, and ends with 0.
 one_world() {
     local lines
     lines=$(timeout --kill-after=5 60 mpiexec -n 2 python -c '
@@ -173,15 +173,15 @@ mpi_beside() {
     fi
 }
 
-# Whether the mpiexec on PATH, that of the stamp, is of the library openmpi, mpich or impi.
+# is_own NAME: whether the mpiexec on PATH, which the stamp file names, is of the library openmpi, mpich or impi.
 is_own() {
     local -A titles=([openmpi]="Open MPI" [mpich]=MPICH [impi]="Intel MPI")
     grep -q "^mpiexec: .*(${titles[$1]} [0-9]" "$stamp"
 }
 
-# mpi_variables NAME: prints the variables, a line each, that make mpiexec and mpi4py use the library
-# of that name, or of an mpiexec with that path; "system" is the first on PATH. If that is not
-# possible, prints why and fails.
+# mpi_variables NAME: prints the variables, one on each line, that make mpiexec and mpi4py use the library
+# of that name. NAME may also be the path of an mpiexec, or "system" for the first mpiexec on PATH. If that
+# is not possible, prints why and fails.
 mpi_variables() {
     local name=$1 mpiexec variables library yielding found
     case $name in
@@ -193,11 +193,11 @@ mpi_variables() {
             printf '#!/bin/sh\nexec %q "$@"\n' "$mpiexec" >"$venv/system/bin/mpiexec"
             chmod +x "$venv/system/bin/mpiexec"
             for library in libmpi.so.40 libmpich.so.12 libmpi.so.12; do
-                # not that of .venv, which mpi4py would find first
+                # Name the system's library: mpi4py would find that of .venv first.
                 library=$(ldconfig -p | sed -n "s/.*$library .*=> //p;T;q")
                 [[ -n $library ]] || continue
                 variables=("PATH=$venv/system/bin:$PATH" "MPI4PY_LIBMPI=$library")
-                if [[ $library == *libmpich* ]]; then  # Debian's, which lacks the name that mpi4py asks for
+                if [[ $library == *libmpich* ]]; then  # Debian's does not have the name that mpi4py asks for
                     mkdir -p "$venv/system/lib"
                     ln -sf "$library" "$venv/system/lib/libmpi.so.12"
                     variables+=("LD_LIBRARY_PATH=$venv/system/lib${LD_LIBRARY_PATH:+:$LD_LIBRARY_PATH}")
@@ -227,7 +227,7 @@ mpi_variables() {
 # many ranks. One rank needs no mpiexec and runs the tests that need one rank only, in four processes,
 # since many of them wait for jobs.
 pytest_at() {
-    # mpiexec may give each rank a terminal of its own, where pytest sees colours wanted.
+    # mpiexec may give each rank a terminal of its own, on which pytest would print colours.
     [[ -t 1 ]] || export NO_COLOR=1
     pytest=(python "${@:2}" -m pytest -p no:cacheprovider)
     if (($1 == 1)); then
@@ -238,7 +238,7 @@ pytest_at() {
 }
 
 # Open MPI 5 reads PRTE_MCA_*, Open MPI 4 OMPI_MCA_*. Tests usually have more ranks than cores. Unless
-# binding is off and yielding on, a collective then takes a thousand times as long.
+# binding is off and yielding is on, a collective then takes a thousand times as long.
 if ((EUID == 0)); then
     export OMPI_ALLOW_RUN_AS_ROOT=${OMPI_ALLOW_RUN_AS_ROOT-1}
     export OMPI_ALLOW_RUN_AS_ROOT_CONFIRM=${OMPI_ALLOW_RUN_AS_ROOT_CONFIRM-1}
@@ -250,7 +250,7 @@ export OMPI_MCA_hwloc_base_binding_policy=${OMPI_MCA_hwloc_base_binding_policy-n
 export OMPI_MCA_mpi_yield_when_idle=${OMPI_MCA_mpi_yield_when_idle-1}
 export OMP_NUM_THREADS=${OMP_NUM_THREADS-1}
 
-# An activated .venv must not pass for the system.
+# Take .venv off PATH if it is activated: its mpiexec and its Python are not the system's.
 PATH=:$PATH:
 PATH=${PATH//":$venv/bin:"/:}
 PATH=${PATH//":$root/.venv/bin:"/:}
@@ -267,7 +267,7 @@ if ! is_whole || [[ $(head -n1 "$stamp" 2>/dev/null) != "$(state)" ]]; then
     torch=${torch:-$(missing_torch)}
     [[ -z $torch ]] || pip install "$torch"
     torch=$(python -c 'from importlib import metadata; print(metadata.version("torch"))')
-    # By its version: the newest torchvision, which timm asks for, would bring a torch of its own.
+    # Name the version of torch: the newest torchvision, which timm asks for, would install another torch.
     pip install --editable "${root}[$1]" "torch==$torch"
     choice=$(choose_mpiexec)
     printf '%s\n' "$(state)" "$choice" "$(without_native)" >"$stamp"

@@ -1,11 +1,11 @@
-"""Host time of a small layer on a GPU: ours by each transport, beside torch.nn.SyncBatchNorm.
+"""Time the host's work for a small layer on a GPU: ours by each transport, and torch.nn.SyncBatchNorm.
 
     PYTHON=python3 scripts/standin calls python3 scripts/host_time.py
 
-On the stand-in, kernels and communication return at once for both, so what is left is the time of
-the host. ``torch.nn.SyncBatchNorm`` is in a group of two ranks of torch's "fake" backend. On the
-stand-in its look at empty batches is left out, for which it waits for the device. On a GPU the same
-command times the host while the device works.
+With scripts/standin there is no GPU: kernels and communication return at once for both layers, and
+only the time of the host remains. ``torch.nn.SyncBatchNorm`` is in a group of two ranks of torch's
+"fake" backend. With the stand-in, it does not look for empty batches, for which it would wait for the
+device. On a GPU, ``python3 scripts/host_time.py`` times the host while the device works.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ SHAPE = (2, 64, 8, 8)
 
 
 def group(transport: str) -> mpisyncbn.Communicator:
-    """A group of this rank that uses the transport."""
+    """A group of this rank alone that uses ``transport``."""
     with mock.patch.dict(os.environ, {"MPISYNCBN_TRANSPORT": transport}):
         found = mpisyncbn.Communicator(MPI.COMM_SELF).ready()
     if found.transport != transport:
@@ -37,7 +37,10 @@ def group(transport: str) -> mpisyncbn.Communicator:
 
 
 def without_mask(layer: Any) -> Any:
-    """The layer, which believes to be captured: the stand-in has no values to select by."""
+    """With the stand-in, let a torch.nn.SyncBatchNorm skip its mask of empty batches.
+
+    torch skips it while a CUDA graph is captured. The stand-in has no values from which to make it.
+    """
     capturing = torch.cuda.is_current_stream_capturing
 
     def forward(x: torch.Tensor) -> torch.Tensor:
@@ -73,12 +76,12 @@ def main() -> None:
     parser.add_argument("--output", metavar="PATH", help="write the figures as JSON")
     options = parser.parse_args()
     torch.set_num_threads(1)
-    torch.backends.cudnn.enabled = not os.environ.get("MPISYNCBN_STANDIN")  # which has no cuDNN
+    torch.backends.cudnn.enabled = not os.environ.get("MPISYNCBN_STANDIN")  # the stand-in has none
     from torch.testing._internal.distributed.fake_pg import FakeStore
 
     dist.init_process_group("fake", rank=0, world_size=2, store=FakeStore())
     gather = dist.all_gather_into_tensor
-    # the backend copies whole rows, and the layer hands it two in one
+    # the backend copies its input to each row of the output, but the layer passes it a single row
     dist.all_gather_into_tensor = lambda out, mine, *more, **options: gather(
         out.view(2, -1), mine, *more, **options
     )

@@ -56,7 +56,10 @@ def main() -> int:
 
 
 def run(*arguments: str, ranks: int, folder: Path) -> jobs.End:
-    """As the fixture ``run_job`` of the tests."""
+    """Run Python in ``folder``, under mpiexec if ``ranks`` is not 0.
+
+    This takes the place of the fixture ``run_job`` of the tests.
+    """
     start = [jobs.find_mpiexec() or "mpiexec", "-n", str(ranks)] if ranks else []
     return jobs.run([*start, sys.executable, *arguments], folder)
 

@@ -1,10 +1,11 @@
 """Mutation testing with cosmic-ray: does a test fail if one thing in the code is wrong?
 
     scripts/mutate                                        all mutants of all modules in cosmic-ray.toml: hours
-    scripts/mutate --sample 40 --seed 1 exchange.py       some, at random
+    scripts/mutate --sample 40 --seed 1 exchange.py       40 mutants of one module, chosen at random
     scripts/mutate --jobs 2 --session FILE exchange.py    continues the last run with FILE
 
-Each job tries its mutants in a copy of the tree. Prints those that survive, and their share in percent.
+Each job tries its mutants in a copy of the tree. The script prints the mutants that survive, and their
+share in percent.
 """
 
 from __future__ import annotations
@@ -78,7 +79,10 @@ def copy_tree(copy: Path) -> Path:
 
 
 def start_worker(copy: Path, workers: contextlib.ExitStack) -> str:
-    """The URL of a worker that listens. It ends with ``workers``, after the mutant that it tries."""
+    """Start a worker of cosmic-ray. Return its URL when it listens.
+
+    The exit stack ``workers`` ends it, after the mutant that it tries.
+    """
     with socket.create_server(("localhost", 0)) as free:
         port = free.getsockname()[1]
     command = ["cosmic-ray", "http-worker", "--port", str(port)]
@@ -93,7 +97,10 @@ def start_worker(copy: Path, workers: contextlib.ExitStack) -> str:
 
 
 def choose(session: Path, sample: int | None, seed: int) -> None:
-    """Leave ``sample`` mutants. Those that the filter skipped go too: cr-rate would count them as killed."""
+    """Keep ``sample`` random mutants, or all if it is None, and delete the others.
+
+    Those that the filter skipped are deleted too: cr-rate would count them as killed.
+    """
     with contextlib.closing(sqlite3.connect(session)) as database, database:
         found = database.execute(
             "SELECT job_id FROM mutation_specs WHERE job_id NOT IN (SELECT job_id FROM work_results)"
@@ -109,5 +116,5 @@ def choose(session: Path, sample: int | None, seed: int) -> None:
 if __name__ == "__main__":
     try:
         sys.exit(main())
-    except subprocess.CalledProcessError as error:  # which has said why
+    except subprocess.CalledProcessError as error:  # the command has printed why
         sys.exit(error.returncode)

@@ -1,11 +1,11 @@
-"""Draws the pictures of the documentation, and writes its tables, from the files in docs/results/.
+"""Draw the pictures of the documentation, and write its tables, from the files in docs/results/.
 
     scripts/pictures                            docs/pictures/*.svg, docs/results/benchmark.md, and
                                                 the table of claims in docs/explanation/performance.md
-    scripts/pictures --results DIR --to DIR     those of your own runs: pictures and benchmark.md
+    scripts/pictures --results DIR --to DIR     the pictures and benchmark.md, from your own runs
 
-The files of a CPU are those that scripts/benchmark.py --json DIR/cpu-NAME.json wrote; several files with
-the same section are several runs. Those of a GPU come from scripts/gpu_check and scripts/host_time.py.
+scripts/benchmark.py --json DIR/cpu-NAME.json writes the files of a CPU. Several files with the same
+section are several runs. scripts/gpu_check and scripts/host_time.py write the files of a GPU.
 Pictures without data are left out. docs/pictures/demo.png is drawn by scripts/demo.
 """
 
@@ -47,7 +47,7 @@ def main(arguments: list[str] | None = None) -> None:
 
 
 def sources(results: Path) -> dict[str, Any]:
-    """The data of each picture that has data, by its name."""
+    """The data of each picture, by its name, without the pictures that have no data."""
     sections = runs.load(results)
     found = {
         "layers": charts.layers_data(sections),
@@ -60,7 +60,7 @@ def sources(results: Path) -> dict[str, Any]:
 
 
 def pages(results: Path, to: Path | None = None) -> dict[Path, str]:
-    """The text of each page that is written: with ``to`` the results alone."""
+    """The text of each page that is to be written. With ``to``, that is benchmark.md alone."""
     sections = runs.load(results)
     found = {(to or results) / "benchmark.md": tables.page(sections)}
     if to is None:

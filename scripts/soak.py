@@ -1,13 +1,13 @@
-"""Check that exchanges leak no memory: make many, of all kinds, and see what has grown.
+"""Check that exchanges leak no memory: make many, of all kinds, and see whether memory has grown.
 
     scripts/soak                        100,000 exchanges on 4 ranks
     scripts/soak --exchanges 1000000    more of them
     RANKS=2 scripts/soak                on 2 ranks
 
-It calls layers, the function and the NumPy functions, forward, backward and twice backward, in several
-sizes and dtypes, in the world, in halves of it and alone. It prints for each rank how much its resident
-memory and the number of its Python objects have grown since the warm-up. Exit status: 0, or 1 if memory
-grew by more than 1 MiB on some rank.
+It calls layers, ``sync_batch_norm`` and the NumPy functions, forward, backward and twice backward, in
+several sizes and dtypes, in groups of all ranks, of half of them and of one. It prints for each rank
+how much its resident memory and the number of its Python objects have grown since the warm-up. Exit
+status: 0, or 1 if memory grew by more than 1 MiB on some rank.
 """
 
 from __future__ import annotations
@@ -31,12 +31,12 @@ from mpisyncbn import functional
 
 WORLD = MPI.COMM_WORLD
 LIMIT = 1024  # KiB
-WARM_UP = 5000  # exchanges: memory of torch, of MPI and of the allocator is all there by then
-_SAMPLES = 25  # the least of so many counts: what one cycle holds while it runs does not
+WARM_UP = 5000  # exchanges; by then torch, MPI and the allocator have all the memory that they use
+_SAMPLES = 25  # counts; the least is taken, so that memory in use for a short time does not matter
 
 
 class Growth(NamedTuple):
-    """Of one rank."""
+    """The growth of one rank."""
 
     kib: int
     objects: int
@@ -57,7 +57,10 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def soak(exchanges: int, warm_up: int = WARM_UP) -> Growth:
-    """Collective: every rank must call."""
+    """Make at least ``exchanges`` exchanges after a warm-up, and return this rank's growth.
+
+    Collective: every rank must call.
+    """
     cycles = Cycles()
     cycles.run(warm_up)
     kib, objects = least(cycles)
@@ -70,7 +73,7 @@ def soak(exchanges: int, warm_up: int = WARM_UP) -> Growth:
 
 
 class Cycles:
-    """Every kind of exchange once in each cycle, so that ranks never differ in what comes next."""
+    """Cycles of exchanges: each makes every kind of exchange once, in the same order on all ranks."""
 
     def __init__(self) -> None:
         half = mpisyncbn.Communicator(WORLD.Split(WORLD.rank % 2))
@@ -95,7 +98,7 @@ class Cycles:
             yield layer, torch.randn(batch, generator=generator).to(dtype)
 
     def run(self, exchanges: int) -> int:
-        """At least so many; how many it were."""
+        """Make at least ``exchanges`` exchanges. Return how many were made."""
         before = self.exchanges()
         while self.exchanges() - before < exchanges:
             self.once()
@@ -107,7 +110,7 @@ class Cycles:
     def once(self) -> None:
         self.number += 1
         for layer, values in self.cases:
-            # every few cycles this rank has nothing
+            # in one cycle of 7, this rank's batch is empty
             x = values[: 0 if self.number % 7 == WORLD.rank else None].requires_grad_()
             residual = (torch.ones_like(x),) if layer.activation else ()
             layer(x, *residual).sum().backward()
@@ -131,7 +134,10 @@ class Cycles:
 
 
 def least(cycles: Any) -> tuple[int, int]:
-    """Resident memory in KiB and the number of Python objects, each the least seen between some cycles."""
+    """The resident memory in KiB and the number of Python objects, each the least of several counts.
+
+    One cycle runs before each count.
+    """
     seen = []
     for _ in range(_SAMPLES):
         cycles.once()
@@ -143,8 +149,8 @@ def least(cycles: Any) -> tuple[int, int]:
 
 
 def _trim() -> None:
-    """Give back what the allocator keeps of freed memory, which is more at one time than at another."""
-    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)  # of glibc
+    """Make the allocator return the freed memory that it keeps, which is not always the same amount."""
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)  # glibc has it
     if trim is not None:
         trim(0)
 

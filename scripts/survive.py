@@ -3,11 +3,12 @@
     scripts/survive
     scripts/survive --kill-rank 1 3 --kill-step 4 9 --at forward gradients
 
-The first kills rank 2 in the backward pass of step 6, the second one rank and later another. It needs a
-fault-tolerant MPI: Open MPI 5, with ``mpiexec --with-ft ulfm``. ``train`` and ``Run.recover`` show what
-a program needs to continue. At the end the survivors check that parameters, momentum and running
-statistics are those of one process with torch's own BatchNorm and the same batches, that all have the
-same bits, and that the loss kept falling. Exit status: 0 if all of that holds, else 1.
+The first command kills rank 2 in the backward pass of step 6. The second kills rank 1 in step 4 and
+rank 3 in step 9. The script needs a fault-tolerant MPI: Open MPI 5, with ``mpiexec --with-ft ulfm``.
+``train`` and ``Run.recover`` show what a program needs to continue. At the end the survivors check that
+parameters, momentum and running statistics are those of one process with torch's own BatchNorm and the
+same batches, that all survivors have the same bits, and that the loss kept falling. Exit status: 0 if
+all of that holds, else 1.
 """
 
 from __future__ import annotations
@@ -33,12 +34,13 @@ WORLD = MPI.COMM_WORLD
 MOMENTS = ("before", "forward", "backward", "gradients", "recovery")
 BATCH = 30  # samples of a step, over all ranks
 LOST = {MPI.ERR_PROC_FAILED, MPI.ERR_PROC_FAILED_PENDING, MPI.ERR_REVOKED}
-# Ten times what rounding makes of 20 steps. A step too many, or without a sample, makes far more of it.
+# Ten times the error of rounding in 20 steps. A step too many, or one without a sample, makes a far
+# larger one.
 TOLERANCE = {"float32": 1e-5, "float64": 1e-12}
 
 
 def train(run: Run, steps: int) -> None:
-    """Make ``steps`` steps, with fewer ranks where some are lost. Collective: every rank calls."""
+    """Make ``steps`` steps, with fewer ranks after some are lost. Collective: every rank must call."""
     lost = False
     while True:
         try:
@@ -50,24 +52,27 @@ def train(run: Run, steps: int) -> None:
             if not is_loss(error):
                 raise
             run.caught(error)
-            run.comm.Revoke()  # who waits in it for a rank that is here already shall come here too
-        # Some may have made the last step, and others not: they end together, or go on together.
+            run.comm.Revoke()  # ranks that wait in it for one that is already here come here too
+        # Some ranks may have made the last step, and others not. They end together, or go on together.
         if agree(run.comm, run.step == steps):
             return
         lost = True
 
 
 def is_loss(error: BaseException) -> bool:
-    """Whether a rank is gone: as MPI says it, or as the cause of what a layer says."""
+    """Whether an error says that a rank was lost: an error of MPI, or the cause of a layer's error."""
     cause = error if isinstance(error, MPI.Exception) else error.__cause__
     return isinstance(cause, MPI.Exception) and cause.Get_error_class() in LOST
 
 
 def agree(comm: MPI.Intracomm, done: bool) -> bool:
-    """Whether all ranks are done and alive: the same answer on all that are. Works on a revoked ``comm``."""
+    """Whether all ranks are done and alive. All living ranks get the same answer.
+
+    It works on a revoked ``comm``.
+    """
     try:
         return bool(comm.Agree(done))
-    except MPI.Exception:  # on every rank, where one is gone that not all knew of
+    except MPI.Exception:  # raised on every rank if one is gone and not all knew it
         return False
 
 
@@ -85,7 +90,7 @@ class Run:
         self.comm: Any = WORLD.Dup()
         self.members = list(range(WORLD.size))  # their ranks in the world
         net = network(dtype)
-        between = net[3]  # two layers that exchange
+        between = net[3]  # the convolution between the two batch norms
         between.register_forward_pre_hook(lambda *_: self.moment("forward"))
         between.register_full_backward_pre_hook(lambda *_: self.moment("backward"))
         self.net = mpisyncbn.convert_sync_batchnorm(net, self.comm)
@@ -96,7 +101,10 @@ class Run:
         self.failed_at = 0.0
 
     def advance(self) -> None:
-        """One step, whose loss is the mean over the batch of all ranks, however it is shared out."""
+        """Make one step.
+
+        Its loss is the mean over the batch of all ranks, however the samples are divided among them.
+        """
         self.moment("before")
         images, labels = shard(*batch(self.step, self.dtype), self.comm.rank, self.comm.size)
         self.optimizer.zero_grad()
@@ -115,17 +123,20 @@ class Run:
         flat = torch.cat([*(cast(Tensor, each.grad).flatten() for each in parameters), loss[None]])
         op = MPI.SUM
         if self.ends("gradients"):
-            # MPI calls it when it has received and before it sends on: the rank ends amid the collective.
+            # MPI calls this between receiving and sending, so the rank ends within the collective.
             op = MPI.Op.Create(lambda *_: self.moment("gradients"), commute=True)
         self.comm.Allreduce(MPI.IN_PLACE, flat.numpy(), op)
-        self.moment("gradients")  # at the latest: of three ranks, one has nothing to add up
+        self.moment("gradients")  # MPI need not call op on every rank: of three, one adds nothing up
         totals = flat[:-1].split([each.numel() for each in parameters])
         for each, total in zip(parameters, totals, strict=True):
             each.grad = total.view_as(each)
         return flat[-1].item()
 
     def recover(self) -> None:
-        """Back to the last step that all survivors have made. Fails like any step where one more is lost."""
+        """Go on without the lost ranks, from the last step that all survivors have made.
+
+        If another rank is lost meanwhile, this raises an error as a step does.
+        """
         before = self.members
         self.comm = self.comm.Shrink()
         found = self.comm.allgather((WORLD.rank, self.step))
@@ -138,12 +149,19 @@ class Run:
         self.moment("recovery")
 
     def keep(self) -> None:
-        """The state after this step, and after the one before: no rank is further ahead of another."""
+        """Keep the state after this step, and that after the step before.
+
+        No rank is ever more than one step ahead of another.
+        """
         self.kept[self.step] = copy.deepcopy((self.net.state_dict(), self.optimizer.state_dict()))
         self.kept.pop(self.step - 2, None)
 
     def restore(self, step: int) -> None:
-        """Also where no step is taken back: the one that failed has been in running statistics already."""
+        """Load the state after ``step`` steps.
+
+        This is needed even if no step is taken back: the step that failed may have changed running
+        statistics.
+        """
         net, optimizer = copy.deepcopy(self.kept[step])
         self.net.load_state_dict(net)
         self.optimizer.load_state_dict(optimizer)
@@ -182,7 +200,7 @@ def sgd(net: nn.Module) -> torch.optim.SGD:
 
 
 def batch(step: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """Images of ten patterns with noise, and which they are."""
+    """Images of ten patterns with noise, and the pattern of each image."""
     patterns = torch.randn(10, 3, 8, 8, generator=torch.Generator().manual_seed(0))
     generator = torch.Generator().manual_seed(step + 1)
     labels = torch.randint(10, (BATCH,), generator=generator)
@@ -191,13 +209,13 @@ def batch(step: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
 
 
 def shard(images: Tensor, labels: Tensor, rank: int, size: int) -> tuple[Tensor, Tensor]:
-    """The part of a rank of ``size``: the higher the rank, the more samples."""
+    """The part of a batch for one of ``size`` ranks. The higher the rank, the more samples it gets."""
     first, last = (BATCH * r * (r + 1) // (size * (size + 1)) for r in (rank, rank + 1))
     return images[first:last], labels[first:last]
 
 
 def one_process(steps: int) -> tuple[dict[str, Tensor], list[float]]:
-    """The state and the losses of a run on whole batches, in float64, without this package."""
+    """The state and the losses of one process with whole batches, in float64, without this package."""
     net = network(torch.float64)
     optimizer = sgd(net)
     losses = []
@@ -220,7 +238,10 @@ def state_of(net: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Tens
 
 
 def checks(run: Run, steps: int, first_kill: int) -> Iterator[tuple[str, bool]]:
-    """What is to hold, in words, and whether it does on this rank. Collective over the survivors."""
+    """Yield each condition in words, and whether it holds on this rank.
+
+    Collective: every survivor must call.
+    """
     mine = state_of(run.net, run.optimizer)
     bits = b"".join(each.detach().numpy().tobytes() for each in mine.values())
     everyone = run.comm.allgather(bits)
@@ -245,7 +266,7 @@ def checks(run: Run, steps: int, first_kill: int) -> Iterator[tuple[str, bool]]:
 
 
 def distance(actual: Tensor, expected: Tensor) -> float:
-    """Largest difference, in units of the largest expected value."""
+    """The largest difference, divided by the largest expected value."""
     return ((actual.double() - expected.double()).abs().max() / expected.double().abs().max()).item()
 
 
@@ -296,5 +317,5 @@ if __name__ == "__main__":
         traceback.print_exc()
         WORLD.Abort(1)
     sys.stdout.flush()
-    # Not by way of MPI_Finalize: with ranks missing, Open MPI 5.0 now and then waits for them in it for ever.
+    # This avoids MPI_Finalize: if ranks are missing, Open MPI 5.0 sometimes waits for them in it for ever.
     os._exit(status)

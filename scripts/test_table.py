@@ -1,4 +1,4 @@
-"""Seconds, covered lines and killed mutants of each test file.
+"""Measure the seconds, covered lines and killed mutants of each test file.
 
     python scripts/test_table.py --json FILE                    the lines of each file, at 1 rank
     python scripts/test_table.py --json FILE --mutants 60       mutants, at 1 rank, by tests not marked full
@@ -26,7 +26,7 @@ from xml.etree import ElementTree
 
 ROOT = Path(__file__).resolve().parents[1]
 LIMIT = 900  # seconds for one run of pytest
-# What mutants are tried by: not what starts jobs of its own, a compiler, or Triton's interpreter.
+# Mutants are tried with these tests, which start no jobs, no compiler, and not Triton's interpreter.
 FOLDERS = "kernels", "exchange", "autograd", "comm", "distributed"
 TESTS = ["-m", "not full", "-k", "not cuda and not compile and not torchrun and not install"]
 OPERATORS = "NumberReplacer ReplaceComparisonOperator ReplaceBinaryOperator AddNot ReplaceTrue ReplaceFalse"
@@ -59,7 +59,7 @@ def main() -> int:
 
 
 def files(jobs: int) -> dict[str, Any]:
-    """By file: how many lines it runs, and how many of them no other file does."""
+    """The number of lines that each test file runs, and of those that no other test file runs."""
     paths = sorted((ROOT / "tests").rglob("test_*.py"))
     with tempfile.TemporaryDirectory() as folder:
         with ThreadPoolExecutor(jobs) as pool:
@@ -76,7 +76,7 @@ def files(jobs: int) -> dict[str, Any]:
 
 
 def measure(path: Path, folder: Path) -> None:
-    """Run a file, which leaves its coverage in the folder."""
+    """Run a test file, and write its coverage to ``folder``."""
     command = [sys.executable, "-m", "coverage", "run", f"--context={path.stem}", "-m", "pytest"]
     command += ["-m", "not untraced", str(path)]
     pytest(command, ROOT, COVERAGE_FILE=str(folder / "coverage"))
@@ -114,7 +114,10 @@ def lines_by_file(folder: Path) -> dict[str, set[tuple[str, int]]]:
 
 
 def mutants(count: int, jobs: int) -> dict[str, list[str]]:
-    """By the change: the test files in which a test fails, or "all" where pytest does not end."""
+    """Try random mutants. Return, for each change, the test files in which a test fails.
+
+    The list is ["all"] if pytest ends without a report, as at its time limit.
+    """
     from mutate import copy_tree
 
     everything = [place for path in sorted((ROOT / "mpisyncbn").rglob("*.py")) for place in places(path)]
@@ -151,7 +154,7 @@ def killers(copy: Path) -> list[str]:
 
 
 def places(path: Path) -> list[tuple[Path, str, int]]:
-    """File, operator, and number of each mutant."""
+    """The file, operator and number of each possible mutant of a file."""
     from cosmic_ray import plugins
     from cosmic_ray.ast import ast_nodes, get_ast_from_path
 
@@ -166,7 +169,7 @@ def places(path: Path) -> list[tuple[Path, str, int]]:
 
 
 def mutated(path: Path, operator: str, number: int) -> tuple[str, str]:
-    """The change, and the whole text."""
+    """Make one mutation. Return a description of the change, and the whole text of the file."""
     from cosmic_ray import mutating, plugins
 
     source = path.read_text()
@@ -177,7 +180,7 @@ def mutated(path: Path, operator: str, number: int) -> tuple[str, str]:
 
 
 def table(found: dict[str, Any], reports: list[Path]) -> str:
-    """A row for each file. "only": mutants that no other file killed."""
+    """A Markdown table with a row for each test file. "only" counts mutants that no other file killed."""
     seconds: list[Counter[str]] = []
     for report in reports:
         seconds.append(Counter())

@@ -45,17 +45,24 @@ import mpisyncbn
 import mpisyncbn.distributed  # registers the backend mpi4py; MPI itself starts with the process group
 
 TRY_AGAIN = 75
-# Intel MPI otherwise orders a long sum by processor and buffers. It reads this variable as it starts.
+# Without this, the order of Intel MPI's long sums depends on the processor and on buffers. It reads the
+# variable when it starts.
 os.environ.setdefault("I_MPI_CBWR", "1")
 _signalled = threading.Event()
 
 
 class Interrupted(Exception):
-    """SIGUSR1 came to some rank; every rank raises this after the same step, with a checkpoint written."""
+    """Some rank received SIGUSR1.
+
+    Every rank raises this after the same step, with a checkpoint written.
+    """
 
 
 class Digits(Dataset[tuple[Tensor, Tensor]]):
-    """scikit-learn's 8 x 8 images, the last 360 for tests; those for training shifted by up to a pixel."""
+    """scikit-learn's 8 x 8 images of digits.
+
+    The last 360 are for tests. The others, for training, are shifted by up to a pixel.
+    """
 
     def __init__(self, train: bool, seed: int, dtype: torch.dtype) -> None:
         from sklearn.datasets import load_digits
@@ -70,7 +77,7 @@ class Digits(Dataset[tuple[Tensor, Tensor]]):
         return len(self.labels)
 
     def __getitem__(self, indices: list[int]) -> tuple[Tensor, Tensor]:
-        """A whole batch, which may be empty."""
+        """Return a whole batch, which may be empty."""
         images = self.images[indices]
         if self.train:
             for image, index in zip(images, indices, strict=True):
@@ -78,16 +85,19 @@ class Digits(Dataset[tuple[Tensor, Tensor]]):
         return images, self.labels[indices]
 
     def shift(self, index: int) -> list[int]:
-        """By the sample and the epoch alone, whichever worker of whichever rank it is."""
+        """The shift of an image, which depends on the seed, the epoch and the sample alone.
+
+        It is the same in each worker process of each rank.
+        """
         generator = torch.Generator().manual_seed((self.seed * 1000 + self.epoch) * len(self) + index)
         return torch.randint(-1, 2, (2,), generator=generator).tolist()
 
 
 class Shares(Sampler[list[int]]):
-    """What this rank gets of each batch of an epoch, from batch ``start``.
+    """This rank's share of each batch of an epoch, from batch ``start`` on.
 
-    The batches do not depend on the number of ranks, as DistributedSampler's do; so a share may be smaller
-    than another's, or empty.
+    Unlike those of DistributedSampler, the batches do not depend on the number of ranks. So a rank's
+    share may be smaller than another's, or empty.
     """
 
     def __init__(self, samples: int, batch: int, seed: int, start: int = 0) -> None:
@@ -104,7 +114,10 @@ class Shares(Sampler[list[int]]):
 
 
 class Block(nn.Module):
-    """Two 3x3 convolutions, and around them the identity, or a projection where the shape changes."""
+    """Two 3x3 convolutions, with a skip connection around them.
+
+    The skip connection is the identity, or a projection if the shape changes.
+    """
 
     def __init__(self, inside: int, outside: int, stride: int) -> None:
         super().__init__()
@@ -140,12 +153,12 @@ def network(width: int = 16) -> nn.Module:
 
 
 class Trainer:
-    """A run. Collective: every rank makes one, and calls its methods together with the others."""
+    """A training run. Collective: every rank makes one, and calls its methods together with the others."""
 
     def __init__(self, args: argparse.Namespace) -> None:
         self.args, self.rank, self.size = args, dist.get_rank(), dist.get_world_size()
         self.device = torch.device("cpu")
-        if args.ddp == "nccl":  # a launcher may show each rank one GPU alone
+        if args.ddp == "nccl":  # a launcher may show each rank only one GPU
             self.device = torch.device("cuda", mpisyncbn.local_rank() % torch.cuda.device_count())
             torch.cuda.set_device(self.device)
         dtype = torch.float64 if args.float64 else torch.float32
@@ -156,11 +169,11 @@ class Trainer:
         self.optimizer = torch.optim.SGD(net.parameters(), lr=args.lr, momentum=0.9, weight_decay=5e-4)
         self.schedule = torch.optim.lr_scheduler.CosineAnnealingLR(self.optimizer, args.epochs)
         self.metrics: list[dict[str, Any]] = []
-        self.batch = args.batch * self.size  # of all ranks, as the checkpoint keeps it
+        self.batch = args.batch * self.size  # samples of all ranks; a checkpoint keeps this number
         self.step, self.total = 0, 0.0  # batches of this epoch so far, and the sum of their samples' losses
 
     def batches(self) -> DataLoader[Any]:
-        """What is left of the epoch."""
+        """Return a loader of the remaining batches of the epoch."""
         epoch = self.train_set.epoch = len(self.metrics)
         return DataLoader(
             self.train_set,
@@ -172,14 +185,14 @@ class Trainer:
         )
 
     def epoch(self) -> dict[str, Any]:
-        """Train to the end of the epoch. Returns the loss per sample and the accuracy on the test set.
+        """Train to the end of the epoch. Return the loss per sample and the accuracy on the test set.
 
         Raises Interrupted, on all ranks or on none.
         """
         self.net.train()
         batches, samples, epoch = self.batches(), len(self.train_set), len(self.metrics) + 1
         last = self.step + len(batches)
-        together = self.args.accumulate * self.batch  # samples of an update, but for the last of the epoch
+        together = self.args.accumulate * self.batch  # samples of each update except the last of an epoch
         hidden = self.rank > 0 or not self.args.progress
         for images, labels in tqdm(batches, f"epoch {epoch}", leave=False, disable=hidden):
             count = min(together, samples - self.step // self.args.accumulate * together)
@@ -187,7 +200,7 @@ class Trainer:
             updates = self.step % self.args.accumulate == 0 or self.step == last
             with contextlib.nullcontext() if updates else self.net.no_sync():
                 loss = self.loss(images, labels)
-                # All ranks hear at the same step of a signal to one, beside the backward pass.
+                # This tells all ranks at the same step of a signal to any of them, beside the backward pass.
                 told = torch.tensor([0, _signalled.is_set()], dtype=torch.float64, device=self.device)
                 told[0] = loss.detach()
                 telling = dist.all_reduce(told, async_op=True)
@@ -206,7 +219,7 @@ class Trainer:
         return found
 
     def loss(self, images: Tensor, labels: Tensor) -> Tensor:
-        """Summed over samples, of which this rank need not have as many as another."""
+        """The loss, summed over this rank's samples. Ranks may have different numbers of samples."""
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.args.amp):
             outputs = self.net(images.to(self.device))
             return F.cross_entropy(outputs, labels.to(self.device), reduction="sum")
@@ -226,7 +239,7 @@ class Trainer:
             parts["net"] = self.net.module.state_dict()
             unfinished = path.with_suffix(".part")
             torch.save(parts, unfinished)
-            os.replace(unfinished, path)  # a job that is killed here leaves the one before
+            os.replace(unfinished, path)  # a job killed before this keeps the previous checkpoint
         dist.barrier()
 
     def resume(self, path: Path) -> None:
@@ -239,12 +252,12 @@ class Trainer:
 
 
 def ignore_signal(worker: int) -> None:
-    """Slurm signals worker processes too, which would die of it."""
+    """Ignore SIGUSR1 in a worker process: Slurm sends it to these too, and they would die of it."""
     signal.signal(signal.SIGUSR1, signal.SIG_IGN)
 
 
 def main(argv: Sequence[str] | None = None) -> list[dict[str, Any]]:
-    """Returns the metrics of every epoch; rank 0 prints and writes. Raises Interrupted.
+    """Train, and return the metrics of every epoch. Rank 0 prints and writes. Raises Interrupted.
 
     Collective: every rank must call.
     """
@@ -273,7 +286,7 @@ def run(args: argparse.Namespace) -> list[dict[str, Any]]:
     if args.json and trainer.rank == 0:
         report = {"ranks": trainer.size, "options": vars(args), "epochs": trainer.metrics}
         args.json.write_text(json.dumps(report, indent=1, default=str) + "\n")
-    dist.barrier()  # none ends the group while others still talk in it
+    dist.barrier()  # no rank ends the group while others still use it
     return trainer.metrics
 
 
@@ -317,5 +330,5 @@ if __name__ == "__main__":
     except Interrupted:
         from mpi4py import MPI
 
-        MPI.Finalize()  # or the status would pass for that of a rank which fails, and end the job in haste
+        MPI.Finalize()  # or mpisyncbn would take this for a failed rank, and abort the job
         sys.exit(TRY_AGAIN)

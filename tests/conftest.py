@@ -23,8 +23,8 @@ from support import jobs, libraries
 from support.ranks import WORLD, together
 from support.recorder import Recorder
 
-# The same examples on every rank, none of them remembered between runs, and no limit on their
-# time: an oversubscribed rank waits for the others.
+# Every rank must try the same examples, so they are not random and none is kept for later runs.
+# They have no time limit: with more ranks than cores, a rank waits for the others.
 settings.register_profile(
     "mpi",
     derandomize=True,
@@ -60,7 +60,7 @@ def pytest_configure(config: Any) -> None:
     pytest.register_assert_rewrite("support.kernels", "support.subject")
     if WORLD.rank > 0:
         config.option.xmlpath = None
-    # pytest's own choice is one folder that all ranks would clean up at once.
+    # pytest's default is one folder, which all ranks would clean up at the same time.
     folder = tempfile.TemporaryDirectory(prefix="mpisyncbn-")
     config.add_cleanup(folder.cleanup)
     config.option.basetemp = Path(folder.name) / "tests"
@@ -77,7 +77,7 @@ def pytest_sessionstart(session: Any) -> None:
         reporter.write_line(f"{WORLD.size} rank{'s' if WORLD.size > 1 else ''}")
 
 
-# They take minutes each.
+# Each of these files takes minutes.
 _LONG = (
     "test_faults.py",
     "test_kernels.py",
@@ -90,13 +90,16 @@ _LONG = (
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """The longest files first: pytest-xdist deals them out in this order, and none is left for the end."""
+    """Put the longest files first: pytest-xdist keeps this order, so none of them starts late."""
     places = {name: place for place, name in enumerate(_LONG)}
     items.sort(key=lambda item: places.get(item.path.name, len(_LONG)))
 
 
 def pytest_runtest_logreport(report: Any) -> None:
-    """What fails outside of a test, in a fixture or while it is collected, may do so on this rank alone."""
+    """Print the failure of a fixture on ranks above 0: it may have failed on one of them alone.
+
+    ``pytest_collectreport`` prints errors in the collection of tests for the same reason.
+    """
     if report.when != "call":
         pytest_collectreport(report)
 
@@ -115,7 +118,7 @@ def pytest_generate_tests(metafunc: Any) -> None:
 
 @pytest.fixture(scope="session")
 def mpi_library(request: Any) -> libraries.Library:
-    """An MPI library: that of the environment, or each that --mpi names."""
+    """An MPI library: that of the environment, or in turn each that ``--mpi`` names."""
     try:
         return libraries.find(request.param)
     except ValueError as error:
@@ -124,7 +127,7 @@ def mpi_library(request: Any) -> libraries.Library:
 
 @pytest.fixture(params=["native", "plain"])
 def group(request: Any) -> Iterator[Communicator]:
-    """A group of all ranks, with native exchanges and without."""
+    """A Communicator of all ranks, once with exchanges in native code and once without."""
     made = Communicator().ready()
     if request.param == "plain":
         made.link = None
@@ -134,7 +137,7 @@ def group(request: Any) -> Iterator[Communicator]:
 
 @pytest.fixture
 def recorded() -> Iterator[Recorder]:
-    """A group of all ranks, and its messages."""
+    """A Recorder of the messages of a new Communicator of all ranks."""
     group = Communicator()
     yield Recorder(group)
     group.free()
@@ -142,7 +145,10 @@ def recorded() -> Iterator[Recorder]:
 
 @pytest.fixture(params=["whole", "in pieces"])
 def limit(request: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    """What is longer than MPI can count goes in pieces: here what is longer than 24 values."""
+    """Run a test twice: with the usual limit on the length of one MPI call, and with a limit of 24.
+
+    Longer messages go in pieces. The usual limit is 2**30 values or bytes, since MPI's counts are ints.
+    """
     if request.param == "in pieces":
         monkeypatch.setattr(mpi_collectives, "MAX_COUNT", 24)
         monkeypatch.setattr(mpi_collectives, "_WIDENED_PIECE", 5)
@@ -157,7 +163,7 @@ def fresh_compiler() -> Iterator[None]:
 
 @pytest.fixture(scope="module")
 def world() -> Iterator[None]:
-    """torch.distributed over MPI."""
+    """Initialize torch.distributed over MPI for the tests of a module."""
     init_process_group(timeout=timedelta(seconds=60))
     yield
     torch.distributed.destroy_process_group()
@@ -165,10 +171,11 @@ def world() -> Iterator[None]:
 
 @pytest.fixture
 def run_job(tmp_path: Path) -> Callable[..., jobs.End]:
-    """``run_job("-c", code, ranks=4)``: how Python ends on so many ranks of a job of its own.
+    """A function that runs Python as a job: ``run_job("-c", code, ranks=4)`` returns a ``jobs.End``.
 
-    Without ``ranks``, without mpiexec. ``launcher`` is the command that ``-n`` follows, mpiexec unless it is
-    given. A job runs in this test's ``tmp_path`` unless ``folder`` is given. ``jobs.run`` takes the rest.
+    It starts one process without mpiexec unless ``ranks`` is given. ``launcher`` is the command before
+    ``-n``, mpiexec unless it is given. A job runs in this test's ``tmp_path`` unless ``folder`` is given.
+    ``jobs.run`` takes all other arguments.
     """
 
     def run(

@@ -196,7 +196,7 @@ def check_mask(mask: Array | None, x: Array, layer: str | None = None) -> None:
 
 
 def check_num_batches_tracked(batches: Array) -> None:
-    """Check the count of a layer, a tensor to which 1 can be added in place; or None."""
+    """Check a layer's ``num_batches_tracked``: a tensor to which 1 can be added in place, or None."""
     torch = loaded_torch()
     if batches is None or (batches.__class__ is torch.Tensor and batches.dtype is torch.int64):
         return
@@ -278,12 +278,12 @@ def check_running(running_mean: Array, running_var: Array, momentum: float | Arr
 
 def check_count(count: int, x: Array, layer: str | None = None) -> None:
     """Raise on every rank if the group has one value per channel: it has no variance."""
-    if isinstance(count, int) and count == 1:  # else the worker of a stream looks at it
+    if isinstance(count, int) and count == 1:  # else the native code of the stream transport checks it
         raise ValueError(one_value_message(layer, f"input of shape {tuple(x.shape)}"))
 
 
 def one_value_message(layer: str | None, got: str = "1") -> str:
-    """The words for a group with one value per channel."""
+    """Return the error message for a group with one value per channel."""
     return (
         f"expected more than 1 value per channel over the whole group when training, got {got}"
         f"{in_layer(layer)}: use a larger batch or eval mode"

@@ -12,7 +12,7 @@ from ..kernels import Array, loaded_torch
 __all__ = ["check_array", "check_kind"]
 
 _COUNTS = "counts in the statistics"
-# Tensors that hold their values in others, by the name of the class; and what to hand over instead.
+# The names of tensor classes that hold their values in other tensors, with what to hand over instead.
 _WRAPPERS = {
     "DTensor": "hand over the part of this rank, .to_local(), or all of it, .full_tensor()",
     "MaskedTensor": "leave those samples out, or fill them first, .to_tensor(value); what fills them "
@@ -34,7 +34,7 @@ def check_array(label: str, value: Array) -> None:
     elif isinstance(value, np.ndarray):
         _check_numpy(label, value)
     elif not isinstance(value, getattr(sys.modules.get("cupy"), "ndarray", ())):
-        # others have other methods, and values that may not be in memory at all
+        # Arrays of other libraries have other methods, and their values may not be in memory at all.
         raise TypeError(
             f"expected {label} to be an array of NumPy, CuPy or torch, got {type(value).__module__}."
             f"{type(value).__qualname__}{on_rank()}: convert it first, numpy.asarray()"

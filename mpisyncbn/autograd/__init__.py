@@ -141,13 +141,13 @@ def batch_norm(
     mask: Tensor | None = None,
     num_batches_tracked: Tensor | None = None,
 ) -> tuple[Tensor, BatchStats, BatchStats]:
-    """The layer while training.
+    """Run a layer in training mode.
 
     Returns ``y``, the statistics of the batch on the host, and the same on the device of ``x``. If
     a checkpoint repeats the call, or running statistics have taken the batch already, their count
-    is 0, so that it is not recorded twice.
-    ``layer`` is a name, or a key for ``Communicator.name_of``. The caller has refused what
-    ``memory_efficient`` refuses. Collective, forward and backward: every rank of the group must call.
+    is 0, so that the batch is not recorded twice.
+    ``layer`` is a name, or a key for ``Communicator.name_of``. The caller has made the checks for
+    ``memory_efficient``. Collective, forward and backward: every rank of the group must call.
     """
     if not torch_versions.COMPILES and torch.compiler.is_compiling():
         torch_versions.refuse_to_compile()
@@ -196,9 +196,10 @@ def check_tensors(
     layer: str | None,
     description: Hashable | None = None,
 ) -> None:
-    """``check_arguments`` of tensors with values, in a tenth of its time in the usual case.
+    """Do ``check_arguments`` for tensors with values; in the usual case in a tenth of its time.
 
-    ``description`` is that of the tensors, and maybe of others too, for tensors on a GPU.
+    For tensors on a GPU, ``description`` is what ``describe`` returned for them, and maybe for more
+    tensors.
     """
     tensors, native_code = (x, weight, bias, running_mean, running_var), native()
     try:
@@ -214,7 +215,7 @@ def check_tensors(
             else native_code is not None and native_code.passes_fast_check(*tensors)
         ):
             return
-    except (AttributeError, RuntimeError):  # a nested tensor has no lengths; of torch 2.6 the latter
+    except (AttributeError, RuntimeError):  # nested tensors have no shape; torch 2.6 raises the latter
         pass
     check_arguments(*tensors, momentum=momentum, eps=eps, layer=layer)
     if description is not None:

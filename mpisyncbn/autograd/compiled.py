@@ -55,7 +55,7 @@ with torch.inference_mode(False), _disable_current_modes():  # the first import 
     _FORWARD_ORDER, _BACKWARD_ORDER = torch.from_numpy(np.zeros(())), torch.from_numpy(np.zeros(()))
 
 
-_ON_DEVICE: dict[tuple[torch.device, str], Tensor] = {}  # for CUDA graphs, by device and direction
+_ON_DEVICE: dict[tuple[torch.device, str], Tensor] = {}  # tokens for CUDA graphs
 _FOR_GRAPHS = config.transport() == "stream" and not config.debug()
 
 
@@ -71,7 +71,7 @@ def _order_token(token: Tensor, x: Tensor) -> Tensor:
     return _forward_token(x.device) if token is _FORWARD_ORDER else _backward_token(x.device)
 
 
-# The compiler takes the name of such a function for that of its result.
+# There are two functions, because the compiler names the constant that each returns after its function.
 @torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
 def _forward_token(device: torch.device) -> Tensor:
     return _token_on(device, "forward")
@@ -110,12 +110,12 @@ _LIBRARY.define(
 def _batch_stats_op(
     x: Tensor, mask: Tensor | None, token: Tensor, group: str, layer: str, dtype: str, eps: float
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """The forward pass up to the exchange.
+    """Do the forward pass up to and including its exchange.
 
-    Returns the rows mean, var and invstd; those that the element-wise work needs: mean, in two parts,
-    and invstd; the count; and whether this is not the repetition of a checkpoint.
+    Returns the rows mean, var and invstd; the rows that the element-wise work needs, which are the mean
+    in two parts, and invstd; the count; and False if a checkpoint repeats the call, else True.
     """
-    with np.errstate(all="ignore"):  # values that are not finite are data
+    with np.errstate(all="ignore"):  # no warnings: NaN and infinity are valid data
         communicator = by_graph_key(group)
         call = layer_call(communicator.name_of(layer), "forward", x.shape[1], dtype, eps)
         moments = kernels_for(x, mask).local_moments(x)
@@ -140,10 +140,10 @@ def _batch_sums_op(
     dtype: str,
     eps: float,
 ) -> tuple[Tensor, Tensor]:
-    """The backward pass up to the exchange.
+    """Do the backward pass up to and including its exchange.
 
     Returns the rows dweight and dbias, sums of this rank; and the rows for ``dx``: the mean of dy, in
-    two parts, and what to subtract for each unit of the normalized input.
+    two parts, and the mean of dy times the normalized input, which is the factor of that input.
     """
     with np.errstate(all="ignore"):
         communicator = by_graph_key(group)
@@ -186,7 +186,7 @@ def _fake_batch_stats(x: Tensor, *_: object) -> tuple[Tensor, ...]:
 
 
 def _fake_batch_sums(dy: Tensor, x: Tensor, *_: object) -> tuple[Tensor, Tensor]:
-    from torch._dynamo import compiled_autograd, config  # loaded by now; alone it takes a second
+    from torch._dynamo import compiled_autograd, config  # torch has loaded it by now; it takes a second else
 
     if config.compiled_autograd or compiled_autograd.compiled_autograd_enabled:
         raise MPISyncBNError(
@@ -206,7 +206,7 @@ torch.library.register_fake("mpisyncbn::batch_sums", _fake_batch_sums)
 
 
 def _mark_must_save(*results: Tensor) -> tuple[Tensor, ...]:
-    """The results, after telling a checkpoint in the traced graph to keep them (torch 2.11)."""
+    """Tell a checkpoint in the traced graph to keep the results, and return them (torch 2.11)."""
     meta = torch.fx.traceback.current_meta
     if "recompute" in meta:
         meta["recompute"] = CheckpointPolicy.MUST_SAVE
@@ -244,10 +244,10 @@ class _CompiledBatchNorm(torch.autograd.Function):
         if bias is not None:
             y = y + _channels(bias, x)
         y = where_true(y, mask)
-        # torch 2.11 gives a result of to() that is its input no gradient
+        # If to() returns its input itself, torch 2.11 gives the result no gradient.
         y = y if y.dtype == x.dtype else y.to(x.dtype)
         ctx.save_for_backward(x, weight, mask, stats, rounded, count)
-        # torch does not check attributes for changes by another graph
+        # The token is an attribute, because torch checks saved tensors for changes by another graph.
         ctx.token = _order_token(_BACKWARD_ORDER, x)
         ctx.exchange = group, layer, dtype, eps
         ctx.bias_dtype = None if bias is None else bias.dtype
@@ -266,7 +266,7 @@ class _CompiledBatchNorm(torch.autograd.Function):
             if weight is not None:
                 dx = dx * _channels(weight, x)
             dx = where_true((dx * _row(rounded, 2, x)).to(x.dtype), mask)
-        else:  # no exchange either
+        else:  # without dx, no exchange is needed
             mean, _var, invstd = stats.unbind()
             dbias, dweight, _dz = differentiable_kernels(mask).backward_reduce(dy, x, mean, invstd)
             dweight = dweight * invstd

@@ -1,8 +1,8 @@
 """The fused path under the ``stream`` transport: one native call for each direction.
 
 It enqueues the kernels before the exchange, the exchange and the kernels after it, with no Python
-between them. fused.py calls it, and goes its own way if this returns None: for a mask, for tensors
-that have to be copied first, and on a device without compiled kernels.
+between them. fused.py calls this module, and does the work itself if it returns None: for tensors that
+have to be copied first, and on a device without compiled kernels. Masks are left to fused.py too.
 """
 
 from __future__ import annotations
@@ -34,11 +34,11 @@ Gradients = tuple[Tensor, Tensor | None, Tensor | None, Tensor]
 
 
 class Enqueued(NamedTuple):
-    """What a forward call leaves for its backward call."""
+    """The results of a forward call that its backward call needs."""
 
     result: Tensor  # float64: mean, var, invstd, count, and two numbers for running statistics
     total: Total
-    recorded: bool  # whether the running statistics take the batch
+    recorded: bool  # whether the call updates running statistics
 
     def stats(self) -> BatchStats:
         """The statistics as views of the result."""
@@ -50,8 +50,9 @@ class Enqueued(NamedTuple):
 def forward(
     x: Tensor, weight: Tensor | None, bias: Tensor | None, residual: Tensor | None, layer: LayerContext
 ) -> tuple[Tensor, Enqueued] | None:
-    """``y``, and what backward needs. Records the batch in ``layer.running``.
+    """Return ``y`` and the results that backward needs; None if fused.py has to do the work.
 
+    The call also records the batch in ``layer.running``, if native code can.
     Collective: every rank of the group must call.
     """
     group, running = layer.group, _running_of(layer)
@@ -88,7 +89,7 @@ def backward(
     context: ActivationContext | None,
     dtypes: Dtypes,
 ) -> Gradients | None:
-    """The gradients of x, weight, bias and residual; None if the host has to take part.
+    """The gradients of x, weight, bias and residual; None if fused.py has to do the work.
 
     ``dtypes`` are those of the gradients of weight and bias, None for one that is not needed.
     Collective: every rank of the group must call.
@@ -99,7 +100,7 @@ def backward(
         return None
     _, _, bias, y, residual = context or (None,) * 5
     tensors = dy, x, y, residual, weight, bias
-    description = describe(*tensors)  # again: a hook of autograd may have kept the tensors elsewhere
+    description = describe(*tensors)  # anew: a hook for saved tensors may have moved them
     if description is None:
         return None
     key = layer.name, description, layer.activation, layer.eps, dtypes
@@ -125,17 +126,17 @@ def backward(
 
 
 class _Prepared(NamedTuple):
-    """All of a pass that is the same each time."""
+    """The parts of a forward or backward pass that are the same at each call."""
 
     program: Program
     call: Call
     streams: Streams
     channels: int
-    records: bool  # the batch in the running statistics
+    records: bool  # whether the pass updates running statistics
 
 
 def _running_of(layer: LayerContext) -> Running | None:
-    """The running statistics, if their values can be changed behind autograd."""
+    """The running statistics; None if there are none, or only torch's operations may change them."""
     for each in layer.running[:3] if layer.running is not None else ():
         if each is not None and (each.requires_grad or each.is_inference()):
             return None

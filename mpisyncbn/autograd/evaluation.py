@@ -1,4 +1,4 @@
-"""Batch norm in evaluation: by the running statistics, without other ranks."""
+"""Batch norm in evaluation, with the running statistics and without other ranks."""
 
 from __future__ import annotations
 
@@ -26,10 +26,10 @@ def evaluate(
     residual: Tensor | None = None,
     mask: Tensor | None = None,
 ) -> Tensor:
-    """``y`` by the running statistics, or by those of this rank's batch if there are none.
+    """Normalize ``x`` with the running statistics, or those of this rank's batch if there are none.
 
-    Its gradient uses the running statistics of now, even if they change before the backward. Not
-    collective.
+    The gradient uses the running statistics as they are now, even if they change before the backward.
+    Not collective.
     """
     act = activation_of(activation)
     if running_mean is not None and running_var is not None and _is_recorded(x, weight, bias):
@@ -50,10 +50,10 @@ def evaluate(
 def _normalize_by_batch(
     x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float, mask: Tensor
 ) -> Tensor:
-    """``y`` by the statistics of the true values of this rank, by operations of torch."""
+    """Normalize ``x`` with the statistics of this rank's values where the mask is true, by torch."""
     count = mask.sum()
     if not (x.is_meta or torch.compiler.is_compiling() or torch.jit.is_tracing() or is_exporting()):
-        check_count(int(count), x)  # a graph cannot look at a value
+        check_count(int(count), x)  # while a graph is traced, no value can be read
     axes, values = (0, *range(2, x.ndim)), count + (count == 0)
     wide = x.to(torch.float64 if has_float64(x) else torch.float32)
     xmu = where_true(wide - wide.sum(axes, keepdim=True) / values, mask)

@@ -47,18 +47,18 @@ def apply(
     mask: Tensor | None,
     layer: LayerContext,
 ) -> Tensor:
-    """``y``, as a differentiable function of the tensors. Sets the statistics of ``layer``.
+    """Return ``y``, differentiable in the tensors, and set the statistics of ``layer``.
 
     Collective, forward and backward: every rank of the group must call.
     """
     transforms = torch._C._are_functorch_transforms_active()
     function = _Transformable if transforms else _SyncBatchNorm
-    if layer.keeps_output:  # the host would wait for a device; other derivatives need the input
+    if layer.keeps_output:  # not on a device, where the host would wait; other derivatives need the input
         can_choose = torch.is_grad_enabled() and transport.on_host(x) and _name(x.dtype) in DTYPES
         layer.keeps_output = can_choose and not transforms and not _has_tangent(x, weight, bias)
     if layer.description is not None and not transforms:
         # torch's own apply looks for tensors that a transform has left behind, which takes a tenth of
-        # the time of a small layer. Tensors that have memory of their own are none.
+        # the time of a small layer. A tensor that has memory of its own is not such a tensor.
         return _apply_to_plain(x, weight, bias, residual, mask, layer)
     return function.apply(x, weight, bias, residual, mask, layer)
 
@@ -75,7 +75,8 @@ class _SyncBatchNorm(torch.autograd.Function):
     @staticmethod
     def backward(ctx: FunctionContext, dy: Tensor) -> tuple[Tensor | None, ...]:
         layer = ctx.layer
-        # create_graph, when the result will be differentiated again, or batched gradients
+        # This holds with create_graph, when the result will be differentiated again, and for batched
+        # gradients.
         composite = torch.is_grad_enabled() or torch._C._functorch.is_batchedtensor(dy)
         if composite and layer.keeps_output:
             raise _only_first_derivatives(layer)
@@ -148,7 +149,7 @@ _apply_to_plain = super(torch.autograd.Function, _SyncBatchNorm).apply
 
 
 class _Transformable(_SyncBatchNorm):
-    """The layer for torch.func, which wants ``forward`` in two halves. That is slower."""
+    """The layer for torch.func, which requires ``setup_context`` beside ``forward``. That is slower."""
 
     @staticmethod
     def forward(*inputs: Unpack[Inputs]) -> Tensor:  # type: ignore[override]  # without ctx
@@ -172,13 +173,13 @@ def _forward(
     mask: Tensor | None,
     layer: LayerContext,
 ) -> Tensor:
-    """``y``. Sets the statistics of ``layer``."""
+    """Return ``y``, and set the statistics of ``layer``."""
     if mask is None and layer.group.stream is not None and not torch._C._are_functorch_transforms_active():
         found = enqueued.forward(x, weight, bias, residual, layer)
         if found is not None:
             y, layer.enqueued = found
             return y
-    with np.errstate(all="ignore"):  # values that are not finite are data
+    with np.errstate(all="ignore"):  # no warnings: NaN and infinity are valid data
         y, layer.stats, layer.device_stats = functional.forward(
             x,
             weight,
@@ -203,7 +204,7 @@ def _save_for_backward(ctx: FunctionContext, inputs: Inputs, y: Tensor) -> None:
     saved: tuple[Tensor | None, ...] = (x, weight, mask)
     activation = ctx.layer.activation
     if activation != NO_ACTIVATION:
-        # With a residual, x alone does not tell the activation's input.
+        # With a residual, x alone does not determine the activation's input.
         by_sign = activation.sign_decides
         saved += (bias, y if ctx.has_residual and by_sign else None, None if by_sign else residual)
     ctx.save_for_backward(*saved)

@@ -55,10 +55,10 @@ class LayerContext:
         self.activation = activation
         self.keeps_output = memory_efficient  # whether the output is kept in place of the input
         self.running: Running | None = None  # running statistics that a forward pass may update itself
-        self.description: Hashable | None = None  # of the tensors, for kernels that are compiled for them
-        self.enqueued: Enqueued | None = None  # of a forward pass that the host did not wait for
+        self.description: Hashable | None = None  # identifies the tensors: see kernels.describe
+        self.enqueued: Enqueued | None = None  # set if the host did not wait for the forward
         self.stats: BatchStats  # on the host
-        self.device_stats: BatchStats  # where the input is
+        self.device_stats: BatchStats  # on the input's device
 
     def call(self, direction: str) -> LayerCall:
         """The call that is compared between the ranks."""

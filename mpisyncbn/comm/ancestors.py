@@ -2,7 +2,7 @@
 
 A process that a rank starts (a subprocess, a worker, a program in a shell) inherits the variables
 by which the launcher made it a rank. MPI believes them in the child too: it waits for ranks that do
-not come, or fails, and may take the rank down with it. So a process looks at those above it before
+not come, or fails, and may take the rank down with it. So a process looks at its ancestors before
 it initializes MPI.
 """
 
@@ -38,11 +38,11 @@ def child_message(rank_pid: int) -> str:
 
 
 def ancestor_rank_pid() -> int | None:
-    """The id of a process above this one that is a rank and handed its variables down, if any."""
+    """The id of the nearest ancestor that is a rank and whose variables this process has, if any."""
     mine = config.rank_identity()
     size, variable = config.mpi_launcher_size()
     if variable and size == 1 and not mine["PMI_FD"]:
-        return None  # PMIx lets children of a rank that has no others be worlds of one
+        return None  # under PMIx, the children of a single rank may run MPI as worlds of one
     socket, process = _socket(os.getpid(), mine), os.getppid()
     while any((theirs := config.rank_identity(process)).values()):
         # A launcher in between gives its ranks other variables or, if they are the same, another

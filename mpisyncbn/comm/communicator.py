@@ -1,4 +1,4 @@
-"""Communicator: an MPI communicator of our own, for the ranks that normalize together."""
+"""Communicator: a private MPI communicator for the ranks that normalize together."""
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ class Communicator:
 
     # These two may be None. They are typed Any because callers know when they are not.
     comm: MPI.Intracomm | Any  # the duplicate; None before the first exchange, and after free()
-    _source: MPI.Intracomm | Any  # what it is made of; None for a torch group of another backend
+    _source: MPI.Intracomm | Any  # the communicator to duplicate; None for a torch group of another backend
 
     def __init__(self, comm: Communicator | MPI.Comm | None = None) -> None:
         MPI = mpi()
@@ -84,10 +84,10 @@ class Communicator:
         _by_graph_key[self.graph_key] = self
         self.link: Link | None = None  # native code for an exchange
         self.stream: StreamWorker | None = None  # does the exchanges of the stream transport
-        self.enqueued_calls: dict[object, Call] = {}  # as the worker is told of them
+        self.enqueued_calls: dict[object, Call] = {}  # descriptions for ``stream``: see enqueue.py
         self.prepared: dict[Hashable, Any] = {}  # passes of layers on a GPU: see autograd/enqueued.py
-        self.on_failure: Callable[[Communicator], None] | None = None  # raises what it has found
-        self.transport = "host"  # for data on a device; ready() agrees on it
+        self.on_failure: Callable[[Communicator], None] | None = None  # raises what ``stream`` has found
+        self.transport = "host"  # for data on a device; the ranks agree on it in ready()
         self._messages: dict[int, np.ndarray] = {}
         self._device_messages: dict[tuple[int, int, Device], DeviceMessage] = {}
         self._names = FirstUses()
@@ -315,7 +315,7 @@ def _unpickled_world(_: None) -> Communicator:
     return world()
 
 
-# Pickles of models name the function so.
+# Pickled models refer to the function by this name.
 _unpickled_world.__module__, _unpickled_world.__qualname__ = "mpisyncbn.communicator", "resolve"
 
 
@@ -337,7 +337,7 @@ def _make_room(buffers: dict[_Key, _Buffer]) -> None:
 
 
 def _in_child() -> None:
-    """In a forked child, give up all of MPI, which is the parent's. The only hook for forks."""
+    """Give up MPI in a forked child, because it belongs to the parent. This is the only fork hook."""
     runtime.forked()
     watchdog.forked()
     for communicator in list(_by_graph_key.values()):

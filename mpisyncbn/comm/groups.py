@@ -102,7 +102,7 @@ _of_torch_groups: weakref.WeakKeyDictionary[ProcessGroup, Communicator] = weakre
 
 def _of_torch(process_group: ProcessGroup) -> Communicator:
     """Return the Communicator for a process group of torch, of any backend."""
-    ours = getattr(process_group, "communicator", None)  # of backend mpi4py
+    ours = getattr(process_group, "communicator", None)  # groups of backend mpi4py have one
     if ours is not None:
         return ours
     communicator = _of_torch_groups.get(process_group)
@@ -205,7 +205,7 @@ def _child(comm: MPI.Intracomm) -> Communicator:
 def _same_on_all_ranks(
     parent: Communicator, name: str, given: object, read: Callable[[], _T], expected: str
 ) -> _T:
-    """Return what ``read`` makes of the argument ``given``, if it is the same on all ranks.
+    """Return the result of ``read``, which reads the argument ``given``, if all ranks have the same.
 
     Raises ValueError on every rank if ``read`` raises on any, or if the ranks differ, so that no
     rank is left waiting. Collective: every rank of ``parent`` must call.

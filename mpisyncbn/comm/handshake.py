@@ -30,9 +30,9 @@ class Handshake(NamedTuple):
     timeout: float | None
     has_link: bool
     process_id: ProcessId
-    number: int  # of groups that this rank has seen so far
+    number: int  # how many groups this rank has seen so far
     unreferenced: list[GroupId]
-    error: Exception | None  # what is wrong with its environment
+    error: Exception | None  # raised by a wrong setting of its environment
 
 
 def exchange_handshakes(comm: mpi4py_MPI.Intracomm, MPI: ModuleType, has_link: bool) -> list[Handshake]:

@@ -64,7 +64,8 @@ def check_world(mpi: Callable[[], ModuleType]) -> None:
 def check_world_size(MPI: ModuleType) -> None:
     """Raise MPISyncBNError if torch.distributed or a launcher knows of more ranks than MPI.
 
-    In a shell that srun started, only warn: srun may start one per task, with a user at the first.
+    In a shell that srun started it only warns, since srun may start a shell for each task, and connect
+    a user to the first one.
     """
     found = world_size_mismatch(MPI)
     if found is None:
@@ -85,7 +86,7 @@ def warn_world_size(MPI: ModuleType) -> None:
 
 
 def describe(MPI: ModuleType) -> str:
-    """The number of ranks by the launcher, in words, for ``python -m mpisyncbn``."""
+    """The number of ranks that the launcher started, in words, for ``python -m mpisyncbn``."""
     ranks, variable = config.any_launcher_size(MPI.COMM_WORLD.Get_size())
     return f"{ranks} rank{'' if ranks == 1 else 's'} ({variable})" if variable else "none that is known here"
 
@@ -93,7 +94,7 @@ def describe(MPI: ModuleType) -> str:
 def world_size_mismatch(MPI: ModuleType) -> WorldSizeMismatch | None:
     """The mismatch if torch.distributed or a launcher knows of more ranks than MPI, else None."""
     size = MPI.COMM_WORLD.Get_size()
-    if MPI.Comm.Get_parent() != MPI.COMM_NULL:  # spawned: a world beside another, on purpose
+    if MPI.Comm.Get_parent() != MPI.COMM_NULL:  # spawned by MPI: a second world is intended
         return None
     if _torch_group() is not None:
         ranks = sys.modules["torch.distributed"].get_world_size()
@@ -132,7 +133,7 @@ def _cure(MPI: ModuleType, variable: str = "") -> str:
 
 def _torch_group() -> ProcessGroup | None:
     """The default group of torch.distributed; None as long as there is none."""
-    # a build of torch may lack it
+    # a build of torch may lack torch.distributed
     members = getattr(sys.modules.get("torch.distributed"), "GroupMember", None)
     return None if members is None else members.WORLD
 

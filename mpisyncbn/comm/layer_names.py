@@ -37,7 +37,7 @@ class FirstUses(dict[str, str]):
     _room = 2 * _KEPT
 
     def add(self, key: str, exchange: int) -> str:
-        """Name a layer, by its key, after the number of the exchange that it begins; return it."""
+        """Name the layer with this key after the exchange that it begins, and return the name."""
         if len(self) >= self._room:
             dropped = [key for key in list(self) if key not in _layers]  # in order of their first use
             for each in dropped[:-_KEPT]:

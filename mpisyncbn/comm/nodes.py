@@ -1,4 +1,4 @@
-"""Which ranks are on one machine, and this rank's place among them."""
+"""The ranks on one machine, and this rank's place among them."""
 
 from __future__ import annotations
 

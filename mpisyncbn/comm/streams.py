@@ -13,7 +13,7 @@ from ..kernels import Array, loaded_torch
 __all__ = ["Device", "Event", "Streams", "streams_of"]
 
 Device: TypeAlias = Any  # a torch.device, or a Device of CuPy
-Stream: TypeAlias = Any  # of torch, or CuPy
+Stream: TypeAlias = Any  # a stream of torch or CuPy
 
 
 class Event(Protocol):
@@ -87,7 +87,7 @@ class TorchStreams:
         return [vector.data_ptr() for vector in kept], kept
 
     def empty(self, length: int) -> tuple[Array, int]:
-        with self.torch.inference_mode(False):  # else nothing may write to it outside of that
+        with self.torch.inference_mode(False):  # else nothing may write to it outside inference mode
             vector = self.torch.empty(length, dtype=self.torch.float64, device=self.device)
         return vector, vector.data_ptr()
 
@@ -112,7 +112,7 @@ class TorchStreams:
 
     def download(self, vectors: Sequence[Array], memory: Array) -> None:
         matrix = vectors[0]._base
-        if matrix is not None and _are_rows(vectors, matrix):  # as kernels return them: in one copy
+        if matrix is not None and _are_rows(vectors, matrix):  # as kernels return them: one copy is enough
             memory.copy_(matrix.detach().view(-1), non_blocking=True)
             return
         lengths = [vector.shape[0] for vector in vectors]

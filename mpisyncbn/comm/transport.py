@@ -36,9 +36,9 @@ __all__ = [
     "version_counter_of",
 ]
 
-# By the name that MPI-4.1 has for a kind of memory: MPICH's number in MPIX_GPU_query_support.
+# MPICH's numbers for MPIX_GPU_query_support, by the names that MPI-4.1 has for kinds of memory.
 _KINDS = {"cuda": 0, "rocm": 2}
-_OPEN_MPI_ECHOES_BELOW = (6, 0, 0)  # mpi_memory_alloc_kinds is the program's own wish there
+_OPEN_MPI_ECHOES_BELOW = (6, 0, 0)  # older ones only repeat the program's request
 
 
 def chosen(MPI: ModuleType) -> tuple[str, str]:
@@ -66,7 +66,10 @@ def chosen(MPI: ModuleType) -> tuple[str, str]:
 
 
 def _stream(MPI: ModuleType) -> tuple[str, str]:
-    """The stream transport, as for ``chosen``; ``host`` on a machine without CUDA's driver."""
+    """Return ``stream`` and the reason, or ``host`` if CUDA's driver or the device cannot serve it.
+
+    Raises TransportError if MPI's thread level is too low, or the native code was not built.
+    """
     if MPI.Query_thread() < MPI.THREAD_MULTIPLE:
         raise TransportError(
             f"MPISYNCBN_TRANSPORT=stream calls MPI from a thread of its own, but MPI provides thread level "
@@ -107,7 +110,7 @@ def _is_aware(MPI: ModuleType, kind: str) -> tuple[bool, str]:
 
 
 def _ask_library(MPI: ModuleType, kind: str) -> tuple[bool, str] | None:
-    """The answer of MPI's own functions, as for ``_is_aware``; None if it has none."""
+    """The answer of MPI's own functions, as for ``_is_aware``; None if MPI has no such function."""
     try:  # its symbols are also those of the MPI library it is linked with
         library = ctypes.CDLL(MPI.__file__)
     except OSError:

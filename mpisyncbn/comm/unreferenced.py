@@ -50,7 +50,10 @@ def free_unreferenced(ids_by_rank: Iterable[list[GroupId]]) -> None:
 
 @cache
 def finish_at_exit() -> None:
-    """Finish what is enqueued before MPI is finalized, unless this rank fails: that ends the job."""
+    """At exit, wait for all enqueued exchanges before MPI is finalized.
+
+    A rank that fails does not wait, since its failure ends the job.
+    """
 
     process = os.getpid()
 
@@ -77,7 +80,7 @@ def free_comm(rank_status: RankStatus) -> None:
     worker = rank_status.stream
     if worker is not None:
         worker.wait()
-        worker.close()  # a graph that is replayed from here on gets NaN
+        worker.close()  # a CUDA graph that is replayed after this gets NaN
         rank_status.stream = None
     comm, p2p_comm = rank_status.comm, rank_status.p2p_comm
     rank_status.comm = rank_status.p2p_comm = None

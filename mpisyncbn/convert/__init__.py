@@ -52,7 +52,7 @@ __all__ = [
 class BatchNorm(tracing.Leaf, _BatchNorm):
     """Batch norm of this rank alone, for input of any dimension.
 
-    A synchronized layer that was never another becomes one of these when it is reverted.
+    A synchronized layer that was not converted from another class becomes this when it is reverted.
     """
 
     def _check_input_dim(self, input: torch.Tensor) -> None:
@@ -68,14 +68,14 @@ class BatchNorm(tracing.Leaf, _BatchNorm):
 class Synchronized(BatchNorm):
     """A layer with the attributes that conversion sets and reverting deletes."""
 
-    communicator: Communicator | None = None  # of the ranks to normalize over; None: the world
+    communicator: Communicator | None = None  # the ranks to normalize over; None: the world
     _given: _Given | None = None  # the process_group, if it is another object than communicator
     activation: str | None = None  # its text; setting a module sets its text
     memory_efficient: bool = False  # whether the layer keeps its output in place of its input
     layer_name: str | None = None  # on all ranks: the name of the model, and the layer's own in it
     _key: str = "#"  # this process knows the layer by it while it has no name
     _converted_from: tuple[type[_BatchNorm], dict[str, object]] | None = None  # class, replaced attributes
-    # Of a class made here: the classes it is made of, and the forward that is registered.
+    # The classes that a class of mixed_class.py is made of, and the registered forward.
     _made_of: tuple[type[Synchronized], type[_BatchNorm], Forward | None]
 
     @property
@@ -101,7 +101,7 @@ class Synchronized(BatchNorm):
         activation: AnyActivation = None,
         mask: torch.Tensor | None = None,
     ) -> torch.Tensor:
-        """``forward`` with another activation than the layer's own, for registered forwards."""
+        """Do ``forward``, but with ``activation`` if it is given. Registered forwards call this."""
         raise NotImplementedError
 
     def __setattr__(self, name: str, value: object) -> None:
@@ -172,8 +172,8 @@ _CONVERSION_ATTRIBUTES = (
     "_key",
     "_converted_from",
 )
-_rebuild = rebuild  # pickles of whole models name it so, or rebuild, FusedActivation or FusedReLU
-_WRAPPED = ("module", "_orig_mod", "_fsdp_wrapped_module")  # names of the model in torch's wrappers
+_rebuild = rebuild  # pickled models refer to it, and to rebuild, FusedActivation and FusedReLU here
+_WRAPPED = ("module", "_orig_mod", "_fsdp_wrapped_module")  # where torch's wrappers hold the model
 
 
 def convert_sync_batchnorm(
@@ -299,7 +299,7 @@ def _class_name(model: nn.Module) -> str:
 def _revert(layer: Synchronized) -> None:
     original, replaced = layer._converted_from or (BatchNorm, {})
     if issubclass(original, LazyModuleMixin) and not isinstance(layer, LazyModuleMixin):
-        original = cast(type[_BatchNorm], original.cls_to_become)  # has seen its first input in the meantime
+        original = cast(type[_BatchNorm], original.cls_to_become)  # it has seen its first input since
     give_up_key(layer)
     _change_class(layer, original)
     for key in _CONVERSION_ATTRIBUTES:

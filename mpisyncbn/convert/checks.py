@@ -35,7 +35,7 @@ def check_name(name: object) -> None:
 
 
 def refuse_own_forward(layers: list[tuple[str, _BatchNorm]]) -> None:
-    """Raise TypeError for layers, by their names, that have a ``forward`` of their own."""
+    """Raise TypeError if layers have a ``forward`` of their own that is not registered."""
     lost = [(name, type(layer)) for name, layer in layers if _loses_forward(layer)]
     if lost:
         raise TypeError(
@@ -107,7 +107,7 @@ def warn_of_others(module: nn.Module) -> None:
         if (
             isinstance(own.get("running_mean"), torch.Tensor)
             and any("BatchNorm" in kind for kind in named)
-            and not any("Frozen" in kind for kind in named)  # which has no batch statistics
+            and not any("Frozen" in kind for kind in named)  # these use no batch statistics
             and not isinstance(each, _BatchNorm)
         ):
             others.append(f"{label_of(name)} ({cls.__module__}.{cls.__qualname__})")

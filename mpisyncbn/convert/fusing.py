@@ -16,9 +16,9 @@ __all__ = ["FusedActivation", "FusedReLU", "fuse", "fused_layers", "fusible_acti
 
 
 class FusedActivation(tracing.Leaf, nn.Identity):
-    """Stands for an activation that the layer before it applies. Reverting puts the module back."""
+    """A placeholder for an activation that the layer before it applies. Reverting puts that back."""
 
-    __module__ = "mpisyncbn.convert"  # for pickles
+    __module__ = "mpisyncbn.convert"  # pickled models refer to it there
 
     def __init__(self, layer: nn.Module, replaced: nn.Module) -> None:
         super().__init__()
@@ -30,11 +30,11 @@ class FusedActivation(tracing.Leaf, nn.Identity):
         super().__setstate__(state)  # type: ignore[no-untyped-call]  # torch's is
 
 
-FusedReLU = FusedActivation  # pickles of whole models name it so
+FusedReLU = FusedActivation  # pickled models may refer to this name
 
 
 def fusible_activation(module: nn.Module) -> str | None:
-    """The text of the activation that a module is, if a layer can apply it and no hooks see it."""
+    """The text of the activation that a module is; None if a layer cannot apply it, or hooks see it."""
     return None if _are_global_hooks() else name_of_module(module)
 
 

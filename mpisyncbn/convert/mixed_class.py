@@ -55,7 +55,7 @@ def _mixed(to: type[Synchronized], original: type[_BatchNorm]) -> type[Synchroni
         become: Any = original.cls_to_become
         members["cls_to_become"] = become and synchronized_class(to, become)
     if original._check_input_dim.__module__ != _BatchNorm.__module__:
-        members["_check_input_dim"] = original._check_input_dim  # not inherited from torch
+        members["_check_input_dim"] = original._check_input_dim  # its own, not torch's
     name = f"{to.__name__}{original.__name__}"
     if original in _PLAIN:
         name, members["__module__"] = to.__name__, to.__module__
@@ -69,7 +69,10 @@ def _adds_no_more_than_forward(cls: type, base: type) -> bool:
 
 
 def _normalizer(to: type[Synchronized]) -> Callable[[Synchronized], Forward]:
-    """What gives a layer's batch norm to a registered forward, as the class ``to`` normalizes."""
+    """Return a function of a layer, whose result a registered forward gets as its ``batch_norm``.
+
+    That result normalizes as the class ``to`` does.
+    """
     forward: Forward = to.forward
     owner: Any = next(cls for cls in to.__mro__ if "_batch_norm" in vars(cls))
     if forward is owner.forward:
@@ -100,4 +103,4 @@ def rebuild(to: type[Synchronized], original: type[_BatchNorm]) -> Synchronized:
     return cls.__new__(cls)
 
 
-rebuild.__module__ = "mpisyncbn.convert"  # for pickles
+rebuild.__module__ = "mpisyncbn.convert"  # pickled models refer to it there

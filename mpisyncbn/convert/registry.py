@@ -13,7 +13,7 @@ from .fusing import fusible_activation
 
 __all__ = ["Forward", "has_own_forward", "register_conversion", "registered_forward"]
 
-# Takes the layer, its synchronized batch norm, and the arguments of the layer.
+# A forward takes the layer, its synchronized batch norm, and the arguments of the layer.
 Forward: TypeAlias = Callable[..., Tensor]
 
 _TORCH_FORWARDS = (_BatchNorm.forward, nn.SyncBatchNorm.forward)
@@ -87,7 +87,7 @@ def _full_name(cls: type | str) -> str:
 
 
 def drop_and_act(layer: nn.Module, batch_norm: Callable[..., Tensor], x: Tensor) -> Tensor:
-    """timm's layers: batch norm, then a module named drop, then one named act."""
+    """The forward of timm's layers: batch norm, then a module named drop, then one named act."""
     drop, act = layer._modules.get("drop"), layer._modules.get("act")
     if act is not None and (drop is None or type(drop) is nn.Identity):
         activation = fusible_activation(act)
@@ -102,6 +102,6 @@ def drop_and_act(layer: nn.Module, batch_norm: Callable[..., Tensor], x: Tensor)
 
 _forwards: dict[type | str, Forward] = {
     f"timm.{place}.norm_act.{name}": drop_and_act
-    for place in ("layers", "models.layers")  # of now, and of timm before 0.8
+    for place in ("layers", "models.layers")  # the second one before timm 0.8
     for name in ("BatchNormAct2d", "SyncBatchNormAct")
 }

@@ -39,12 +39,12 @@ __all__ = [
 
 T = TypeVar("T")
 Tensors = Tensor | Sequence[Tensor]
-Action = Callable[["MPI.Intracomm"], object]  # what a rank does with MPI, once the ranks agree
+Action = Callable[["MPI.Intracomm"], object]  # calls MPI, once the ranks agree
 Prepared = tuple[tuple[object, ...], Action]  # `about` of a GroupCall, and the action
 
 
 class GroupCall(NamedTuple):
-    """What one rank is about to do in a group. Ranks with different calls are refused.
+    """The call of one rank in a group. In a collective, the calls of all ranks must be equal.
 
     ``about`` holds words, numbers, and a (dtype, shape) for each tensor. They become text
     only if an error needs it.
@@ -64,7 +64,7 @@ class GroupCall(NamedTuple):
 
 
 def dtypes_and_shapes(tensors: Sequence[Tensor]) -> tuple[tuple[torch.dtype, torch.Size], ...]:
-    """How a GroupCall describes tensors."""
+    """The dtype and shape of each tensor, for a GroupCall."""
     return tuple([(tensor.dtype, tensor.shape) for tensor in tensors])
 
 

@@ -1,7 +1,7 @@
 """The collectives of torch.distributed over MPI, with torch's names and arguments."""
 
 # mypy: disable-error-code="override, assignment"
-# Torch calls these with lists and options alone, and has names for the other ways to call it.
+# Torch overloads these methods, but calls them only in the forms that are defined here.
 
 from __future__ import annotations
 
@@ -136,7 +136,7 @@ class Collectives(CheckedProcessGroup):
     ) -> Work:
         return self.reduce_scatter_single_coalesced([out], [values], opts, "reduce_scatter_tensor")
 
-    # From one rank to all, and from all to one.
+    # Collectives with a root rank.
 
     def broadcast(self, tensors: Tensors, opts: BroadcastOptions = DEFAULT) -> Work:
         tensors = as_list(tensors)
@@ -203,7 +203,7 @@ class Collectives(CheckedProcessGroup):
 
         return self._run("scatter", prepare, outputs, opts)
 
-    # From all to all.
+    # Collectives between all ranks.
 
     def allgather(
         self, outputs: list[list[Tensor]], inputs: list[Tensor], opts: AllgatherOptions = DEFAULT
@@ -333,7 +333,7 @@ def _checked_all_to_all(
 ) -> None:
     """Send ``sent[r]`` bytes of ``values`` to each rank r, and receive ``received[r]`` from it.
 
-    What is received goes to ``host``. Raises ValueError on every rank if one sends more or fewer
+    The received bytes go to ``host``. Raises ValueError on every rank if one sends more or fewer
     bytes than another expects, which no rank can know alone. Collective: every rank must call.
     """
     plans = comm.allgather((sent, received))

@@ -73,7 +73,7 @@ _OF_NUMBERS = {"AVG": "SUM", "PRODUCT": "PROD"}
 
 
 def reduce_op_name(operation: ReduceOp | ReduceOp.RedOpType) -> str:
-    """Return "SUM" for ReduceOp.SUM, and so on. TypeError for operations that MPI does not have."""
+    """Return "SUM" for ReduceOp.SUM, and so on. Raises TypeError for operations that MPI lacks."""
     for name in _OPERATIONS:
         if operation == getattr(ReduceOp, name):
             return name
@@ -238,7 +238,7 @@ def all_to_all(
 ) -> None:
     """Send ``sent[r]`` bytes of ``values`` to each rank r, and receive ``received[r]`` from it.
 
-    What is received goes to ``out``. Both tensors are contiguous, with the parts in the order of
+    The received bytes go to ``out``. Both tensors are contiguous, with the parts in the order of
     ranks. ``most`` is the largest number of bytes that any rank sends or receives.
     """
     MPI = mpi()

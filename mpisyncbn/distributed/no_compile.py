@@ -1,4 +1,4 @@
-"""Keeps torch.compile out of functions and methods: compiled code may call them as they are."""
+"""Decorators that keep torch.compile out of functions and methods, which compiled code may call."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
 """Messages from one rank to another: send, recv, and the barrier that names missing ranks."""
 
 # mypy: disable-error-code="override, assignment"
-# Torch calls these with lists and options alone, and has names for the other ways to call it.
+# Torch overloads these methods, but calls them only in the forms that are defined here.
 
 from __future__ import annotations
 
@@ -70,7 +70,7 @@ class PointToPoint(CheckedProcessGroup):
             requests = self._call_mpi(call, lambda comm: start(comm, host, peer, tag))
         work = PointToPointWork(self, call, requests, host, received)
         for other in list(self._pending):
-            other.is_completed()  # which takes it out of the set
+            other.is_completed()  # a completed one removes itself from the set
         self._pending.add(work)  # the caller may drop it before it is done
         return work
 
@@ -134,7 +134,7 @@ class PointToPointWork(Work):
 
     Args:
         group: the process group that it belongs to.
-        call: what the errors call it.
+        call: its description in errors.
         requests: MPI's requests, one for each piece of the message.
         host: the memory that MPI reads or writes, kept until it is done.
         received: the tensor to receive into; None: this rank sends.

@@ -1,7 +1,7 @@
 """The process group of backend ``mpi4py``: an MPI communicator, as torch.distributed uses it."""
 
 # mypy: disable-error-code="override, assignment"
-# Torch calls these with lists and options alone, and has names for the other ways to call it.
+# Torch overloads these methods, but calls them only in the forms that are defined here.
 
 from __future__ import annotations
 
@@ -79,7 +79,7 @@ class ProcessGroup(Collectives, PointToPoint):
         self._keep_pending_alive()
         self._unusable = self._unusable or "this process group was destroyed"
         if still_in_flight:  # its communicators cannot be freed
-            # other ranks may have freed theirs: at the end, nobody waits for this one
+            # Other ranks may have freed theirs, so this one must not wait for them in MPI_Finalize.
             self._collective_group.rank_status.unregister()
             return
         if self._layer_group is not None and not self._is_world:
@@ -109,7 +109,7 @@ class ProcessGroup(Collectives, PointToPoint):
         comm = subset(self._collective_group.ready().comm, sorted(ranks))
         return ProcessGroup(comm, timeout or self._timeout)
 
-    # What torch asks the backend of a device for.
+    # The attributes and methods that torch expects of a device's backend.
 
     supports_splitting = False
 

@@ -39,7 +39,7 @@ _used_comm: MPI.Intracomm | None = None
 
 def world_comm() -> MPI.Intracomm:
     """Return the communicator whose ranks are torch's: ``use_comm``'s, else MPI.COMM_WORLD."""
-    world: MPI.Intracomm = mpi().COMM_WORLD  # or an error that says why MPI cannot be used
+    world: MPI.Intracomm = mpi().COMM_WORLD  # mpi() raises if MPI cannot be used
     return world if _used_comm is None else _used_comm
 
 
@@ -141,7 +141,7 @@ def lazy_store(store: Store | None) -> LazyStore | None:
 
 
 def _rank_and_size(url: str) -> dict[str, int]:
-    """Return ``rank`` and ``world_size`` from the URL, those of them that torch was given."""
+    """Return ``rank`` and ``world_size`` from the URL, if torch was given them."""
     query = parse_qs(urlparse(url).query)
     given = {name: int(value[0]) for name, value in query.items() if name in _ARGUMENTS}
     return {name: value for name, value in given.items() if value != -1}
@@ -161,5 +161,5 @@ def _find_by_mpi(url: str, timeout: timedelta = _TIMEOUT, **_: object) -> Found:
             "MPI does not know"
         )
     store = LazyStore(comm, timeout) if comm.size > 1 else dist.HashStore()
-    yield store, comm.rank, comm.size  # and this frame keeps the store until the group does
+    yield store, comm.rank, comm.size  # this generator keeps the store alive until the group does
     raise RuntimeError("MPI cannot find other ranks than it has found")

@@ -41,7 +41,7 @@ class LazyStore(dist.Store):
         self._address = self._share_address(comm)
 
     def _share_address(self, comm: MPI.Intracomm) -> tuple[str, int] | str:
-        """Return rank 0's address and port on every rank, or a text why it has none. Collective."""
+        """Return rank 0's address and port on every rank, or a text that says why it has none. Collective."""
         machines = comm.allgather(config.machine())
         found: tuple[str, int] | str = ""
         if comm.rank == 0:
@@ -133,7 +133,7 @@ def shared_store(comm: MPI.Intracomm, timeout: timedelta) -> dist.Store:
 
 
 def _address_among(machines: list[tuple[str, str]]) -> tuple[str, socket.AddressFamily]:
-    """Return an address of the first of ``machines``, this one, that all reach.
+    """Return an address of this machine, the first of ``machines``, that all others reach.
 
     Raises OSError if there is none.
     """

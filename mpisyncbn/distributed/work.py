@@ -93,7 +93,7 @@ class Work(_Work):
 
     Args:
         result: the tensors that hold the result, as torch nests them.
-        call: what the errors call it; only its text is used.
+        call: its description in errors; only its text is used.
         done: the event that is set once it is done; None: a new one.
     """
 
@@ -111,7 +111,10 @@ class Work(_Work):
         return cls(result, call, _DONE)
 
     def keep_for_cpp(self) -> Work:
-        """Return itself, alive until somebody waits for it or has its future: C++ may keep half."""
+        """Stay alive until somebody waits for this or gets its future, and return this.
+
+        The C++ code of torch 2.6 keeps only the C++ half of the object.
+        """
         if not CPP_KEEPS_WORKS:
             _awaited_by_none.add(self)
         return self
@@ -187,7 +190,7 @@ class Work(_Work):
     source_rank = _source_rank
 
 
-_awaited_by_none: set[Work] = set()  # with torch 2.6, else empty
+_awaited_by_none: set[Work] = set()  # filled only with torch 2.6
 
 
 class _ReturnsWork(dist.ProcessGroup):
@@ -212,7 +215,7 @@ class CollectiveThread:
         self._tasks: queue.SimpleQueue[tuple[Callable[[], None], Work] | None] = queue.SimpleQueue()
         self._thread: threading.Thread | None = None
         self._process = os.getpid()
-        self._last = _DONE  # `done` of the last task; its Work would keep the tensors
+        self._last = _DONE  # `done` of the last task, since its Work would keep the tensors
 
     def submit(self, run: Callable[[], None], work: Work) -> Work:
         """Call ``run`` on the thread, after all earlier ones, then complete ``work``. Return it."""
@@ -257,7 +260,7 @@ class CollectiveThread:
             except BaseException as problem:  # raised by work.wait()
                 error = problem
             work.complete(error)
-            del task, run, work  # and the tensors they hold
+            del task, run, work  # they hold tensors
 
 
 def keep_works_of_reducers() -> None:

@@ -139,7 +139,7 @@ def _programs(device: Device) -> ModuleType | None:
 
 
 def describe(*tensors: Array | None) -> Hashable | None:
-    """All that kernels and checks depend on in torch tensors, but for addresses and values.
+    """A key of all that kernels and checks depend on in torch tensors, except addresses and values.
 
     Whether a tensor requires a gradient, or is one of inference mode, is not in it. None if a tensor
     has no memory of its own, such as a sparse one.

@@ -51,12 +51,12 @@ class Activation(NamedTuple):
 
     @property
     def can_be_undone(self) -> bool:
-        """Whether the output tells the input."""
+        """Whether the input can be computed from the output."""
         return self.kind == Kind.NONE or (self.kind == Kind.LEAKY_RELU and self.parameter > 0)
 
     @property
     def sign_decides(self) -> bool:
-        """Whether the sign of the output tells the derivative, so that the input need not be known."""
+        """Whether the sign of the output determines the derivative, so that the input is not needed."""
         return self.kind == Kind.RELU or (self.kind == Kind.LEAKY_RELU and self.parameter >= 0)
 
 
@@ -86,7 +86,7 @@ class ActivationContext(NamedTuple):
         """Whether ``backward_reduce`` stores ``dz``, the gradient of the activation's input.
 
         A residual has that gradient. Without one, ``backward_elementwise`` computes it again, unless
-        the module of kernels stores it all the same.
+        the module of kernels stores it anyway.
         """
         return self.y is not None or self.residual is not None
 
@@ -138,7 +138,8 @@ def activate(z: Tensor, activation: Activation, in_place: bool = False) -> Tenso
 def activation_gradient(dy: Tensor, z: Tensor, activation: Activation) -> Tensor:
     """The gradient of an activation's input ``z``, from ``dy``, the gradient of its output.
 
-    ``z`` may be the output if its sign decides. Differentiable any number of times.
+    ``z`` may be the output if ``activation.sign_decides``. The result can be differentiated any number
+    of times.
     """
     kind, parameter = activation
     if kind == Kind.RELU:
@@ -160,7 +161,7 @@ def input_gradient(
     invstd: Array,
     context: ActivationContext,
 ) -> Tensor:
-    """The gradient of the activation's input, of the dtype of ``dy``, by kernels that normalize."""
+    """The gradient of the activation's input, in the dtype of ``dy``. ``normalize`` is a kernel."""
     activation, weight, bias, z, residual = context
     if z is None:
         wide = x if x.dtype.itemsize == 8 else x.float()

@@ -2,8 +2,8 @@
 
 In float32 the square of 1e-23 is 0 or has lost its digits, and the square of 1e23 is infinite. The
 results of the loops tell at no cost which channels may have suffered. Those channels are copied as
-float64, and go through the same kernel again. Float64 input has no such help: its statistics travel
-as float64.
+float64, and go through the same kernel again. Float64 input has no such help: its statistics are
+sent as float64.
 """
 
 from __future__ import annotations
@@ -84,7 +84,7 @@ def backward_reduce(
 ) -> None:
     """Correct in place ``sums``, of shape (2, C): those of dz and of dz * (x - mean).
 
-    ``dz`` too, if the kernel has stored it.
+    It corrects ``dz`` too, if the kernel has stored it.
     """
     values = np.prod(x.shape) / x.shape[1]
     with np.errstate(all="ignore"):

@@ -31,7 +31,7 @@ class MaskedKernels(NamedTuple):
 
 
 def with_mask(module: object, mask: Array) -> MaskedKernels:
-    """The kernels of a module whose functions take a ``mask``, with that mask."""
+    """The kernels of a module whose functions take a ``mask``, bound to this mask."""
     return MaskedKernels._make(partial(getattr(module, name), mask=mask) for name in MaskedKernels._fields)
 
 

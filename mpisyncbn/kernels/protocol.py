@@ -86,7 +86,7 @@ class Kernels(BackwardKernels, Protocol):
 
 
 class Running(NamedTuple):
-    """The running statistics that a forward pass moves towards its batch itself: tensors on a GPU."""
+    """Running statistics, tensors on a GPU, that the kernels of a forward pass update."""
 
     mean: Array
     var: Array

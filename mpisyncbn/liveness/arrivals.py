@@ -34,7 +34,7 @@ def mark_arrival(ranks: Sequence[int]) -> Iterator[None]:
 
 
 def describe_missing(ranks: Sequence[int]) -> dict[int, str]:
-    """A text, by rank, on each rank that is not inside ``mark_arrival(ranks)``."""
+    """A text about each rank that is not inside ``mark_arrival(ranks)``, by its number."""
     found: dict[int, list[int]] = {}
     for rank, process in _processes():
         found.setdefault(rank, []).append(process)

@@ -26,11 +26,11 @@ __all__ = ["install", "is_over", "status"]
 Exit: TypeAlias = Callable[[str | int | None], NoReturn]
 
 _installed_in = 0  # the id of this process: a forked child, with another one, is no rank
-_code: object = None  # of the SystemExit that ended the program, if one did
+_code: object = None  # the code of the SystemExit that ended the program, if one did
 
 
 def install() -> None:
-    """Let a failure of this rank end the whole job, from here on. For ranks that MPI started."""
+    """Let a failure of this rank, which MPI started, end the whole job from here on."""
     global _installed_in
     if not _installed_in:
         _installed_in = os.getpid()

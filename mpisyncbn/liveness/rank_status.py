@@ -53,22 +53,22 @@ class RankStatus:
 
     def __init__(self, rank: int, size: int) -> None:
         self.rank, self.size = rank, size
-        self.comm: mpi4py_MPI.Intracomm | None = None  # of the group alone, while MPI has it
+        self.comm: mpi4py_MPI.Intracomm | None = None  # the group's own, while MPI has it
         # For point-to-point messages: ``comm``, or a duplicate if ``comm`` carries others already.
         self.p2p_comm: mpi4py_MPI.Intracomm | None = None
         self.stream: StreamWorker | None = None  # if there is one, it counts exchanges, and may be in one
-        self.calls: list[Any] = []  # that it has been told of, by their numbers
+        self.calls: list[Any] = []  # the calls of ``stream``, by their numbers
         self._exchanges = 0
         self._current_call: object = None
         self.timeout = DEFAULT_TIMEOUT  # seconds, 0: none
         self.timeout_is_given = False  # whether MPISYNCBN_TIMEOUT is set on any rank
-        self.finalize_timeout = DEFAULT_TIMEOUT  # for the end of the program
+        self.finalize_timeout = DEFAULT_TIMEOUT  # for the wait at the program's end
         self.all_native = False  # whether every rank has native code
         self.process_ids: list[ProcessId] = []  # of each rank
         self.world: list[int] = []  # the ranks' numbers in the world, if known
         self.listening = True  # whether messages from other ranks are received here
         self.departed: dict[int, int] = {}  # exchanges of each rank that is at its program's end
-        self.p2p_lock = threading.Lock()  # for the use of p2p_comm
+        self.p2p_lock = threading.Lock()  # held while p2p_comm is used
         self._seen, self._waited = -1, 0.0
         self._reported = False
         self._asked_by: int | None = None  # the rank that asked this one last
@@ -103,7 +103,7 @@ class RankStatus:
 
     @property
     def current_call(self) -> object:
-        """What this rank is in, by its str(); None: nothing."""
+        """The collective that this rank is in, whose str() is for reports; None if there is none."""
         stream = self.stream
         number = -1 if stream is None else stream.current
         return self._current_call if number < 0 else self.calls[number]
@@ -132,7 +132,7 @@ class RankStatus:
                 _registered.remove(self)
         keep_alive(*self._sends)
 
-    # For the clock: no call of MPI.
+    # Methods of the clock, which make no call of MPI.
 
     def add_wait(self, elapsed: float) -> bool:
         """Add seconds to the time in this exchange. Return whether it is over the timeout."""
@@ -171,7 +171,8 @@ class RankStatus:
         """
         start = time.monotonic()
         self._ask_at = start + ASK_SECONDS * self.rank / self.size
-        while time.monotonic() < start + ASK_SECONDS + ANSWER_SECONDS:  # also for the others, to say the same
+        # A rank that asks nobody waits as long, so that the others have time for their reports.
+        while time.monotonic() < start + ASK_SECONDS + ANSWER_SECONDS:
             time.sleep(0.02)
             since = self._asked_at
             if since is not None and (
@@ -193,7 +194,7 @@ class RankStatus:
         )
         reports.abort_job(RANK_DEPARTED, "Every rank of a group must run the same number of training steps")
 
-    # For the listener: messages between two ranks.
+    # Methods of the listener: messages between two ranks.
 
     def listen(self) -> None:
         """Receive and answer the messages of other ranks, if there is a communicator."""
@@ -226,15 +227,15 @@ class RankStatus:
         message = np.frombuffer(text.encode()[:_MESSAGE_BYTES].ljust(_MESSAGE_BYTES, b"\0"), np.uint8)
         self._sends.append(comm.Issend(message, rank, tag))
 
-    # For reports and answers.
+    # The words of reports and answers.
 
     @property
     def number(self) -> int:
         """The number of the exchange that this rank is in, from 1."""
-        return max(self.exchanges, 1)  # the first counts once the group is there
+        return max(self.exchanges, 1)  # the first is counted once the group is made
 
     def state(self) -> str:
-        """What this rank is doing, in words that go on "rank 0 ...", for a report."""
+        """The words of a report that follow "rank 0" and say what this rank is doing."""
         call, exchanges = self.current_call, self.exchanges
         if call is not None:
             return f"waits in exchange number {self.number}, {call}, for {self._waited:.0f} s so far"
@@ -247,7 +248,7 @@ class RankStatus:
         return f"{missing} is at {reports.current_line()}"
 
     def report(self, what: str) -> None:
-        """Print ``what`` about this rank on stderr, with its Python stacks. Only the first time."""
+        """Print ``what`` about this rank on stderr, with its Python stacks. Later calls print nothing."""
         if not self._reported:
             self._reported = True
             rank = f"rank {self.rank} of {self.size} on {socket.gethostname()}"
@@ -264,7 +265,7 @@ class RankStatus:
         return f"  rank {rank}{self._on_host(rank)} {what}"
 
     def _process(self, rank: int) -> str:
-        """What is known of a rank that does not answer: on this machine, its process's state."""
+        """Words on a rank that does not answer: that it left, or the state of its process if it is here."""
         if rank in self.departed:
             return ", it has left the program"
         if not self.process_ids or self.process_ids[rank][:2] != config.machine():
@@ -280,7 +281,7 @@ class RankStatus:
 
 
 def forget_all() -> None:
-    """Forget all groups. For a forked child, which is no rank."""
+    """Forget all groups. A forked child calls this, because it is no rank."""
     global _lock
     _lock = threading.Lock()  # a thread of the parent may hold the old one
     _registered.clear()

@@ -15,11 +15,11 @@ from pathlib import Path
 __all__ = ["ABORT_SECONDS", "abort_job", "current_line", "print_report", "run_with_timeout", "stacks"]
 
 ABORT_SECONDS = 1.0  # at most, for a call that may never return
-_FORWARD_SECONDS = 0.25  # for the launcher, which may lose what it has not passed on
+_FORWARD_SECONDS = 0.25  # time for the launcher to pass on output, else it may be lost
 
 
 def current_line() -> str:
-    """Where the program is: its innermost line outside of Python and of installed packages."""
+    """The place where the program is: its innermost line outside of Python and of installed packages."""
     frame = sys._current_frames().get(threading.main_thread().ident or 0)
     if frame is None:
         return "its end"
@@ -51,7 +51,7 @@ def abort_job(status: int, cure: str) -> None:
     print_report(f"this ends the job with status {status}. {cure}")
     time.sleep(_FORWARD_SECONDS)
     run_with_timeout(ABORT_SECONDS, lambda: sys.modules["mpi4py.MPI"].COMM_WORLD.Abort(status))
-    # Abort may not reach the launcher without a network. None takes SIGKILL for a regular end.
+    # Abort may not reach the launcher without a network. No launcher takes SIGKILL for a regular end.
     os.kill(os.getpid(), signal.SIGKILL)
 
 

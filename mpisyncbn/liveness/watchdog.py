@@ -108,7 +108,7 @@ def _install_finalize_hook(MPI: ModuleType) -> None:
     if kernels is None:
         return
     names = "Comm_create_keyval", "Comm_set_attr", "Issend", "Improbe", "Mrecv", "Ibarrier", "Test", "Abort"
-    with suppress(AttributeError, OSError):  # without the hook, no rank leaves by native code
+    with suppress(AttributeError, OSError):  # without the hook, MPI_Finalize runs no native code
         functions = link.addresses(MPI, *[f"MPI_{name}" for name in names])
         own, world, byte = (link.handle(MPI, each) for each in (MPI.COMM_SELF, MPI.COMM_WORLD, MPI.BYTE))
         int_handles = MPI._sizeof(MPI.COMM_SELF) == 4

@@ -1,4 +1,4 @@
-"""What is installed, what is used and why, and what is wrong with it: for ``python -m mpisyncbn``."""
+"""The report of ``python -m mpisyncbn``: what is installed, what is used and why, and what is wrong."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ _CHANNELS = 256
 
 
 class Report:
-    """What all ranks have found."""
+    """The facts that all ranks have found, and the problems that these show."""
 
     def __init__(self, MPI: ModuleType) -> None:
         """Collective: every rank of the world must call."""
@@ -46,7 +46,7 @@ class Report:
         )
 
     def facts(self) -> dict[str, Facts]:
-        """All facts, by topic. What differs between ranks is said by rank."""
+        """All facts, by topic. A fact that differs between ranks is given by rank."""
         return {
             "versions": self._merged(lambda each: each.versions),
             "mpi": {**self._merged(lambda each: each.mpi), "sums": self.sums},

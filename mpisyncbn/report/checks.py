@@ -1,4 +1,4 @@
-"""The checks: what all ranks found, compared, gives problems and their cures. No check uses MPI."""
+"""Checks that compare the facts of all ranks, and give problems and their cures. None uses MPI."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ ERROR, WARNING = "error", "warning"
 
 _Key = TypeVar("_Key", bound=Hashable)
 
-# By mpi4py's name for the library.
+# The keys are mpi4py's names for the libraries.
 _YIELDING = {"Open MPI": "OMPI_MCA_mpi_yield_when_idle=1", "Intel MPI": "I_MPI_WAIT_MODE=1"}
 _BINDING = {
     "Open MPI": "mpiexec --map-by slot:PE={} --bind-to core",
@@ -29,7 +29,7 @@ _BINDING = {
 
 
 class Problem(NamedTuple):
-    """What is wrong, and what to do about it."""
+    """Something that is wrong, and its cure."""
 
     level: str
     what: str
@@ -131,11 +131,11 @@ def _versions(facts: Sequence[RankFacts]) -> Iterator[Problem]:
 
 
 class _Pool(NamedTuple):
-    """Cores, and the ranks of a node that have no others."""
+    """A set of cores, or a limit of processor time, and the ranks of a node that share it."""
 
     ranks: list[RankFacts]
     size: float  # in cores
-    limited: bool  # by the time of a control group
+    limited: bool  # whether it is a control group's limit of time
 
     @property
     def threads(self) -> int:
@@ -167,7 +167,7 @@ def _cores(facts: Sequence[RankFacts]) -> Iterator[Problem]:
     crowded: dict[tuple[object, ...], list[_Pool]] = {}
     for node in nodes_of(facts):
         pools = [pool for pool in _pools(node) if _is_crowded(pool)]
-        fullest = max((pool.fullness for pool in pools), default=None)  # which says it for those around it
+        fullest = max((pool.fullness for pool in pools), default=None)  # it stands for those that contain it
         for pool in pools:
             if pool.fullness == fullest:
                 key = len(pool.ranks), pool.size, pool.threads, pool.limited
@@ -182,7 +182,10 @@ def _cores(facts: Sequence[RankFacts]) -> Iterator[Problem]:
 
 
 def _is_crowded(pool: _Pool) -> bool:
-    """A rank that yields its core still uses up the time of its control group."""
+    """Whether the ranks of a pool have too few cores, or too many threads.
+
+    A rank that yields its core still uses up the time of its control group.
+    """
     waits = pool.limited or not all(each.yields for each in pool.ranks)
     if waits and pool.has_few_cores:
         return True
@@ -221,7 +224,7 @@ def _too_many_threads(pool: _Pool, where: str) -> Problem:
 
 
 def _binding(rank: RankFacts, cores: int) -> list[str]:
-    """How launchers give a rank so many cores: mpiexec, if that is known, and srun."""
+    """The commands that give a rank so many cores: with mpiexec, if that is known, and with srun."""
     how = _BINDING.get(_vendor(rank))
     return [*([how.format(cores)] if how else []), f"srun --cpus-per-task={cores}"]
 
@@ -321,7 +324,7 @@ def _triton(facts: Sequence[RankFacts]) -> Iterator[Problem]:
 def _grouped(
     facts: Sequence[RankFacts], keys: Callable[[RankFacts], Iterable[_Key]]
 ) -> dict[_Key, list[RankFacts]]:
-    """The ranks that have each key."""
+    """The ranks for each key that ``keys`` returns."""
     found: dict[_Key, list[RankFacts]] = {}
     for each in facts:
         for key in keys(each):

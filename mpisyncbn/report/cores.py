@@ -62,7 +62,7 @@ def _limit(folder: Path) -> float | None:
     """The limit of a control group in cores, of version 2 or 1; None without one."""
     with suppress(OSError, ValueError):
         time, period = (folder / "cpu.max").read_text().split()
-        return int(time) / int(period)  # of "max", int() raises
+        return int(time) / int(period)  # int() raises for "max"
     with suppress(OSError, ValueError):
         time, period = ((folder / f"cpu.cfs_{name}_us").read_text() for name in ("quota", "period"))
         return int(time) / int(period) if int(time) > 0 else None

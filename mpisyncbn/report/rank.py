@@ -1,4 +1,4 @@
-"""What one rank finds on its machine, for the ranks to compare."""
+"""The facts that one rank finds on its machine, for the ranks to compare."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ _PACKAGES = ("numpy", "mpi4py", "torch", "cupy", "triton")
 
 
 class RankFacts(NamedTuple):
-    """What one rank has found."""
+    """The facts that one rank has found."""
 
     rank: int
     machine: tuple[str, str]  # config.machine()
@@ -37,8 +37,8 @@ class RankFacts(NamedTuple):
     mpi: dict[str, str]
     settings: dict[str, str]
     unknown_settings: dict[str, str]
-    invalid: tuple[str, ...]  # what is wrong with settings
-    transport: tuple[str, str]  # and the reason; "none" for one that cannot be had
+    invalid: tuple[str, ...]  # the errors of wrong settings
+    transport: tuple[str, str]  # its name and the reason; the name is "none" after an error
     kernels: dict[str, str]
     no_native: str  # why there are no native kernels
     cores: frozenset[int]
@@ -48,7 +48,7 @@ class RankFacts(NamedTuple):
     yields: bool
     gpus: tuple[str, ...]  # an id of each that torch sees
     gpu_error: str  # why they cannot be used
-    gpus_given: str  # what says that there are some
+    gpus_given: str  # the variable or folder that says that there are some
 
 
 def find(MPI: ModuleType) -> RankFacts:
@@ -65,7 +65,7 @@ def find(MPI: ModuleType) -> RankFacts:
             invalid.append(str(error))
     vendor, version = MPI.get_vendor()
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # the report says it
+        warnings.simplefilter("ignore")  # the report says the same
         used = _transport(MPI)
         gpus, gpu_kernels, gpu_error = _gpus()
     return RankFacts(
@@ -191,7 +191,7 @@ def _gpus() -> tuple[tuple[str, ...], dict[str, str], str]:
                 found = torch.cuda.get_device_properties(index)
                 gpus.append(f"{found.name} {getattr(found, 'uuid', index)}")
             used["torch, cuda"] = cuda_kernels_for(torch.device("cuda", torch.cuda.current_device()))[1]
-        except RuntimeError as error:  # those of CUDA are
+        except RuntimeError as error:  # errors of CUDA are RuntimeErrors
             return tuple(gpus), {}, str(error).strip().splitlines()[0]
     if "not installed" in versions()["cupy"]:
         used["CuPy"] = "CuPy is not installed"

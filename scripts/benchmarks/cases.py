@@ -1,4 +1,4 @@
-"""What is measured, as data."""
+"""The cases that the benchmark measures, and the names of the peers."""
 
 from __future__ import annotations
 
@@ -6,13 +6,13 @@ from collections.abc import Iterator
 from math import prod
 from typing import NamedTuple
 
-DTYPES = {"float32": 4, "bfloat16": 2}  # and the bytes of a value
+DTYPES = {"float32": 4, "bfloat16": 2}  # the bytes of a value of each dtype
 FORMATS = ("contiguous", "channels_last")
 
 
 class Case(NamedTuple):
     family: str
-    shape: tuple[int, ...]  # of one rank, (N, C, *)
+    shape: tuple[int, ...]  # (N, C, *), on one rank
     dtype: str
     format: str
 
@@ -28,7 +28,7 @@ class Case(NamedTuple):
         return f"{self.shape} {self.dtype} {self.format}"
 
 
-# Family, shape of one rank, whether --quick keeps it.
+# Each entry is a family, the shape on one rank, and whether --quick keeps it.
 LAYERS = [
     ("ResNet-50", (8, 64, 112, 112), True),
     ("ResNet-50", (8, 64, 56, 56), False),
@@ -36,7 +36,7 @@ LAYERS = [
     ("ResNet-50", (8, 512, 28, 28), True),
     ("ResNet-50", (8, 1024, 14, 14), False),
     ("ResNet-50", (8, 2048, 7, 7), False),
-    ("segmentation", (2, 256, 129, 129), False),  # a crop of 513, at a quarter of its resolution
+    ("segmentation", (2, 256, 129, 129), False),  # a crop of 513 x 513 pixels, at a quarter of its resolution
     ("segmentation", (2, 48, 129, 129), True),
     ("3-D U-Net", (1, 32, 64, 64, 64), True),
     ("3-D U-Net", (2, 128, 16, 32, 32), False),
@@ -48,7 +48,7 @@ TINY = [
     ("tiny", (4, 256, 4, 4), False),
     ("tiny", (32, 128), False),
 ]
-# Larger for bfloat16, so that these too have 25 MB.
+# Cases of the kernels. The shapes for bfloat16 are larger, so that these tensors have 25 MB too.
 VERBS = {
     "float32": [
         ("ResNet-50", (8, 64, 112, 112), True),
@@ -62,7 +62,7 @@ VERBS = {
         ("segmentation", (4, 256, 129, 129), False),
     ],
 }
-# With a mask at half density: 6 MB and more in bfloat16 too.
+# Cases with a mask at half density. The tensors have 6 MB or more, in bfloat16 too.
 MASKED = [
     ("planes", (16, 64, 56, 56), True),
     ("planes", (16, 1024, 14, 14), False),
@@ -71,7 +71,7 @@ MASKED = [
     ("points", (16384, 256), False),
 ]
 UNMASKED = "without the mask"
-# Beside the slow peers and those that have to be compiled.
+# Cases for the peers that are slow or have to be compiled.
 PEERS = [
     Case("ResNet-50", (8, 64, 112, 112), "float32", "contiguous"),
     Case("ResNet-50", (8, 512, 28, 28), "float32", "contiguous"),
@@ -86,20 +86,20 @@ MEMORY = [
     ("3-D U-Net", (1, 64, 32, 32, 32), True),
     ("3-D U-Net", (1, 128, 16, 16, 16), False),
 ]
-SEPARATE = "ours, then torch's"  # activation
+SEPARATE = "ours, then torch's"  # activation: our layer, then torch's module
 CHANNELS = (1, 16, 64, 128, 256, 512, 1024, 2048)
 QUICK_CHANNELS = (64, 128, 512, 2048)
 
-# Peers of an exchange.
+# The kinds of exchange that are compared.
 WHOLE = ("merge_moments", "reduce_sums")
-MESSAGE = "native message"  # what merge_moments and reduce_sums call: pack, send, check, unpack
+MESSAGE = "native message"  # the native call in reduce_sums: it packs, sends, checks and unpacks
 BARE = "mpi4py Allreduce"
 FLOOR = "C loop"
 GATHERS = {f"gather-and-merge, {wire}": wire for wire in ("float64", "float32")}  # dtype on the wire
 WITHOUT = "exchange without the watchdog"
 AS_TORCH = "gather-and-merge, float32"
 
-Figures = dict[str, float]  # by statistic, of the slowest rank
+Figures = dict[str, float]  # the figures of the slowest rank, by statistic
 STATISTICS = ("median", "minimum")
 
 
@@ -107,7 +107,7 @@ def ratio(of: Figures, to: Figures) -> Figures:
     return {label: of[label] / to[label] for label in STATISTICS if label in of}
 
 
-# "6 MB or more" is said of float32; in bfloat16 the same shapes count.
+# Tensors of 6 MB or more in float32 are large. In bfloat16 the same shapes count.
 LARGE_VALUES = 1_500_000
 LARGE_VERB_BYTES = 25_000_000
 
@@ -115,7 +115,10 @@ LARGE_VERB_BYTES = 25_000_000
 def cases(
     table: list[tuple[str, tuple[int, ...], bool]], quick: bool, dtypes: tuple[str, ...] = tuple(DTYPES)
 ) -> Iterator[Case]:
-    """Every dtype and memory format of the shapes in ``table``; channels_last for images only."""
+    """Yield a case for each dtype, shape of ``table`` and memory format.
+
+    Shapes with fewer than 4 dimensions have no channels_last.
+    """
     for dtype in dtypes:
         for family, shape, keep in table:
             if quick and not keep:

@@ -1,4 +1,7 @@
-"""The pictures of what was measured: layers, threads and growth. Each takes the data that it shows."""
+"""Draw the pictures of the measurements: layers, threads and growth.
+
+For each picture, one function takes the data from the result files, and another draws them.
+"""
 
 from __future__ import annotations
 
@@ -19,7 +22,10 @@ _SETUPS = {"layer": "2 ranks, 1 thread each", "threads": "1 rank, 2 threads"}
 
 
 def layers_data(sections: runs.Sections) -> dict[str, dict[str, dict[str, Figures]]] | None:
-    """Time of ours over local, by shape, memory format and dtype."""
+    """The time of our layer over torch's local batch norm, by shape, memory format and dtype.
+
+    None without measurements.
+    """
     found: dict[str, dict[str, dict[str, Figures]]] = {}
     for row in runs.rows(sections, "layer") + runs.rows(sections, "tiny"):
         shape = str(tuple(row["shape"]))
@@ -28,7 +34,7 @@ def layers_data(sections: runs.Sections) -> dict[str, dict[str, dict[str, Figure
 
 
 def layers(data: dict[str, dict[str, dict[str, Figures]]]) -> Figure:
-    """Bars by shape; one field for each memory format."""
+    """Draw bars for each shape, in one subplot for each memory format."""
     figure = style.figure(1.5 + 0.3 * len(data))
     fields = figure.subplots(1, 2, sharey=True, sharex=True)
     for axes, memory_format in zip(fields, FORMATS, strict=True):
@@ -57,7 +63,10 @@ def layers(data: dict[str, dict[str, dict[str, Figures]]]) -> Figure:
 
 
 def threads_data(sections: runs.Sections) -> dict[str, dict[str, Any]] | None:
-    """By setup and case: the geometric mean over large shapes in each run, and each shape's ratio."""
+    """The time of our layer over torch's local batch norm for each large shape, by setup and case.
+
+    A case is a dtype and a memory format. None unless all setups were measured.
+    """
     found: dict[str, dict[str, Any]] = {}
     for name, setup in _SETUPS.items():
         rows = [row for row in runs.rows(sections, name) if row["values"] >= LARGE_VALUES]
@@ -75,7 +84,10 @@ def threads_data(sections: runs.Sections) -> dict[str, dict[str, Any]] | None:
 
 
 def threads(data: dict[str, dict[str, list[float]]]) -> Figure:
-    """Bars by dtype and memory format: the mean over shapes, and a dot for each shape."""
+    """Draw bars for each dtype and memory format, and a dot for each shape.
+
+    A bar is the geometric mean over the shapes.
+    """
     figure = style.figure(3.4)
     axes = figure.subplots()
     cases = list(next(iter(data.values())))
@@ -102,7 +114,10 @@ def growth_data(sections: runs.Sections) -> dict[str, Any] | None:
 
 
 def growth(data: dict[str, Any]) -> Figure:
-    """Measured: time and bytes of one exchange. By the model: a training step on two networks."""
+    """Draw the measured time and bytes of one exchange, and the modelled time of a training step.
+
+    The step is that of a ResNet-50, on two networks.
+    """
     figure = style.figure(3.6)
     times, sent, steps = figure.subplots(1, 3)
     peers = (
@@ -142,7 +157,7 @@ _WHITE = {"boxstyle": "round,pad=0.15", "facecolor": "white", "edgecolor": "none
 
 
 def _legend_below(figure: Figure, *fields: Axes, columns: int) -> None:
-    """One entry for each label, whichever field has it."""
+    """Draw a legend below the figure, with one entry for each label in these subplots."""
     entries: dict[str, Any] = {}
     for axes in fields:
         entries |= dict(zip(*axes.get_legend_handles_labels()[::-1], strict=True))

@@ -1,4 +1,4 @@
-"""What the project claims of its speed: each with its figure, how far the runs are apart, and the command."""
+"""The project's claims about its speed, each with its figure, the spread of the runs and the command."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ HEAD = ("claim", "figure", "spread", "command")
 class Claim(NamedTuple):
     text: str
     section: str
-    figure: str  # how a line of summary.py begins
+    figure: str  # the beginning of a line of summary.py
     command: str
 
 
@@ -87,7 +87,7 @@ CLAIMS = (
 
 
 def markdown(sections: runs.Sections, folder: Path) -> str:
-    """The table of docs/explanation/performance.md."""
+    """The Markdown table of claims in docs/explanation/performance.md."""
     return table(HEAD, [*_measured(sections), *_gpu(folder)])
 
 
@@ -107,7 +107,7 @@ def _spread(line: Line, number: int, days: set[str]) -> str:
 
 
 def _gpu(folder: Path) -> Iterator[tuple[str, str, str, str]]:
-    """Of the last files of a GPU there are."""
+    """Yield the claims about GPUs, from the last file of each kind in the order of their names."""
     for path in sorted(folder.glob("gpu-*[0-9]-host-time.json"))[-1:]:
         for what, peers in json.loads(path.read_text()).items():
             if what.endswith("float32"):
@@ -127,7 +127,7 @@ def _day(path: Path) -> str:
 
 
 def _kernel_ratios(found: Any) -> Iterator[float]:
-    """Time of each kernel over that of torch's operations, wherever a report has one."""
+    """Yield the time of each kernel over that of torch's operations, at any depth of a GPU report."""
     if isinstance(found, dict) and "of torch" in found:
         yield found["of torch"]
     elif isinstance(found, (dict, list)):

@@ -1,4 +1,4 @@
-"""The pictures of how it works: a step on a GPU in time, and the parts of the package."""
+"""Draw the pictures of how the package works: a forward pass on a GPU, and the package's parts."""
 
 from __future__ import annotations
 
@@ -17,7 +17,10 @@ _WAIT = {"facecolor": "white", "hatch": "////", "edgecolor": style.TORCH_SYNC}
 
 
 def timeline_data(folder: Path) -> dict[str, float] | None:
-    """Medians in us of one forward pass of (2, 64, 8, 8) float32 at one rank, from the files of a GPU."""
+    """The median times in us of one forward pass at one rank, from the result files of a GPU.
+
+    The input is (2, 64, 8, 8) in float32. None if there are no such files.
+    """
     host, latency = (sorted(folder.glob(f"gpu-*[0-9]-{name}.json")) for name in ("host-time", "points-5-6"))
     if not host or not latency:
         return None
@@ -43,7 +46,7 @@ def _median(text: str) -> float:
 
 
 def timeline(us: dict[str, float]) -> Figure:
-    """Who waits for whom in the forward pass of two layers, with the transports host and stream."""
+    """Draw who waits for whom in the forward pass of two layers, with the transports host and stream."""
     figure = style.figure(4.1)
     host, stream = figure.subplots(2, 1, sharex=True, height_ratios=(2, 3))
     _host_transport(host, us)
@@ -61,7 +64,7 @@ def timeline(us: dict[str, float]) -> Figure:
 
 def _host_transport(axes: Axes, us: dict[str, float]) -> None:
     axes.set_title("MPISYNCBN_TRANSPORT=host: the host waits in each layer")
-    before = (us["host"] - us["exchange"]) / 2  # a sketch: how the rest is divided was not measured
+    before = (us["host"] - us["exchange"]) / 2  # a sketch: how the other time is divided was not measured
     for number in range(2):
         start = number * us["host"]
         exchange = start + before
@@ -75,7 +78,7 @@ def _host_transport(axes: Axes, us: dict[str, float]) -> None:
 
 def _stream_transport(axes: Axes, us: dict[str, float]) -> None:
     axes.set_title("MPISYNCBN_TRANSPORT=stream: the host goes on, the GPU waits")
-    kernel = us["host"] / 4 - us["exchange"] / 4  # as long as the sketch above has them
+    kernel = us["host"] / 4 - us["exchange"] / 4  # as long as in the picture of the host transport
     start = us["stream"] / 2
     for number in range(2):
         _measured(axes, 0, number * us["stream"], us["stream"], f"layer {number + 1}")
@@ -113,7 +116,7 @@ def _legend(figure: Figure) -> None:
     figure.legend(handles=patches, loc="outside lower center", ncols=2)
 
 
-# Title, what it does, left, bottom, width; in the order of the data's way.
+# Each part: its name, its description, left, bottom, width. The order is from the top to the bottom.
 PARTS = (
     ("SyncBatchNorm", "a module of torch; convert_sync_batchnorm puts it in", 0, 4, 10),
     ("autograd", "fused, composite (all derivatives), compiled, enqueued (stream)", 0, 3, 10),
@@ -127,7 +130,7 @@ PARTS = (
 
 
 def architecture(parts: tuple[tuple[str, str, float, float, float], ...]) -> Figure:
-    """Boxes from the module to MPI."""
+    """Draw the parts of the package as boxes, from the torch module at the top to MPI."""
     figure = style.figure(3.7)
     axes = figure.subplots()
     axes.set_axis_off()

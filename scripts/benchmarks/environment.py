@@ -1,4 +1,4 @@
-"""What a result file says of the machine and the software: no host names, no paths."""
+"""The facts about the machine and the software in a result file, without host names and paths."""
 
 from __future__ import annotations
 
@@ -15,7 +15,8 @@ from mpi4py import MPI
 
 import mpisyncbn
 
-# Yielding while a rank waits, and binding to cores, matter more than most algorithms.
+# The settings that a result file has. Yielding while a rank waits and binding to cores matter more
+# than most algorithms.
 _SETTINGS = (
     "OMPI_MCA_mpi_yield_when_idle",
     "PRTE_MCA_hwloc_default_binding_policy",
@@ -27,7 +28,7 @@ _SETTINGS = (
 
 
 def facts(allocator: str) -> dict[str, Any]:
-    """Collective: every rank must call."""
+    """Return the facts about this run. Collective: every rank must call."""
     world = MPI.COMM_WORLD
     node = world.Split_type(MPI.COMM_TYPE_SHARED)
     nodes = world.allreduce(int(node.rank == 0))
@@ -37,7 +38,7 @@ def facts(allocator: str) -> dict[str, Any]:
         "python": platform.python_version(),
         **{name: _version(name) for name in ("numpy", "torch", "mpi4py")},
         "mpisyncbn": mpisyncbn.__version__,
-        # The library's own text goes on with where and by whom it was built.
+        # The rest of the library's text says where and by whom it was built.
         "mpi": MPI.Get_library_version().strip("\0\n ").splitlines()[0].split(",")[0],
         "cpu": _cpu(),
         "cores": os.cpu_count(),

@@ -1,6 +1,7 @@
-"""The one message each way, beside MPI without Python: section exchange.
+"""Time the exchange of one message, beside MPI called from C: section exchange.
 
-Imports no torch: 64 ranks of --scaling would take minutes and gigabytes for it.
+The module itself does not import torch: the 64 ranks of --scaling would need minutes and gigabytes
+for that.
 """
 
 from __future__ import annotations
@@ -33,7 +34,10 @@ def exchange(quick: bool) -> Iterator[dict[str, Any]]:
 
 
 def measure(group: mpisyncbn.Communicator, x: Array, seconds: float, calls: int) -> dict[str, Any]:
-    """Microseconds of each peer, for the moments of ``x``. Collective: every rank must call."""
+    """Time each kind of exchange in microseconds, with the moments of ``x``. Return a row of results.
+
+    Collective: every rank must call.
+    """
     channels = x.shape[1]
     length = 2 * channels + 3
     peers = {name: often(once, calls) for name, once in exchanges(group, x).items()}
@@ -54,9 +58,9 @@ def measure(group: mpisyncbn.Communicator, x: Array, seconds: float, calls: int)
 
 
 def exchanges(group: mpisyncbn.Communicator, x: Array) -> dict[str, Callable[[], object]]:
-    """One exchange of each kind, on the vectors that the kernels for ``x`` return.
+    """Return functions that make one exchange of each kind, with the moments of ``x``.
 
-    No lambdas: one costs a tenth of the shortest exchange.
+    They are not lambdas: calling one takes a tenth of the time of the shortest exchange.
     """
     channels = x.shape[1]
     count, mean, m2 = kernels_for(x).local_moments(x)
@@ -79,10 +83,10 @@ def exchanges(group: mpisyncbn.Communicator, x: Array) -> dict[str, Callable[[],
 def gather_and_merge(
     comm: MPI.Intracomm, count: int, mean: np.ndarray, m2: np.ndarray, wire: str = "float64"
 ) -> tuple[int, np.ndarray, np.ndarray]:
-    """Count, mean and variance of all ranks, computed in torch.nn.SyncBatchNorm's way.
+    """Return count, mean and variance over all ranks, computed as torch.nn.SyncBatchNorm does it.
 
-    It gathers 2C + 1 values a rank, of dtype ``wire`` (torch: the dtype of the input), and merges
-    all at once (Chan, Golub and LeVeque 1979, eq. 2.1). Collective: every rank must call.
+    It gathers 2C + 1 values of each rank in dtype ``wire`` (torch uses the dtype of the input), and
+    merges all at once (Chan, Golub and LeVeque 1979, eq. 2.1). Collective: every rank must call.
     """
     channels = len(mean)
     message = np.empty(2 * channels + 1, wire)

@@ -1,4 +1,4 @@
-"""The four kernels beside a copy of memory: section kernels."""
+"""Time the four kernels beside a copy of memory: section kernels."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from .layers import data
 from .peers import copies
 from .timing import copy_fraction, interleave
 
-# Tensors that each must read and write, at the least.
+# The least number of tensors that each kernel has to read and write.
 TENSORS = {"local_moments": 1, "normalize": 2, "backward_reduce": 2, "backward_elementwise": 3}
 
 
@@ -40,7 +40,10 @@ def kernels(quick: bool) -> Iterator[dict[str, Any]]:
 
 
 def calls(x: Tensor, dy: Tensor) -> dict[str, Callable[[], Any]]:
-    """Each kernel with a training step's arguments. Collective: every rank must call."""
+    """Return functions that call each kernel with the arguments of a training step.
+
+    Collective: every rank must call.
+    """
     kernels = kernels_for(x)
     channels = x.shape[1]
     weight, bias = torch.ones(channels), torch.zeros(channels)

@@ -1,4 +1,4 @@
-"""Whole layers, forward and backward: sections layer, threads, tiny, peers, relu, activations."""
+"""Time whole layers, forward and backward: sections layer, threads, tiny, peers, relu, activations."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def layer(quick: bool) -> Iterator[dict[str, Any]]:
 
 
 def threads(quick: bool) -> Iterator[dict[str, Any]]:
-    """The layer with more than one thread a rank, ours and torch's alike."""
+    """Time our layer and torch's local layer with several threads in each rank."""
     for row in layer(quick):
         yield {**row, "ranks": WORLD.size, "threads": torch.get_num_threads()}
 
@@ -48,7 +48,10 @@ def tiny(quick: bool) -> Iterator[dict[str, Any]]:
 
 
 def peers(quick: bool) -> Iterator[dict[str, Any]]:
-    """The layer beside torch.compile and a naive SyncBatchNorm. --quick compiles only once."""
+    """Time our layer, torch's local layer with and without torch.compile, and a naive SyncBatchNorm.
+
+    --quick compiles only once.
+    """
     with others.gloo():
         for number, case in enumerate(PEERS):
             if quick and number % 3 != 1 and case.family != "tiny":
@@ -69,7 +72,7 @@ def peers(quick: bool) -> Iterator[dict[str, Any]]:
 
 
 def relu(quick: bool) -> Iterator[dict[str, Any]]:
-    """The activation inside the layer, beside the same layer and then torch.relu."""
+    """Time our layer with ReLU fused, beside our layer and torch's, each followed by nn.ReLU."""
     for case in cases(RELU, quick):
         channels = case.shape[1]
         layers = {
@@ -81,7 +84,7 @@ def relu(quick: bool) -> Iterator[dict[str, Any]]:
 
 
 def activations(quick: bool) -> Iterator[dict[str, Any]]:
-    """Each activation inside the layer, beside the same layer and then torch's function."""
+    """Time our layer with each activation fused, beside our layer followed by torch's module."""
     for kind, module in ACTIVATIONS.items():
         for case in cases(RELU, quick):
             channels = case.shape[1]
@@ -106,7 +109,10 @@ def data(case: Case) -> tuple[Tensor, Tensor]:
 
 
 def _local_and_ours(case: Case) -> dict[str, nn.Module]:
-    """Parameters stay float32 with a bfloat16 input, as under autocast."""
+    """Torch's local layer and ours.
+
+    Their parameters are float32 even if the input is bfloat16, as under autocast.
+    """
     channels = case.shape[1]
     return {"local": LOCAL[len(case.shape)](channels), "ours": mpisyncbn.SyncBatchNorm(channels)}
 

@@ -1,4 +1,4 @@
-"""Layers with a mask beside the same layers without one: section masks."""
+"""Time layers with a mask beside the same layers without one: section masks."""
 
 from __future__ import annotations
 
@@ -33,7 +33,10 @@ def masks(quick: bool) -> Iterator[dict[str, Any]]:
 
 
 def calls(case: Case) -> dict[str, Callable[[], object]]:
-    """A training step and a forward pass, with a mask of random positions and without one."""
+    """Return functions that run forward and backward, or forward alone.
+
+    There is one of each with a mask of random positions, and one without a mask.
+    """
     x, dy = data(case)
     generator = torch.Generator().manual_seed(MPI.COMM_WORLD.rank)
     mask = torch.rand((case.shape[0], 1, *case.shape[2:]), generator=generator) < DENSITY

@@ -1,4 +1,4 @@
-"""What a Conv-BN-LeakyReLU layer keeps for the backward pass, and what that costs: section memory."""
+"""Measure the memory that Conv-BN-LeakyReLU keeps for backward, and its time: section memory."""
 
 from __future__ import annotations
 
@@ -17,7 +17,10 @@ SLOPE = 0.01
 
 
 def memory(quick: bool) -> Iterator[dict[str, Any]]:
-    """Bytes by layer, and the time of normalization and activation alone, forward and backward."""
+    """Measure the bytes that each kind of layer keeps, and its time, forward and backward.
+
+    The time is that of normalization and activation alone.
+    """
     for case in cases(MEMORY, quick, ("float32",)):
         layers = norms(case.shape[1])
         row = measured(case, layers, seconds=0.5 if quick else 3.0)
@@ -26,7 +29,11 @@ def memory(quick: bool) -> Iterator[dict[str, Any]]:
 
 
 def norms(channels: int) -> dict[str, nn.Module]:
-    """Normalization and leaky ReLU: torch's two ways, ours, and ours memory-efficient, as "ours"."""
+    """Four kinds of batch norm with leaky ReLU.
+
+    They are torch's, torch's with the activation in place, ours ("plain"), and ours with
+    ``memory_efficient=True`` ("ours").
+    """
     return {
         "torch": nn.Sequential(nn.BatchNorm3d(channels), nn.LeakyReLU(SLOPE)),
         "torch, in-place": nn.Sequential(nn.BatchNorm3d(channels), nn.LeakyReLU(SLOPE, inplace=True)),
@@ -36,19 +43,19 @@ def norms(channels: int) -> dict[str, nn.Module]:
 
 
 def bytes_kept(norm: nn.Module, case: Case) -> int:
-    """What autograd keeps from a convolution on, up to the next convolution's input.
+    """The bytes that autograd keeps for backward of a convolution, ``norm`` and another convolution.
 
-    Neither parameters count nor the input, which the layer before has kept. A storage that two
-    operations keep counts once.
+    Parameters do not count, nor does the input, which the layer before it has kept. A storage that
+    two operations keep counts once.
     """
     channels = case.shape[1]
     convolution, following = (nn.Conv3d(channels, channels, 3, padding=1, bias=False) for _ in range(2))
     x = data(case)[0]
-    tensors: list[Tensor] = []  # alive until they are counted, so that no address has two owners
+    tensors: list[Tensor] = []  # kept alive until they are counted: freed memory may be used again
 
     def pack(tensor: Tensor) -> Tensor:
         tensors.append(tensor.detach())
-        return tensor.detach()  # of an output, the tensor itself would be a cycle
+        return tensor.detach()  # keeping an output itself would make a reference cycle
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
         following(norm(convolution(x)))

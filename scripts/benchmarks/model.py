@@ -1,8 +1,8 @@
-"""Time and bytes of an exchange at any number of ranks, on paper: the Hockney model.
+"""Compute the time and bytes of an exchange at any number of ranks by the Hockney model.
 
 A message of n bytes takes ``alpha + n * beta``. The steps and bytes of the algorithms are those of
 Thakur, Rabenseifner and Gropp 2005, "Optimization of collective communication operations in MPICH",
-for P a power of two; arithmetic is left out, and so is congestion.
+for P ranks, a power of two. Arithmetic and congestion are left out.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 
 from .cases import AS_TORCH
 
-# Channels of the 53 batch norms of ResNet-50: the first one, then 3 a block and 1 a projection.
+# Channels of the 53 batch norms of ResNet-50: the first one, 3 in each block and 1 in each projection.
 RESNET50 = [64] + [
     channels
     for width, blocks in ((64, 3), (128, 4), (256, 6), (512, 3))
@@ -23,14 +23,18 @@ RANKS = [2**power for power in range(1, 17)]
 
 
 class Network(NamedTuple):
-    alpha: float  # us a message
-    beta: float  # us a byte
+    alpha: float  # us per message
+    beta: float  # us per byte
 
 
 def fit(ranks: int, small: float, large: float, size: int = 8192, least: int = 8) -> Network:
-    """From the latencies in us of all-reduces of ``least`` and ``size`` bytes over ``ranks`` ranks.
+    """Compute alpha and beta from the latencies of two all-reduces over ``ranks`` ranks.
 
-    As if by recursive doubling, log2 P messages of full length, for both.
+    Both are taken to use recursive doubling: log2(ranks) messages of full length.
+
+    Args:
+        small: us of an all-reduce of ``least`` bytes.
+        large: us of an all-reduce of ``size`` bytes.
     """
     steps = ceil(log2(ranks))
     beta = (large - small) / (steps * (size - least))
@@ -39,7 +43,7 @@ def fit(ranks: int, small: float, large: float, size: int = 8192, least: int = 8
 
 # All-reduce latencies of 8 B and of 8 KB (us) from published tables, of the kind that the OSU
 # micro-benchmarks print: HDR100 InfiniBand with 4 nodes of 128 ranks, Slingshot with 2 nodes of 288.
-# The same tables have 1 KB at 12 and 23 us, where these fits say 10.4 and 19.1.
+# For 1 KB the same tables have 12 and 23 us, and these fits give 10.3 and 19.1.
 NETWORKS = {
     "HDR100": fit(4 * 128, 7.7, 29.0),
     "Slingshot": fit(2 * 288, 11.0, 76.0),
@@ -47,26 +51,27 @@ NETWORKS = {
 
 
 def allreduce_costs(ranks: int, size: float) -> list[tuple[int, float]]:
-    """Messages and bytes of a rank, by recursive doubling and by Rabenseifner's algorithm."""
+    """The messages and bytes that a rank sends, by recursive doubling and by Rabenseifner's algorithm."""
     steps = ceil(log2(ranks))
     return [(steps, steps * size), (2 * steps, 2 * (ranks - 1) / ranks * size)]
 
 
 def allgather_costs(ranks: int, size: float) -> list[tuple[int, float]]:
-    """Messages and bytes of a rank in an all-gather, by Bruck's algorithm and around a ring."""
+    """The messages and bytes that a rank sends in an all-gather, by Bruck's algorithm and by a ring."""
     return [(ceil(log2(ranks)), (ranks - 1) * size), (ranks - 1, (ranks - 1) * size)]
 
 
 def fastest(costs: Iterable[tuple[int, float]], network: Network) -> float:
-    """Microseconds, by the better of the algorithms: an MPI library chooses by size."""
+    """The time in us of the fastest algorithm: an MPI library chooses one by the size of the message."""
     return min(messages * network.alpha + sent * network.beta for messages, sent in costs)
 
 
 def step_ms(ranks: int, network: Network, channels: list[int] = RESNET50) -> dict[str, float]:
-    """Exchanges of one training step, forward and backward, in milliseconds.
+    """The time in ms of all exchanges of one training step, forward and backward.
 
-    Ours are two all-reduces of 2C + 3 float64. torch.nn.SyncBatchNorm does an all-gather of 2C + 1
-    float32 and, backward, an all-reduce of 2C float32. The time to merge is left out.
+    Each of our layers makes two all-reduces of 2C + 3 float64. torch.nn.SyncBatchNorm makes an
+    all-gather of 2C + 1 float32 and, backward, an all-reduce of 2C float32. The time to merge is left
+    out.
     """
     ours = sum(2 * fastest(allreduce_costs(ranks, 8 * (2 * c + 3)), network) for c in channels)
     gather = sum(
@@ -85,7 +90,7 @@ def table() -> list[dict[str, Any]]:
 
 
 def text(scaling: list[dict[str, Any]], model: list[dict[str, Any]]) -> str:
-    """What was measured and counted, and beside it what the model says, up to 65,536 ranks."""
+    """A table of the measured times and counted bytes beside those of the model, up to 65,536 ranks."""
     found = {row["ranks"]: row for row in scaling}
     channels = next((row["channels"] for row in scaling if "channels" in row), 0)
     kinds = "merge_moments", AS_TORCH

@@ -1,4 +1,4 @@
-"""mpi_loop.c, compiled for this run: rank 0 calls the compiler, every rank loads the library."""
+"""Compile mpi_loop.c for this run on rank 0, and load the library on every rank."""
 
 from __future__ import annotations
 
@@ -21,9 +21,9 @@ _SOURCE = Path(__file__).with_name("mpi_loop.c")
 
 @lru_cache(maxsize=1)
 def library() -> tuple[ctypes.CDLL | None, str]:
-    """The library, or None and the reason why there is none; the same on every rank.
+    """Return the library and "", or None and the reason why there is none, alike on every rank.
 
-    Collective at the first call.
+    The first call is collective: every rank must make it.
     """
     code, reason = WORLD.bcast(_compile() if WORLD.rank == 0 else None)
     loaded = None
@@ -32,7 +32,7 @@ def library() -> tuple[ctypes.CDLL | None, str]:
             with TemporaryDirectory() as folder:
                 path = Path(folder) / "mpi_loop.so"
                 path.write_bytes(code)
-                loaded = ctypes.CDLL(str(path))  # may be deleted then
+                loaded = ctypes.CDLL(str(path))  # the file may be deleted after this
             reason = _mismatch(loaded)
         except OSError as error:
             reason = f"cannot load it: {error}"
@@ -41,7 +41,10 @@ def library() -> tuple[ctypes.CDLL | None, str]:
 
 
 def allreduce_loop(comm: MPI.Intracomm, length: int, calls: int) -> Callable[[], None]:
-    """A C loop of ``calls`` in-place MPI_Allreduce of ``length`` float64. Needs ``library()``."""
+    """Return a function that makes ``calls`` in-place MPI_Allreduce of ``length`` float64, in C.
+
+    ``library()`` must have returned a library.
+    """
     loop, message = library()[0].allreduce_loop, np.zeros(length)
     arguments = pointer(comm), buffer(message), length, calls
 
@@ -53,17 +56,17 @@ def allreduce_loop(comm: MPI.Intracomm, length: int, calls: int) -> Callable[[],
 
 
 def pointer(comm: MPI.Intracomm) -> ctypes.c_void_p:
-    """Where the handle of a communicator is."""
+    """The address of a communicator's handle."""
     return ctypes.c_void_p(MPI._addressof(comm))
 
 
 def buffer(array: np.ndarray) -> ctypes.c_void_p:
-    """Where the values of ``array`` are, which must be kept meanwhile."""
+    """The address of the values of ``array``. The caller must keep the array alive."""
     return ctypes.c_void_p(array.ctypes.data)
 
 
 def sent_counter() -> tuple[Callable[[], int] | None, str]:
-    """A function that tells the bytes this rank has sent so far, or None and the reason.
+    """Return a function that returns the bytes this rank has sent so far, and ""; or None and the reason.
 
     Collective: every rank must call.
     """
@@ -84,7 +87,7 @@ def sent_counter() -> tuple[Callable[[], int] | None, str]:
 
 
 def _compile() -> tuple[bytes, str]:
-    """The shared library's bytes and "", or b"" and the reason."""
+    """Compile mpi_loop.c. Return the bytes of the shared library and "", or b"" and the reason."""
     wrapper = os.environ.get("MPICC") or shutil.which("mpicc")
     # Without mpicc, CC and CFLAGS have to say where mpi.h is.
     command = shlex.split(wrapper or f"{os.environ.get('CC', '')} {os.environ.get('CFLAGS', '')}")
@@ -103,7 +106,7 @@ def _compile() -> tuple[bytes, str]:
 
 
 def _mismatch(loaded: ctypes.CDLL) -> str:
-    """Why the library cannot be used (mpicc is of another MPI than mpi4py's), or ""."""
+    """Return the reason if mpicc belongs to another MPI library than mpi4py's, or ""."""
     version = ctypes.create_string_buffer(8192)
     loaded.library_version(version)
     ours = MPI.Get_library_version().strip("\0\n ").encode()

@@ -1,4 +1,4 @@
-"""What ours is measured against: our own code for each idea, as plain as its users write it."""
+"""The code that ours is measured against, written for this benchmark as plainly as users would."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ WORLD = MPI.COMM_WORLD
 
 
 class _SumOverRanks(torch.autograd.Function):
-    """A sum over all ranks, which is its own adjoint, over gloo."""
+    """The sum over all ranks by torch.distributed. Its gradient is summed over all ranks too."""
 
     @staticmethod
     def forward(ctx: FunctionCtx, values: Tensor) -> Tensor:
@@ -34,9 +34,10 @@ class _SumOverRanks(torch.autograd.Function):
 
 
 class NaiveSyncBatchNorm(nn.modules.batchnorm._BatchNorm):
-    """The layer that users write since torch has none for CPUs: E[x**2] - E[x]**2, by autograd.
+    """The layer that users write for CPUs, for which torch has none.
 
-    Every rank must have a batch of the same size. Between ``gloo()``.
+    The variance is E[x**2] - E[x]**2, and autograd computes the gradients. Every rank must have a
+    batch of the same size. The layer works inside ``with gloo():``.
     """
 
     def _check_input_dim(self, input: Tensor) -> None:
@@ -60,7 +61,10 @@ class NaiveSyncBatchNorm(nn.modules.batchnorm._BatchNorm):
 
 @contextmanager
 def gloo() -> Iterator[None]:
-    """torch.distributed over gloo among the ranks of this job. Collective: every rank must call."""
+    """A context manager: torch.distributed uses gloo among the ranks of this job until it ends.
+
+    Collective: every rank must call.
+    """
     one_node = len(set(WORLD.allgather(socket.gethostname()))) == 1
     host = WORLD.bcast("127.0.0.1" if one_node else socket.gethostname())
     store = dist.TCPStore(host, 0, WORLD.size, True, wait_for_workers=False) if WORLD.rank == 0 else None
@@ -72,32 +76,32 @@ def gloo() -> Iterator[None]:
         yield
     finally:
         dist.destroy_process_group()
-        WORLD.Barrier()  # the store lives on rank 0
+        WORLD.Barrier()  # rank 0 holds the store, so it must not leave first
 
 
 def compiled(layer: nn.Module, run: Callable[[nn.Module], object]) -> tuple[nn.Module | None, str]:
-    """``layer`` under torch.compile, after a first ``run``; or, on all ranks, None and the reason.
+    """Compile ``layer`` by torch.compile and a first ``run``. Return it and "", or None and the reason.
 
-    Collective: every rank must call.
+    If it fails on one rank, all ranks return None. Collective: every rank must call.
     """
     reason = "" if shutil.which("g++") or shutil.which("clang++") else "no C++ compiler"
     fast = None
     if not reason:
         import torch._inductor.config
 
-        torch._inductor.config.compile_threads = 1  # a pool of processes has no place in a rank
-        torch._dynamo.reset()  # each case anew: no limit on how many shapes one code object is compiled for
+        torch._inductor.config.compile_threads = 1  # a rank should not start a pool of processes
+        torch._dynamo.reset()  # torch limits how often one code object is compiled: start anew
         try:
             fast = torch.compile(layer, dynamic=False)
             run(fast)
-        except Exception as error:  # whatever a compiler does not like
+        except Exception as error:  # a compiler may raise anything
             reason = f"torch.compile fails: {type(error).__name__}"
     reasons = [why for why in WORLD.allgather(reason) if why]
     return (None, reasons[0]) if reasons else (fast, "")
 
 
 def copies(x: Tensor) -> dict[str, Callable[[], object]]:
-    """Two ways to copy the memory of ``x`` (dense, in any format) into existing memory."""
+    """Return two functions that copy the memory of ``x`` (dense, in any format) into existing memory."""
     source = x.detach()
     target = torch.empty_like(source)
     arguments = target.data_ptr(), source.data_ptr(), source.numel() * source.element_size()

@@ -1,4 +1,4 @@
-"""All-reduces and a step of DistributedDataParallel, beside gloo: section reductions."""
+"""Time all-reduces and a step of DistributedDataParallel, beside gloo: section reductions."""
 
 from __future__ import annotations
 

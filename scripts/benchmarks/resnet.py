@@ -1,4 +1,4 @@
-"""A whole ResNet-50 training step: sections resnet and compiled."""
+"""Time a whole ResNet-50 training step: sections resnet and compiled."""
 
 from __future__ import annotations
 
@@ -22,7 +22,10 @@ QUICK_BATCH, QUICK_PIXELS = 2, 96
 
 
 class Bottleneck(nn.Module):
-    """1x1, 3x3, 1x1, and around them the identity, or a projection where the shape changes."""
+    """Convolutions of 1x1, 3x3 and 1x1, with a skip connection around them.
+
+    The skip connection is the identity, or a projection if the shape changes.
+    """
 
     def __init__(self, inside: int, width: int, stride: int) -> None:
         super().__init__()
@@ -42,7 +45,10 @@ class Bottleneck(nn.Module):
 
 
 def resnet50(classes: int = 1000) -> nn.Module:
-    """He, Zhang, Ren and Sun 2015, table 1, with today's usual stride in the 3x3 convolution."""
+    """ResNet-50 (He, Zhang, Ren and Sun 2015, table 1).
+
+    The stride is in the 3x3 convolution, as is usual today.
+    """
     layers = [*_convolution(3, 64, 7, 2), nn.ReLU(inplace=True), nn.MaxPool2d(3, 2, padding=1)]
     inside = 64
     for width, blocks in ((64, 3), (128, 4), (256, 6), (512, 3)):
@@ -53,9 +59,10 @@ def resnet50(classes: int = 1000) -> nn.Module:
 
 
 class Waiting(nn.BatchNorm2d):
-    """The local layer, and at each of its passes a bare all-reduce of the length that ours has.
+    """The local layer with a bare all-reduce in each forward and backward pass.
 
-    What waiting for each other costs, whoever computes: no synchronized layer does without.
+    The message is as long as that of our layer. The time includes the ranks' waiting for each other,
+    which no synchronized layer can avoid.
     """
 
     def forward(self, input: Tensor) -> Tensor:
@@ -79,7 +86,10 @@ def _convolution(inside: int, outside: int, kernel: int, stride: int = 1) -> tup
 
 
 def resnet(quick: bool) -> Iterator[dict[str, Any]]:
-    """Gradients are not averaged over ranks: that would be the same for both."""
+    """Time the step with torch's local layers and with ours.
+
+    Gradients are not averaged over ranks: that would take the same time in all models.
+    """
     batch, pixels = (QUICK_BATCH, QUICK_PIXELS) if quick else (BATCH, PIXELS)
     for name, memory in (("contiguous", torch.contiguous_format), ("channels_last", torch.channels_last)):
         torch.manual_seed(0)
@@ -96,13 +106,13 @@ def resnet(quick: bool) -> Iterator[dict[str, Any]]:
 
 
 def compiled(quick: bool) -> Iterator[dict[str, Any]]:
-    """The step under torch.compile, which takes minutes to make it.
+    """Time the step compiled by torch.compile. Compiling takes minutes.
 
-    The compiler turns everything to channels_last, so there is one memory format.
+    The compiler turns everything to channels_last, so only one memory format is measured.
     """
     import torch._inductor.config
 
-    torch._inductor.config.compile_threads = 1  # a pool of processes has no place in a rank
+    torch._inductor.config.compile_threads = 1  # a rank should not start a pool of processes
     batch, pixels = (QUICK_BATCH, QUICK_PIXELS) if quick else (BATCH, PIXELS)
     torch.manual_seed(0)
     local = resnet50()

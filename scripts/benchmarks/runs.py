@@ -1,4 +1,4 @@
-"""Result files of several runs as one: of each figure the middle, the lowest and the highest run."""
+"""Merge the result files of several runs: the median, the lowest and the highest run of each figure."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ class Run(NamedTuple):
     rows: list[Row]
 
 
-Sections = dict[str, list[Run]]  # by the name of the section, in the order of the files' names
+Sections = dict[str, list[Run]]  # the runs of each section, in the order of the files' names
 
 
 def load(folder: Path) -> Sections:
@@ -32,13 +32,16 @@ def load(folder: Path) -> Sections:
 
 
 def rows(sections: Sections, name: str) -> list[Row]:
-    """The rows of a section, each figure over the runs; none where the section was not measured."""
+    """The rows of a section, with each figure merged over the runs; none if it was not measured."""
     runs = [run.rows for run in sections.get(name, ())]
     return [merged(each) for each in zip(*runs, strict=True)]
 
 
 def lines(sections: Sections, name: str) -> list[Line]:
-    """The summary of a section, each figure over the runs."""
+    """The summary of a section, with each figure merged over the runs.
+
+    Lines without a figure are left out.
+    """
     runs = [summarize({name: run.rows}) for run in sections.get(name, ())]
     return [
         each[0]._replace(value=merged([line.value for line in each]))
@@ -48,9 +51,10 @@ def lines(sections: Sections, name: str) -> list[Line]:
 
 
 def merged(values: Sequence[Any]) -> Any:
-    """What several runs found at one place.
+    """Merge the values of several runs at one place.
 
-    A figure becomes the median of the runs' medians, and the lowest and the highest of them.
+    A figure becomes the median of the runs' medians, and the lowest and the highest of them. Other
+    values must be equal.
 
     Raises:
         ValueError: the runs did not measure the same cases.

@@ -1,7 +1,7 @@
-"""Exchanges at 2 to 64 ranks: time, and bytes that a rank sends. Section scaling.
+"""Measure exchanges at 2 to 64 ranks, their time and the bytes that a rank sends: section scaling.
 
-Started without mpiexec, the script starts mpiexec and itself for each size, twice: for the times,
-and with Open MPI's monitoring component for the bytes. It imports no torch.
+Without mpiexec, benchmark.py starts itself under mpiexec twice for each number of ranks: once for the
+times, and once with Open MPI's monitoring component for the bytes. It does not import torch.
 """
 
 from __future__ import annotations
@@ -21,10 +21,11 @@ from open_mpi import OVERSUBSCRIBED, SETTINGS
 SIZES = (2, 4, 8, 16, 32, 64)
 QUICK_SIZES = (2, 8, 64)
 CHANNELS = 512
-LIMIT = 240  # seconds for one size
+LIMIT = 240  # seconds for one run of mpiexec
 
-# Monitoring counts point-to-point messages, also those inside collectives. Collectives over shared
-# memory send none, and han differs within a node; without both, coll/tuned chooses as in a cluster.
+# The monitoring component counts point-to-point messages, also those inside collectives. Collectives
+# over shared memory send none, and the component han does something else within a node. Without these
+# components, coll/tuned chooses algorithms as it does on a cluster.
 _COUNTED = {
     "OMPI_MCA_pml_monitoring_enable": "1",
     "OMPI_MCA_coll": "^sm,han,adapt,xhc",
@@ -32,10 +33,10 @@ _COUNTED = {
 
 
 def launch(arguments: list[str], quick: bool) -> Iterator[tuple[dict[str, Any], dict[str, Any]]]:
-    """A row of results, and the environment of the ranks, for each size.
+    """Yield a row of results and the environment of the ranks, for each number of ranks.
 
     Args:
-        arguments: the command line that runs ``measure`` in each rank, without its report's path.
+        arguments: Python's arguments that run ``measure`` in each rank, without ``--json``.
     """
     mpiexec = shutil.which("mpiexec")
     if mpiexec is None:
@@ -64,12 +65,15 @@ def launch(arguments: list[str], quick: bool) -> Iterator[tuple[dict[str, Any], 
 
 
 def environment() -> dict[str, str]:
-    """The environment of mpiexec. A variable that is set already stays."""
+    """The environment variables for mpiexec. Variables that are already set keep their values."""
     return SETTINGS | OVERSUBSCRIBED | os.environ
 
 
 def _run(command: list[str], variables: dict[str, str]) -> str:
-    """Why the command failed, or "". timeout(1) signals mpiexec, which ends its ranks then."""
+    """Run a command with a time limit. Return the reason why it failed, or "".
+
+    At the limit, timeout(1) signals mpiexec, which then ends its ranks.
+    """
     limited = ["timeout", "--foreground", "--kill-after=20", str(LIMIT), *command]
     done = subprocess.run(
         limited, env=variables, stdin=subprocess.DEVNULL, capture_output=True, text=True, errors="replace"
@@ -78,14 +82,17 @@ def _run(command: list[str], variables: dict[str, str]) -> str:
         return ""
     if done.returncode in (124, 137):  # ended, or killed, by timeout
         return f"took more than {LIMIT} s"
-    # The exception of a rank, if that is what ended the job; mpiexec has much to say after it.
+    # Report the exception of a rank if one ended the job. mpiexec prints much after it.
     lines = done.stderr.strip().splitlines()
     telling = [line for line in lines if "Error: " in line] or lines or ["no message"]
     return f"mpiexec fails: {telling[0]}"
 
 
 def measure(quick: bool) -> Iterator[dict[str, Any]]:
-    """Time and bytes of the exchanges at the size of this job. Collective: every rank must call."""
+    """Measure the time and bytes of the exchanges among the ranks of this job.
+
+    Collective: every rank must call.
+    """
     import numpy as np
     from mpi4py import MPI
 
@@ -96,7 +103,7 @@ def measure(quick: bool) -> Iterator[dict[str, Any]]:
     world = MPI.COMM_WORLD
     group = mpisyncbn.Communicator().ready()
     x = np.random.default_rng(world.rank).normal(size=(4, CHANNELS, 2)).astype(np.float32)
-    # A batch that is long at 2 ranks would take seconds at 64 on two cores.
+    # At 64 ranks on two cores, as many calls in a row as at 2 ranks would take seconds.
     calls = max(4, 200 // world.size)
     row = exchanges.measure(group, x, seconds=1.0 if quick else 4.0, calls=calls)
     counter, reason = native.sent_counter()

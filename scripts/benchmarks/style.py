@@ -1,4 +1,7 @@
-"""How all pictures look: one colour for one thing, letters of 9 points and more on a page of 700 pixels."""
+"""The common style of all pictures.
+
+Each colour has one meaning. Letters have 9 points or more on a page of 700 pixels.
+"""
 
 from __future__ import annotations
 
@@ -10,12 +13,13 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-# Of Okabe and Ito's palette, which people who see fewer colours can tell apart; in grey they differ too.
+# The main colours are from Okabe and Ito's palette, which colour-blind people can tell apart. In grey
+# they differ too.
 OURS, OURS_LIGHT = "#0072B2", "#8CC4E6"
 LOCAL = "#E69F00"  # torch's local batch norm
-TORCH_SYNC = "#D55E00"  # torch.nn.SyncBatchNorm, and what it sends
+TORCH_SYNC = "#D55E00"  # torch.nn.SyncBatchNorm, and exchanges made as it does
 MPI = "#3C3C3C"  # MPI alone, called from C
-MODEL = "#EAF5F0"  # the ground of what is computed by a model, not measured
+MODEL = "#EAF5F0"  # the background of figures that a model computed
 WHOLE_BATCH = "#C4C4C4"  # batch norm of all samples in one process
 GREY, FAINT = "#5A5A5A", "#DDDDDD"
 WIDTH = 7.3  # inches: 700 pixels of a browser
@@ -41,7 +45,7 @@ _SETTINGS = {
 
 
 def figure(height: float) -> Figure:
-    """An empty figure as wide as a page, ``height`` inches high. Needs no display."""
+    """Make an empty figure, as wide as a page and ``height`` inches high. It needs no display."""
     import matplotlib
     from matplotlib.figure import Figure
 
@@ -65,5 +69,5 @@ def save(picture: Figure, path: Path, source: object = None) -> None:
 
 
 def fingerprint(source: Any) -> str:
-    """A short text that is another one where the data of a picture are."""
+    """A short text that changes if the data of a picture change."""
     return "data " + hashlib.sha256(json.dumps(source, sort_keys=True).encode()).hexdigest()[:16]

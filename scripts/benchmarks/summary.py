@@ -1,4 +1,4 @@
-"""The figures that the project answers for, each beside its bar, and every row as a line."""
+"""Compare the figures that the project answers for with their aims, and format rows as text."""
 
 from __future__ import annotations
 
@@ -23,20 +23,20 @@ from .cases import (
 )
 
 Row = dict[str, Any]
-SHORT_CHANNELS = 128  # up to here an exchange is judged by microseconds, above by ratio
+SHORT_CHANNELS = 128  # exchanges of up to so many channels are judged by microseconds, others by ratio
 
 
 class Line(NamedTuple):
     what: str
     value: Figures  # "median" and "minimum"; empty where nothing was measured
     bar: float
-    at_most: bool = True  # or at least
+    at_most: bool = True  # the aim is at most ``bar``, else at least
     unit: str = ""
     note: str = ""
 
     @property
     def met(self) -> bool | None:
-        """By the medians. None where nothing was measured."""
+        """Whether the median meets the aim; None if nothing was measured."""
         if not self.value:
             return None
         return self.value["median"] <= self.bar if self.at_most else self.value["median"] >= self.bar
@@ -51,7 +51,7 @@ class Line(NamedTuple):
 
 
 def summarize(sections: dict[str, list[Row]]) -> list[Line]:
-    """What can be said of the sections that were run."""
+    """The lines of the summary for the sections that were run."""
     judges = {
         "layer": _layer,
         "threads": _threads,
@@ -78,7 +78,7 @@ def geometric_mean(values: Iterable[float]) -> float:
 
 
 def over(combine: Callable[[list[float]], float], figures: Iterable[Figures]) -> Figures:
-    """``combine`` of the medians, and of the minima; empty if there are none."""
+    """Apply ``combine`` to the medians and to the minima. Return {} if there are no figures."""
     every = list(figures)
     return {label: combine([one[label] for one in every]) for label in STATISTICS} if every else {}
 
@@ -97,7 +97,7 @@ def _layer(rows: list[Row], name: str = "layer over local") -> list[Line]:
         what = f"{name}, float32, {which}, geometric mean"
         lines.append(Line(what, over(geometric_mean, ratios("float32", (which,))), bar))
     lines.append(Line(f"{name}, float32, worst", over(max, ratios("float32", both)), 1.0))
-    # 6 MB of bfloat16 are twice as many values; and the shapes that have 6 MB in float32.
+    # For bfloat16: the shapes that have 6 MB in bfloat16, then those that have 6 MB in float32.
     for size, label in (("bytes", "bfloat16"), ("values", "bfloat16, half as many bytes")):
         half = ratios("bfloat16", both, size)
         lines.append(Line(f"{name}, {label}, geometric mean", over(geometric_mean, half), 0.9))
@@ -160,7 +160,7 @@ def _tiny(rows: list[Row]) -> list[Line]:
 
 
 def _peers(rows: list[Row]) -> list[Line]:
-    """How many times slower the naive layer is than ours, as a mean and where it comes closest."""
+    """How many times slower the naive layer is than ours: the mean, and the smallest of all cases."""
     name, lines = "naive over gloo", []
     for label, bar, is_tiny in (("6 MB and more", 5.0, False), ("tiny", 10.0, True)):
         slower = [
@@ -241,7 +241,10 @@ def _activations(rows: list[Row]) -> list[Line]:
 
 
 def _reductions(rows: list[Row]) -> list[Line]:
-    """Times slower than ours: small messages, up to 100 KB; and a step of 100 MB of gradients."""
+    """How many times slower gloo is than ours.
+
+    The lines are for messages of up to 100 KB, and for a step with 100 MB of gradients.
+    """
     lines = []
     for row in rows:
         slower = {figure: 1 / value for figure, value in row["ours to"]["gloo"].items()}
@@ -267,7 +270,7 @@ def _scaling(rows: list[Row]) -> list[Line]:
 
 
 def row_text(section: str, row: Row) -> str:
-    """One row as a line: medians, minima in parentheses."""
+    """Format a row as text: medians, with minima in parentheses."""
     if "shape" in row:
         case = f"{row['family']} {tuple(row['shape'])} {row['dtype']} {row['format']}"
     else:

@@ -1,4 +1,4 @@
-"""The page docs/results/benchmark.md: every figure of the result files, over their runs."""
+"""Write the page docs/results/benchmark.md: the figures of the result files, merged over the runs."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ def summary(sections: runs.Sections) -> str:
 
 
 def _measured(found: list[runs.Run], name: str) -> str:
-    """When and where the runs of a section were."""
+    """A Markdown list item that says when and where a section was measured."""
     first = found[0].environment
     ranks = f"{first['ranks']} rank{'' if first['ranks'] == 1 else 's'}"
     threads = first.get("threads", 1)
@@ -141,7 +141,7 @@ def _reductions(rows: list[Row]) -> str:
     return table(("what", "bytes", *names, f"{names[0]} / {names[1]}"), lines)
 
 
-# Title, how to make it, and the sections it takes.
+# The title of each table, the function that makes it, and the sections that it shows.
 _TABLES: tuple[tuple[str, Callable[[list[Row]], str], tuple[str, ...]], ...] = (
     ("The layer", _layer, ("layer", "tiny")),
     ("The layer with several threads a rank", _layer, ("threads",)),
@@ -160,7 +160,7 @@ def _case(row: Row) -> tuple[str, str]:
 
 
 def spread(figures: Figures | None) -> str:
-    """The run in the middle; in parentheses the lowest and the highest, where there are several."""
+    """Format the median run, with the lowest and the highest in parentheses if these differ."""
     if not figures:
         return ""
     low, middle, high = (f"{figures[key]:.2f}" for key in ("lowest", "median", "highest"))

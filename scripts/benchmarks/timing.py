@@ -1,4 +1,4 @@
-"""Peers in turn, in the same processes, all ranks starting together; the slowest rank counts."""
+"""Time peers in turn in the same processes. All ranks start together, and the slowest rank counts."""
 
 from __future__ import annotations
 
@@ -25,13 +25,15 @@ def interleave(
     fewest: int = 5,
     most: int = 1000,
 ) -> dict[str, Figures]:
-    """Microseconds of one call of each peer: over the rounds, then over the ranks the largest.
+    """Time one call of each peer in microseconds.
+
+    The figures are the median and the minimum over the rounds; of each, the largest over the ranks.
 
     Args:
-        peers: each makes ``calls`` calls, which are timed as one.
-        seconds: how long to go on, within ``fewest`` and ``most`` rounds.
-        reset: what to do after each peer, untimed.
-        warm: rounds before the first that counts.
+        peers: functions that make ``calls`` calls each, which are timed together.
+        seconds: the time for all rounds, of which there are from ``fewest`` to ``most``.
+        reset: a function to call after each peer, untimed.
+        warm: the number of rounds that come first and do not count.
 
     Collective: every rank must call.
     """
@@ -64,7 +66,7 @@ def interleave(
 
 
 def often(once: Callable[[], object], calls: int) -> Callable[[], None]:
-    """A function that makes so many calls, for ``interleave``."""
+    """Return a function that calls ``once`` ``calls`` times, for ``interleave``."""
 
     def run() -> None:
         for _ in repeat(None, calls):
@@ -74,9 +76,9 @@ def often(once: Callable[[], object], calls: int) -> Callable[[], None]:
 
 
 def copy_fraction(figures: dict[str, Figures], peer: str, tensors: int) -> Figures:
-    """The share of the memory's speed that ``peer`` reaches, which moves ``tensors`` tensors.
+    """The fraction of the speed of copying that ``peer`` reaches, if it moves ``tensors`` tensors.
 
-    The limit is the faster of two ways to copy into existing memory, which moves two tensors.
+    A copy reads one tensor and writes another, so it moves two. The faster of two ways to copy counts.
     """
     return {
         label: tensors / 2 * min(figures["copy_"][label], figures["memmove"][label]) / figures[peer][label]
@@ -85,14 +87,17 @@ def copy_fraction(figures: dict[str, Figures], peer: str, tensors: int) -> Figur
 
 
 def rounded(value: object) -> object:
-    """For the file: four significant digits are more than a measurement has."""
+    """Round all floats to four significant digits, more than a measurement has."""
     if isinstance(value, dict):
         return {key: rounded(item) for key, item in value.items()}
     return float(f"{value:.4g}") if isinstance(value, float) else value
 
 
 def keep_freed_memory() -> None:
-    """mallopt of glibc: no block has a mapping of its own, and nothing is given back."""
+    """Make glibc keep freed memory for later use.
+
+    Blocks below 1 GiB get no mapping of their own, and nothing is returned to the system.
+    """
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
     if mallopt is not None:
         for parameter, value in ((-3, 1 << 30), (-1, 2**31 - 1)):  # M_MMAP_THRESHOLD, M_TRIM_THRESHOLD

@@ -1,7 +1,7 @@
-"""The cost of the watchdog for an exchange: section watchdog.
+"""Time what the watchdog costs an exchange: section watchdog.
 
-Beside it, in turn, runs the same code without the lines that tell the watchdog what the rank is
-doing. The watchdog's two threads, which look at that four times a second, run in both.
+The exchange runs in turn with the same code without the lines that tell the watchdog what the rank is
+doing. The watchdog's two threads, which look four times a second, run in both cases.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ def watchdog(quick: bool) -> Iterator[dict[str, Any]]:
 
 
 def without_marks() -> ModuleType:
-    """exchange.py, but what it is doing is nowhere to be seen."""
+    """A copy of mpisyncbn.exchange that does not tell the watchdog what the rank is doing."""
     text, marks = re.subn(r"\b\w+(\.\w+)*\.current_call = .*", "pass", Path(exchange.__file__).read_text())
     if not marks:
         raise RuntimeError("expected exchange.py to say what it is doing, found no such line")

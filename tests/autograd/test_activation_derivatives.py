@@ -1,4 +1,4 @@
-"""Derivatives of layers that end in an activation: every order and both modes, and what trains with them."""
+"""Derivatives of layers that end in an activation: of every order, in both modes, and in training."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from support.oracle import distance, local_batch, shard
 from support.ranks import WORLD, together, up_to_two
 
 every_activation = pytest.mark.parametrize("activation", ACTIVATIONS)
-# Finite differences take long; what one rank more changes, one activation shows.
+# Finite differences take long. One activation is enough to test another number of ranks.
 up_to_three = pytest.mark.skipif(WORLD.size > 3, reason="one activation is enough at more than three ranks")
 with_and_without_residual = pytest.mark.parametrize("with_residual", [False, True])
 
@@ -29,7 +29,7 @@ with_and_without_residual = pytest.mark.parametrize("with_residual", [False, Tru
     [each if each == "silu" else pytest.param(each, marks=up_to_three) for each in ACTIVATIONS],
 )
 def test_gradcheck_and_gradgradcheck_over_ranks(activation, with_residual):
-    """With a residual, on ranks without samples too."""
+    """With a residual, some ranks have no samples."""
     sizes = ONE_EMPTY if with_residual else UNEVEN
     arguments = inputs(sizes, 2, 2)[: 4 if with_residual else 3]
     z = whole_batch_function(sizes)(*arguments).detach()
@@ -43,7 +43,10 @@ def test_gradcheck_and_gradgradcheck_over_ranks(activation, with_residual):
 @with_and_without_residual
 @every_activation
 def test_gradients_at_the_kinks(activation, with_residual):
-    """Weights of 0, as some networks start with, put every value there: the side is the one torch takes."""
+    """If the activation's input is exactly at a kink, the gradient is the one that torch takes.
+
+    With weights of 0, as some networks have at the start, the input of the activation is the bias.
+    """
     places = torch.tensor([-3.0, 0.0, 3.0])
     layer = SyncBatchNorm(3, activation=activation)
     with torch.no_grad():
@@ -51,7 +54,7 @@ def test_gradients_at_the_kinks(activation, with_residual):
         layer.bias.copy_(places)
     x = shard((local_batch(), 3, 4), 1).requires_grad_()
     found = []
-    for twice in (False, True):  # by the kernels, and by operations that are differentiated again
+    for twice in (False, True):  # by the kernels, then by differentiable operations
         y = layer(x, torch.zeros_like(x) if with_residual else None)
         found += torch.autograd.grad(y.sum(), layer.bias, create_graph=twice)
     z = places.clone().requires_grad_()
@@ -65,7 +68,10 @@ def test_gradients_at_the_kinks(activation, with_residual):
 @with_and_without_residual
 @every_activation
 def test_forward_mode_and_torch_func(activation, with_residual):
-    """As torch has them of the composition, whose other part test_autograd.py has."""
+    """A layer's derivatives are those of a layer without an activation, followed by torch's activation.
+
+    tests/autograd/test_autograd.py tests a layer without an activation.
+    """
     x, residual, t, u = (shard((local_batch(), 3, 4), seed, dtype=torch.float64) for seed in range(4))
     weight, bias = (torch.tensor([1.0, -0.7, 2.0]).double() * k for k in (1, 0.3))
     names = ["x", "weight", "bias", "residual"][: 4 if with_residual else 3]
@@ -96,7 +102,7 @@ def test_forward_mode_and_torch_func(activation, with_residual):
                 tangent(function),
                 torch.func.jvp(function, tuple(values), tuple(tangents))[1],
                 *gradient(*values),
-                torch.func.jvp(lambda x, g=gradient: g(x, *values[1:])[0], (x,), (t,))[1],  # H t
+                torch.func.jvp(lambda x, g=gradient: g(x, *values[1:])[0], (x,), (t,))[1],  # Hessian * t
                 *torch.func.vjp(function, *values)[1](u),
             ]
         )
@@ -116,7 +122,7 @@ def test_vmap_over_the_input_is_refused(activation):
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @every_activation
 def test_second_derivatives_of_half_input(activation, dtype, with_residual):
-    """In float32 inside, as the fused path."""
+    """Second derivatives of half-precision input are computed in float32, like first derivatives."""
     x, dy, v, added = (shard((local_batch(), 3, 4, 4), seed, dtype=dtype) for seed in range(1, 5))
     results = []
     for wide in (False, True):
@@ -139,7 +145,7 @@ def test_second_derivatives_of_half_input(activation, dtype, with_residual):
 @with_and_without_residual
 @every_activation
 def test_autocast(activation, with_residual):
-    """Half precision from a linear layer; parameters in float32."""
+    """A linear layer gives the layer half-precision input. The parameters are in float32."""
     torch.manual_seed(0)
     linear, layer = nn.Linear(4, 3), SyncBatchNorm(3, activation=activation)
     x, added = shard((local_batch(), 4), 1), shard((local_batch(), 3), 2, dtype=torch.bfloat16)
@@ -181,7 +187,10 @@ def test_checkpoints(activation, with_residual, use_reentrant):
 
 @up_to_two
 def test_distributed_data_parallel():
-    """A block for each activation, fused on conversion: gradients of one process with the whole batch."""
+    """The gradients are those of one process that has the whole batch.
+
+    The model has a block for each activation, which conversion fuses.
+    """
     init_process_group()
     try:
         torch.manual_seed(0)
@@ -194,7 +203,7 @@ def test_distributed_data_parallel():
         generator = torch.Generator().manual_seed(1)
         x = torch.randn(sum(sizes), 4, dtype=torch.float64, generator=generator)
         mine = x[sum(sizes[: WORLD.rank]) :][: sizes[WORLD.rank]]
-        (ddp(mine).pow(2).sum() * WORLD.size).backward()  # DistributedDataParallel divides by the ranks
+        (ddp(mine).pow(2).sum() * WORLD.size).backward()  # DDP divides by the number of ranks
         whole(x).pow(2).sum().backward()
     finally:
         torch.distributed.destroy_process_group()

@@ -1,4 +1,4 @@
-"""activation= of layers and functions: texts and modules of torch.nn, one value inside."""
+"""``activation`` of layers and functions: a text, or a torch.nn module that does the same."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from support.oracle import local_batch, shard
 from support.ranks import no_exchange, together, up_to_two
 from support.versions import compiles
 
-# What is given, the activation that it is, and its text.
+# Values that users give, the activations that they stand for, and the texts of these.
 GIVEN = [
     *((text, activations.activation_of(module), text) for text, module in TORCHS.items() if text),
     *((module, activations.activation_of(text), text) for text, module in TORCHS.items() if text),
@@ -32,13 +32,16 @@ GIVEN = [
     (nn.GELU(approximate="none"), Activation(Kind.GELU), "gelu"),
 ]
 ODD = {key: make for key, make in odd_activations().items() if key not in map(repr, activations._BY_NAME)}
-ACCEPTED = ("'elu( .5 )'", "'leaky_relu(-0.0)'", "'elu(1_0)'")  # by float()
+ACCEPTED = ("'elu( .5 )'", "'leaky_relu(-0.0)'", "'elu(1_0)'")  # float() reads these numbers
 
 
 @no_exchange
 @pytest.mark.parametrize(("given", "activation", "text"), GIVEN, ids=str)
 def test_what_is_given(given, activation, text):
-    """In the constructor, as an attribute, in a function: the module is no part of the layer."""
+    """The constructor, the attribute and the function take the same values.
+
+    A module that is given does not become a submodule of the layer.
+    """
     built, layer = SyncBatchNorm(3, activation=given), SyncBatchNorm(3)
     layer.activation = given
     for each in (built, layer, copy.deepcopy(layer), pickle.loads(pickle.dumps(layer))):
@@ -91,7 +94,7 @@ def test_a_parameter_that_changes_at_each_step_leaves_nothing():
 @compiles
 @up_to_two
 @pytest.mark.usefixtures("fresh_compiler")
-@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of torch, about itself
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # torch warns about itself
 def test_texts_and_modules_are_compiled_in_one_graph_without_a_warning():
     given = [ACTIVATIONS[3], nn.LeakyReLU(0.3), nn.GELU("tanh"), nn.SiLU(inplace=True)]
     x = shard((local_batch(), 3), 1)

@@ -1,4 +1,4 @@
-"""docs/guides/activations.md: each cell of its tables is read, and tried."""
+"""Each cell of the tables in docs/guides/activations.md, except those on masks, is read and tried."""
 
 from __future__ import annotations
 
@@ -31,7 +31,10 @@ SHAPE = (4, 3, 5)
 
 
 def table(heading: str) -> dict[str | None, dict[str, str]]:
-    """The rows of the table below a heading, by the first cell of each; None for the row "none"."""
+    """Return the rows of the table below a heading, by their first cells.
+
+    The first cell "none" becomes None. A row is a dict of its other cells by column.
+    """
     section = PAGE.partition(f"## {heading}\n")[2].partition("\n## ")[0]
     first, _, *rest = re.findall(r"^\| (.*) \|$", section, re.MULTILINE)
     columns = first.split(" | ")[1:]
@@ -54,7 +57,7 @@ def cells(rows: dict[str | None, dict[str, str]], *columns: str) -> list[Any]:
 
 
 def tensors(dtype: torch.dtype = torch.float64) -> list[Tensor]:
-    """x, residual, dy and a direction."""
+    """Return x, residual, dy and a direction for directional derivatives."""
     return [shard(SHAPE, seed, dtype=dtype) for seed in range(1, 5)]
 
 
@@ -74,7 +77,7 @@ def test_the_tables_have_a_row_for_each_activation():
 
 
 def kept_by(layer: SyncBatchNorm, x: Tensor, residual: Tensor | None = None) -> str:
-    """The names of the tensors of the input's size that autograd keeps."""
+    """Return the names of the tensors of the input's size that autograd keeps."""
     kept: list[Tensor] = []
     with torch.autograd.graph.saved_tensors_hooks(
         lambda tensor: (kept.append(tensor.detach()), tensor.detach())[1], lambda t: t
@@ -100,7 +103,10 @@ def test_what_is_kept(activation, column, cell):
     ("activation", "column", "cell"), cells(KEPT, "computed again", "computed again with a residual")
 )
 def test_what_is_computed_again(activation, column, cell):
-    """A pass that computes the activation's input again finds another one if the bias is another."""
+    """The page says how many passes over memory compute the activation's input again.
+
+    The result of such a pass changes with the bias.
+    """
     (x, residual, dy, _), function = tensors(), activation_of(activation)
     vectors, weight, bias = (np.zeros(3), np.ones(3)), torch.ones(3).double(), torch.zeros(3).double()
     if "residual" not in column:
@@ -120,7 +126,7 @@ def test_what_is_computed_again(activation, column, cell):
 
 
 def one_step(activation, column, dtype=torch.float64, wrap=lambda layer: layer):
-    """A fused layer's results, each beside that of its parts in float64."""
+    """Return pairs: a result of the fused layer, and that of separate operations in float64."""
     layer = layer_of(activation, dtype)
     plain = copy.deepcopy(layer).double()
     plain.activation = None
@@ -136,7 +142,7 @@ def one_step(activation, column, dtype=torch.float64, wrap=lambda layer: layer):
 
 
 def derivative(activation, column):
-    """A derivative of the fused layer and of its parts."""
+    """Return a list of one pair: a derivative of the fused layer, and that of separate operations."""
     x, _, dy, direction = tensors()
     weight = torch.tensor([1.0, -0.7, 2.0]).double()
 
@@ -214,7 +220,7 @@ def test_what_memory_efficient_keeps():
 
 @needs_native
 def test_what_memory_efficient_computes_again():
-    """Neither pass needs the activation's bias: the output tells its input."""
+    """Both passes compute the activation's input from the output, without the bias in the context."""
     y, _, dy, _ = tensors()
     vectors, weight, bias = (np.zeros(3), np.ones(3)), torch.ones(3).double(), torch.zeros(3).double()
     function = activation_of("leaky_relu")
@@ -260,7 +266,7 @@ def test_what_works_with_memory_efficient(column):
 
 
 def kept_by_graph(compiled: Any, x: Tensor) -> str:
-    """x if a compiled graph keeps it, and y if that."""
+    """Return the names of those of x and y that a compiled graph keeps."""
     kept: list[int] = []
     with torch.autograd.graph.saved_tensors_hooks(
         lambda tensor: (kept.append(tensor.data_ptr()), tensor.detach())[1], lambda t: t
@@ -270,7 +276,10 @@ def kept_by_graph(compiled: Any, x: Tensor) -> str:
 
 
 def test_on_which_kernels_memory_efficient_works():
-    """tests/kernels/test_from_output.py has the first three, and test_cuda.py that others keep x."""
+    """The page lists the modules that keep y, and those that keep x.
+
+    tests/kernels/test_from_output.py tries the former, tests/gpu/test_cuda.py the latter.
+    """
     row = KERNELS["memory_efficient"]
     assert {module for module in row if row[module] == "torch"} == {"cpu", "aten", "generic"}
     assert {module for module in row if row[module] == "keeps x"} == {"cuda", "aten_cuda", "dlpack"}
@@ -305,7 +314,7 @@ def test_kernels(activation, cell, kernels):
     x, residual, dy, _ = tensors(torch.float32)
     vectors = [torch.tensor([1.0, -0.7, 2.0]), torch.tensor([0.3, 0.0, -0.4])]
     libraries = {"torch": lambda tensor: tensor}
-    if kernels in (cpu, aten, generic):  # the others are called by way of a copy to a device
+    if kernels in (cpu, aten, generic):  # the others copy tensors to a device
         libraries["NumPy"] = lambda tensor: tensor.numpy()
     for library, convert in libraries.items():
         arrays = [convert(each) for each in (x, dy, *vectors)]

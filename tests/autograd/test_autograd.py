@@ -1,4 +1,4 @@
-"""Derivatives across ranks: every order and both modes, eager, under torch.func and when checkpointed."""
+"""Derivatives across ranks: of every order, in both modes, under torch.func and with checkpoints."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def test_gradcheck_and_gradgradcheck_over_ranks():
 
 
 def test_second_derivatives_in_float32_of_half_input():
-    """The composite path takes the same dtypes as the fused one."""
+    """Second derivatives exist for the same input dtypes as first derivatives."""
     for dtype in (torch.float32, torch.bfloat16, torch.float16):
         x = shard((local_batch(), 3, 4, 4), 1, dtype=dtype).requires_grad_()
         weight = torch.ones(3, requires_grad=True)
@@ -100,12 +100,12 @@ def test_torch_func():
     (pulled,) = pullback(torch.ones_like(value))
     _, hvp = torch.func.jvp(torch.func.grad(loss), (x,), (t,))
     twice = torch.func.grad(lambda x: (torch.func.grad(loss)(x) * t).sum())(x)
-    # y is unchanged where x is scaled, so the loss is too
+    # with eps 0, scaling x does not change y, so the derivative of y along x is 0
     _, along = torch.func.jvp(lambda x: mpisyncbn.sync_batch_norm(x, None, None, eps=0.0), (x,), (x,))
     jacobian = torch.func.jacrev(lambda x: mpisyncbn.sync_batch_norm(x, None, None).pow(3).sum((0, 2)))(x)
     assert distance(gradient, expected.detach()) < 1e-12
     assert distance(pulled, expected.detach()) < 1e-12
-    # a Hessian is symmetric, so forward over reverse is reverse over reverse
+    # a Hessian is symmetric, so forward over reverse equals reverse over reverse
     assert distance(hvp, expected_hvp) < 1e-10
     assert distance(twice, expected_hvp) < 1e-10
     assert along.abs().max() < 1e-9
@@ -113,13 +113,13 @@ def test_torch_func():
 
 
 def test_batched_derivatives():
-    """jacfwd, hessian and batched gradients batch what flows, never the input."""
+    """jacfwd, hessian and batched gradients work: they batch tangents or gradients, not the input."""
     x, weight = shard((local_batch(5), 2), 21, dtype=torch.float64), torch.ones(2, dtype=torch.float64)
 
     def loss(x: Tensor, weight: Tensor = weight) -> Tensor:
         return mpisyncbn.sync_batch_norm(x, None, None, weight).pow(3).sum(0)
 
-    # every rank batches as many directions, so take the Jacobian with respect to the weight
+    # every rank must batch equally many directions: the weight has equally many values on all ranks
     forward = torch.func.jacfwd(loss, argnums=1)(x, weight)
     reverse = torch.func.jacrev(loss, argnums=1)(x, weight)
     hessian = torch.func.hessian(lambda w: loss(x, w).sum())(weight)
@@ -135,7 +135,7 @@ def test_batched_derivatives():
 
 @pytest.mark.parametrize("shape", [(3, 4), (3, 4, 5), (3, 4, 5, 6), (3, 4, 2, 3, 2)], ids=str)
 def test_the_output_may_be_changed_in_place(shape):
-    """As ReLU(inplace=True) does; in every layout."""
+    """The output may be changed in place, as ReLU(inplace=True) does it, in every memory layout."""
     x, dy = shard(shape, 22), shard(shape, 23)
     for laid in (x, x.movedim(1, -1).contiguous().movedim(-1, 1), x.repeat_interleave(2, -1)[..., ::2]):
         results = []

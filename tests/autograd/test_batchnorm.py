@@ -1,4 +1,4 @@
-"""SyncBatchNorm against torch.nn.BatchNorm of the whole batch, and as a module."""
+"""SyncBatchNorm compared with torch's BatchNorm on the whole batch, and as a module of torch."""
 
 from __future__ import annotations
 
@@ -47,7 +47,10 @@ def whole_batch(x: torch.Tensor) -> torch.Tensor:
     ids=str,
 )
 def test_like_torch_on_the_whole_batch(inner, options):
-    """Three uneven steps of training, then evaluation: outputs, gradients and buffers."""
+    """Outputs, gradients and buffers are those of one process that has the whole batch.
+
+    Three training steps have uneven batches. An evaluation follows.
+    """
     ours = mpisyncbn.SyncBatchNorm(inner[0], **options)
     theirs = LOCAL.get(len(inner) + 1, nn.BatchNorm3d)(inner[0], **options).double()
     if len(inner) > 4:
@@ -73,7 +76,7 @@ def test_like_torch_on_the_whole_batch(inner, options):
     exchanges = exchanges_done()
     if ours.track_running_stats:
         assert distance(ours(x).detach(), theirs(x.detach().double())) < 1e-5
-    else:  # then this rank's own batch decides, as in torch
+    else:  # then it uses this rank's own batch, as torch does
         assert (
             distance(ours(x).detach(), nn.functional.batch_norm(x.detach(), None, None, training=True)) < 1e-5
         )
@@ -95,7 +98,7 @@ def test_one_exchange_each_way():
         counts.append(exchanges_done())
         y.sum().backward()
         counts.append(exchanges_done())
-        layer(x.detach())  # nothing but parameters wants a gradient, and those are this rank's own sums
+        layer(x.detach())  # only parameters require a gradient, and theirs are this rank's own sums
         assert [b - a for a, b in itertools.pairwise(counts)] == [1, 1]
 
 
@@ -112,7 +115,7 @@ def test_running_statistics_are_the_same_bits_everywhere_after_100_uneven_steps(
 @pytest.mark.parametrize("ratio", [0.0, 1.0, 30.0, 1e3, 1e6])
 @pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last], ids=str)
 def test_accuracy_in_float32(ratio, memory_format):
-    """Variance within 1e-6, y and dx within 1e-5 of their scale."""
+    """Errors are below 1e-6 of the variance, and below 1e-5 of the largest y and dx."""
     shape = (4 + WORLD.rank, 16, 28, 28)
     x = shard(shape, 1, ratio).contiguous(memory_format=memory_format).requires_grad_()
     dy = shard(shape, 2).contiguous(memory_format=memory_format)
@@ -175,7 +178,7 @@ def test_empty_batches():
     before = copy.deepcopy(layer.state_dict())
     for dtype in (torch.float32, torch.bfloat16, torch.float16):
         x = torch.zeros(0, 3, 4, 4, dtype=dtype, requires_grad=True)
-        layer(x).sum().backward()  # nobody has data
+        layer(x).sum().backward()  # no rank has data
         assert x.grad.shape == x.shape
     for name, value in layer.state_dict().items():
         assert torch.equal(value, before[name])
@@ -199,7 +202,7 @@ def test_empty_batches():
     ids=lambda m: f"{type(m).__name__} {m.dtype}",
 )
 def test_a_momentum_that_is_a_tensor(momentum):
-    """By the layer, its copies and functions: the same as by the number, as with torch's layers."""
+    """The layer, its copies and the functions take a 0-d momentum like a number, as torch's layers do."""
     layer, expected = mpisyncbn.SyncBatchNorm(3, momentum=momentum), nn.BatchNorm1d(3, momentum=momentum)
     pickled, running = pickle.loads(pickle.dumps(layer)), (torch.zeros(3), torch.ones(3))
     copied, updated = copy.deepcopy(layer), (torch.zeros(3), torch.ones(3))
@@ -222,7 +225,7 @@ def test_a_momentum_that_is_a_tensor(momentum):
 
 @pytest.mark.parametrize("momentum", [0.1, None])
 def test_a_layer_without_a_count(momentum):
-    """As torch's: where the average would be cumulative, nothing enters."""
+    """Without num_batches_tracked, statistics change as torch's do: not at all if momentum is None."""
     layer, expected = mpisyncbn.SyncBatchNorm(3, momentum=momentum), nn.BatchNorm1d(3, momentum=momentum)
     layer.num_batches_tracked = expected.num_batches_tracked = None
     x = shard((4, 3), 1, 2.0)
@@ -259,7 +262,7 @@ def test_state_dict_both_ways(options):
     for name, value in ours.state_dict().items():
         assert torch.equal(value, fresh.state_dict()[name])
     old = {k: v for k, v in theirs.state_dict().items() if k != "num_batches_tracked"}
-    fresh.load_state_dict(old, strict=True)  # checkpoints from before it existed have no version
+    fresh.load_state_dict(old, strict=True)  # older checkpoints lack it and have no version
 
 
 def test_the_constructor_is_torchs():
@@ -290,7 +293,7 @@ def test_reset_without_a_bias():
 
 
 def test_parameters_are_trained_like_the_whole_batch():
-    """Twenty steps of SGD with averaged gradients, float64: the parameters of one process on everything."""
+    """Twenty steps of SGD in float64 give the parameters of one process that has the whole batch."""
     torch.manual_seed(3)
     net = nn.Sequential(nn.Linear(4, 8), nn.BatchNorm1d(8), nn.Tanh(), nn.Linear(8, 1)).double()
     ours = mpisyncbn.convert_sync_batchnorm(copy.deepcopy(net))
@@ -327,7 +330,7 @@ def test_any_split_shape_dtype_and_layout(sizes, inner, dtype, layout, affine):
     y.backward(dy)
     expected = oracle(x, dy)
     unbiased = expected.var * expected.count / (expected.count - 1)
-    # With few values the variance may be next to nothing, and dx as large as that makes it.
+    # With few values the variance may be almost 0, which makes dx large.
     scale = (1 / (expected.var.min() + 1e-5).sqrt()) * 10
     tolerance = {torch.float64: 1e-9, torch.float32: 1e-5, torch.bfloat16: 1e-2, torch.float16: 2e-3}[dtype]
     with together():

@@ -1,4 +1,4 @@
-"""torch.compile in one graph: the same numbers, and every exchange, whatever the compiler thinks of it."""
+"""A layer that torch.compile compiles in one graph has the eager results and makes all exchanges."""
 
 from __future__ import annotations
 
@@ -22,8 +22,8 @@ from support.oracle import distance, shard
 from support.ranks import WORLD, up_to_two
 from support.versions import compiles, since_2_12
 
-# Tracing is what is tested; "aot_eager" splits and functionalizes the graph as Inductor does, in a
-# tenth of the time. One test goes all the way.
+# These are tests of tracing. "aot_eager" splits and functionalizes the graph as Inductor does, in a
+# tenth of the time. One test uses Inductor.
 BACKEND = "aot_eager"
 # torch's compiler warns about itself
 pytestmark = [
@@ -44,7 +44,7 @@ def model() -> nn.Module:
 
 
 def train(net, forward, steps: int, dtype: torch.dtype = torch.float32):
-    """The outputs, and what the model was left with."""
+    """Train, and return the outputs, the gradients of the parameters, and the buffers."""
     outputs = []
     for step in range(steps):
         y = forward(shard((2 + WORLD.rank + step, 2, 6, 6), step, dtype=dtype))
@@ -54,7 +54,10 @@ def train(net, forward, steps: int, dtype: torch.dtype = torch.float32):
 
 
 def test_fullgraph_training_is_the_same():
-    """Uneven batches that change from step to step: static shapes first, then dynamic ones."""
+    """Uneven batches have another size at each step.
+
+    The compiler first takes static shapes, then dynamic ones.
+    """
     eager, net = model(), model()
     expected = train(eager, eager, 3)
     got = train(net, torch.compile(net, fullgraph=True, backend=BACKEND), 3)
@@ -65,7 +68,7 @@ def test_fullgraph_training_is_the_same():
 @slow
 @pytest.mark.parametrize(("dynamic", "momenta"), [(True, (0.1, 0.3, 1.0, 0.7)), (None, [torch.tensor(0.25)])])
 def test_a_momentum_that_changes_or_is_a_tensor(dynamic, momenta):
-    """The compiler makes a symbol of one that changes; a tensor may have no value to be looked at."""
+    """The compiler makes a symbol of a momentum that changes. A fake tensor has no value to read."""
     layer = mpisyncbn.SyncBatchNorm(3)
     eager, x = copy.deepcopy(layer), shard((3 + WORLD.rank, 3), 1, 2.0)
     compiled = torch.compile(layer, fullgraph=True, dynamic=dynamic, backend=BACKEND)
@@ -81,7 +84,10 @@ def test_a_momentum_that_changes_or_is_a_tensor(dynamic, momenta):
 
 
 def forwards(layer, forward, x):
-    """Three forward passes, then two backward passes of the same: what comes of it for x and the layer."""
+    """Run several forward passes, and two backward passes of the first two.
+
+    Return the gradients of x, weight and bias, and the running statistics.
+    """
     x = x.clone().requires_grad_()
     first, second = forward(x), forward(x + 1)
     with torch.no_grad():
@@ -126,7 +132,7 @@ def test_several_forwards_before_a_backward(kind):
 
 @slow
 def test_graphs_that_take_turns():
-    """Layers compiled one by one, and a net that a loss goes through twice, as in a GAN."""
+    """Layers are compiled one by one, and a compiled net runs twice for one loss, as in a GAN."""
 
     def gradients(compiled):
         torch.manual_seed(0)
@@ -147,7 +153,7 @@ def test_graphs_that_take_turns():
 @slow
 @pytest.mark.skipif(shutil.which("g++") is None, reason="Inductor compiles C++, and there is no g++")
 def test_all_the_way_to_machine_code(monkeypatch):
-    """Results are right, and every exchange happens, in order, used or not."""
+    """Results are right, and all exchanges happen in order, even those with unused results."""
     layers = nn.ModuleList(mpisyncbn.SyncBatchNorm(2) for _ in range(3))
     calls = []
 
@@ -177,7 +183,10 @@ def test_all_the_way_to_machine_code(monkeypatch):
 @slow
 @since_2_12
 def test_evaluation_and_training_before_one_backward():
-    """Split as Inductor splits, which computes cheap operations a second time in the backward."""
+    """The gradient of evaluation uses the statistics of its forward pass.
+
+    The graph is split as Inductor splits it: the backward pass computes cheap operations again.
+    """
 
     def as_it_is(graph, inputs):
         return make_boxed_func(graph.forward)
@@ -211,7 +220,7 @@ def test_other_dtypes(dtype):
 
 
 def test_no_exchange_is_dropped_or_merged():
-    """An unused result, and the same layer twice on the same input."""
+    """A call with an unused result and two calls on the same input all make their exchanges."""
     layer = mpisyncbn.SyncBatchNorm(3)
 
     def function(x):
@@ -231,7 +240,7 @@ def test_no_exchange_is_dropped_or_merged():
 
 @slow
 def test_one_rank_may_be_compiled_and_another_not():
-    """So it is where the compiler gives up on one rank: the layer has one name either way."""
+    """The compiler may give up on one rank alone. The layer has the same name, compiled or not."""
     layer = mpisyncbn.SyncBatchNorm(3)
     forward = torch.compile(layer, backend=BACKEND) if WORLD.rank == 0 else layer
     for step in range(2):
@@ -259,7 +268,7 @@ def test_errors_under_compilation():
 
 @slow
 def test_the_first_import_may_happen_in_any_mode():
-    """The tokens are made then, and must be ordinary tensors all the same."""
+    """The import makes the tensors that order exchanges. They are ordinary tensors in any mode."""
     out = run_alone("""
 import torch, warnings
 from torch._subclasses.fake_tensor import FakeTensorMode
@@ -295,14 +304,17 @@ def everything_again(context, operation, *args, **kwargs):
 
 
 def context_of(*chosen):
-    """A new function each time: torch wants one that it can call."""
+    """Return a new ``context_fn`` for torch's ``checkpoint``, a function that makes the contexts."""
     return lambda: create_selective_checkpoint_contexts(*chosen)
 
 
 @slow
 @pytest.mark.parametrize("kind", ["inside", "outside", "some operations", "every operation"])
 def test_checkpointing(kind):
-    """Inside the graph, which keeps what it exchanged, and around it: the statistics are updated once."""
+    """A checkpoint inside a graph or around it updates the running statistics once.
+
+    A graph that contains the checkpoint keeps the results of its exchanges, and does not repeat them.
+    """
     net, eager = model(), model()
     x = shard((2 + WORLD.rank, 2, 6, 6), 1)
     compiling = {"fullgraph": True, "backend": BACKEND}
@@ -327,7 +339,7 @@ def test_checkpointing(kind):
 
 
 def test_the_operations_are_well_described():
-    """torch's own checks of schema, fake results, what is changed in place, and compiled results."""
+    """The operations pass torch's checks of schema, fake results, in-place changes and compilation."""
     x, token, call = torch.randn(2, 3, 5), torch.zeros(()), ("", "a layer", "float32", 1e-5)
     stats, ones = torch.ones(3, 3).double(), torch.ones(3)
     for mask in (None, torch.tensor([[[True, False, True, True, False]], [[False] * 5]])):
@@ -338,7 +350,7 @@ def test_the_operations_are_well_described():
 
 
 def test_shapes_without_data():
-    """Meta and fake tensors: shapes and dtypes come out, nothing is sent."""
+    """A layer on meta or fake tensors gives the right shape, and sends nothing."""
     before = resolve(None).exchanges
     meta = mpisyncbn.SyncBatchNorm(3, device="meta")
     y = meta(torch.zeros(2, 3, 4, device="meta"))

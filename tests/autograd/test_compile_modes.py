@@ -1,4 +1,4 @@
-"""torch.compile in its modes and beside other tools: the same numbers as eagerly."""
+"""torch.compile gives the eager results in all its modes, and together with other tools."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def model() -> nn.Module:
 
 
 def train(net, forward, sizes=(3, 3)):
-    """Parameters and buffers after a step for each size of batch; the last rank has one sample more."""
+    """Train a step for each size, and one sample more on rank 1. Return the parameters and buffers."""
     optimizer = torch.optim.SGD(net.parameters(), lr=0.01, momentum=0.9)
     step = optimizer.step if forward is net else torch.compile(optimizer.step, backend=BACKEND)
     for size in sizes:
@@ -63,7 +63,7 @@ def test_modes(mode):
 
 @slow
 def test_shapes_that_change_are_compiled_a_few_times():
-    """Far fewer graphs than shapes."""
+    """Eight batch sizes need at most four graphs."""
     eager, net = model(), model()
     backend = CompileCounterWithBackend(BACKEND)
     sizes = (3, 4, 6, 5, 9, 7, 8, 2)
@@ -81,13 +81,13 @@ def test_compiled_autograd_is_refused():
     ):
         torch.compile(layer, backend=BACKEND)(x)
     assert layer.num_batches_tracked == 0
-    layer(x).sum().backward()  # eagerly it is none of ours
+    layer(x).sum().backward()  # the eager layer still works
 
 
 @slow
 @to_machine_code
 def test_caches_of_compiled_graphs():
-    """A second process would find the graphs of the first: here the compiler forgets all but its files."""
+    """A compiler that has forgotten all but its files finds graphs there, as a second process would."""
     results = []
     for _ in range(2):
         torch._dynamo.reset()

@@ -62,7 +62,7 @@ def places(module):
     return [(name, id(m)) for name, m in module.named_modules(remove_duplicate=False)]
 
 
-# --- What stays
+# --- Things that stay the same
 
 
 @pytest.mark.parametrize("options", OPTIONS, ids=str)
@@ -168,7 +168,7 @@ def test_the_name_of_a_model():
     net = nn.ModuleDict({"module": Generator(), "other": Generator()})
     assert name(net) == "ModuleDict: module.0"
     assert name(net, name="a teacher") == "a teacher: module.0"
-    assert name(deepcopy(net)["module"]) == "Generator: 0"  # by the last conversion
+    assert name(deepcopy(net)["module"]) == "Generator: 0"  # the last conversion named it
     assert [layers(copy(net))[1].layer_name for copy in (deepcopy, through_pickle)] == [
         "a teacher: other.0"
     ] * 2
@@ -320,7 +320,7 @@ def test_built_synchronized_and_reverted():
         layer(torch.ones(C))
 
 
-# --- Copies
+# --- Copies: see test_copies.py
 
 # --- Any model
 
@@ -332,7 +332,7 @@ TREES = st.recursive(st.integers(0, len(POOL) - 1), partial(st.lists, max_size=4
 
 @given(TREES, st.booleans(), st.sampled_from([SyncBatchNorm, MySync]))
 def test_any_model_there_and_back(tree, twice, to):
-    def build(tree):  # the same number again is the same layer again
+    def build(tree):  # equal numbers stand for one layer
         return pool[tree] if isinstance(tree, int) else nn.Sequential(*map(build, tree))
 
     pool = [make() for make in POOL]

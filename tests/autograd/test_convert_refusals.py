@@ -42,7 +42,7 @@ def test_a_forward_of_its_own_is_refused_by_name(make):
 
 
 def test_many_layers_are_refused_in_one_line():
-    """As a model of timm has them: how many of each class, and one name."""
+    """For each class, the error names one layer and counts the others: models of timm have many."""
 
     class Other(OwnForward):
         pass
@@ -91,7 +91,7 @@ def test_a_wrong_group_changes_nothing():
 
 
 class BatchNorms:
-    """Layers that are no BatchNorm of torch's, as other libraries have them."""
+    """Batch norms like those of other libraries, which are not derived from torch's."""
 
     class BatchNorm(nn.Module):  # e3nn's
         def __init__(self, mean=True):

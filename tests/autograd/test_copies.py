@@ -1,4 +1,4 @@
-"""Copies of layers and models, and the groups that go with them."""
+"""Copies of layers and models, and their process groups."""
 
 from __future__ import annotations
 
@@ -65,7 +65,10 @@ def test_a_private_group_is_shared_by_copies_and_refuses_to_pickle():
 
 @pytest.mark.parametrize("make", [lambda: WORLD, WORLD.Dup, Communicator, lambda: None])
 def test_the_process_group_is_the_one_that_was_given(make):
-    """In every way to give it, and in copies. The Communicator stands beside it."""
+    """The attribute ``process_group`` is the given object, in every way to give it and in copies.
+
+    The attribute ``communicator`` is the Communicator that stands for it.
+    """
     group = make()
     built, set_later = SyncBatchNorm(C, process_group=group), SyncBatchNorm(C)
     changed, net = Named(), network()
@@ -92,7 +95,7 @@ def test_the_process_group_is_the_one_that_was_given(make):
 
 
 def test_the_group_of_a_layer_of_torch_comes_back():
-    group = Lock()  # as torch's, it cannot be copied
+    group = Lock()  # like a process group of torch, it cannot be copied
     layer = convert_sync_batchnorm(nn.SyncBatchNorm(C, process_group=group), WORLD)
     twin = deepcopy(layer)
     with pytest.raises(TypeError, match="cannot pickle a layer that had a process_group of torch before"):

@@ -1,4 +1,4 @@
-"""Gradients of evaluation: by the statistics of its own moment, whatever comes before the backward pass."""
+"""Gradients of evaluation use the running statistics of the forward pass, even if these change later."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from support.oracle import distance, local_batch, shard
 
 
 def evaluated(layer, x, residual=None):
-    """The gradient of x that evaluation by the statistics of this moment has, in float64."""
+    """Return the gradient of sum(y**3) by x in float64, in evaluation with the present statistics."""
     x = x.detach().double().requires_grad_()
     vectors = [None if v is None else v.detach().double().clone() for v in layer_vectors(layer)]
     y = nn.functional.batch_norm(x, *vectors)
@@ -48,7 +48,7 @@ def by_function(layer, x, residual=None):
     ids=str,
 )
 def test_evaluation_and_training_before_one_backward(order, options):
-    """Each forward has the gradient of the statistics that it used; torch's takes the last ones for all."""
+    """Each gradient uses the statistics of its forward pass. torch's layers use the last ones."""
     options = dict(options)
     half, frozen, residual, function = (
         options.pop(name, None) for name in ("half", "frozen", "residual", "function")
@@ -72,7 +72,10 @@ def test_evaluation_and_training_before_one_backward(order, options):
 
 
 def test_statistics_that_change_between_evaluation_and_backward():
-    """As a checkpoint and DDP's broadcast of buffers change them; and some made in inference mode."""
+    """Gradients are right if statistics change after the forward pass, or were made in inference mode.
+
+    Loading a checkpoint changes statistics in place, as DDP's broadcast of buffers does.
+    """
     layer, x = mpisyncbn.SyncBatchNorm(3, affine=False).eval(), shard((4, 3), 1).requires_grad_()
     expected, y = evaluated(layer, x), layer(x)
     layer.load_state_dict({**layer.state_dict(), "running_var": torch.full((3,), 4.0)})

@@ -1,4 +1,4 @@
-"""Activations that conversion lets layers apply, and that reverting puts back."""
+"""Conversion lets layers apply the activations that follow them. Reverting puts these back."""
 
 from __future__ import annotations
 
@@ -22,13 +22,13 @@ def images():
 
 
 def fused_layers(net):
-    """The names of layers that apply an activation, and its text."""
+    """Return the activation of each layer that applies one, as a text, by the name of the layer."""
     layers = net.named_modules()
     return {name: layer.activation for name, layer in layers if getattr(layer, "activation", None)}
 
 
 class InOrder(nn.Sequential):
-    """As torchvision's blocks: a class of its own that runs as nn.Sequential."""
+    """A subclass of nn.Sequential that inherits its forward, like torchvision's blocks."""
 
 
 class Otherwise(nn.Sequential):
@@ -42,7 +42,8 @@ def test_every_activation_there_and_back(container, inplace):
     torch.manual_seed(0)
     modules = [copy.deepcopy(TORCHS[each]) for each in ACTIVATIONS]
     for module in modules:
-        if hasattr(module, "inplace") and getattr(module, "negative_slope", 0) >= 0:  # torch refuses that
+        # torch has no gradient of an in-place leaky ReLU with a negative slope
+        if hasattr(module, "inplace") and getattr(module, "negative_slope", 0) >= 0:
             module.inplace = inplace
     net = nn.Sequential(*(container(nn.Conv2d(5, 5, 1), nn.BatchNorm2d(5), module) for module in modules))
     classes, keys = kinds(net), list(net.state_dict())
@@ -81,7 +82,7 @@ def test_fuse_relu_is_relu_alone():
 
 
 def test_an_input_that_others_read_and_an_activation_in_place():
-    """The module changed the layer's output in place, never its input; a fused layer changes nothing."""
+    """A fused layer does not write into its input, even if its activation was an in-place module."""
 
     class Shortcut(nn.Module):
         def __init__(self):
@@ -102,7 +103,7 @@ def test_an_input_that_others_read_and_an_activation_in_place():
 
 
 def test_one_activation_in_several_places():
-    """It stands behind two layers, behind a convolution, and outside of the Sequential."""
+    """One module follows two layers and a convolution, and runs outside of the nn.Sequential too."""
     torch.manual_seed(0)
     act = nn.LeakyReLU(0.1)
 
@@ -134,7 +135,11 @@ def test_one_activation_in_several_places():
 
 
 def test_what_is_left_alone():
-    """Layers at two places, hooks, activations of another kind, and a layer that has one already."""
+    """Conversion fuses no layer in two places, with hooks, or with an activation of its own.
+
+    It also leaves alone activations with hooks, of another class, or with a forward of their own, and
+    containers that do not run like nn.Sequential.
+    """
     shared, hooked, derived = nn.BatchNorm2d(5), nn.BatchNorm2d(5), type("Derived", (nn.SiLU,), {})
     hooked.register_forward_hook(lambda *_: None)
     own, seen = nn.SiLU(), nn.SiLU()
@@ -182,7 +187,10 @@ def test_global_hooks_see_everything():
 
 @no_exchange
 def test_models_that_were_pickled_with_a_relu():
-    """Their stand-in was named FusedReLU, and its module was another, as that of ``rebuild``."""
+    """Pickles of older versions still load.
+
+    They refer to FusedActivation as FusedReLU, or to it and ``rebuild`` in other modules.
+    """
     net = convert_sync_batchnorm(nn.Sequential(nn.BatchNorm2d(5), nn.ReLU()), fuse_activation=True)
     stand_in = vars(net[1])
     stand_in["_relu"] = stand_in.pop("_replaced")

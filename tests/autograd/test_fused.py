@@ -1,4 +1,4 @@
-"""An activation and a residual in the same passes: as one after the other, however a layer is used."""
+"""A layer that adds a residual and applies an activation has the results of separate operations."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from support.oracle import distance, local_batch, shard
 from support.ranks import WORLD, once, together, up_to_two
 from support.versions import compiles
 
-# What is left of a result after one rounding to the dtype.
+# The largest errors allowed: results are rounded to the dtype once.
 TOLERANCE = {torch.float32: 2e-6, torch.float64: 1e-12, torch.bfloat16: 2e-2, torch.float16: 3e-3}
 OPTIONS = [{"affine": False}, {"bias": False}]
 with_and_without_residual = pytest.mark.parametrize("with_residual", [False, True])
@@ -24,7 +24,7 @@ every_activation = pytest.mark.parametrize("activation", ACTIVATIONS)
 
 
 def layers(activation, channels=5, dtype=torch.float32, **options):
-    """A fused layer and one that is not, alike."""
+    """Return a fused layer, and a plain one with the same parameters."""
     fused = SyncBatchNorm(channels, activation=activation, dtype=dtype, **options)
     with torch.no_grad():
         if fused.weight is not None:
@@ -66,7 +66,7 @@ def test_training(activation, options, with_residual, dtype):
     y = fused(x, residuals[0])
     z = added(plain, wide_x, residuals[1])
     expected = TORCHS[activation](z)
-    # Within rounding of a kink either answer is right.
+    # Near a kink, rounding decides the side, and either is right.
     far = far_from_kinks(z, activation, 1e-5)
     dy = dy * far
     y.backward(dy)
@@ -106,7 +106,7 @@ def test_channels_last_and_empty_ranks(activation, with_residual):
 @up_to_two
 @pytest.mark.filterwarnings(
     "ignore::DeprecationWarning", "ignore::UserWarning:torch"
-)  # of torch, about itself
+)  # torch warns about itself
 @pytest.mark.usefixtures("fresh_compiler")
 @compiles
 @pytest.mark.parametrize(
@@ -122,7 +122,10 @@ def test_channels_last_and_empty_ranks(activation, with_residual):
     ids=["aot_eager", "inductor"],
 )
 def test_compiled(backend, chosen):
-    """In one graph, with a residual and without; in the full tier all of them, to machine code."""
+    """Layers with and without a residual are compiled in one graph.
+
+    The case that is marked full has all activations, and compiles them to machine code.
+    """
     if backend == "inductor" and shutil.which("g++") is None:
         pytest.skip("Inductor compiles C++, and there is no g++")
     fused = {case: layers(case[0])[0] for case in chosen}

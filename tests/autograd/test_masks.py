@@ -1,4 +1,4 @@
-"""Layers with masks, over ranks: the batch is that of the true positions, and nothing else is seen."""
+"""Layers with masks, over ranks: the batch has only the values where the mask is true."""
 
 from __future__ import annotations
 
@@ -85,7 +85,7 @@ def test_residual_and_activation_in_every_layout(activation, with_residual, nati
 
 
 def test_derivatives_of_every_order_over_ranks():
-    """As functions of the true values, they are those of a batch that has no others."""
+    """Derivatives at values where the mask is true are those of a batch that has only these values."""
     shape, results, clean = (3, 4), [], []
     for activation in (None, "silu"):
         for masked in (True, False):

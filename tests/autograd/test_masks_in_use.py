@@ -121,7 +121,7 @@ def test_momentum_checkpoints_and_shapes_without_data():
 
 
 class Batch(nn.Module):
-    """A model that finds what counts by itself: what is not NaN."""
+    """A model that makes its own mask: it is true where the first channel is not NaN."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -144,7 +144,7 @@ def test_update_bn():
 
 
 def test_join_and_data_parallel(world):
-    """Ranks have RANK + 1 batches each: those that are through answer the others."""
+    """Each rank has RANK + 1 batches. Ranks that have finished theirs answer the others."""
     ddp = DistributedDataParallel(mpisyncbn.convert_sync_batchnorm(Batch().double()))
     with mpisyncbn.distributed.join(ddp):
         for step in range(RANK + 1):
@@ -194,7 +194,7 @@ def test_registered_forwards_and_classes_of_ones_own():
 @pytest.mark.parametrize("activation", [None, "leaky_relu(0.1)"])
 @pytest.mark.parametrize("native", [True, False])
 def test_memory_efficient(activation, native, monkeypatch):
-    """The output is kept in place of the input; channels that it does not tell keep theirs."""
+    """The output is kept in place of the input, or beside it in channels that it does not determine."""
     if not native:
         monkeypatch.setattr(kernels, "native", lambda: None)
     x, _, dy, mask = data((4, 6))

@@ -1,4 +1,4 @@
-"""docs/guides/activations.md: its cells on masks are read and tried."""
+"""The cells on masks of the tables in docs/guides/activations.md are read and tried."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ ACTIVATIONS = [
 
 
 def kept_by(layer: SyncBatchNorm, mask: Tensor, x: Tensor, residual: Tensor | None) -> set[str]:
-    """The names of the tensors that autograd keeps, besides weight and bias."""
+    """Return the names of the tensors that autograd keeps, besides weight and bias."""
     kept: list[Tensor] = []
     with torch.autograd.graph.saved_tensors_hooks(
         lambda tensor: (kept.append(tensor.detach()), tensor.detach())[1], lambda tensor: tensor
@@ -121,7 +121,7 @@ def test_compiled():
 
 @no_exchange
 def test_on_which_kernels(monkeypatch):
-    """tests/kernels/test_cupy.py has CuPy."""
+    """tests/kernels/test_cupy.py tries masks with CuPy."""
     assert row("mask", "On which kernels") == {
         "cpu": "torch, NumPy",
         **dict.fromkeys(("aten", "cuda", "aten_cuda", "dlpack"), "by generic"),

@@ -1,4 +1,4 @@
-"""The gradients of a layer that keeps its output in place of its input, whatever its parameters."""
+"""Gradients of a layer that keeps its output in place of its input, for parameters of any size."""
 
 from __future__ import annotations
 
@@ -18,7 +18,10 @@ WIDE = [torch.float32, torch.float64]
 
 
 def in_float64(layer, x: Tensor, dy: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """The gradients of the whole batch in float64; those of the parameters are this rank's. Collective."""
+    """Return this rank's part of the gradients of x, weight and bias in float64, for the whole batch.
+
+    Collective.
+    """
     parts = WORLD.allgather((x.double().contiguous(), dy.double().contiguous()))
     x, dy = (torch.cat(each) for each in zip(*parts, strict=True))
     x.requires_grad_()
@@ -36,7 +39,7 @@ def layer_slope(layer) -> float:
 
 
 def near_kink(layer, x: Tensor) -> Tensor:
-    """Where rounding may put the activation's input to either side of 0. Collective."""
+    """Return where rounding may change the sign of the activation's input, as a mask. Collective."""
     with torch.no_grad():
         z = copy.deepcopy(layer).double()
         z.memory_efficient, z.activation = False, None
@@ -48,7 +51,7 @@ def near_kink(layer, x: Tensor) -> Tensor:
 @pytest.mark.parametrize("activation", ACTIVATIONS)
 @pytest.mark.parametrize("last", [False, True], ids=["planes", "rows"])
 def test_gradients_over_weights_from_1e_minus_6_to_10(dtype, activation, last):
-    """Biases are 0, in proportion to the weights, or of any size beside them."""
+    """Biases are 0, in proportion to the weights, or independent of the weights."""
     channels, worst = 24, []
     for seed in range(3):
         common = torch.Generator().manual_seed(seed)
@@ -76,10 +79,10 @@ def test_gradients_over_weights_from_1e_minus_6_to_10(dtype, activation, last):
         assert max(worst) < (1e-5 if dtype == torch.float32 else 1e-13)
         assert chosen is not None
         assert chosen
-        assert all(c >= 8 for c in chosen)  # no bias: the weight may be as small as it likes
+        assert all(c >= 8 for c in chosen)  # at these weights, channels without a bias keep no input
 
 
-# What a channel holds: (x as a function of normal values, weight, bias, eps), and whether its input is kept.
+# For each case: x as a function of normal values, weight, bias, eps, and whether its input is kept.
 CASES = {
     "ordinary": (lambda v: v, 1.0, 0.5, 1e-5, False),
     "negative weight": (lambda v: v, -2.0, 0.5, 1e-5, False),
@@ -110,7 +113,7 @@ CASES = {
 @pytest.mark.parametrize("case", CASES)
 @pytest.mark.parametrize("activation", ACTIVATIONS[:2])
 def test_a_channel_is_undone_or_kept(case, activation):
-    """The channel stands among five ordinary ones, which it does not disturb."""
+    """The channel of the case is among five ordinary ones, whose gradients it does not change."""
     make, weight, bias, eps, is_kept = CASES[case]
     efficient, plain = layers(6, activation=activation, eps=eps, track_running_stats=False)
     with torch.no_grad():
@@ -132,7 +135,7 @@ def test_a_channel_is_undone_or_kept(case, activation):
         for ours, theirs in zip(found[2:], expected[2:], strict=True):
             assert error(ours[others], theirs[others]) < 1e-6
         tolerance = 1e-6 if is_kept else 1e-5
-        sums = dy[:, 2].norm()  # the size of a sum over such values, which may cancel to nothing
+        sums = dy[:, 2].norm()  # the scale of a sum over these values, whose terms may cancel
         for ours, theirs, scale in zip(found[1:], expected[1:], (0.0, sums, sums), strict=True):
             ours, theirs = (v[:, 2] if v.ndim > 1 else v[2:3] for v in (ours, theirs))
             close = (ours - theirs).abs() <= tolerance * theirs.abs().max().clamp_min(scale)
@@ -140,7 +143,7 @@ def test_a_channel_is_undone_or_kept(case, activation):
 
 
 def test_most_channels_kept_and_empty_ranks():
-    """If most channels cannot be undone, the input is kept. A rank without values decides alike."""
+    """If most channels must keep their input, all do. A rank without values decides the same."""
     efficient, plain = layers(bias=[0.0, 9.0, 9.0, 9.0, 9.0, 0.0])
     batch = 0 if WORLD.rank else 3
     x, dy = shard((batch, 6, 50), 1), shard((batch, 6, 50), 2)

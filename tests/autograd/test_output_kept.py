@@ -25,7 +25,10 @@ from support.versions import compiles
 
 
 def saved_by(call) -> tuple[Tensor, dict[int, int]]:
-    """What ``call`` returns, and the bytes of each storage that autograd keeps for it. Collective."""
+    """Return the result of ``call``, and the bytes of each storage that autograd keeps for it.
+
+    Collective.
+    """
     storages = {}
 
     def pack(tensor: Tensor) -> Tensor:
@@ -46,7 +49,7 @@ def test_nothing_keeps_the_input(activation, options):
     storage, nbytes = weakref.ref(x.untyped_storage()), x.untyped_storage().nbytes()
     data = x.data_ptr()
     y, storages = saved_by(lambda: efficient(x))
-    gc.disable()  # it would free a cycle
+    gc.disable()  # it would free a reference cycle
     x = None
     gone = storage() is None
     gc.enable()
@@ -66,7 +69,7 @@ def test_channels_that_are_kept_are_all_that_is_kept():
 
 
 def test_a_write_into_the_output_is_noticed():
-    """Such as that of an in-place ReLU that follows. The error is torch's own."""
+    """After an in-place ReLU on the output, for example, torch raises an error in the backward pass."""
     efficient, _ = layers()
     y = efficient(shard((local_batch(), 6, 20), 1).requires_grad_())
     written = F.relu(y, inplace=True)
@@ -102,7 +105,7 @@ def test_second_derivatives_are_refused_before_any_message(batched):
         return torch.autograd.grad(y.sum(), x, create_graph=True)
 
     problem = error_of(differentiate, MPISyncBNError)
-    plain(x)  # the ranks are still together
+    plain(x)  # the ranks are still in step
     with together():
         assert "'net: bn'" in str(problem)
         assert "Set memory_efficient to False" in str(problem)
@@ -165,7 +168,7 @@ def test_the_function():
 @compiles
 @pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::UserWarning:torch")
 def test_compiled():
-    """The compiler decides what a graph keeps."""
+    """A compiled layer has the results of a plain one. The compiler decides what a graph keeps."""
     efficient, plain = layers(activation="leaky_relu")
     x, dy = shard((local_batch(), 6, 20), 1), shard((local_batch(), 6, 20), 2)
     compiled = torch.compile(efficient, fullgraph=True, backend="aot_eager")
@@ -239,7 +242,7 @@ def test_checkpoint(reentrant):
 
 
 def test_saved_on_cpu_and_a_second_backward_pass():
-    """A hook may hand over a copy of the output."""
+    """A hook for saved tensors may return a copy of the output."""
     efficient, plain = layers(activation="leaky_relu")
     x, dy = shard((local_batch(), 6, 20), 1), shard((local_batch(), 6, 20), 2)
     expected = gradients(plain, x, dy)
@@ -272,7 +275,7 @@ def test_conversion_leaves_out_layers_that_refuse():
     )
     mpisyncbn.convert_sync_batchnorm(net, fuse_relu=True, memory_efficient=True)
     assert [net[i].memory_efficient for i in (0, 2, 4)] == [True, False, True]
-    mpisyncbn.convert_sync_batchnorm(net)  # says nothing of it
+    mpisyncbn.convert_sync_batchnorm(net)  # without the keyword, nothing changes
     assert net[0].memory_efficient
     mpisyncbn.revert_sync_batchnorm(net)
     assert not any("memory_efficient" in vars(layer) for layer in net)
@@ -280,7 +283,7 @@ def test_conversion_leaves_out_layers_that_refuse():
 
 @no_exchange
 def test_conversion_leaves_out_registered_forwards():
-    """One may end in an activation that cannot be undone."""
+    """A registered forward may end in an activation that cannot be undone."""
 
     class NormRelu(nn.BatchNorm1d):
         def forward(self, x):
@@ -306,7 +309,7 @@ def test_memory_efficient_layers_that_are_fused_later():
 
 
 def test_a_fused_leaky_relu_in_place():
-    """As in nnU-Net. Of two tensors of the convolution's output, one is kept."""
+    """A block of nnU-Net keeps one tensor of the size of the convolution's output, not two."""
     net = nn.Sequential(nn.Conv1d(2, 3, 1), nn.BatchNorm1d(3), nn.LeakyReLU(inplace=True), nn.Conv1d(3, 1, 1))
     plain = mpisyncbn.convert_sync_batchnorm(copy.deepcopy(net))
     mpisyncbn.convert_sync_batchnorm(net, fuse_activation=True, memory_efficient=True)

@@ -1,4 +1,4 @@
-"""What torch.profiler shows of collectives, messages and exchanges."""
+"""torch.profiler shows collectives, messages and exchanges by name."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from support.versions import compiles
 RANK, SIZE = WORLD.rank, WORLD.size
 pytestmark = [
     pytest.mark.usefixtures("world"),
-    # Torch 2.13 renames collectives, and its compiler warns of itself.
+    # Torch 2.13 renames collectives, and its compiler warns about itself.
     pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::DeprecationWarning"),
 ]
 
@@ -31,13 +31,16 @@ def profiler() -> Any:
 
 
 def shown(recorded: Any) -> Counter[str]:
-    """Our names, and how often each."""
+    """Return how often each name was recorded that begins with ``mpi4py:`` or ``mpisyncbn:``."""
     names = [event.name for event in recorded.events()]
     return Counter(name for name in names if name.startswith(("mpi4py:", "mpisyncbn:")) and "::" not in name)
 
 
 def test_collectives() -> None:
-    """As gloo's are, "gloo:all_reduce" and so on: synchronous ones, and those of the group's own thread."""
+    """Collectives have names like those of gloo, such as "gloo:all_reduce".
+
+    Synchronous ones are recorded, and asynchronous ones, which run on the group's own thread.
+    """
     x, parts = torch.ones(2), [torch.ones(2) for _ in range(SIZE)]
     with profiler() as recorded:
         dist.all_reduce(x)
@@ -62,7 +65,7 @@ def test_collectives() -> None:
 
 
 def test_the_time_of_asynchronous_ones() -> None:
-    """From the call until the group's thread is through."""
+    """The recorded time lasts from the call until the group's thread has finished."""
     x = torch.ones(500_000)
     with profiler() as recorded:
         work = dist.all_reduce(x, async_op=True)
@@ -88,7 +91,10 @@ def test_messages() -> None:
 
 @compiles
 def test_layers() -> None:
-    """One exchange each way; compiled too, inside of the operation that the graph knows."""
+    """A layer, eager or compiled, records one exchange in each direction.
+
+    A compiled graph makes its exchanges inside of custom operations.
+    """
     layer = mpisyncbn.SyncBatchNorm(3)
     x = torch.randn(RANK + 2, 3, requires_grad=True)
     compiled = torch.compile(layer, backend="aot_eager")
@@ -128,7 +134,7 @@ def average(x: torch.Tensor, background: bool) -> None:
 
 
 def test_what_fails_is_recorded_too() -> None:
-    """And its record is closed: what comes after it is not inside of it."""
+    """A collective that fails is recorded. Its record is closed: later operations are not inside it."""
     with profiler() as recorded:
         for background in (False, True):
             with pytest.raises(TypeError, match="not defined"):

@@ -1,4 +1,4 @@
-"""torch.ao.quantization and torchao: a reverted model is quantized, and another one says revert first."""
+"""torch.ao.quantization and torchao quantize reverted models. Others must be reverted first."""
 
 from __future__ import annotations
 
@@ -71,6 +71,6 @@ def test_a_converted_model_says_revert_first(prepare) -> None:
     model = mpisyncbn.convert_sync_batchnorm(net())
     with pytest.raises(TypeError, match=r"quantization cannot quantize .*Sequential: 1.*[Rr]evert"):
         prepare(copy.deepcopy(model))
-    linear = quantization.quantize_dynamic(model.eval(), {nn.Linear})  # which leaves other layers alone
+    linear = quantization.quantize_dynamic(model.eval(), {nn.Linear})  # it leaves other layers alone
     assert linear(X).shape == (4, 2)
     assert isinstance(linear[1], mpisyncbn.SyncBatchNorm)

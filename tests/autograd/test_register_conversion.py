@@ -1,4 +1,4 @@
-"""Layers with a forward of their own, once they are registered."""
+"""Conversion of layers whose own forward is registered with ``register_conversion``."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from support.whole_batch import distance
 
 
 class NormAct(nn.BatchNorm2d):
-    """As timm's: batch norm, dropout, activation."""
+    """A layer like timm's BatchNormAct2d: batch norm, dropout, activation."""
 
     def __init__(self, channels: int, act: nn.Module | None = None) -> None:
         super().__init__(channels)
@@ -122,7 +122,7 @@ def test_a_relu_is_fused_unless_hooks_see_it_or_dropout_comes_before(monkeypatch
         assert all(torch.equal(y[0], other) for other in y)
         assert y[0].min() == 0
         assert (replaced == 7).all()
-    # Taken over twice would put one activation before dropout and the other behind it.
+    # The ReLU is not fused: the layer's own dropout and activation come before it.
     net = convert_sync_batchnorm(nn.Sequential(NormAct(C, nn.SiLU()), nn.ReLU()), fuse_relu=True)
     assert type(net[1]) is nn.ReLU
     assert net[0].activation is None
@@ -151,14 +151,14 @@ def test_revert_copies_and_pickles():
     keys = list(net.state_dict())
     convert_sync_batchnorm(net)
     assert all(isinstance(each, SyncBatchNorm) for each in net)
-    assert not isinstance(net[2], nn.SyncBatchNorm)  # which DistributedDataParallel refuses on CPUs
+    assert not isinstance(net[2], nn.SyncBatchNorm)  # DistributedDataParallel refuses those on CPUs
     assert list(net.state_dict()) == keys
     assert isinstance(net[0], NormAct)
     revert_sync_batchnorm(net)
     assert [parametrize.type_before_parametrizations(each) for each in net.modules()] == classes
     convert_sync_batchnorm(net[2:4])
     x = torch.randn(2, C, 2, 2)
-    net[3](x)  # lazy
+    net[3](x)  # its first input initializes the lazy layer
     assert isinstance(net[3], NormAct)
     assert net[3](x).min() == 0
     for each in net[2:4]:

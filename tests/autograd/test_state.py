@@ -1,4 +1,4 @@
-"""Running statistics are as they were or wholly new, wherever a training step is interrupted."""
+"""If a training step is interrupted anywhere, its running statistics are all old or all new."""
 
 from __future__ import annotations
 
@@ -25,19 +25,19 @@ from support.ranks import WORLD, no_exchange, together
 RANK, SIZE = WORLD.rank, WORLD.size
 PACKAGE = str(Path(mpisyncbn.__file__).parent)
 State = tuple[bytes, ...]
-# There is no way out of a generator that is being closed.
+# An exception in a generator that is being closed cannot propagate: Python reports it as unraisable.
 closing = pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
 
 
 @pytest.fixture(autouse=True)
 def modes() -> Iterator[None]:
-    """An interrupt may come where Python leaves torch.no_grad, which then stays."""
+    """Restore the modes of torch and NumPy. An interrupt may leave torch.no_grad in force."""
     with torch.set_grad_enabled(True), np.errstate():
         yield
 
 
 class Step:
-    """A training step by the layer, the function or functional.py, on its running statistics."""
+    """A training step of the layer, the function or functional.py, with running statistics."""
 
     def __init__(self, path: str, dtype: torch.dtype, group: Any) -> None:
         self.path, self.group = path, group
@@ -93,10 +93,10 @@ def native(request: pytest.FixtureRequest) -> Iterator[None]:
 
 
 def prepared(path: str, dtype: torch.dtype) -> tuple[Step, Callable[[], None], State, State]:
-    """A step that this rank takes alone, and the states before and after it."""
+    """Return a step of this rank alone, a function that runs it, and its states before and after."""
     step = Step(path, dtype, Communicator(MPI.COMM_SELF).ready())
     x = torch.linspace(-3.0, 5.0, 36).reshape(4, 3, 3).to(dtype)
-    step.run(x)  # what is imported, looked up and made at first use is there
+    step.run(x)  # imports, look-ups and other work of the first use are done now
     step.reset()
     before = step.state()
     step.run(x)
@@ -106,11 +106,14 @@ def prepared(path: str, dtype: torch.dtype) -> tuple[Step, Callable[[], None], S
 
 
 class Interrupted(BaseException):
-    """As KeyboardInterrupt, which nothing but its sender may catch."""
+    """An exception that nothing but the test may catch, as with KeyboardInterrupt."""
 
 
 def at_moment(run: Callable[[], None], moment: int, error: type[BaseException]) -> str:
-    """Where ``error`` came, at line, call or return number ``moment`` of the package; "" where none is."""
+    """Call ``run``, and raise ``error`` at line, call or return number ``moment`` of the package.
+
+    Return where it was raised, or "" if there are fewer lines, calls and returns.
+    """
     seen, where = 0, ""
 
     def now(frame: Any, event: str, arg: Any) -> Any:
@@ -154,7 +157,7 @@ def test_an_error_at_any_moment(path: str, dtype: torch.dtype) -> None:
         if found[-1] not in (before, after):
             torn.append(where)
         step.reset()
-    last = step.state()  # of the run in which there was none
+    last = step.state()  # of the last run, which no error interrupted
     step.group.free()
     assert not torn, "\n".join(torn)
     assert moment > 20
@@ -164,7 +167,7 @@ def test_an_error_at_any_moment(path: str, dtype: torch.dtype) -> None:
 
 @closing
 @no_exchange
-@pytest.mark.untraced  # a lock of coverage.py's stays closed when an exception comes from within
+@pytest.mark.untraced  # an exception inside coverage.py leaves one of its locks locked
 @pytest.mark.parametrize("path", PATHS)
 @pytest.mark.usefixtures("native")
 def test_a_signal_at_any_moment(path: str) -> None:
@@ -212,7 +215,10 @@ def test_a_signal_at_any_moment(path: str) -> None:
 @pytest.mark.parametrize("path", [path for path in PATHS if "layer" in path])
 @pytest.mark.usefixtures("native")
 def test_a_count_that_fails(path: str, dtype: torch.dtype, late: bool) -> None:
-    """Native code increments it, where no line of Python can be interrupted."""
+    """If the increment of num_batches_tracked fails, no statistics are changed.
+
+    Native code increments it, where no tracing of Python code can raise an error.
+    """
     real = torch.Tensor.add_
 
     def fails(*args: Any) -> None:
@@ -229,7 +235,7 @@ def test_a_count_that_fails(path: str, dtype: torch.dtype, late: bool) -> None:
 
 
 NOT_FINITE = (float("nan"), float("inf"), float("-inf"))
-LARGE = 400.0  # the square is more than float16 has
+LARGE = 400.0  # its square overflows float16
 
 
 @pytest.mark.filterwarnings("ignore:a batch whose mean or variance is not finite")

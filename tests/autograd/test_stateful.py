@@ -1,4 +1,4 @@
-"""Any sequence of steps of any layers in any groups, each step against the whole batch in float64."""
+"""Random steps of random layers and groups, each compared with the whole batch in float64."""
 
 from __future__ import annotations
 
@@ -33,7 +33,10 @@ ONE_VALUE = "expected more than 1 value per channel over the whole group"
 
 
 def in_step(rule_: Callable[..., None]) -> Callable[..., None]:
-    """What fails on one rank fails on all, as one error from one line: so all ranks shrink the same."""
+    """Let a rule fail on all ranks if it fails on one, with one error from one line.
+
+    Hypothesis then shrinks the same steps on all ranks.
+    """
 
     @functools.wraps(rule_)
     def run(self: Any, **drawn: Any) -> None:
@@ -50,7 +53,7 @@ def in_step(rule_: Callable[..., None]) -> Callable[..., None]:
 
 
 class Batch(NamedTuple):
-    """What all ranks draw alike of a batch whose values differ between them."""
+    """The properties of a batch, which all ranks draw alike. Its values differ between ranks."""
 
     sizes: list[int]
     inner: list[int]
@@ -97,7 +100,7 @@ OPTIONS = st.fixed_dictionaries(
 
 
 class Steps(RuleBasedStateMachine):
-    """Two groups, the world and another, and a few subjects, each in one of them."""
+    """Two groups, the world and another, and up to four subjects (layers or functions) in them."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -122,7 +125,7 @@ class Steps(RuleBasedStateMachine):
         group = {
             "Split": lambda: comm,
             "Communicator": lambda: Communicator(comm),
-            "new_group": lambda: new_group(ranks) or comm,  # those outside are a group too
+            "new_group": lambda: new_group(ranks) or comm,  # ranks outside form a group too
             "new_subgroups": lambda: new_subgroups(divisor),
         }[kind]()
         self.groups = [(None, WORLD), (group, comm)]
@@ -185,8 +188,8 @@ class Steps(RuleBasedStateMachine):
     def evaluate(self, which: int, batch: Batch) -> None:
         subject, _ = self.subjects[which % len(self.subjects)]
         layer, before, group = subject.layer, subject.state(), resolve(subject.group)
-        alone = layer.running_mean is None  # then this rank's own batch decides
-        # Evaluation is torch's, whose own moments are coarse in half precision.
+        alone = layer.running_mean is None  # then it uses this rank's own batch
+        # Evaluation is torch's batch norm, which computes coarse moments in half precision.
         exact = subject.dtype if alone else torch.float64
         x = batch._replace(mean=0.0).values(subject, 0, subject.dtype, 2 * alone)
         exchanges = group.exchanges
@@ -206,7 +209,7 @@ class Steps(RuleBasedStateMachine):
     @rule(which=WHICH, how=st.sampled_from(["state_dict", "deepcopy", "revert"]))
     @in_step
     def replace(self, which: int, how: str) -> None:
-        """The layer by one of the same state, which goes on in its place."""
+        """Replace the layer by another one with the same state, and use that from now on."""
         subject, _ = self.subjects[which % len(self.subjects)]
         before = subject.state()
         subject.replace(how)
@@ -216,7 +219,7 @@ class Steps(RuleBasedStateMachine):
 
 
 def strides(values: Tensor) -> list[int]:
-    """Those that mean something."""
+    """Return the strides of the dimensions longer than 1. The others mean nothing."""
     return [stride for stride, length in zip(values.stride(), values.shape, strict=True) if length > 1]
 
 

@@ -1,4 +1,4 @@
-"""What helpers of torch and others, which look for batch norms by their class, do with a converted model."""
+"""Converted models in helpers, of torch and others, that look for batch norms by their class."""
 
 from __future__ import annotations
 
@@ -25,7 +25,10 @@ def network():
 
 
 def frozen(module):
-    """As timm's freeze_batch_norm_2d and detectron2's convert_frozen_batchnorm: a new layer for each."""
+    """Replace each batch norm by a new layer, and return the module.
+
+    timm's freeze_batch_norm_2d and detectron2's convert_frozen_batchnorm work like this.
+    """
     if isinstance(module, (nn.BatchNorm2d, nn.SyncBatchNorm)):
         layer = nn.Identity()
         layer.running_mean = module.running_mean
@@ -42,7 +45,7 @@ def test_a_layer_is_an_instance_of_what_it_was(kind):
         assert [k for k in KINDS if isinstance(layer, k)] == [kind]
         assert isinstance(layer, SyncBatchNorm)
         assert isinstance(layer, _BatchNorm)
-        assert not isinstance(layer, nn.SyncBatchNorm)  # which DistributedDataParallel refuses on CPUs
+        assert not isinstance(layer, nn.SyncBatchNorm)  # DistributedDataParallel refuses those on CPUs
         assert type(layer) is type(convert_sync_batchnorm(kind(C)))
         assert repr(layer) == repr(SyncBatchNorm(C))
         assert repr(type(layer)) == repr(SyncBatchNorm)
@@ -52,7 +55,7 @@ def test_a_layer_is_an_instance_of_what_it_was(kind):
 
 def test_layers_are_frozen_in_place_and_replaced():
     net = convert_sync_batchnorm(network())
-    for module in net.modules():  # the usual loop
+    for module in net.modules():  # the usual loop to freeze them
         if isinstance(module, nn.BatchNorm2d):
             module.eval().requires_grad_(False)
     decay = [p for m in net.modules() if not isinstance(m, _BatchNorm) for p in m.parameters(recurse=False)]
@@ -68,7 +71,7 @@ def test_layers_are_frozen_in_place_and_replaced():
 @pytest.mark.parametrize("name", ["torch", "timm", "apex", None])
 def test_another_converter_does_not_take_a_layer_without_a_word(name):
     net, theirs = convert_sync_batchnorm(network()), nn.SyncBatchNorm.convert_sync_batchnorm
-    if name != "torch":  # theirs ask for the same, in functions
+    if name != "torch":  # the converters of others are functions that do the same
         scope = {"__name__": f"{name}.layers", "nn": nn, "_BatchNorm": _BatchNorm}
         exec(
             "def convert_sync_batchnorm(module):\n"
@@ -79,7 +82,7 @@ def test_another_converter_does_not_take_a_layer_without_a_word(name):
             scope,
         )
         theirs = scope["convert_sync_batchnorm"]
-    if name is None:  # a function of the user's own may do as it likes
+    if name is None:  # a converter of the user's own is not refused
         assert isinstance(theirs(net)[1], nn.SyncBatchNorm)
         return
     message = (

@@ -1,4 +1,4 @@
-"""torch.fx takes a layer as one step, as it does torch's own; torch.jit is told what it cannot have."""
+"""torch.fx takes a layer as one step, like a layer of torch. torch.jit can only trace evaluation."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from mpisyncbn.comm.groups import resolve
 from support.models import C, Named, Twice, data, equal, step
 from support.ranks import no_exchange
 
-# torch's own layers are asked the same
+# torch.jit warns that it is deprecated
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")
 
 
@@ -88,9 +88,9 @@ def test_a_graph_is_reverted_and_converted():
 
 
 def test_what_is_built_on_tracing():
-    """Feature extraction by a tracer of its own, interpretation, transformation, fusion."""
+    """Feature extraction by another tracer, interpretation, transformation and fusion work."""
 
-    class Places(Tracer):  # as torchvision's
+    class Places(Tracer):  # like torchvision's
         def call_module(self, module, forward, args, kwargs):
             places.append(self.path_of_module(module))
             return super().call_module(module, forward, args, kwargs)
@@ -156,7 +156,7 @@ def test_torch_jit_is_told_to_revert():
             torch.jit.script(net.train(training))
     with pytest.raises(TypeError, match=r"torch.jit.trace cannot compile .*to other ranks \(on rank"):
         torch.jit.trace(SyncBatchNorm(C), x)
-    expected = net(x)  # in evaluation it can
+    expected = net(x)  # torch.jit can trace evaluation
     assert torch.equal(torch.jit.trace(net, x)(x), expected)
     assert isinstance(layer[0], SyncBatchNorm)
     plain = revert_sync_batchnorm(net[1:3])

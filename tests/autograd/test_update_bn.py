@@ -1,4 +1,4 @@
-"""Running statistics of a whole data set: update_bn against all samples in one process, in float64."""
+"""update_bn gives the running statistics of all samples of all ranks, compared in float64."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from mpisyncbn import Communicator, convert_sync_batchnorm, update_bn
 from support.ranks import WORLD, error_of, no_exchange, several, together
 from support.whole_batch import distance
 
-PARTS = [3, 1, 0, 2]  # batches of each rank: one rank has none
+PARTS = [3, 1, 0, 2]  # the number of batches of each rank; rank 2 has none
 
 
 def net() -> nn.Module:
@@ -26,7 +26,7 @@ def net() -> nn.Module:
 
 
 def batches(rank: int) -> list[torch.Tensor]:
-    """Of different sizes, with a mean far from 0."""
+    """Return the batches of a rank, of different sizes, with a mean far from 0."""
     generator = torch.Generator().manual_seed(rank)
     sizes = [2 + (rank + step) % 3 for step in range(PARTS[rank % 4])]
     return [
@@ -49,7 +49,7 @@ def test_it_is_that_of_all_samples(kind):
         convert_sync_batchnorm(model[4])
     model[2].eval()
     wrapped = {"averaged": AveragedModel, "compiled": torch.compile}.get(kind, lambda model: model)(model)
-    # As a data set gives them, with labels that are not looked at; a generator has no length.
+    # Batches have labels, which are ignored, and come from a generator, which has no length.
     update_bn(((x, "labels") for x in batches(WORLD.rank)), wrapped)
     model = wrapped.module if kind == "averaged" else model
     seen = plain[0](torch.cat([x for rank in range(WORLD.size) for x in batches(rank)]))
@@ -68,7 +68,7 @@ def test_it_is_that_of_all_samples(kind):
 
 @several
 def test_the_second_layer_sees_what_training_gives_it():
-    """Batches of one size: synchronized layers normalize each step with the statistics of all ranks."""
+    """Synchronized layers normalize each step with the statistics of all ranks, as in training."""
     steps = [[torch.randn(2 + rank, 2, 6, 5).double() for rank in range(WORLD.size)] for _ in range(2)]
     steps = WORLD.bcast(steps)
     model, plain = convert_sync_batchnorm(net()), net()
@@ -140,7 +140,7 @@ def test_a_call_of_another_model_is_an_error_on_every_rank():
 
 
 class Before(nn.BatchNorm2d):
-    """Does something before it normalizes, and spoils its input afterwards."""
+    """A layer that applies ReLU before it normalizes, and overwrites its input afterwards."""
 
     def forward(self, x):
         y = super().forward(x.relu())
@@ -149,7 +149,7 @@ class Before(nn.BatchNorm2d):
 
 
 class Merged(nn.Sequential):
-    """Keeps its first batch norm in evaluation, and does more in train() than to set modes."""
+    """A model whose train() keeps the first batch norm in evaluation, and sets an attribute."""
 
     merged = True
 
@@ -188,7 +188,7 @@ def test_ranks_without_batches_in_ddp_and_without_names():
     mpisyncbn.init_process_group()
     model = nn.Sequential(nn.Conv2d(2, 3, 1), mpisyncbn.SyncBatchNorm(3)).double()
     averaged = AveragedModel(DistributedDataParallel(model))
-    for turn in range(2):  # by the second all ranks know the layer by one name
+    for turn in range(2):  # in the second turn, all ranks know the layer by one name
         update_bn(batches(3) if WORLD.rank == turn else [], averaged)
     seen = model[0](torch.cat(batches(3)))
     torch.distributed.destroy_process_group()
@@ -204,7 +204,7 @@ def test_torchs_own_synchronized_layers_are_refused():
 
 
 class Direct(nn.Sequential):
-    """Calls torch.batch_norm by itself, beside a layer."""
+    """A model that calls torch.batch_norm itself, before its layer."""
 
     def forward(self, x):
         return super().forward(torch.batch_norm(x, None, None, None, None, True, 0.0, 1e-5, False))

@@ -1,4 +1,4 @@
-"""What is left of a layer where torch is too old to compile it: an error of ours, and a way around it."""
+"""If torch is too old to compile a layer, an error says so, and names a way around it that works."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def net() -> nn.Module:
 
 @pytest.mark.parametrize("fullgraph", [True, False])
 def test_a_compiler_that_is_too_old(fullgraph, monkeypatch):
-    """Every torch gets the answer of an old one here."""
+    """Compiling raises an error in training, not in evaluation. Here every torch counts as too old."""
     monkeypatch.setattr(torch_versions, "COMPILES", False)
     layers, x = net(), shard((3 + WORLD.rank, 3), 1, dtype=torch.float64)
     compiled = torch.compile(layers, fullgraph=fullgraph, backend="aot_eager")
@@ -40,7 +40,7 @@ def test_a_compiler_that_is_too_old(fullgraph, monkeypatch):
 
 
 def test_layers_outside_of_the_graph(monkeypatch):
-    """The way around that the error names."""
+    """Layers work outside of the graph, which is the way around that the error names."""
     monkeypatch.setattr(torch_versions, "COMPILES", False)
     outside = torch.compiler.disable(mpisyncbn.SyncBatchNorm.forward)
     monkeypatch.setattr(mpisyncbn.SyncBatchNorm, "forward", outside)

@@ -1,4 +1,7 @@
-"""Jobs on several hosts, which are namespaces of this one: TCP, slow networks, cut cables, dead hosts."""
+"""Jobs over TCP on several hosts, which are namespaces of this machine.
+
+Some networks are slow, some cables are cut, and some hosts crash.
+"""
 
 from __future__ import annotations
 
@@ -27,14 +30,14 @@ pytestmark = [
 ]
 
 DEADLINE = 3
-# Seconds until all ranks that wait have ended: the limit, the questions (3), the words and MPI_Abort (2), and
-# as many again for a busy machine.
+# Seconds until all waiting ranks must have ended: the time limit, 3 to ask the other ranks, 2 to report and
+# call MPI_Abort, and 5 more for a busy machine.
 ENDED = DEADLINE + 10
 
 
 @pytest.fixture
 def own() -> libraries.Library:
-    """The library of the environment alone, where others make no difference."""
+    """The MPI library of the environment, for tests in which the library makes no difference."""
     try:
         return libraries.find(libraries.own())
     except ValueError as error:
@@ -42,7 +45,7 @@ def own() -> libraries.Library:
 
 
 class Job(NamedTuple):
-    """Ranks on all hosts, and what they leave in a folder."""
+    """A job with ranks on all hosts, which write files to a folder."""
 
     hosts: Hosts
     ranks: int
@@ -51,12 +54,12 @@ class Job(NamedTuple):
     process: Any
 
     def of_ranks(self, name: str) -> list[str]:
-        """The files of this name of all ranks; empty where there is none."""
+        """Return the text of each rank's file ``RANK.name``; "" for a rank that has none."""
         files = [self.folder / f"{rank}.{name}" for rank in range(self.ranks)]
         return [file.read_text() if file.exists() else "" for file in files]
 
     def steps(self) -> int:
-        """How many all ranks have made."""
+        """Return the number of steps that the slowest rank has made."""
         return min(int(each or 0) for each in self.of_ranks("steps"))
 
     def said(self) -> str:
@@ -68,13 +71,13 @@ class Job(NamedTuple):
         return self.process.returncode
 
     def alive(self, host: str) -> int:
-        """How many ranks run on a host."""
+        """Return the number of ranks that run on a host."""
         return self.hosts.count(host, *self.program)
 
 
 @pytest.fixture
 def start(tmp_path: Path) -> Iterator[Callable[..., Job]]:
-    """``start(hosts, library, ranks, program, *arguments, **variables)``: a job on all hosts."""
+    """``start(hosts, library, ranks, program, *arguments, **variables)`` starts a job on all hosts."""
     with ExitStack() as started:
 
         def job(
@@ -94,7 +97,10 @@ def start(tmp_path: Path) -> Iterator[Callable[..., Job]]:
 
 
 def until(condition: Callable[[], bool], seconds: float, said: Callable[[], str] = str) -> float:
-    """How long it takes."""
+    """Wait until ``condition()`` is true, and return how many seconds that took.
+
+    After ``seconds`` the test fails, with the text of ``said()``.
+    """
     begin = time.monotonic()
     while not condition():
         assert time.monotonic() < begin + seconds, f"not within {seconds:g} s\n{said()}"
@@ -103,7 +109,7 @@ def until(condition: Callable[[], bool], seconds: float, said: Callable[[], str]
 
 
 def test_nothing_outlives_the_tests(run_job: Callable[..., jobs.End]) -> None:
-    """Not even where they are killed."""
+    """If SIGKILL ends the process that made the hosts, their processes and folder disappear too."""
     code = """
 import os, subprocess
 from support.hosts import Hosts
@@ -170,7 +176,10 @@ def test_the_core_of_the_suite(
 
 @pytest.fixture
 def train(start: Callable[..., Job]) -> Callable[..., Job]:
-    """Starts the training on 4 ranks, with so many channels, and waits for its first steps."""
+    """``train(hosts, library, *arguments, **variables)`` starts programs/train.py on 4 ranks.
+
+    It returns when all ranks have made some steps. Without arguments, there are 3 channels.
+    """
 
     def begin(hosts: Hosts, library: libraries.Library, *arguments: str, **variables: str) -> Job:
         job = start(hosts, library, 4, "train", *(arguments or ("3",)), **variables)
@@ -181,7 +190,7 @@ def train(start: Callable[..., Job]) -> Callable[..., Job]:
 
 
 def finish(job: Job) -> None:
-    """Let it end by itself, and see that all was right."""
+    """Let the job end, and check that its status is 0 and that no rank wrote to stderr."""
     (job.folder / "last").touch()
     assert job.wait(30) == 0, job.said()
     assert job.of_ranks("said") == [""] * 4
@@ -196,11 +205,11 @@ def test_groups_per_node(mpi_library: libraries.Library, train: Callable[..., Jo
 
 @pytest.mark.parametrize("slow", ["1 ms", "20 Mbit/s"])
 def test_a_slow_network(slow: str, own: libraries.Library, train: Callable[..., Job]) -> None:
-    """Takes its time, and is no fault."""
+    """A slow network makes training slow, but no rank exceeds the time limit."""
     with Hosts(2) as hosts:
         try:
             hosts.delay(0.001) if slow == "1 ms" else hosts.limit("20mbit")
-        except RuntimeError as error:  # not in every kernel
+        except RuntimeError as error:  # some kernels cannot do it
             pytest.skip(str(error))
         job = train(hosts, own, "1000", MPISYNCBN_TIMEOUT="3")
         steps, begin = job.steps(), time.monotonic()
@@ -208,7 +217,7 @@ def test_a_slow_network(slow: str, own: libraries.Library, train: Callable[..., 
         seconds = (time.monotonic() - begin) / (job.steps() - steps)
         finish(job)
     assert "h2 [0, 1, 2, 3]" in job.of_ranks("right")
-    # There and back at least; forward and backward are 16 kB each in one direction at least.
+    # A step makes at least one round trip. Forward and backward each send at least 16 kB in one direction.
     assert seconds > (0.002 if slow == "1 ms" else 2 * 16e3 / (20e6 / 8))
 
 
@@ -229,7 +238,7 @@ def test_a_cable_that_is_out_for_a_while(own: libraries.Library, train: Callable
 def test_a_rank_of_another_host_is_asked(own: libraries.Library, train: Callable[..., Job]) -> None:
     with Hosts(2) as hosts:
         job = train(hosts, own, MPISYNCBN_TIMEOUT=str(DEADLINE))
-        (job.folder / "3").touch()  # it sleeps
+        (job.folder / "3").touch()  # from now on rank 3 sleeps
         until(lambda: not any(map(job.alive, hosts.names)), ENDED, job.said)
     said = job.of_ranks("said")
     for rank, host in enumerate(("h1", "h1", "h2")):
@@ -243,7 +252,7 @@ def test_a_rank_of_another_host_is_asked(own: libraries.Library, train: Callable
 
 @pytest.mark.parametrize("fault", ["cut", "crash"])
 def test_a_host_that_is_gone(fault: str, mpi_library: libraries.Library, train: Callable[..., Job]) -> None:
-    """Each rank that lives ends at the deadline, and says why; mpiexec may wait for ever."""
+    """Each rank that still runs ends at the time limit and reports why. mpiexec may wait for ever."""
     with Hosts(2) as hosts:
         job = train(hosts, mpi_library, MPISYNCBN_TIMEOUT=str(DEADLINE))
         getattr(hosts, fault)("h2")
@@ -257,7 +266,10 @@ def test_a_host_that_is_gone(fault: str, mpi_library: libraries.Library, train: 
 
 
 def waits(rank: int, host: str) -> str:
-    """How it begins to say so, whether it comes to it by itself or another rank asks it first."""
+    """Return a pattern for the beginning of the report of a rank that waits.
+
+    The rank reports at its own time limit, or earlier if another rank asks it.
+    """
     waited = rf"has waited \d\.\d s \(the limit is {DEADLINE} s, .*"
     asked = r"was asked by rank \d, which has waited too long: it waits .*"
     start = rf"mpisyncbn: rank {rank} of 4 on {host} ({waited}|{asked})"
@@ -265,7 +277,7 @@ def waits(rank: int, host: str) -> str:
 
 
 def check_that_they_waited(job: Job, host: str) -> None:
-    """Both ranks of the host have said so, and one of them for whom."""
+    """Check that both ranks of the host reported that they waited, and one of them for which ranks."""
     said = job.of_ranks("said")
     mine, others = {"h1": ((0, 1), (2, 3)), "h2": ((2, 3), (0, 1))}[host]
     for rank in mine:

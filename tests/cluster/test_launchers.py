@@ -1,7 +1,8 @@
-"""Which launcher makes one world of which MPI library's ranks: 4 tasks of a Slurm of one's own.
+"""Jobs of 4 Slurm tasks show which launchers start the ranks of each MPI library as one world.
 
-A job that makes singletons ends with status 0: the sizes of the worlds tell. scripts/launchers prints
-a table of them.
+With the wrong launcher each rank may be a world of one, and the job still ends with status 0. So the
+tests compare the sizes of the worlds. They start a Slurm cluster of their own. scripts/launchers
+prints a table of the outcomes.
 """
 
 from __future__ import annotations
@@ -68,15 +69,15 @@ def test_one_world(
 
 
 def run(cluster: Slurm, library: Library, launcher: str, nodes: int) -> tuple[str, str]:
-    """The exit code of the job, "" where it was over time, and what it said."""
+    """Run a job, and return its exit code, or "" if it exceeded the time limit, and its output."""
     start = f"{library.mpiexec} -n {TASKS}" if launcher == "mpiexec" else f"{launcher} --kill-on-bad-exit=1"
     program, script = cluster.folder / "rank.py", cluster.folder / "job.sh"
     program.write_text(RANK)
     script.write_text(f"#!/bin/bash\n{start} {sys.executable} {program}\n")
     where = [f"--nodes={nodes}", f"--ntasks-per-node={TASKS // nodes}", f"--output={cluster.folder}/%j.out"]
-    # Shared memory alone, as for one host, does not reach a second node.
+    # I_MPI_FABRICS=shm is for jobs on one host: shared memory does not reach a second node.
     variables = {name: value for name, value in library.variables.items() if name != "I_MPI_FABRICS"}
-    if library.name == "impi" and launcher.endswith("pmix"):  # which it looks for nowhere by itself
+    if library.name == "impi" and launcher.endswith("pmix"):  # Intel MPI finds no libpmix by itself
         pmix = next(Path("/usr/lib").glob("*/pmix2/lib/libpmix.so*"), "libpmix.so")
         variables["I_MPI_PMI_LIBRARY"] = str(pmix)
     job = cluster.submit(*where, str(script), **variables)
@@ -88,7 +89,7 @@ def run(cluster: Slurm, library: Library, launcher: str, nodes: int) -> tuple[st
 
 
 def judge(status: str, output: str, nodes: int) -> str:
-    """How a job ended."""
+    """Return the outcome of a job in words, by its exit code and the ranks that it printed."""
     found = re.findall(r"rank (\d) of (\d) on (\S+)", output)
     sizes = [int(size) for _, size, _ in found]
     ranks, hosts = sorted(int(rank) for rank, _, _ in found), {host for _, _, host in found}

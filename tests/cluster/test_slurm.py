@@ -1,4 +1,4 @@
-"""Jobs of a Slurm of one's own: one world under each launcher, and the batch scripts of scripts/slurm."""
+"""Jobs of a Slurm cluster that the tests start: launchers, and the batch scripts of scripts/slurm."""
 
 from __future__ import annotations
 
@@ -25,7 +25,8 @@ pytestmark = [
     pytest.mark.full("Slurm takes its time"),
     pytest.mark.timeout(400),
 ]
-# The plug-in of srun that the library in use speaks with; the other one makes worlds of one of it, or fails.
+# The MPI plug-in of srun that works with the MPI library in use. With the other one, each rank is a world of
+# one, or the job fails.
 PMI = "pmix" if MPI.get_vendor()[0] == "Open MPI" else "pmi2"
 LAUNCHERS = ["mpiexec", f"srun --mpi={PMI}"]
 FLAGS = ["--float64", "--workers", "0", "--epochs", "2"]
@@ -38,7 +39,7 @@ os.write(1, line.encode())  # in one piece
 
 
 class Jobs:
-    """What tests do with a cluster: jobs in a folder of their own."""
+    """Submits jobs to a cluster and waits for them. Their output goes to ``folder``."""
 
     def __init__(self, cluster: Slurm, folder: Path) -> None:
         self.cluster, self.folder = cluster, folder
@@ -53,7 +54,7 @@ class Jobs:
         return file.read_text() if file.exists() else ""
 
     def completed(self, job: int, limit: float) -> str:
-        """What the job has said."""
+        """Wait until the job has completed without an error, and return its output."""
         shown = self.cluster.wait(job, limit)
         assert (shown["JobState"], shown["ExitCode"]) == ("COMPLETED", "0:0"), self.said(job)
         return self.said(job)
@@ -65,7 +66,10 @@ class Jobs:
             time.sleep(0.1)
 
     def restarted(self, job: int, limit: float) -> None:
-        """Once it is back in the queue and its processes have ended; by itself it would wait two minutes."""
+        """Wait until the job is back in the queue and its processes have ended, then let it start.
+
+        By itself, a requeued job would wait two minutes.
+        """
 
         def queued() -> bool:
             shown = self.cluster.show(job)
@@ -73,7 +77,7 @@ class Jobs:
             return shown["Restarts"] == "1" and not (waits and self.cluster.steps(job))
 
         self.until(job, "requeued", queued, limit)
-        with suppress(subprocess.CalledProcessError):  # it has waited, and started
+        with suppress(subprocess.CalledProcessError):  # the job has started already
             self.cluster.run("scontrol", "update", f"JobId={job}", "StartTime=now+5")
 
     def script(self, text: str) -> str:
@@ -89,9 +93,10 @@ def jobs(cluster: Slurm, tmp_path_factory: pytest.TempPathFactory) -> Jobs:
 
 @pytest.fixture(scope="module", autouse=True)
 def limited(jobs: Jobs) -> int:
-    """A job that the time limit stops, which Slurm sees to every half minute; while it waits, the others run.
+    """Submit a job that SIGUSR1 interrupts before its time limit, and return its number.
 
-    In the place of mpiexec is a program that trains for ever, until a signal comes.
+    Slurm checks time limits every 30 seconds, and the other tests run in the meantime. A script takes
+    the place of mpiexec, and runs until it gets the signal.
     """
     launcher = jobs.folder / "launcher"
     launcher.write_text("""#!/bin/bash
@@ -125,7 +130,7 @@ def test_an_array_of_two(jobs: Jobs) -> None:
 
 @pytest.mark.parametrize("script", ["test", "train"])
 def test_worlds_of_one_do_not_start(script: str, jobs: Jobs) -> None:
-    """The scripts check that first. One of the tasks says it for all."""
+    """If each task is a world of one, the batch scripts print one error and start no program."""
     job = jobs.submit(1, f"{ROOT}/scripts/slurm/{script}.sbatch", "--help", LAUNCH="srun --mpi=none")
     assert jobs.cluster.wait(job, 60)["JobState"] == "FAILED"
     output = " ".join(jobs.said(job).split())
@@ -137,7 +142,10 @@ def test_worlds_of_one_do_not_start(script: str, jobs: Jobs) -> None:
 
 @pytest.mark.parametrize("launcher", LAUNCHERS)
 def test_training_goes_on_after_a_signal(launcher: str, jobs: Jobs) -> None:
-    """On two nodes, where they can be, and to the same loss as of one rank that nobody stopped."""
+    """After SIGUSR1 the job is requeued, and reaches the loss of one rank that was not interrupted.
+
+    It runs on two nodes if the cluster has two.
+    """
     pytest.importorskip("sklearn")
     jobs.cluster.need(launcher)
     report, checkpoint = (jobs.folder / f"{launcher.split()[0]}.{kind}" for kind in ("json", "pt"))
@@ -187,7 +195,10 @@ except mpisyncbn.MPISyncBNError as error:
 
 
 def test_who_trains_apart(jobs: Jobs) -> None:
-    """Four tasks that MPI does not know; not a batch script, whichever shell it was submitted in."""
+    """Four tasks that MPI takes for worlds of one are refused. A process of the batch script trains.
+
+    The script may have variables of a job step from the shell that submitted it.
+    """
     program = jobs.folder / "apart.py"
     program.write_text(TRAIN)
     text = f"python {program}\nsrun --mpi=none python {program}"

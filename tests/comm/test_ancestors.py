@@ -1,4 +1,4 @@
-"""What a rank starts, a program or a shell, and what a shell or a launcher starts as a rank."""
+"""A child process of a rank is refused. A rank that a shell or a nested mpiexec started is not."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ MPI.COMM_WORLD.barrier()
 
 @starts_mpiexec
 def test_children_of_a_rank(tmp_path):
-    """Which a shell has started, and is a rank all the same."""
+    """A child that inherits the variables of a rank is refused. The rank itself runs under a shell."""
     mpiexec = jobs.find_mpiexec()
     if mpiexec is None:
         pytest.skip("no mpiexec")

@@ -1,4 +1,4 @@
-"""python -m mpisyncbn --check, in jobs of its own: problems are made, and found."""
+"""Jobs of ``python -m mpisyncbn --check``, most of them with problems that it must find."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def test_all_is_well(run_job):
 @needs_taskset
 @open_mpi
 def test_many_problems(run_job, tmp_path):
-    """Two ranks on one core, with two environments."""
+    """Two ranks on one core, whose environments differ, have one error and four warnings."""
     mpiexec, program = jobs.find_mpiexec(), [sys.executable, *CHECK]
     first = ["env", "MPISYNCBN_TIMOUT=5", "MPISYNCBN_TIMEOUT=90", *program]
     settings = {
@@ -84,7 +84,7 @@ def test_warnings_alone_end_every_rank_with_3(run_job, tmp_path):
 @once("it starts processes itself")
 @needs_taskset
 def test_problems_of_one_process(tmp_path):
-    """Without native kernels, bound to too few cores, and so on."""
+    """All problems of one process are found, such as missing native kernels and too few cores."""
     code = (
         "import runpy, sys; sys.modules['mpisyncbn.kernels.cpu._cpu'] = None; sys.argv[1:] = ['--check']\n"
         "runpy.run_module('mpisyncbn', run_name='__main__')"
@@ -114,7 +114,7 @@ def test_problems_of_one_process(tmp_path):
 @once("it starts processes itself")
 @pytest.mark.full("test_ranks_are_apart has it in one process")
 def test_singletons(tmp_path):
-    """Two processes that a launcher started and MPI takes for two worlds: one prints, both fail."""
+    """If MPI takes the two ranks of a job for two worlds, one prints the error and both fail."""
     script = (
         f"for i in 0 1; do (SLURM_PROCID=$i {sys.executable} {' '.join(CHECK)}; echo status $?) & done; wait"
     )
@@ -139,7 +139,10 @@ def test_no_library(tmp_path):
 @pytest.mark.full("it waits for a rank that does not come")
 @pytest.mark.parametrize("start", ["from mpi4py import MPI", ""])
 def test_the_time_limit(run_job, start):
-    """Where a rank does not come, or does not even start MPI, so that MPI does not start elsewhere."""
+    """The check ends at its time limit if a rank does not come.
+
+    If that rank does not start MPI either, MPI cannot start on the other one.
+    """
     code = (
         f"import os, runpy, sys, time\nif os.environ.get('PMIX_RANK', os.environ.get('PMI_RANK')) == '1':\n"
         f"    {start}\n    time.sleep(60)\n"

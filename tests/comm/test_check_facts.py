@@ -1,4 +1,4 @@
-"""The checks of python -m mpisyncbn, on facts that no rank has found, and what a rank finds."""
+"""The checks of ``python -m mpisyncbn`` on invented facts, and the facts that a rank finds."""
 
 from __future__ import annotations
 
@@ -41,7 +41,10 @@ FACTS = RankFacts(
 
 
 def job(*changed: dict[str, object], nodes: int = 1) -> list[RankFacts]:
-    """The facts of a rank for each argument, on so many nodes, the first ranks on the first."""
+    """Return the facts of one rank for each argument: ``FACTS``, changed by the argument.
+
+    The ranks are on ``nodes`` nodes, in blocks: the first ranks are on the first node.
+    """
     size = len(changed) // nodes
     return [
         FACTS._replace(
@@ -58,12 +61,12 @@ def said(*changed: dict[str, object], nodes: int = 1) -> list[str]:
 @no_exchange
 def test_nothing_is_said_where_all_is_well():
     assert said(*[{"threads": 2}] * 4, nodes=2) == []
-    assert said(*[{"yields": True}] * 8) == []  # more ranks than cores, which yield
+    assert said(*[{"yields": True}] * 8) == []  # more ranks than cores, but they yield
     assert said(*[{"gpus": ("a", "b")}] * 4, nodes=2) == []
-    assert said({"gpus": ("a",)}, {"gpus": ("b",)}) == []  # one is visible to each
-    assert said({"quota": ("group", 0.5)}) == []  # it shares its time with no other rank
+    assert said({"gpus": ("a",)}, {"gpus": ("b",)}) == []  # each rank sees one GPU
+    assert said({"quota": ("group", 0.5)}) == []  # no other rank shares this processor time
     no_torch = {"versions": {**FACTS.versions, "torch": "not installed"}}
-    assert said({**no_torch, "gpus_given": "SLURM_GPUS_ON_NODE=4"}) == []  # CuPy may use them
+    assert said({**no_torch, "gpus_given": "SLURM_GPUS_ON_NODE=4"}) == []  # CuPy may use the GPUs
 
 
 @no_exchange
@@ -229,7 +232,7 @@ def test_this_rank():
     facts, level = find(MPI), MPI.Query_thread()
     assert facts.rank == MPI.COMM_WORLD.rank
     assert facts.cores == frozenset(os.sched_getaffinity(0))
-    assert level == MPI.Query_thread() == MPI.THREAD_MULTIPLE  # MPI_T_init_thread changes neither
+    assert level == MPI.Query_thread() == MPI.THREAD_MULTIPLE  # unchanged by MPI_T_init_thread in find()
     given = dict(os.environ).get("OMPI_MCA_mpi_yield_when_idle")
     if MPI.get_vendor()[0] == "Open MPI" and given in ("0", "1"):
         assert facts.yields == (given == "1")

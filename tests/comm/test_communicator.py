@@ -1,4 +1,4 @@
-"""Groups of ranks: whom a layer normalizes with, and that nobody else's messages are met."""
+"""Groups of ranks: a layer normalizes over its group, and its messages meet no others."""
 
 from __future__ import annotations
 
@@ -30,11 +30,11 @@ def data() -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def exchange(group: Any) -> np.ndarray:
-    """The smallest collective there is: the mean over the group of the world ranks."""
+    """Make one small exchange: return the mean of the world ranks of the group, in 3 channels."""
     return functional.batch_norm_forward(np.full((2, 3), float(RANK)), process_group=group)[1].mean
 
 
-# Each gives a process_group and a communicator of the same ranks in the same order.
+# Each function returns a process_group, and an mpi4py communicator of the same ranks in the same order.
 GROUPS: dict[str, Callable[[], tuple[Any, MPI.Comm]]] = {
     "None": lambda: (None, WORLD),
     "COMM_WORLD": lambda: (WORLD, WORLD),
@@ -133,7 +133,7 @@ def test_a_communicator_resolves_to_the_same_group_always() -> None:
     comm, another = WORLD.Split(0), WORLD.Split(0)
     group = resolve(comm)
     exchange(comm)
-    copied = comm.Dup()  # attributes may be copied by this
+    copied = comm.Dup()  # Dup may copy attributes
     assert resolve(comm) is group
     assert SyncBatchNorm(3, process_group=comm).communicator is group
     assert resolve(MPI.Comm.fromhandle(comm.handle)) is group
@@ -156,7 +156,7 @@ def test_a_handle_that_is_used_again_is_another_group() -> None:
 def test_messages_of_the_user_never_meet_ours() -> None:
     comm = WORLD.Dup()
     x, dy = data()
-    length = 2 * 3 + 3  # as long as ours
+    length = 2 * 3 + 3  # as long as the package's own message
     received, total = np.zeros(length), np.ones(length)
     pending = [comm.Irecv(received, MPI.ANY_SOURCE, MPI.ANY_TAG), comm.Iallreduce(MPI.IN_PLACE, total)]
     y, stats = functional.batch_norm_forward(x.numpy(), process_group=comm)

@@ -1,4 +1,4 @@
-"""What is said of launchers that MPI knows nothing of, and which ranks are on one machine."""
+"""Errors for launchers that started more ranks than MPI knows, and the ranks of one machine."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ HOROVODRUN = {"HOROVOD_SIZE": "2", "HOROVOD_RANK": "0", "HOROVOD_LOCAL_RANK": "0
 
 @pytest.fixture
 def variables(monkeypatch):
-    """Sets them, and takes away what this job's own launcher has set."""
+    """A function that sets environment variables. Those of this job's own launcher are unset."""
     for name in (*SIZES, *RANKS, *ELASTIC, *HOROVODRUN, "SLURM_TASK_PID"):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setattr(launcher, "_has_terminal", lambda: False)
@@ -56,9 +56,9 @@ def test_every_launcher_says_how_many_tasks_it_started(name, variables):
 @pytest.mark.parametrize(
     ("given", "found"),
     [
-        # mpiexec -n 1 in a job, whose daemons srun has started on two nodes
+        # mpiexec -n 1 in a job of Slurm, where srun has started mpiexec's daemons on two nodes
         ({"OMPI_COMM_WORLD_SIZE": "1", "SLURM_STEP_NUM_TASKS": "2"}, (1, "OMPI_COMM_WORLD_SIZE")),
-        ({"SLURM_NTASKS": "4", "SLURM_JOB_ID": "7"}, (1, "")),  # a batch script, started by nothing but bash
+        ({"SLURM_NTASKS": "4", "SLURM_JOB_ID": "7"}, (1, "")),  # a batch script, which no launcher started
     ],
 )
 def test_the_launcher_nearest_to_the_rank_counts(given, found, variables):
@@ -91,7 +91,7 @@ def test_the_rank_that_a_launcher_gave(name, variables):
 )
 def test_ranks_that_mpi_does_not_know_are_told_the_cure(vendor, given, words, variables):
     variables(**{given: "4"})
-    for _ in range(2):  # and not the first time alone
+    for _ in range(2):  # each call raises the error
         with pytest.raises(mpisyncbn.MPISyncBNError, match=r"such as MPI\.COMM_SELF") as said:
             launcher.check_world_size(library(vendor))
     text = str(said.value)
@@ -115,8 +115,8 @@ def test_launchers_that_tell_mpi_nothing(given, variables):
     [
         (1, {"PMI_SIZE": "1"}),
         (4, {"PMI_SIZE": "4"}),
-        (2, ELASTIC),  # as many torchruns as ranks
-        (1, {"WORLD_SIZE": "2"}),  # left over from something
+        (2, ELASTIC),  # one torchrun for each rank
+        (1, {"WORLD_SIZE": "2"}),  # left over from another program
         (1, {"WORLD_SIZE": "2", "RANK": "0"}),
         (1, {"WORLD_SIZE": "2", "RANK": "2", "LOCAL_RANK": "0"}),
         (1, {"WORLD_SIZE": "2", "RANK": "", "LOCAL_RANK": "0"}),
@@ -124,7 +124,7 @@ def test_launchers_that_tell_mpi_nothing(given, variables):
         (1, {**TORCHRUN, "OMPI_COMM_WORLD_SIZE": "1"}),
         (1, {**TORCHRUN, "PMIX_RANK": "0"}),
         (2, {**ELASTIC, "WORLD_SIZE": "8"}),
-        (2, {"OMPI_COMM_WORLD_SIZE": "8", "PMI_SIZE": "2"}),  # the mpiexec of another library inside
+        (2, {"OMPI_COMM_WORLD_SIZE": "8", "PMI_SIZE": "2"}),  # mpiexec of MPICH inside a job of Open MPI
     ],
 )
 def test_nothing_is_said_where_the_launcher_of_mpi_agrees(size, given, variables):
@@ -134,26 +134,29 @@ def test_nothing_is_said_where_the_launcher_of_mpi_agrees(size, given, variables
 
 
 def test_sizes_are_compared(variables):
-    """Not whether the world has one rank."""
+    """A world of several ranks is refused too if the launcher started more; a spawned one is not."""
     variables(PMI_SIZE="8")
     with pytest.raises(mpisyncbn.MPISyncBNError, match=r"started 8 ranks .* world of 4"):
         launcher.check_world_size(library(size=4))
-    launcher.check_world_size(library(size=4, parent="another world"))  # spawned by it
+    launcher.check_world_size(library(size=4, parent="another world"))  # another world spawned this one
 
 
 def test_in_a_shell_of_slurm_it_is_a_warning(variables, monkeypatch):
-    """Which srun --pty has started, one for each task."""
+    """A shell that ``srun --pty`` started as one of several tasks may train, with a warning.
+
+    If torch.distributed has more ranks than MPI, it is an error there too.
+    """
     variables(SLURM_STEP_NUM_TASKS="4", SLURM_PROCID="0")
     monkeypatch.setattr(launcher, "_has_terminal", lambda: True)
     with pytest.warns(RuntimeWarning, match="started 4 ranks"):
         launcher.check_world_size(library())
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        launcher.check_world_size(library())  # not again
+        launcher.check_world_size(library())  # it warns only once
     monkeypatch.setattr(launcher, "_torch_group", lambda: "a group")
     monkeypatch.setitem(sys.modules, "torch.distributed", SimpleNamespace(get_world_size=lambda: 2))
     with pytest.raises(mpisyncbn.MPISyncBNError, match=r"torch\.distributed has 2 ranks, MPI a world of 1: "):
-        launcher.check_world_size(library())  # whoever sits there: ranks that know each other are no shells
+        launcher.check_world_size(library())  # torch.distributed's ranks know each other, so none is a shell
 
 
 def test_a_batch_script_has_variables_of_the_shell_that_submitted_it(variables, tmp_path, monkeypatch):
@@ -178,7 +181,7 @@ def test_one_of_them_says_it_for_all(variables):
 
 @pytest.fixture
 def larger():
-    """Makes torch.distributed one rank larger than the world of MPI, as torchrun would."""
+    """A function that initializes torch.distributed with one rank more than MPI has, as torchrun would."""
     yield lambda: dist.init_process_group("fake", rank=0, world_size=WORLD.size + 1, store=FakeStore())
     dist.destroy_process_group()
 
@@ -199,13 +202,13 @@ TRAINING = {
 }
 
 
-@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # torch's own, while it compiles
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # torch gives them while it compiles
 @pytest.mark.parametrize(
     "train",
     [pytest.param(call, id=name, marks=[compiles] * (name == "compiled")) for name, call in TRAINING.items()],
 )
 def test_training_apart_is_refused(train, larger):
-    """Also if torch.distributed was initialized after the first step."""
+    """No rank trains if torch.distributed has more ranks than MPI, even if it begins after a step."""
     net = mpisyncbn.convert_sync_batchnorm(torch.nn.Sequential(torch.nn.BatchNorm1d(3)))
     net(X)
     larger()
@@ -230,7 +233,7 @@ def test_apart_on_purpose(larger):
         warnings.simplefilter("always")
         mpisyncbn.local_rank()
     dist.destroy_process_group()
-    outer.train()(X)  # when it is over
+    outer.train()(X)  # allowed again without torch.distributed
     larger()
     with together():
         assert torch.allclose(alone.running_mean, outer.running_mean)
@@ -238,7 +241,7 @@ def test_apart_on_purpose(larger):
 
 
 def test_a_torch_group_of_several_mpi_jobs(monkeypatch):
-    """Each of them with a rank 0."""
+    """A torch group of ranks from two MPI jobs is refused: both are rank 0 in MPI."""
     group = SimpleNamespace(rank=lambda: 0, size=lambda: 2)
     monkeypatch.setattr(
         dist, "all_gather_object", lambda ranks, *_, **__: ranks.__setitem__(slice(None), [0, 0])
@@ -290,7 +293,7 @@ def test_local_rank():
         ([(0, "a"), (1, "b"), (0, "a"), (1, "b")], {2: [0, 2], 1: [1, 3]}),
         # containers that share no memory, on one machine
         ([(0, "a"), (1, "a"), (2, "b")], {0: [0, 1], 1: [0, 1], 2: [2]}),
-        # containers that do, each with a name of its own
+        # containers that share memory, some with host names of their own
         ([(0, "a"), (0, "b"), (2, "c"), (2, "b")], {0: [0, 1, 2, 3]}),
     ],
 )

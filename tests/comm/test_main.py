@@ -1,4 +1,4 @@
-"""python -m mpisyncbn."""
+"""The command ``python -m mpisyncbn``."""
 
 from __future__ import annotations
 
@@ -69,7 +69,7 @@ def test_only_rank_zero_prints(capsys):
     if WORLD.rank == 0:
         facts = json.loads(out)
         assert facts["ranks"]["world size"] == WORLD.size
-        # More ranks than cores are a problem under an MPI that does not say that it yields, as MPICH.
+        # More ranks than cores are a problem with an MPI that does not say that it yields, such as MPICH.
         assert [each for each in facts["problems"] if ". A rank that waits " not in each["what"]] == []
     else:
         assert out == ""
@@ -90,7 +90,7 @@ def test_a_timeout_that_is_none(given, capsys):
 
 
 class Library:
-    """An MPI whose sums are what ``result(rank, call)`` adds to them."""
+    """An MPI library whose Allreduce only adds ``result(rank, call)`` to the values of the rank."""
 
     IN_PLACE = MPI.IN_PLACE
 
@@ -138,7 +138,7 @@ def test_a_transport_that_cannot_be_had_is_reported(monkeypatch):
 
 
 def test_a_value_that_nothing_understands(monkeypatch, capsys):
-    """The report shows the rest all the same."""
+    """A setting with an invalid value is an error in the report, which shows everything else too."""
     monkeypatch.setenv("MPISYNCBN_TRANSPORT", "pigeon")
     assert command.main(["--timeout", "30"]) == 0
     lines = capsys.readouterr().out.splitlines()
@@ -153,7 +153,10 @@ def test_a_value_that_nothing_understands(monkeypatch, capsys):
 
 
 def test_ranks_are_apart(monkeypatch, capsys):
-    """The report says so, and measures all the same. With --check every rank has status 1."""
+    """If the launcher started more ranks than MPI has, the report has an error, and still measures.
+
+    With ``--check``, every rank returns status 1.
+    """
     more = WORLD.size + 1
     monkeypatch.setattr(config, "any_launcher_size", lambda size: (size + 1, "PMI_SIZE"))
     assert command.main(["--check"]) == 1
@@ -171,7 +174,7 @@ def test_ranks_are_apart(monkeypatch, capsys):
 
 
 def test_a_child_of_a_rank(monkeypatch, capsys):
-    """It prints the reason, and does not start MPI."""
+    """In a child process of a rank, the check prints the reason and fails before it uses MPI."""
     monkeypatch.setattr(command.ancestors, "ancestor_rank_pid", lambda: 7)
     assert command.main(["--check"]) == 1
     out = " ".join(capsys.readouterr().out.split())

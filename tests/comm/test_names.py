@@ -1,4 +1,4 @@
-"""What a process remembers of layers and groups goes with them; what it needs of others it keeps."""
+"""Records of layers and groups are dropped with them, unless another rank still needs the group."""
 
 from __future__ import annotations
 
@@ -26,11 +26,11 @@ from support.oracle import distance, local_batch, oracle, shard
 from support.ranks import WORLD, no_exchange, several
 
 RANK, SIZE = WORLD.rank, WORLD.size
-MANY = 1500  # several times as many as are kept
+MANY = 1500  # several times the number of names that are kept
 
 
 def test_the_names_of_dropped_layers_are_forgotten():
-    """Ranks may drop them at different times, and build others of their own."""
+    """Ranks may drop layers at different times, and build layers that the other ranks do not have."""
     group, x = Communicator(), shard((local_batch(), 3))
     first = SyncBatchNorm(3, momentum=1.0, process_group=group)
     first(x)
@@ -115,7 +115,7 @@ def test_one_rank_may_convert_a_layer_again():
 @no_exchange
 def test_buffers_for_messages_of_any_length_do_not_pile_up():
     group = Communicator(MPI.COMM_SELF).ready()
-    group.link = None  # native code has a buffer of its own
+    group.link = None  # native code has its own buffer
     for channels in range(1, 600):
         x = np.random.default_rng(channels).normal(size=(4, channels))
         y, _ = functional.batch_norm_forward(x, process_group=group)

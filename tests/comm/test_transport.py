@@ -1,4 +1,4 @@
-"""Which transport is chosen, by what MPI libraries say of themselves; none of them has to be there."""
+"""The transport is chosen by what the MPI library reports. Most tests imitate the library."""
 
 from __future__ import annotations
 
@@ -29,12 +29,12 @@ GPU_QUERY = "int MPIX_GPU_query_support(int kind, int *yes) { *yes = kind == %d;
 
 @pytest.fixture
 def library(tmp_path, monkeypatch):
-    """An MPI library with what a C text defines, and what mpi4py would say of it."""
+    """A function that compiles C code into an MPI library, and returns an imitation of mpi4py.MPI."""
     for name in VARIABLES:
         monkeypatch.delenv(name, raising=False)
 
     def make(text="", vendor=("Some MPI", (1, 2, 3)), kinds=None):
-        number = len(list(tmp_path.iterdir()))  # a path is loaded once
+        number = len(list(tmp_path.iterdir()))  # dlopen loads a path only once
         source, path = tmp_path / "mpi.c", tmp_path / f"libmpi-{WORLD.rank}-{number}.so"
         source.write_text(text + "\nint nothing;\n")
         subprocess.run(["cc", "-shared", "-fPIC", "-o", path, source], check=True)
@@ -56,19 +56,19 @@ def answers(query, value):
     [
         (answers("cuda", 1), "Open MPI", None, None, "device", "MPIX_Query_cuda_support() says yes"),
         (answers("cuda", 0), "Open MPI", None, None, "host", "MPIX_Query_cuda_support() says no"),
-        # what the library says of itself counts, and not what somebody set
+        # the answer of the library's function overrides mpi_memory_alloc_kinds and variables
         (answers("cuda", 0), "MPICH", "mpi,system,cuda", "MV2_USE_CUDA=1", "host", "says no"),
         (GPU_QUERY % 0, "MPICH", None, None, "device", "MPIX_GPU_query_support() says yes"),
         (GPU_QUERY % 2, "MPICH", None, None, "host", "MPIX_GPU_query_support() says no"),
         ("", "MPICH", "mpi,system,cuda:device", None, "device", "mpi_memory_alloc_kinds is"),
         ("", "MPICH", "mpi,system", None, "host", "mpi_memory_alloc_kinds is 'mpi,system'"),
-        ("", "Open MPI", "mpi,system,cuda", None, "host", "none is there"),  # it repeats what was asked for
+        ("", "Open MPI", "mpi,system,cuda", None, "host", "none is there"),  # it repeats the user's request
         ("", "MVAPICH2", None, "MV2_USE_CUDA=1", "device", "MV2_USE_CUDA is set"),
         ("", "MPICH", None, "MPICH_GPU_SUPPORT_ENABLED=1", "device", "MPICH_GPU_SUPPORT_ENABLED is set"),
         ("", "MPICH", None, "MPICH_GPU_SUPPORT_ENABLED=0", "host", "none is there"),
         ("", "MVAPICH2", None, "MV2_USE_ROCM=1", "host", "none is there"),
         ("", "MPICH", None, None, "host", "were looked for, and none is there"),
-        # the user has the last word
+        # MPISYNCBN_TRANSPORT overrides the automatic choice
         (answers("cuda", 1), "MPICH", None, "MPISYNCBN_TRANSPORT=host", "host", "MPISYNCBN_TRANSPORT=host"),
         (answers("cuda", 1), "MPICH", None, "MPISYNCBN_TRANSPORT=device", "device", "says yes"),
     ],
@@ -115,7 +115,7 @@ def test_a_forced_transport_that_is_not_there(library, monkeypatch):
 
 
 def test_the_library_of_this_job():
-    """Its answer is one of two, and the query is where it is looked for."""
+    """The transport of this job is valid and has a reason. Common libraries have the query function."""
     found, reason = transport.chosen(MPI)
     assert found in ("host", "device")
     assert reason

@@ -30,7 +30,7 @@ def test_many_at_once() -> None:
     tensors = [torch.full((1 + 100 * i,), float(RANK + i)) for i in range(30)]
     works = [dist.all_reduce(tensor, async_op=True) for tensor in tensors]
     last = torch.ones(1)
-    dist.all_reduce(last)  # after all the others
+    dist.all_reduce(last)  # runs after all the others
     done = [work.is_completed() for work in works]
     futures = [work.get_future() for work in works]
     for work in works:
@@ -46,7 +46,7 @@ def test_many_at_once() -> None:
 
 
 def test_beside_synchronized_layers() -> None:
-    """Reductions under way while layers exchange: two streams of messages that must not meet."""
+    """Messages of asynchronous reductions and of layers that exchange at the same time do not mix."""
     layer = mpisyncbn.SyncBatchNorm(4).double()
     x = torch.randn(RANK + 2, 4, 5, dtype=torch.float64, requires_grad=True)
     sums = []
@@ -62,7 +62,7 @@ def test_beside_synchronized_layers() -> None:
 
 
 def test_one_after_the_other() -> None:
-    """Each takes what the one before has left, in memory without order too."""
+    """Asynchronous reductions of one tensor run in order, also if the tensor is not contiguous."""
     for tensor in (torch.ones(3), torch.ones(3, 2)[:, 0]):
         works = [dist.all_reduce(tensor, async_op=True) for _ in range(3)]
         for work in works:
@@ -134,7 +134,7 @@ def test_around_a_ring(limit: None) -> None:
     after, before = (RANK + 1) % SIZE, (RANK - 1) % SIZE
     out = [torch.zeros(40), torch.zeros(3, dtype=torch.int64), torch.zeros(2, 2).t()]
     works = [dist.irecv(tensor, before, tag=tag) for tag, tensor in enumerate(out)]
-    for tag in (2, 0, 1):  # the tag decides, not the order
+    for tag in (2, 0, 1):  # messages match by tag, not by order
         works.append(
             dist.isend(torch.full(out[tag].shape, 10 * RANK + tag, dtype=out[tag].dtype), after, tag=tag)
         )
@@ -213,14 +213,14 @@ def future(_: Tensor, work: Any) -> Any:
     [pytest.param(registered, marks=newer_than_2_6("never lets go of what is registered")), boxed, future],
 )
 def test_what_cpp_keeps(keep: Any) -> None:
-    """It keeps a Work and not the object of Python; once it lets go, nothing of it is left."""
+    """torch's C++ code can wait for a Work that Python has dropped, and nothing keeps it afterwards."""
     x = torch.ones(2)
     work = dist.all_reduce(x, async_op=True)
     seen, wait = weakref.ref(work), keep(x, work)
     del work
     wait()
     del wait
-    dist.barrier(async_op=True).wait()  # which the group's thread begins once it has let go of the Work
+    dist.barrier(async_op=True).wait()  # before this, the group's thread has let go of the Work
     gc.collect()
     with together():
         assert (x == SIZE).all()

@@ -1,4 +1,4 @@
-"""Every collective of torch.distributed and every dtype: beside gloo in the same job, and beside oracles."""
+"""Every collective of torch.distributed, with every dtype: compared with gloo and with exact results."""
 
 from __future__ import annotations
 
@@ -104,7 +104,7 @@ def test_all_reduce(name: str, dtype: torch.dtype, gloo: Any, limit: None) -> No
     try:
         dist.all_reduce(theirs, operation, group=gloo)
     except (RuntimeError, ValueError):
-        theirs = ours  # not everything that is defined exists in gloo
+        theirs = ours  # gloo does not have this operation for this dtype
     root = SIZE - 1
     at_root = values(dtype, 7, 5)
     dist.reduce(at_root, root, operation)
@@ -120,7 +120,7 @@ def test_all_reduce(name: str, dtype: torch.dtype, gloo: Any, limit: None) -> No
 
 
 def collectives(dtype: torch.dtype, group: Any) -> dict[str, Any]:
-    """The results of every collective that moves or sums, on the same inputs for whatever group."""
+    """Return the results of the collectives that move data, by name. Each group gets the same inputs."""
     x = values(dtype, 3, 4)
     found: dict[str, Any] = {}
 
@@ -189,7 +189,10 @@ UNSIGNED = [torch.uint16, torch.uint32, torch.uint64]
 
 @pytest.mark.parametrize("dtype", [*INTEGERS, *UNSIGNED], ids=names_of([*INTEGERS, *UNSIGNED]))
 def test_average_of_integers(dtype: torch.dtype, limit: None) -> None:
-    """The sum, in 32 bits at least, then divided towards zero: of -7 on two ranks -3."""
+    """AVG of integers is the sum, in at least 32 bits, divided and truncated towards zero.
+
+    On two ranks, a sum of -7 gives -3.
+    """
     limits = torch.iinfo(dtype)
     own = [3 + RANK, -3 - RANK, limits.max - RANK, limits.min + RANK, 0]
     bits = 8 * dtype.itemsize
@@ -314,7 +317,10 @@ def test_gradients_may_be_reduced_in_place() -> None:
 
 
 def test_what_is_sent_may_lie_where_something_is_received() -> None:
-    """As shards do that FSDP gathers in place. MPI forbids it: MPICH says so, others may send what came."""
+    """The input of a collective may overlap its output, as when FSDP gathers shards in place.
+
+    MPI forbids that. MPICH raises an error, other libraries may send data that they have just received.
+    """
     gathered, scattered, swapped = torch.zeros(3 * SIZE), torch.ones(3 * SIZE) * RANK, torch.zeros(SIZE)
     mine = gathered[3 * RANK : 3 * (RANK + 1)]
     mine += RANK

@@ -41,7 +41,7 @@ def network(synchronized: bool = True, **options: bool) -> nn.Module:
 
 
 def batches(rank: int, step: int, samples: int | None = None) -> tuple[Tensor, Tensor]:
-    """Uneven: rank r has r + 2 samples."""
+    """Return the samples of a rank for a step, and their labels. By default, rank r has r + 2 of them."""
     generator = torch.Generator().manual_seed(1000 * step + rank)
     samples = rank + 2 if samples is None else samples
     x = torch.randn(samples, 2, 8, 8, generator=generator, dtype=torch.float64) + rank
@@ -57,7 +57,10 @@ def optimizer_of(net: nn.Module) -> torch.optim.Optimizer:
 
 
 def in_one_process(steps: int = STEPS, accumulate: int = 1, have: list[int] | None = None) -> nn.Module:
-    """Torch's own layers on the whole batch of all ranks, or of those that ``have`` so many batches."""
+    """Train torch's own layers on the batches of all ranks together, and return the network.
+
+    ``have`` is the number of batches that each rank has; by default one for each step.
+    """
     net = network(synchronized=False)
     optimizer = optimizer_of(net)
     for step in range(steps):
@@ -76,7 +79,7 @@ def train(ddp: nn.Module, steps: int = STEPS, accumulate: int = 1) -> None:
     for step in range(steps):
         x, labels = batches(RANK, step)
         last = (step + 1) % accumulate == 0
-        ddp.require_backward_grad_sync = last  # what no_sync() sets
+        ddp.require_backward_grad_sync = last  # no_sync() sets this too
         # DistributedDataParallel takes the average over ranks, and the loss is a sum over them.
         (loss_of(ddp, x, labels, total) * SIZE).backward()
         if last:
@@ -129,7 +132,7 @@ def test_compressed_gradients(hook: str) -> None:
     with together():
         assert all(torch.equal(each, everyones[0]) for each in everyones), "the same on every rank"
         assert all(each.isfinite().all() for each in everyones)
-        if hook == "half":  # PowerSGD goes another way
+        if hook == "half":  # PowerSGD leads to other weights
             assert 0 < largest_difference(net, in_one_process()) < 0.1
 
 
@@ -154,7 +157,7 @@ def test_sharded(memory_efficient: bool) -> None:
 
 
 def test_the_documented_example() -> None:
-    """As torch documents SyncBatchNorm, but for who makes the layer and the backend."""
+    """The example in torch's documentation of SyncBatchNorm works, with this package's layer and backend."""
     parts = [[rank for rank in range(SIZE) if rank % 2 == part] for part in range(min(SIZE, 2))]
     process_group = [dist.new_group(ranks) for ranks in parts][RANK % 2]
     network = nn.Sequential(nn.BatchNorm3d(4), nn.Flatten(), nn.Linear(4 * 8, 2))
@@ -171,7 +174,10 @@ def test_the_documented_example() -> None:
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
 def test_join(dtype: torch.dtype) -> None:
-    """5, 3, 0 batches and so on: ranks without data answer the others' layers until all are through."""
+    """Ranks may have different numbers of batches, such as 5, 3 and 0.
+
+    A rank without data answers the exchanges of the others until all have finished.
+    """
     have = [5, 3, 0, 4][:SIZE]
     samples = [sum(rank + 2 for rank in range(SIZE) if have[rank] > step) for step in range(5)]
     net = network().to(dtype)
@@ -185,7 +191,7 @@ def test_join(dtype: torch.dtype) -> None:
             optimizer.zero_grad()
     exchanges = WORLD.allgather(net[1].process_group.exchanges if net[1].process_group else 0)
     net.eval()
-    after = net(batches(RANK, 99)[0].to(dtype))  # and the layers are as they were
+    after = net(batches(RANK, 99)[0].to(dtype))  # after the join, the layers work as before
     net.train()
     net(batches(RANK, 99)[0].to(dtype))
 
@@ -206,7 +212,10 @@ def test_join_where_all_have_the_same() -> None:
 
 @pytest.mark.parametrize("join", [mpisyncbn.distributed.join, DistributedDataParallel.join])
 def test_join_that_divides_by_the_ranks_with_data(join: Any) -> None:
-    """Rank r has r + 1 batches of ones. The reducer, in C++, asks a Work for how many ranks have one."""
+    """Gradients are divided by the number of ranks that still have data. Rank r has r + 1 batches.
+
+    DistributedDataParallel's reducer, in C++, reads that number from a Work.
+    """
     net = nn.Linear(2, 1, bias=False)
     seen = []
     with join(ddp := DistributedDataParallel(net), divide_by_initial_world_size=False):
@@ -243,7 +252,7 @@ def test_join_that_ends_with_the_first() -> None:
         assert error is not None
 
 
-# torch.compile. What it says of itself is no concern of these.
+# Tests of torch.compile. They ignore torch's warnings.
 warns = pytest.mark.filterwarnings("ignore")
 slow = pytest.mark.full("torch's compiler takes its time")
 BACKEND = "aot_eager"
@@ -255,7 +264,10 @@ KINDS = "plain", "static graph", "unused parameters", "inside", "whole graph"
 @up_to_two
 @pytest.mark.parametrize("name", [KINDS[0], *(pytest.param(each, marks=slow) for each in KINDS[1:])])
 def test_compiled(name: str, fresh_compiler: None) -> None:
-    """Buckets are rebuilt in the second step of four."""
+    """A compiled model trains like one process.
+
+    DistributedDataParallel rebuilds its buckets in the second of the four steps.
+    """
     net = network()
     if name == "inside":
         ddp: Any = DistributedDataParallel(torch.compile(net, backend=BACKEND))
@@ -271,7 +283,10 @@ def test_compiled(name: str, fresh_compiler: None) -> None:
 @up_to_two
 @pytest.mark.parametrize("whole", [True, False])
 def test_compiled_collectives(whole: bool, fresh_compiler: None) -> None:
-    """As with gloo: in one graph those that torch has graph operations for, and all with graph breaks."""
+    """Compiled collectives give the same results as gloo's.
+
+    Those that torch has graph operations for compile into one graph. With graph breaks, all work.
+    """
 
     def traceable(x: Tensor, group: Any) -> list[Tensor]:
         total, everyone, part = x * 2, x.new_zeros(2 * SIZE, 3), x.new_zeros(2, 3)
@@ -295,7 +310,7 @@ def test_compiled_collectives(whole: bool, fresh_compiler: None) -> None:
     gloo, x = (
         dist.new_group(backend="gloo"),
         batches(RANK, 1, 2)[0][:, 0, 0, :3].mul(10).round(),
-    )  # exact in any order
+    )  # whole numbers: their sums are exact in any order
     compiled = torch.compile(traceable if whole else anything, backend=BACKEND, fullgraph=whole)
     expected, got = compiled(x, gloo), compiled(x, dist.group.WORLD)
     with together():

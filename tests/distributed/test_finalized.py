@@ -1,4 +1,4 @@
-"""Process groups after MPI_Finalize: what tears a finished program down must not fail."""
+"""Process groups after MPI_Finalize: their use is an error, but the end of the program must not fail."""
 
 from __future__ import annotations
 
@@ -22,7 +22,10 @@ MPI.Finalize()
 
 
 def test_destroyed() -> None:
-    """Each use says why it cannot be, and the end is silent, of a group by itself too."""
+    """After MPI_Finalize each use of a group raises an error that says so.
+
+    Destroying one group, or all groups, is silent.
+    """
     out = run_alone(
         BEGIN
         + """
@@ -43,7 +46,10 @@ dist.destroy_process_group()
 
 @newer_than_2_6("aborts groups of NCCL alone")
 def test_aborted() -> None:
-    """After a layer's communicator was freed, and with references that are dropped."""
+    """After MPI_Finalize, aborting all groups is silent.
+
+    So are freeing a layer's communicator before that, and dropping all references.
+    """
     out = run_alone(
         BEGIN
         + """

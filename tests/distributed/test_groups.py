@@ -1,4 +1,4 @@
-"""Process groups of torch over MPI: how ranks find each other, layers, what torch builds on them."""
+"""Process groups of torch over MPI: rendezvous, layers in groups, and features that use groups."""
 
 from __future__ import annotations
 
@@ -88,7 +88,7 @@ def test_names() -> None:
 
 
 def test_what_torch_builds_on_a_group(tmp_path: Any) -> None:
-    """Functional and compiled collectives, meshes, distributed tensors, checkpoints in shards."""
+    """Functional and compiled collectives, meshes, distributed tensors and sharded checkpoints work."""
     group, ones = dist.group.WORLD, torch.ones(4 * SIZE)
     summed = functional_collectives.all_reduce(ones, "sum", group)
     scattered = functional_collectives.reduce_scatter_tensor(ones, "sum", 0, group)
@@ -113,9 +113,12 @@ def test_what_torch_builds_on_a_group(tmp_path: Any) -> None:
         assert torch.equal(restored, torch.arange(3.0 * SIZE))
 
 
-@pytest.mark.filterwarnings("ignore:DTensor random operators:UserWarning")  # of torch 2.6
+@pytest.mark.filterwarnings("ignore:DTensor random operators:UserWarning")  # torch 2.6 gives it
 def test_distributed_tensors_are_no_input_of_a_layer() -> None:
-    """Nor a weight; what a functional collective gives is, once its values are there."""
+    """A distributed tensor is refused as input or weight.
+
+    The result of a functional collective is accepted: the layer waits for its values.
+    """
     sharded = distribute_tensor(torch.ones(2 * SIZE, 3), init_device_mesh("cpu", (SIZE,)), [Shard(0)])
     pending = functional_collectives.all_reduce(torch.ones(4, 3), "sum", dist.group.WORLD)
     layer = mpisyncbn.SyncBatchNorm(3)
@@ -145,16 +148,19 @@ SUBSETS = [names for count in range(5) for names in itertools.combinations(VARIA
 
 
 def rendezvous(**given: int) -> tuple[int, int]:
-    """Rank and size, as torch finds them by default."""
+    """Return the rank and size that torch finds by default."""
     _, rank, size = next(dist.rendezvous("env://", **given))
     return rank, size
 
 
 @pytest.mark.parametrize("names", SUBSETS, ids=lambda names: " ".join(names) or "none")
 def test_variables_of_other_launchers(names: tuple[str, ...], monkeypatch: pytest.MonkeyPatch) -> None:
-    """All four are torchrun's, whose ranks MPI does not know; where one is missing, MPI knows better."""
+    """All four variables together are torchrun's, and count, because MPI does not know its ranks.
+
+    If one of them is missing, rank and size are MPI's.
+    """
     for name, value in VARIABLES.items():
-        monkeypatch.setenv(name, value if name in names else "")  # empty is not set, to torch too
+        monkeypatch.setenv(name, value if name in names else "")  # "" counts as unset, in torch too
     found = rendezvous()
     with together():
         assert found == ((0, 1) if len(names) == 4 else (RANK, SIZE))
@@ -174,7 +180,7 @@ def test_rank_and_size_as_arguments(monkeypatch: pytest.MonkeyPatch) -> None:
     addressed = rendezvous(rank=0, world_size=1)
     monkeypatch.delenv("MASTER_ADDR")
     monkeypatch.setenv("WORLD_SIZE", str(SIZE + 1))
-    if SIZE == 1:  # there MPI may not know better: somebody counts on more ranks
+    if SIZE == 1:  # WORLD_SIZE may count ranks that MPI does not know
         with pytest.raises(ValueError, match="as MPI counts"):
             rendezvous()
     with together():

@@ -1,4 +1,4 @@
-"""Errors that need an odd MPI, a fork, or a launcher that counts otherwise: each says what to do."""
+"""Rare errors, such as those of an MPI without threads, a forked process or wrong ranks."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Collectives that ranks disagree on, that a rank misses, or that nobody can make: errors, no waiting."""
+"""Collectives raise errors, and do not hang, if ranks disagree, a rank is missing or arguments are wrong."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def mismatched() -> dict[str, Any]:
 def test_mismatches(what: str) -> None:
     error = error_of(mismatched()[what], CollectiveMismatchError)
     after = torch.ones(1)
-    dist.all_reduce(after)  # the group lives on
+    dist.all_reduce(after)  # the group still works
 
     with together():
         assert error is not None
@@ -168,7 +168,7 @@ def test_what_a_group_of_torch_refuses() -> None:
         dist.reduce_scatter_tensor(x[:1].double(), torch.ones(SIZE))
     with pytest.raises(TypeError, match="expected a group of backend mpi4py, got 'another'"):
         distributed.monitored_barrier("another")
-    dist.all_reduce(x)  # the group lives on
+    dist.all_reduce(x)  # the group still works
     assert x.tolist() == [SIZE] * 3
 
 

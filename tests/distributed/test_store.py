@@ -21,7 +21,7 @@ from mpisyncbn.distributed import store
 from support.ranks import WORLD, error_of, several, together
 
 RANK, SIZE = WORLD.rank, WORLD.size
-LISTENING = "0A"  # in /proc/net/tcp
+LISTENING = "0A"  # state of a socket in /proc/net/tcp
 pytestmark = pytest.mark.skipif(not Path("/proc/net/tcp").exists(), reason="Linux lists its sockets there")
 
 
@@ -48,11 +48,15 @@ def ports() -> set[tuple[str, int]]:
 
 
 def _is_there(fd: str) -> bool:
-    return os.path.lexists(f"/proc/self/fd/{fd}")  # not that of the listing itself
+    return os.path.lexists(f"/proc/self/fd/{fd}")  # os.listdir's own descriptor is closed by now
 
 
 def test_ports(monkeypatch: pytest.MonkeyPatch) -> None:
-    """None of ours, beside what MPI itself has; for gloo one on a fit interface; none after the end."""
+    """Backend mpi4py opens no ports. gloo's are at one address, and are closed after the end.
+
+    MPI's own ports do not count. The address is the loopback address if all ranks are on one host,
+    another address if they are not, and never a wildcard.
+    """
     hosts = set(WORLD.allgather(socket.gethostname()))
     before = ports()
     seen: dict[str, set[tuple[str, int]]] = {}
@@ -68,7 +72,7 @@ def test_ports(monkeypatch: pytest.MonkeyPatch) -> None:
     del group
     gc.collect()
     seen["destroyed"] = ports() - before
-    monkeypatch.setenv("TORCH_DIST_INIT_BARRIER", "1")  # torch then meets in the store once more
+    monkeypatch.setenv("TORCH_DIST_INIT_BARRIER", "1")  # torch then has a barrier in the store
     dist.init_process_group("gloo", timeout=timedelta(seconds=60))
     dist.all_reduce(x)
     seen["gloo alone"] = ports() - before
@@ -89,7 +93,7 @@ def test_ports(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @several
 def test_groups_of_other_backends_without_rank_0() -> None:
-    """Their ranks alone make the store, so that those outside need not come."""
+    """Only the ranks of a group make its store, so ranks outside of it need not take part."""
     mpisyncbn.init_process_group(timeout=timedelta(seconds=60))
     last, x = list(range(1, SIZE)), torch.ones(1)
     group = dist.new_group(last, backend="gloo")
@@ -102,7 +106,7 @@ def test_groups_of_other_backends_without_rank_0() -> None:
 
 
 def test_the_store_of_the_default_group(monkeypatch: pytest.MonkeyPatch) -> None:
-    """It is there for programs that use it, and for the barrier that torch makes of it."""
+    """The default group has a store, for programs that use it and for the barrier that torch makes."""
     monkeypatch.setenv("TORCH_DIST_INIT_BARRIER", "1")
     mpisyncbn.init_process_group(timeout=timedelta(seconds=60))
     kept = dist.distributed_c10d._get_default_store()
@@ -140,7 +144,7 @@ def test_a_rank_without_an_address(monkeypatch: pytest.MonkeyPatch) -> None:
     mpisyncbn.init_process_group(timeout=timedelta(seconds=60))
     monkeypatch.setattr(store, "_address_among", no_address)
     error = error_of(lambda: dist.new_group(backend="gloo"), RuntimeError)
-    dist.all_reduce(x := torch.ones(1))  # backend mpi4py needs none
+    dist.all_reduce(x := torch.ones(1))  # backend mpi4py needs no address
     with together():
         assert f"expected a store that all {SIZE} ranks reach" in str(error)
         assert "no address for the other ranks: no route to elsewhere" in str(error)
@@ -148,7 +152,7 @@ def test_a_rank_without_an_address(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_addresses() -> None:
-    """The loopback interface for ranks of one host, else that which leads to the others."""
+    """Ranks of one host use the loopback interface, others the interface that leads to the other hosts."""
     with together():
         assert store._address_among([("here", "a boot")] * 2)[0] == "127.0.0.1"
         assert store._address_among([("here", "a boot"), ("::1", "another")]) == ("::1", socket.AF_INET6)

@@ -1,6 +1,7 @@
-"""More ranks than cores: one training step at any number of ranks, against the whole batch.
+"""Compare one training step with the whole batch, at any number of ranks, even more than cores.
 
-Not part of the suite; ``mpiexec -n 32 python tests/examples/smoke.py``. Exits with 1 if any rank is wrong.
+It is not part of the suite: ``mpiexec -n 32 python tests/examples/smoke.py``. The exit status is 1 if
+any rank is wrong.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ def main() -> int:
     torch.set_num_threads(1)
     layer = mpisyncbn.SyncBatchNorm(4)
     half = mpisyncbn.SyncBatchNorm(4, process_group=mpisyncbn.new_subgroups(max(1, WORLD.size // 2)))
-    n = WORLD.rank % 3  # a third of the ranks have nothing
+    n = WORLD.rank % 3  # a third of the ranks have an empty batch
     x, dy = shard((n, 4, 5), 1, 3.0).requires_grad_(), shard((n, 4, 5), 2)
     y = layer(x)
     y.backward(dy)

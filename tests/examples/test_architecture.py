@@ -1,4 +1,4 @@
-"""How the package is put together: who imports whom, what importing it costs, and what pages say of it."""
+"""The structure of the package: its imports, the cost of importing it, and the pages that describe it."""
 
 from __future__ import annotations
 
@@ -16,7 +16,8 @@ from support.jobs import ROOT, run_alone
 from support.ranks import no_exchange
 
 PACKAGE = ROOT / "mpisyncbn"
-# Data goes down these lines and back; imports go down them and never up. In kernels/ there is no order.
+# Each module imports only from modules that are later in its line. Calls pass data in that direction, and
+# results come back. The modules of kernels/ have no order.
 FLOORS = {
     "": "__init__ __main__ communicator fusing mixed_class report lightning precise_bn distributed uneven"
     " batchnorm autograd convert functional exchange enqueue merging fingerprint running_stats arguments"
@@ -105,7 +106,10 @@ def test_collective_functions_say_so():
 
 @no_exchange
 def test_importing_costs_nothing():
-    """Neither torch nor CuPy, and MPI is not started: DataLoader workers import the program again."""
+    """Importing the package imports neither torch nor CuPy, and does not start MPI.
+
+    DataLoader workers may import the program again.
+    """
     out = run_alone(
         "import sys, mpisyncbn, mpisyncbn.functional; mpisyncbn.Communicator, mpisyncbn.new_group\n"
         "print(sorted({'torch', 'cupy', 'mpi4py.MPI'} & set(sys.modules)))"
@@ -117,7 +121,7 @@ def test_importing_costs_nothing():
 
 @no_exchange
 def test_numpy_alone():
-    """Where torch is not installed: the NumPy path works, and what needs torch says so."""
+    """Without torch, the functions work with NumPy arrays. What needs torch raises an ImportError."""
     out = run_alone(
         """
 import sys

@@ -1,4 +1,7 @@
-"""scripts/benchmark.py: its peers compute what ours does, and its arithmetic is right. No times."""
+"""Tests of scripts/benchmark.py: its peers compute what this package does, its arithmetic is right.
+
+They do not check times.
+"""
 
 from __future__ import annotations
 
@@ -41,7 +44,7 @@ def test_cases(quick: bool) -> None:
         assert len(set(chosen)) == len(chosen)
         assert all(case.format == "contiguous" or len(case.shape) in (4, 5) for case in chosen)
     assert all(case.bytes >= cases.LARGE_VERB_BYTES for case in cases.verb_cases(quick))
-    # 6 MB of float32, in every family but the tiny ones
+    # all families but the tiny ones have cases of 6 MB in float32
     large = {case.family for case in cases.cases(cases.LAYERS, quick) if case.values >= cases.LARGE_VALUES}
     assert large == {"ResNet-50", "segmentation", "3-D U-Net", "1-D"}
 
@@ -89,7 +92,7 @@ def test_every_exchange_says_the_same() -> None:
 
 
 def test_naive_layer() -> None:
-    """Batches of one size: with others it is wrong, as its users found out."""
+    """The naive layer is right if all ranks have batches of one size. With other batches it is wrong."""
     x, dy = shard((3, 5, 4, 4), mean=0.5), shard((3, 5, 4, 4), seed=1)
     x.requires_grad_()
     layer = peers.NaiveSyncBatchNorm(5)
@@ -140,20 +143,23 @@ def test_peers_take_turns_and_ranks_agree() -> None:
 def test_copy_fraction() -> None:
     times = {"copy_": 4.0, "memmove": 3.0, "kernel": 2.0}
     figures = {name: {"median": 2 * time, "minimum": time} for name, time in times.items()}
-    # a copy moves two tensors in 3, the kernel one in 2
+    # a copy moves two tensors in time 3, the kernel one tensor in time 2
     assert timing.copy_fraction(figures, "kernel", 1) == {"median": 0.75, "minimum": 0.75}
 
 
 def test_resnet() -> None:
     net = resnet.resnet50()
     norms = [layer for layer in net.modules() if isinstance(layer, torch.nn.BatchNorm2d)]
-    assert sum(parameter.numel() for parameter in net.parameters()) == 25_557_032  # torchvision's
+    assert sum(parameter.numel() for parameter in net.parameters()) == 25_557_032  # as in torchvision
     assert sorted(layer.num_features for layer in norms) == sorted(model.RESNET50)
     assert len(norms) == 53
 
 
 def test_models_do_the_same_step() -> None:
-    """All ranks have the same images here, so that the batch of all has the statistics of each."""
+    """All models make the same training step.
+
+    All ranks have the same images, so each rank's batch has the statistics of the whole batch.
+    """
     torch.manual_seed(0)
     blocks = resnet.Bottleneck(3, 4, 2), resnet.Bottleneck(16, 4, 1)
     head = torch.nn.AdaptiveAvgPool2d(1), torch.nn.Flatten(), torch.nn.Linear(16, 3)
@@ -174,13 +180,13 @@ def test_models_do_the_same_step() -> None:
 
 
 def test_model_by_hand() -> None:
-    # 8 ranks are three messages: 3 us for no bytes, 9 us for 2,000 bytes
+    # over 8 ranks an all-reduce takes three messages: 3 us with no bytes, 9 us with 2,000 bytes
     network = model.fit(8, 3.0, 9.0, size=2000, least=0)
     assert network == pytest.approx((1.0, 0.001))
-    # recursive doubling 3 + 2.4, Rabenseifner 6 + 1.4; ten times longer 3 + 24 against 6 + 14
+    # recursive doubling takes 3 + 2.4 us, Rabenseifner 6 + 1.4; with ten times the bytes, 3 + 24 and 6 + 14
     assert model.fastest(model.allreduce_costs(8, 800), network) == pytest.approx(5.4)
     assert model.fastest(model.allreduce_costs(8, 8000), network) == pytest.approx(20.0)
-    # one layer of 10 channels: twice 184 bytes; 84 bytes gathered, and 80 summed
+    # a layer of 10 channels all-reduces 184 bytes twice, or all-gathers 84 bytes and all-reduces 80
     step = model.step_ms(8, network, [10])
     assert step["ours"] == pytest.approx(2 * (3 + 3 * 0.184) / 1000)
     assert step["all-gather"] == pytest.approx((3 + 7 * 0.084 + 3 + 3 * 0.080) / 1000)
@@ -220,8 +226,8 @@ KEPT = {"torch": 300, "torch, in-place": 200, "plain": 200, "ours": 100}
     [
         ("layer", LAYERS, [math.sqrt(0.4), 1.1, 1.1], [True, False, False] + [None] * 4),
         ("threads", LAYERS, [math.sqrt(0.4), 1.1, 1.1], [True, False, False] + [None] * 4),
-        ("exchange", EXCHANGES, [1.0, 1.5] * 3, [False] * 6),  # microseconds more, at most; times
-        # at least, not at most; and times slower is the inverse of the ratio in the rows
+        ("exchange", EXCHANGES, [1.0, 1.5] * 3, [False] * 6),  # a difference in us, then a ratio
+        # here the bar is the least allowed value, and the value is the inverse of the ratio in the row
         ("peers", [row(0.125, "naive over gloo")], [8.0, 8.0], [True, True, None, None]),
         ("relu", [row(0.5, "ours, then relu")], [0.5, 0.5], [True, True]),
         ("activations", [row(0.5, APART), row(0.8, APART)], [0.8], [False]),
@@ -232,17 +238,20 @@ KEPT = {"torch": 300, "torch, in-place": 200, "plain": 200, "ours": 100}
 def test_summary(
     section: str, rows: list[dict[str, Any]], medians: list[float], met: list[bool | None]
 ) -> None:
-    """Medians against bars; nothing is met or missed of what was not measured."""
+    """Medians are compared with bars. A bar is neither met nor missed if nothing was measured."""
     lines = summary.summarize({section: rows})
     assert [line.value["median"] for line in lines if line.value] == pytest.approx(medians)
     assert [line.met for line in lines] == met
 
 
 def test_bytes_kept() -> None:
-    """Torch's layer keeps what the convolution, the norm and the activation gave; ours the last alone."""
+    """torch keeps the outputs of the convolution, the norm and the activation for the backward pass.
+
+    The memory-efficient layer, "ours", keeps only the last of them.
+    """
     case = cases.Case("test", (2, 3, 4, 5, 6), "float32", "contiguous")
     kept = {name: memory.bytes_kept(norm, case) for name, norm in memory.norms(3).items()}
-    statistics = 4 * 4 * 3  # of torch's layer: mean and invstd, and the running ones
+    statistics = 4 * 4 * 3  # torch's layer also keeps mean, invstd and the running statistics
 
     with together():
         assert kept["ours"] == case.bytes

@@ -1,4 +1,4 @@
-"""scripts/demo.py: its claim, on real data, and what it prints."""
+"""Tests of scripts/demo.py: its claim holds on real data, and it prints and writes its results."""
 
 from __future__ import annotations
 

@@ -1,14 +1,14 @@
-"""The documentation: its code runs, its output is what is printed, its links lead somewhere.
+"""Tests of the documentation: its code runs and prints what the page shows, its links have targets.
 
 Conventions of a page:
 
 - A block ``python`` runs by itself, at any number of ranks, unless it begins with a comment that is
-  a file's name, as in ``# train.py``. Then it is that file, for the commands of the page.
-- A block ``diff`` with the lines ``--- old.py`` and ``+++ new.py`` makes a file of another one. Each
-  part after a line ``@@`` must stand in the old file once.
+  a file's name, such as ``# train.py``. Then it is that file, for the commands of the page.
+- A block ``diff`` with the lines ``--- old.py`` and ``+++ new.py`` makes new.py from old.py. The old
+  lines after each ``@@`` must be in old.py exactly once.
 - A block ``console`` has commands after ``$``, each with its output below it. They run in order, in
   one folder for a page. ``...`` stands for any text; numbers with a decimal point are compared to
-  5 % or 0.01. Output on stderr follows that on stdout. This machine is called node1, and the folder
+  5 % or 0.01. Output on stderr follows that on stdout. This machine is called node1, and its folder
   /home/me. A command must end with status 0, unless ``$ echo $?`` follows. A block without any
   output is not run.
 - Blocks in other languages, or in none, are not run.
@@ -39,7 +39,7 @@ REFERENCE = ROOT / "docs" / "reference"
 PUBLIC_MODULES = ("mpisyncbn", "mpisyncbn.functional", "mpisyncbn.distributed", "mpisyncbn.lightning")
 # tests/integrations/ runs these, with tools that only the full tier installs.
 ELSEWHERE = {"docs/guides/integrations.md"}
-QUICK = {"README.md"}  # the others start jobs for longer
+QUICK = {"README.md"}  # the jobs of other pages take longer
 
 
 def runs_python(block: Block) -> bool:
@@ -55,13 +55,16 @@ def runs_commands(block: Block) -> bool:
 
 
 def with_blocks(wanted, *marks_unless_quick):
-    """A parameter for each page with a block that is wanted."""
+    """Return a pytest parameter for each page with a block for which ``wanted`` is true.
+
+    Pages that are not in ``QUICK`` get the marks.
+    """
     found = []
     for page in PAGES:
         name = pages.name_of(page)
         if name not in ELSEWHERE and any(wanted(block) for block in pages.blocks(page)):
             marks = [] if name in QUICK else [*marks_unless_quick]
-            if name == "docs/guides/compile.md":  # torch's tools
+            if name == "docs/guides/compile.md":  # torch's tools warn
                 marks.append(pytest.mark.filterwarnings("ignore"))
             found.append(pytest.param(page, id=name, marks=marks))
     return found
@@ -69,7 +72,7 @@ def with_blocks(wanted, *marks_unless_quick):
 
 @pytest.mark.parametrize("page", with_blocks(runs_python))
 def test_code_runs(page, tmp_path, monkeypatch):
-    """Each block by itself, at any number of ranks."""
+    """Each Python block of a page runs by itself, at any number of ranks."""
     monkeypatch.chdir(tmp_path)
     for number, block in enumerate(filter(runs_python, pages.blocks(page)), 1):
         where = f"{pages.name_of(page)}, block {number}"
@@ -77,7 +80,7 @@ def test_code_runs(page, tmp_path, monkeypatch):
 
 
 def check(command: Command, folder: Path, variables: Mapping[str, str], status: int) -> int:
-    """Run a command and compare what it prints. Returns its status; ``status`` is that of the one before."""
+    """Run a command, compare its output and return its status. ``status`` is the previous command's."""
     if command.text == "echo $?":
         assert command.output.strip() == str(status)
         return 0
@@ -93,7 +96,7 @@ def check(command: Command, folder: Path, variables: Mapping[str, str], status: 
 
 
 def check_page(page: Path, folder: Path, wanted, variables: Mapping[str, str]) -> None:
-    """Run the commands of the blocks that are wanted, among the files that the page shows."""
+    """Write the files that a page shows to ``folder``, and run the commands of the wanted blocks there."""
     for block in pages.blocks(page, "python", "bash", "diff", "console"):
         if block.language == "diff" or block.file:
             pages.write(block, folder)
@@ -116,7 +119,7 @@ def test_commands_print_what_the_page_shows(page, tmp_path):
 @pytest.mark.parametrize("page", with_blocks(of_slurm, pytest.mark.full("Slurm takes its time")))
 def test_batch_jobs_print_what_the_page_shows(page, tmp_path):
     with slurm(nodes=1) as cluster:
-        # sbatch returns at once; the next command looks at what the job has printed.
+        # The next command shows the job's output, so sbatch must not return before the job ends.
         check_page(page, tmp_path, of_slurm, {**cluster.environment, "SBATCH_WAIT": "1"})
 
 
@@ -157,7 +160,7 @@ def test_the_comparison_of_outputs():
 
 @no_exchange
 def test_every_public_name_is_in_the_reference():
-    """Under one name, where it has two, as init_process_group has."""
+    """A function with two names, such as init_process_group, is in the reference under one of them."""
     text = "".join(page.read_text() for page in sorted(REFERENCE.glob("*.md")))
     shown = re.findall(r"^\.\. (?:auto)?(?:module|class|exception|function|data):: (\S+)", text, re.MULTILINE)
     modules = {name: import_module(name) for name in PUBLIC_MODULES}
@@ -172,11 +175,14 @@ def test_every_public_name_is_in_the_reference():
 
 @no_exchange
 def test_every_environment_variable_is_in_the_reference():
-    """Names in capitals in config.py, the one file that reads the environment, and setup.py's own."""
+    """The reference has every environment variable that config.py and setup.py name.
+
+    Only config.py reads the environment in the package. The reference has no other MPISYNCBN variables.
+    """
     name = r"[A-Z][A-Z0-9_]*(?:_[a-z_]+)?"
     read = set(re.findall(rf'"({name})(?<!_)"', (ROOT / "mpisyncbn" / "config.py").read_text()))
     read |= set(re.findall(r'"(MPISYNCBN_\w+)"', (ROOT / "setup.py").read_text()))
-    read -= {*config.__all__, "MPISYNCBN_STANDIN"}  # which is for the tests alone
+    read -= {*config.__all__, "MPISYNCBN_STANDIN"}  # only the tests set it
     shown = set(re.findall(rf"`({name})`", (REFERENCE / "environment.md").read_text()))
     assert read - shown == set()
     assert {each for each in shown - read if each.startswith("MPISYNCBN_")} == set()
@@ -184,7 +190,7 @@ def test_every_environment_variable_is_in_the_reference():
 
 @no_exchange
 def test_errors_of_the_reference_are_in_the_code():
-    """Each text of the first column, whose parts between ``...`` stand in messages of the package."""
+    """Each message in the reference is in the code of the package; ``...`` stands for any text."""
     source = []
     for path in (ROOT / "mpisyncbn").rglob("*.py"):
         for node in ast.walk(ast.parse(path.read_text())):

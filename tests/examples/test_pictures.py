@@ -1,4 +1,4 @@
-"""scripts/pictures: what is committed was drawn from what is committed, and figures of several runs."""
+"""Tests of scripts/pictures: committed pictures and tables show the results; several runs are merged."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def test_pictures_in_the_documentation_show_the_results() -> None:
 
 
 def files(folder: Path, *medians: float) -> runs.Sections:
-    """A file for each run, of one case of one section."""
+    """Write a result file with one case of one section for each run, and load the files."""
     for number, median in enumerate(medians):
         figures = {name: {"median": median, "minimum": 1.0} for name in ("local", "ours")}
         row = {"family": "f", "shape": [2, 3], "dtype": "float32", "format": "contiguous", "us": figures}

@@ -1,4 +1,7 @@
-"""scripts/soak.py: it exchanges what it says, and what stays behind fails it. A short run has no figures."""
+"""Tests of scripts/soak.py: it makes the exchanges that it claims, and fails if memory grows.
+
+Runs this short cannot show that memory stays constant.
+"""
 
 from __future__ import annotations
 
@@ -15,7 +18,7 @@ from support.ranks import WORLD, together, up_to_two
 
 @pytest.fixture(autouse=True)
 def quickly(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """What other tests have imported need not be counted and collected with every sample."""
+    """Take fewer samples, and keep objects of other tests out of the counts and of garbage collection."""
     monkeypatch.setattr(soak, "_SAMPLES", 3)
     gc.freeze()
     yield
@@ -41,7 +44,7 @@ def test_a_short_run() -> None:
 def test_the_verdict(
     leaks: bool, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Of a run in which the last rank keeps 400 KiB and some objects for every cycle, and of one as it is."""
+    """A run fails if the last rank keeps 400 KiB and some objects in every cycle, else it succeeds."""
     kept = []
     once = soak.Cycles.once
 
@@ -54,7 +57,7 @@ def test_the_verdict(
     if leaks:
         monkeypatch.setattr(soak.Cycles, "once", keeps)
     else:
-        monkeypatch.setattr(soak, "_resident", lambda: 4096)  # which so short a run does not settle
+        monkeypatch.setattr(soak, "_resident", lambda: 4096)  # in so short a run memory does not settle
     threads = torch.get_num_threads()
     status = soak.main(["--exchanges", "200"])
     torch.set_num_threads(threads)
@@ -71,7 +74,7 @@ def test_the_verdict(
 
 def test_memory_is_seen() -> None:
     before = soak._resident()
-    block = np.ones(2**23)  # 64 MiB, which no allocator has lying about
+    block = np.ones(2**23)  # 64 MiB: more than an allocator keeps in reserve
     grown = soak._resident() - before
     with together():
         assert block.sum() == 2**23

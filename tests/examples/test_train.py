@@ -1,4 +1,4 @@
-"""scripts/train.py: the same run whoever sums the gradients, and again from any checkpoint."""
+"""Tests of scripts/train.py: results do not depend on the backend, or on resuming from a checkpoint."""
 
 from __future__ import annotations
 
@@ -72,7 +72,7 @@ def test_the_reproducible_mode_is_asked_for_before_mpi_starts(run_job: Callable[
 
 @pytest.fixture
 def signal_at(monkeypatch: pytest.MonkeyPatch) -> Any:
-    """``signal_at(step)``: the last rank gets SIGUSR1 there, in its forward pass."""
+    """``signal_at(step)`` sends SIGUSR1 to the last rank in the forward pass of that step."""
 
     def install(step: int) -> None:
         loss, steps = train.Trainer.loss, iter(range(1, step + 1))
@@ -90,7 +90,8 @@ def signal_at(monkeypatch: pytest.MonkeyPatch) -> Any:
     train._signalled.clear()
 
 
-# Of 1,437 samples, the last batch has so few that at 4 ranks some have none.
+# The last batch of the 1,437 samples is small. At 1 rank it is one sample, so one rank has none when 2 ranks
+# resume that run.
 EXACT = ["--no-progress", "--float64", "--workers", "0", "--epochs", "1", "--accumulate", "2"]
 BATCH = ["--batch", str(1436 // WORLD.size // 4)]
 
@@ -101,11 +102,11 @@ def test_a_signal_in_mid_epoch_changes_nothing(
 ) -> None:
     here, there, report = shared / "here.pt", shared / "there.pt", shared / "report.json"
     expected = train.main([*EXACT, *BATCH])
-    signal_at(3)  # between two updates: all go on to the next
+    signal_at(3)  # between two updates: all ranks continue to the next one
     with pytest.raises(train.Interrupted):
         train.main([*EXACT, *BATCH, "--checkpoint", str(here)])
     parts, found = torch.load(here), None
-    if WORLD.rank == 0:  # at another number of ranks
+    if WORLD.rank == 0:  # resume at another number of ranks
         shutil.copy(here, there)
         rest = ["--checkpoint", str(there), "--resume", "--json", str(report)]
         done = run_job(train.__file__, *EXACT, *rest, ranks=2 if WORLD.size == 1 else 0)
@@ -122,7 +123,7 @@ def test_a_signal_in_mid_epoch_changes_nothing(
         assert found["epochs"][0]["loss"] == pytest.approx(expected[0]["loss"], rel=1e-10)
 
 
-# Every rank is told before its first step; the script is run as __main__.
+# Every rank gets SIGUSR1 before its first step. The script runs as __main__.
 SIGNALLED = """
 import os, runpy, signal
 import torch
@@ -138,7 +139,7 @@ runpy.run_module("train", run_name="__main__")
 @pytest.mark.full("a job of its own")
 @starts_mpiexec
 def test_exit_status(tmp_path: Path, run_job: Callable[..., End]) -> None:
-    """75 from every launcher of MPI, without a word of a rank that failed."""
+    """After SIGUSR1 mpiexec ends with status 75, and nothing reports that a rank has failed."""
     done = run_job("-c", SIGNALLED, *QUICK, "--checkpoint", "run.pt", ranks=2)
     assert done.status == train.TRY_AGAIN
     assert "mpisyncbn" not in done.stderr

@@ -1,4 +1,4 @@
-"""Every bad argument: what is said, on which rank, before anything is sent, and nothing is changed."""
+"""A bad argument raises an error that names the rank, before a message is sent, and changes nothing."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ C, C4, WIDE, META = (
 
 
 def layer(group, *, training=True, **options):
-    """A SyncBatchNorm that has these values, however they were put there."""
+    """Return a SyncBatchNorm of 3 channels. Options other than eps and momentum are set as attributes."""
     module = SyncBatchNorm(
         3, eps=options.pop("eps", 1e-5), momentum=options.pop("momentum", 0.1), process_group=group
     )
@@ -65,7 +65,7 @@ RUNNING = (by_module, by_function)
 
 
 def bad(calls, words, error=ValueError, x=X, **options):
-    """Who complains about an input and options, with which error and words."""
+    """Return an entry of BAD: functions that must raise ``error`` with ``words``, and their arguments."""
     return calls, words, error, x, options
 
 
@@ -166,7 +166,7 @@ def test_one_value_per_channel_and_rank_is_enough(call):
 
 
 def test_vectors_that_are_copied_before_they_are_read():
-    """A sign that is yet to be changed, zeros without memory, values at odd addresses."""
+    """A vector may have its negative bit set, have no memory, or be unaligned."""
     x, odd = torch.ones(4, 3) + torch.arange(4.0)[:, None], torch.ones(3)
     for weight in (torch._neg_view(odd), torch._efficientzerotensor(3)):
         y = mpisyncbn.sync_batch_norm(x, None, None, weight)

@@ -1,4 +1,4 @@
-"""Ranks that are not in the same call find out, all of them, and nothing is changed."""
+"""Ranks that make different calls all raise an error, and nothing is changed."""
 
 from __future__ import annotations
 
@@ -41,7 +41,10 @@ def test_every_message_is_signed(dtype, recorded):
 
 
 class Model:
-    """Layers known by their name, of 3 channels (``wide``: 4), and two known by their first use."""
+    """Layers of 3 channels (``wide``: 4).
+
+    ``a``, ``b`` and ``wide`` have names. The others are named after the exchange that first uses them.
+    """
 
     def __init__(self, group):
         self.group = group
@@ -69,8 +72,9 @@ class Model:
         return {key: value.clone() for key, value in self.layers.state_dict().items()}
 
 
-# What one rank calls, what all others do, and how the error names both. Messages of other lengths, and
-# another collective, need the agreement that MPISYNCBN_DEBUG=1 makes first.
+# The call of one rank, the call of all others, the words of the error for each, and the values of
+# MPISYNCBN_DEBUG to try. Calls with other lengths of messages, or with another collective, need 1: the ranks
+# then compare their calls before they send a message.
 A, B = "forward of ModuleDict: a (3 channels, float32)", "forward of ModuleDict: b (3 channels, float32)"
 CASES = {
     "skips a layer": ("b", "a", B, A, "01"),
@@ -129,7 +133,7 @@ def test_two_layers_swapped_on_one_rank(debug, monkeypatch):
 
 @several
 def test_layers_are_named_anew_after_a_mismatch(monkeypatch):
-    """On some ranks a name stands for another layer then, and what follows would be a mismatch again."""
+    """After a mismatch, ranks forget the names of layers: one may stand for another layer elsewhere."""
     monkeypatch.setenv("MPISYNCBN_DEBUG", "1")
     group = Communicator()
     layers = [SyncBatchNorm(channels, process_group=group) for channels in (3, 4)]
@@ -154,7 +158,8 @@ def converted(group, *pairs):
     return [mpisyncbn.convert_sync_batchnorm(net, group, name=name) for net, name in pairs]
 
 
-# Two nets, layers or functions, and the names of their first calls, which rank 0 makes in another order.
+# Two modules or functions, and the names of their calls. Rank 0 calls the first one first, all others the
+# second.
 SWAPPED = {
     "classes": (
         lambda group: converted(group, (small(Generator), None), (small(), None)),
@@ -216,7 +221,7 @@ def test_models_in_another_order_on_one_rank(what):
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")  # torch's compiler warns about itself
 @pytest.mark.parametrize("debug", ["0", "1"])
 def test_eps_of_another_type_is_the_same(debug, monkeypatch):
-    """And the same whether compiled or not, since one rank may compile a layer for itself."""
+    """Ranks may pass 0, 0.0 or np.float64(0) as eps, and one rank alone may compile its layer."""
     monkeypatch.setenv("MPISYNCBN_DEBUG", debug)
     layer = SyncBatchNorm(
         3, 0 if RANK == SIZE - 1 else [0.0, np.float64(0)][RANK % 2], process_group=Communicator()
@@ -229,7 +234,7 @@ def test_eps_of_another_type_is_the_same(debug, monkeypatch):
     y.pow(3).sum().backward()
     expected = oracle(x, 3 * y.detach() ** 2, eps=0)
     assert distance(y, expected.y) < 1e-5
-    assert distance(leaf.grad, expected.dx, torch.ones(1)) < 1e-4  # two values have no gradient
+    assert distance(leaf.grad, expected.dx, torch.ones(1)) < 1e-4  # the gradient of only two values is 0
 
 
 @pytest.mark.parametrize("debug", ["0", "1"])

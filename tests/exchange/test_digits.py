@@ -1,4 +1,4 @@
-"""Variances whose digits float64 sums lose: asked for once more, then and only then."""
+"""Ranks send a second message if, and only if, float64 sums have lost the digits of a variance."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from support.versions import compiles
 
 CALL = LayerCall("a layer", "forward", 1, "float32")
 AGAIN = CALL._replace(direction="forward once more")
-STEP = 0.0625  # from 1e6 to the next number of float32
+STEP = 0.0625  # the distance from 1e6 to the next float32 number
 BOUNDS = [0, *np.cumsum([400 * (1 + r) // sum(range(1, WORLD.size + 1)) for r in range(WORLD.size - 1)]), 400]
 
 
@@ -37,7 +37,7 @@ def one(x):
 
 
 def ranks(x):
-    """Constant on every rank."""
+    """Add a constant that differs between the ranks."""
     for rank in range(WORLD.size):
         x[BOUNDS[rank] : BOUNDS[rank + 1]] += STEP * rank
 
@@ -66,12 +66,12 @@ def whole(spread=None) -> np.ndarray:
 
 
 def mine(x):
-    """This rank's part, of as many values for every rank more."""
+    """Return this rank's part of ``x``. Its size is about proportional to the rank plus 1."""
     return x[BOUNDS[WORLD.rank] : BOUNDS[WORLD.rank + 1]]
 
 
 def moments(x):
-    """Count, mean and M2 of this rank, as exact as float64 can hold them."""
+    """Return count, mean and M2 of ``x``, as exact as float64 can hold them."""
     if not len(x):
         return 0, np.zeros(x.shape[1]), np.zeros(x.shape[1])
     origin = x[0].astype(float)
@@ -87,7 +87,7 @@ def exact(x):
 
 @pytest.mark.parametrize("spread", SPREADS, ids=lambda each: each.__name__)
 def test_the_variance_is_that_of_the_whole_batch(group, spread):
-    """Beyond a ratio of 1e6 of mean and standard deviation too, however the ranks share the values."""
+    """The variance is right even if mean / std is above 1e6, however the values are divided among ranks."""
     x = whole(spread)
     total, mean, var = exchange.merge_moments(group, CALL, *moments(mine(x)))
     same = [bits_equal_on_all_ranks(torch.from_numpy(each)) for each in (mean, var)]
@@ -104,7 +104,7 @@ CONSTANTS = np.array([0.1, 1e6, 1 / 3, -3e7, 0.0, 1e-20, 3e30, 1.0, -1000.1], "f
 
 @pytest.mark.parametrize("count", [1, 3 + 4 * WORLD.rank, 50176, 10 * (WORLD.rank % 2), 2**31 + WORLD.rank])
 def test_constant_channels_need_one_message(group, count):
-    """Also where some ranks are without data; and a channel beside them is not disturbed."""
+    """Constant channels need one message, even if ranks have no data. The variance of another stays right."""
     if WORLD.size == 1:
         count += 1
     mean = np.append(CONSTANTS, 2.0) * (count > 0)
@@ -117,7 +117,7 @@ def test_constant_channels_need_one_message(group, count):
 
 
 def test_constant_channels_of_any_mean_have_no_variance(group):
-    """Of its sums rounding is left, of either sign."""
+    """The variance that a constant channel's sums give is rounding, of either sign. It is replaced by 0."""
     mean = np.random.default_rng(0).normal(size=1000)
     count = 7 + 2 * WORLD.rank
     _, merged, var = exchange.merge_moments(group, CALL._replace(channels=1000), count, mean, np.zeros(1000))
@@ -126,7 +126,7 @@ def test_constant_channels_of_any_mean_have_no_variance(group):
 
 
 def test_no_spread_is_taken_for_rounding(group):
-    """However little it is against the mean."""
+    """A variance is kept, however small it is beside the mean."""
     count = int(WORLD.rank == 0)
     m2 = np.array([1e-8, 1e-15, 1e-30, 0.0]) * count
     _, _, var = exchange.merge_moments(group, CALL, count, np.full(4, 1.5) * count, m2)
@@ -134,7 +134,7 @@ def test_no_spread_is_taken_for_rounding(group):
 
 
 def test_ordinary_channels_need_one_message(group):
-    """A little spread on one rank is no reason, nor a mean that is large against the spread, up to 1e4."""
+    """A small variance on one rank needs no second message, and neither does a mean / std of up to 1e4."""
     count = 2 + WORLD.rank
     mean = np.array([1.0, 1.0, 1e3, 9e3]) * (1 + np.array([WORLD.rank, 0, 0, 0]))
     m2 = np.array([1e-9 if WORLD.rank == 0 else 1.0, 1.0, 1.0, 1.0]) * count
@@ -144,7 +144,7 @@ def test_ordinary_channels_need_one_message(group):
 
 
 def test_beside_constant_channels(group):
-    """Each channel by itself: a constant one, one that lost digits, an ordinary one, one with infinity."""
+    """Channels are independent: one is constant, one lost digits, one is ordinary, one has an infinity."""
     x = np.concatenate([whole(), whole(some), whole(), whole()], 1)
     x[:, 2] = np.random.default_rng(1).normal(0, 1, 400)
     x[-1, 3] = np.inf
@@ -158,7 +158,10 @@ def test_beside_constant_channels(group):
 
 
 def test_the_second_message(recorded):
-    """Distances from the mean, as float32 has it, of channels that lost digits; the rest as before."""
+    """The second message has sums about the float32 mean for channels that lost digits.
+
+    The sums of the other channels are sent again.
+    """
     count, mean = 2 + WORLD.rank, np.array([1e6 + STEP * WORLD.rank, 3.0])
     m2 = np.array([STEP**2, 3.0]) * count
     exchange.merge_moments(recorded.group, CALL, count, mean, m2)
@@ -178,7 +181,7 @@ def test_the_second_message(recorded):
 
 
 def test_a_rank_says_that_it_hides_more_and_others_do_not(recorded):
-    """The mark does not disturb the fingerprint, with as many ranks as there are."""
+    """A rank whose M2 is lost in its sum of squares adds 2**-18 to the fingerprint, which stays readable."""
     spread = WORLD.rank == WORLD.size - 1
     m2 = np.array([STEP**2 * spread, 1.0])
     exchange.merge_moments(recorded.group, CALL, 100, np.array([1e6, 1.0]), m2)
@@ -189,7 +192,7 @@ def test_a_rank_says_that_it_hides_more_and_others_do_not(recorded):
 
 @pytest.mark.parametrize("debug", [False, True])
 def test_ranks_without_data_answer_once_more(group, debug):
-    """The last rank has left, as join() lets it. With and without MPISYNCBN_DEBUG=1."""
+    """A rank without data (see join()) takes part in second messages, with and without MPISYNCBN_DEBUG=1."""
     group.debug, group.in_join_context = debug, True
     stays, found = WORLD.rank < max(WORLD.size - 1, 1), []
     x = mine(whole(some)) if stays else np.empty((0, 1), "f")
@@ -205,7 +208,7 @@ def test_ranks_without_data_answer_once_more(group, debug):
 
 
 def test_all_ranks_agree_before_the_second_message(recorded):
-    """With MPISYNCBN_DEBUG=1, as before any."""
+    """With MPISYNCBN_DEBUG=1, ranks compare their calls before the second message too."""
     recorded.group.debug = True
     exchange.merge_moments(recorded.group, CALL, *moments(mine(whole(some))))
     assert [name for name, _ in recorded.messages] == ["allgather", "Allreduce"] * 2
@@ -234,7 +237,7 @@ def test_moments_on_a_device(where, monkeypatch):
 @pytest.mark.parametrize("kind", [np.asarray, torch.as_tensor], ids=["numpy", "torch"])
 @pytest.mark.parametrize("spread", [some, normal], ids=lambda each: each.__name__)
 def test_output_and_gradient(kind, spread):
-    """As good as float32 allows, of the functions and of the layer."""
+    """The output and the gradient of the functions are as exact as float32 allows."""
     x = torch.from_numpy(mine(whole(spread)).copy())
     dy = torch.from_numpy(np.random.default_rng(WORLD.rank).normal(size=x.shape).astype("f"))
     y, stats = functional.batch_norm_forward(kind(x))
@@ -248,7 +251,7 @@ def test_output_and_gradient(kind, spread):
 @pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::UserWarning:torch")
 @pytest.mark.parametrize("compiled", [False, pytest.param(True, marks=compiles)])
 def test_layer(compiled):
-    """Eager and compiled: the same messages, the same statistics."""
+    """A layer's statistics, output and gradient are right, eager and compiled."""
     layer = mpisyncbn.SyncBatchNorm(1, momentum=1.0)
     run = torch.compile(layer, fullgraph=True, backend="aot_eager") if compiled else layer
     x = torch.from_numpy(mine(whole(some)).copy()).requires_grad_()
@@ -264,7 +267,10 @@ def test_layer(compiled):
 
 
 def test_mpi_gives_all_ranks_the_same_sums():
-    """As the standard requires, wherever their buffers begin: what all ranks decide by them depends on it."""
+    """All ranks get identical sums, as the MPI standard requires, wherever their buffers begin.
+
+    All ranks decide by these sums whether to send a second message.
+    """
     random, same = np.random.default_rng(WORLD.rank), []
     for length in (5, 131, 4099, 70001):
         message = np.empty(length + 8)[WORLD.rank % 8 :][:length]

@@ -1,4 +1,4 @@
-"""What goes on the wire."""
+"""The messages of exchanges, and their results."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ WIDE = CALL._replace(dtype="float64")
 
 
 def test_the_messages(recorded):
-    """Fingerprint first, then exactly what the module's table says; one collective each."""
+    """One collective sends the fingerprint, then exactly the values in the table of exchange.py."""
     group = recorded.group
     mean, m2 = np.array([1.0, 2.0, -3.0]) + WORLD.rank, np.array([4.0, 5.0, 6.0])
     exchange.merge_moments(group, CALL, 7, mean, m2)
@@ -88,7 +88,7 @@ def test_merging_is_the_whole_batch(counts, ratio, seed, wide):
 
 @pytest.mark.parametrize("wide", [False, True])
 def test_the_mean_of_one_value_is_that_value(group, wide):
-    """It is refused for a whole batch, and is what one with data on a single rank may be merged from."""
+    """One value in the whole group gives that mean and a variance of 0. Layers refuse such a batch."""
     count = int(WORLD.rank == WORLD.size - 1)
     mean = np.full(3, 2.5 * count)
     call, mean = (WIDE, np.stack((mean * 0.75, mean * 0.25))) if wide else (CALL, mean)
@@ -99,7 +99,7 @@ def test_the_mean_of_one_value_is_that_value(group, wide):
 
 
 def test_float64_where_the_first_rank_has_no_data():
-    """Distances are those from a rank with data, or the digits of a large mean are lost."""
+    """Means are merged as distances from a rank with data. Otherwise large means would lose digits."""
     n = 0 if WORLD.rank == 0 and WORLD.size > 2 else 5
     x = np.random.default_rng(WORLD.rank).normal(1e8, 1.0, (n, 3))
     mean = x.mean(axis=0) if n else np.zeros(3)
@@ -113,7 +113,7 @@ def test_float64_where_the_first_rank_has_no_data():
 
 
 def test_float64_of_single_values_that_differ_in_their_last_bits():
-    """One value is data too: their mean is no float64, and their variance that of the small differences."""
+    """Single values near 2**53 give the variance of their differences, even if their mean is no float64."""
     n = int(WORLD.rank > 0 or WORLD.size == 1)
     small = 2.0 * np.arange(min(1, WORLD.size - 1), WORLD.size) ** 2
     mean = np.full(3, 2.0**53 + 2 * WORLD.rank**2) * n
@@ -137,7 +137,7 @@ def test_what_is_not_finite_stays_in_its_channel_and_reaches_every_rank(bad, wid
 
 
 def test_results_outlive_the_next_message():
-    """The buffer is reused; what was returned is not."""
+    """Exchanges reuse their buffer, but do not change results that they have returned."""
     group, one = resolve(None), np.ones(3)
     first = exchange.merge_moments(group, CALL, 1, one, one)
     sums = exchange.reduce_sums(group, CALL, one, one)
@@ -154,7 +154,7 @@ def test_counts_are_whole_numbers_beyond_half_precision():
 
 
 def test_what_a_rank_that_waits_would_say(recorded):
-    """To the others, when one of them has waited too long (rank_status.py)."""
+    """A waiting rank's status names its exchange, for ranks that have waited too long (rank_status.py)."""
     group, one = recorded.group, np.ones(3)
     exchange.merge_moments(group, CALL, 1, one, one)
     exchange.merge_moments(group, WIDE, 1, np.ones((2, 3)), one)
@@ -171,13 +171,13 @@ def test_what_a_rank_that_waits_would_say(recorded):
 
 
 def test_no_exchange_is_seen_after_it(group):
-    """Whatever became of it: the watchdog would wait for its end."""
+    """No call is left as the current one after an exchange: the watchdog would wait for its end."""
     ones, seen = np.ones(3), []
     for call in (
         lambda: exchange.merge_moments(group, CALL, 1, ones, ones),
         lambda: exchange.reduce_sums(group, CALL, ones, ones),
         lambda: exchange.merge_moments(group, WIDE, 1, np.ones((2, 3)), ones),
-        lambda: exchange.serve_joined(group),  # all ranks are through
+        lambda: exchange.serve_joined(group),  # all ranks call it, so it returns at once
     ):
         call()
         seen.append(group.rank_status.current_call)
@@ -195,7 +195,7 @@ def test_sums_of_any_number_of_vectors(group):
 
 @pytest.mark.parametrize("kind", ["float32", "float64", "sums"])
 def test_ranks_in_different_layers_find_out(kind, group):
-    """All of them, whatever the message; and the next exchange is as any other."""
+    """Every rank raises a mismatch, for every kind of message, and the next exchange works."""
     one = np.ones(3)
 
     def attempt(layer):
@@ -214,12 +214,12 @@ def test_ranks_in_different_layers_find_out(kind, group):
     assert after.tolist() == [{"sums": WORLD.size, "float32": 1, "float64": 2}[kind]] * 3
 
 
-STEPS = (3, 0, 1, 2)  # of the ranks, before they have no more data
+STEPS = (3, 0, 1, 2)  # exchanges that each rank makes before its data ends, by rank % 4
 
 
 @pytest.mark.parametrize("debug", [False, True])
 def test_ranks_without_data_answer_the_others(group, debug):
-    """What comes of each exchange is that of the ranks with data."""
+    """The result of each exchange is that of the ranks that still have data."""
     group.debug, group.in_join_context = debug, True
     mean, m2, count = np.arange(3.0) + 1 + WORLD.rank, np.arange(3.0), 2 + WORLD.rank
     found = []
@@ -248,7 +248,7 @@ def test_ranks_without_data_answer_the_others(group, debug):
 
 
 def test_a_fingerprint_may_be_zero(group, monkeypatch):
-    """A rank that joins hears of one as of any other."""
+    """A rank without data takes part in an exchange whose fingerprint is 0, as in any other."""
     monkeypatch.setattr(exchange.fingerprint, "fingerprint", lambda call, exchanges: 0)
     group.in_join_context = True
     total = None
@@ -260,10 +260,11 @@ def test_a_fingerprint_may_be_zero(group, monkeypatch):
 
 @pytest.fixture(params=["host", "device"])
 def far(request, monkeypatch):
-    """A group for tensors on a device that is made up, and that device. Its ranks have not met."""
+    """Yield a group that has made no exchange yet, and an emulated device for its tensors."""
     monkeypatch.setattr(transport, "chosen", lambda MPI: (request.param, "the test says so"))
     device, group = pretend(monkeypatch), Communicator()
-    group.waits = {"host": 1, "device": 2}[request.param]  # in an exchange: for MPI, and for what comes of it
+    # Waits for the device in one exchange. A message on it takes two: before MPI's call, and for the result.
+    group.waits = {"host": 1, "device": 2}[request.param]
     yield group, device
     group.free()
 
@@ -274,7 +275,7 @@ without_gpu = pytest.mark.skipif(GPU, reason="test_cuda.py has its own")
 @without_gpu
 @pytest.mark.parametrize("first", range(5))
 def test_every_message_goes_where_the_group_agreed(first, far):
-    """The first one of a group is no exception."""
+    """The first message of a group, too, uses the transport on which its ranks have agreed."""
     group, device = far
     mean, m2 = torch.arange(3.0).double() + WORLD.rank, torch.ones(3).double()
     exchanges = [
@@ -292,7 +293,7 @@ def test_every_message_goes_where_the_group_agreed(first, far):
 
 
 class Buffers(Recorder):
-    """Notes the memory that MPI gets, in bytes from and to."""
+    """A recorder of the memory that MPI gets, as pairs of addresses: begin and end."""
 
     def Allgather(self, message, gathered):
         given = [each for each in (message, gathered) if each is not MPI.IN_PLACE]
@@ -305,7 +306,7 @@ class Buffers(Recorder):
 @without_gpu
 @pytest.mark.parametrize("where", ["near", "far"])
 def test_mpi_gets_no_memory_twice(where, far):
-    """Which it forbids, and a few libraries refuse."""
+    """The buffers of a call do not overlap: MPI forbids it, and a few libraries refuse it."""
     group, _ = far
     recorder = Buffers(group)
     mean, m2 = np.ones((2, 3)), np.ones(3)

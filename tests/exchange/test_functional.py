@@ -15,7 +15,7 @@ KINDS = {"numpy": lambda t: t.numpy(), "torch": lambda t: t}
 
 
 def run(kind, x, dy, weight, bias, process_group=None):
-    """Forward and backward; the results as torch tensors."""
+    """Run forward and backward. Return the results as torch tensors, and the count."""
     x, dy = KINDS[kind](x), KINDS[kind](dy)
     weight, bias = (None if v is None else KINDS[kind](v) for v in (weight, bias))
     y, stats = functional.batch_norm_forward(x, weight, bias, process_group=process_group)
@@ -61,7 +61,7 @@ def test_float64_at_mean_over_std_of_a_million(kind):
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_empty_batches(kind, dtype):
-    """Rank 0 has data; with four ranks so has rank 2."""
+    """Only ranks with an even number have data."""
     n = 5 if WORLD.rank % 2 == 0 else 0
     x, dy = shard((n, 3, 4), 1, dtype=dtype), shard((n, 3, 4), 2, dtype=dtype)
     y, _, var, _, dx, dweight, dbias, count = run(kind, x, dy, None, None)
@@ -89,7 +89,7 @@ def test_nobody_has_data(kind, dtype):
 @pytest.mark.parametrize(("dtype", "rows"), [(torch.float16, 2), (torch.float64, 3)], ids=str)
 def test_the_message_does_not_depend_on_the_input(dtype, rows, recorded):
     """A rank with an empty batch sends as much as the others, and counts never travel in float16."""
-    x = torch.ones(70000 if WORLD.rank == 0 else 0, 2, dtype=dtype)  # beyond float16
+    x = torch.ones(70000 if WORLD.rank == 0 else 0, 2, dtype=dtype)  # a count that float16 cannot hold
     _, stats = functional.batch_norm_forward(x, process_group=recorded.group)
     functional.batch_norm_backward(x, x, stats, process_group=recorded.group)
     assert stats.count == 70000
@@ -99,7 +99,7 @@ def test_the_message_does_not_depend_on_the_input(dtype, rows, recorded):
 @pytest.mark.parametrize("value", [5.0, 0.1, -1e-3, 3e7, 0.0])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_eps_zero_and_a_constant_channel(value, dtype):
-    """The output is the bias and no gradient flows, for every way that rounding can go."""
+    """The output, without a bias, and the gradient are 0, however the mean is rounded."""
     for samples in (3, 37 + 2 * WORLD.rank):
         x = torch.full((samples, 2, 31), value, dtype=dtype)
         y, stats = functional.batch_norm_forward(x, eps=0.0)
@@ -141,7 +141,7 @@ def test_arrays_that_are_more_than_arrays(kind, dtype):
 @pytest.mark.parametrize("eps", [0, 0.0, 1e-5, 3])
 @pytest.mark.parametrize("kind", [np.asarray, torch.tensor])
 def test_invstd(kind, eps):
-    """Without eps a channel that does not vary has 0, so that what comes of it is finite."""
+    """If eps is 0, a constant channel has an invstd of 0, so that all results are finite."""
     var = np.array([0.0, 0.25, 4.0])
     found = invstd_of(kind(var), eps)
     expected = (var + eps) ** -0.5 if eps else [0.0, 2.0, 0.5]

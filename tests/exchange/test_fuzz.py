@@ -1,4 +1,4 @@
-"""Arguments of every odd kind, everywhere: a result, or an error that is documented and changes nothing."""
+"""An odd value for any argument gives a result, or a documented error that changes nothing."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from support.ranks import WORLD, no_exchange, together, up_to_two
 
 RANK, SIZE = WORLD.rank, WORLD.size
 DOCUMENTED = (ValueError, TypeError, MPISyncBNError)
-# What torch's autograd refuses of any operation, in its own words.
+# Words of errors that torch's autograd raises for any operation.
 TORCHS = (
     "leaf Variable that requires grad",
     "nference tensor",
@@ -36,7 +36,7 @@ pytestmark = [
 C, SHAPE = 3, (4, 3, 2)
 X, VECTOR = torch.linspace(-2.0, 3.0, 24).reshape(SHAPE), torch.linspace(0.5, 1.5, C)
 TENSORS, VECTORS = {**tensors(X), **objects()}, {**tensors(VECTOR), **objects()}
-# Of dtypes that no mask has, and of the right one: in other layouts and shapes, and what has no values.
+# Masks of other dtypes, and bool masks of odd layouts and shapes, some of them without values.
 MASK, ODD_MASKS = X[:, :1] > 0, ["inference", "subclass", "meta", "sparse", "transposed", "strided"]
 ODD_MASKS += ["overlapping", "one value for all", "0-d", "1-d", "longer", "more dimensions", "no batch"]
 MASKS = {**TENSORS, **{f"bool {key}": tensors(MASK).get(key, lambda: MASK) for key in ODD_MASKS}}
@@ -81,7 +81,7 @@ def by_layer(training: bool, name: str) -> Target:
 def by_attribute(name: str, training: bool) -> Target:
     def call(group: Any, odd: Any, keep: Keep) -> None:
         module = layer(group).train(training)
-        if name in ("weight", "bias") and isinstance(odd, Tensor):  # past the checks of nn.Module
+        if name in ("weight", "bias") and isinstance(odd, Tensor):  # nn.Module's own checks could refuse it
             module._parameters[name] = odd
         else:
             setattr(module, name, odd)
@@ -121,7 +121,7 @@ def by_function(name: str, training: bool = True) -> Target:
 
 
 def by_arrays(function: str, name: str, is_torch: bool) -> Target:
-    """Of functional.py; stats.FIELD for a field of stats."""
+    """Return a target for a function of functional.py. ``name`` is one of its arguments, or stats.FIELD."""
 
     def call(group: Any, odd: Any, keep: Keep) -> None:
         x, vector = (each.clone() if is_torch else each.numpy().copy() for each in (X, VECTOR))
@@ -195,7 +195,7 @@ def joined(group: Any, odd: Any, keep: Keep) -> None:
 
 
 def simply(call: Callable[[Any, Any], Any]) -> Target:
-    """A call that is handed nothing of which a change could be seen."""
+    """Return a target for a call that has no other values to check for changes."""
     return lambda group, odd, keep: call(group, odd)
 
 
@@ -252,7 +252,7 @@ for function, names in {
 
 
 def bits(value: Any) -> Any:
-    """What changes where a value does; of what has no values in memory, nothing."""
+    """Return the contents of a value, to notice changes; None if it is no plain array or tensor in memory."""
     if isinstance(value, (list, tuple)):
         return [bits(each) for each in value]
     if isinstance(value, Tensor):
@@ -267,7 +267,7 @@ def bits(value: Any) -> Any:
 
 
 def problem_of(call: Target, group: Any, make: Callable[[], Any]) -> str:
-    """What is wrong with how ``call`` takes an odd value, or ""."""
+    """Return the problem in how ``call`` handles an odd value, or "" if there is none."""
     kept: list[tuple[Any, Any]] = []
 
     def keep(value: Any) -> Any:
@@ -297,7 +297,7 @@ def works(group: Communicator) -> bool:
 @pytest.mark.parametrize("where", ["alone", "world"])
 @pytest.mark.parametrize("target", TARGETS)
 def test_odd_arguments(target: str, where: str) -> None:
-    """Ranks that are alone take another value each at any time, the world takes each on all ranks."""
+    """Ranks that are alone try the values in different orders. The world tries each on all ranks together."""
     odd, call = TARGETS[target]
     group = Communicator(MPI.COMM_SELF if where == "alone" else None).ready()
     names = list(odd)
@@ -320,7 +320,7 @@ def test_odd_arguments(target: str, where: str) -> None:
 @pytest.mark.parametrize("length", [0, 1, C - 1, C + 1, 1000])
 @pytest.mark.parametrize("name", ["mean", "var", "invstd"])
 def test_stats_of_another_length(name: str, length: int, is_torch: bool) -> None:
-    """Native code would read beyond their end."""
+    """Statistics of another length are refused, because native code would read beyond their end."""
     x, running = (each.clone() if is_torch else each.numpy().copy() for each in (X, VECTOR))
     _, stats = functional.batch_norm_forward(x, process_group=MPI.COMM_SELF)
     odd = np.ones(length)

@@ -1,4 +1,4 @@
-"""Arguments of another kind or out of range: what is expected, what came, on which rank, and the cure."""
+"""Errors for arguments of a wrong kind or range: the expected and the given one, the rank, the remedy."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def layer_with(**buffers: torch.Tensor) -> SyncBatchNorm:
 
 
 class LikeAnArray:
-    """As those of xarray, JAX and others seem to be."""
+    """An object that looks like an array, as those of xarray, JAX and others do."""
 
     shape, ndim, dtype = (4, 3), 2, np.dtype("float32")
 
@@ -122,7 +122,7 @@ OUT_OF_RANGE = [
         "running_mean and running_var in evaluation, got neither{}: hand them over, or",
     ),
     (lambda: update(STATS._replace(count=-1), 0.1), "stats.count to be at least 0, got -1{}"),
-    # Native code tells these from None by more than their address, which neither has.
+    # These have no address, and neither has None: native code must tell them apart in another way.
     (lambda: sync_batch_norm(ROWS, None, None, torch.ones(0)), "weight of shape (3,)"),
     (lambda: sync_batch_norm(ROWS, None, None, None, torch.ones(0)), "bias of shape (3,)"),
     (lambda: update(STATS, -0.1), "momentum from 0 to 1, or a 0-d tensor, got -0.1{}"),
@@ -147,7 +147,7 @@ def test_a_communicator_that_is_gone():
 
 MASKED = "got a masked one, MaskedArray{}: leave those samples out, or fill them first, .filled()"
 MATRIX = "got a matrix{}: convert it first, numpy.asarray()"
-# where an array of the user comes in, and how it is called there
+# arguments that take an array of the user, and a call for each; a space at the end makes a key unique
 PLACES = {
     "input": lambda one: forward(one(X2)),
     "weight": lambda one: forward(X2, one(X2[0])),
@@ -168,7 +168,7 @@ PLACES = {
 @pytest.mark.filterwarnings("ignore:the matrix subclass:PendingDeprecationWarning")
 @pytest.mark.parametrize(
     ("one", "words", "place"),
-    # a matrix has two dimensions: it is refused for that where a number is expected
+    # a matrix has two dimensions: if a number is expected, another error refuses it
     [(np.ma.array, MASKED, place) for place in PLACES]
     + [(np.matrix, MATRIX, place) for place in PLACES if place not in ("stats.count", "momentum")],
 )

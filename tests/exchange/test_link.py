@@ -1,4 +1,4 @@
-"""Exchanges in native code: the same messages, bits and errors as in Python."""
+"""Exchanges in native code have the same messages, bits and errors as those in Python."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ CALL = LayerCall("a layer", "forward", 3, "float32")
 
 
 def fake_allreduce(code, messages):
-    """MPI_Allreduce of a world of one, that notes what it gets and returns ``code``."""
+    """Return an MPI_Allreduce for one rank, which records its arguments and returns ``code``."""
 
     def allreduce(in_place, message, length, *handles):
         messages.append((in_place, ctypes.cast(message, ctypes.POINTER(ctypes.c_double))[:length], handles))
@@ -71,7 +71,7 @@ def test_an_error_in_native_code(code, error, match):
 
 @pytest.mark.parametrize("channels", [1, 3, 64, 1000])
 def test_native_code_gives_the_same_bits(channels, monkeypatch):
-    monkeypatch.setenv("MPISYNCBN_TRANSPORT", "host")  # with messages on a device, there is no native code
+    monkeypatch.setenv("MPISYNCBN_TRANSPORT", "host")  # native exchanges need messages in host memory
     native, plain = Communicator().ready(), Communicator().ready()
     assert native.link is not None
     plain.link = None

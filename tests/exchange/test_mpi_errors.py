@@ -1,4 +1,4 @@
-"""Errors of MPI in an exchange, and ranks that do not answer: every rank says so, and none waits."""
+"""If MPI fails in an exchange, or a rank does not answer, each rank raises an error and none hangs."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ CALL = LayerCall("a layer", "forward", 3, "float32")
 
 
 class Failing:
-    """A communicator in which something fails."""
+    """A communicator with some of its functions replaced, by ones that fail."""
 
     def __init__(self, comm, **failures):
         self.comm = comm
@@ -46,7 +46,7 @@ def fails(error):
     ],
 )
 def test_an_error_of_mpi_says_where(dtype, function, code, error, words):
-    """A message of another length is a mismatch."""
+    """The error names the rank and the exchange. A message that is too long is reported as a mismatch."""
     group = Communicator().ready()
     layer = SyncBatchNorm(3, process_group=group, dtype=dtype)
     group.comm, group.link = Failing(group.comm, **{function: fails(code)}), None
@@ -76,7 +76,7 @@ def test_an_error_of_mpi_in_debug_mode_and_before_it(monkeypatch):
 
 
 def test_a_rank_that_does_not_answer_is_not_waited_for(monkeypatch):
-    """As where MPI has left it waiting for the rest of a longer message."""
+    """A rank cannot answer if MPI has left it waiting for the rest of a longer message."""
     monkeypatch.setattr(fingerprint, "_PATIENCE", 0.01)
     monkeypatch.setattr(pending, "_kept_alive", [])
     unanswered = SimpleNamespace(Test=lambda: False)
@@ -91,7 +91,7 @@ def test_a_rank_that_does_not_answer_is_not_waited_for(monkeypatch):
 
 @pytest.mark.parametrize("looks", [1, 2, 5])
 def test_an_answer_that_takes_a_moment_is_waited_for(looks, monkeypatch):
-    """Asleep, since the rank that answers may share the core; but not for long."""
+    """A waiting rank sleeps for at most 10 ms at a time, since the rank that answers may share its core."""
     naps, answers = [], iter([False] * (looks - 1) + [True])
     clock = SimpleNamespace(sleep=naps.append, monotonic=lambda: sum(naps))
     monkeypatch.setattr(fingerprint, "time", clock)

@@ -1,4 +1,4 @@
-"""Running statistics: the formula, its rounding, and what is kept out of them."""
+"""Running statistics: the formula, its rounding, and the batches that are kept out of them."""
 
 from __future__ import annotations
 
@@ -67,7 +67,7 @@ def test_what_is_not_finite_never_enters_the_running_statistics(bad, dtype, wher
     assert torch.stack(running).tolist() == [[0, 0], [1, 1]]
 
 
-# A momentum that is not quite a float goes past native code; a count that is a tensor is not looked at.
+# A momentum and a count. A count that is a tensor is not read on the host.
 HALVES = {"native": (0.5, 2), "plain": (np.float64(0.5), 2), "unseen": (0.5, torch.tensor(2))}
 
 
@@ -107,7 +107,7 @@ def test_what_no_host_has_seen_enters_whole_or_not_at_all(mean, var, count):
 @pytest.mark.parametrize("momentum", [0.0, 0.1, 0.5, 1 / 3, 1.0])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 def test_half_precision_running_statistics_in_native_code(dtype, momentum, monkeypatch):
-    """The values of torch's operations: rounded once, after the sum; what overflows the dtype stays out."""
+    """Values are torch's, rounded once, after the sum. A batch that overflows the dtype is kept out."""
     limit, n = torch.finfo(dtype).max, 1 << 14
     mean, var = (shard((n,), seed, 1.0, torch.float64).numpy() for seed in (1, 2))
     mean[:8] = 0, 1e-30, -1e-7, 2**-24, 2**-25, 1 + 2**-9, limit, -limit
@@ -137,7 +137,7 @@ def test_half_precision_running_statistics_in_native_code(dtype, momentum, monke
 
 
 def test_a_momentum_of_one_forgets():
-    """Also what is so large that the batch is lost beside it."""
+    """A momentum of 1 forgets even old values beside which the batch would vanish by rounding."""
     for dtype in (torch.float32, torch.float64, torch.bfloat16):
         running = torch.full((2,), 1e30, dtype=dtype), torch.full((2,), 1e30, dtype=dtype)
         assert functional.update_running_stats(*running, BatchStats(*np.ones((2, 2)), None, 2**60), 1.0)
@@ -148,7 +148,7 @@ def test_a_momentum_of_one_forgets():
 @pytest.mark.parametrize("seen", [True, False])
 @pytest.mark.parametrize("momentum", [0.0, 0.3, 0.5, 0.9, 1.0])
 def test_running_statistics_are_rounded_as_by_torchs_lerp(kind, seen, momentum, monkeypatch):
-    """Without native code; and as on a device, where the host does not see the statistics."""
+    """Updates without native code round like torch's lerp, even if the host does not see the statistics."""
     monkeypatch.setattr(running_stats, "native", lambda: None)
     make = KINDS[kind]
     means, variances = [1e30, -1e30, 1e-30, 3.0, 0.0], [1e30, 7.0, 1e-9, 0.0, 1.0]
@@ -164,14 +164,14 @@ def test_running_statistics_are_rounded_as_by_torchs_lerp(kind, seen, momentum, 
             stats = BatchStats(*map(make, batch), None, 2**60)
             assert running_stats._record_without_sync((*running, None), stats, number)
         for found, old, new in zip(running, start, batch, strict=True):
-            # but for one rounding: torch's may be a multiply-add
+            # up to one rounding: torch may use a fused multiply-add
             assert np.allclose(found, old.lerp(new, momentum), rtol=4e-16, atol=0)
             assert momentum < 1 or torch.equal(torch.as_tensor(found), new)
 
 
 @needs_native
 def test_dtypes_that_are_taken_at_a_glance():
-    """All of the input's, or all float32 beside half precision; others are looked at more closely."""
+    """The fast check passes vectors of the input's dtype, or of float32 beside half precision; no others."""
     halves = torch.bfloat16, torch.float16
     for x in (*halves, torch.float32, torch.float64):
         for first in (*halves, torch.float32, torch.float64):
@@ -210,7 +210,7 @@ def test_running_statistics_of_another_shape_or_dtype(running):
 
 @pytest.mark.parametrize("count", [1, 2, 3, torch.tensor(2), torch.tensor(3)])
 def test_statistics_that_the_host_does_not_see(count):
-    """As on a device, or in a compiled graph."""
+    """Statistics that only a device or a compiled graph knows are recorded without a read on the host."""
     running = torch.zeros(2), torch.ones(2)
     stats = BatchStats(torch.tensor([1.0, 2.0]), torch.tensor([4.0, 8.0]), None, count)
     assert running_stats._record_without_sync((*running, None), stats, 0.5)

@@ -1,4 +1,4 @@
-"""Groups that are none, variables that say nothing, and MPI that is not ready: errors on every rank."""
+"""Bad process groups, bad environment variables, and an MPI that is not ready are errors on every rank."""
 
 from __future__ import annotations
 

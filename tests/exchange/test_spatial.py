@@ -1,4 +1,4 @@
-"""Samples split over ranks: a grid of samples and parts, uneven in each dimension, against whole samples."""
+"""Samples that are split unevenly over a grid of ranks give the same results as whole samples."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import mpisyncbn
 from support.ranks import WORLD, together
 from support.whole_batch import distance
 
-CUTS = [0, 2, 7]  # of a height of 7
+CUTS = [0, 2, 7]  # where a height of 7 is cut
 PARTS = 2 if WORLD.size % 2 == 0 else 1
 SAMPLES = WORLD.size // PARTS
 

@@ -1,4 +1,4 @@
-"""The stream transport, on the stand-in's streams: the values of exchanges, and their order."""
+"""The values and the order of exchanges under the stream transport, with a stand-in for CUDA's driver."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def normal(seed=0, mean=0.0, rows=None):
 
 
 def large_mean():
-    """Of a spread that sums in float64 lose: it takes the second message."""
+    """Return values whose variance float64 sums lose, so that a second message is needed."""
     return normal(1, 1e6 * np.array([1, 0, -1, 100, 0]))
 
 
@@ -57,7 +57,7 @@ def an_empty_rank():
 
 
 def absorbed():
-    """A rank's own spread is lost beside the square of its mean, and its channels are constant elsewhere."""
+    """Return values that are constant, except on rank 0, whose variance is lost beside its squared mean."""
     return np.full((6, C), 1e6) + (WORLD.rank == 0) * 0.0625 * (np.arange(6) % 2)[:, None]
 
 
@@ -74,7 +74,7 @@ BATCHES = [normal, large_mean, constant_channels, an_empty_rank, absorbed, not_f
 
 
 def enqueued(group, device, what, count, vectors, total=None, length=None):
-    """Enqueue an exchange; returns memory of the result. Collective."""
+    """Enqueue an exchange. Return the device memory of its result. Collective."""
     worker = enqueue.worker_for(group, vectors[0])
     out = device.memory(length or 3 * C + 3)
     addresses = [each.data_ptr() for each in vectors]
@@ -84,7 +84,7 @@ def enqueued(group, device, what, count, vectors, total=None, length=None):
 
 
 def sums_of(group, call_, *vectors):
-    """The sums by the host transport, of the same group. Collective."""
+    """Return the sums over the same group by the host transport. Collective."""
     return exchange.reduce_sums(group, call_, *vectors)
 
 
@@ -122,7 +122,7 @@ def test_moments_have_the_bits_of_the_host_transport(batch, dtype, group, device
 
 @pytest.mark.parametrize("largest", [65504.0, FLOAT32])
 def test_running_statistics_take_what_their_dtype_holds(largest, group, device):
-    """Else the flag beside the result is 0; it is for an empty batch, whose moments are 0."""
+    """A result's flag is 1 if the dtype can hold the batch. An empty batch gives 0, and moments of 0."""
     what = enqueue.moments_call(group, call("float64"), C, largest)
 
     def flag(count, mean, var):
@@ -152,7 +152,7 @@ def test_sums_have_the_bits_of_the_host_transport(vectors, group, device):
 
 @pytest.mark.parametrize("captured", [False, True])
 def test_a_backward_divides_by_the_count_of_its_forward(captured, group, device):
-    """Also when a graph has both."""
+    """The backward divides by its forward's count, even if one graph has captured both."""
     total, mine = enqueue.new_total(), normal(rows=2)
     count, mean, m2 = native().local_moments(normal())
     moments_of, sums_of_all = [device.put(each) for each in (*mean, m2)], [device.put(mine)]
@@ -172,7 +172,7 @@ def test_a_backward_divides_by_the_count_of_its_forward(captured, group, device)
 
 
 def numbered(group, device, number):
-    """Enqueue a sum whose result shows its number; the message is copied in the stream's order."""
+    """Enqueue a sum whose result shows its number. The message is copied in the order of the stream."""
     sums = device.memory(1)
     device.copy(sums, device.put([number * (WORLD.rank + 1)]))
     (found,) = exchange.reduce_sums(group, call(direction="backward", channels=1), sums)
@@ -184,7 +184,7 @@ def rank_sum(number):
 
 
 def test_the_host_runs_ahead(group, device, monkeypatch):
-    """Of more exchanges than there are slots."""
+    """The host enqueues 300 exchanges, although the worker has 256 slots, and is ahead of it at the end."""
     monkeypatch.setenv("MPISYNCBN_STANDIN_PAUSE", "0")
     found = [numbered(group, device, number) for number in range(300)]
     ahead = group.stream.pending
@@ -194,7 +194,7 @@ def test_the_host_runs_ahead(group, device, monkeypatch):
     assert 0 < ahead <= 256
     assert group.stream.slots == 256
     assert (group.exchanges, group.stream.pending) == (300, 0)
-    # now all slots are too small
+    # this message is larger than any slot
     ones = device.put([1.0] * 1000)
     (total,) = exchange.reduce_sums(group, LayerCall("large", "backward", 1000, "float32"), ones)
     group.synchronize()
@@ -220,7 +220,7 @@ def test_pinned_memory_serves_the_next_group(monkeypatch, tmp_path):
 
 
 def test_two_streams_in_turn(group, device):
-    """Their exchanges keep the order of enqueueing, though the last stream is worked off first."""
+    """Exchanges keep the order of enqueueing, even if the stream of the last one is synchronized first."""
     other, found = device.driver.stream(), []
     for number in range(20):
         with device.on(other) if number % 3 == 0 else contextlib.nullcontext():
@@ -231,7 +231,7 @@ def test_two_streams_in_turn(group, device):
 
 
 def test_two_communicators_in_another_order_on_every_second_rank(monkeypatch, tmp_path):
-    """On two streams they do not wait for each other."""
+    """Exchanges of two communicators on two streams do not wait for each other."""
     monkeypatch.setenv("MPISYNCBN_STANDIN_ORDER", "early")
     driver = tmp_path / "early.so"
     shutil.copy(library(), driver)
@@ -286,7 +286,7 @@ def join_context(group, device):
     "between", [host_tensors, collective, debug_mode, new_group, join_context], ids=lambda each: each.__name__
 )
 def test_the_host_exchanges_between_enqueued_ones(between, group, device):
-    """It finishes what is enqueued first: MPI's calls are in one order on all ranks."""
+    """The host waits for enqueued exchanges before its own, so MPI's calls have one order on all ranks."""
     found = []
     for number in range(4):
         found += [numbered(group, device, 2 * number), numbered(group, device, 2 * number + 1)]
@@ -298,7 +298,7 @@ def test_the_host_exchanges_between_enqueued_ones(between, group, device):
 
 
 def graph_of(group, device, numbers):
-    """A captured graph of exchanges, its messages, and its results. Collective when it is replayed."""
+    """Return a captured graph of exchanges, its messages and its results. Replays are collective."""
     messages, found = device.put(np.zeros(numbers)), []
     with device.driver.capture(device.stream) as graph:
         for number in range(numbers):
@@ -308,7 +308,7 @@ def graph_of(group, device, numbers):
 
 
 def test_a_captured_graph_is_replayed(group, device):
-    """It owns its slots until it is destroyed, and each replay counts its exchanges."""
+    """A graph owns its slots until it is destroyed, and each replay counts its exchanges."""
     numbered(group, device, 0)
     graph, messages, found = graph_of(group, device, 3)
     device.synchronize()
@@ -334,11 +334,11 @@ def test_a_captured_graph_is_replayed(group, device):
     ]
     assert seen == expected
     assert (owned, counted, group.stream.owned) == (3, 310, 0)
-    assert slots[0] == slots[1]  # the second graph has those of the first
+    assert slots[0] == slots[1]  # the second graph reuses the slots of the first
 
 
 def test_synchronize_waits_for_replays(group, device):
-    """Whatever stream they are on: MPI's calls by the host must not meet the worker's."""
+    """synchronize() waits for replays on any stream: host and worker must not call MPI at the same time."""
     graph, messages, found = graph_of(group, device, 2)
     messages[:] = 3.0 * (WORLD.rank + 1)
     device.driver.cuGraphLaunch(graph, device.driver.stream())
@@ -357,7 +357,7 @@ def test_a_freed_group_has_finished(device):
 
 
 def test_a_graph_outlives_its_group(device):
-    """Its exchanges give NaN then, without MPI."""
+    """Exchanges of a graph whose group was freed give NaN, without calls of MPI."""
     group = stream_group()
     numbered(group, device, 1)
     graph, _, found = graph_of(group, device, 2)

@@ -1,4 +1,4 @@
-"""The stream transport: errors that are found late, and when it is chosen."""
+"""Errors that are raised late under the stream transport, and the conditions for its choice."""
 
 from __future__ import annotations
 
@@ -73,7 +73,7 @@ def collective(group, put):
 @pytest.mark.parametrize("raises", [next_exchange, next_of_the_host, synchronize, collective])
 @pytest.mark.parametrize("wrong", [other_eps, other_name, other_order])
 def test_a_mismatch_is_raised_later(wrong, raises, device):
-    """In the words of the host transport, on every rank. Until then results are NaN."""
+    """Every rank raises the mismatch later, with the host transport's words. Until then, results are NaN."""
     groups = [stream_group(), stream_group()]
     eager = error_of(lambda: (forward(groups[0]), wrong(groups[0])), CollectiveMismatchError)
     group, right = groups[1], forward(groups[1], device.put)
@@ -98,7 +98,7 @@ def test_a_mismatch_is_raised_later(wrong, raises, device):
 
 @several
 def test_ranks_that_have_enqueued_more_than_others(device):
-    """When they learn of the error. They go on together."""
+    """Ranks go on together, even if some had enqueued more exchanges when the error was raised."""
     group = stream_group()
     other_eps(group, device.put)
     for _ in range(3 * ME):
@@ -115,16 +115,16 @@ def test_ranks_that_have_enqueued_more_than_others(device):
 
 
 def failing_mpi(monkeypatch, function, code):
-    """Let MPI fail in the worker as soon as a switch, which this returns, is set."""
+    """Let MPI fail in the worker while ``on`` of the returned switch is true."""
     switch, original = SimpleNamespace(on=False), link.addresses
-    kind = ctypes.CFUNCTYPE(ctypes.c_int, *[ctypes.c_void_p] * 7)  # as many as MPI_Allgather's
+    kind = ctypes.CFUNCTYPE(ctypes.c_int, *[ctypes.c_void_p] * 7)  # the number of MPI_Allgather's arguments
     real = kind(*original(MPI, function))
     switch.function = kind(lambda *given: code if switch.on else real(*given))
     failing = ctypes.cast(switch.function, ctypes.c_void_p).value
 
     def addresses(mpi, *names):
         found = original(mpi, *names)
-        if len(names) == 1:  # of the host's own calls
+        if len(names) == 1:  # this is for the host's own calls
             return found
         return [failing if name == function else each for name, each in zip(names, found, strict=True)]
 
@@ -178,7 +178,7 @@ def test_one_value_per_channel_is_refused_later(device):
 
 
 def test_the_first_error_is_the_one_that_is_raised(device, monkeypatch):
-    """The others follow from it. A group that has failed can be freed after the error is raised."""
+    """Later errors follow from the first. A group that has failed can be freed after its error is raised."""
     switch = failing_mpi(monkeypatch, "MPI_Allreduce", MPI.ERR_INTERN)
     group = stream_group()
     switch.on = True

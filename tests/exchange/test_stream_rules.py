@@ -1,7 +1,8 @@
-"""The rules of order that the stream transport rests on: each is broken in turn, and it shows.
+"""The stream transport depends on rules of order. If one is broken, the test must notice.
 
-A library between the worker and the stand-in's driver breaks one. The stand-in works a stream off
-when somebody waits for it, takes its time for a message, and lets a result vanish that was read.
+A library between the worker and a stand-in for CUDA's driver breaks one rule in a test. To make
+this visible, the stand-in runs a stream when the host waits for it, is slow to copy a message, and
+overwrites a result with NaN once it has been copied.
 """
 
 from __future__ import annotations
@@ -38,12 +39,12 @@ static bool rung;
 
 class Rule(NamedTuple):
     keeps: str
-    broken: str  # by this C++
-    shows: str  # what is wrong then, perhaps beside more
+    broken: str  # C++ that breaks it
+    shows: str  # a problem that must be found then, perhaps among others
 
 
 def without(place):
-    """A batch of operations (ring, wait for the flag, reset the flag) without one of them."""
+    """Return C++ that leaves out one of three operations: ring, wait for the flag, reset the flag."""
     return f"""
 ENTRY cuStreamBatchMemOp_v2(CUstream stream, unsigned count, Operations *operations, unsigned flags) {{
     for (unsigned i = 0; i < count; ++i)
@@ -122,7 +123,7 @@ ENTRY cuStreamGetCaptureInfo_v2(CUstream stream, CUstreamCaptureStatus *out, cuu
 
 
 class Sent:
-    """MPI_Allreduce of one rank, which notes the fingerprint and the first value of each message."""
+    """An MPI_Allreduce for one rank. It records the fingerprint and the first value of each message."""
 
     def __init__(self):
         kind = ctypes.CFUNCTYPE(ctypes.c_int, *[ctypes.c_void_p] * 6)
@@ -143,7 +144,7 @@ def rule(request):
 
 @pytest.fixture
 def shim(rule, tmp_path):
-    """The path of the driver in which the rule is broken."""
+    """Build a driver in which the rule is broken. Return its path."""
     source, path, real = tmp_path / "broken.cpp", tmp_path / "libbroken.so", library()
     source.write_text(BEGINNING + RULES[rule].broken)
     options = ["-shared", "-fPIC", f"-I{headers()}", f'-DSTANDIN="{real}"', f"-Wl,-rpath,{real.parent}"]
@@ -168,7 +169,7 @@ def test_a_broken_rule_shows(rule, shim, monkeypatch):
         return out
 
     def eager():
-        """What is wrong with exchanges on streams that are waited for in another order."""
+        """Return the problems of exchanges on streams that are synchronized in another order."""
         streams, numbers = (other, device.stream, other, device.stream, last), [0.0, 1.0, 2.0, 3.0, 4.0]
         before, outs = len(sent.messages), [enqueue(*each) for each in zip(streams, numbers, strict=True)]
         for stream in (device.stream, other, last):
@@ -179,7 +180,7 @@ def test_a_broken_rule_shows(rule, shim, monkeypatch):
         return ["sent"] * (messages != numbers) + ["results"] * (results != numbers)
 
     found = eager() or eager() or eager() or in_graphs(device, worker, sent, (other, last), enqueue)
-    enqueue(last, 0)  # the last one is performed last, so that the worker may end
+    enqueue(last, 0)  # performed last, so that none counts as pending and the worker can end
     device.driver.cuStreamSynchronize(last)
     limit = time.monotonic() + 60
     while worker.pending and time.monotonic() < limit:
@@ -189,7 +190,10 @@ def test_a_broken_rule_shows(rule, shim, monkeypatch):
 
 
 def in_graphs(device, worker, sent, others, enqueue):
-    """What is wrong with two graphs, captured after an exchange on another stream and replayed before one."""
+    """Return the problems of two graphs, each captured after an exchange on the same stream or another.
+
+    The graphs are replayed while an exchange on a third stream is pending.
+    """
     other, last = others
     graphs, found = [], []
     for stream, name in ((device.stream, 6), (other, 7)):
@@ -207,7 +211,7 @@ def in_graphs(device, worker, sent, others, enqueue):
         graphs += graph
         found += ["captured"] * (worker.pending != pending)
     fingerprints = []
-    enqueue(last, 0)  # so the worker is awake, whatever it knows of graphs
+    enqueue(last, 0)  # keeps the worker awake, even if it does not know of the graphs
     for number, name in enumerate((6, 7)):
         begun = worker.exchanges
         device.driver.cuGraphLaunch(graphs[number], device.stream)

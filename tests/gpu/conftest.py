@@ -1,4 +1,4 @@
-"""The stand-in's driver, for the tests of the stand-in."""
+"""A fixture for tests of the CUDA stand-in: its driver, in both orders of work, late and early."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Layers on a device, by every kernel module for one, and both transports. Without a GPU: see device.py."""
+"""Layers on a GPU, by each kernel module and two transports. support/device.py emulates a GPU."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ TRANSPORTS = [
 
 @pytest.fixture
 def device(monkeypatch):
-    """What tensors on DEVICE are on: nothing to know of a GPU (None), or what stands in for one."""
+    """The stand-in for a GPU; None if there is a GPU."""
     return None if GPU else pretend(monkeypatch)
 
 
@@ -55,13 +55,13 @@ def kernels(request, monkeypatch):
 
 @pytest.fixture
 def group(request, monkeypatch):
-    """A group that uses the transport."""
+    """A group that uses the transport with which the test is parametrized."""
     monkeypatch.setattr("mpisyncbn.comm.transport.chosen", lambda MPI: (request.param, "the test says so"))
     return mpisyncbn.Communicator()
 
 
 def trained(layer: Any, steps: int, **options: Any) -> list[Any]:
-    """Errors of ``y`` and ``dx`` against the whole batch in float64, in each step."""
+    """Return the errors of ``y`` and ``dx`` in each step, against the whole batch in float64."""
     errors = []
     for step in range(steps):
         shape = (local_batch(), layer.num_features, 4, 5)
@@ -79,7 +79,7 @@ def trained(layer: Any, steps: int, **options: Any) -> list[Any]:
 
 
 def reference(steps: int, **options: Any) -> Any:
-    """Running statistics after the same steps, of a layer in host memory."""
+    """Return the state of a layer in host memory after the same steps as those of ``trained``."""
     layer = mpisyncbn.SyncBatchNorm(3, **options)
     for step in range(steps):
         layer(shard((local_batch(), 3, 4, 5), 1 + step, 5.0, options.get("dtype") or torch.float32))
@@ -119,7 +119,7 @@ def test_half_precision(kernels, dtype):
 @pytest.mark.parametrize("group", TRANSPORTS, indirect=True)
 @pytest.mark.parametrize("kernels", KERNELS, indirect=True)
 def test_empty_batches(kernels, group):
-    """On the first rank; then everywhere, which leaves the running statistics alone."""
+    """A rank may have an empty batch. If all ranks do, the running statistics do not change."""
     layer = mpisyncbn.SyncBatchNorm(3, process_group=group, device=DEVICE)
     n = 0 if WORLD.rank == 0 and WORLD.size > 1 else 3
     x, dy = shard((n, 3, 4), 1, 2.0), shard((n, 3, 4), 2)
@@ -138,7 +138,7 @@ def test_empty_batches(kernels, group):
 
 @pytest.mark.parametrize("kernels", KERNELS[2:], indirect=True)
 def test_a_memory_efficient_layer_keeps_its_input(kernels):
-    """To decide whether the output tells it, the host would have to wait for the device."""
+    """A memory_efficient layer on a device keeps its input: choosing the output would make the host wait."""
     layer = mpisyncbn.SyncBatchNorm(3, device=DEVICE, memory_efficient=True)
     x = there(shard((local_batch(), 3, 4, 5), 1)).requires_grad_()
     y = layer(x)
@@ -151,7 +151,7 @@ def test_a_memory_efficient_layer_keeps_its_input(kernels):
 
 @pytest.mark.parametrize("group", TRANSPORTS, indirect=True)
 def test_a_mask(group, monkeypatch):
-    """As a layer in host memory with the same mask, in float64."""
+    """A layer with a mask has the results of a float64 layer in host memory with that mask."""
     monkeypatch.setattr(
         "mpisyncbn.autograd.fused.kernels_for",
         lambda x, mask=None: generic if mask is None else masked.with_mask(masked, mask),
@@ -205,9 +205,9 @@ def test_fused(kernels):
 @pytest.mark.filterwarnings("ignore:Synchronization debug mode is a prototype")
 @pytest.mark.parametrize("group", TRANSPORTS, indirect=True)
 def test_one_wait_each_way(group, device, monkeypatch):
-    """Whatever the options, the host waits for the device in the exchange alone, and once in each."""
+    """The host waits for the device only in an exchange: once, or twice with the device transport."""
     monkeypatch.setattr("mpisyncbn.autograd.fused.kernels_for", lambda x, mask=None: generic)
-    per_exchange = {"host": 1, "device": 2}[group.ready().transport]  # for MPI, and for what came of it
+    per_exchange = {"host": 1, "device": 2}[group.ready().transport]  # two: for MPI, and for the result
     for options in ({}, {"momentum": None}, {"track_running_stats": False}):
         layer = mpisyncbn.SyncBatchNorm(3, process_group=group, device=DEVICE, **options)
         for n in (local_batch(), 0 if WORLD.rank else 3):
@@ -228,7 +228,7 @@ def test_one_wait_each_way(group, device, monkeypatch):
 
 @contextmanager
 def no_other_wait(gpu: bool) -> Iterator[None]:
-    """With a GPU torch raises where anything but an event, as of an exchange, is waited for."""
+    """A context in which torch raises, on a GPU, if the host waits for anything but an event."""
     if gpu:
         torch.cuda.set_sync_debug_mode("error")
     try:
@@ -282,7 +282,7 @@ def test_nothing_is_copied_while_a_graph_is_captured(device):
 def test_a_cuda_graph_is_refused(group):
     x = there(shard((local_batch(), 3, 4), 1))
     layer = mpisyncbn.SyncBatchNorm(3, process_group=group, device=DEVICE)
-    layer(x)  # what is made at first use must not be captured
+    layer(x)  # the first use makes buffers, which must not be captured
     problem = None
     try:
         with torch.cuda.graph(torch.cuda.CUDAGraph()):
@@ -295,7 +295,7 @@ def test_a_cuda_graph_is_refused(group):
 
 @needs_gpu
 def test_buffers_outlive_inference_mode():
-    """Which makes tensors that cannot be written to when it is over."""
+    """Buffers made in inference mode can be written to later, unlike other tensors made in it."""
     layer = mpisyncbn.SyncBatchNorm(700, device=DEVICE, track_running_stats=False)
     x = shard((local_batch(), 700, 4), 1)
     staging.staging_for(there(x))._slots[:] = [None] * len(staging.staging_for(there(x))._slots)
@@ -308,7 +308,7 @@ def test_buffers_outlive_inference_mode():
 
 
 def test_a_wait_left_out_is_found_out(device, monkeypatch):
-    """The tests above can fail: without the wait, values come from before the copy."""
+    """The tests above can fail: without the wait, the host reads values from before the copy."""
     if device is None:
         pytest.skip("scripts/gpu_check does it with long kernels")
     monkeypatch.setattr("mpisyncbn.autograd.fused.kernels_for", lambda x, mask=None: generic)
@@ -320,7 +320,7 @@ def test_a_wait_left_out_is_found_out(device, monkeypatch):
 
 
 def test_buffers_are_not_used_too_early(device):
-    """Many copies to the device with nothing that waits in between, but what guards the buffers."""
+    """A buffer is not used again before its copy is done, even if nothing else waits in between."""
     if device is None:
         pytest.skip("on a GPU nothing can be held up so exactly")
     device.lazy_uploads = True
@@ -331,7 +331,7 @@ def test_buffers_are_not_used_too_early(device):
     for values, (first, second) in zip(sent, got, strict=True):
         assert first.tolist() == values.tolist()
         assert second.tolist() == (-values).tolist()
-    # and the test can fail
+    # This test can fail: without the waits, values are wrong.
     for slot in stage._slots:
         slot.event.synchronize = lambda: None
     got = [stage.to_device([values])[0] for values in sent]
@@ -342,7 +342,7 @@ def test_buffers_are_not_used_too_early(device):
 @pytest.mark.parametrize("kernels", KERNELS, indirect=True)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
 def test_functional(kernels, dtype, monkeypatch):
-    """Statistics come as tensors on the device, and running ones are updated there."""
+    """Statistics are tensors on the device, and running statistics are updated there."""
     x, dy = shard((local_batch(), 3, 4), 1, 5.0, dtype), shard((local_batch(), 3, 4), 2, 0.0, dtype)
     far = there(x)
     y, stats = mpisyncbn.functional.batch_norm_forward(far)
@@ -381,7 +381,7 @@ def test_no_two_threads_take_turns_at_one_buffer():
 
 @pytest.mark.parametrize("group", TRANSPORTS, indirect=True)
 def test_messages_go_with_their_group(group):
-    """One for each length, number and device; none is left when the group is freed."""
+    """A group has a buffer for each length, number and device of messages; none after it is freed."""
     group.ready()
     like = torch.zeros(1, device=DEVICE)
     messages = [group.device_message(*key, like) for key in ((1, 5), (1, 7), (2, 5), (1, 5))]
@@ -405,13 +405,13 @@ def test_derivatives_of_derivatives(monkeypatch):
         return torch.autograd.grad(slope.square().sum(), data)[0].cpu()
 
     found = second(x)
-    monkeypatch.undo()  # data in host memory is that again
+    monkeypatch.undo()  # tensors in host memory no longer count as on a device
     expected = second(x.cpu())
     with together():
         assert distance(found, expected) < 1e-10
 
 
-# The activation that needs the most registers, and none.
+# No activation, and the one that needs the most registers.
 FEW = [Kind.NONE, Kind.GELU]
 
 
@@ -430,7 +430,7 @@ FEW = [Kind.NONE, Kind.GELU]
     ids=str,
 )
 def test_loops_compile_for_a_gpu_that_is_not_there(architecture, shapes, dtypes, kinds, tmp_path):
-    """With next to nothing spilled from registers, and read 16 bytes at a time where that can be."""
+    """The Triton kernels spill almost no registers, and read 16 bytes at a time if that is possible."""
     out = run_alone(
         f"""
 import os, sys
@@ -441,7 +441,7 @@ compile_loops.main([{architecture}], {shapes}, {dtypes}, {[*map(int, kinds)]})
 """
     )
     lines = [line.split() for line in out.splitlines()]
-    each = 4 + 3 * len(kinds) + 3  # three loops know the activations, and three cases add a residual
+    each = 4 + 3 * len(kinds) + 3  # three for each kind; the others do not depend on the kinds
     assert len(lines) == len(dtypes) * len(shapes) * each
     for line in lines:
         _, dtype, shape, kernel, *rest = line

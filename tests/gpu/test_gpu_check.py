@@ -1,4 +1,4 @@
-"""scripts/gpu_check: what it says without a GPU, and how it counts, tried on a CPU."""
+"""scripts/gpu_check, tried on a CPU: its message without a GPU, its verdicts, and its report."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ pytestmark = starts_mpiexec
 
 
 def run(folder: Path, *arguments: str, **variables: str) -> jobs.End:
-    """The command, as where no launcher, no GPU and none of pytest's plug-ins is."""
+    """Run the command as if there were no launcher, no GPU and no plugins of pytest."""
     without = {"CUDA_VISIBLE_DEVICES": "", "PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1", "PYTHONPATH": str(folder)}
     (folder / "hypothesis.py").write_text("raise ImportError('this is for tests/conftest.py')")
     environment = {**jobs.unlaunched(), "PYTHON": sys.executable, **without, **variables}
@@ -58,7 +58,7 @@ def test_a_point_that_fails(tmp_path: Path) -> None:
     end = run(tmp_path, *arguments, MPISYNCBN_DEBUG="perhaps")
     assert end.status == 1, end
     failed, other = json.loads((tmp_path / "found.json").read_text())["points"]
-    assert (failed["verdict"], other["verdict"]) == ("failed", "skipped")  # it went on
+    assert (failed["verdict"], other["verdict"]) == ("failed", "skipped")  # it went on after a failure
     part = failed["runs"][0]
     assert "MPISYNCBN_DEBUG must be one of" in part["reason"]
     assert "Traceback" in part["printed"]
@@ -84,7 +84,7 @@ def test_without_pytest(tmp_path: Path) -> None:
 
 
 def test_points() -> None:
-    """Every function is there, and all the time limits together are known."""
+    """Each part names an existing function, and has a time limit in a known range."""
     assert [point.number for point in points.POINTS] == [*points.NUMBERS, points.TUNE]
     for point in points.POINTS:
         assert len({part.name for part in point.runs}) == len(point.runs)
@@ -95,11 +95,11 @@ def test_points() -> None:
             assert 30 <= part.limit <= (420 if point.number == points.TUNE else 240)
 
 
-Calls = list[tuple[str, tuple[Any, ...]]]  # of Records
+Calls = list[tuple[str, tuple[Any, ...]]]  # calls of methods of Records
 
 
 def written(folder: Path, *ranks: Calls, whole: bool = True) -> tuple[dict[str, Any], str, str]:
-    """What becomes of what ranks wrote down."""
+    """Write the records of each rank; return all of them merged, the verdict, and its reason."""
     for rank, calls in enumerate(ranks):
         mine = records.Records(folder / f"rank-{rank}.jsonl")
         for name, arguments in [*calls, *([("end", ())] if whole else [])]:
@@ -123,9 +123,9 @@ def test_the_worst_rank_counts(tmp_path: Path, value: float) -> None:
     [
         ([("holds", ("works", True))], True, "passed"),
         ([("holds", ("works", True)), ("skip", ("more", "no time"))], True, "passed"),
-        ([("bar", ("speed", 2.0, 1.0))], True, "passed"),  # missed, but right
+        ([("bar", ("speed", 2.0, 1.0))], True, "passed"),  # a missed bar fails nothing
         ([("skip", ("all", "no time"))], True, "skipped"),
-        ([("holds", ("works", True))], False, "failed"),  # died on the way
+        ([("holds", ("works", True))], False, "failed"),  # it did not come to its end
         ([], True, "skipped"),
     ],
 )
@@ -145,7 +145,7 @@ def test_an_exception_is_a_failed_check(tmp_path: Path, capsys: pytest.CaptureFi
 
 
 def test_what_hangs_is_ended() -> None:
-    """With all that it started."""
+    """A part that exceeds its time limit is ended, with all processes that it started."""
     sleep = "import time; time.sleep(60)"
     start = f"subprocess.Popen([sys.executable, '-c', '{sleep}'])"
     code = f"import subprocess, sys; print({start}.pid, flush=True)"

@@ -1,6 +1,6 @@
-"""The stand-in for CUDA: its order, and that what comes too early shows.
+"""The stand-in for CUDA: the order of its work, and the wrong values if a program acts too early.
 
-The rest of it needs a torch that is built for CUDA.
+Tests of its other parts would need a torch that is built for CUDA.
 """
 
 from __future__ import annotations
@@ -77,7 +77,7 @@ def test_copies_are_late(cuda: Any) -> None:
     assert cuda.cudaEventQuery(event) != 0
     cuda.cudaEventSynchronize(event)
     assert (values(there), values(got)) == ({1}, {0})
-    ctypes.memset(two, 3, _SIZE)  # too early
+    ctypes.memset(two, 3, _SIZE)  # too early: the copy from it is not done yet
     cuda.cudaStreamSynchronize(stream)
     assert values(got) == {3}
 
@@ -198,7 +198,7 @@ def test_calls_that_are_timed_return_at_once(tmp_path: Path, monkeypatch: pytest
     driver.cuStreamWaitValue32_v2(stream, memory, 1, EQ)
     driver.cuStreamWriteValue32_v2(stream, memory + 4, 1, 0)
     assert number(memory + 4).value == 1
-    driver.cuStreamQuery(stream)  # nothing is queued, whatever the host never waits for
+    driver.cuStreamQuery(stream)  # nothing is queued, although the host has not waited
 
 
 def test_a_value_in_one_stream_holds_up_the_other_by_an_event(driver: Driver) -> None:

@@ -1,4 +1,4 @@
-"""The stand-in for CUDA: captures, replays, and what a capture forbids."""
+"""The stand-in for CUDA: captures and replays of graphs, and the calls that a capture forbids."""
 
 from __future__ import annotations
 

@@ -1,4 +1,7 @@
-"""Layers under the stream transport, composed path, on the stand-in's streams: as under ``host``."""
+"""Layers give the same results under the ``stream`` transport as under ``host``.
+
+They run on the stand-in's streams, with Python between the kernels and not in one native call.
+"""
 
 from __future__ import annotations
 
@@ -42,7 +45,7 @@ def groups(request, monkeypatch):
 def train(
     group: Any, options: Any, x: torch.Tensor, dy: torch.Tensor, residual: Any = None, mask: Any = None
 ) -> Any:
-    """All that two steps leave behind. Collective."""
+    """Return all results of two training steps, and the group's number of exchanges. Collective."""
     torch.manual_seed(0)
     layer = mpisyncbn.SyncBatchNorm(x.shape[1], process_group=group, **options)
     if layer.affine:
@@ -64,7 +67,7 @@ def same(groups: Any, dtype: torch.dtype, *arguments: Any) -> None:
     (found, exchanges), (expected, of_host) = (train(group, *arguments) for group in groups)
     assert len(found) == len(expected)
     assert exchanges == of_host
-    assert groups[0].stream.slots > 0  # the worker has done them
+    assert groups[0].stream.slots > 0  # the stream worker did the exchanges
     for ours, theirs in zip(found, expected, strict=True):
         assert ours.dtype == theirs.dtype
         assert distance(ours, theirs) < BARS[dtype]
@@ -88,7 +91,7 @@ def same(groups: Any, dtype: torch.dtype, *arguments: Any) -> None:
     ids=str,
 )
 def test_a_layer(groups, options):
-    """In every layout of memory, with and without a residual."""
+    """Both groups give the same results in every memory layout, with and without a residual."""
     dtype = options.get("dtype") or torch.float32
     shape = (local_batch(), 3, 4, 5)
     x, dy, residual = (shard(shape, seed, mean, dtype) for seed, mean in ((1, 5.0), (2, 0.5), (3, 0.0)))
@@ -123,7 +126,7 @@ def test_against_the_whole_batch(groups, dtype):
 
 
 def test_running_statistics_are_left_alone(groups):
-    """By a batch that is not finite, one whose variance they cannot hold, and one that is empty."""
+    """Running statistics ignore a batch that has NaN, overflows their dtype, or is empty."""
     layer = mpisyncbn.SyncBatchNorm(3, process_group=groups[0])
     x = shard((local_batch(), 3, 4), 1)
     layer(x)
@@ -140,7 +143,7 @@ def by_checkpoint(group, x):
 
 
 def in_another_thread(group, x):
-    """As autograd goes backward for a device."""
+    """Run backward in another thread, as autograd does for a device."""
     layer = mpisyncbn.SyncBatchNorm(3, process_group=group, dtype=torch.float64)
     thread = threading.Thread(target=layer(x).pow(3).sum().backward)
     thread.start()
@@ -187,7 +190,7 @@ def test_uses(use, groups):
 
 
 def test_another_group(groups):
-    """set_process_group between forward and backward, which stays with the group of its forward."""
+    """After set_process_group, a backward pass stays with the group of its forward pass."""
     layer = mpisyncbn.SyncBatchNorm(3, process_group=groups[0], dtype=torch.float64)
     x, counts = shard((local_batch(), 3, 4), 1, 2.0, torch.float64).requires_grad_(), []
     for group in (groups[1], groups[0]):
@@ -204,7 +207,7 @@ def test_another_group(groups):
 
 @several
 def test_a_mismatch_of_layers(groups):
-    """The layer gives NaN, and leaves its running statistics alone; the next one raises."""
+    """A layer in a mismatched call returns NaN and keeps its running statistics. The next call raises."""
     layers = [mpisyncbn.SyncBatchNorm(3, process_group=groups[0]) for _ in range(2)]
     x = shard((local_batch(), 3, 4), 1)
     for layer in layers:

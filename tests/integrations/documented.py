@@ -1,6 +1,6 @@
-"""The examples of docs/guides/integrations.md: each at two ranks beside what it computes in one process.
+"""Compare the examples of docs/guides/integrations.md at two ranks with their results in one process.
 
-As a program, ``documented.py FILE FOLDER``, it runs one example and saves what the example learned.
+As a program, ``documented.py FILE FOLDER`` runs one example and saves what it learned.
 """
 
 from __future__ import annotations
@@ -23,16 +23,16 @@ TOLERANCE = 1e-12  # in float64, of weights and statistics of about 1
 
 
 class Example(NamedTuple):
-    """A section of the page: its block of code, for one tool."""
+    """An example of the page: the block of code in one section, for one tool."""
 
     heading: str
     distribution: str  # the tool's name at PyPI
-    tried: str  # what the block does, for the table
-    edit: tuple[str, str] = "", ""  # a text of the block, and what stands there for this tool
+    tried: str  # the task of the block, for the table
+    edit: tuple[str, str] = "", ""  # a text of the block, and its replacement for this tool
 
 
 LIGHTNING = "fit with validation and `log(sync_dist=True)`, two epochs"
-# A row of the table for each. To add one: its section with one block of code, and a line here.
+# Each is a row of the table. To add one, write a section with one block of code, and a line here.
 EXAMPLES = (
     Example("Lightning", "lightning", LIGHTNING),
     Example("Lightning", "pytorch-lightning", LIGHTNING, ("lightning.pytorch as", "pytorch_lightning as")),
@@ -45,12 +45,12 @@ EXAMPLES = (
 class Result(NamedTuple):
     """How an example at two ranks compares with its run in one process."""
 
-    distance: float  # the largest, of any tensor of the model or number it logged, on any rank
+    distance: float  # the largest, of all tensors of the model and all logged numbers, on any rank
     glue: int  # lines of the example that name mpisyncbn
 
 
 def version(example: Example) -> str | None:
-    """The version of the tool that is installed; None without one."""
+    """The installed version of the tool; None if it is not installed."""
     try:
         return metadata.version(example.distribution)
     except metadata.PackageNotFoundError:
@@ -68,11 +68,11 @@ def compare(example: Example, folder: Path, run: Callable[..., End]) -> Result:
     """Run the example at two ranks and, without the lines that name mpisyncbn, in one process.
 
     Args:
-        folder: for what the runs write.
+        folder: the runs write their files here.
         run: the fixture ``run_job``.
 
     Raises:
-        RuntimeError: a run failed; with what it printed.
+        RuntimeError: a run failed. The message has its output.
     """
     lines = code_of(example).splitlines(keepends=True)
     its_own = [line for line in lines if "mpisyncbn" not in line]
@@ -83,7 +83,7 @@ def compare(example: Example, folder: Path, run: Callable[..., End]) -> Result:
 
 
 def distance(actual: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) -> float:
-    """The largest difference; infinite if one has what the other has not."""
+    """The largest difference of the tensors; infinite if the two dictionaries have different keys."""
     if actual.keys() != expected.keys():
         return float("inf")
     return max((actual[name].double() - expected[name].double()).abs().max().item() for name in expected)
@@ -92,7 +92,7 @@ def distance(actual: dict[str, torch.Tensor], expected: dict[str, torch.Tensor])
 def _learned(
     lines: list[str], ranks: int, folder: Path, run: Callable[..., End]
 ) -> list[dict[str, torch.Tensor]]:
-    """What each rank of a run has saved."""
+    """Run an example, and return the tensors that each rank has saved."""
     folder.mkdir()
     file = folder / "example.py"
     file.write_text("".join(lines))

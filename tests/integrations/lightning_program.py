@@ -1,8 +1,9 @@
-"""What test_lightning.py asserts about: fits of both of Lightning's packages, over the ranks of this job.
+"""Train with both of Lightning's packages and with Fabric, over the ranks of this job.
 
-    python lightning_program.py FOLDER        where the ranks leave what they found
+    python lightning_program.py FOLDER        each rank writes its results to FOLDER
 
-At one rank it is the whole batch of both ranks, by the Trainer of one package alone, with torch's layers.
+test_lightning.py compares the results. A job of one rank trains torch's layers on the whole batch of
+two ranks, with one of the packages and with Fabric.
 """
 
 from __future__ import annotations
@@ -25,12 +26,12 @@ import mpisyncbn
 torchvision_on_cpu.allow()
 RANKS = 2
 RANK, SIZE = MPI.COMM_WORLD.rank, MPI.COMM_WORLD.size
-TOTAL = sum(rank + 2 for rank in range(RANKS))  # samples of a batch
+TOTAL = sum(rank + 2 for rank in range(RANKS))  # samples of a batch of all ranks
 Batch = tuple[Tensor, Tensor]
 
 
 def batches(seed: int) -> DataLoader[Batch]:
-    """Five batches, uneven: rank r has r + 2 samples of each."""
+    """Return five uneven batches: rank r has r + 2 samples of each."""
     torch.manual_seed(seed)
     mine = slice(None) if SIZE == 1 else slice(2 * RANK, 2 * RANK + 2 + RANK)
     whole = [(torch.randn(TOTAL, 3, 8, 8) + i, torch.randint(10, (TOTAL,))) for i in range(5)]
@@ -91,7 +92,7 @@ def fit(package: ModuleType, net: Any, epochs: int, folder: Path, checkpoint: st
 
 
 def findings(package: ModuleType, folder: Path) -> dict[str, Any]:
-    """Two epochs, a third from the checkpoint of the second, and what both leave."""
+    """Fit for two epochs, and for a third from their checkpoint; return the results of both fits."""
     net, resumed = net_of(package), net_of(package)
     kinds = [type(layer) for layer in net.layers]
     trainer = fit(package, net, 2, folder)
@@ -112,7 +113,7 @@ def findings(package: ModuleType, folder: Path) -> dict[str, Any]:
 
 
 def with_fabric() -> dict[str, Tensor]:
-    """What a loop of Lightning's Fabric learns in five steps."""
+    """Train for five steps with Lightning's Fabric, and return the state of the model."""
     fabric = importlib.import_module("lightning.fabric").Fabric(
         accelerator="cpu", devices=SIZE, strategy="ddp" if SIZE > 1 else "auto"
     )

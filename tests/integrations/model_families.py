@@ -1,10 +1,10 @@
-"""One small model of each family that has a batch norm: converted, compared, reverted.
+"""Convert, compare and revert one small model of each family that has a batch norm.
 
     mpiexec -n 2 python tests/integrations/model_families.py [MODELS]     a Markdown table on rank 0
     python tests/integrations/model_families.py --list                    timm's part of models.txt
 
 A family is a module of timm.models, or of torchvision.models. ``--list`` builds every model of timm's
-registry without memory, and takes the smallest of each family, and of each class of batch norms in it.
+registry on the meta device, and takes the smallest one for each class of batch norm in each family.
 """
 
 from __future__ import annotations
@@ -32,15 +32,16 @@ MODELS = (Path(__file__).parent / "models.txt").read_text().split()
 class Comparison(NamedTuple):
     model: str
     layers: int  # batch norms
-    fused: int  # of them, those that an activation was given to
-    distance: float  # of outputs, gradients and running statistics, relative
+    fused: int  # batch norms with a fused activation
+    distance: float  # the largest, relative, of outputs, gradients and running statistics
     restored: bool  # every module has its exact class again
 
 
 def compare(name: str, **options: bool) -> Comparison:
-    """Train a model for a step, on uneven parts of a batch and on the whole. Collective over the world.
+    """Compare a converted model on uneven parts of a batch with the original on the whole batch.
 
-    ``options`` are those of the conversion.
+    Both make a forward and a backward pass. ``options`` are those of ``convert_sync_batchnorm``.
+    Collective over the world.
     """
     from support.ranks import MPI, WORLD
 
@@ -74,7 +75,7 @@ def compare(name: str, **options: bool) -> Comparison:
 
 
 def _without_chance(model: nn.Module) -> None:
-    """Take out dropout, of which ranks would draw other numbers than one process."""
+    """Turn off dropout: ranks would draw other random numbers for it than one process."""
     for module in model.modules():
         for name in ("p", "drop_prob", "drop_rate"):
             if isinstance(getattr(module, name, None), float):
@@ -87,7 +88,7 @@ def _build(name: str) -> nn.Module:
         return timm.create_model(name, pretrained=False, num_classes=7)
     import torchvision
 
-    # As the reference scripts of torchvision start: GoogLeNet and Inception would take minutes otherwise.
+    # GoogLeNet and Inception would take minutes to initialize. torchvision's reference scripts skip that too.
     more = {"init_weights": False} if model in ("googlenet", "inception_v3") else {}
     if model.startswith("lraspp"):
         more = {"weights_backbone": None}
@@ -95,16 +96,17 @@ def _build(name: str) -> nn.Module:
 
 
 def _logits(output: Tensor | tuple[Tensor, ...] | dict[str, Tensor]) -> Tensor:
-    """The first output of a model: of its own head, without those of auxiliary ones."""
+    """The output of a model's main head, without those of auxiliary heads."""
     if isinstance(output, dict):
         return output["out"].mean((2, 3))
     return output if isinstance(output, Tensor) else output[0]
 
 
 def _distance(pairs: list[tuple[Tensor, Tensor]]) -> float:
-    """The largest difference, each in units of its tensor's largest value.
+    """The largest difference of a pair of tensors, relative to the largest value of the second one.
 
-    At least a thousandth of the largest of all tensors counts as that: a mean may be a sum that cancels to 0.
+    That value counts as at least a thousandth of the largest of all pairs: a mean may be a sum that
+    cancels to 0.
     """
     largest = [(a, b, b.abs().max().item()) for a, b in pairs if b.numel() and b.is_floating_point()]
     least = max((size for *_, size in largest), default=1.0) / 1e3
@@ -112,7 +114,7 @@ def _distance(pairs: list[tuple[Tensor, Tensor]]) -> float:
 
 
 def _size(model: nn.Module) -> int:
-    """Pixels of an image's side: as few as the model takes."""
+    """Return the smallest of a few image widths in pixels that the model takes, else its default."""
     trial = copy.deepcopy(model).train()
     for size in (96, 128, 224):
         with torch.no_grad(), contextlib.suppress(AssertionError, RuntimeError, ValueError):
@@ -122,7 +124,7 @@ def _size(model: nn.Module) -> int:
 
 
 def smallest() -> Iterator[str]:
-    """The models of timm in models.txt."""
+    """Yield the names of timm's models for models.txt."""
     for family in timm.list_modules():
         found: dict[str, tuple[int, str]] = {}
         for name in timm.list_models(module=family):

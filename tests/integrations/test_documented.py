@@ -16,7 +16,7 @@ from support.ranks import no_exchange, starts_mpiexec
 @pytest.mark.full("each starts two jobs that import large packages")
 @pytest.mark.parametrize(
     "example",
-    # test_lightning.py has the other package
+    # test_lightning.py tests the other package
     [example for example in documented.EXAMPLES if example.distribution != "pytorch-lightning"],
     ids=lambda example: example.distribution,
 )

@@ -1,4 +1,4 @@
-"""mpisyncbn.lightning.LayerSync without Lightning: what test_lightning.py does not show, in no time."""
+"""Fast tests of mpisyncbn.lightning.LayerSync without Lightning, in addition to test_lightning.py."""
 
 from __future__ import annotations
 
@@ -30,7 +30,10 @@ class TorchSyncBatchNorm(LayerSync): ...
 
 @pytest.fixture
 def packages(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> list[ModuleType]:
-    """Modules like those of Lightning's packages, the ones named, as if the program had imported them."""
+    """Imitations of Lightning's packages, as if the program had imported them.
+
+    The fixture's parameter names the packages; by default it makes both.
+    """
     made = []
     for package in PACKAGES:
         name = f"{package}.plugins.layer_sync"
@@ -44,7 +47,7 @@ def packages(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) ->
 
 @pytest.fixture(autouse=True)
 def destroyed() -> Iterator[None]:
-    """What the constructor has initialized ends with the test."""
+    """Destroy the process group that the constructor of LayerSync has made, if any, after the test."""
     yield
     if dist.is_initialized():
         dist.destroy_process_group()
@@ -60,7 +63,7 @@ def test_a_plugin_to_each_package_that_is_imported(packages: list[ModuleType]) -
 
 
 def test_a_class_that_a_configuration_file_may_name(packages: list[ModuleType]) -> None:
-    """LightningCLI imports it and asks whether it is a plugin, before it makes one."""
+    """LightningCLI imports the class, and asks whether it is a plugin before it makes an instance."""
     cls = importlib.reload(mpisyncbn.lightning).LayerSync
     assert all(issubclass(cls, package.LayerSync) for package in packages)
 
@@ -92,7 +95,7 @@ def test_the_backend(packages: list[ModuleType], monkeypatch: pytest.MonkeyPatch
         patch.setattr(torch.cuda, "is_available", lambda: True)
         mpisyncbn.lightning.LayerSync()
     assert not dist.is_initialized(), "NCCL's part, and Lightning's choice"
-    for _ in range(2):  # another takes the group that is there
+    for _ in range(2):  # the second plugin takes the group that exists
         mpisyncbn.lightning.LayerSync()
         assert dist.is_initialized() == (WORLD.size > 1)
     if WORLD.size > 1:

@@ -1,4 +1,4 @@
-"""Lightning at two ranks with mpisyncbn.lightning.LayerSync, beside one process with torch's layers."""
+"""Lightning at two ranks with mpisyncbn.lightning.LayerSync equals one process with torch's layers."""
 
 from __future__ import annotations
 
@@ -21,12 +21,15 @@ PACKAGES = "lightning.pytorch", "pytorch_lightning"
 @starts_mpiexec
 @pytest.mark.full("it starts two jobs that import large packages")
 def test_both_packages_and_fabric(tmp_path: Path, run_job: Callable[..., End]) -> None:
-    """Uneven batches; metrics, validation, checkpoint, a third epoch from it; plain models in the end."""
+    """Two ranks with uneven batches learn what one process does, and have their plain models again.
+
+    Metrics, validation, the checkpoint and a third epoch from it are the same too.
+    """
     for name in ("lightning", "pytorch_lightning"):
         if find_spec(name) is None:
             pytest.skip(f"{name} is not installed: pip install 'mpisyncbn[integrations]'")
     (expected,), found = (learned(ranks, tmp_path / f"{ranks}", run_job) for ranks in (0, 2))
-    backend = "gloo" if torch.cuda.is_available() else "mpi4py"  # Lightning's choice, and the plugin's
+    backend = "gloo" if torch.cuda.is_available() else "mpi4py"  # Lightning chooses gloo, LayerSync mpi4py
     for rank in found:
         assert rank["backend"] == backend
         assert documented.distance(rank["fabric"], expected["fabric"]) < documented.TOLERANCE

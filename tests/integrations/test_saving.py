@@ -1,4 +1,4 @@
-"""A synchronized model in the tools that scale losses, save and export it."""
+"""A synchronized model works with tools that scale its loss, save it and export it."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def same(a: nn.Module, b: nn.Module) -> bool:
 
 
 def test_a_scaled_loss_gives_the_same_step():
-    """GradScaler: gradients of the scaled loss are finite, and their unscaled step is the plain one."""
+    """With GradScaler the gradients are finite, and the step is the same as without scaling."""
     models = [convert_sync_batchnorm(net()) for _ in range(2)]
     x = torch.randn(3 + WORLD.rank, 2, 6, 6, generator=torch.Generator().manual_seed(WORLD.rank))
     for model, enabled in zip(models, (True, False), strict=True):
@@ -48,7 +48,7 @@ def test_a_scaled_loss_gives_the_same_step():
 
 
 def test_distributed_checkpoint(tmp_path):
-    """torch.distributed.checkpoint over our backend: one directory, written and read by all ranks."""
+    """torch.distributed.checkpoint works with backend mpi4py: all ranks write and read one directory."""
     mpisyncbn.init_process_group()
     path = WORLD.bcast(str(tmp_path))
     model, other = trained(convert_sync_batchnorm(net())), convert_sync_batchnorm(net())
@@ -72,9 +72,9 @@ def test_safetensors(tmp_path):
 
 
 @no_exchange
-@pytest.mark.filterwarnings("ignore:.*treespec:FutureWarning")  # of torch's own exporter
+@pytest.mark.filterwarnings("ignore:.*treespec:FutureWarning")  # torch's exporter gives it
 def test_onnx():
-    """A model in evaluation, with activations fused, and reverted: the same graph, of torch's operations."""
+    """In evaluation, a model with fused activations exports to the same graph as the reverted model."""
     onnx = pytest.importorskip("onnx", reason="onnx is not installed")
     pytest.importorskip("onnxscript", reason="onnxscript is not installed")
     model = nn.Sequential(nn.Conv2d(2, 3, 3), *net()[1:3])

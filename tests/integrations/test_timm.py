@@ -1,4 +1,4 @@
-"""The activations of timm, alone and behind its batch norms."""
+"""The activations of timm equal torch's, and those in timm's batch norms are fused."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def test_layers_of_timm_are_fused(act, monkeypatch):
     whole, mine = torch.randn(WORLD.size * 2, C, 2, 2), slice(2 * WORLD.rank, 2 * WORLD.rank + 2)
     expected = copy.deepcopy(layer)(whole)[mine]
     convert_sync_batchnorm(layer)
-    monkeypatch.setattr(type(layer.act), "forward", None)  # to call it is an error
+    monkeypatch.setattr(type(layer.act), "forward", None)  # a call would be an error
     y = layer(whole[mine])
     with together():
         assert distance(y, expected) < 1e-5

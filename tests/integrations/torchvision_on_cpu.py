@@ -1,4 +1,4 @@
-"""Lets PyPI's torchvision be imported beside a torch for CPUs alone."""
+"""Make PyPI's torchvision importable with a torch that was built for CPUs only."""
 
 from __future__ import annotations
 
@@ -6,10 +6,10 @@ import torch
 
 
 def allow() -> None:
-    """Import torchvision, where it is installed. timm needs it, and torchmetrics, which Lightning needs.
+    """Let torchvision be imported, if it is installed. timm and Lightning's torchmetrics need it.
 
-    PyPI's is built for CUDA, and its compiled operators cannot be loaded without. All that its Python,
-    and so each of its models, asks of them at import are the schemas of two.
+    PyPI's torchvision is built for CUDA, and its compiled operators cannot be loaded without it. Its
+    Python code, with all models, needs only the schemas of two operators, which this defines.
     """
     try:
         import torchvision  # noqa: F401

@@ -1,4 +1,4 @@
-"""Activations of the native kernels against exact ones, everywhere and at every instruction set."""
+"""Activations of the native kernels, compared with exact values, at every instruction set."""
 
 from __future__ import annotations
 
@@ -33,10 +33,10 @@ GATES = {Kind.SILU, Kind.GELU, Kind.GELU_TANH}
 
 
 def fused(z: Tensor, activation: Activation) -> tuple[Tensor, Tensor, Tensor]:
-    """The activation of ``z``, and its derivative as each of the two halves of the backward pass has it."""
+    """Return the activation of ``z``, and its derivative as each of the two backward kernels has it."""
     ones, zeros, dy = np.ones(1), np.zeros(1), torch.ones_like(z)
     y = cpu.normalize(z, zeros, ones, None, None, None, activation)
-    # with the input as a residual, dz is stored
+    # with z as the residual, backward_reduce stores dz
     by_sign = activation.sign_decides
     context = ActivationContext(activation, None, None, z if by_sign else None, None if by_sign else z)
     dz = cpu.backward_reduce(dy, torch.zeros_like(z), zeros, ones, context)[2]
@@ -47,7 +47,7 @@ def fused(z: Tensor, activation: Activation) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def exact(z: Tensor, text: str) -> tuple[Tensor, Tensor]:
-    """Output and derivative in float64, with all their digits also where they are next to nothing."""
+    """Return output and derivative in float64, with all their digits even if they are close to 0."""
     kind, alpha = activation_of(text)
     if kind == Kind.ELU:
         low = z.clamp(max=0)
@@ -74,12 +74,12 @@ def each(function: Callable[[float], float], z: Tensor) -> Tensor:
 @pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
 @pytest.mark.parametrize("text", EVERY)
 def test_within_roundings_of_exact(text: str, dtype: torch.dtype) -> None:
-    """Relative to the value, on both sides of 0."""
+    """Errors are a few roundings, relative to the value, on both sides of 0."""
     z = DENSE.to(dtype)[:, None]
     wide = z.double()
     activation = activation_of(text)
     output, derivative = exact(wide, text)
-    # beyond a few roundings: those of the exponential's argument, of our GELU_TANH and of the exact GELU
+    # more than a few roundings come from the exponential's argument, in our GELU_TANH and the exact GELU
     argument = torch.zeros_like(wide)
     if activation.kind == Kind.GELU_TANH and dtype.itemsize > 2:
         argument = 3.2 * wide.abs() * (1 + 0.045 * wide.square())
@@ -98,14 +98,14 @@ def test_within_roundings_of_exact(text: str, dtype: torch.dtype) -> None:
 
 
 def tail(dtype: torch.dtype) -> float:
-    """What is as good as 0: half the smallest float16, or what vector_math.h says."""
+    """Return the error that is allowed near 0: the smallest float16, or what vector_math.h says."""
     return {torch.float64: 1e-302, torch.float16: 2.0**-24}.get(dtype, 1e-35)
 
 
 @pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
 @pytest.mark.parametrize("text", EVERY)
 def test_special_values(text: str, dtype: torch.dtype) -> None:
-    """As torch's where those are finite. NaN stays, unless torch has a derivative there."""
+    """Results are those of torch, if finite. NaN gives NaN, for SiLU and GELU in the derivative too."""
     info = torch.finfo(dtype)
     special = [0.0, math.inf, -math.inf, math.nan, 3.0, -3.0, info.max, info.min, info.tiny, -info.tiny]
     z = torch.tensor([*special, info.tiny / 8, -info.tiny / 8], dtype=dtype)[:, None]
@@ -140,7 +140,10 @@ def test_lengths_that_leave_a_part_of_a_vector(activation: str, dtype: torch.dty
 
 @pytest.mark.parametrize("level", LEVELS)
 def test_no_channel_is_repeated_for_an_activation_that_is_almost_flat(level: int, monkeypatch: Any) -> None:
-    """The flag of the processor that tells of lost products stays as it is. dy is 0: so are the sums."""
+    """No activation sets the processor's underflow flag: the channel would be repeated in float64.
+
+    ``dy`` is 0, and so are the sums.
+    """
     monkeypatch.setattr(extremes, "backward_reduce", lambda *arguments: pytest.fail("repeated in float64"))
     z = torch.tensor(
         [-1e30, -200.0, -95.0, -87.3, -87.0, -20.0, -13.0, -12.8, -10.0, -1e-20, -1e-30, 1e-30, 1e-20]
@@ -158,7 +161,7 @@ def test_no_channel_is_repeated_for_an_activation_that_is_almost_flat(level: int
 
 
 def test_a_stored_gradient_of_a_channel_beyond_float32() -> None:
-    """It is what float64 found, as the sums are."""
+    """If a channel is repeated in float64, its stored gradient comes from there, as its sums do."""
     x, dy = shard((64, 3), 1), shard((64, 3), 2)
     invstd = np.array([1.0, 1e20, 1.0])
     x[:, 1] *= 1e-20

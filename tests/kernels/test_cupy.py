@@ -1,4 +1,4 @@
-"""CuPy arrays, in the device memory that fake_cupy.py makes up, and by way of an MPI that knows it."""
+"""CuPy arrays in the emulated device memory of fake_cupy.py, also with an MPI that can read it."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def cupy(tmp_path_factory):
 
 @pytest.fixture
 def group(cupy, monkeypatch):
-    # An MPI library that knows CUDA, but not this one's memory, must not see pointers to it.
+    # A CUDA-aware MPI that does not know this emulated memory must not get pointers to it.
     monkeypatch.setenv("MPISYNCBN_TRANSPORT", "auto" if fake_cupy.SHARED or not AWARE else "host")
     group = Communicator().ready()
     yield group
@@ -62,7 +62,7 @@ def back(array):
 
 
 def run(group, x, dy, weight=None, bias=None):
-    """Forward and backward on the device; the results as torch tensors."""
+    """Run forward and backward on the device. Return the results as torch tensors, and the count."""
     x, dy, weight, bias = map(there, (x, dy, weight, bias))
     assert kernels.kernels_for(x) is generic
     y, stats = functional.batch_norm_forward(x, weight, bias, process_group=group)
@@ -121,7 +121,7 @@ def test_masks(group, dtype):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
 def test_empty_batches(group, dtype):
-    """Rank 0 has data; with four ranks so has rank 2."""
+    """Only ranks with an even number have data."""
     n = 5 if WORLD.rank % 2 == 0 else 0
     x, dy = shard((n, 3, 4), 1, dtype=dtype), shard((n, 3, 4), 2, dtype=dtype)
     y, _, var, _, dx, dweight, dbias, count = run(group, x, dy)
@@ -190,16 +190,16 @@ def test_ranks_in_different_calls(group, cupy):
         called(*arguments, process_group=group)
 
 
-@pytest.mark.filterwarnings("ignore::RuntimeWarning")  # of what is not finite
+@pytest.mark.filterwarnings("ignore::RuntimeWarning")  # about values that are not finite
 @pytest.mark.parametrize("dtype", ["f2", "f4", "f8"])
 @pytest.mark.parametrize("ours", ["device", "host"])
 @pytest.mark.parametrize("batch", ["device", "host"])
 def test_running_statistics(cupy, batch, ours, dtype):
-    """Those of functions are on the device, those of layers on the host."""
+    """Running statistics may be on the device or on the host, and so may those of the batch."""
     kinds = {"host": np.array, "device": cupy.asarray}
     running = [kinds[ours](np.full(2, start, dtype)) for start in (0, 1)]
     seen = []
-    for var in (8.0, np.nan, np.inf, 1e309 if dtype == "f8" else 1e39):  # then nothing enters
+    for var in (8.0, np.nan, np.inf, 1e309 if dtype == "f8" else 1e39):  # all but the first are kept out
         moments = np.array([1.0, -2.0]), np.array([4.0, var])
         stats = BatchStats(*map(kinds[batch], moments), kinds[batch](np.ones(2)), 5)
         seen.append(bool(functional.update_running_stats(*running, stats, 0.25)))
@@ -244,7 +244,7 @@ def test_staged_to_the_host_in_float64(cupy, dtype):
 
 @DRIVERS
 def test_staged_to_the_device_and_not_waited_for(cupy, driver):
-    """More copies than there are buffers: none is filled again before it was read."""
+    """There are more copies than buffers, and no buffer is filled again before it was read."""
     stage, numbers = staging.StagingBuffers(driver(cupy.cuda.Device(0))), np.random.default_rng(0)
     vectors = [numbers.normal(size=(2, length)) for length in (3, 600, 1, 70, 2000) * 10]
     uploaded = [stage.to_device(list(rows)) for rows in vectors]
@@ -261,7 +261,7 @@ def test_a_message_is_whole_when_mpi_gets_it(cupy, monkeypatch, waiting):
         monkeypatch.setattr(cupy.cuda.Event, "synchronize", lambda self: None)
     message = staging.DeviceMessage(MPI, 1, 5, cupy.zeros(2))
     message.pack(np.array([1.0, 2.0, 3.0]), [cupy.asarray(np.array([4.0])), cupy.asarray(np.array([5.0]))])
-    seen = message.values._now().copy()  # by who knows of no queue
+    seen = message.values._now().copy()  # as MPI reads it, which knows of no queue
     assert np.array_equal(seen, [1, 2, 3, 4, 5]) is waiting
 
 

@@ -1,4 +1,4 @@
-"""Descriptions of tensors, by which compiled kernels and checked arguments are found again."""
+"""Descriptions of tensors: the keys by which compiled kernels and checked arguments are found again."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Tiny and huge values, whose squares float32 cannot hold, against float64, in every module of kernels."""
+"""Every kernel module on tiny and huge values, whose squares float32 cannot hold, compared with float64."""
 
 from __future__ import annotations
 
@@ -38,10 +38,11 @@ def test_against_float64(kernels: Any, scale: float) -> None:
     slow = interpreted(kernels)
     if slow and scale not in (1e-37, 1e-23, 1e19, 1e37):
         pytest.skip("an interpreter takes its time")
-    for dtype in (torch.float32, torch.bfloat16)[: 1 if slow else 2]:  # it takes subnormal bfloat16 for 0
+    # Triton's interpreter takes subnormal bfloat16 for 0.
+    for dtype in (torch.float32, torch.bfloat16)[: 1 if slow else 2]:
         for mean in (0.0, 2.5)[slow:]:
             x, dy = shard(shape, 1, mean, torch.float64), shard(shape, 2, 0.3).to(dtype)
-            x[:, 1:] *= scale  # beside a channel like any other
+            x[:, 1:] *= scale  # channel 0 stays ordinary
             for name, laid in layouts(x.to(dtype)).items():
                 if name in ("contiguous", "channels last", "sliced")[: 2 if slow else 3]:
                     for eps in (0.0, 1e-5):
@@ -54,7 +55,7 @@ def test_against_float64(kernels: Any, scale: float) -> None:
 @pytest.mark.parametrize("kernels", EVERY)
 @no_exchange
 def test_float64(kernels: Any, scale: float) -> None:
-    """As far as float64 holds the squares, which are what travels."""
+    """Results are right as far as float64 can hold the squares, because squares are what ranks send."""
     x, dy = (shard((3, 4, 12, 11), seed, 0.3, torch.float64) for seed in (1, 2))
     weight, bias = (shard((4,), seed, 1.0, torch.float64) for seed in (3, 4))
     check(kernels, x * scale, dy, weight, bias, 0.0)
@@ -63,7 +64,7 @@ def test_float64(kernels: Any, scale: float) -> None:
 @pytest.mark.parametrize("kernels", EVERY)
 @no_exchange
 def test_alternating_and_late_values(kernels: Any) -> None:
-    """Sums that vanish although the values do not, and values that the first ones do not foretell."""
+    """Moments are right if values cancel in their sum, and if the first values are not typical."""
     for scale in (1e-23, 1e-37):
         x = torch.full((2, 3, 80, 70), scale)
         x[..., ::2] *= -1
@@ -77,7 +78,7 @@ def test_alternating_and_late_values(kernels: Any) -> None:
 
 
 def done_again(x: Any, monkeypatch: Any) -> list[int]:
-    """The channels that native code leaves to float64. Looks at what comes out."""
+    """Return the channels that native code repeats in float64. Check the moments of all channels."""
     chosen: list[int] = []
     with monkeypatch.context() as patch:
         wide = extremes._float64_channels
@@ -107,11 +108,11 @@ def test_native_code_tells_constant_channels_from_tiny_ones(shape: Any, dtype: A
     tiny[:, 1], tiny[:, 3] = 1.0, 1e-30
     tiny[-1, 1].view(-1)[-1] = 1 + 2**-7
     tiny[-1, 3].view(-1)[-1] = 1.1e-30
-    # squares that are 0 beside one that is not
+    # squares that underflow to 0 beside one that does not
     mixed = dead.clone()
     mixed[:, 0] = shard(shape, 2).to(dtype)[:, 0] * 1e-25
     mixed[-1, 0].view(-1)[-1] = 1.0
-    # each sample is constant, and not that of another
+    # each sample is constant, with a value of its own
     steps = dead.clone()
     steps[:, 2] = torch.arange(float(shape[0])).view(-1, *[1] * (len(shape) - 2))
     steps[:, 3] = steps[:, 2] * 1e-30

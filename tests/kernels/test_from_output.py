@@ -1,4 +1,4 @@
-"""The backward kernels that read the output in place of the input, over each module for host memory."""
+"""Backward kernels that read the output in place of the input, with each kernel module for host memory."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def here(value: object) -> object:
     return value.numpy() if isinstance(value, Tensor) and value.ndim == 1 else value
 
 
-# The generic module with NumPy vectors, as a class over it would have it.
+# The generic module with NumPy vectors, which FromOutput passes and expects.
 by_vectors = SimpleNamespace(
     backward_reduce=lambda *given: tuple(map(here, generic.backward_reduce(*map(there, given)))),
     backward_elementwise=lambda *given: generic.backward_elementwise(*map(there, given)),
@@ -40,7 +40,7 @@ MODULES = [
 
 
 def check(kernels, x, dy, weight, bias, activation, chosen) -> None:
-    """Sums and dx from the output are those from the input in float64."""
+    """Check that sums and dx from the output are those from the input in float64."""
     wide, wide_dy = x.double(), dy.double()
     over = (0, 2, 3)
     mean, invstd = wide.mean(over), (wide.var(over, correction=0) + 1e-5).rsqrt()
@@ -98,7 +98,10 @@ def test_every_instruction_set(level, threads):
 
 
 def test_channels_to_keep():
-    """The bias may be 8 standard deviations; a small slope makes small outputs smaller."""
+    """A channel keeps its input if its bias is above 8 standard deviations, for example.
+
+    A small slope makes small outputs smaller, so that more channels keep their input.
+    """
     ones = np.ones(4)
     weight, bias = torch.tensor([1.0, 1.0, -1.0, 1e-30]), torch.tensor([7.9, 8.1, -8.1, 0.0])
     leaky = Activation(Kind.LEAKY_RELU, 0.01)
@@ -122,7 +125,7 @@ def test_channels_to_keep():
     for count, slope, kept in ((9, 1.0, 0), (10**6, 1.0, 1), (9, 30.0, 1)):
         steep = Activation(Kind.LEAKY_RELU, slope)
         assert len(channels_to_keep("float64", ones[:1], ones[:1], count, near, None, steep)) == kept
-    for slope, kept in ((1e-39, 1), (1e-37, 0), (1e37, 0), (1e39, 1)):  # that of 1e-39 is infinite
+    for slope, kept in ((1e-39, 1), (1e-37, 0), (1e37, 0), (1e39, 1)):  # 1 / 1e-39 is infinite in float32
         weight, spread = torch.tensor([1e15 if slope < 1 else 1e-20]), np.ones(1)
         extreme = Activation(Kind.LEAKY_RELU, slope)
         assert len(channels_to_keep("float32", spread, spread, 9, weight, None, extreme)) == kept

@@ -1,6 +1,6 @@
 """setup.py: the install succeeds with and without a compiler, and the package works without native kernels.
 
-No compiler is started: what passes for one writes down how it was called, and touches what it should make.
+No compiler is started. A shell script takes its place: it records its arguments and creates empty outputs.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ NO_OPENMP = 'case "$*" in *-fopenmp*) true;; *) false;; esac'
 
 
 class Tree:
-    """The sources in a folder of their own, a nanobind that is a name only, and a compiler."""
+    """A copy of the sources in a folder of its own, with a fake nanobind and a fake compiler."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
@@ -69,7 +69,7 @@ class Tree:
         return done.stdout + done.stderr
 
     def calls(self) -> list[str]:
-        """How the compiler was called for the kernels themselves."""
+        """Return the arguments of the calls that compiled or linked the kernels."""
         lines = (self.folder / "calls").read_text().splitlines()
         return [line for line in lines if "kernels" in line]
 
@@ -140,7 +140,7 @@ def test_with_native_kernels(tree: Tree) -> None:
         assert len(tree.calls()) == len(SOURCES) + 1, f"{name} had"
         os.utime(tree.sources / name, (0, 0))
 
-    # What was built of other sources must not be taken for what these say.
+    # If the build fails, an extension that was built from other sources must not stay.
     assert lines_about_native(tree.setup("build_ext", "--inplace", "--force", fails="true"))
     assert tree.built() == []
 
@@ -155,7 +155,7 @@ def test_a_compiler_without_openmp(tree: Tree) -> None:
 
 @pytest.mark.skipif(not STABLE_ABI, reason="before Python 3.12 a build has one name")
 def test_an_earlier_build_is_not_imported_first(tree: Tree) -> None:
-    """As one of version 0.1, which did not keep to the stable ABI."""
+    """Version 0.1 did not use the stable ABI. Python would import its extension first, so it is removed."""
     earlier = tree.sources / f"mpisyncbn/kernels/cpu/_cpu{sysconfig.get_config_var('EXT_SUFFIX')}"
     earlier.touch()
     tree.setup("-q", "build_ext", "--inplace")
@@ -171,7 +171,7 @@ def test_sources_are_distributed(tree: Tree) -> None:
 
 
 def test_wheel(tree: Tree) -> None:
-    """Its tag and its contents, of what passes for a compiled extension."""
+    """A wheel has the right tag and contents. Its extension is an empty file from the fake compiler."""
     tree.setup("-q", "bdist_wheel")
     (wheel,) = tree.sources.glob("dist/*.whl")
     python, abi, platform = wheel.stem.split("-")[-3:]
@@ -189,7 +189,7 @@ def test_wheel(tree: Tree) -> None:
 
 @needs_native
 def test_threads_are_torchs() -> None:
-    """One libgomp is loaded, the one that torch brings, although the extension is loaded first or last."""
+    """Only the libgomp that torch brings is loaded, whether torch or the extension is imported first."""
     code = """
 import {first}, {second}, mpisyncbn.kernels.cpu, torch, pathlib
 lines = pathlib.Path("/proc/self/maps").read_text().splitlines()

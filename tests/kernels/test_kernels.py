@@ -77,7 +77,7 @@ def test_against_float64(kernels, shape, dtype):
 @pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
 @pytest.mark.parametrize("kernels", [*map(in_full, EVERY)])
 def test_every_activation_against_float64(kernels, dtype):
-    """With and without a residual, in planes and in rows, in vectors and what is left over."""
+    """Activations are right with and without a residual, in planes and rows, in whole and partial vectors."""
     shapes = [(2, 3, 5, 7)] if interpreted(kernels) else [(3, 5, 9, 11), (37, 6)]
     for activation, shape in product([*ACTIVATIONS, *MORE], shapes):
         x, dy, residual = (shard(shape, seed, dtype=dtype) * 2 for seed in (1, 2, 3))
@@ -90,7 +90,7 @@ def test_every_activation_against_float64(kernels, dtype):
 
 @pytest.mark.parametrize("kernels", EVERY)
 def test_a_negated_view_and_odd_parameters(kernels):
-    """What has another sign than its memory, and parameters with strides."""
+    """An input may have its negative bit set, and parameters may have strides."""
     z = torch.complex(shard((4, 3, 5), 1), shard((4, 3, 5), 2))
     x = z.conj().imag
     assert x.is_neg()
@@ -105,7 +105,7 @@ def test_numpy_arrays(dtype):
     rng = np.random.default_rng(0)
     x, dy = (rng.normal(2, 3, (6, 5, 4, 3)).astype(dtype) for _ in range(2))
     weight, bias = (rng.normal(size=5).astype("float32" if dtype == "float16" else dtype) for _ in range(2))
-    odd = np.zeros(x.nbytes + 1, np.uint8)[1:].view(dtype).reshape(x.shape)  # not at its alignment
+    odd = np.zeros(x.nbytes + 1, np.uint8)[1:].view(dtype).reshape(x.shape)  # unaligned
     odd[...] = x
     for kernels in (generic, cpu) if cpu else (generic,):
         for a, b in (
@@ -116,7 +116,7 @@ def test_numpy_arrays(dtype):
             (odd, dy),
         ):
             check(kernels, a, b, weight, bias)
-            if kernels is cpu:  # generic has activations of torch tensors alone
+            if kernels is cpu:  # generic has activations for torch tensors only
                 check_fused(kernels, a, b, weight, bias, b)
                 check_fused(kernels, a, b, weight, bias, None)
 
@@ -165,7 +165,7 @@ def test_constant_channels_have_no_variance(kernels, shape, value):
 @pytest.mark.parametrize("shape", [(400, 1), (20, 3, 5), (2, 70, 4, 4)], ids=str)
 @pytest.mark.parametrize("kernels", [*HOST, pytest.param(generic, id="generic")])
 def test_a_spread_of_single_roundings(kernels, shape, dtype):
-    """The least that there is: one value, and some, are the next number of the dtype."""
+    """The spread is the least possible: one value, or some, are the next number of the dtype."""
     one = torch.full(shape, 1e6 if dtype == torch.float32 else 1.9).to(dtype)
     step = torch.finfo(dtype).eps * (2**19 if dtype == torch.float32 else 1)
     for values in (1, shape[0] // 2):
@@ -231,7 +231,7 @@ def test_the_right_module_for_each_array():
 @pytest.mark.parametrize(("n", "value"), [(17, 2**20 + 1), (16385, 1025), (2**24 + 5001, 1)])
 @pytest.mark.parametrize("kernels", HOST)
 def test_sums_that_float32_cannot_hold(kernels, n, value, shape):
-    """They are odd and above 2**24: of a tile, of several, and of more values than float32 counts."""
+    """Sums are odd and above 2**24: over one tile, several, and more values than float32 can count."""
     if interpreted(kernels) and value == 1:
         pytest.skip("the interpreter takes a minute")
     ones = torch.ones(n * shape[1]).reshape(shape)
@@ -239,13 +239,13 @@ def test_sums_that_float32_cannot_hold(kernels, n, value, shape):
         near = np.zeros(x.shape[1])
         sum_dy, sum_dy_xmu, _ = kernels.backward_reduce(x * value, x, near, near + 1)
         expected = [value * n] * x.shape[1]
-        rounding = 2**-24 if kernels is aten else 0  # to float32
+        rounding = 2**-24 if kernels is aten else 0  # aten rounds them to float32
         assert np.allclose([sum_dy, sum_dy_xmu], expected, rounding, 0)
 
 
 @pytest.mark.parametrize("kernels", HOST)
 def test_gradients_with_a_large_mean(kernels):
-    """What is subtracted from dy must be as exact as dy is large."""
+    """A large mean of dy must be exact, because it is subtracted from dy."""
     shape = (4, 1, 128, 128) if interpreted(kernels) else (4, 4, 256, 256)
     for name, x in layouts(shard(shape, 8)).items():
         dy = layouts(shard(shape, 9, 30.0))[name]
@@ -271,7 +271,7 @@ def test_a_channel_that_is_not_finite_leaves_the_others_alone(kernels):
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("kernels", EVERY)
 def test_half_precision_sums_with_a_large_mean(kernels, dtype):
-    """What rounding the mean to float32 costs adds up over all values."""
+    """The mean must not be rounded to float32, because that error adds up over all values."""
     x = (shard((1 << 14, 2), 1, dtype=torch.float64) * 8 + 1000.3).to(dtype)
     dy = (shard((1 << 14, 2), 2) + 1).to(dtype)
     expected, near = reference(x, dy, None, None), vectors_for(kernels, x)
@@ -281,7 +281,7 @@ def test_half_precision_sums_with_a_large_mean(kernels, dtype):
 
 
 class NoFloat64(TorchDispatchMode):
-    """A device that has no float64: nothing may be made of it there."""
+    """A mode in which no operation may make a float64 tensor on MPS, which has no float64."""
 
     def __torch_dispatch__(self, operation, types, arguments=(), options=None):
         found = operation(*arguments, **(options or {}))

@@ -1,4 +1,4 @@
-"""Kernels with masks: those for every place against the float64 results of the true values alone."""
+"""Kernels with masks, compared with float64 results of the values where the mask is true."""
 
 from __future__ import annotations
 
@@ -20,13 +20,13 @@ from support.ranks import no_exchange
 
 pytestmark = no_exchange
 SHAPES = [(2, 3, 61, 61), (3, 33, 9, 9), (300, 70), (2, 40, 5, 3), (1, 2, 701), (300, 3), (40, 16, 8)]
-# Planes of whole vectors, whose masks are read where they are; rows about as many as are taken together.
+# Planes of whole vectors, whose masks are read in place, and about as many rows as are read together.
 SHAPES += [(3, 5, 64, 3), (1, 2, 70400), (33, 2), (48, 3), (49, 3), (6, 60)]
 ACTIVATIONS = [Activation(Kind.NONE), Activation(Kind.RELU), Activation(Kind.SILU)]
 
 
 def masks(shape: tuple[int, ...]) -> dict[str, Tensor]:
-    """Masks for an input of a shape, by density and layout in memory."""
+    """Return masks for an input of a shape, by names of their density or memory layout."""
     full, generator = (shape[0], 1, *shape[2:]), torch.Generator().manual_seed(3)
 
     def random(*shape: int) -> Tensor:
@@ -34,7 +34,7 @@ def masks(shape: tuple[int, ...]) -> dict[str, Tensor]:
 
     found = {"half": random(*full) < 0.5, "all": torch.ones(full, dtype=torch.bool)}
     found["few"] = random(*full) < 0.02
-    found["few"].view(-1)[-2:] = True  # far from where origins are looked for first
+    found["few"].view(-1)[-2:] = True  # far from where the search for an origin begins
     per_sample = random(shape[0], 1, *[1] * (len(shape) - 2)) < 0.5
     per_sample[:1] = True
     found["expanded"] = per_sample.expand(full)
@@ -47,7 +47,7 @@ def masks(shape: tuple[int, ...]) -> dict[str, Tensor]:
 
 
 def rows(x: Tensor, mask: Tensor) -> Tensor:
-    """The true values of ``x`` as float64 rows, (n, C)."""
+    """Return the values of ``x`` where the mask is true, as float64 rows of shape (n, C)."""
     return x.detach().double().movedim(1, -1)[mask.movedim(1, -1)[..., 0]]
 
 
@@ -55,7 +55,7 @@ def rows(x: Tensor, mask: Tensor) -> Tensor:
 def check(
     kernels: Any, x: Tensor, dy: Tensor, mask: Tensor, activation: Activation, with_residual: bool
 ) -> None:
-    """The four kernels on values that are not finite where the mask is false."""
+    """Check the four kernels on values that are not finite where the mask is false."""
     channels, tolerance = x.shape[1], TOLERANCE[x.dtype] * 8
     weight, bias = (shard((channels,), seed, 1.0, x.dtype) for seed in (3, 4))
     residual = x if with_residual else None
@@ -84,7 +84,7 @@ def check(
     if activation.kind:
         known = (y, None) if activation.sign_decides else (None, residual)
         context = ActivationContext(activation, weight, bias, *(known if with_residual else (None, None)))
-    sure = (z.abs() > tolerance * z.abs().max()).to(dy.dtype)  # within rounding of a kink either is right
+    sure = (z.abs() > tolerance * z.abs().max()).to(dy.dtype)  # near a kink, both derivatives are right
     dy = dy.movedim(1, -1).clone().masked_scatter_(mask.movedim(1, -1), rows(dy, mask).to(dy.dtype) * sure)
     dy, dtrue = dy.movedim(-1, 1), dtrue * sure
     dz_true = activation_gradient(dtrue, z, activation)
@@ -166,7 +166,7 @@ def test_nothing_counts(kernels: Any, shape: tuple[int, ...]) -> None:
     "kernels", [pytest.param(cpu, id="cpu", marks=needs_native), pytest.param(masked, id="generic")]
 )
 def test_a_float64_mean_has_two_parts(kernels: Any) -> None:
-    """One number would round a mean of 1e9 by 1e-7."""
+    """A single float64 would round a mean of 1e9 by 1e-7."""
     mask = masks((40, 3, 30))["half"]
     x = dirty((40, 3, 30), mask, 1, 1e9, np.nan)
     _, (high, low), _ = masked.with_mask(kernels, mask).local_moments(x)
@@ -195,7 +195,7 @@ def test_values_beyond_the_squares_of_float32(
         _, sum_dy_xmu, _ = bound.backward_reduce(laid, laid, mean, invstd.numpy())
         assert distance(torch.from_numpy(sum_dy_xmu), var * count) < 1e-5
         dx = bound.backward_elementwise(laid, laid, mean, invstd.numpy(), None, mean, m2 / count)
-        assert dx.abs().max() < TOLERANCE[dtype] * 8  # that of x itself is 0
+        assert dx.abs().max() < TOLERANCE[dtype] * 8  # the gradient is 0 if dy is x
         for result in (y, dx):
             assert (result[~mask.expand(shape)] == 0).all()
 
@@ -214,7 +214,7 @@ def test_a_constant_channel_has_no_variance_whatever_lies_between(shape: tuple[i
 
 @needs_native
 def test_a_part_without_true_values_leaves_nothing() -> None:
-    """The memory of its sums holds what the call before has left there."""
+    """A part whose mask is all false has sums of 0, even if an earlier call left values in their memory."""
     x, mask = shard((2, 3, 256, 256), 1), torch.ones(2, 1, 256, 256, dtype=torch.bool)
     mask[0] = False
     cpu.local_moments(torch.full_like(x, np.nan))
@@ -226,7 +226,7 @@ def test_a_part_without_true_values_leaves_nothing() -> None:
 
 @needs_native
 def test_the_same_bits_at_any_number_of_threads_and_as_without_what_is_false() -> None:
-    """A mask that is all true changes no bit of what float64 sums give; layouts of a mask none at all."""
+    """Neither the number of threads nor the memory layout of the mask changes a bit."""
     for shape in [(4, 33, 60, 60), (30000, 3), (2, 500, 30, 30)]:
         x, ones = shard(shape, 1, 3.0), np.ones(shape[1])
         for laid in (x, layouts(x)["channels last"]):
@@ -243,7 +243,7 @@ def test_the_same_bits_at_any_number_of_threads_and_as_without_what_is_false() -
 
 
 def at_the_end_of_memory(mask: np.ndarray) -> np.ndarray:
-    """A copy behind which no byte can be read: the process would end."""
+    """Return a copy that ends where readable memory ends: reading on would end the process."""
     room = -(-mask.nbytes // mmap.PAGESIZE) * mmap.PAGESIZE
     memory = np.frombuffer(mmap.mmap(-1, room + mmap.PAGESIZE), bool)
     protect = ctypes.CDLL(None).mprotect
@@ -257,7 +257,7 @@ def at_the_end_of_memory(mask: np.ndarray) -> np.ndarray:
 @needs_native
 @pytest.mark.parametrize("level", LEVELS)
 def test_nothing_is_read_beyond_a_mask(level: int) -> None:
-    """Vectors read whole vectors of bytes. A byte that is not 0 is true, be it 1 or not."""
+    """Loops read whole vectors of mask bytes, but none beyond the mask. Any byte that is not 0 is true."""
     for shape in [(33, 2), (49, 3), (80, 1), (300, 3), (5, 70), (2, 3, 5), (2, 3, 64), (1, 2, 701)]:
         x, ones = shard(shape, 1, 3.0), np.ones(shape[1])
         mask = masks(shape)["half"].numpy()

@@ -1,4 +1,4 @@
-"""Native kernels: every instruction set and number of threads, rounding, stores past the cache."""
+"""Native kernels: instruction sets, numbers of threads, rounding, and stores that bypass the cache."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ def test_the_same_bits_at_any_number_of_threads(shape, dtype):
 
 @pytest.mark.parametrize("shape", [(8, 32, 64, 64), (2, 3, 300, 301), (4, 64, 80, 80), (400, 1024)], ids=str)
 def test_every_thread_stores_past_the_cache(shape):
-    """The values are the same, and only the time is not: so they are counted."""
+    """Stores that bypass the cache give the same values, only faster, so the test counts them."""
     x, ones = shard(shape, 1), np.ones(shape[1])
     for laid in (x.contiguous(), layouts(x)["channels last"]):
         kernels = (
@@ -69,9 +69,9 @@ def test_every_thread_stores_past_the_cache(shape):
 
 
 def test_one_channel_done_again_leaves_the_others_alone():
-    """Whichever channels share a tile with it: with more threads, others do."""
+    """Repeating one channel changes no bit of the others, whichever of them are in its tile."""
     x = shard((600, 2048), 1)
-    x[:: 600 // 8, 0] += 1000  # where the shift is taken from
+    x[:: 600 // 8, 0] += 1000  # the rows from which the origin is computed
     found = []
     for threads in (1, 3, 4, 8):
         with native_settings(threads=threads):
@@ -81,7 +81,7 @@ def test_one_channel_done_again_leaves_the_others_alone():
 
 @pytest.mark.parametrize("level", LEVELS)
 def test_every_half_precision_number_survives(level):
-    """Each of the 65,536 bit patterns, through load and store."""
+    """All 65,536 bit patterns keep their values through load and store, except subnormal bfloat16."""
     patterns = torch.arange(-(2**15), 2**15, dtype=torch.int16)
     for dtype in (torch.float16, torch.bfloat16):
         x = patterns.view(dtype)
@@ -101,7 +101,7 @@ def test_every_half_precision_number_survives(level):
 @pytest.mark.parametrize("level", LEVELS)
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
 def test_rounding_is_torchs(level, dtype):
-    """To nearest, ties to even, and to infinity beyond the largest."""
+    """Values are rounded to nearest, ties to even, and to infinity beyond the largest number."""
     x = shard((1, 1, 4096), 1, 0, torch.float32).to(dtype)
     scale = torch.logspace(-12, 38, 200, base=2, dtype=torch.float64)
     for factor in [*scale.tolist(), 1 + 2**-9, 1 + 2**-12]:
@@ -114,7 +114,7 @@ def test_rounding_is_torchs(level, dtype):
 
 
 def test_not_a_number_stays_in_its_channel():
-    """Where a vector spans two channels, and in the gate of a ReLU."""
+    """NaN does not reach other channels in the same SIMD vector, and a ReLU keeps it."""
     for shape in [(2, 5, 7, 7), (3, 5, 20), (20, 5)]:
         for value in (np.nan, np.inf):
             x = shard(shape, 1)
@@ -137,7 +137,7 @@ def test_what_cannot_be_read_is_refused(bad):
 
 
 def test_more_values_than_an_int_can_count():
-    """Indices beyond 2**31, of a tensor whose memory is one row said many times."""
+    """Indices go beyond 2**31. The tensor is one row, expanded, so it needs little memory."""
     x = torch.ones(1, 1, 2**12).expand(2**19 + 1, 1, 2**12)
     assert x.numel() > 2**31
     count, mean, m2 = cpu.local_moments(x)

@@ -1,4 +1,4 @@
-"""The stub of the native extension against the extension."""
+"""The stub of the native extension agrees with the extension."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ pytestmark = [
 
 
 def of_stub(body: list[ast.stmt]) -> Iterator[tuple[str, Any]]:
-    """Every public name, with the number of parameters and the type that is returned."""
+    """Yield each public name of the stub, with its number of parameters and its return type."""
     for each in body:
         if isinstance(each, ast.ClassDef):
             members = dict(of_stub(each.body))

@@ -1,4 +1,4 @@
-"""Kernels in Triton: tiles for programs, running statistics in one kernel, and machines without Triton."""
+"""Triton kernels: tiles and their programs, running statistics in one kernel, machines without Triton."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ def test_arrays_by_way_of_dlpack(pointer, monkeypatch):
     ids=["no compiler", "not installed", "no memory"],
 )
 def test_where_triton_does_not_work(problem, why, monkeypatch):
-    """There torch's own operations serve, and a warning says why; errors of another kind are raised."""
+    """If Triton fails, torch's own operations are used and a warning says why. A lack of memory is raised."""
     cuda_kernels_for, device = mpisyncbn.kernels.cuda_kernels_for, torch.device("cuda", 0)
 
     def try_out(device):
@@ -95,7 +95,7 @@ print(module.__name__, "Triton is not installed" in made_of)
     st.integers(1, 1 << 33), st.integers(1, 5000), st.integers(1, 1 << 20), st.sampled_from(list(TOLERANCE))
 )
 def test_how_sums_are_shared_out(samples, channels, length, dtype):
-    """Every tile to one program; no more than float32 can add up, and no more programs than CUDA counts."""
+    """Each tile goes to one program. A share suits float32 sums, and CUDA can count the programs."""
     plan = cuda.module.plans.plan_sums(samples, channels, length, dtype, 132)
     rows, width, _, tiles, share, _ = plan.sizes
     height, columns = plan.options["ROWS"], plan.options["COLUMNS"]
@@ -115,7 +115,7 @@ def test_how_sums_are_shared_out(samples, channels, length, dtype):
     st.integers(1, 1 << 33), st.integers(1, 5000), st.integers(1, 1 << 32), st.sampled_from(list(TOLERANCE))
 )
 def test_how_elements_are_shared_out(samples, channels, length, dtype):
-    """Each to one program, and none to a program that is beyond the last."""
+    """Each element goes to one program, and no program is without elements."""
     plan = cuda.module.plans.plan_elementwise(samples, channels, length, dtype, 132)
     rows, width, stride, _, across = plan.sizes
     planes, steps = plan.options["PLANES"], plan.options["STEPS"]
@@ -134,7 +134,7 @@ def test_how_elements_are_shared_out(samples, channels, length, dtype):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("shape", [(50, 2, 7, 7), (6, 2, 63, 65), (1100, 33)], ids=str)
 def test_many_tiles(shape, dtype, monkeypatch):
-    """One tile, shares of tiles of planes and of rows, and several tiles for each program."""
+    """Inputs have one tile, or several in planes or in rows, and a program may get several tiles."""
     plans = cuda.module.plans
     monkeypatch.setattr(plans, "_ENOUGH", 1)
     monkeypatch.setattr(plans, "plan_elementwise", plans.plan_elementwise.__wrapped__)
@@ -163,7 +163,7 @@ def test_a_batch_enters_in_one_kernel(channels, dtype):
 
 
 def test_a_momentum_of_one_forgets_in_one_kernel():
-    """Also what is so large that the batch is lost beside it."""
+    """A momentum of 1 forgets even old values beside which the batch would vanish by rounding."""
     for dtype in (torch.float32, torch.float64, torch.bfloat16):
         running = [there(torch.full((3,), 1e30, dtype=dtype)) for _ in range(2)]
         mean, var = (there(torch.ones(3, dtype=torch.float64)) for _ in range(2))

@@ -1,4 +1,4 @@
-"""How a program is about to end, as told at its very end; and what of it ends the job."""
+"""``liveness.exits`` finds out how a program ends, while Python still runs exit handlers."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def careful(error):
     except type(error) as caught:
         return getattr(caught, "code", None)
 """
-# The end of a program, what it tells of its status, and what Python makes of it.
+# The last lines of a program, the status that exits.status() returns, and Python's exit status.
 PROGRAMS = {
     "comes to its end": ("", 0, 0),
     "sys.exit(5)": ("sys.exit(5)", 5, 5),
@@ -96,7 +96,7 @@ WAYS = {"file": ["program.py"], "module": ["-m", "program"], "inspected": ["-i",
 
 @pytest.fixture
 def run(run_job: Callable[..., End], tmp_path: Path) -> Callable[..., End]:
-    """``run(text, way="file", **variables)``: a program in a file, or as a module, or a command."""
+    """``run(text, way="file", **variables)`` runs a program as a file or a module, or by -c or -i."""
 
     def start(text: str, way: str = "file", **variables: str) -> End:
         (tmp_path / "program.py").write_text(text)
@@ -131,7 +131,7 @@ def test_under_i_nothing_is_over(run):
 
 
 def test_the_code_of_an_exit_is_what_it_was(run):
-    """In all that a program may do with it."""
+    """A program reads and sets ``SystemExit.code`` as without this package."""
     text = """
 error = SystemExit(7)
 print(error.code, SystemExit().code, SystemExit(1, 2).code, SystemExit.code.__doc__)
@@ -148,7 +148,7 @@ except SystemExit as error:
 
 
 def test_a_program_knows_when_it_is_over(run):
-    """A thread of it may go on, and Python waits for that."""
+    """The program is over when Python only waits for a thread of it, which may still run."""
     text = """
 import threading, time
 def look():
@@ -174,7 +174,7 @@ def test_a_process_that_no_launcher_started_is_left_alone(launched, run):
 
 
 def test_one_rank_ends_as_ever(run):
-    """A world of one has nobody to wait: no abort, no word."""
+    """The only rank of a world fails without an abort or a message: no other rank waits for it."""
     done = run(
         "import mpisyncbn.liveness.exits\nmpisyncbn.liveness.exits.install()\nfrom mpi4py import MPI\n1 / 0"
     )

@@ -1,8 +1,8 @@
-"""What becomes of an MPI job when one of its ranks fails: eighty real faults in real jobs of 4 ranks.
+"""An MPI job ends soon, and names the cause, when a rank fails: about 80 cases, each with 4 ranks.
 
 A job must end within seconds of its fault, with a status that is not 0, and stderr must name the
-cause and the rank. (Where ranks end well, in ways that may look like a fault, with 0.) Nothing of
-it may be left. scripts/faults prints a table of them.
+cause and the rank. If all ranks end well, in a way that may look like a fault, the status must be 0.
+No process of the job may be left. scripts/faults prints a table of the faults.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ def parameters(case: Case) -> Any:
 def test_a_fault(
     case: Case, mpi_library: libraries.Library, run_job: Callable[..., End], record_property: Any
 ) -> None:
-    if "PYTEST_XDIST_WORKER" in os.environ:  # other tests have a core meanwhile
+    if "PYTEST_XDIST_WORKER" in os.environ:  # other tests use the cores at the same time
         case = case._replace(limit=60.0)
     program = [*case.under, "-m", "liveness.faults.worker", case.name]
     how = {"library": mpi_library, "variables": case.variables, "limit": case.limit, "start": 120.0}
@@ -103,7 +103,7 @@ def test_bad_ends(changes: dict[str, Any], said: str) -> None:
     assert found.outcome == said
 
 
-# What the mpiexec of each library says when rank 2 gets signal 9, and when it calls exit(5).
+# The output of each library's mpiexec when rank 2 gets signal 9, and when it calls exit(5).
 SAID = {
     "openmpi": (
         "prterun noticed that process rank 2 with PID 77 on node host exited on\nsignal 9 (Killed).\n",
@@ -154,7 +154,7 @@ ABORTED = {
 
 @pytest.mark.parametrize(("name", "status"), [("openmpi", 139), ("impi", 141)])
 def test_an_mpiexec_that_breaks(name: str, status: int) -> None:
-    """Now and then it does: the output gives the status of the rank that aborted."""
+    """If a signal kills mpiexec itself, its output gives the status of the rank that aborted."""
     said = f"the cause\n{ABORTED[name]}"
     assert judged(name=name, status=status, stderr=said).ok
     assert not judged(name="mpich", status=status, stderr=said).ok
@@ -246,7 +246,7 @@ def test_without_a_fault(run_job: Callable[..., End]) -> None:
 def test_nothing_is_left_behind(
     tmp_path: Path, run_job: Callable[..., End], monkeypatch: pytest.MonkeyPatch, stays: bool
 ) -> None:
-    """Neither of what hangs, nor of what ends and leaves a process."""
+    """No process is left, whether the program hangs, or ends and leaves a child."""
     monkeypatch.setattr(jobs, "LEAVE", 0.5)
     end = run_job(
         "-c", FAULT + SLEEPS + ("time.sleep(60)" if stays else "sys.exit(1)"), start=60.0, limit=2.0

@@ -74,7 +74,7 @@ def test_a_layer_and_a_communicator_for_each_thread() -> None:
 
 @needs_threads
 def test_threads_of_one_rank_share_a_communicator() -> None:
-    """Here nobody else's order counts: every result is right."""
+    """Every result is right: a group of one rank has no order of calls to agree on."""
     group = Communicator(MPI.COMM_SELF)
 
     def train(thread: int) -> list[tuple[Tensor, ...]]:
@@ -91,7 +91,7 @@ def test_threads_of_one_rank_share_a_communicator() -> None:
 
 @needs_threads
 def test_threads_that_share_a_communicator_of_several_ranks_do_not_mix_up() -> None:
-    """Whichever comes first on a rank: right on all ranks or, where they differ, an error on all."""
+    """If threads call in the same order on all ranks, all results are right; else all ranks raise."""
     group = Communicator().ready()
     model = nn.ModuleDict({"0": nn.BatchNorm1d(3), "1": nn.BatchNorm1d(3)})
     model = mpisyncbn.convert_sync_batchnorm(model, group)
@@ -147,7 +147,7 @@ class Batches(torch.utils.data.Dataset):
 
 @pytest.mark.parametrize("start", ["fork", "spawn"])
 def test_workers_beside_training(start: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    (tmp_path / "batches_of_a_worker.py").write_text(BATCHES)  # no test module: those use MPI
+    (tmp_path / "batches_of_a_worker.py").write_text(BATCHES)  # unlike a test module, it does not import MPI
     monkeypatch.syspath_prepend(tmp_path)
     import batches_of_a_worker
 
@@ -228,7 +228,7 @@ GROUP = """
 mpisyncbn.init_process_group()
 work = torch.distributed.all_reduce(torch.ones(3), async_op=True)
 """
-# What comes before torch, MPI and the package are imported, what after the training, and what is printed.
+# Code before the imports of torch, MPI and the package, code after the training, and added output.
 ENDS = {
     "layers in globals": ("", "", ""),
     "layers in a cycle": ("", "layer.itself, half.itself = layer, half; del layer, half", ""),
@@ -265,7 +265,7 @@ def test_the_end(end: str, run_job: Callable[..., End]) -> None:
 @no_exchange
 @pytest.mark.parametrize("last", ["os._exit(0)", "sys.exit(0)"], ids=["os._exit", "never finalized"])
 def test_an_end_without_mpi(last: str) -> None:
-    """Of one process: where there are more, mpiexec ends the job and says why."""
+    """One process ends well without MPI_Finalize. With several, mpiexec ends the job and says why."""
     printed = run_alone(BEGIN.format(first="mpi4py.rc.finalize = False") + last)
     assert printed == "trained\n"
 
@@ -276,7 +276,7 @@ MANY, FEW = (10_000, 3_000) if SIZE == 2 else (1_000, 300)
 
 
 class Duplicates:
-    """Counts the duplicates of communicators that live, by an attribute that MPI copies along."""
+    """Counts duplicates of communicators, made and not yet freed, by an attribute that MPI copies."""
 
     def __init__(self) -> None:
         self.made = self.alive = 0
@@ -322,7 +322,7 @@ def test_many_layers_of_one_group(given: str, duplicates: Duplicates) -> None:
     for _ in range(MANY):
         use(comm)
     gc.collect()
-    assert duplicates.made <= 2  # ours, and the user's own above
+    assert duplicates.made <= 2  # the package's, and WORLD.Dup() above
     assert duplicates.alive <= 2
 
 

@@ -1,4 +1,4 @@
-"""What ranks tell each other of what they do, and what is known of those that do not answer."""
+"""Ranks tell each other what they are doing, and report those that do not answer."""
 
 from __future__ import annotations
 
@@ -62,7 +62,7 @@ def interrupted(*_):
 
 
 def hear(group, until):
-    """Listen in the test's own thread for as long as it takes."""
+    """Receive messages on the test's thread until ``until()`` is true, for at most 20 seconds."""
     end = time.monotonic() + 20
     while not until() and time.monotonic() < end:
         group.listen()
@@ -71,7 +71,7 @@ def hear(group, until):
 
 @pytest.fixture
 def quiet(monkeypatch):
-    """A group that the threads leave alone, and what is said about it."""
+    """The RankStatus of a group that the watchdog does not watch, and a list of its reports."""
     said = []
     monkeypatch.setattr(reports, "print_report", said.append)
     group = Communicator().ready()
@@ -89,7 +89,7 @@ def test_ranks_that_are_asked_say_what_they_do(quiet):
     else:
         hear(group, lambda: group._asked_by == 0 and not group._sends)
         group._ask_at = time.monotonic()
-        group.listen()  # who was asked does not ask
+        group.listen()  # a rank that was asked does not ask
     asked_back = RANK > 0 and (group._asked_at is not None or bool(group._sends))
     WORLD.Barrier()
     assert not asked_back
@@ -113,7 +113,10 @@ def test_ranks_that_are_asked_say_what_they_do(quiet):
 
 @pytest.mark.parametrize("asked", [True, False])
 def test_a_rank_that_has_asked_reports_the_answers(asked, monkeypatch):
-    """Also if another asked it meanwhile, which may end the job before it prints its own."""
+    """A rank that has asked the others prints their answers, even if another rank has asked it too.
+
+    The other rank may end the job before it prints the answers that it got.
+    """
     said, ended = [], []
     monkeypatch.setattr(reports, "print_report", said.append)
     monkeypatch.setattr(reports, "abort_job", lambda *arguments: ended.append(arguments))
@@ -142,7 +145,7 @@ def test_a_rank_in_another_group_says_so():
 
 @several
 def test_a_rank_that_has_left_is_heard_of(quiet):
-    """By its neighbours, to which native code says so."""
+    """The neighbours of a rank hear that it has left, from native code. Here the test tells them."""
     group, _ = quiet
     if RANK == 0:
         group._send(group.p2p_comm, 1, rank_status._DEPARTED, "10")
@@ -159,7 +162,7 @@ def test_a_rank_that_has_left_is_missed_in_later_exchanges_only(quiet):
     group.departed, group.exchanges = {1: 5}, 5
     assert group.awaited_departed_rank() is None
     group.current_call = "forward"
-    assert group.awaited_departed_rank() is None  # it was in this one too, and done with it sooner
+    assert group.awaited_departed_rank() is None  # rank 1 took part in this exchange before it left
     group.exchanges = 6
     assert group.awaited_departed_rank() == 1
 
@@ -194,7 +197,7 @@ def test_what_is_known_of_a_rank_that_does_not_answer():
 
 @several
 def test_who_has_not_come_to_the_first_exchange_is_named():
-    """By its process, which is older than those it started."""
+    """A missing rank is named with the oldest of its processes: the others are its children."""
     ranks, late = list(range(SIZE)), SIZE - 1
     process = WORLD.bcast(os.getpid(), late)
 

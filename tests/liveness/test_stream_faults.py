@@ -1,4 +1,4 @@
-"""Jobs under the stream transport that fail, end, and fork: as under the host transport."""
+"""Jobs under the stream transport fail, end and fork as under the host transport."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ assert first.tolist() == total
 
 @pytest.fixture
 def run(run_job: Callable[..., End]) -> Callable[..., End]:
-    """How a job of two ranks ends that does this."""
+    """A function that runs BEGINNING and then a program in a job, by default of two ranks."""
 
     def run(program: str, timeout: float = 30, order: str = "early", ranks: int = 2) -> End:
         variables = {"MPISYNCBN_TIMEOUT": str(timeout), "MPISYNCBN_STANDIN_ORDER": order}
@@ -57,7 +57,7 @@ def run(run_job: Callable[..., End]) -> Callable[..., End]:
 
 
 def test_a_missing_rank(run: Callable[..., End]) -> None:
-    """The watchdog sees that the worker waits, while the host is elsewhere."""
+    """The watchdog sees that the worker thread waits in MPI, while the host runs other code."""
     end = run(
         """
 if rank == 0:
@@ -95,7 +95,7 @@ if rank == 0:
 @full
 @pytest.mark.parametrize("moment", ["idle", "in an exchange"])
 def test_a_rank_that_raises(moment: str, run: Callable[..., End]) -> None:
-    """It ends the job, also with work in flight that its own worker waits for in MPI."""
+    """A rank that raises ends the job, even if its worker thread waits in MPI for another rank."""
     end = run(
         f"""
 if rank == 0:
@@ -114,7 +114,7 @@ time.sleep(100)
 @full
 @pytest.mark.parametrize(("order", "ranks"), [("early", 2), ("late", 2), ("late", 1)])
 def test_an_end_with_work_in_flight(order: str, ranks: int, run: Callable[..., End]) -> None:
-    """It is finished first: what a handler of the program finds after that is right."""
+    """Work in flight is finished at exit, before a handler of the program reads the results."""
     end = run("found += [enqueue() for _ in range(50)]", order=order, ranks=ranks)
     assert (end.status, end.left) == (0, 0), end.stderr
     assert sorted(end.stdout.split()) == ["right:0", "right:1"][:ranks]
@@ -122,7 +122,7 @@ def test_an_end_with_work_in_flight(order: str, ranks: int, run: Callable[..., E
 
 @full
 def test_a_fork_in_the_middle(run: Callable[..., End]) -> None:
-    """The child ends without the worker, which it does not have, and the parent goes on."""
+    """A forked child ends, although it has no worker thread, and the parent goes on."""
     end = run(
         """
 found += [enqueue() for _ in range(5)]
@@ -144,7 +144,7 @@ assert [each.tolist() for each in found] == [total] * 10
 
 @full
 def test_other_channels(run: Callable[..., End]) -> None:
-    """MPI gets messages of two lengths: the job ends, and says that some rank made another call."""
+    """Messages of two lengths end the job. It reports different calls, or a rank that waited."""
     end = run(
         "exchange.reduce_sums(group, LayerCall('layer', 'backward', 3 + rank, 'float32'), "
         "device.put([1.0] * (3 + rank)))\ngroup.synchronize()\n",
@@ -157,7 +157,7 @@ def test_other_channels(run: Callable[..., End]) -> None:
 
 @full
 def test_a_mismatch_at_the_very_end(run: Callable[..., End]) -> None:
-    """What no later call could raise is not lost."""
+    """A mismatch in the last exchange is reported and ends the job: no later call can raise it."""
     end = run("enqueue(f'layer {rank}')", order="late")
     assert end.status not in (0, None)
     assert end.left == 0
@@ -167,7 +167,7 @@ def test_a_mismatch_at_the_very_end(run: Callable[..., End]) -> None:
 
 @full
 def test_a_dropped_group_with_work_in_flight(run: Callable[..., End]) -> None:
-    """Its communicator is not freed with others' while its worker has work."""
+    """The communicator of a dropped group is not freed before its worker has done its work."""
     end = run(
         """
 import gc

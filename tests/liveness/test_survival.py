@@ -1,4 +1,4 @@
-"""scripts/survive.py: ranks are killed, and the others go on; and its verdict can be no."""
+"""scripts/survive.py: if ranks are killed, the others go on. Its checks find wrong results."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ REVOKES = "from mpi4py import MPI; c = MPI.COMM_WORLD.Dup(); c.Revoke(); print('
 
 @pytest.fixture(scope="module")
 def ulfm(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
-    """What starts a fault-tolerant job."""
+    """The mpiexec command that starts a fault-tolerant job."""
     start = [jobs.find_mpiexec() or "false", "--with-ft", "ulfm"]
     tried = jobs.run([*start, "-n", "1", sys.executable, "-c", REVOKES], tmp_path_factory.mktemp("ulfm"))
     if "revoked True" not in tried.stdout:
@@ -46,7 +46,7 @@ def test_two_of_four_are_killed(
     ulfm: list[str],
     run_job: Callable[..., jobs.End],
 ) -> None:
-    """The job ends with what its ranks say, not with how mpiexec does."""
+    """The checks that the ranks print decide, not the exit status of mpiexec: two ranks were killed."""
     kills = ["--kill-rank", *map(str, ranks), "--kill-step", *map(str, steps), "--at", *moments]
     program = [str(jobs.ROOT / "scripts" / "survive.py"), *kills, "--dtype", dtype]
     end = run_job(*program, ranks=4, launcher=ulfm, limit=120.0)
@@ -65,7 +65,7 @@ def test_a_step_taken_back() -> None:
     before = copied(run)
     run.advance()
     images, _ = survive.batch(4, torch.float64)
-    run.net(images)  # and half of a step, of which the running statistics know
+    run.net(images)  # half a step more: the running statistics have changed
     assert not same(copied(run), before)
     for _ in range(2):
         run.restore(3)

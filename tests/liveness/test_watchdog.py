@@ -1,4 +1,4 @@
-"""The watchdog: limits of waiting, and how it ends a job. scripts/faults lets it do so."""
+"""The watchdog limits how long a rank waits, and ends the job. scripts/faults tries it in jobs."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def test_ranks_agree_on_the_limit(given, limit):
 
 @several
 def test_a_limit_given_to_one_rank_holds_for_all(monkeypatch):
-    """Open MPI hands the environment to the ranks of the first host only."""
+    """One rank's limit is enough: Open MPI passes the environment to the first host's ranks only."""
     monkeypatch.delenv("MPISYNCBN_TIMEOUT", raising=False)
     if RANK == SIZE - 1:
         monkeypatch.setenv("MPISYNCBN_TIMEOUT", "77")
@@ -60,7 +60,7 @@ def test_waiting_counts_in_one_exchange_only():
     group.timeout = 10.0
     waits = [group.add_wait(4.0)]
     group.current_call, group.exchanges = "forward", 1
-    waits += [group.add_wait(4.0) for _ in range(3)]  # the first look sees it begin
+    waits += [group.add_wait(4.0) for _ in range(3)]  # the first call sees the exchange begin
     group.exchanges = 2
     waits += [group.add_wait(4.0) for _ in range(3)]
     group.current_call = None
@@ -78,7 +78,7 @@ def test_no_limit_is_no_limit():
 
 
 def test_time_in_which_the_process_was_stopped_is_not_waited(monkeypatch):
-    """A suspended job goes on where it was."""
+    """A job that was suspended goes on: at most 5 seconds of the suspension count as waiting."""
     looks = []
     group = RankStatus(0, 2)
     monkeypatch.setattr(group, "add_wait", lambda elapsed: looks.append(elapsed))
@@ -90,7 +90,7 @@ def test_time_in_which_the_process_was_stopped_is_not_waited(monkeypatch):
 
 
 class Clock:
-    """Times for this thread; others see what they always do."""
+    """A clock that gives this thread the given times, and other threads the real time."""
 
     def __init__(self, times):
         self.times, self.thread, self.others = iter(times), threading.get_ident(), time.monotonic
@@ -100,7 +100,7 @@ class Clock:
 
 
 class Ticks:
-    """An event that is set after so many looks of this thread; the watchdog's own go on as ever."""
+    """An event that is set after ``looks`` waits of this thread. Other threads get the real event."""
 
     def __init__(self, looks):
         self.looks, self.thread, self.others = looks, threading.get_ident(), watchdog._stop
@@ -114,7 +114,7 @@ class Ticks:
 
 @several
 def test_groups_know_their_ranks_of_the_world_before_they_meet(ending):
-    """For then they cannot be asked."""
+    """A group knows its ranks in the world before its first exchange, when none can be asked."""
     order = list(reversed(range(SIZE)))
     comm = WORLD.Split(0, key=-RANK)
     group = Communicator(comm)
@@ -132,12 +132,12 @@ def test_groups_know_their_ranks_of_the_world_before_they_meet(ending):
 
 
 class Ended(Exception):
-    """The job did."""
+    """Raised in place of ending the job."""
 
 
 @pytest.fixture
 def ending(monkeypatch):
-    """What is said and how the job ends, if it does."""
+    """The list of reports. Where the job would end, it gets ``(status, cure)``, and Ended is raised."""
     said = []
 
     def abort_job(status, cure):

@@ -13,7 +13,7 @@ from support.ranks import WORLD
 
 
 class Spread(torch.autograd.Function):
-    """A tensor that is the same on all ranks, used by each in its own way: gradients are summed."""
+    """The identity, for a tensor that is equal on all ranks. Gradients are summed over ranks."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor) -> Tensor:
@@ -25,7 +25,7 @@ class Spread(torch.autograd.Function):
 
 
 class Total(torch.autograd.Function):
-    """The sum over ranks, the same on all: gradients are passed on as they are."""
+    """The sum of a tensor over ranks. Gradients, equal on all ranks, are passed on unchanged."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor) -> Tensor:
@@ -37,9 +37,9 @@ class Total(torch.autograd.Function):
 
 
 def whole_batch_function(sizes: list[int], activation: str | None = None) -> Callable[..., Tensor]:
-    """Synchronized batch norm as one function of the whole batch, which every rank evaluates alike.
+    """Return synchronized batch norm as a function of the whole batch, which every rank calls alike.
 
-    So gradcheck, which perturbs one value at a time, keeps the ranks in step.
+    gradcheck perturbs one value at a time. All ranks perturb the same value, so they stay in step.
     """
     start = sum(sizes[: WORLD.rank])
     mine = slice(start, start + sizes[WORLD.rank])

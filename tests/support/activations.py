@@ -1,11 +1,11 @@
-"""The activations of layers, beside torch's modules of the same functions."""
+"""The activations of layers, and the torch modules that compute the same functions."""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor, nn
 
-# As activation= takes them as text.
+# The keys are texts that the argument ``activation`` takes.
 TORCHS: dict[str | None, nn.Module] = {
     None: nn.Identity(),
     "relu": nn.ReLU(),
@@ -20,19 +20,19 @@ TORCHS: dict[str | None, nn.Module] = {
     "gelu(tanh)": nn.GELU("tanh"),
 }
 ACTIVATIONS = [text for text in TORCHS if text]
-# For the kernels, which know of no text: other parameters.
+# More parameters, for tests of the kernels alone.
 MORE = {
     "leaky_relu(0)": nn.LeakyReLU(0.0),
     "leaky_relu(0.3)": nn.LeakyReLU(0.3),
     "leaky_relu(1)": nn.LeakyReLU(1.0),
     "elu(-0.7)": nn.ELU(-0.7),
 }
-# One of each way to find the gradient: from the sign of the output, and from the input.
+# One activation for each way to find the gradient: from the sign of the output, or from the input.
 TWO = ["leaky_relu(0.1)", "silu"]
 
 
 def far_from_kinks(z: Tensor, activation: str | None, margin: float) -> Tensor:
-    """Where an activation's input is so far from the jumps of its derivatives that none is near."""
+    """A mask: whether ``z`` is farther than ``margin`` from jumps of the activation's derivatives."""
     kinks = () if activation is None or "gelu" in activation or activation == "silu" else (0.0,)
     if activation == "hardswish":
         kinks = (-3.0, 3.0)

@@ -1,4 +1,4 @@
-"""What torch has for its own SyncBatchNorm on CUDA alone, written again for host memory, slowly."""
+"""Slow versions for host memory of the operations that torch's SyncBatchNorm has on CUDA alone."""
 
 from __future__ import annotations
 

@@ -31,7 +31,7 @@ from mpisyncbn.kernels.cuda.sums import backward_sums, merge_sums
 
 POINTERS = {"float64": "*fp64", "float32": "*fp32", "bfloat16": "*bf16"}
 VECTOR = "*fp64"
-# Samples, channels, values of a channel side by side; 1 where the channels are.
+# Samples, channels, and adjacent values of one channel: 1 if the channels are adjacent.
 SHAPES = {
     "contiguous": (32, 256, 3136),
     "split": (32, 64, 3136),
@@ -47,7 +47,7 @@ MULTIPROCESSORS = 132
 def arguments(
     name: str, shape: tuple[int, int, int], kinds: Iterable[Kind]
 ) -> Iterator[tuple[Any, dict[str, Any]]]:
-    """Every kernel and option, with what it is called with; pointers by their type."""
+    """Yield each kernel with its arguments, for every option. A pointer is given by its type."""
     x, dtype = POINTERS[name], getattr(torch, name)
     parameter = VECTOR if dtype == torch.float64 else "*fp32"
     plan = plans.plan_sums(*shape, dtype, MULTIPROCESSORS)
@@ -118,7 +118,7 @@ def compiled(kernel: triton.JITFunction, values: dict[str, Any], architecture: i
 
 
 def resources(binary: bytes) -> tuple[int, int]:
-    """Registers and bytes of stack of a thread."""
+    """The registers and the bytes of stack that one thread of a compiled kernel takes."""
     tool = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(binary)

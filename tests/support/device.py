@@ -1,7 +1,7 @@
 """Kernels for a device, called like those for host memory, and stand-ins for a device.
 
-Without a GPU the Triton loops run in its interpreter (conftest.py), on tensors in host memory, and
-torch's operations for SyncBatchNorm, which exist for CUDA only, are emulated slowly.
+Without a GPU the Triton kernels run in Triton's interpreter (see conftest.py), on tensors in host
+memory, and torch's operations for SyncBatchNorm, which exist for CUDA only, are emulated slowly.
 """
 
 from __future__ import annotations
@@ -61,7 +61,7 @@ class OnDevice:
 
 
 def there(value: object) -> object:
-    """``value`` on the device, a tensor with the same strides."""
+    """Return ``value`` on the device. A tensor keeps its strides if none of them is 0."""
     if isinstance(value, ActivationContext):
         activation, *arrays = value
         return ActivationContext(activation, *map(there, arrays))
@@ -81,9 +81,10 @@ if not GPU:
 
 
 class SlowDevice:
-    """Streams for staging.py, on tensors in host memory. A copy is done once its event is awaited.
+    """A stand-in for the ``Streams`` of a device (comm/streams.py), with tensors in host memory.
 
-    A read that does not wait finds NaN.
+    A copy is done when the program waits for an event after it; a read before that finds NaN.
+    Uploads are done at once unless ``lazy_uploads`` is true.
     """
 
     def __init__(self, lazy_uploads: bool = True) -> None:
@@ -149,8 +150,8 @@ class Event:
 
 
 def pretend(monkeypatch: pytest.MonkeyPatch) -> SlowDevice:
-    """Let staging take tensors in host memory for those of a device."""
-    slow = SlowDevice(lazy_uploads=False)  # torch itself reads without waiting
+    """Make mpisyncbn treat tensors in host memory as tensors of the device that is returned."""
+    slow = SlowDevice(lazy_uploads=False)  # torch reads an upload without waiting
     monkeypatch.setattr("mpisyncbn.comm.staging._of_thread", threading.local())
     monkeypatch.setattr("mpisyncbn.comm.transport.on_host", lambda array: isinstance(array, np.ndarray))
     monkeypatch.setattr("mpisyncbn.comm.staging.streams_of", lambda array: slow)

@@ -1,4 +1,4 @@
-"""The kernels for CuPy, on arrays of NumPy's in place of CuPy's."""
+"""Run the kernels for CuPy arrays on NumPy arrays, without CuPy."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from support.kernels import cuda
 
 
 class LikeCuPy(np.ndarray):
-    """In host memory, with a device all the same."""
+    """A NumPy array with the attribute ``device`` of a CuPy array."""
 
     device: Any = nullcontext()
     device.id = 0
@@ -27,7 +27,11 @@ class LikeCuPy(np.ndarray):
 def dlpack_kernels(
     monkeypatch: pytest.MonkeyPatch, pointer: int = 0
 ) -> Iterator[tuple[ModuleType, list[Any]]]:
-    """kernels/dlpack.py over Triton's interpreter, and the streams that it makes current."""
+    """Import kernels/dlpack.py with a stand-in for CuPy and with Triton's interpreter.
+
+    ``pointer`` is that of CuPy's current stream. Yields the module, and a list that grows by each
+    stream that the module makes current in torch.
+    """
     streams: list[Any] = []
     current = SimpleNamespace(get_current_stream=lambda: SimpleNamespace(ptr=pointer))
     monkeypatch.setitem(sys.modules, "cupy", SimpleNamespace(from_dlpack=np.from_dlpack, cuda=current))
@@ -41,4 +45,4 @@ def dlpack_kernels(
     try:
         yield dlpack, streams
     finally:
-        del sys.modules["mpisyncbn.kernels.dlpack"]  # what it imported was not CuPy
+        del sys.modules["mpisyncbn.kernels.dlpack"]  # it has imported the stand-in

@@ -1,13 +1,13 @@
-"""A stand-in for the part of CuPy that mpisyncbn uses, on the device memory of mock_cuda.c, no GPU.
+"""A stand-in, without a GPU, for the part of CuPy that mpisyncbn uses, on memory of mock_cuda.c.
 
-The values of arrays are behind device pointers: host code that follows one dies of a segmentation
-fault, and tests see what MPI does with it. It refuses what CuPy refuses: mixing with NumPy arrays,
-implicit conversion, ``get`` and ``set`` with another dtype or shape, a Device as a key.
+Arrays have device pointers. Host code that dereferences one dies of a segmentation fault, so tests
+see how MPI uses them. The stand-in refuses what CuPy refuses: mixing with NumPy arrays, implicit
+conversion, ``get`` and ``set`` with another dtype or shape, a Device as a dictionary key.
 
 There is one stream. Asynchronous operations of CuPy (copies of pinned memory, ``concatenate`` into
-an array) are done when the program waits for them or computes; until then their result is NaN.
+an array) are done when the program waits for them or computes. Until then their result is NaN.
 
-``python fake_cupy.py FOLDER`` builds the library there, and prints its path.
+``python fake_cupy.py FOLDER`` builds mock_cuda.c as a library in FOLDER, and prints its path.
 """
 
 from __future__ import annotations
@@ -33,15 +33,18 @@ SHARED = os.environ.get("I_MPI_OFFLOAD_CUDA_LIBRARY")  # the copy of the library
 
 _cuda: Any = None
 _queue: deque[Callable[[], None]] = deque()
-_done = 0  # entries of the queue so far
-_pinned: dict[int, int] = {}  # addresses and bytes
+_done = 0  # entries of the queue that have been run
+_pinned: dict[int, int] = {}  # the bytes of each pinned buffer, by its address
 _LAYOUT = {"dtype", "flags", "itemsize", "nbytes", "ndim", "shape", "size", "strides"}
 _COMPARISONS = {np.greater, np.greater_equal, np.less, np.less_equal, np.equal, np.not_equal}
 
 
 @contextmanager
 def installed(folder: Path) -> Iterator[ModuleType]:
-    """``import cupy`` gets this module; ``folder`` is for what is built."""
+    """A context in which ``import cupy`` gives this module.
+
+    Its library is the one that MPI loads, or else is built in ``folder``.
+    """
     global _cuda
     if _cuda is None:
         _cuda = ctypes.CDLL(SHARED or str(build(folder)))
@@ -69,7 +72,7 @@ def build(folder: Path) -> Path:
 
 
 def calls(entry_point: str) -> int:
-    """How often this entry point of the driver was called."""
+    """How often an entry point of the driver library has been called."""
     return ctypes.c_long.in_dll(_cuda, f"calls_{entry_point}").value
 
 
@@ -81,7 +84,7 @@ def _run(until: float = float("inf")) -> None:
 
 
 class _Memory:
-    """An allocation on the device, and as many bytes on the host, to look at it and to fill it."""
+    """An allocation on the device, and a host buffer of the same size to read and fill it."""
 
     def __init__(self, nbytes: int) -> None:
         self.bytes, pointer = np.full(nbytes, 255, np.uint8), ctypes.c_size_t()  # NaN, until it is written to
@@ -106,7 +109,7 @@ def _check(result: int) -> None:
 
 
 class ndarray(np.lib.mixins.NDArrayOperatorsMixin):
-    """``layout``: where in ``memory.bytes`` the values would be."""
+    """An array on the device. ``layout`` is the view of ``memory.bytes`` for its host copy."""
 
     def __init__(self, memory: _Memory, layout: np.ndarray) -> None:
         self._memory, self._layout = memory, layout
@@ -131,7 +134,7 @@ class ndarray(np.lib.mixins.NDArrayOperatorsMixin):
         return {"shape": self.shape, "typestr": self.dtype.str, **where}
 
     def _now(self) -> np.ndarray:
-        """The values at this point of the queue."""
+        """The values as they are now, before the rest of the queue has run."""
         self._memory.download()
         return self._layout
 
@@ -218,9 +221,9 @@ class ndarray(np.lib.mixins.NDArrayOperatorsMixin):
         raise TypeError("Implicit conversion to a NumPy array is not allowed.")
 
     def __array_ufunc__(self, ufunc: np.ufunc, method: str, *inputs: object, **options: object) -> object:
-        if method != "__call__" or "out" in options:  # nobody asks for more
+        if method != "__call__" or "out" in options:  # mpisyncbn uses nothing else
             return NotImplemented
-        if ufunc in _COMPARISONS:  # as CuPy does, for NumPy's scalars may come as arrays
+        if ufunc in _COMPARISONS:  # as CuPy does: NumPy scalars may arrive as 0-d arrays
             inputs = tuple(v.item() if isinstance(v, np.ndarray) and v.ndim == 0 else v for v in inputs)
         return _computed(ufunc, *inputs, **options)
 
@@ -306,7 +309,7 @@ class Device:
     def __init__(self, device: int = 0) -> None:
         self.id = device
 
-    def __eq__(self, other: object) -> bool:  # and so no __hash__, as with CuPy
+    def __eq__(self, other: object) -> bool:  # it removes __hash__, as in CuPy
         return isinstance(other, Device) and other.id == self.id
 
     def __repr__(self) -> str:
@@ -320,7 +323,7 @@ class Device:
 
 
 class Stream:
-    """The null stream. Another one would be in its order."""
+    """The null stream. Any other stream would share its queue."""
 
     ptr = 0
 

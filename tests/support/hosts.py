@@ -1,4 +1,4 @@
-"""Several hosts on this one machine, for jobs of MPI over TCP. What runs there is network.py."""
+"""Simulate several hosts on this machine, for MPI jobs over TCP. network.py has their programs."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ _AGENT = """\
 # In place of ssh.
 exec {python} {network} ssh {folder} "$@"
 """
-# Network cards of clusters are none of our hosts'.
+# Variables that make an MPI library use TCP, because these hosts have no other network.
 _TCP = {
     "openmpi": {},
     "mpich": {"FI_PROVIDER": "tcp"},
@@ -30,7 +30,7 @@ _TCP = {
 
 
 def why_not() -> str:
-    """Why there can be no hosts here, or ""."""
+    """Return why this machine cannot simulate hosts, or "" if it can."""
     missing = [name for name in ("unshare", "mount", "ip", "tc") if shutil.which(name, path=_path()) is None]
     if missing:
         return f"no {' and no '.join(missing)} (Debian, Ubuntu: apt install util-linux iproute2)"
@@ -42,7 +42,7 @@ def why_not() -> str:
 
 
 class Hosts:
-    """Hosts h1, h2, ... with a network of their own, and nothing else in common but files."""
+    """Hosts h1, h2, ... with a network of their own. Otherwise they share files alone."""
 
     def __init__(self, count: int) -> None:
         self.names = [f"h{number}" for number in range(1, count + 1)]
@@ -70,7 +70,7 @@ class Hosts:
             stdout=subprocess.PIPE,
             stderr=self._log,
             text=True,
-            start_new_session=True,  # an interrupt is for the tests, which then close its stdin
+            start_new_session=True,  # Ctrl-C reaches the tests alone, which close its stdin
         )
         try:
             self._wait("no hosts can be made")
@@ -82,7 +82,7 @@ class Hosts:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        """Everything ends that runs on a host."""
+        """End all processes of the hosts, and remove the folder."""
         self._switch.stdin.close()
         try:
             self._switch.wait(10)
@@ -94,28 +94,28 @@ class Hosts:
         shutil.rmtree(self.folder, ignore_errors=True)
 
     def cut(self, name: str) -> None:
-        """Pull the cable of a host out."""
+        """Disconnect a host from the network."""
         self._order("cut", name)
 
     def heal(self, name: str) -> None:
-        """Put it back."""
+        """Connect a host again that ``cut`` has disconnected."""
         self._order("heal", name)
 
     def crash(self, name: str) -> None:
-        """Power off."""
+        """Power a host off: disconnect it, and kill all its processes."""
         self._order("crash", name)
 
     def limit(self, rate: str) -> None:
-        """Give the network a rate, as in 100mbit."""
+        """Limit the rate of the network, for example to "100mbit"."""
         for name in self.names:
             self._order("limit", name, rate)
 
     def delay(self, seconds: float) -> None:
-        """Hold back whatever goes through the network; a cable that was cut before stays so."""
+        """Delay all data on the network, one way. A host that was cut before stays disconnected."""
         self._order("delay", str(seconds))
 
     def command(self, name: str, *command: str | Path) -> list[str]:
-        """What runs a command on a host, in this environment and folder."""
+        """The command line that runs a command on a host, in the caller's environment and folder."""
         return [*PYTHON, _NETWORK, "console", str(self.folder), name, *map(str, command)]
 
     def run(self, name: str, *command: str | Path) -> str:
@@ -129,13 +129,13 @@ class Hosts:
         ).stdout
 
     def count(self, name: str, *command: str | Path) -> int:
-        """How many processes of a host run this command, or one that begins so."""
+        """The number of processes on a host whose command line begins with this command."""
         show = "for each in /proc/[0-9]*/cmdline; do tr '\\0' ' ' <$each; echo; done 2>/dev/null"
         wanted = " ".join(map(str, command))
         return sum(line.startswith(wanted) for line in self.run(name, "sh", "-c", show).splitlines())
 
     def received(self, name: str) -> int:
-        """How many bytes have come to a host through its cable."""
+        """The number of bytes that a host has received from the network."""
         lines = self.run(name, "cat", "/proc/net/dev").splitlines()
         (line,) = (line for line in lines if line.split()[0] == "eth0:")
         return int(line.split()[1])
@@ -143,7 +143,7 @@ class Hosts:
     def mpiexec(
         self, library: Library, ranks: int, *command: str | Path, **variables: str
     ) -> tuple[list[str], dict[str, str]]:
-        """The command that starts so many ranks, shared out evenly, and its environment."""
+        """The command that starts ``ranks`` ranks, as many on each host, and its environment."""
         each, rest = divmod(ranks, len(self.names))
         if rest:
             raise ValueError(f"expected a multiple of {len(self.names)} ranks, got {ranks}")
@@ -152,7 +152,7 @@ class Hosts:
             major = int(library.title.split()[-1].split(".")[0])
             agent = ["--prtemca", "plm_ssh_agent"] if major >= 5 else ["--mca", "plm_rsh_agent"]
             where = ["--host", ",".join(f"{name}:{each}" for name in self.names), "--bind-to", "none"]
-            for key in variables:  # the others hand all of their environment to all hosts
+            for key in variables:  # other libraries give every host the whole environment
                 where += ["-x", key]
         else:
             agent = ["-launcher", "ssh", "-launcher-exec"]
@@ -173,5 +173,5 @@ class Hosts:
 
 
 def _path() -> str:
-    """Where what is for administrators is too."""
+    """PATH, with the folders of programs for administrators added."""
     return os.pathsep.join([os.environ.get("PATH", os.defpath), "/usr/sbin", "/sbin"])

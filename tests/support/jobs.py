@@ -17,7 +17,8 @@ from typing import NamedTuple
 from open_mpi import OVERSUBSCRIBED, SETTINGS
 
 ROOT = Path(__file__).resolve().parents[2]
-# Every process of a job has this variable, the job's folder, which shows what outlives the job.
+# Every process of a job has this environment variable, so that those that outlive the job are found.
+# Its value is the job's folder.
 MARK = "MPISYNCBN_TEST_JOB"
 LEAVE = 7.0  # seconds for a job's last processes to end: a DataLoader's workers check every 5
 # Prefixes of the variables by which launchers tell a rank about its job.
@@ -42,7 +43,7 @@ def unlaunched() -> dict[str, str]:
 
 
 def for_jobs(*, oversubscribe: bool = True) -> dict[str, str]:
-    """``unlaunched()`` for a process that starts MPI jobs. ``oversubscribe``: not under Slurm."""
+    """``unlaunched()`` with settings for MPI jobs. Under Slurm, ``oversubscribe`` must be False."""
     return unlaunched() | SETTINGS | (OVERSUBSCRIBED if oversubscribe else {})
 
 
@@ -55,9 +56,9 @@ def find_mpiexec() -> str | None:
 def started(
     command: Sequence[str], folder: Path, variables: Mapping[str, str] | None = None
 ) -> Iterator[subprocess.Popen[bytes]]:
-    """Run a command in a folder, with files ``stdout`` and ``stderr``, until the block ends.
+    """Run a command in a folder, with its output in files ``stdout`` and ``stderr`` there.
 
-    All its processes are ended then.
+    The end of the block ends all its processes.
 
     Args:
         variables: the whole environment; ``for_jobs()`` unless it is given.
@@ -84,11 +85,12 @@ def run(
     start: float | None = None,
     variables: Mapping[str, str] | None = None,
 ) -> End:
-    """Run a command in a folder, and end all its processes.
+    """Run a command in a folder, end all its processes, and return how it ended.
 
     Args:
-        limit: seconds until it must have ended.
-        start: seconds until a file ``fault-*`` is in the folder, from which ``limit`` counts then.
+        limit: seconds after which the command is killed.
+        start: seconds within which a file ``fault-*`` must appear in the folder, if given. ``limit``
+            counts from then.
         variables: the whole environment; ``for_jobs()`` unless it is given.
     """
     with started(command, folder, variables) as job:
@@ -110,7 +112,7 @@ def time_of_fault(folder: Path) -> float | None:
 
 
 def count_left(folder: Path) -> int:
-    """How many processes of the job in this folder still run, after ``LEAVE`` at most."""
+    """The number of a job's processes that still run, after at most ``LEAVE`` seconds of waiting."""
     limit = time.monotonic() + LEAVE
     while (count := len(list(processes(folder)))) and time.monotonic() < limit:
         time.sleep(0.1)
@@ -118,7 +120,7 @@ def count_left(folder: Path) -> int:
 
 
 def end_all(folder: Path) -> None:
-    """Kill the processes of a job, and wait for that: the next job needs the machine for itself."""
+    """Kill the processes of a job, and wait until they end: the next job needs the whole machine."""
     limit = time.monotonic() + LEAVE
     while (left := list(processes(folder))) and time.monotonic() < limit:
         for pid in left:
@@ -136,7 +138,7 @@ def processes(folder: Path) -> Iterator[int]:
 
 
 def run_alone(code: str) -> str:
-    """Run ``code`` in a process of rank 0, and return what it prints. Raises if the process fails.
+    """Run ``code`` in a new process on rank 0, and return its output. Raises if the process fails.
 
     Collective: every rank must call.
     """

@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 cpu: Any = native()
 needs_native = pytest.mark.skipif(cpu is None, reason="the native kernels were not built")
 cuda: Any = triton_kernels and OnDevice(triton_kernels)
-# What must hold for one module holds for the others.
+# The same checks must hold for each of these modules of kernels.
 HOST = [
     pytest.param(cpu, id="cpu", marks=needs_native),
     pytest.param(aten, id="aten"),
@@ -36,10 +36,10 @@ EVERY = [
     pytest.param(OnDevice(aten_cuda), id="aten_cuda"),
     pytest.param(generic, id="generic"),
 ]
-LEVELS = range(4)  # of instruction sets; beyond what the processor has, its best is taken
-# What one rounding to the dtype costs, with room for the sums.
+LEVELS = range(4)  # instruction sets; for one that the processor lacks, its best is taken
+# The error of one rounding to the dtype, with some room for the errors of sums.
 TOLERANCE = {torch.float64: 1e-13, torch.float32: 1e-6, torch.bfloat16: 5e-3, torch.float16: 1e-3}
-# Triton's interpreter takes a thousand times as long, whatever is in a tile.
+# Smaller shapes for Triton's interpreter. It takes a thousand times as long for a tile of any size.
 FOR_THE_INTERPRETER = {
     (64, 300): (64, 70),
     (1, 16, 70, 70): (1, 2, 70, 70),
@@ -54,7 +54,10 @@ FOR_THE_INTERPRETER = {
 
 @contextmanager
 def native_settings(level=3, threads=1, stream_from=4 << 20) -> Iterator[None]:
-    """Instruction set, threads, and from how many bytes on stores pass the cache."""
+    """A context with these settings of the native kernels.
+
+    Outputs of at least ``stream_from`` bytes are written past the cache.
+    """
     if cpu is None:
         yield
         return
@@ -75,7 +78,7 @@ def interpreted(kernels) -> bool:
 
 
 def in_full(kernels: ParameterSet) -> ParameterSet:
-    """The parameter for a module of kernels, in the full tier only if Triton interprets it."""
+    """The parameter for a module of kernels, marked ``full`` if it is Triton's, which can be slow."""
     marks = (
         [*kernels.marks, pytest.mark.full("Triton's interpreter")] if kernels.id == "cuda" else kernels.marks
     )
@@ -113,14 +116,14 @@ def reference(x, dy, weight, bias, eps=1e-5) -> Reference:
 
 
 def vectors_for(kernels, x) -> Callable[[torch.Tensor], Array]:
-    """Float64 vectors as a module takes them with ``x``."""
+    """Return a function that converts float64 vectors to the type that a module takes with ``x``."""
     tensors = kernels is generic and isinstance(x, torch.Tensor)
     return (lambda v: v) if tensors else (lambda v: v.numpy())
 
 
-@np.errstate(all="ignore")  # as the callers of kernels have it
+@np.errstate(all="ignore")  # as in the callers of kernels
 def check(kernels, x, dy, weight, bias, eps=1e-5) -> None:
-    """All four kernels, with vectors of the kind that the module takes."""
+    """Compare the results of a module's four kernels with those in float64."""
     near = vectors_for(kernels, x)
     tensor = as_tensor
     tx, tdy = tensor(x), tensor(dy)
@@ -161,7 +164,7 @@ def check(kernels, x, dy, weight, bias, eps=1e-5) -> None:
 
 @np.errstate(all="ignore")
 def check_fused(kernels, x, dy, weight, bias, residual, eps=1e-5, activation="relu") -> None:
-    """An activation and a residual in the same passes: what the parts give one after the other."""
+    """Compare kernels that include an activation and a residual with separate steps in float64."""
     near = vectors_for(kernels, x)
     count, mean, _, invstd, y, *_ = reference(*(as_tensor(v) for v in (x, dy, weight, bias)), eps)
     tolerance = TOLERANCE[as_tensor(x).dtype]
@@ -178,7 +181,7 @@ def check_fused(kernels, x, dy, weight, bias, residual, eps=1e-5, activation="re
 
     saved = (got, None) if function.sign_decides else (None, residual)
     context = ActivationContext(function, weight, bias, *((None, None) if residual is None else saved))
-    # Within rounding of a kink either answer is right: the reference has no gradient there.
+    # Within rounding of a kink either derivative is right, so dy is 0 there.
     sure = far_from_kinks(z, activation, 1e-5 + tolerance * 4 * z.abs().max())
     tdy = as_tensor(dy) * sure
     dy = tdy if isinstance(dy, torch.Tensor) else tdy.numpy()
@@ -186,7 +189,7 @@ def check_fused(kernels, x, dy, weight, bias, residual, eps=1e-5, activation="re
     _, _, _, _, _, sum_dz, sum_dz_xmu, dx, sums_scale, dx_scale = reference(
         as_tensor(x), dz, as_tensor(weight), as_tensor(bias), eps
     )
-    # A gradient that a module stores is rounded first, but for that of ReLU, which is dy or 0.
+    # A module may round the gradient that it stores. That of ReLU is dy or 0, so it is exact.
     sums = 1e-6 if activation == "relu" else max(1e-6, tolerance)
     got_dz, got_dz_xmu, stored = kernels.backward_reduce(dy, x, *vectors, context)
     assert ((as_tensor(got_dz) - sum_dz).abs() / (dz.abs().sum() + 1e-300)).max() < sums
@@ -202,7 +205,7 @@ def check_fused(kernels, x, dy, weight, bias, residual, eps=1e-5, activation="re
 
 
 def value_and_derivative(z: Tensor, activation: str) -> tuple[Tensor, Tensor]:
-    """Of an activation at ``z``, by torch's module."""
+    """The value and the derivative of an activation at ``z``, by torch's module."""
     leaf = z.detach().clone().requires_grad_()
     y = (TORCHS | MORE)[activation](leaf)
     y.sum().backward()

@@ -1,4 +1,4 @@
-"""MPI libraries: that of the environment, others installed beside it, Debian's, or anywhere."""
+"""Find MPI libraries: the environment's, others installed in it, Debian's, or those at a prefix."""
 
 from __future__ import annotations
 
@@ -14,24 +14,24 @@ from support.ranks import MPI
 
 
 class _Kind(NamedTuple):
-    vendor: str  # as mpi4py has it
+    vendor: str  # as MPI.get_vendor() names it
     file: str
     variables: Mapping[str, str]  # for more ranks than cores
-    words: Mapping[str, str]  # of mpiexec, as patterns, for a rank that ended without MPI_Finalize
+    words: Mapping[str, str]  # patterns: what mpiexec prints if a rank ends without MPI_Finalize
 
 
-# Open MPI's mpiexec says it on stderr, the others on stdout. MPICH's names no rank. Where a rank called exit,
-# it gives the signal by which it killed the others, and Intel MPI's names the ranks that it killed.
+# Open MPI's mpiexec prints the words on stderr, the others on stdout. MPICH's names no rank. If a rank called
+# exit, MPICH's prints the signal that killed the other ranks, and Intel MPI's names the ranks that it killed.
 _KINDS = {
     "openmpi": _Kind(
         "Open MPI",
         "libmpi.so.40",
-        {},  # as jobs.for_jobs sets them
+        {},  # jobs.for_jobs sets them
         {
             "signal": r"process rank {rank} with PID \d+ on node \S+ exited on\s+signal {number} ",
             "exit": r"process rank {rank} with PID|@\d+,{rank}\]\s+Exit code: +{number}\b",
-            # Once in twenty times it ends of SIGSEGV itself, when a rank has called MPI_Abort and
-            # another is in MPI_Finalize: in PMIx_server_finalize, and without this package as well.
+            # When a rank has called MPI_Abort and another is in MPI_Finalize, mpiexec itself dies of
+            # SIGSEGV in PMIx_server_finalize, once in twenty times. This package is not the cause.
             "abort": r"MPI_ABORT was invoked on rank[^-]*Errorcode: {number}\b",
         },
     ),
@@ -41,7 +41,7 @@ _KINDS = {
         {},
         {
             "signal": r"EXIT STRING: .* \(signal {number}\)",
-            # Once in three times it says nothing, and ends with the status of that rank, be it 0.
+            # Once in three times mpiexec prints nothing, and ends with that rank's status, even 0.
             "exit": r"EXIT STRING: Killed \(signal 9\)|\A\s*\Z",
         },
     ),
@@ -52,7 +52,7 @@ _KINDS = {
         {
             "signal": r"RANK {rank} PID \d+ RUNNING AT \S+\n=   KILLED BY SIGNAL: {number} ",
             "exit": r"RANK (?!{rank})\d PID \d+ RUNNING AT \S+\n=   KILLED BY SIGNAL: 9 ",
-            # Once in a hundred times it ends of SIGPIPE itself, when a rank has called MPI_Abort.
+            # When a rank has called MPI_Abort, mpiexec itself dies of SIGPIPE, once in a hundred times.
             "abort": r"application called MPI_Abort\(MPI_COMM_WORLD, {number}\)",
         },
     ),
@@ -79,16 +79,17 @@ print(name, ".".join(map(str, version)), sep="|")
 
 
 def own() -> str:
-    """The name of the environment's; its vendor's, where it is none of ``NAMES``."""
+    """The name of the environment's MPI library; its vendor's name if it is none of ``NAMES``."""
     vendor = MPI.get_vendor()[0]
     return next((name for name, kind in _KINDS.items() if kind.vendor == vendor), vendor)
 
 
 @functools.cache
 def find(wanted: str) -> Library:
-    """``openmpi``, ``mpich`` or ``impi``; ``mpich=PREFIX``; ``debian-mpich``.
+    """Find an MPI library, for example ``mpich``, ``mpich=PREFIX`` or ``debian-mpich``.
 
-    Raises ValueError where it is not there.
+    The other names are ``openmpi``, ``impi`` and ``debian-openmpi``. Raises ValueError if there is no
+    such library.
     """
     if wanted in _DEBIAN:
         return _of_debian(wanted)
@@ -111,7 +112,7 @@ def _of_debian(wanted: str) -> Library:
     library = next(Path("/usr/lib").glob(f"*/{file}"), None)
     if library is None:
         raise ValueError(f"no {file} in /usr/lib")
-    link = Path(sys.prefix) / "debian" / _KINDS[name].file  # the name that mpi4py wants, which MPICH lacks
+    link = Path(sys.prefix) / "debian" / _KINDS[name].file  # mpi4py wants this name, MPICH has another
     link.parent.mkdir(exist_ok=True)
     link.unlink(missing_ok=True)
     link.symlink_to(library)
@@ -130,7 +131,7 @@ def _library(name: str, mpiexec: str, variables: Mapping[str, str], at: str) -> 
 
 
 def _vendor(variables: Mapping[str, str]) -> tuple[str, str]:
-    """Name and version of what mpi4py loads."""
+    """Name and version of the MPI library that mpi4py loads."""
     command = [sys.executable, "-c", _VENDOR]
     done = subprocess.run(command, env={**unlaunched(), **variables}, capture_output=True, text=True)
     name, _, version = done.stdout.strip().partition("|")

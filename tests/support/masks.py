@@ -1,4 +1,4 @@
-"""Data with masks, uneven over ranks, and what is true of it. Used by the tests of masks."""
+"""Data with masks, uneven over ranks, and the values that masks select, for the tests of masks."""
 
 from __future__ import annotations
 
@@ -24,9 +24,9 @@ def nothing(batch: int, *shape: int) -> Tensor:
 
 
 def data(shape: tuple[int, ...], dtype: torch.dtype = torch.float64) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """x, residual and dy of this rank, with values that are not finite outside its mask; the mask.
+    """x, residual and dy of this rank, with NaN or infinity where the mask is False, and the mask.
 
-    The last of several ranks has nothing that counts, the third has no samples.
+    Rank 2 has no samples. The mask of the last rank is False everywhere if there are several ranks.
     """
     batch = 0 if RANK == 2 else local_batch(4)
     mask = nothing(batch, *shape[1:]) if SIZE > 1 and RANK == SIZE - 1 else random_mask(batch, *shape[1:])
@@ -37,7 +37,7 @@ def data(shape: tuple[int, ...], dtype: torch.dtype = torch.float64) -> tuple[Te
 
 
 def rows(x: Tensor, mask: Tensor) -> Tensor:
-    """The true values as rows, (n, C)."""
+    """The values where the mask is True, in a tensor of shape (n, C)."""
     return x.movedim(1, -1)[mask.movedim(1, -1)[..., 0]]
 
 

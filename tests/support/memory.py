@@ -1,4 +1,4 @@
-"""A memory-efficient layer beside a plain one, and what is kept of their inputs."""
+"""A memory-efficient layer and a plain one, their gradients, and the inputs that they keep."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ ACTIVATIONS = [None, "leaky_relu", "leaky_relu(3.0)"]
 
 
 def layers(channels=6, dtype=torch.float32, activation=None, weight=None, bias=None, **options):
-    """A memory-efficient layer and a plain one, alike."""
+    """A memory-efficient layer and a plain one with the same parameters and options."""
     efficient = SyncBatchNorm(channels, activation=activation, dtype=dtype, memory_efficient=True, **options)
     with torch.no_grad():
         for vector, values in ((efficient.weight, weight), (efficient.bias, bias)):
@@ -25,7 +25,7 @@ def layers(channels=6, dtype=torch.float32, activation=None, weight=None, bias=N
 
 
 def gradients(layer, x: Tensor, dy: Tensor) -> list[Tensor]:
-    """Those of x, weight and bias. Collective."""
+    """The output, and the gradients of x, weight and bias. Collective."""
     x = x.clone(memory_format=torch.preserve_format).requires_grad_()
     layer.zero_grad()
     y = layer(x)
@@ -34,7 +34,7 @@ def gradients(layer, x: Tensor, dy: Tensor) -> list[Tensor]:
 
 
 def kept(y: Tensor) -> list[int] | None:
-    """The channels whose input was kept beside the output; None if it is the input that was kept."""
+    """The channels whose input was saved beside the output; None if the whole input was saved."""
     chosen = y.grad_fn.kept_channels
     return None if chosen is None else chosen.tolist()
 

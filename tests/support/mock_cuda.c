@@ -6,12 +6,12 @@
  * and cuMemcpyHtoD and cuMemcpyDtoH, for fake_cupy.py, which also builds it.
  *
  * "Device" memory is a memfd mapped twice: at the device address, without any access rights, and
- * at an address that only this file knows, where it reads and writes.  Whoever dereferences a
- * device pointer gets a segmentation fault, as with a GPU: a result that comes back right was
- * moved by cuMemcpy, and by nothing else.  Work is complete when it is submitted, so streams and
- * events are nothing; there is one device, and it runs no kernels.
+ * at an address that only this file knows, where it reads and writes.  Code that dereferences a
+ * device pointer gets a segmentation fault, as with a GPU: a right result was moved by cuMemcpy,
+ * and by nothing else.  Work is complete when it is submitted, so streams and events do nothing.
+ * There is one device, and it runs no kernels.
  *
- * For a test to look at, each entry point NAME counts its calls in a variable, calls_NAME. */
+ * Each entry point NAME counts its calls in a variable, calls_NAME, which tests read. */
 #define _GNU_SOURCE
 #include <fcntl.h>
 #include <pthread.h>
@@ -27,7 +27,7 @@ enum { OK = 0, INVALID_VALUE = 1, OUT_OF_MEMORY = 2, NOT_SUPPORTED = 801 };     
 
 static pthread_mutex_t lock = PTHREAD_MUTEX_INITIALIZER;
 
-/* An entry point: counted, and one at a time.  The body follows. */
+/* Defines an entry point, which counts its calls and runs one at a time.  Its body follows. */
 #define ENTRY(name, parameters, arguments) \
     long calls_##name; \
     static int do_##name parameters; \
@@ -41,7 +41,7 @@ static pthread_mutex_t lock = PTHREAD_MUTEX_INITIALIZER;
     } \
     static int do_##name parameters
 
-/* An entry point that only says so; its arguments do not matter. */
+/* Defines an entry point that returns a constant, whatever its arguments. */
 #define CONSTANT(name, result) ENTRY(name, (void), ()) { return result; }
 
 /* ---- device memory ---- */
@@ -59,14 +59,14 @@ static struct range *find(ptr p)                /* the allocation that p points 
 
 static int map(ptr *out, size_t bytes, int fd)
 {
-    static long last_id;                        /* never used twice, as addresses are: MPI's */
+    static long last_id;                        /* unlike an address, never reused: MPI's */
     struct range *r = ranges;                   /* caches tell allocations apart by the id */
     while (r < ranges + RANGES && r->bytes)
         r++;
     void *device = mmap(NULL, bytes, PROT_NONE, MAP_SHARED, fd, 0);
     void *backing = mmap(NULL, bytes, PROT_READ | PROT_WRITE, MAP_SHARED, fd, 0);
     if (device == MAP_FAILED || backing == MAP_FAILED || r == ranges + RANGES)
-        return OUT_OF_MEMORY;                   /* what was mapped stays: the test has failed */
+        return OUT_OF_MEMORY;                   /* nothing is unmapped: the test has failed */
     *out = (ptr)device;
     *r = (struct range){*out, bytes, backing, fd, ++last_id};
     return OK;
@@ -129,7 +129,7 @@ ENTRY(cuPointerGetAttribute, (void *out, int attribute, ptr p), (out, attribute,
         case 9: *(int *)out = 0; return OK;             /* DEVICE_ORDINAL */
         default: fprintf(stderr, "mock_cuda: pointer attribute %d?\n", attribute);
         }
-    return INVALID_VALUE;                       /* as the driver says of any other memory */
+    return INVALID_VALUE;                       /* the driver's answer for any other memory */
 }
 
 /* ---- the device memory of another process: the handle names the descriptor to open ---- */

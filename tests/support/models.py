@@ -1,4 +1,4 @@
-"""Models with batch norms of every kind, and what tells one from another."""
+"""Models with batch norms of every kind, and functions that compare models."""
 
 from __future__ import annotations
 
@@ -65,7 +65,7 @@ def randomize(module):
 
 
 def contents(module):
-    """Every attribute and every tensor by identity: what an optimizer holds, for one."""
+    """The ids of all attributes and tensors of a module. An optimizer, for example, depends on them."""
     attributes = [{k: id(v) for k, v in vars(m).items()} for m in module.modules()]
     return attributes, [(k, id(v)) for k, v in module.state_dict(keep_vars=True).items()]
 
@@ -79,7 +79,7 @@ def layers(module):
 
 
 def step(module, x):
-    """All that a training step leaves: output, gradients, buffers."""
+    """The results of a training step: output, gradients and buffers."""
     y = module(x)
     gradients = torch.autograd.grad(y.pow(3).sum(), [x, *module.parameters()])
     return [y, *gradients, *(b.clone() for b in module.buffers())]

@@ -1,13 +1,14 @@
-"""Several hosts on this one machine: the programs that run there. support/hosts.py starts them.
+"""The programs that simulate several hosts on this machine. support/hosts.py starts them.
 
-    network.py switch FOLDER COUNT           the network and what makes the hosts; obeys its stdin
-    network.py host FOLDER NAME              the first process of a host: starts what it is asked to
-    network.py console FOLDER NAME COMMAND...    asks for a command, with this environment
-    network.py ssh FOLDER [-OPTION...] NAME COMMAND...    the same as ssh would have it
+    network.py switch FOLDER COUNT    makes the network and the hosts, and obeys its stdin
+    network.py host FOLDER NAME       is the first process of a host, and runs commands on request
+    network.py console FOLDER NAME COMMAND...    runs a command, in the caller's environment
+    network.py ssh FOLDER [-OPTION...] NAME COMMAND...    does so as ssh does, in a login's environment
 
 A host is a set of namespaces (network, processes, shared memory, host name, mounts) within those of
-the switch; nothing is changed outside. The kernel ends all processes of a PID namespace with the
-first one, and the switch ends with its stdin: even if the tests are killed, nothing outlives them.
+the switch; nothing is changed outside. The kernel ends all processes of a PID namespace when the
+first one ends, and the switch ends when its stdin is closed. So nothing outlives the tests, even if
+they are killed.
 """
 
 from __future__ import annotations
@@ -42,8 +43,9 @@ NAMESPACES = [
 NETWORK = "10.77.0."
 # linux/if_packet.h, linux/if_ether.h
 _SOL_PACKET, _VNET_HDR, _IGNORE_OUTGOING, _ALL_PROTOCOLS = 263, 15, 23, 3
-_HEADER = 10  # bytes of a virtio_net_hdr: frames keep the checksums and segments that are still to be made
-# What a login gives. /tmp is that of all hosts, and files there may bear numbers of processes.
+_HEADER = 10  # bytes of a virtio_net_hdr, which tells what checksums and segments are still to be made
+# The environment of a login, without TMPDIR, which home() sets: all hosts share /tmp, and names of
+# files there may contain process ids, which are not unique among hosts.
 LOGIN = {"PATH": "/usr/local/bin:/usr/bin:/bin:/usr/sbin:/sbin", "USER": "root", "SHELL": "/bin/sh"}
 
 
@@ -60,7 +62,7 @@ def switch(folder: Path, count: int) -> None:
         for number, (name, host) in enumerate(hosts.items(), 1):
             while not (folder / name).exists():  # its namespaces are there, and it listens
                 if host.poll() is not None:
-                    raise SystemExit(1)  # it has said why
+                    raise SystemExit(1)  # it has printed why
                 time.sleep(0.005)
             sh(
                 f"ip link add {name} type veth peer name eth0 netns {host.pid}"
@@ -89,7 +91,7 @@ def obey(
     folder: Path, hosts: dict[str, subprocess.Popen[bytes]], action: str, name: str, rate: str = ""
 ) -> None:
     unplugged = folder / f"{name}.unplugged"
-    if action == "limit":  # towards the host: so, with the same for all hosts, in both directions
+    if action == "limit":  # towards the host; it holds both ways, as hosts.py limits all hosts
         sh(f"tc qdisc replace dev {name} root tbf rate {rate} burst 32kb latency 50ms")
     elif action == "heal":
         sh(f"ip link set {name} up")
@@ -115,7 +117,7 @@ def host(folder: Path, name: str) -> None:
         f" && mount --bind {boot} /proc/sys/kernel/random/boot_id"
     )
     (folder / f"{name}.tmp").mkdir()
-    signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # so that whatever becomes an orphan here is reaped
+    signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # so that the kernel reaps orphans here
     listener = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
     listener.bind(f"{folder}/{name}.new")
     listener.listen(50)
@@ -134,7 +136,7 @@ def host(folder: Path, name: str) -> None:
 
 
 def ask(folder: Path, name: str, command: list[str], variables: dict[str, str], cwd: str = "/") -> int | None:
-    """The status of a command on a host; None where the host dies meanwhile."""
+    """Run a command on a host, and return its status; None if the host dies meanwhile."""
     with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as connection:
         connection.connect(f"{folder}/{name}")
         order = json.dumps({"args": command, "env": variables, "cwd": cwd}).encode()
@@ -151,7 +153,10 @@ def console(folder: Path, name: str, *command: str) -> int:
 
 
 def ssh(folder: Path, *arguments: str) -> int:
-    """The environment is dropped, and of a host that nobody reaches nothing is heard."""
+    """Run a command on a host as ssh does, and return its status.
+
+    The caller's environment is dropped. While the host is disconnected, the call waits.
+    """
     name, *command = [each for number, each in enumerate(arguments) if not _is_option(arguments, number)]
     name = name.replace(NETWORK, "h")
     wait_for_cable(folder, name)
@@ -174,7 +179,7 @@ def home(folder: Path, name: str) -> dict[str, str]:
 
 
 class SlowSwitch:
-    """A switch that holds every frame back for a while: the kernel's netem is not everywhere.
+    """A network switch that delays every frame. Not every kernel has netem, which could do it.
 
     It takes the place of the bridge br0 between ``ports``, network devices of this namespace.
     """
@@ -194,9 +199,9 @@ class SlowSwitch:
             self._ports[port] = ear
 
     def forward(self) -> None:
-        """For ever; frames stay in order."""
+        """Forward frames for ever, in order."""
         ports = list(self._ports.values())
-        at: dict[bytes, socket.socket] = {}  # where an address was last seen
+        at: dict[bytes, socket.socket] = {}  # the port at which each address was last seen
         queue: deque[tuple[float, bytes, socket.socket]] = deque()
         while True:
             wait = max(0.0, queue[0][0] - time.monotonic()) if queue else None

@@ -127,7 +127,7 @@ def objects() -> Odd:
 
 
 def activations() -> Odd:
-    """Texts and modules that are almost an activation, or one in odd words."""
+    """Texts and modules that are almost an activation, or are one in an unusual form."""
     texts = (
         *("", "relu(1)", "ReLU", " relu", "silu(", "gelu(none)", "leaky_relu()", "leaky_relu(0.1", "elu(x)"),
         *("elu(nan)", "elu(inf)", "elu(1e400)", "elu(0.5))", "elu( .5 )", "leaky_relu(-0.0)", "elu(1_0)"),

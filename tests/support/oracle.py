@@ -53,10 +53,13 @@ def oracle(
     eps: float = 1e-5,
     comm: MPI.Intracomm = WORLD,
 ) -> WholeBatch:
-    """``whole_batch`` with defaults. Collective: every rank of ``comm`` must call."""
+    """Batch norm of the whole batch in float64, and its gradients: ``whole_batch`` with defaults.
+
+    Collective: every rank of ``comm`` must call.
+    """
     return whole_batch(comm, x, dy, weight, bias, eps)
 
 
 def bits_equal_on_all_ranks(tensor: Tensor, comm: MPI.Intracomm = WORLD) -> bool:
-    """Whether all ranks have the same bits. Collective: every rank of ``comm`` must call."""
+    """Whether the bits are equal on all ranks. Collective: every rank of ``comm`` must call."""
     return len(set(comm.allgather(tensor.detach().numpy().tobytes()))) == 1

@@ -23,7 +23,7 @@ class Block(NamedTuple):
 
     @property
     def file(self) -> str | None:
-        """The name of the file that the block shows, by the comment that it begins with."""
+        """The file name in the comment that the block begins with; None without one."""
         found = _FILE.match(self.code)
         return found and found[1]
 
@@ -53,7 +53,7 @@ def commands(block: Block) -> list[Command]:
 
 
 def write(block: Block, folder: Path) -> None:
-    """Write the file that a block shows, or change the one that it has a diff for."""
+    """Write the file that a block shows to ``folder``, or apply the diff that it shows there."""
     if block.language != "diff":
         (folder / str(block.file)).write_text(block.code)
         return
@@ -70,7 +70,7 @@ def write(block: Block, folder: Path) -> None:
 
 
 def difference(shown: str, printed: str) -> str | None:
-    """What is wrong with the output that a page shows, in words; None if it is what was printed.
+    """Tell how the output that a page shows differs from what was printed; None if it does not.
 
     ``...`` stands for any text. Numbers with a decimal point may differ by 5 % or 0.01.
     """
@@ -106,7 +106,7 @@ def anchors(page: Path) -> set[str]:
 
 
 def prose(page: Path) -> list[str]:
-    """The lines of a page, without links' targets; those of code and tables are empty."""
+    """The lines of a page, without the targets of links. Lines of code and tables are empty."""
     lines, fence = [], ""
     for line in page.read_text().splitlines():
         mark = re.match(r" *(```+|~~~+|:::+)", line)

@@ -1,4 +1,4 @@
-"""The world of the tests, marks by its size, and assertions that fail on all ranks together."""
+"""COMM_WORLD, marks for numbers of ranks, and assertions that fail on all ranks together."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ WORLD = MPI.COMM_WORLD
 
 
 def once(why: str) -> pytest.MarkDecorator:
-    """A mark for a test that is the same at any number of ranks: it runs on one."""
+    """A mark that skips a test with several ranks, because it is the same at any number of ranks."""
     return pytest.mark.skipif(WORLD.size > 1, reason=f"{why}: once is enough")
 
 

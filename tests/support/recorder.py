@@ -1,4 +1,4 @@
-"""A communicator that notes its messages."""
+"""A communicator that records its messages."""
 
 from __future__ import annotations
 
@@ -9,13 +9,13 @@ from mpisyncbn.comm.communicator import Communicator
 
 
 class Recorder:
-    """Stands in for a group's communicator: notes each message, and the rank's state() at it."""
+    """A stand-in for a group's communicator: it records each message, and the rank's state then."""
 
     def __init__(self, group: Communicator) -> None:
         self.group, self.comm, self.rank_status = group, group.ready().comm, group.rank_status
         self.messages: list[tuple[str, object]] = []
         self.states: list[str] = []
-        group.comm, group.link = self, None  # native code has messages of its own
+        group.comm, group.link = self, None  # native code would send its messages past this object
 
     def note(self, name: str, message: object) -> None:
         self.messages.append((name, message))

@@ -1,8 +1,8 @@
-"""A Slurm of one's own: munged, slurmctld and a slurmd for each node, all of them on this host.
+"""A private Slurm cluster: munged, slurmctld and a slurmd for each node, all of them on this host.
 
 They write to one temporary folder and use nothing of /etc/slurm or /etc/munge, so any user may
-start them. More than one node takes root, since each needs a host name and shared memory of its
-own, or MPI would take them for one.
+start them. More than one node requires root, because each needs a host name and shared memory of its
+own: otherwise MPI would take them for one node.
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ SchedulerParameters=batch_sched_delay=0,sched_min_interval=2,sched_interval=2
 {nodes}
 PartitionName=main Nodes=ALL Default=YES MaxTime=60 State=UP
 """
-# $0, a host, with names for all in file $1.
+# Runs a command with the host name $0, the file $1 as /etc/hosts, and its own /dev/shm.
 _HOST = """
 hostname "$0"
 mount -t tmpfs shm /dev/shm
@@ -61,12 +61,12 @@ exec "$@"
 _DAEMONS = ("munged", "slurmctld", "slurmd")
 _CLIENTS = ("sbatch", "scancel", "scontrol", "srun")
 _OVER = ("BOOT_FAIL", "CANCELLED", "COMPLETED", "DEADLINE", "FAILED", "NODE_FAIL", "OUT_OF_MEMORY", "TIMEOUT")
-# PMIx, with components that old and new clients have in common.
+# Components of PMIx that old and new clients have in common.
 _PMIX = {"PMIX_MCA_gds": "hash", "PMIX_MCA_psec": "native"}
 
 
 class Slurm:
-    """A cluster of one node, by the host's name, or of n1, n2 and so on."""
+    """A cluster of one node with this host's name, or of several nodes n1, n2 and so on."""
 
     def __init__(self, folder: Path, nodes: int) -> None:
         self.folder = folder
@@ -79,7 +79,7 @@ class Slurm:
         self._started = ExitStack()
 
     def start(self) -> None:
-        """Skips the test with the last words of what does not start."""
+        """Start all daemons. If one does not start, skip the test with the last lines of its log."""
         (self.folder / "state").mkdir()
         key = self.folder / "munge.key"
         key.touch(mode=0o600)
@@ -92,7 +92,7 @@ class Slurm:
         user = _output(["id", "-un"], self.environment)
         values = {"host": self.host, "port": port, "user": user, "nodes": "\n".join(nodes)}
         (self.folder / "slurm.conf").write_text(_CONF.format(folder=self.folder, **values))
-        # Each node has one for itself.
+        # /dev/shm, because each node has its own.
         (self.folder / "mpi.conf").write_text("PMIxCliTmpDirBase=/dev/shm\n")
         (self.folder / "hosts").write_text(f"127.0.0.1 localhost {' '.join({self.host, *self.nodes})}\n")
 
@@ -105,7 +105,7 @@ class Slurm:
         for node in self.nodes:
             (self.folder / f"spool.{node}").mkdir()
             self._daemon("slurmd", "-D", "-N", node, host=None if len(self.nodes) == 1 else node)
-        # sinfo calls a node idle before its slurmd has spoken.
+        # sinfo would show a node as idle before its slurmd has registered.
         self._wait_for(lambda: self._registered() == len(self.nodes), "slurmctld", "slurmd")
 
     def stop(self) -> None:
@@ -116,15 +116,15 @@ class Slurm:
         jobs.end_all(self.folder)
 
     def run(self, *command: str, limit: float = 30, **variables: str) -> str:
-        """Return what a command of Slurm prints. Raises CalledProcessError, with its output."""
+        """Return what a command of Slurm prints. If it fails, CalledProcessError has the output."""
         return _output([*command], {**self.environment, **variables}, limit)
 
     def submit(self, *arguments: str, **variables: str) -> int:
-        """The number of a batch job."""
+        """Submit a batch job, and return its number."""
         return int(self.run("sbatch", "--parsable", *arguments, **variables).split(";")[0])
 
     def need(self, launcher: str, nodes: int = 1) -> None:
-        """Skips the test where srun lacks what this launcher takes, or there are too few nodes."""
+        """Skip the test if srun does not support this launcher, or if there are too few nodes."""
         if nodes > len(self.nodes):
             pytest.skip("two nodes on one host take root")
         if launcher.startswith("srun"):
@@ -137,14 +137,14 @@ class Slurm:
         return dict(re.findall(r"(\w+)=(\S*)", self.run("scontrol", "-o", "show", "job", str(job))))
 
     def steps(self, job: int) -> int:
-        """How many of a job's still end; if it started again before, it would trip over its own."""
+        """The number of slurmstepd processes of a job. All must end before it starts again."""
         done = subprocess.run(["pgrep", "-fc", rf"^slurmstepd: \[{job}\."], stdout=subprocess.PIPE, text=True)
         return int(done.stdout)
 
     def wait(self, job: int | str, limit: float, *states: str) -> dict[str, str]:
-        """What ``scontrol`` shows of a job once it is in one of ``states``, or over.
+        """Wait until a job is over or in one of ``states``; return what ``scontrol`` shows of it.
 
-        Raises TimeoutError after ``limit`` seconds, with what was shown last, and ends the job.
+        After ``limit`` seconds, cancels the job and raises TimeoutError with what was shown last.
         """
         deadline = time.monotonic() + limit
         while (shown := self.show(job))["JobState"] not in (*states, *_OVER):
@@ -155,7 +155,7 @@ class Slurm:
         return shown
 
     def _daemon(self, name: str, *arguments: str, host: str | None = None) -> None:
-        # Whoever kills the tests, these end.
+        # The daemons end even if the tests are killed.
         before = ["setpriv", "--pdeathsig=KILL"] if shutil.which("setpriv") else []
         if host is not None:
             before += ["unshare", "--uts", "--mount", "sh", "-ec", _HOST, host, f"{self.folder}/hosts"]
@@ -183,12 +183,12 @@ class Slurm:
 
 @contextmanager
 def slurm(nodes: int) -> Iterator[Slurm]:
-    """A cluster. Skips the test where Slurm is not installed, or this user may not start it."""
+    """Start a cluster. Skip the test if Slurm is not installed or this user may not start it."""
     if missing := [name for name in (*_DAEMONS, *_CLIENTS) if not _find(name)]:
         pytest.skip(f"no {', '.join(missing)} (Debian, Ubuntu: apt install slurm-wlm munge)")
-    # Not in TMPDIR: a socket's path is 107 bytes long at most.
+    # TMPDIR may be too long: the path of a socket has at most 107 bytes.
     with tempfile.TemporaryDirectory(prefix="slurm-", dir="/tmp", ignore_cleanup_errors=True) as folder:
-        os.chmod(folder, 0o755)  # munged and Slurm want others to be able to look
+        os.chmod(folder, 0o755)  # munged and Slurm demand that others can read it
         cluster = Slurm(Path(folder), nodes)
         try:
             cluster.start()
@@ -198,7 +198,7 @@ def slurm(nodes: int) -> Iterator[Slurm]:
 
 
 def _find(name: str) -> str:
-    """A user's PATH need not have the folders of daemons."""
+    """The path of a program, or "", also in folders of daemons, which a user's PATH may lack."""
     return shutil.which(name, path=f"{os.environ.get('PATH', '')}:/usr/local/sbin:/usr/sbin:/sbin") or ""
 
 

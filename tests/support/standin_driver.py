@@ -1,4 +1,4 @@
-"""The stand-in's library, runtime and driver in one, for a process whose torch knows no CUDA.
+"""The stand-in for CUDA as one library, for a process whose torch is built without CUDA.
 
     path = library()                  # compiled once in a process: StreamWorker(driver=path) opens it
     driver = Driver(path)             # the same library by ctypes: the same streams, memory and graphs
@@ -6,8 +6,8 @@
     driver.cuStreamWaitValue32_v2(stream, flags, 1, EQ)
     driver.cuStreamSynchronize(stream)
 
-A path stands for a device of its own: library(another) is a copy, for another order and other
-switches, which it reads from the environment: device.h tells of them.
+Each path is a separate device: library(another) is a copy, which may have another order of work and
+other settings. It reads them from environment variables, which device.h lists.
 """
 
 from __future__ import annotations
@@ -34,20 +34,20 @@ FOLDER = Path(__file__).parent / "standin"
 CXX = shlex.split(os.environ.get("CXX") or sysconfig.get_config_var("CXX") or "g++")
 GEQ, EQ = 0, 1
 GLOBAL, THREAD, RELAXED = 0, 1, 2
-MOVE = 1  # of cuGraphRetainUserObject
-BELL, DONE, MESSAGE, RESULT = 0, 4, 8, 12  # in a Worker's mailbox: two numbers, and two reals
+MOVE = 1  # a flag of cuGraphRetainUserObject
+BELL, DONE, MESSAGE, RESULT = 0, 4, 8, 12  # offsets in a Worker's mailbox: two uint32, two floats
 HostFunction = ctypes.CFUNCTYPE(None, ctypes.c_void_p)
 
 
 def headers() -> Path | None:
-    """CUDA's, which Triton brings."""
+    """The folder of the CUDA headers that Triton contains; None without them."""
     found = find_spec("triton")
     folder = Path(found.origin).parent / "backends" / "nvidia" / "include" if found and found.origin else None
     return folder if folder and (folder / "cuda_runtime_api.h").is_file() else None
 
 
 def missing() -> str | None:
-    """Why the library cannot be compiled here, None if it can."""
+    """Why the library cannot be compiled here; None if it can."""
     if not headers():
         return "no Triton that brings CUDA's headers"
     return None if shutil.which(CXX[0]) else "no C++ compiler"
@@ -58,7 +58,7 @@ needs_library = pytest.mark.skipif(missing() is not None, reason=str(missing()))
 
 @functools.cache
 def library(copy: Path | None = None) -> Path:
-    """The path of the compiled library; `copy`: of a copy there, a device of its own."""
+    """The path of the compiled library, or of its copy at ``copy``, which is a separate device."""
     if copy:
         return Path(shutil.copy(library(), copy))
     folder = Path(tempfile.mkdtemp(prefix="standin"))
@@ -78,7 +78,7 @@ def _run(*command: str | Path) -> None:
 
 
 class Driver:
-    """CUDA's functions by their names: whole numbers are passed on, an error is raised as CudaError."""
+    """CUDA's functions as methods, which take integers and pointers. They raise CudaError."""
 
     def __init__(self, path: Path | str) -> None:
         self.path, self._library = path, ctypes.CDLL(str(path))
@@ -87,7 +87,7 @@ class Driver:
         function = getattr(self._library, name)
 
         def call(*arguments: object) -> None:
-            # Every argument of these is a pointer or a whole number, and a register holds either.
+            # Every argument of these functions is a pointer or an integer, and a register holds either.
             code = function(*(ctypes.c_uint64(each) if isinstance(each, int) else each for each in arguments))
             if code:
                 raise CudaError(name, code)
@@ -95,7 +95,7 @@ class Driver:
         return call
 
     def made(self, name: str, *arguments: object) -> int:
-        """What a function stores where its first argument points."""
+        """Call a function, and return the number that it stores where its first argument points."""
         out = ctypes.c_uint64()
         getattr(self, name)(ctypes.byref(out), *arguments)
         return out.value
@@ -107,7 +107,7 @@ class Driver:
         return self.made("cuEventCreate", 2)
 
     def mailbox(self, size: int) -> int:
-        """Pinned memory of the host."""
+        """Allocate pinned host memory, and return its address."""
         return self.made("cuMemHostAlloc", size, 0)
 
     def mailboxes(self) -> int:
@@ -115,18 +115,18 @@ class Driver:
         return self.made("standin_mailboxes")
 
     def flags(self) -> int:
-        """Sixteen numbers in a mailbox, zero."""
+        """Allocate sixteen 32-bit zeros in pinned host memory, and return their address."""
         memory = self.mailbox(64)
         ctypes.memset(memory, 0, 64)
         return memory
 
     def memory(self, size: int) -> int:
-        """Memory of the device, which is the host's too."""
+        """Allocate device memory, which the host can use too, and return its address."""
         return self.made("cuMemAlloc_v2", size)
 
     @contextmanager
     def capture(self, stream: int, mode: int = GLOBAL) -> Iterator[list[int]]:
-        """What is enqueued inside is recorded: the list holds the executable graph afterwards."""
+        """Capture the stream's work in the block. Afterwards the list holds the executable graph."""
         executable: list[int] = []
         self.cuStreamBeginCapture_v2(stream, mode)
         yield executable
@@ -145,7 +145,7 @@ def real(address: int) -> ctypes.c_float:
 
 
 class Worker:
-    """Takes messages and answers with twice their value, as long as the block lasts."""
+    """A thread that answers each message in a mailbox with twice its value, until the block ends."""
 
     def __init__(self, mailbox: int) -> None:
         self._mailbox, self._stop = mailbox, False

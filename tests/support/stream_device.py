@@ -1,7 +1,7 @@
-"""Streams of the stand-in's driver for a process whose torch knows no CUDA: for the stream transport.
+"""Streams of the CUDA stand-in, to test the transport ``stream`` if torch is built without CUDA.
 
-Memory that the driver has allocated is a device's: nobody may read it before the stream is
-synchronized. Other memory is the host's, and not pinned, so the host waits in a copy from or to it.
+Memory that the driver has allocated is device memory, which nobody may read before the stream is
+synchronized. Other memory is host memory that is not pinned, so a copy from or to it waits.
 """
 
 from __future__ import annotations
@@ -29,16 +29,16 @@ needs_standin = pytest.mark.skipif(
 
 
 class StreamDevice(device.SlowDevice):
-    """A device whose current stream is ``stream``, of the stand-in's driver.
+    """A device whose current stream is ``stream``, a stream of the stand-in's driver.
 
-    ``waits``: whether the host waits for the result of each exchange, as it must where torch reads it.
+    ``waits``: whether the host waits for the result of each exchange, as it must if torch reads it.
     """
 
     def __init__(self, driver: Driver, waits: bool) -> None:
         super().__init__(lazy_uploads=False)
         self.driver, self.waits_for_results = driver, waits
         self.stream = driver.stream()
-        self._arena, self._left = 0, 0  # memory to hand out: a capture forbids to allocate any
+        self._arena, self._left = 0, 0  # memory in reserve: a capture forbids allocation
 
     def handle(self) -> int:
         return self.stream
@@ -52,7 +52,7 @@ class StreamDevice(device.SlowDevice):
         return vector.fill_(torch.nan), vector.data_ptr()
 
     def memory(self, length: int) -> Tensor:
-        """float64 values in the device's memory, which is never freed, apart from others."""
+        """A float64 vector in device memory that is never freed, with a gap to the next one."""
         size = 8 * (length + 8)
         if self._left < size:
             self._left = max(size, 1 << 20)
@@ -62,7 +62,7 @@ class StreamDevice(device.SlowDevice):
         return torch.frombuffer((ctypes.c_double * length).from_address(address), dtype=torch.float64)
 
     def put(self, values: Any) -> Tensor:
-        """A copy of values in the device's memory, without the order of a stream."""
+        """Return a copy of values in device memory, made at once and not in stream order."""
         values = torch.as_tensor(values, dtype=torch.float64)
         return self.memory(values.numel()).view(values.shape).copy_(values)
 
@@ -89,7 +89,7 @@ def library() -> Path:
 def pretend_stream(
     monkeypatch: pytest.MonkeyPatch, *, waits: bool = False, path: Path | None = None
 ) -> StreamDevice:
-    """Let tensors in host memory be those of a device, and ``stream`` the transport. Collective."""
+    """Make mpisyncbn treat CPU tensors as a device's, with the transport ``stream``. Collective."""
     slow = StreamDevice(Driver(path or library()), waits)
     monkeypatch.setattr(device, "SlowDevice", lambda lazy_uploads: slow)
     device.pretend(monkeypatch)

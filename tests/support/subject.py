@@ -1,4 +1,4 @@
-"""A layer, or its functions for tensors or arrays, and the float64 results of a step of any."""
+"""A layer, or the functions for tensors or arrays, and float64 results of a step to compare with."""
 
 from __future__ import annotations
 
@@ -17,15 +17,15 @@ from support.oracle import distance
 
 DTYPES = {"float32": torch.float32, "float64": torch.float64, "bfloat16": torch.bfloat16}
 TOLERANCE = {torch.float32: 2e-5, torch.float64: 1e-9, torch.bfloat16: 2e-2}
-KINK = 0.02  # what is this near to a jump of an activation's derivative may be rounded to either side of it
+KINK = 0.02  # an input this near to a jump of an activation's derivative may be rounded across it
 
 
 class Whole(NamedTuple):
     """Batch norm of a group's whole batch in float64, and this rank's part of it."""
 
-    found: list[Tensor]  # y, its gradients (x, weight, bias, residual), those of sum(dx * v) (x, dy)
-    scales: list[Tensor]  # what their errors are measured by
-    z: Tensor  # before the activation
+    found: list[Tensor]  # y, its gradients by x, weight, bias, residual, those of sum(dx * v) by x, dy
+    scales: list[Tensor]  # the scales of their errors
+    z: Tensor  # the input of the activation
     mean: Tensor
     unbiased: Tensor
     count: int
@@ -68,7 +68,7 @@ def autograd_oracle(subject: Subject, comm: MPI.Comm, *mine: Tensor) -> Whole:
     start = int(sizes[: comm.rank].sum())
     part = slice(start, start + int(sizes[comm.rank]))
     found = [y[part], gradients[0][part], *(each[comm.rank] for each in gradients[1:3]), gradients[3][part]]
-    slope = 5 * rows[0].abs().max() * invstd.max()  # of dx by dy
+    slope = 5 * rows[0].abs().max() * invstd.max()  # the scale of the derivative of dx by dy
     values = torch.tensor(3.0 * y[part].numel() / len(mean) + 1)
     scales = [1 + y.abs(), slope, values, values, torch.tensor(5.0), 5 * slope * invstd.max(), slope]
     found += [each[part] for each in second]
@@ -78,7 +78,7 @@ def autograd_oracle(subject: Subject, comm: MPI.Comm, *mine: Tensor) -> Whole:
 
 
 class Subject:
-    """A layer, or its functions for tensors or arrays, with the state of the layer."""
+    """A layer, or the functions for tensors or arrays with the parameters and buffers of a layer."""
 
     def __init__(self, kind: str, channels: int, group: Communicator, options: dict[str, Any]) -> None:
         self.kind, self.group = kind, group
@@ -117,7 +117,7 @@ class Subject:
         found = [None if each is None else next(gradients) for each in inputs]
         if twice:
             by_x, by_dy = torch.autograd.grad((found[0] * v).sum(), (x, dy))
-            found += [by_x, by_dy * (dy != 0)]  # 0 near a kink
+            found += [by_x, by_dy * (dy != 0)]  # dy is 0 near a kink
         return [y, *found]
 
     def forward(self, x: Tensor, residual: Tensor | None) -> Tensor:

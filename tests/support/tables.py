@@ -16,7 +16,7 @@ from types import SimpleNamespace
 
 import pytest
 
-_HEAD = 30  # lines of stderr of a fault that failed
+_HEAD = 30  # lines of output that are shown if a test fails
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -76,7 +76,7 @@ class Faults(Table):
         if row.library not in [each.library for each in self.rows[:-1]]:
             print(f"{row.library}: {self.count} faults")
         print(line(row), flush=True)
-        if self.options.json:  # after each, so that what was found outlives what comes next
+        if self.options.json:  # after each row, so that it outlives a failure of the next ones
             self.options.json.write_text(json.dumps([*map(vars, self.rows)], indent=1) + "\n")
 
     def pytest_sessionfinish(self, session: pytest.Session) -> None:
@@ -108,7 +108,7 @@ class Launchers(Table):
 
 
 def line(row: SimpleNamespace) -> str:
-    """A fault as it ends."""
+    """A line about one fault, and the beginning of its output if it is not as it should be."""
     seconds = "-" if row.seconds is None else f"{row.seconds:.1f} s"
     said = f"{_verdict(row)}  {row.name:<34} {seconds:>7} {_status(row):>4}  {row.outcome[:110]}"
     if not row.ok:
@@ -132,7 +132,7 @@ def table(rows: list[SimpleNamespace]) -> str:
 
 
 def markdown(rows: list[SimpleNamespace]) -> str:
-    """A line for each fault, a column for each library: seconds and status."""
+    """A table of seconds and status, with a row for each fault and a column for each library."""
     cells = {(row.fault,): {} for row in rows}
     for row in rows:
         cells[row.fault,][row.library] = _cell(row)
@@ -140,7 +140,7 @@ def markdown(rows: list[SimpleNamespace]) -> str:
 
 
 def launchers(rows: list[SimpleNamespace]) -> str:
-    """A line for each number of nodes and library, a column for each launcher."""
+    """A table with a row for each library and number of nodes, and a column for each launcher."""
     cells = {(row.library, row.nodes): {} for row in sorted(rows, key=lambda row: row.nodes)}
     for row in rows:
         cells[row.library, row.nodes][f"`{row.launcher}`"] = row.cell

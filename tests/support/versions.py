@@ -1,4 +1,4 @@
-"""Marks for tests that take some version of torch, see docs/reference/versions.md."""
+"""Marks for tests that need certain versions of torch, see docs/reference/versions.md."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from mpisyncbn import torch_versions
 
 
 def newer_than_2_6(what: str) -> pytest.MarkDecorator:
-    """A mark for a test of what torch 2.6 lacks: ``what``."""
+    """A mark that skips a test with torch 2.6 or older, because "torch 2.6" ``what``."""
     return pytest.mark.skipif(torch.__version__ < "2.7", reason=f"torch 2.6 {what}")
 
 

@@ -19,14 +19,14 @@ class WholeBatch(NamedTuple):
     mean: Tensor
     var: Tensor  # biased
     count: int
-    dx_scale: float  # the largest term of dx, which may cancel to nothing
+    dx_scale: float  # the largest term of dx; terms may cancel to nothing
     sum_scale: float  # the largest sum of absolute terms of dweight and dbias
 
 
 def whole_batch(
     comm: MPI.Intracomm, x: Tensor, dy: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float
 ) -> WholeBatch:
-    """Batch norm and its gradients of all ranks' shards, tensors on the host of any dtype.
+    """Batch norm of all ranks' shards, and its gradients. Tensors are on the host, of any dtype.
 
     Collective: every rank of ``comm`` must call.
     """
@@ -53,7 +53,7 @@ def whole_batch(
 
 
 def distance(actual: Tensor, expected: Tensor, scale: Tensor | float | None = None) -> float:
-    """Largest difference, relative to the largest expected value or ``scale``; 0 without values."""
+    """The largest difference, relative to the largest expected value or ``scale``; 0 if empty."""
     assert actual.shape == expected.shape
     if expected.numel() == 0:
         return 0.0
@@ -61,4 +61,4 @@ def distance(actual: Tensor, expected: Tensor, scale: Tensor | float | None = No
     scale = expected if scale is None else scale
     largest = scale.double().abs().max().item() if isinstance(scale, Tensor) else scale
     difference = (actual.detach().double().cpu() - expected).abs().max().item()
-    return difference / max(largest, 1e-300)  # NaN where there is one
+    return difference / max(largest, 1e-300)  # NaN if any value is NaN

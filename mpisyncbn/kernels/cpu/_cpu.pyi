@@ -176,7 +176,7 @@ def instruction_set() -> str:
 def threads() -> int:
     """How many threads OpenMP would use; 1 without OpenMP."""
 
-# The rest is for tests.
+# The next three functions are for tests.
 
 def set_highest_level(level: int, /) -> None:
     """Use no instruction set above ``level``, from 0 to 3, even if the processor has it."""
@@ -188,12 +188,12 @@ def streamed_values() -> int:
     """How many values were written past the cache since the last call."""
 
 def use_tensors(tensor: type, /) -> bool:
-    """Read tensors of this class, torch's, in what follows. Returns False for torch before 2.10."""
+    """Let ``describe`` and StreamWorker read tensors of this class. Returns False before torch 2.10."""
 
 def describe(*tensors: Array | None) -> bytes | None:
-    """All that kernels and checks of arguments depend on, but for addresses and values.
+    """A key of all that kernels and checks of arguments depend on, except addresses and values.
 
-    That is class, device, dtype, shape, strides, alignment to 16 bytes, and whether values are
+    It holds class, device, dtype, shape, strides, alignment to 16 bytes, and whether values are
     negated when they are read. None if a tensor has no memory of its own.
     """
 
@@ -205,7 +205,7 @@ class Total:
     def __init__(self, /) -> None: ...
 
 class Call:
-    """An exchange of the stream transport, as worker.h has it."""
+    """The description of an exchange of the stream transport: see Call in worker.h."""
 
     def __init__(
         self, kind: int, number: int, channels: int, hash: int, again: int, eps: float, largest: float, /
@@ -269,8 +269,9 @@ class StreamWorker:
     ) -> None:
         """Enqueue kernels, an exchange, and further kernels.
 
-        ``vectors`` are the addresses of the message's on the device; none if the kernels before write
-        it. The result is copied to ``out``. ``total`` is set by moments, and sums are divided by it.
+        ``vectors`` are the addresses of the message's vectors on the device. The list is empty if the
+        kernels ``before`` write the message. The result is copied to the address ``out``. An exchange of
+        moments sets ``total``, and sums are divided by it.
         ``pointers`` are tensors of torch, addresses, or None.
         """
 
@@ -281,9 +282,9 @@ class StreamWorker:
         """The first problem, the number of its call, and of its exchange; zeros if there is none."""
 
     def forget_failure(self, /) -> None:
-        """Send messages again."""
+        """Clear the failure, and send messages again."""
     def close(self, /) -> None:
-        """Answer with NaN from here on: the communicator is freed."""
+        """Give NaN as all further results, because the communicator is freed."""
     def stop(self, /) -> None:
-        """End the worker after what is enqueued."""
+        """End the worker after all enqueued exchanges."""
     def has_memory_operations(self, device: int, /) -> bool: ...

@@ -12,7 +12,7 @@ INLINE vec<T> where_positive(vec<T> v, vec<T> z) {
     return (vec<T>)((M)v & ~(M)(z <= 0));
 }
 
-// The output of an activation. HOW is a Fixed or a Chosen one.
+// The output of an activation. HOW is Fixed or Chosen, see below.
 template <class T, class HOW>
 INLINE vec<T> activate(HOW how, vec<T> z) {
     using F = fit_t<T>;
@@ -30,7 +30,7 @@ INLINE vec<T> activate(HOW how, vec<T> z) {
 }
 
 // The gradient of the activation's input z, from `dy`, the gradient of its output. `z` may be the
-// output if its sign decides.
+// output if its sign determines the derivative.
 template <class T, class HOW>
 INLINE vec<T> activation_gradient(HOW how, vec<T> dy, vec<T> z) {
     using F = fit_t<T>;
@@ -47,8 +47,8 @@ INLINE vec<T> activation_gradient(HOW how, vec<T> dy, vec<T> z) {
     return dy;
 }
 
-// How a loop treats the activation, as constants for the compiler. `source` says where the
-// activation's input comes from.
+// The activation of a loop as constants for the compiler. `source` says where the activation's input
+// comes from.
 template <Kind KIND, Source SOURCE>
 struct Fixed {
     static constexpr bool chosen = false;
@@ -59,7 +59,7 @@ struct Fixed {
     static constexpr bool undone() { return false; }
 };
 
-// The same as numbers, for what is not worth code of its own.
+// The same as values at run time, for cases that are not worth compiled code of their own.
 template <bool MASKED>
 struct Chosen {
     static constexpr bool chosen = true;
@@ -70,7 +70,7 @@ struct Chosen {
     INLINE_MEMBER bool undone() const { return MASKED && source == Source::undone; }
 };
 
-// For a leaky ReLU whose output is in place of x, without a mask.
+// A leaky ReLU whose output is given in place of x, without a mask.
 struct Undone {
     static constexpr bool chosen = false;
     static constexpr bool masked = false;

@@ -162,7 +162,7 @@ bool look_at(nb::handle object, Array &array, bool to_write = false) {
     static PyObject *const is_neg = PyUnicode_InternFromString("is_neg");
     const PyObject *const type = (PyObject *)Py_TYPE(object.ptr());
     const nb::object negated = nb::steal(PyObject_CallMethodObjArgs(object.ptr(), is_neg, nullptr));
-    if (negated.ptr() != Py_False) {  // its memory does not show a pending sign
+    if (negated.ptr() != Py_False) {  // no tensor, or its neg bit is set: signs in memory are opposite
         PyErr_Clear();
         return false;
     }

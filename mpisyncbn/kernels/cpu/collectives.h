@@ -5,8 +5,8 @@
 #include <type_traits>
 #include <vector>
 
-// What is wrong with an exchange: nothing, MISMATCH if the ranks sent different fingerprints, ONE_VALUE
-// if the group has a single value per channel, else MPI's error code, which is positive.
+// The problem of an exchange: none, MISMATCH if the ranks sent different fingerprints, ONE_VALUE if the
+// group has a single value per channel, else MPI's error code, which is positive.
 enum Problem { NO_PROBLEM = 0, MISMATCH = -1, ONE_VALUE = -2 };
 
 // MPI's functions and handles come from mpi4py as numbers, so that one build serves every MPI

@@ -73,7 +73,7 @@ struct Driver {
     bool has_memory_operations(int number) const {
         int device = 0, has = 0;
         if (cuInit(0) || cuDeviceGet(&device, number)) return false;
-        for (const int attribute : {92, 122})  // CAN_USE_STREAM_MEM_OPS_V1, and of 64 bits
+        for (const int attribute : {92, 122})  // CAN_USE_STREAM_MEM_OPS_V1, CAN_USE_64_BIT_STREAM_MEM_OPS
             if (cuDeviceGetAttribute(&has, attribute, device) == 0 && has) return true;
         return false;
     }

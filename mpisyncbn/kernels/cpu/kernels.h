@@ -15,7 +15,7 @@ bool same_kind(const Array &x, std::initializer_list<const Array *> others) {
 }
 
 // Merges the moments of the tiles into M2 and the mean in two parts, in a fixed order (Chan, Golub
-// and LeVeque 1979). Means are distances from the first origin. Sets without values have none.
+// and LeVeque 1979). Means are distances from the first origin. A set without values has no origin.
 template <class T>
 void merge_moments(const Partials<T> &partials, long channels, long count, double *__restrict mean_hi,
                    double *__restrict mean_lo, double *__restrict m2) {
@@ -69,8 +69,8 @@ void fill_row_origins(const Loops<T> &loops, const Plan<T> &plan, compute_t<T> *
         for (long i = 0; i < few; ++i) rows[i] = on.pointers_at(i * traversal.count / few, 0, 0).x;
         return loops.row_origins(rows, few, traversal.columns, origins);
     }
-    // The next row that counts from each of 8 places, or else the first one of all. They are not those
-    // taken together: columns of one channel share an origin.
+    // Takes the next row that counts from each of 8 places on, or else the first row that counts. These
+    // are single rows, not rows taken together, because the columns of one channel share an origin.
     const long count = plan.positions, pitch = on.outer.x / traversal.sets;
     const int8_t *const mask = on.start.mask;
     const int8_t *const first = first_true(mask, 0, count);

@@ -32,7 +32,8 @@ INLINE V read(const P *p) {
     return v;
 }
 
-// With STREAM, writes past the cache, which then need not fetch the old values from memory.
+// With STREAM, writes past the cache (a non-temporal store), which then need not fetch the old values
+// from memory.
 template <bool STREAM, class V, class P>
 INLINE void write(P *p, V v) {
 #if defined(__x86_64__)
@@ -47,7 +48,7 @@ INLINE void write(P *p, V v) {
     __builtin_memcpy(p, &v, sizeof v);
 }
 
-// From 16 to 32 bits and back. gcc's own conversion takes more instructions.
+// Conversions from 16 to 32 bits and back. gcc's own conversion takes more instructions.
 INLINE Lane<float>::bits widened(Lane<float>::half_bits v) {
 #if LANES == 16
     return (Lane<float>::bits)_mm512_cvtepu16_epi32((__m256i)v);
@@ -204,7 +205,7 @@ struct TailAccess {
 
 template <class T>
 INLINE vec<T> broadcast(compute_t<T> value) {
-    return value - vec<T>{};  // + would be an instruction, for the sake of -0
+    return value - vec<T>{};  // + would cost an instruction, because -0 + 0 is not -0
 }
 
 // The larger one of each lane, or b where one is NaN. gcc makes three instructions of a > b ? a : b.

@@ -46,7 +46,7 @@ class Departure {
             send((group.rank + distance) % size(), DEPARTED, std::to_string(group.exchanges));
     }
 
-    // Whether all ranks have come to their end, or MPI has failed.
+    // Receives and answers messages. Returns whether all ranks have come to their end, or MPI has failed.
     bool is_over() {
         std::string text;
         while (receive(mpi.any_source, DEPARTED, text)) continue;
@@ -68,7 +68,7 @@ class Departure {
             "end of its program for other ranks of its group\n",
             group.rank, size(), hostname(group.rank), waited, group.timeout);
         const double start = now(), ask_at = start + ASK_SECONDS * group.rank /
-                                                         size();  // one that succeeds is enough
+                                                         size();  // one rank that asks is enough
         std::vector<std::string> answers(group.hostnames.size(), "is missing: no answer");
         answers[group.rank] = "waits at the end of its program";
         int missing = size() - 1;

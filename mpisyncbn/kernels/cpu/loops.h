@@ -7,10 +7,10 @@
 #include "activation.h"
 #include "terms.h"
 
-// Goes through planes that follow each other in memory: `planes` of `length` values each, at least two
-// vectors: shorter planes have a loop of their own, without vectors across. Vectors
-// are aligned in the array at `from`, because loads and stores that cross into the next cache line
-// are slow, and stores past the cache need whole lines. Calls
+// Goes through `planes` planes of `length` values, which follow each other in memory. A plane has at
+// least two vectors. (Shorter planes have a loop of their own.) Vectors are aligned in the array at
+// `from`, because loads and stores that cross into the next cache line are slow, and stores past the
+// cache need whole lines. Calls
 //     inside(i, n, c) for n vectors within plane c, from the i-th value on,
 //     across(i, c, n) for a vector with the last n values of plane c and the first ones of c + 1,
 //     part(i, n, c) for n values within plane c, fewer than a vector,

@@ -1,9 +1,9 @@
 // A mask, read where it is or copied so that the loops read it as they read values. Part of
 // module.cpp.
 //
-// The loops take a byte for each position, not 0 if it counts, in the order of the values in memory. A
-// vector of values in planes may reach into the next plane, and it reads whole vectors of bytes. So in
-// the copy the mask of each sample is followed by its own beginning.
+// The loops take a byte for each position, in the order of the values in memory. A position counts if
+// its byte is not 0. A vector of values in planes may reach into the next plane, and it reads whole
+// vectors of bytes. So in the copy the mask of each sample is followed by its own beginning.
 
 // Whether a mask, if there is one, fits x: of its shape, but with one channel.
 bool fits(const Array &mask, const Array &x) {
@@ -14,7 +14,7 @@ bool fits(const Array &mask, const Array &x) {
     return true;
 }
 
-// Copies positions, in the order of dimensions that follow each other from the innermost one.
+// Copies the mask's bytes of x's positions, in the order in which these lie in memory.
 class MaskReader {
   public:
     MaskReader(const Array &mask, const Array &x) : data(mask.data) {

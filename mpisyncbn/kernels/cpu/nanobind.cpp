@@ -1,3 +1,3 @@
-// nanobind itself, so that setuptools can build us without CMake.
+// nanobind itself, so that setuptools can build the extension without CMake.
 
 #include <nb_combined.cpp>

@@ -1,12 +1,12 @@
 // Element-wise work on a tile. Included once per instruction set by loops.h.
 
-// For n values, fewer than a vector.
+// Applies the operation to n values, fewer than a vector.
 template <class T, class F, class K>
 NOT_INLINED void apply_to_part(F operation, Pointers<T> pointers, long i, K coefficient, long n) {
     operation.template apply<false>(pointers, i, coefficient, TailAccess{n});
 }
 
-// For planes of fewer values than two vectors.
+// Applies the operation to planes of fewer values than two vectors.
 template <class T, class F>
 static void pass_short_planes(Pointers<T> pointers, long planes, long length, const compute_t<T> *coefficients,
                               long stride, F operation) {
@@ -57,8 +57,8 @@ static void pass_planes(const Operands<T> &on, const Tile &t, const compute_t<T>
     if (STREAM) fence();
 }
 
-// Takes two rows at a time, which share the coefficients of the channels. They come from the two
-// halves of the tile, for the reason given at sum_rows.
+// Applies the operation to two rows at a time, which share the coefficients of the channels. They come
+// from the two halves of the tile, for the reason given at sum_rows.
 template <bool STREAM, class T, class F>
 static void pass_rows(const Operands<T> &on, const Tile &t, const compute_t<T> *coefficients, long stride,
                       F operation) {

@@ -1,4 +1,4 @@
-// What Python sees of the stream transport: it enqueues exchanges on the streams of a device.
+// The Python interface of the stream transport, which enqueues exchanges on the streams of a device.
 
 #include <nanobind/nanobind.h>
 #include <nanobind/stl/optional.h>
@@ -23,10 +23,10 @@ namespace {
 using Pointers = std::array<uint64_t, 16>;
 constexpr size_t MOST_ARGUMENTS = 64;
 
-// Kernels that are compiled, with their arguments: all but the pointers are the same each time.
+// A compiled kernel with its arguments. Only the pointers differ between calls.
 struct Launch {
     struct Argument {
-        int pointer;  // its place among the pointers of a call; VALUE: none, MESSAGE: that of the slot
+        int pointer;  // its place among the pointers of a call; VALUE: none, MESSAGE: the slot's message
         uint64_t value;
     };
     enum { VALUE = -1, MESSAGE = -2 };
@@ -70,7 +70,7 @@ struct StreamWorker {
         void *context;
         uint64_t capture;
     };
-    std::optional<Place> last, last_captured;  // a capture is no part of the order of the others
+    std::optional<Place> last, last_captured;  // captured exchanges have an order of their own
     std::map<void *, void *> events;           // by context
 
     StreamWorker(const std::string &path, uintptr_t allreduce, uintptr_t allgather, uintptr_t comm,
@@ -81,7 +81,7 @@ struct StreamWorker {
         if (!worker) return;
         if (getpid() != pid || worker->owned || worker->pending()) {
             worker.release();  // only the parent has the thread; or graphs ring for it; or MPI does not return
-            new std::deque<Slot>(std::move(slots));  // which it goes on to use, where they are
+            new std::deque<Slot>(std::move(slots));  // never freed: the worker goes on using the slots
             return;
         }
         const nb::gil_scoped_release other_threads_run;
@@ -133,8 +133,8 @@ struct StreamWorker {
         run(after, stream, pointers, &slot);
     }
 
-    // Waits until all that was enqueued is done, and what captured graphs do, on whatever stream.
-    // Python's lock is not held.
+    // Waits until all enqueued exchanges are done, and all work of captured graphs, on any stream. The
+    // caller has released Python's lock.
     void wait() {
         if (!worker || !(worker->pending() || worker->owned)) return;
         enter_context();
@@ -148,7 +148,7 @@ struct StreamWorker {
     }
 
    private:
-    // Gives a thread that has not used a device yet that of the last exchange.
+    // Gives a thread that has not used a device yet the context of the last exchange.
     void enter_context() {
         void *context = nullptr;
         driver.cuCtxGetCurrent(&context);
@@ -166,7 +166,7 @@ struct StreamWorker {
         worker->start();
     }
 
-    // A slot with room for the channels: of the graph, or one of those that are used in turn.
+    // A slot with room for the channels: one that the graph owns, or one of those that are used in turn.
     Slot &take_slot(size_t channels, void *graph) {
         if (graph) {
             Slot &slot = free_slot(channels);
@@ -178,7 +178,7 @@ struct StreamWorker {
         Slot *slot = nullptr;
         for (size_t tries = 0; tries < eager.size() && !slot; ++tries) {
             Slot *const next = eager[turn];
-            if (next->sequence && next->sequence >= worker->performed) break;  // nor are those after it free
+            if (next->sequence && next->sequence >= worker->performed) break;  // later slots are in use too
             turn = (turn + 1) % eager.size();
             if (next->room >= channels) slot = next;
         }
@@ -215,7 +215,7 @@ struct StreamWorker {
         return slot;
     }
 
-    // Gives a slot that nothing uses memory for so many channels.
+    // Gives memory for so many channels to a slot that is not in use.
     void give_memory(Slot &slot, size_t channels) {
         size_t room = 64;
         while (room < channels) room *= 2;
@@ -245,8 +245,8 @@ struct StreamWorker {
         driver.check(driver.cuGraphRetainUserObject(graph, object, 1, MOVE), "cuGraphRetainUserObject");
     }
 
-    // Orders this exchange after the last one, if that was enqueued elsewhere: in the same capture, or
-    // outside of all.
+    // Orders this exchange after the last one of the same capture, or the last one outside of all
+    // captures, if that was enqueued on another stream.
     void follow_last(Driver::Stream stream, uint64_t capture) {
         Place here{stream, nullptr, capture};
         driver.check(driver.cuCtxGetCurrent(&here.context), "cuCtxGetCurrent");

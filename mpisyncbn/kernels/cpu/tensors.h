@@ -1,6 +1,6 @@
-// What native code asks of torch's tensors, wherever their memory is: by the C functions that torch
-// 2.10 and newer have for DLPack. A call of one of a tensor's methods takes ten times as long, and is
-// made only for what DLPack does not tell: whether values are negated when they are read.
+// Reads properties of torch's tensors, on any device, by the C functions that torch 2.10 and newer have
+// for DLPack. A call of a tensor's method takes ten times as long. It is made only for the property that
+// DLPack does not have: whether values are negated when they are read.
 #pragma once
 
 #include <Python.h>
@@ -33,7 +33,7 @@ inline PyTypeObject *tensor_type = nullptr;
 inline const ExchangeAPI *api = nullptr;
 inline PyObject *is_neg = nullptr;
 
-// Takes torch.Tensor. Returns whether it has those functions.
+// Takes torch.Tensor, the class of the tensors to read. Returns whether it has those functions.
 inline bool use(PyObject *type) {
     PyObject *const capsule = PyObject_GetAttrString(type, "__dlpack_c_exchange_api__");
     const auto *found = capsule ? (const ExchangeAPI *)PyCapsule_GetPointer(capsule, "dlpack_exchange_api") : nullptr;
@@ -42,13 +42,13 @@ inline bool use(PyObject *type) {
     while (found && found->major > 1) found = found->previous;
     if (!found || found->major != 1 || !found->dltensor_from_py_object) return false;
     if (!is_neg) is_neg = PyUnicode_InternFromString("is_neg");
-    Py_INCREF(type);  // for good, as its functions
+    Py_INCREF(type);  // never released, as its functions
     tensor_type = (PyTypeObject *)type, api = found;
     return true;
 }
 
 // Returns false unless it is a tensor with memory of its own, which sparse tensors, those of a transform
-// and torch._efficientzerotensor have not.
+// and torch._efficientzerotensor do not have.
 inline bool read(PyObject *object, DLTensor &out) {
     if (!api || !PyType_IsSubtype(Py_TYPE(object), tensor_type)) return false;
     if (api->dltensor_from_py_object(object, &out) != 0) return PyErr_Clear(), false;
@@ -57,7 +57,7 @@ inline bool read(PyObject *object, DLTensor &out) {
     return out.data || !values;
 }
 
-// As in _cpu.pyi. A new reference; nullptr with Python's error.
+// The function that _cpu.pyi documents. Returns a new reference, or nullptr with Python's error.
 inline PyObject *describe(PyObject *tuple) {
     std::string out;
     out.reserve(64 * PyTuple_Size(tuple));

@@ -3,8 +3,8 @@
 // It is the same for planes and rows: coefficient(MEAN) and the like give the coefficients of a
 // plane's channel in all lanes, or those of the columns of rows in one lane each.
 
-// Values that do not count are 0 in the terms, and in the output. They are taken away by their bits,
-// because 0 times NaN is not 0.
+// Sets values that do not count to 0 in the terms, and in the output. It clears their bits, because 0
+// times NaN is not 0.
 template <class T, bool MASKED>
 struct Kept {
     typename Lane<T>::mask mask;
@@ -32,7 +32,7 @@ struct Moments {  // MEAN is an origin near the mean, so that the squares keep t
     }
 };
 
-// What the kernels take for x: if `x` is the output of a leaky ReLU, the input of that.
+// The x of the formulas: `x` itself or, if that is the output of a leaky ReLU, the input of it.
 template <class T, class HOW>
 INLINE vec<T> input_of(HOW how, vec<T> x) {
     return how.undone() ? (x > 0 ? x : x * broadcast<T>(1 / how.parameter)) : x;
@@ -45,7 +45,7 @@ INLINE void read_ahead(const void *from) { __builtin_prefetch((const char *)from
 template <class T, class HOW>
 struct Reduce {
     HOW how;
-    bool stores;  // the gradient of the activation's input; a Fixed does with another source than x
+    bool stores;  // whether a Chosen stores the input's gradient; a Fixed does if its source is not x
     static constexpr long rows_at_once = 4;  // fewer, because it reads two arrays
     template <class K, class A>
     INLINE_MEMBER void operator()(Pointers<T> pointers, long i, K coefficient, A access, vec<T> &a,

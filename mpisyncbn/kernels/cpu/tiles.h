@@ -142,8 +142,8 @@ Operands<T> operands_of(const Array *const (&arrays)[4], const Layout &layout) {
             nullptr};
 }
 
-// How many rows may be taken together. A vector then reads a whole vector of a mask, so the last bytes
-// of that are left over.
+// How many rows may be taken together. A vector of values then reads a whole vector of a mask, so the
+// rows of the mask's last bytes are left over.
 template <class T>
 long positions_together(const Operands<T> &on, const Layout &layout) {
     return layout.positions - (on.masked() ? MASK_PAD : 0);

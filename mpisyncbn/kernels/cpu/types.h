@@ -16,7 +16,7 @@
 
 #define INLINE_MEMBER inline __attribute__((always_inline))
 #define INLINE static INLINE_MEMBER
-// for what takes many instructions and is called in several places, so that it is compiled once
+// for functions of many instructions with several callers, so that they are compiled once
 #define NOT_INLINED static __attribute__((noinline))
 
 namespace mpisyncbn {
@@ -56,8 +56,8 @@ struct Activation {
     Kind kind;
     double parameter;  // the slope of a leaky ReLU below 0, the alpha of an ELU
 };
-// Where the activation's input comes from: from x alone, from x and a residual, where the sign
-// decides, from the output beside x, or, undone, from the output in place of x.
+// Where the activation's input comes from: x alone; x and a residual; the output, given beside x, whose
+// sign determines the derivative; or, undone, the output in place of x.
 enum class Source { x, residual, output, undone };
 
 // Bytes after the mask of each sample, as many as a vector may read there.
@@ -69,9 +69,10 @@ struct Pointers {
     T *out;
     const int8_t *mask;  // a byte for each position, not 0 if it counts. See masks.h
     INLINE_MEMBER Pointers operator+(long i) const { return {dy + i, x + i, extra + i, out + i, mask + i}; }
-    // For rows: other columns, with the same mask.
+    // For rows: the pointers of other columns, which have the same mask.
     INLINE_MEMBER Pointers columns_from(long j) const { return {dy + j, x + j, extra + j, out + j, mask}; }
-    // For planes: the mask begins again with each plane, so i - before is its index there.
+    // For planes: the pointers for a plane that has `before` values before it. The mask begins again with
+    // each plane, so its index is i - before.
     INLINE_MEMBER Pointers after(long before) const { return {dy, x, extra, out, mask - before}; }
 };
 
@@ -120,7 +121,7 @@ struct Counts {
     bool any() const { return std::any_of(of_set, of_set + sets, [](long n) { return n > 0; }); }
 };
 
-// Stands for a sum of squares that are 0 in float32, although the distances are not.
+// Takes the place of a sum of squares that are 0 in float32, although the distances are not.
 constexpr double UNDERFLOWED = -1;
 constexpr long MAX_CHANNELS = 256;  // in a tile of planes
 constexpr int NDIM = 64;            // the most that NumPy allows; torch's may have more, and are refused

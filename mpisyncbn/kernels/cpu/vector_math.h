@@ -79,7 +79,7 @@ INLINE vec<T> below_zero(vec<T> z, compute_t<T> limit) {
     return larger(broadcast<T>(limit), (vec<T>)((M)z | (M)-vec<T>{}));
 }
 
-// The exponential as a power of 2, and what the rest is beyond 1.
+// The exponential as power * (1 + rest), where power is a power of 2.
 template <class T>
 struct Exponential {
     vec<T> power, rest;
@@ -87,7 +87,7 @@ struct Exponential {
     INLINE_MEMBER vec<T> minus_one() const { return power * rest + (power - 1); }
 };
 
-// The exponential of x + low, where x is from EXP_LIMIT to 0 and low is next to nothing. x is
+// The exponential of x + low, where x is from EXP_LIMIT to 0 and low is tiny. x is
 // reduced by a multiple of ln(2) in two parts (Cody and Waite 1980). Adding ROUND leaves the
 // multiple, rounded, in the lowest bits, which are then the exponent.
 template <class T, class... Low>
@@ -103,7 +103,7 @@ INLINE Exponential<T> exponential(vec<T> x, Low... low) {
 }
 
 // The activations z * gate(z), where gate(z) + gate(-z) = 1, so that x = -|z| is enough. The gate's
-// relative error is a few roundings; that of gelu_tanh as many more as its argument is large.
+// relative error is a few roundings; that of gelu_tanh grows with its argument.
 template <class T>
 struct Gate {
     vec<T> value, slope;

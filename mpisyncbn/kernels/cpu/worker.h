@@ -2,9 +2,9 @@
 //
 // The host enqueues an exchange and goes on. When the device comes to it, it writes the message to
 // pinned memory and rings the doorbell. The worker, a thread of this file, then sends the message,
-// and writes the result and a flag, which the stream waits for. Between the enqueueing of two
-// exchanges lies an event if they are on different streams. So the device rings for one exchange at a
-// time, and for all in the order in which the host enqueued them, which is the same on every rank.
+// and writes the result and a flag, which the stream waits for. An event orders two exchanges that are
+// enqueued on different streams. So the device rings for one exchange at a time, and for all in the
+// order in which the host enqueued them, which is the same on every rank.
 //
 // A slot is free again when the worker has performed a later exchange: the device has gone on then, so
 // it has copied the result. A slot of a captured graph is owned until the graph is destroyed, since
@@ -32,10 +32,10 @@ struct Total {
     double count = std::numeric_limits<double>::quiet_NaN();
 };
 
-// What an exchange is, the same each time that a layer makes it.
+// The properties of an exchange that are the same each time a layer makes it.
 struct Call {
     int kind = SUM_VECTORS, number = 0;  // the caller's number for it, in reports
-    size_t channels = 0;                 // or, of SUM_VECTORS, the number of all values
+    size_t channels = 0;                 // for SUM_VECTORS, the number of all values
     long hash = 0, again = 0;            // of the call, and of its second message
     double eps = 0, largest = 0;         // the largest number of the running statistics' dtype
 
@@ -50,9 +50,9 @@ struct Exchange : Call {
 };
 
 struct Slot {
-    long sequence = 0;                // of the exchange that uses it; 0: none has
+    long sequence = 0;                // of the exchange that uses it, or used it last; 0: none
     std::atomic<bool> owned{false};  // by a graph
-    uint32_t number = 0;              // what it rings the doorbell with
+    uint32_t number = 0;              // the device writes it to the doorbell
     volatile uint32_t *done = nullptr;
     double *message = nullptr, *result = nullptr;
     size_t room = 0;  // channels
@@ -72,14 +72,14 @@ class Worker {
 
     void start() { thread = std::thread(&Worker::run, this); }
 
-    // Waits until the worker has ended; it answers what is enqueued before.
+    // Waits until the worker has done all that is enqueued, and has ended.
     void stop() {
         stopping = true;
         wake();
         if (thread.joinable()) thread.join();
     }
 
-    // After a change of what the worker waits for, which must come before.
+    // Wakes the worker if it sleeps. Call it after changing a value that the worker waits for.
     void wake() {
         if (!sleeping) return;
         { const std::lock_guard<std::mutex> lock(mutex); }
@@ -122,7 +122,7 @@ class Worker {
         }
     }
 
-    // The number of the slot that the device rings for; 0 at the end.
+    // Waits for the doorbell. Returns the number of the slot that the device rings for; 0 at the end.
     uint32_t next() {
         using namespace std::chrono;
         auto since = steady_clock::now();
@@ -137,11 +137,11 @@ class Worker {
                 continue;
             }
             if (stopping && !pending()) return 0;
-            // Other threads may need this core. A device that works for long is not worth one either.
+            // Other threads may need this core, also while the device works for long.
             const auto waited = steady_clock::now() - since;
             if (waited < microseconds(20)) continue;
             if (!pending() && !owned && waited < seconds(1)) {
-                // Soon there will be more to do, and to wake this thread would cost the host more.
+                // More exchanges will follow soon, and waking this thread would cost the host more.
                 std::this_thread::sleep_for(microseconds(50));
                 idle = true;
             } else if (!pending() && !owned) {

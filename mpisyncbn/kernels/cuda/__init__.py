@@ -195,7 +195,7 @@ def _elements(x: Tensor) -> Plan:
 
 
 def _vector(values: Tensor | None) -> Tensor | None:
-    """A vector as the kernels read it: contiguous, and without a pending sign."""
+    """A vector as the kernels read it: contiguous, and with its neg bit resolved."""
     return values if values is None else values.resolve_neg().contiguous()
 
 

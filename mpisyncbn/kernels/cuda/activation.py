@@ -18,7 +18,7 @@ GELU, GELU_TANH = tl.constexpr(6), tl.constexpr(7)
 
 @triton.jit
 def activate(z, KIND: tl.constexpr, PARAMETER: tl.constexpr):
-    """The output of an activation. NaN stays NaN, as in torch's."""
+    """The output of an activation. NaN stays NaN, as in torch."""
     if KIND == RELU:
         z = tl.where(z <= 0, 0.0, z)
     if KIND == LEAKY_RELU:
@@ -40,7 +40,7 @@ def activate(z, KIND: tl.constexpr, PARAMETER: tl.constexpr):
 def activation_gradient(dy, z, KIND: tl.constexpr, PARAMETER: tl.constexpr):
     """The gradient of an activation's input ``z``, from ``dy``, the gradient of its output.
 
-    ``z`` may be the output if its sign decides.
+    ``z`` may be the output if only its sign matters, as with ReLU.
     """
     if KIND == RELU:
         dy = tl.where(z <= 0, 0.0, dy)

@@ -124,7 +124,7 @@ def _moments_of_tiles(
     row, column = place_of(begin, width, INDEX, PLANES, ROWS, COLUMNS)
     first = load_tile(x, row, column, rows, width, stride, 0.0, PLANES, ROWS, COLUMNS)
     second = None
-    if not ONE:  # on its way while the first is added up
+    if not ONE:  # loaded while the first is added up
         row, column = next_place(row, column, width, PLANES, ROWS, COLUMNS)
         there = tl.where(begin + 1 < end, rows, 0)
         second = load_tile(x, row, column, there, width, stride, 0.0, PLANES, ROWS, COLUMNS)
@@ -197,7 +197,7 @@ def _moments_about(
             second = load_tile(x, row, column, there, width, stride, 0.0, PLANES, ROWS, COLUMNS)
         second = tl.where(mask, second, narrow)
         for tile in tl.range(begin + 2, end, 2, loop_unroll_factor=unroll):
-            # Two tiles are on their way while two are added up, because memory is slow to answer.
+            # Two tiles are loaded while two others are added up, to hide the latency of memory.
             row, column = next_place(row, column, width, PLANES, ROWS, COLUMNS)
             third = load_tile(x, row, column, rows, width, stride, narrow, PLANES, ROWS, COLUMNS)
             row, column = next_place(row, column, width, PLANES, ROWS, COLUMNS)
@@ -233,7 +233,7 @@ def _counts(
 
 @triton.jit
 def _inverse(count):
-    """One over a float64 count, by Newton's method: values would spill around a division."""
+    """One over a float64 count, by Newton's method: a division would make registers spill."""
     inverse = (1.0 / count.to(tl.float32)).to(tl.float64)
     inverse *= 2.0 - count * inverse
     return inverse * (2.0 - count * inverse)

@@ -17,13 +17,13 @@ __all__ = ["Plan", "plan_elementwise", "plan_merge", "plan_running_stats", "plan
 # that all programs run at once. Measured on an H200, 2026-11-27.
 _WARPS = 4
 _VALUES = 32 * _WARPS * 8  # in a tile of a program; half as many of float64
-_PROGRAMS, _REGISTERS = 8, 64  # for each multiprocessor; of a thread, at most
-_SIDE_PROGRAMS, _SIDE_REGISTERS = 5, 96  # where channels lie side by side, and a thread holds vectors
-_FEWER = 4  # programs for each multiprocessor whose registers have no limit
-_SIDE_CHANNELS = 32  # of a program: 64 of bfloat16 leave twice as much to merge
+_PROGRAMS, _REGISTERS = 8, 64  # programs for each multiprocessor; most registers of a thread
+_SIDE_PROGRAMS, _SIDE_REGISTERS = 5, 96  # the same if channels lie side by side, where a thread holds vectors
+_FEWER = 4  # programs for each multiprocessor, if their registers have no limit
+_SIDE_CHANNELS = 32  # channels of a program: with 64 of bfloat16 there would be twice as much to merge
 _LONGEST = 64  # tiles in a share: a float32 sum of this length keeps its digits
 _SHORTEST = 8  # tiles in a share, except the last: fewer are not worth a second kernel
-_MOST_SHARES = 65535  # what CUDA lets a grid's second axis count
+_MOST_SHARES = 65535  # CUDA's limit for a grid's second axis
 _LINE = 128  # bytes side by side in a tile of channels, element by element: a cache line
 _PARTS, _LEAST_PARTS = 1024, 128  # partial results that a program merges at once
 # Element by element: many small programs.
@@ -126,7 +126,7 @@ def plan_running_stats(channels: int, *numbers: float) -> Plan:
 
 @lru_cache(maxsize=4096)
 def plan_vector(channels: int) -> Plan:
-    """A plan for vectors of a value for each channel."""
+    """A plan for vectors that have a value for each channel."""
     columns = min(_VECTOR, triton.next_power_of_2(channels))
     options = {"COLUMNS": columns, "num_warps": _SMALL_WARPS, "enable_fp_fusion": True}
     return Plan((triton.cdiv(channels, columns),), (channels,), options)
@@ -137,12 +137,12 @@ def _options(
 ) -> dict[str, Any]:
     return {
         "ALIGN": math.gcd(width, 16),
-        "INDEX": tl.int64 if width > 1 << 30 else tl.int32,  # of a column
+        "INDEX": tl.int64 if width > 1 << 30 else tl.int32,  # the type of a column's index
         "PLANES": planes,
         "ROWS": rows,
         "COLUMNS": columns,
         "COMPUTE_DTYPE": tl.float64 if dtype == torch.float64 else tl.float32,
-        "num_warps": min(warps, max(1, rows * columns // 256)),  # of 32 threads, eight values each
+        "num_warps": min(warps, max(1, rows * columns // 256)),  # a warp is 32 threads of eight values
         "enable_fp_fusion": True,
     }
 
@@ -161,7 +161,7 @@ def _tile(rows: int, width: int, values: int) -> tuple[int, int]:
 
 
 def _lines(rows: int, channels: int, values: int, most: int) -> tuple[int, int]:
-    """Rows and columns, powers of two, of tiles whose columns are channels, at ``most`` so many.
+    """Rows and columns, powers of two, of tiles whose columns are at ``most`` so many channels.
 
     They are narrow, so that the sums of many rows are spread over programs.
     """

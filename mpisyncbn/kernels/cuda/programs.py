@@ -24,10 +24,10 @@ from .plans import Plan
 
 __all__ = ["Backward", "Forward", "Program", "backward_program", "forward_program"]
 
-_VALUE, _MESSAGE = -1, -2  # places of arguments that are no pointer of a call: see _cpu.pyi
+_VALUE, _MESSAGE = -1, -2  # places of arguments that are not pointers of a call: see _cpu.pyi
 _MASK_64 = (1 << 64) - 1
 
-Given = tuple[int, tuple[int, ...], int, int, list[tuple[int, int]]]  # of Launches
+Given = tuple[int, tuple[int, ...], int, int, list[tuple[int, int]]]  # a kernel, as Launches takes it
 
 
 class Forward(IntEnum):
@@ -70,7 +70,7 @@ class Backward(IntEnum):
 
 
 class Program(NamedTuple):
-    """The kernels before the exchange and after it, and how many partial results are between."""
+    """The kernels before and after the exchange, and the room that partial results need."""
 
     before: Launches
     after: Launches
@@ -91,9 +91,9 @@ def forward_program(
 ) -> Program | None:
     """The kernels of a forward pass, and of the update of running statistics.
 
-    ``description`` is that of x, the vectors and the residual, and of the running statistics, also
-    if they are not updated here. None if a tensor is not as the kernels read it, so
-    that a copy has to be made.
+    ``description`` is that of x, the vectors, the residual and the running statistics, even if these
+    are not updated here. Returns None if the kernels cannot read a tensor as it is, so that it has to be
+    copied.
     """
     key = description, activation, None if running is None else running.momentum
     try:
@@ -119,7 +119,7 @@ def backward_program(
     """The kernels of a backward pass, which store ``dz`` if ``y`` or the residual is given.
 
     ``parameters`` are the dtypes of the gradients of weight and bias, None for one that is not
-    needed. ``description`` is that of the tensors. None as for ``forward_program``.
+    needed. ``description`` is that of the tensors. Returns None as ``forward_program`` does.
     """
     key = description, activation, parameters
     try:
@@ -171,7 +171,7 @@ def _make_forward(
             (running.var, at.RUNNING_VAR),
             (running.num_batches_tracked, at.NUM_BATCHES_TRACKED),
             (vector, at.MEAN),
-            (vector[x.shape[1] % 2 :], at.VAR),  # after an odd number of values
+            (vector[x.shape[1] % 2 :], at.VAR),  # it lies C values after an aligned address
             (vector[1:], at.MORE),
         ]
         after.append(_given(running_stats.record_enqueued, plan_running, pointers, {}))
@@ -216,14 +216,14 @@ def _make_backward(
 
 
 def _vector_of(x: Tensor) -> Tensor:
-    """Float64 vectors as the kernels get them, for the compiler to look at: two values of one."""
+    """A float64 vector of two values, from which the compiler learns dtype and alignment."""
     return x.new_empty(2, dtype=torch.float64)
 
 
 def _given(
     kernel: JITFunction, plan: Plan, pointers: Sequence[tuple[Tensor | None, int]], constants: dict[str, Any]
 ) -> Given:
-    """A kernel, compiled, as Launches takes it. Tensors tell dtypes and alignments."""
+    """Compile a kernel for Launches. The tensors of ``pointers`` give dtypes and alignments."""
     tensors = [tensor for tensor, _ in pointers]
     compiled: Any = kernel.warmup(*tensors, *plan.sizes, grid=plan.grid, **plan.options, **constants)
     compiled.run  # noqa: B018  (loads it)

@@ -46,9 +46,10 @@ def record_enqueued(
     momentum,
     COLUMNS: tl.constexpr,
 ):
-    """Do the same for a batch that the host does not know: ``more`` has what the worker says of it.
+    """Do the update of ``record_batch`` for a batch whose count the host does not know.
 
-    That is the count, the unbiased variance over the biased one, and 0 if the batch is to be left out.
+    ``more`` holds the count, the unbiased variance over the biased one, and 0 if the batch is to be left
+    out, else 1.
     """
     channel = tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)
     takes_batch = tl.load(more + 2) > 0
@@ -65,10 +66,10 @@ def record_enqueued(
 def _lerp(running, new, momentum, channel, inside):
     old = tl.load(running + channel, inside, 0.0).to(tl.float64)
     weight, step = _float64_of(momentum), new - old
-    # from the nearer end, as torch.lerp: a momentum of 1 gives the batch
+    # a step from the nearer end, as in torch.lerp: a momentum of 1 gives the batch
     moved = tl.where(weight < 0.5, old + weight * step, new - (1 - weight) * step)
     if running.dtype.element_ty != tl.float64:
-        moved = moved.to(tl.float32)  # as torch does it on the way to half precision
+        moved = moved.to(tl.float32)  # torch rounds to half precision by way of float32
     tl.store(running + channel, moved.to(running.dtype.element_ty), inside)
 
 

@@ -92,7 +92,7 @@ def _store_sums(out, partials, sum_dy, sum_dy_xmu, mean, invstd, channel, channe
     inside = channel < channels
     total_dy = sum_per_channel(sum_dy.to(tl.float64), PLANES)
     total_dy_xmu = sum_per_channel(sum_dy_xmu.to(tl.float64), PLANES)
-    # "volatile" has them read again: the loop has no registers to keep them
+    # "volatile" makes the program read them again, because the loop has no registers to keep them.
     exact = tl.load(mean + channel, inside, 0.0, volatile=True)
     mean_lo = exact - exact.to(sum_dy.dtype).to(tl.float64)
     unit = _unit(tl.load(invstd + channel, inside, 0.0, volatile=True).to(sum_dy.dtype))
@@ -133,7 +133,7 @@ def parameter_gradients(sums, invstd, dweight, dbias, channels, COLUMNS: tl.cons
 
 @triton.jit
 def _unit(inverse):
-    """What ``x - mean`` is multiplied by: it keeps products in the range of float32."""
+    """The factor of ``x - mean`` that keeps products in the range of float32."""
     return tl.where(inverse == 0, 1.0, inverse)
 
 

@@ -29,7 +29,8 @@ __all__ = [
     "values_before",
 ]
 
-# Steps of a loop at once: bfloat16 has half the bytes on their way. Of float64, activations would spill.
+# Steps per turn of an unrolled loop: one step of bfloat16 has too few bytes in flight. Loops over
+# float64 are not unrolled, because activations would spill registers.
 UNROLL = tl.constexpr(2)
 
 
@@ -37,7 +38,7 @@ UNROLL = tl.constexpr(2)
 def partial_of_program(partials, channel, channels):
     """Pointers to a program's first results in ``partials``, of shape (rows, channels, shares).
 
-    Also returns the distance of a row from the next. The shares of a channel lie side by side, for
+    It also returns the distance of a row from the next. The shares of a channel lie side by side, for
     the second kernel, which reads them all.
     """
     shares = tl.num_programs(1)

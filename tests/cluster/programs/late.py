@@ -1,4 +1,4 @@
-"""Ranks that wait for their first exchange, which rank 3 does not come to: FOLDER."""
+"""Begin the first exchange on every rank except rank 3, which sleeps: ``late.py FOLDER``."""
 
 import os
 import sys
@@ -11,7 +11,7 @@ from mpi4py import MPI
 from mpisyncbn import functional
 from mpisyncbn.liveness import reports
 
-reports._FORWARD_SECONDS = 1.0  # else the first to end the job may end a rank that has more to say
+reports._FORWARD_SECONDS = 1.0  # gives all ranks time to report before one ends the job
 folder, rank = Path(sys.argv[1]), MPI.COMM_WORLD.rank
 os.dup2(os.open(folder / f"{rank}.said", os.O_CREAT | os.O_WRONLY), 2)
 MPI.COMM_WORLD.Barrier()

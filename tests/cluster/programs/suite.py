@@ -1,4 +1,7 @@
-"""A rank that runs tests: FOLDER, then what pytest takes. Notes its host, and how many ranks that has."""
+"""Run pytest on this rank: ``suite.py FOLDER [ARGUMENTS OF PYTEST]``.
+
+The rank writes the name of its host, and the number of ranks on that host, to a file in FOLDER.
+"""
 
 import socket
 import sys

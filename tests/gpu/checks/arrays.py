@@ -1,4 +1,4 @@
-"""Point 7, CuPy: late arrays on a stream of its own; with torch, and where that cannot be imported."""
+"""Point 7 of scripts/gpu_check: CuPy arrays written late on a side stream, with and without torch."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ _STEPS = 6
 
 
 def with_torch(context: Context) -> None:
-    """Collective."""
+    """Check CuPy arrays in a process that can import torch. Collective."""
     import torch
 
     torch.cuda.set_device(context.device)
@@ -26,7 +26,7 @@ def with_torch(context: Context) -> None:
 
 
 def without_torch(context: Context) -> None:
-    """Collective."""
+    """Check CuPy arrays in a process that cannot import torch. Collective."""
     sys.modules["torch"] = None  # from here on, import torch fails
     _arrays(context, "generic")
 
@@ -37,11 +37,11 @@ def _arrays(context: Context, kernels: str) -> None:
 
         cupy.cuda.Device(context.rank % cupy.cuda.runtime.getDeviceCount()).use()
         cupy.zeros(4).sum().get()
-    except Exception as error:  # not installed, or what it needs of CUDA is not
+    except Exception as error:  # CuPy, or a part of CUDA that it needs, is not installed
         context.records.skip("CuPy", summary(error))
         return
     stream = cupy.cuda.Stream(non_blocking=True)
-    busy = cupy.zeros(1 << 26, "float32")  # 256 MB: once over it takes the fastest memory 0.1 ms
+    busy = cupy.zeros(1 << 26, "float32")  # 256 MB: one pass takes 0.1 ms on the fastest memory
     for dtype in ("float32", "float64", "float16"):
         for step in range(_STEPS):
             name = f"{dtype}, step {step}"
@@ -87,7 +87,7 @@ def _step(context: Context, cupy: Any, busy: Any, dtype: str, step: int, name: s
 
 
 def _expected(world: Any, x: Any, dy: Any, weight: Any, bias: Any) -> tuple[list[Any], list[float]]:
-    """y, dx, this rank's dweight and dbias, the running mean; and the scale of each. Collective."""
+    """Return y, dx, dweight, dbias and running mean of this rank, and their scales. Collective."""
     axes, view = (0, 2, 3), (1, -1, 1, 1)
     shards = world.allgather((x.astype(float), dy.astype(float)))
     everything, gradient = (np.concatenate(parts) for parts in zip(*shards, strict=True))

@@ -1,4 +1,4 @@
-"""Point 6, the four kernels beside a copy and the operations of torch's own SyncBatchNorm."""
+"""Point 6 of scripts/gpu_check: times of the four kernels beside a copy and torch's own."""
 
 from __future__ import annotations
 
@@ -24,15 +24,15 @@ _SHAPES = [
     (8, 32, 64, 64, 64),
 ]
 _LARGE = 32 * 256 * 56 * 56  # values
-_TENSORS = {"moments": 1, "normalize": 2, "reduce": 2, "elementwise": 3}  # read or written
-_AHEAD = 600_000  # cycles, about 0.3 ms: so long the device waits while the host starts what is timed
+_TENSORS = {"moments": 1, "normalize": 2, "reduce": 2, "elementwise": 3}  # read or written by a kernel
+_AHEAD = 600_000  # cycles, about 0.3 ms: the device waits while the host enqueues a timed call
 _OF_COPY, _OF_TORCH, _OF_TORCH_FEW = 0.8, 1.05, 0.7
 
 Peers = dict[str, Callable[[], Any]]
 
 
 def kernels(context: Context) -> None:
-    """This rank alone."""
+    """Time the four kernels beside a copy and torch's SyncBatchNorm operations. It uses no MPI."""
     records = context.records
     shapes = _SHAPES[::2] if context.quick else _SHAPES
     rows = []
@@ -61,7 +61,7 @@ def kernels(context: Context) -> None:
 def _judge(
     records: Any, name: str, rows: list[dict[str, Any]], key: str, bar: float, most: bool = True
 ) -> None:
-    """How many reach the bar, and the worst as a bar of its own."""
+    """Record the worst row of each kernel as a bar, and in its name how many rows meet that bar."""
     for kernel in _TENSORS:
         of_kernel = [row for row in rows if row["kernel"] == kernel and key in row]
         if of_kernel:
@@ -77,7 +77,7 @@ def _rows(
     x, dy = _data(context, shape, dtype, layout), _data(context, shape, dtype, layout)
     ours, torchs = _ours(x, dy), _torchs(x, dy)
     target = torch.empty_like(x)
-    # The sum over all values, a figure only, is torch's own kernel that reads and hardly writes.
+    # The sum over all values is only reported: a kernel of torch that reads, and hardly writes.
     peers = {"copy": lambda: target.copy_(x), "sum": lambda: x.sum()}
     peers |= {f"ours {kernel}": call for kernel, call in ours.items()}
     left_out = {}
@@ -85,7 +85,7 @@ def _rows(
         try:
             call()
             peers[f"torch {kernel}"] = call
-        except RuntimeError as error:  # a layout that it does not take
+        except RuntimeError as error:  # torch's operation does not take this layout
             left_out[kernel] = str(error).splitlines()[0]
     times = timed(context, peers, 7 if context.quick else 21)
     rows: list[dict[str, Any]] = []
@@ -112,7 +112,7 @@ def _rows(
 
 
 def _merges(context: Context) -> None:
-    """Torch's own kernel that merges the statistics of ranks. MPI and the host merge ours: see point 5."""
+    """Time torch's kernel that merges statistics of ranks. MPI and the host merge ours (latency.py)."""
     for channels in (64, 2048):
         peers: Peers = {}
         for ranks in (2, 4, 32):
@@ -127,7 +127,10 @@ def _merges(context: Context) -> None:
 
 
 def timed(context: Context, peers: Peers, rounds: int) -> dict[str, float]:
-    """Microseconds of the device, the median over rounds in turn, of data that no cache holds."""
+    """Return the median time of each peer on the device, in microseconds.
+
+    The peers take turns. No cache holds their data, because it is flushed before each call.
+    """
     properties = torch.cuda.get_device_properties(context.device)
     cache = max(2 * getattr(properties, "L2_cache_size", 0), 128 << 20)  # bytes
     flush = torch.zeros(cache // 4, device=context.device)
@@ -135,12 +138,12 @@ def timed(context: Context, peers: Peers, rounds: int) -> dict[str, float]:
     for number in range(rounds + 3):
         for name, call in peers.items():
             begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-            flush.sum()  # reads, so that the cache has nothing left to write
+            flush.sum()  # only reads, so that the cache has nothing to write back
             torch.cuda._sleep(_AHEAD)
             begin.record()
             call()
             end.record()
-            if number >= 3:  # warm
+            if number >= 3:  # the first three rounds warm up
                 taken[name].append((begin, end))
         context.synchronize()
     return {

@@ -1,4 +1,4 @@
-"""The options of scripts/gpu_check. pytest reads them where this folder is named, and not with all tests."""
+"""The options of scripts/gpu_check. pytest has them only if its command line names this folder."""
 
 from __future__ import annotations
 

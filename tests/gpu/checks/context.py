@@ -1,4 +1,4 @@
-"""What every check is given: ranks, a device, the kernels to try, and where to write down what it finds."""
+"""The argument of every check: ranks, a device, the kernels to try, and a file for its findings."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ class Context:
 
     @cached_property
     def device(self) -> Any:
-        """This rank's, and torch's current one."""
+        """The device of this rank. A GPU is also made torch's current device."""
         import torch
 
         torch.set_num_threads(1)
@@ -43,7 +43,7 @@ class Context:
         return device
 
     def group(self, transport: str) -> Any:
-        """A group with that transport. Collective. Raises TransportError if it cannot be had."""
+        """Return a group with this transport. Raises TransportError if there is none. Collective."""
         import mpisyncbn
 
         with mock.patch.dict(os.environ, {"MPISYNCBN_TRANSPORT": transport}):
@@ -59,7 +59,7 @@ class Context:
             torch.cuda.synchronize(self.device)
 
     def synced(self, call: Callable[[], Any]) -> Callable[[], None]:
-        """``call``, and until the device has done it."""
+        """Return a function that calls ``call`` and waits until the device has finished."""
 
         def whole() -> None:
             call()
@@ -68,7 +68,7 @@ class Context:
         return whole
 
     def there(self, values: Any) -> Any:
-        """A tensor on the device, with the same strides, and as far from the begin of a cache line."""
+        """Return a copy on the device with the same strides and the same place in a cache line."""
         import torch
 
         once = values
@@ -81,9 +81,9 @@ class Context:
         return there.detach().expand(values.shape)
 
     def served_by(self, kernels: str) -> Any:
-        """A context in which that module of mpisyncbn.kernels serves the device; on a CPU what always does.
+        """Return a context in which this module of mpisyncbn.kernels serves the GPU.
 
-        Raises ImportError where it cannot.
+        On a CPU the usual kernels are used. Raises ImportError if the module cannot be imported.
         """
         return _serving(importlib.import_module(f"mpisyncbn.kernels.{kernels}") if self.on_gpu else None)
 
@@ -93,7 +93,7 @@ def _serving(module: Any) -> Iterator[None]:
     with ExitStack() as stack:
         for place in ("autograd.fused", "functional"):
             served = importlib.import_module(f"mpisyncbn.{place}")
-            # without a module, the same function in its place: so that a CPU shows that there is one
+            # On a CPU the patch changes nothing, but it fails if the function was renamed.
             instead = (
                 {"wraps": served.kernels_for} if module is None else {"side_effect": partial(_masked, module)}
             )
@@ -102,7 +102,7 @@ def _serving(module: Any) -> Iterator[None]:
 
 
 def _masked(module: Any, x: Any, mask: Any = None) -> Any:
-    """That module; with a mask the kernels for masks, which serve every GPU."""
+    """Return ``module``; with a mask, the kernels for masks, which serve every GPU."""
     from mpisyncbn.kernels import kernels_for
 
     return module if mask is None else kernels_for(x, mask)

@@ -1,4 +1,4 @@
-"""Point 3: layers against the whole batch in float64, in every dtype, layout and combination."""
+"""Point 3 of scripts/gpu_check: layers against the whole batch in float64, in every dtype and layout."""
 
 from __future__ import annotations
 
@@ -20,10 +20,10 @@ _ALL = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 _HALVES = (torch.bfloat16, torch.float16)
 _SOME = (torch.float32, torch.bfloat16)
 _BOTH = ("contiguous", "channels_last")
-# all, in one dtype of each width; their outputs have the signs of their inputs
+# All activations, each in one dtype of each width. Outputs are positive only if inputs are.
 _ACTIVATIONS = ("relu", "leaky_relu(0.1)", "silu", "hardswish", "elu(0.5)", "gelu", "gelu(tanh)")
-_IMAGE = (12, 9, 7)  # beyond the batch: channels, height, width
-_VARIANCE = {torch.float64: 1e-11}  # relative; 1e-6 for all others
+_IMAGE = (12, 9, 7)  # channels, height, width
+_VARIANCE = {torch.float64: 1e-11}  # the largest relative error; 1e-6 for other dtypes
 _RUNNING = {torch.float64: 1e-11, torch.float32: 2e-6, torch.bfloat16: 8e-3, torch.float16: 1e-3}
 
 
@@ -32,7 +32,7 @@ class Case(NamedTuple):
     shape: tuple[int, ...]  # (C, *)
     dtypes: tuple[torch.dtype, ...]
     layouts: tuple[str, ...] = _BOTH
-    batch: int = 3  # of rank 0; one more on each further rank
+    batch: int = 3  # samples on rank 0; each further rank has one more
     mean: float = 0.0
     std: float = 1.0
     affine: bool = True
@@ -76,7 +76,7 @@ CASES = [
 
 
 def layers(context: Context, kernels: str) -> None:
-    """Every case. Collective."""
+    """Check all cases, or some of them with --quick. Collective."""
     try:
         serving = context.served_by(kernels)
     except ImportError as error:
@@ -119,7 +119,7 @@ def _check(context: Context, case: Case, dtype: torch.dtype, layout: str, name: 
     z = whole_batch(context.world, x, dy, weight, bias, layer.eps).y
     z = z if residual is None else z + residual.double()
     if case.activation:
-        # near zero, rounding decides which side the input is on: the side is taken as found
+        # Near zero, rounding decides the sign of the activation's input: take the sign that was found.
         z = torch.where(found["y"] > 0, z.abs(), -z.abs())
     activation, z = TORCHS[case.activation], z.requires_grad_()
     expected_y = activation(z)
@@ -138,7 +138,7 @@ def _check(context: Context, case: Case, dtype: torch.dtype, layout: str, name: 
     for what, (value, most) in errors.items():
         if exact or case.mean < 100 * math.hypot(case.std, layer.eps**0.5):
             records.at_most(f"{name}: {what}", value, most)
-        else:  # torch's operations have no more than a float32 mean, to a few roundings
+        else:  # torch's operations have a float32 mean, with errors of a few roundings
             records.figure(f"{name}: {what}", value)
     records.holds(f"{name}: layout of y and dx", _same_layout(y, there) and _same_layout(there.grad, there))
 
@@ -172,7 +172,7 @@ def _rows(x: Tensor, mask: Tensor) -> Tensor:
 def _of_vectors(
     context: Context, case: Case, layer: Any, stats: Any, expected: Any, dtype: torch.dtype
 ) -> dict[str, tuple[float, float]]:
-    """Errors of statistics and of the parameters' gradients, and their bars."""
+    """The errors of statistics and of the parameters' gradients, each with the largest one allowed."""
     mean, var = (vector.cpu().double() for vector in stats[:2])
     std = expected.var.sqrt().clamp_min(1e-300 if case.std else abs(case.mean))
     scale = expected.var if case.std else torch.ones_like(expected.var)
@@ -181,7 +181,7 @@ def _of_vectors(
     unbiased = expected.var * expected.count / (expected.count - 1)
     running = max(
         distance(layer.running_mean, expected.mean, max(expected.mean.abs().max().item(), 1.0)),
-        distance(layer.running_var, unbiased, max(unbiased.max().item(), 1.0)),  # beside the 1 it began with
+        distance(layer.running_var, unbiased, max(unbiased.max().item(), 1.0)),  # scale: it was 1 at first
     )
     errors = {
         "mean, in std": (((mean - expected.mean).abs() / std).max().item(), 4e-7),
@@ -201,7 +201,7 @@ def laid_out(x: Tensor, layout: str) -> Tensor:
         return channels_last(x)
     if layout == "gaps":
         return torch.cat((x, x), 1)[:, : x.shape[1]]
-    if layout == "offset":  # not at the begin of a cache line
+    if layout == "offset":  # does not begin at a cache line
         return torch.cat((x.flatten()[:1], x.flatten()))[1:].view(x.shape)
     return x
 
@@ -216,6 +216,6 @@ def _gradient(dy: Tensor, x: Tensor, kind: str) -> Tensor:
 
 
 def _same_layout(found: Tensor, x: Tensor) -> bool:
-    """Dense tensors keep their strides; of others, y and dx are dense."""
+    """Whether ``found`` has the strides of ``x``. True if ``x`` has gaps (results have none) or is empty."""
     dense = x.is_contiguous() or x.movedim(1, -1).is_contiguous()
     return not dense or x.numel() == 0 or found.stride() == x.stride()

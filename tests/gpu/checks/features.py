@@ -1,4 +1,4 @@
-"""Point 7: autocast, checkpointing, torch.compile, cumulative averages, no hidden wait, no capture."""
+"""Point 7 of scripts/gpu_check: autocast, checkpoints, torch.compile, momentum=None, waits, captures."""
 
 from __future__ import annotations
 
@@ -20,13 +20,13 @@ _CHANNELS = 24
 
 
 def features(context: Context) -> None:
-    """Collective."""
+    """Check all features of this module except torch.compile. Collective."""
     for name, check in (
         ("autocast", _autocast),
         ("checkpoint", _checkpoint),
         ("momentum=None", _cumulative),
         ("no hidden wait", _no_hidden_wait),
-        ("capture", _capture),  # last: a capture that fails leaves its mark
+        ("capture", _capture),  # last, because a failed capture may affect later checks
     ):
         with context.records.trying(name):
             check(context)
@@ -86,14 +86,14 @@ def _cumulative(context: Context) -> None:
 
 
 def _no_hidden_wait(context: Context) -> None:
-    """torch raises where something waits for the device; the event of an exchange it does not know."""
+    """Check that torch finds no wait for the device. It does not see an exchange wait for an event."""
     if not context.on_gpu:
         context.records.skip("no hidden wait", "it needs a GPU")
         return
     for options in ({}, {"momentum": None}, {"activation": "relu"}):
         layer = _layer(context, **options)
         x, dy = (context.there(_batch(context, seed)) for seed in (7, 8))
-        layer(x.clone().requires_grad_()).backward(dy)  # compiles
+        layer(x.clone().requires_grad_()).backward(dy)  # the first call compiles
         problem = ""
         try:
             torch.cuda.set_sync_debug_mode("error")
@@ -129,10 +129,10 @@ def _capture(context: Context) -> None:
 
 
 def compiled(context: Context) -> None:
-    """torch.compile(fullgraph=True) of a layer with its neighbours, beside the same without. Collective."""
+    """Compare torch.compile(fullgraph=True) of a layer and its neighbours with eager mode. Collective."""
     import torch._inductor.config
 
-    torch._inductor.config.compile_threads = 1  # a pool of processes has no place in a rank
+    torch._inductor.config.compile_threads = 1  # an MPI rank should not start a pool of processes
     has_compiler = any(shutil.which(name) for name in ("g++", "clang++", "c++"))
     backend = "inductor" if has_compiler else "aot_eager"
     context.records.figure("back end", backend)

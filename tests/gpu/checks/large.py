@@ -1,4 +1,4 @@
-"""Point 3, tensors of more than 2**31 values: against sums over chunks in float64."""
+"""Point 3 of scripts/gpu_check: tensors of more than 2**31 values, against float64 sums over chunks."""
 
 from __future__ import annotations
 
@@ -13,11 +13,14 @@ from .context import Context
 from .reference import BARS
 
 _SHAPE = (33, 64, 1024, 1024)  # 2.2e9 values
-_SMALL = (5, 8, 16, 16)  # to try this on a CPU
+_SMALL = (5, 8, 16, 16)  # used on a CPU
 
 
 def tensors(context: Context) -> None:
-    """This rank alone, through the collective functions; one after the other, for they take much memory."""
+    """Check large tensors one after the other, because they take much memory.
+
+    Run it with one rank: it calls collective functions, but expects the results of one rank's data.
+    """
     for kernels in ("cuda", "aten_cuda")[: 2 if context.on_gpu else 1]:
         try:
             serving = context.served_by(kernels)
@@ -71,7 +74,7 @@ def _check(context: Context, dtype: torch.dtype, layout: str, name: str, exact: 
     for what, (error, bar) in errors.items():
         if exact:
             records.at_most(f"{name}: {what}", error, bar)
-        else:  # torch's operations add up so many values in float32
+        else:  # torch's operations add up this many values in float32
             records.figure(f"{name}: {what}", error)
     worst_y = worst_dx = 0.0
     for part, g, got_y, got_dx in zip(*map(_chunks, (x, dy, y, dx)), strict=True):
@@ -88,7 +91,7 @@ def _check(context: Context, dtype: torch.dtype, layout: str, name: str, exact: 
 def _data(
     shape: tuple[int, ...], dtype: torch.dtype, layout: str, device: torch.device, mean: float
 ) -> Tensor:
-    """Normal values, with a mean and a spread of each sample's own, so that no part is like another."""
+    """Normal values. Each sample has its own mean and spread, so that no two parts are alike."""
     last = layout == "channels_last"
     x = torch.empty((shape[0], *shape[2:], shape[1]) if last else shape, dtype=dtype, device=device)
     for number, sample in enumerate(x):
@@ -97,7 +100,7 @@ def _data(
 
 
 def _chunks(x: Tensor) -> Iterator[Tensor]:
-    """Samples, in float64."""
+    """The samples one by one, in float64."""
     return (x[number : number + 1].double() for number in range(len(x)))
 
 

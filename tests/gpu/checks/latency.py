@@ -1,4 +1,4 @@
-"""Point 5: the exchange of vectors that are on a device, by every way there is, beside MPI's own part."""
+"""Point 5 of scripts/gpu_check: times of an exchange of device vectors by each transport, and of MPI."""
 
 from __future__ import annotations
 
@@ -24,12 +24,12 @@ from .records import summary
 
 _CHANNELS = (64, 256, 1024, 2048)
 _OURS, _STREAM, _MPI = "ours, pinned", "ours, stream", "MPI alone, host memory"
-_IN_GRAPH = 20  # exchanges in a CUDA graph: the host starts all by one call
-_BAR = 25.0  # microseconds beyond MPI's own
+_IN_GRAPH = 20  # exchanges in a CUDA graph, which the host launches with one call
+_BAR = 25.0  # microseconds that an exchange may take beyond MPI's own time
 
 
 def _ours(group: Any, channels: int, context: Context) -> Callable[[], Any]:
-    """From the moments on the device to the merged statistics there."""
+    """Return a function that merges moments on the device into statistics on the device."""
     mean, m2 = torch.ones(2, channels, dtype=torch.float64, device=context.device).unbind()
     call = LayerCall("the latency check", "forward", channels, "float32")
 
@@ -41,7 +41,7 @@ def _ours(group: Any, channels: int, context: Context) -> Callable[[], Any]:
 
 
 def _enqueued(group: Any, channels: int, context: Context) -> Callable[[], Any]:
-    """Exchanges of the stream transport one after another, as the device sees them."""
+    """Return a function that launches a CUDA graph of exchanges of the stream transport."""
     mean, m2 = torch.ones(2, channels, dtype=torch.float64, device=context.device).unbind()
     call = LayerCall("the latency check", "forward", channels, "float32")
 
@@ -55,7 +55,7 @@ def _enqueued(group: Any, channels: int, context: Context) -> Callable[[], Any]:
     with torch.cuda.graph(graph):
         exchanges()
 
-    def replay(_: object = (mean, m2)) -> None:  # the graph reads them, and does not keep them
+    def replay(_: object = (mean, m2)) -> None:  # the default keeps alive what the graph reads
         graph.replay()
 
     return replay
@@ -77,7 +77,10 @@ def _pageable(channels: int, context: Context) -> Callable[[], Any]:
 
 
 def _peers(context: Context) -> tuple[dict[str, Any], list[tuple[str, str]]]:
-    """For each peer what makes its call for a number of channels; and those that are left out. Collective."""
+    """Return the peers, and the names of those left out, each with a reason. Collective.
+
+    A peer is a function of the number of channels, which returns the call to time.
+    """
     from mpi4py import MPI
 
     host = context.group("host")
@@ -99,7 +102,7 @@ def _peers(context: Context) -> tuple[dict[str, Any], list[tuple[str, str]]]:
 
 
 def latencies(context: Context) -> None:
-    """Collective."""
+    """Time the exchange of each peer. Collective."""
     records = context.records
     peers, left_out = _peers(context)
     with ExitStack() as stack:
@@ -112,7 +115,7 @@ def latencies(context: Context) -> None:
                 return lambda: dist.all_reduce(message)
 
             peers["gloo"] = reduced
-        except Exception as error:  # whatever gloo does not do
+        except Exception as error:  # any error: gloo may not support this
             left_out.append(("gloo", summary(error)))
         for name, reason in left_out:
             records.skip(name, reason)

@@ -1,4 +1,4 @@
-"""Starts the parts of points, each as a job under a time limit, and merges what its ranks wrote down."""
+"""Start parts of points, each as a job with a time limit, and merge the records of its ranks."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ from support import jobs
 from . import records
 from .points import Run
 
-_TAIL = 6000  # characters of what a failed run printed
+_TAIL = 6000  # characters kept of a failed run's output
 
 
 def probe(device: str) -> dict[str, Any]:
-    """The facts of the machine, found by a process of its own: this one stays off the GPU."""
+    """Return the facts of the machine. Another process finds them: this one does not use the GPU."""
     command = [sys.executable, "-c", f"from checks import worker; worker.probe({device!r})"]
     with TemporaryDirectory(prefix="gpu-check-") as folder:
         end = jobs.run(command, Path(folder), limit=120, variables=_variables())
@@ -32,7 +32,7 @@ def probe(device: str) -> dict[str, Any]:
 
 
 def ended(run: Run, device: str, quick: bool) -> dict[str, Any]:
-    """What a part found, when its job has ended."""
+    """Run a part as a job, and return its result."""
     result: dict[str, Any] = {"name": run.name, "ranks": run.ranks}
     mpiexec = jobs.find_mpiexec()
     reason = run.skip or ("it needs a GPU" if run.gpu and device == "cpu" else "")
@@ -59,9 +59,10 @@ def ended(run: Run, device: str, quick: bool) -> dict[str, Any]:
 
 
 def _variables() -> dict[str, str]:
-    """More ranks than cores, as root or not; what is set already stays, an MPI's own settings too.
+    """Return the environment of a job, in which MPI may start more ranks than cores, and as root.
 
-    The package is that of this folder only where no other is installed: it has native kernels.
+    Variables that are set already keep their values, also those of MPI. An installed package is used
+    before the one of this repository, because it has native kernels.
     """
     elsewhere = [path for path in sys.path if Path(path).resolve() != jobs.ROOT]
     here = [str(jobs.ROOT)] if PathFinder.find_spec("mpisyncbn", elsewhere) is None else []

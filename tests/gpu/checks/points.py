@@ -1,4 +1,4 @@
-"""What runs, as data."""
+"""The points of scripts/gpu_check and their parts, as data."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ _TRITON, _FALLBACK = {"kernels": "cuda"}, {"kernels": "aten_cuda"}
 
 
 class Run(NamedTuple):
-    """One process, or one mpiexec."""
+    """A part of a point: one process, or one job of mpiexec."""
 
     name: str
     function: str  # module.function of this package
@@ -22,10 +22,10 @@ class Run(NamedTuple):
     limit: int  # seconds
     arguments: dict[str, Any] = {}  # noqa: RUF012 (never changed)
     variables: dict[str, str] = {}  # noqa: RUF012
-    under: tuple[str, ...] = ()  # the command that starts Python, where it is another
-    gpu: bool = False  # whether it says nothing on a CPU
-    skip: str = ""  # why not
-    refused: str = ""  # what it prints where it cannot be run at all
+    under: tuple[str, ...] = ()  # a command to start Python with
+    gpu: bool = False  # whether it needs a GPU
+    skip: str = ""  # the reason to skip it, if there is one
+    refused: str = ""  # a text that it prints if it cannot run on this machine
 
 
 class Point(NamedTuple):
@@ -43,12 +43,12 @@ def _sanitized(tool: str) -> Run:
         0,
         240,
         {"shapes": 4 if tool == "memcheck" else 2},
-        {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"},  # so that each tensor has bounds of its own
-        # the calls that torch itself makes and recovers from are not what is looked for
+        {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"},  # so that each tensor has its own bounds
+        # do not report failed API calls, because torch makes some and recovers from them
         under=(command or "", "--tool", tool, "--error-exitcode", "99", "--report-api-errors", "no"),
         gpu=True,
         skip="" if command else "compute-sanitizer is not here",
-        refused="Device not supported",  # in some virtual machines
+        refused="Device not supported",  # printed in some virtual machines
     )
 
 
@@ -62,7 +62,7 @@ def sanitizer() -> str | None:
     return shutil.which(name) or shutil.which(name, path=os.pathsep.join(folders))
 
 
-_PARTS = {  # by number and title, and whether they run side by side: where no time is taken
+_PARTS = {  # by number, title, and whether they run side by side: timed ones do not
     (1, "versions and transports", True): [
         Run("python -m mpisyncbn", "versions.report", 2, 90),
         Run("auto", "versions.transport", 2, 90, {"asked": "auto"}),
@@ -86,7 +86,7 @@ _PARTS = {  # by number and title, and whether they run side by side: where no t
         Run("fallback", "repeats.bits", 4, 120, _FALLBACK, gpu=True),
         Run("torch.nn.SyncBatchNorm", "repeats.peer", 2, 90),
     ],
-    # ranks that share a GPU take turns at it, so one rank shows what the way itself takes
+    # Ranks that share a GPU take turns, so one rank shows the time of the transport itself.
     (5, "latency", False): [
         Run("exchange, 1 rank", "latency.latencies", 1, 90),
         Run("exchange, 2 ranks", "latency.latencies", 2, 90),

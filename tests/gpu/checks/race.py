@@ -1,4 +1,4 @@
-"""Point 2: nothing is read before a device has written it. With the waits taken out that must show."""
+"""Point 2 of scripts/gpu_check: nothing is read before it is written, unless waits are left out."""
 
 from __future__ import annotations
 
@@ -20,13 +20,13 @@ from .records import summary
 from .reference import random
 
 _TIMES = 20
-_COPIES = 64  # some times the number of pinned buffers
-_CYCLES = 60_000_000  # of a device's clock, about 30 ms: what the host could do meanwhile, a hundred times
-_WRONG = 1e-3  # errors above this are no rounding
+_COPIES = 64  # several times the number of pinned buffers
+_CYCLES = 60_000_000  # of a device's clock, about 30 ms: the host could do its part a hundred times
+_WRONG = 1e-3  # larger errors are not due to rounding
 
 
 def race(context: Context) -> None:
-    """Late data, late gradients, on a side stream, through a layer. Collective."""
+    """Check a layer whose input and gradient are written late on a side stream. Collective."""
     records = context.records
     layer = mpisyncbn.SyncBatchNorm(64, device=context.device)
     try:
@@ -46,12 +46,15 @@ def race(context: Context) -> None:
 
 
 def _steps(context: Context, layer: Any, times: int, may_raise: bool = False) -> list[float]:
-    """The error of ``y`` and ``dx`` in each, the worst of all ranks; infinite where it raises."""
+    """Return the error of ``y`` and ``dx`` together in each step, the largest of all ranks. Collective.
+
+    An error is infinite if it would be NaN, or if the step raises and ``may_raise`` is true.
+    """
     side = torch.cuda.Stream(context.device)
     weight, bias = layer.weight.detach().cpu(), layer.bias.detach().cpu()
     errors = []
     for step in range(times):
-        # Each time other moments: what an earlier step left in a buffer is wrong.
+        # Each step has other moments, so values that an earlier step left in a buffer are wrong.
         x = (random((4 + context.rank, 64, 16, 16), 100 * step + context.rank) * (step + 1) + step).float()
         dy = random(tuple(x.shape), 100 * step + 50 + context.rank, mean=step).float()
         fresh, late_dy = context.there(x), context.there(dy)
@@ -81,7 +84,7 @@ def _steps(context: Context, layer: Any, times: int, may_raise: bool = False) ->
 
 
 def buffers(context: Context) -> None:
-    """More copies to a device that is busy than there are pinned buffers. This rank alone."""
+    """Check more copies to a busy device than there are pinned buffers. It uses no MPI."""
     records = context.records
     for waits, name in ((True, "waits in place"), (False, "without the waits")):
         with nullcontext() if waits else _no_waits():
@@ -92,7 +95,7 @@ def buffers(context: Context) -> None:
 
 def _uploads(device: torch.device) -> int:
     like, side = torch.zeros(1, device=device), torch.cuda.Stream(device)
-    # Long ones: what is short a driver may take along with the command, and read at once.
+    # Long vectors: a driver may read a short one at once, and send it with the command.
     sent = [np.full(16384, float(number + 1)) for number in range(_COPIES)]
     with torch.cuda.stream(side):
         for vector in sent:  # makes the buffers
@@ -108,6 +111,6 @@ def _uploads(device: torch.device) -> int:
 
 @contextmanager
 def _no_waits() -> Iterator[None]:
-    """Events that nobody waits for. torch.cuda.synchronize still does."""
+    """A context in which waits for events return at once. torch.cuda.synchronize still waits."""
     with mock.patch.object(torch.cuda.Event, "synchronize", return_value=None):
         yield

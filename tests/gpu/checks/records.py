@@ -1,7 +1,8 @@
-"""What a run finds: written down by each rank as it goes, so that it outlives a crash; and put together.
+"""The records of a part: each rank writes its own as it runs, so that they outlive a crash.
 
-``checks`` decide between passed and failed, ``bars`` are met or missed, ``figures`` are for the reader,
-``skipped`` are the things that could not be tried, and why.
+``merged`` puts those of all ranks together. ``checks`` decide whether the part passes, ``bars`` are
+aims that a figure meets or misses, ``figures`` are for the reader, and ``skipped`` are the things that
+could not be tried, with the reasons.
 """
 
 from __future__ import annotations
@@ -18,20 +19,20 @@ _END = "end"
 
 
 class Records:
-    """One rank's."""
+    """The records of one rank, in a file of JSON lines."""
 
     def __init__(self, path: Path) -> None:
         self._path = path
 
     def at_most(self, name: str, value: float, bar: float) -> None:
-        """A check: fails above ``bar``, and where ``value`` is no number."""
+        """Record a check, which fails if ``value`` is above ``bar`` or NaN."""
         self._write("check", name, value=value, bar=bar, ok=bool(value <= bar))
 
     def holds(self, name: str, ok: bool, detail: str = "") -> None:
         self._write("check", name, ok=bool(ok), **({"detail": detail} if detail else {}))
 
     def bar(self, name: str, value: float, bar: float, *, most: bool = True) -> None:
-        """A figure with an aim: at most ``bar``, or at least."""
+        """Record a figure that should be at most ``bar``, or at least ``bar`` if ``most`` is False."""
         met = value <= bar if most else value >= bar
         self._write("bar", name, value=value, bar=bar, at="most" if most else "least", met=bool(met))
 
@@ -46,7 +47,7 @@ class Records:
 
     @contextmanager
     def trying(self, name: str) -> Iterator[None]:
-        """An exception inside fails a check of this name, and the run goes on."""
+        """A context that turns an exception into a failed check of this name. The run goes on."""
         try:
             yield
         except Exception as error:
@@ -63,7 +64,7 @@ def summary(error: BaseException) -> str:
 
 
 def _plain(value: Any) -> Any:
-    """Four significant digits, and no number that JSON does not know."""
+    """Return a value for JSON: floats have four significant digits, infinities and NaN are strings."""
     if isinstance(value, dict):
         return {str(key): _plain(item) for key, item in value.items()}
     if isinstance(value, (list, tuple)):
@@ -74,7 +75,10 @@ def _plain(value: Any) -> Any:
 
 
 def merged(folder: Path, ranks: int) -> dict[str, Any]:
-    """Of all ranks: the worst of each check, the figures of rank 0, and whether each came to its end."""
+    """Merge the records of all ranks: the worst of each check, and the bars and figures of rank 0.
+
+    ``whole`` in the result is whether every rank came to its end.
+    """
     found: dict[str, Any] = {"checks": [], "bars": [], "figures": {}, "skipped": [], "whole": True}
     checks: dict[str, dict[str, Any]] = {}
     for rank in range(ranks):
@@ -105,7 +109,7 @@ def _badness(check: dict[str, Any]) -> tuple[bool, float]:
 
 
 def verdict(found: dict[str, Any], problem: str) -> tuple[str, str]:
-    """Passed, failed or skipped, and in a few words why."""
+    """Return ``passed``, ``failed`` or ``skipped``, and a short reason. Removes ``whole`` from ``found``."""
     failed = [check for check in found["checks"] if not check["ok"]]
     whole = found.pop("whole")
     if problem or failed or not whole:

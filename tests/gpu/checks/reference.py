@@ -1,4 +1,4 @@
-"""Data to try layers with, and how far results may be off."""
+"""Random data for layers, and the largest errors that results may have."""
 
 from __future__ import annotations
 
@@ -7,12 +7,12 @@ import hashlib
 import torch
 from torch import Tensor
 
-# Largest error of y and dx, in units of their scale: for half precision, one rounding of the result.
+# The largest error of y and dx, relative to their scale. In half precision it is one rounding.
 BARS = {torch.float64: 1e-12, torch.float32: 1e-5, torch.bfloat16: 8e-3, torch.float16: 1e-3}
 
 
 def random(shape: tuple[int, ...], seed: int, mean: float = 0.0, std: float = 1.0) -> Tensor:
-    """Float64, on the host."""
+    """Return normal values in float64, on the host."""
     generator = torch.Generator().manual_seed(seed)
     return torch.randn(shape, generator=generator, dtype=torch.float64) * std + mean
 
@@ -23,7 +23,7 @@ def channels_last(x: Tensor) -> Tensor:
 
 
 def digest(*tensors: Tensor) -> str:
-    """Of all their bits."""
+    """Return a hash of all bits of the tensors."""
     found = hashlib.sha256()
     for tensor in tensors:
         found.update(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().tobytes())

@@ -1,4 +1,4 @@
-"""Point 4: the same bits each time and on every rank; and what torch.nn.SyncBatchNorm finds over gloo."""
+"""Point 4 of scripts/gpu_check: the same bits each time and on every rank, and torch's results."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ _SHAPE = (8, 96, 24, 24)
 
 
 def bits(context: Context, kernels: str) -> None:
-    """Collective."""
+    """Check that a repeated step gives the same bits, and that all ranks agree. Collective."""
     try:
         serving = context.served_by(kernels)
     except ImportError as error:
@@ -57,7 +57,7 @@ def _bits(context: Context, name: str, dtype: torch.dtype, layout: str) -> None:
 
 
 def peer(context: Context) -> None:
-    """Against torch.nn.SyncBatchNorm, which says nothing of a batch on a CPU. Collective."""
+    """Compare with torch.nn.SyncBatchNorm over gloo, which refuses a batch on a CPU. Collective."""
     from benchmarks.peers import gloo
 
     problem = None
@@ -66,7 +66,7 @@ def peer(context: Context) -> None:
             for layout in ("contiguous", "channels_last"):
                 for dtype in (torch.float32, torch.bfloat16):
                     _compare(context, f"{str(dtype).rpartition('.')[2]}, {layout}", dtype, layout)
-    except Exception as error:  # whatever gloo, or torch on it, does not do
+    except Exception as error:  # any error: gloo, or torch over it, may not support this
         problem = summary(error)
     if problem is not None:
         context.records.skip("torch.nn.SyncBatchNorm over gloo", problem)
@@ -88,11 +88,11 @@ def _compare(context: Context, name: str, dtype: torch.dtype, layout: str) -> No
         gradients = leaf.grad, layer.weight.grad, layer.bias.grad
         results.append((y, *gradients, layer.running_mean, layer.running_var))
     bar = 1e-5 if dtype == torch.float32 else 8e-3
-    # torch rounds its sums over planes of half precision to that, which point 3 holds ours to be free of
+    # torch rounds sums over planes of half precision to half precision; point 3 checks that ours are not
     of_sums = bar if layout == "contiguous" else 1e-5
     labels = ("y", "dx", "dweight", "dbias", "running_mean", "running_var")
     for label, theirs, ours in zip(labels, *results, strict=True):
-        # what is left of large sums, at their own scale
+        # Large terms cancel in these sums, so their scale is that of the terms.
         scale = dy.double().abs().sum().item() / _SHAPE[1] if label in ("dweight", "dbias") else None
         most = bar if label in ("y", "dx") else of_sums if label in ("dweight", "dbias") else 1e-5
         context.records.at_most(f"{name}: {label}", distance(ours, theirs, scale), most)

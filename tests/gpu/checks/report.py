@@ -1,4 +1,4 @@
-"""What pytest reports, as JSON and for people."""
+"""A plugin of pytest that writes the results as JSON, and prints them for people."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from .points import NUMBERS, TUNE, Point, Run
 
 
 class Report:
-    """A plug-in: writes the JSON after each part, so that it outlives what comes next."""
+    """The plugin. It writes the JSON file after each part, so that a later crash loses nothing."""
 
     def __init__(self, facts: dict[str, Any], options: Any) -> None:
         date = datetime.datetime.now(datetime.timezone.utc)
@@ -75,7 +75,7 @@ def heading(facts: dict[str, Any]) -> str:
 
 
 def lines(run: dict[str, Any]) -> str:
-    """A part as it ends: what failed, what was found, what was missed, what was skipped."""
+    """Return the lines to print for a part: its verdict, figures and bars, and what it skipped."""
     reason = f": {run['reason']}" if run["reason"] else ""
     checks = f", {len(run['checks'])} checks" if run.get("checks") else ""
     found = [f"   {run['name']}: {run['verdict']}{reason} ({run['seconds']} s{checks})"]

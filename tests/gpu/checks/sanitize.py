@@ -1,4 +1,4 @@
-"""Point 8: our own kernels once over small tensors, for compute-sanitizer to watch. Without MPI."""
+"""Point 8 of scripts/gpu_check: our kernels on small tensors, under compute-sanitizer, without MPI."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ _SHAPES = [(40, 6, 64, 48), (3, 5, 7, 9), (2, 130, 5, 5), (50, 33)]
 
 
 def kernels(context: Context, shapes: int) -> None:
-    """Shapes with edges in every direction, and one whose sums are in parts."""
+    """Run the kernels on shapes with edges in every direction, and on one whose sums are in parts."""
     module = kernels_for(torch.zeros(1, 1, device=context.device))
     context.records.figure("kernels", module.__name__)
     for shape in _SHAPES[: 2 if context.quick else shapes]:
@@ -26,7 +26,7 @@ def kernels(context: Context, shapes: int) -> None:
 
 
 def _all_verbs(module: Any, x: torch.Tensor) -> bool:
-    """Whether what comes of them is finite: compute-sanitizer judges how."""
+    """Run all four kernels. Return whether results are finite: compute-sanitizer finds other errors."""
     vectors = torch.float64 if x.dtype == torch.float64 else torch.float32
     weight = bias = torch.ones(x.shape[1], dtype=vectors, device=x.device)
     count, mean, m2 = module.local_moments(x)

@@ -1,4 +1,4 @@
-"""Point 6, whole layers: beside torch.nn.SyncBatchNorm over gloo, and what the host spends on a tiny one."""
+"""Point 6 of scripts/gpu_check: times of layers beside torch's, and of the host for a tiny one."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ TIMES_FASTER = 3.0  # than torch over gloo
 
 
 def layer(context: Context) -> None:
-    """Forward and backward. Collective."""
+    """Time forward and backward of a layer, beside torch's layers. Collective."""
     records = context.records
     shape = _SHAPE if context.on_gpu else _TINY
     for dtype in (torch.float32, torch.bfloat16):
@@ -33,24 +33,24 @@ def layer(context: Context) -> None:
                 theirs = context.synced(_step(context, torch.nn.SyncBatchNorm, shape, dtype))
                 theirs()
                 times = interleave({**calls, "torch over gloo": theirs}, 1.0, fewest=10)
-        except Exception as error:  # whatever gloo, or torch on it, does not do
+        except Exception as error:  # any error: gloo, or torch over it, may not support this
             records.skip(f"{name}, torch over gloo", summary(error))
             times = interleave(calls, 1.0, fewest=10)
         said = {each: f"{found['median']:.0f} ({found['minimum']:.0f})" for each, found in times.items()}
         records.figure(f"{shape} {name}, us, median (minimum)", said)
-        if "torch over gloo" in times and context.size > 1:  # one rank alone: torch uses its local layer
+        if "torch over gloo" in times and context.size > 1:  # with one rank, torch uses its local layer
             faster = times["torch over gloo"]["median"] / times["ours"]["median"]
             records.bar(f"{name}: times faster than torch over gloo", faster, TIMES_FASTER, most=False)
 
 
 def tiny(context: Context) -> None:
-    """Time of the host for a step of a layer that is all calls. This rank alone."""
+    """Time a step of a layer so small that the host's calls take all the time. Run it with one rank."""
     steps = 50 if context.quick else 300
     for name, kind in (("ours", mpisyncbn.SyncBatchNorm), ("torch.nn.BatchNorm2d", torch.nn.BatchNorm2d)):
         step = _step(context, kind, _TINY, torch.float32)
         try:
             step()
-        except RuntimeError as error:  # of cuDNN, which scripts/standin has no stand-in for
+        except RuntimeError as error:  # cuDNN fails under scripts/standin, which does not emulate it
             context.records.skip(f"{name}, by cuDNN", summary(error))
             torch.backends.cudnn.enabled = False
         for _ in range(20):

@@ -1,4 +1,4 @@
-"""Point 9, the stream transport: captured graphs, late errors, and its time beside the other transports."""
+"""Point 9 of scripts/gpu_check: captured graphs, late errors and times of the stream transport."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ _REPLAYS = 100
 
 
 def capture(context: Context) -> None:
-    """Forward and backward in one graph, replayed with other data each time. Collective."""
+    """Capture forward and backward in one CUDA graph, and replay it with new data. Collective."""
     layer = mpisyncbn.SyncBatchNorm(
         24, process_group=context.group("stream"), device=context.device, momentum=0.5
     )
@@ -88,13 +88,13 @@ def capture(context: Context) -> None:
 
 
 def compiled(context: Context) -> None:
-    """Layers of a network in the CUDA graphs of torch.compile, beside the same without. Collective."""
+    """Compare a network in the CUDA graphs of torch.compile with one in eager mode. Collective."""
     if os.environ.get("MPISYNCBN_STANDIN"):
         context.records.skip("torch.compile", "a stand-in has no memory pools for torch's CUDA graphs")
         return
     import torch._inductor.config
 
-    torch._inductor.config.compile_threads = 1  # a pool of processes has no place in a rank
+    torch._inductor.config.compile_threads = 1  # an MPI rank should not start a pool of processes
     nets = [_network().to(context.device) for _ in range(2)]
     fast = torch.compile(nets[1], mode="reduce-overhead")
     worst = 0.0
@@ -124,7 +124,7 @@ def _network() -> torch.nn.Sequential:
 
 
 def failures(context: Context) -> None:
-    """A mismatch is found late, and raised on every rank; nothing wrong is used. Collective."""
+    """Check that a mismatch raises late, on every rank, and no wrong result is used. Collective."""
     group = context.group("stream")
     layers = [
         mpisyncbn.SyncBatchNorm(8, process_group=group, device=context.device, eps=e) for e in (1e-5, 1e-3)
@@ -154,7 +154,7 @@ def failures(context: Context) -> None:
 
 
 def times(context: Context) -> None:
-    """Forward and backward by each transport, beside the local layer and torch over gloo. Collective."""
+    """Time forward and backward with each transport, a local layer, and torch over gloo. Collective."""
     records = context.records
     kinds: dict[str, Callable[[int], Any]] = {}
     for transport in ("stream", "host", "device"):
@@ -200,7 +200,7 @@ def _steps(context: Context, layer: Any, shape: tuple[int, ...]) -> Callable[[],
 
 
 def resnet(context: Context) -> None:
-    """A step of a ResNet-50 by each transport. Collective."""
+    """Time a step of a ResNet-50 with two transports, local layers, and torch over gloo. Collective."""
     try:
         import torchvision
     except ImportError as error:

@@ -1,4 +1,4 @@
-"""Point 7, streams: forward and backward on different ones, with data that is late on each."""
+"""Point 7 of scripts/gpu_check: forward and backward on different streams, with late data on each."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ _CYCLES = 40_000_000
 
 
 def streams(context: Context) -> None:
-    """Collective."""
+    """Check a layer with forward and backward on different streams. Collective."""
     first, second = torch.cuda.Stream(context.device), torch.cuda.Stream(context.device)
     default = torch.cuda.default_stream(context.device)
     for name, forward, backward in (

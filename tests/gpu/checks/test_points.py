@@ -1,4 +1,4 @@
-"""A part of a point is a test: it fails where a check fails. A figure that misses its bar fails nothing."""
+"""Each part of a point is a test. It fails if a check fails, but not if a figure misses its bar."""
 
 from __future__ import annotations
 
@@ -31,7 +31,10 @@ def pytest_generate_tests(metafunc: Any) -> None:
 
 @pytest.fixture(scope="module")
 def point(request: Any) -> Iterator[dict[str, Future[dict[str, Any]]]]:
-    """The parts of a point as they run: side by side where no time is taken, and apart from other points."""
+    """Run the parts of a point, and yield the futures of their results by name.
+
+    They run side by side unless they are timed. No part of another point runs at the same time.
+    """
     options = request.config.option
     parts = [item.callspec.params for item in request.session.items]
     chosen = {

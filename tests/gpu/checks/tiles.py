@@ -1,4 +1,4 @@
-"""Time tiles beside those in use: a GPU tells which ones kernels/cuda/plans.py should have."""
+"""Time other tiles beside those in use, to choose those of mpisyncbn/kernels/cuda/plans.py."""
 
 from __future__ import annotations
 
@@ -12,16 +12,16 @@ from .bandwidth import _data, _ours, timed
 from .context import Context
 
 _SHAPES = [(32, 64, 112, 112), (32, 256, 56, 56), (32, 1024, 14, 14), (50, 2048, 7, 7)]
-_THREADS = 32  # of a warp
-# For sums: warps of a program, values of a tile for each of its threads, registers of a thread, at most.
+_THREADS = 32  # in a warp
+# Sums: warps of a program, values of a tile for each thread, and the most registers of a thread.
 _SUMS = [(warps, values, most) for warps in (2, 4, 8) for values in (8, 16) for most in (64, 80, 128)]
 _ALL_REGISTERS = 1 << 16  # of a multiprocessor
-# For what goes element by element: warps, bytes for each thread, tiles for each program.
+# Elementwise kernels: warps of a program, bytes for each thread, tiles for each program.
 _ELEMENTS = [(warps, bytes, steps) for warps in (4, 8) for bytes in (32, 64) for steps in (1, 4)]
 
 
 def tiles(context: Context) -> None:
-    """This rank alone. For each tensor and kernel, microseconds by tile: those in use first."""
+    """Record the microseconds of each kernel by tile, with the tile in use first. It uses no MPI."""
     from mpisyncbn.kernels.cuda import plans
 
     for shape in _SHAPES[:2] if context.quick else _SHAPES:
@@ -49,7 +49,7 @@ def _compare(context: Context, plans: Any, name: str, kind: tuple[Any, ...]) -> 
 
 
 def _for_sums(warps: int, values: int, registers: int) -> dict[str, int]:
-    """As many programs for each multiprocessor as have room for their registers."""
+    """Return settings of plans.py with as many programs on a multiprocessor as its registers allow."""
     programs = _ALL_REGISTERS // (registers * warps * _THREADS)
     return {
         "_WARPS": warps,
@@ -64,7 +64,7 @@ def _for_elements(warps: int, bytes: int, steps: int) -> dict[str, int]:
 
 
 def _under(plans: Any, settings: dict[str, int], call: Any) -> Any:
-    """The call with plans made by other settings; made once, for they are what is timed after."""
+    """Return ``call`` with plans by other settings, made once so that only the first call takes longer."""
 
     def made(name: str) -> Any:
         make = getattr(plans, name).__wrapped__

@@ -1,4 +1,4 @@
-"""Point 1: what is there, and which transport an MPI gets."""
+"""Point 1 of scripts/gpu_check: the installed versions, and the transport that is used with this MPI."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ from .records import summary
 
 
 def report(context: Context) -> None:
-    """``python -m mpisyncbn --json``. Collective."""
+    """Check the output of ``python -m mpisyncbn --json``. Collective."""
     printed = io.StringIO()
-    device = context.device  # so that torch is there, as it is in a program
+    device = context.device  # imports torch, as a program does
     with contextlib.redirect_stdout(printed), mock.patch.object(sys, "argv", ["mpisyncbn", "--json"]):
         runpy.run_module("mpisyncbn", run_name="__main__")
     if context.rank == 0:
         facts = json.loads(printed.getvalue())
-        facts["mpi"]["library"] = facts["mpi"]["library"].split(",")[0]  # goes on with who built it
+        facts["mpi"]["library"] = facts["mpi"]["library"].split(",")[0]  # the rest says who built it
         context.records.holds("prints its facts", {"versions", "mpi", "transport", "kernels"} <= set(facts))
         for topic in ("mpi", "transport", "kernels", "exchange"):
             context.records.figure(topic, facts[topic])
@@ -32,7 +32,7 @@ def report(context: Context) -> None:
 
 
 def transport(context: Context, asked: str) -> None:
-    """A step of a layer with the transport asked for; where MPI lacks it, an exception. Collective."""
+    """Check that a layer uses the transport asked for, or raises if MPI does not have it. Collective."""
     import torch
 
     import mpisyncbn

@@ -1,4 +1,4 @@
-"""One rank of a part: ``python -m checks.worker JSON``. Leaves importing torch to the check."""
+"""One rank of a part: ``python -m checks.worker JSON``. It imports torch only if the check does."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def probe(device: str) -> None:
 
 
 def facts(device: str) -> dict[str, Any]:
-    """Device, driver and versions: no host name, no path."""
+    """Return the devices, the driver and the versions, but no host name and no path."""
     from mpisyncbn.kernels import native
     from mpisyncbn.report import versions
 

@@ -1,4 +1,4 @@
-"""A rank does not come to an exchange, and is there. MPISYNCBN_TIMEOUT ends the job."""
+"""A rank is alive, but does not come to an exchange. MPISYNCBN_TIMEOUT ends the job."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ def _deadline(**variables: str) -> dict[str, Any]:
 
 
 def absent(rank: int, *says: str, **variables: str) -> Any:
-    """A case in which all others wait for the rank."""
+    """A decorator for a case in which all other ranks wait for ``rank``."""
     others = (each for each in range(SIZE) if each != rank)
     return case(rank, says=[*waits(*others), *says], **_deadline(**variables))
 

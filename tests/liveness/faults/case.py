@@ -1,8 +1,9 @@
-"""What a case is, and the list of them: each a small program of 4 ranks, and how its job must end.
+"""The list of cases. A case is a small program of 4 ranks, and the way in which its job must end.
 
-By what happens: a rank does not come (``absences``), ranks do different things (``mismatches``),
-one rank ends (``exceptions``, ``endings``, ``signals``, and with torch ``training``), something was
-wrong from the start (``setups``). And ranks end well: ``completions``.
+Each module has the cases of one topic: a rank does not come to an exchange (``absences``), ranks do
+different things (``mismatches``), a rank ends (``exceptions``, ``endings``, ``signals``, and with
+torch ``training``), something is wrong from the start (``setups``), or all ranks end well
+(``completions``).
 """
 
 from __future__ import annotations
@@ -18,18 +19,18 @@ NOT_ZERO = range(1, 256)
 
 
 class Case(NamedTuple):
-    """One fault, or good end. Its job must end within ``limit`` seconds of it, with one of ``statuses``."""
+    """One fault or good end. The job must end within ``limit`` seconds of it, with one of ``statuses``."""
 
     program: Callable[[Job], object]
     at_fault: tuple[int, ...]  # ranks
     says: tuple[str, ...]  # patterns that stderr must match
-    silent: tuple[str, int] | None  # "exit" or "signal", and which, where no rank can say it: mpiexec must
+    silent: tuple[str, int] | None  # ("exit" or "signal", number) that mpiexec must name: no rank can
     limit: float
     statuses: Iterable[int]
     variables: Mapping[str, str]
-    own_variables: Mapping[str, str]  # of the ranks at fault alone
+    own_variables: Mapping[str, str]  # set on the ranks at fault alone
     under: tuple[str, ...]  # arguments of Python ahead of the program
-    instead: Mapping[str, str]  # what an MPI library says itself, as it ends the job with a status of its own
+    instead: Mapping[str, str]  # {library: pattern of stderr if it ends the job itself, with a status > 0}
 
     @property
     def name(self) -> str:
@@ -41,7 +42,7 @@ class Case(NamedTuple):
 
     @property
     def fault(self) -> str:
-        """The title, with the ranks."""
+        """The ranks at fault and the title, for example "rank 1 gets SIGTERM"."""
         if len(self.at_fault) == SIZE:
             return f"every rank {self.title}"
         return f"rank{'s' * (len(self.at_fault) > 1)} {' and '.join(map(str, self.at_fault))} {self.title}"
@@ -51,7 +52,7 @@ _cases: list[Case] = []
 
 
 def traceback(function: str) -> str:
-    """Of a Python stack that goes through the function."""
+    """A pattern of a Python stack that goes through ``function``."""
     return rf'File ".*", line \d+,? in {function}\b'
 
 
@@ -60,13 +61,17 @@ def ends_job(rank: int, status: int = 1) -> str:
 
 
 def has_left(rank: int) -> str:
-    """Of a rank that ended in good order; others say it."""
+    """A pattern of a report: a rank waits in vain, because ``rank`` has ended in good order."""
     waiting = r"mpisyncbn: rank \d of 4 on \S+ waits in exchange .* in vain"
     return rf"{waiting}: rank {rank} on \S+ has left the program"
 
 
 def waits(*ranks: int) -> list[str]:
-    """Reports of the ranks that wait too long, with stacks; some are asked before their time is over."""
+    """Patterns of reports, with Python stacks, of ``ranks`` that wait too long in an exchange.
+
+    At least one of them reports that it has waited too long. The others do so, or report that
+    another rank asked them before their own time was over.
+    """
     begin = r"mpisyncbn: rank {} of 4 on \S+ "
     waited = r"has waited [\d.]+ s \(the limit is \S+ s, MPISYNCBN_TIMEOUT\) for other ranks of its group in"
     asked = r"was asked by rank \d, which has waited too long: it (?:is missing: .* and )?waits in"
@@ -78,7 +83,11 @@ def waits(*ranks: int) -> list[str]:
 
 
 def missing(rank: int, function: str) -> list[str]:
-    """The listing, in which a rank is missing, and what this rank says itself: it is in the function."""
+    """Patterns of the reports about ``rank``, which is alive, but is not where the others wait.
+
+    Another rank lists what all ranks were doing, with ``rank`` as missing. ``rank`` itself reports
+    a Python stack that goes through ``function``.
+    """
     asked = rf"mpisyncbn: rank {rank} of 4 on \S+ was asked by rank \d, .*\n{_STACK}"
     return [
         "mpisyncbn: what the ranks of the group were doing:$",
@@ -101,7 +110,7 @@ def case(
     under: tuple[str, ...] = (),
     instead: Mapping[str, str] | None = None,
 ) -> Callable[[Any], Any]:
-    """The decorated function is the program, and its docstring the fault."""
+    """A decorator that adds a case: the function is its program, its docstring names the fault."""
     statuses = (status,) if isinstance(status, int) else status
 
     def add(program: Callable[[Job], object]) -> Callable[[Job], object]:

@@ -1,4 +1,4 @@
-"""Ranks end well, in ways that look like a failure, or wait for another rank. The job must end with 0."""
+"""Ranks end well, though it looks like a failure or others wait for them. The status must be 0."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from .job import Job
 
 
 def _sends_at_the_end(job: Job, register: Callable[[Callable[[], object]], object]) -> None:
-    """A message to rank 0, from a handler that was there before the first step."""
+    """Let the rank at fault send to rank 0 in a handler, registered before the first step."""
     if job.is_at_fault:
         register(lambda: job.world.send("a last word", 0))
     job.steps()
@@ -38,7 +38,7 @@ def handler_sends_under_mpi4py(job: Job) -> None:
 
 
 class _Last:
-    """Calls a function when Python drops it, which is when it takes modules apart."""
+    """Calls a function when Python deletes it: for a global, when modules are cleared at exit."""
 
     def __init__(self, call: Callable[[], object]) -> None:
         self.call = call

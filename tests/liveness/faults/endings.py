@@ -1,4 +1,4 @@
-"""One rank ends in an orderly way, the others wait for it."""
+"""One rank ends in an orderly way, and the others wait for it."""
 
 from __future__ import annotations
 
@@ -126,7 +126,7 @@ def exit_0(job: Job) -> None:
 
 @case(
     0,
-    # nobody can be told, or asked, before the group has met
+    # before the first exchange of a group, a rank cannot tell or ask the others anything
     says=[*waits(1, 2, 3), *_not_there(0)],
     status=124,
     variables={"MPISYNCBN_TIMEOUT": "3"},
@@ -141,7 +141,7 @@ def exit_0_first(job: Job) -> None:
 
 @case(
     2,
-    # to Python this is a good end: its status is 0
+    # an exception in a thread leaves Python's exit status at 0
     says=[*waits(0, 1, 3), "RuntimeError: no more of it", *_not_there(2)],
     status=124,
     variables={"MPISYNCBN_TIMEOUT": "3"},

@@ -1,4 +1,4 @@
-"""One rank raises, the others wait for it; plain ``python``, unless said."""
+"""A rank raises, and the others wait for it. ``python`` runs without ``-m mpi4py`` unless stated."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a program is given: its rank, whether it is the one at fault, and training steps."""
+"""The argument of a case's program: the rank, whether it is at fault, and training steps."""
 
 from __future__ import annotations
 
@@ -32,11 +32,11 @@ class Job:
             raise RuntimeError(f"expected {SIZE} ranks, got {self.world.size}: mpiexec is another library's")
 
     def fault(self) -> None:
-        """The time from which the end of the job is measured: now."""
+        """Mark the time of the fault by a file. The time until the job ends counts from there."""
         Path(f"fault-{os.getpid()}").touch()
 
     def step(self, group: Any = None, channels: int = 3, dtype: str = "float32") -> None:
-        """One exchange forward, one backward. Collective: every rank of the group must call."""
+        """Do one exchange forward, one backward. Collective: every rank of the group must call."""
         from mpisyncbn import functional
 
         x = np.random.default_rng(self.rank).normal(size=(2 + self.rank, channels, 5)).astype(dtype)
@@ -57,7 +57,7 @@ class Job:
             (others or self.train)()
 
     def train(self, step: Callable[[], object] | None = None) -> NoReturn:
-        """For ever: a job ends for the fault alone."""
+        """Make steps for ever, so that only the fault can end the job."""
         for _ in itertools.count():
             (step or self.step)()
             time.sleep(0.001)  # there are more ranks than cores

@@ -75,7 +75,7 @@ def other_dtype(job: Job) -> None:
     _different(job, dtype="float64")
 
 
-_SOON = {"MPISYNCBN_TIMEOUT": "3"}  # whichever comes first: an error of MPI, a mismatch, the deadline
+_SOON = {"MPISYNCBN_TIMEOUT": "3"}  # an error of MPI, a mismatch or this timeout ends the job
 _UNSEEN = r"(CollectiveMismatchError|MPISyncBNError): |mpisyncbn: rank \d of 4 on \S+ has waited"
 
 
@@ -84,7 +84,7 @@ _UNSEEN = r"(CollectiveMismatchError|MPISyncBNError): |mpisyncbn: rank \d of 4 o
     says=[_UNSEEN],
     status=(1, 124),
     variables=_SOON,
-    # MPICH 5.0 aborts for such an error also where the communicator has MPI_ERRORS_RETURN.
+    # MPICH 5.0 aborts when a message is truncated, even if the communicator has MPI_ERRORS_RETURN.
     instead={
         "mpich": r"Fatal error in internal_Allreduce\w*: Message truncated(.*\n)*?.* from rank 1 .* truncated"
     },

@@ -1,4 +1,4 @@
-"""Whether a job ended as its case says."""
+"""Judge whether a job ended as its case says."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from support.libraries import Library
 
 from .case import NOT_ZERO, Case
 
-_BREAKS = {"openmpi": signal.SIGSEGV, "impi": signal.SIGPIPE}  # of what mpiexec itself may end
+_BREAKS = {"openmpi": signal.SIGSEGV, "impi": signal.SIGPIPE}  # signals that may kill mpiexec itself
 
 
 class Outcome(NamedTuple):
@@ -20,7 +20,7 @@ class Outcome(NamedTuple):
     name: str
     fault: str
     ok: bool
-    outcome: str  # what the job said first of what it had to, or what is wrong
+    outcome: str  # the text that matches the first pattern, or the problems
     seconds: float | None
     status: int | None
     left: int
@@ -53,16 +53,16 @@ def judge(case: Case, library: Library, end: End) -> Outcome:
 
 
 def _broke(end: End, library: Library, statuses: Iterable[int]) -> bool:
-    """Whether mpiexec broke while it ended the job for a rank, and the output gives that rank's status."""
+    """Whether a signal killed mpiexec itself after a rank had aborted with one of ``statuses``."""
     number = _BREAKS.get(library.name)
     if number is None or end.status != 128 + number:
         return False
     if re.search(library.words["signal"].format(rank=r"\d+", number=int(number)), end.stdout + end.stderr):
-        return False  # a rank broke
+        return False  # the signal killed a rank
     return any(re.search(library.words["abort"].format(number=status), end.stderr) for status in statuses)
 
 
 def _said(pattern: str, text: str) -> str:
-    """The whole line, or lines, of a match."""
+    """The whole line or lines of the first match, as one line."""
     match = re.search(rf".*(?:{pattern}).*", text, re.MULTILINE)
     return " ".join(match[0].split()) if match and match[0].strip() else "nothing was said"

@@ -1,4 +1,4 @@
-"""What is wrong from the start, or used where it cannot be: an error at once, and no rank left waiting."""
+"""A wrong setting, or a use that cannot work, raises at once, and no rank is left waiting."""
 
 from __future__ import annotations
 

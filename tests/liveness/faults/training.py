@@ -1,4 +1,4 @@
-"""One rank raises in a training program of torch; the others wait for it."""
+"""One rank fails in a training program of torch, and the others wait for it."""
 
 from __future__ import annotations
 

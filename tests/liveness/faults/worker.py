@@ -1,4 +1,4 @@
-"""One rank of a case: ``python -m liveness.faults.worker TOPIC.PROGRAM``."""
+"""Run one rank of a case: ``python -m liveness.faults.worker TOPIC.PROGRAM``."""
 
 from __future__ import annotations
 

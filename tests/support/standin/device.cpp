@@ -1,4 +1,4 @@
-// How the stand-in's device works: see device.h.
+// The implementation of the stand-in's device: see device.h.
 #include "device.h"
 
 namespace standin {
@@ -72,7 +72,7 @@ void Stream::take(Lock &lock) {
     lock.unlock();
     const bool before = std::exchange(on_device, true);
     if (work) work();
-    work = nullptr;  // may be the last to hold a graph
+    work = nullptr;  // this may free the last reference to a graph
     on_device = before;
     lock.lock();
     busy = false;

@@ -1,21 +1,23 @@
-// The stand-in's device: streams, captures, graphs and memory. runtime.cpp and streams.cpp are CUDA's functions on them.
+// The stand-in's device: streams, captures, graphs and memory. runtime.cpp and streams.cpp have CUDA's functions.
 //
-// A stream is a queue of what it was told to do, in one of three orders:
+// A stream is a queue of work. One of three orders says when the work is done:
 //
-//   late     (the default) it is worked off when somebody waits for it, or for an event in it, by the thread that waits:
-//            who reads without waiting reads what was there earlier. What nobody waits for is done two seconds later, so
-//            that nothing hangs here that would not on a GPU.
-//   early    a thread for each stream works it off at once, as a GPU does. MPISYNCBN_STANDIN_ORDER=early
-//   at once  the call itself does it, and nobody waits for a value: for timing the host (scripts/standin calls). Who rings a
-//            bell that still rings does so later.
+//   late     (the default) a thread that waits for the stream, or for an event in it, does the work. A read without a wait
+//            finds the old values. Work that no thread waits for is done after two seconds, so that nothing hangs here that
+//            would not hang on a GPU.
+//   early    a thread for each stream does the work at once, as a GPU does. MPISYNCBN_STANDIN_ORDER=early
+//   at once  the call itself does the work, and no stream waits for a value: to time the host (scripts/standin calls). A
+//            nonzero value is written to a doorbell (a number that its reader sets to 0) only when the doorbell is 0.
 //
-// Memory of cuMemHostAlloc is a mailbox: a copy into it takes its time, and what was copied out of it is gone (NaN). So a
-// bell that is rung before its message, or a message taken before its flag, is seen in the values, most surely when late.
+// Memory of cuMemHostAlloc is a mailbox: a copy into it begins with a pause, and a copy out of it leaves NaN behind. So the
+// values are wrong if a doorbell is rung before its message is there, or a message is read before its flag, most surely in
+// the order late.
 //
-// Switches of the environment: MPISYNCBN_STANDIN_ORDER=late|early, read when the library is opened;
-// MPISYNCBN_STANDIN_PAUSE: microseconds of a copy into a mailbox (200); MPISYNCBN_STANDIN_TIMEOUT: the seconds after which a
-// value that was never written ends the process (60); MPISYNCBN_STANDIN_WITHOUT=stream_memory_operations: a driver that has
-// none; MPISYNCBN_STANDIN_DEVICES: how many devices the runtime shows (1).
+// Environment variables: MPISYNCBN_STANDIN_ORDER=late|early, read when the library is opened;
+// MPISYNCBN_STANDIN_PAUSE: the pause before a copy into a mailbox, in microseconds (200); MPISYNCBN_STANDIN_TIMEOUT: the
+// seconds that a stream waits for a value before the process is aborted (60);
+// MPISYNCBN_STANDIN_WITHOUT=stream_memory_operations: a driver without these operations; MPISYNCBN_STANDIN_DEVICES: the
+// number of devices of the runtime (1).
 #pragma once
 #include <cuda_runtime_api.h>
 #include <dlfcn.h>
@@ -59,7 +61,7 @@ inline double number(const char *name, double otherwise) {
     return set ? atof(set) : otherwise;
 }
 
-// Never destroyed: torch calls until the very end.
+// These are never destroyed, because torch calls CUDA until the process ends.
 inline auto &mutex = *new std::mutex;
 inline auto &changed = *new std::condition_variable;  // a stream has done something
 
@@ -70,9 +72,9 @@ struct UserObject {
 };
 
 void call(cudaHostFn_t function, void *data);
-void drop(UserObject *object, unsigned count);  // the mutex is not held: it may call the destructor
+void drop(UserObject *object, unsigned count);  // call it without holding the mutex: it may call `destroy`
 
-struct Recorded {  // what a graph and all its executables share
+struct Recorded {  // shared by a graph and all its executables
     std::vector<Work> nodes;
     std::map<UserObject *, unsigned> retained;
 
@@ -103,7 +105,7 @@ struct Stream {
     bool busy = false, started = false;
     std::condition_variable filled;
     std::shared_ptr<Capture> capture = nullptr;
-    Count captured = 0, joined = 0;  // what it recorded, and up to where another stream of the capture has waited for it
+    Count captured = 0, joined = 0;  // entries that it recorded; those that another stream of the capture has waited for
 
     cudaError_t add(Lock &lock, Work work);
     void until(Lock &lock, Count end);
@@ -116,7 +118,7 @@ private:
 struct Event {
     Stream *stream = nullptr;
     Count at = 0;
-    double when = 0;  // milliseconds, of the host
+    double when = 0;  // milliseconds of the host's clock
     std::shared_ptr<Capture> capture = nullptr;
 };
 
@@ -132,8 +134,8 @@ inline auto &streams = *new std::set<Stream *>;
 inline auto &default_stream = *new Stream;
 inline auto &captures = *new std::set<Capture *>;
 inline thread_local int current_device = 0;
-inline thread_local bool on_device = false;  // this thread does what a stream was told
-inline thread_local bool in_host_function = false;  // which CUDA allows no call of CUDA
+inline thread_local bool on_device = false;  // this thread does the work of a stream
+inline thread_local bool in_host_function = false;  // a host function may not call CUDA
 inline thread_local cudaStreamCaptureMode thread_mode = cudaStreamCaptureModeGlobal;
 
 inline Stream *of(cudaStream_t stream) { return (size_t)stream <= 2 ? &default_stream : (Stream *)stream; }
@@ -145,7 +147,7 @@ inline Block *find(const void *pointer) {
     return (char *)pointer < found->first + found->second.bytes ? &found->second : nullptr;
 }
 
-// A host that waits lets go of Python's lock: what it waits for may be a function in Python.
+// Releases Python's GIL while the host waits, because it may wait for a Python function.
 struct Waiting {
     void *python = nullptr;
     Lock lock{mutex, std::defer_lock};
@@ -167,8 +169,8 @@ inline void wait_for_all() {
     for (Stream *stream : streams) stream->until(waiting.lock, stream->put);
 }
 
-// Why this thread may not make a call that may wait, if so: it is in a host function, or a capture forbids it, which is lost
-// then.
+// The error if this thread may not make a call that can wait, because it is in a host function, or because a capture forbids
+// it. That capture is invalid then.
 cudaError_t refused();
 
 cudaError_t allocate(void **out, size_t bytes, cudaMemoryType type, bool mailbox = false);

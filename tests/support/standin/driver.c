@@ -1,5 +1,5 @@
-/* What Triton, torch beside its runtime, and the transport `stream` ask of CUDA's driver. Streams, memory and graphs are the
-   runtime's (streams.cpp): a CUstream is a cudaStream_t here too, and errors have the same numbers. Nothing is loaded. */
+/* The functions of CUDA's driver that Triton, torch and the transport `stream` call. Streams, memory and graphs are the
+   runtime's (streams.cpp): a CUstream is a cudaStream_t here too, and errors have the same numbers. No module is loaded. */
 #include <cuda.h>
 #include <cuda_runtime_api.h>
 #include <stdlib.h>
@@ -151,7 +151,7 @@ ENTRY cuStreamBatchMemOp_v2(CUstream stream, unsigned count, CUstreamBatchMemOpP
     return error;
 }
 
-/* Captures and graphs. A dependency is a node that nobody here has: none are told. */
+/* Captures and graphs. Graphs have no nodes with handles here, so no dependencies are reported. */
 FORWARD(cuStreamBeginCapture_v2, cudaStreamBeginCapture(stream, (enum cudaStreamCaptureMode)mode), CUstream stream,
         CUstreamCaptureMode mode)
 FORWARD(cuStreamEndCapture, cudaStreamEndCapture(stream, out), CUstream stream, CUgraph *out)

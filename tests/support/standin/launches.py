@@ -1,4 +1,4 @@
-"""Run Triton's interpreted kernels on the memory of the device itself, in stream order.
+"""Run Triton's interpreted kernels on the stand-in's device memory itself, in stream order.
 
 Importing this changes Triton's interpreter, which would copy every argument to the host and back.
 """

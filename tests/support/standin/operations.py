@@ -1,7 +1,7 @@
-"""Run each CUDA operation of torch by its version for host memory, which runtime.cpp hands out.
+"""Run each CUDA operation of torch on the CPU. Device memory is host memory from runtime.cpp.
 
 Importing this changes torch. An operation waits for its stream first, so only copies happen late.
-On a stream that is being captured it is recorded: each replay runs it again, on the same memory.
+On a stream that is being captured it is recorded: each replay runs it again on the same memory.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from torch.utils._pytree import tree_leaves, tree_map
 
 from support.batch_norm_operations import EMULATED
 
-# What makes tensors and views: torch's own serve.
+# Operations that make tensors and views: torch's own versions for CUDA are kept.
 _KEPT = {
     *("empty.memory_format", "empty_strided", "as_strided", "view", "_reshape_alias", "unfold", "resize_"),
     *("set_", "set_.source_Storage", "set_.source_Storage_storage_offset", "set_.source_Tensor"),
@@ -26,12 +26,12 @@ _KEPT = {
 _NOT_OURS = ("_cudnn", "cudnn", "miopen", "_use_cudnn", "_nested", "_flash", "_efficient")
 _runtime: Any = ctypes.CDLL(None)
 _HostFunction = ctypes.CFUNCTYPE(None, ctypes.c_void_p)
-_recorded: list[object] = []  # never given back: a graph may be replayed at any time
+_recorded: list[object] = []  # never freed: a graph may be replayed at any time
 _library = torch.library.Library("aten", "IMPL")
 
 
 def on_host(tensor: Tensor) -> Tensor:
-    """The same memory, as a tensor of the host."""
+    """A CPU tensor on the memory of a device tensor."""
     storage = tensor.untyped_storage()
     if storage.nbytes() == 0 or tensor.numel() == 0:
         return torch.empty_strided(tensor.size(), tensor.stride(), dtype=tensor.dtype)
@@ -69,7 +69,7 @@ def capturing() -> bool:
 
 
 def in_stream_order(function: Callable[[], object]) -> None:
-    """Call it now, after what the stream was told before; while capturing: at each replay."""
+    """Call a function after earlier work of the stream; during a capture, record it for replays."""
     if not capturing():
         work_off()
         function()
@@ -80,12 +80,12 @@ def in_stream_order(function: Callable[[], object]) -> None:
 
 
 class _Call:
-    """The arguments of one operation, as tensors of the host, and its results, as tensors of the device."""
+    """The arguments of one operation as CPU tensors, and its results as device tensors."""
 
     def __init__(self) -> None:
         self.devices: list[torch.device] = []
         self.pairs: dict[int, tuple[Tensor, Tensor]] = {}
-        self.results: list[Tensor | None] = []  # the memory of each that is new
+        self.results: list[Tensor | None] = []  # for each: its memory if it is new, else None
         self.enlarged: list[tuple[Tensor, Tensor]] = []
 
     def down(self, value: object) -> object:
@@ -112,7 +112,7 @@ class _Call:
 
     def enlarge(self) -> None:
         for host, there in self.pairs.values():
-            if host.size() != there.size():  # an empty "out", made larger
+            if host.size() != there.size():  # an "out" that the operation has resized
                 there.resize_(host.size()).as_strided_(host.size(), host.stride())
                 self.enlarged.append((on_host(there), host))
         self.copy_enlarged()
@@ -122,7 +122,7 @@ class _Call:
             memory.copy_(host)
 
     def again(self, found: object) -> None:
-        """Store what the operation found once more where it was found first."""
+        """Copy the results of a replay to the memory of the results of the capture."""
         tensors = (each for each in tree_leaves(found) if isinstance(each, Tensor))
         for memory, value in zip(self.results, tensors, strict=True):
             if memory is not None:
@@ -140,7 +140,7 @@ def by_the_host(
         this = _Call()
         arguments = tuple(map(_as_declared, arguments, schema.arguments)) if schema else arguments
         arguments, options = tree_map(this.down, arguments), tree_map(this.down, options)
-        # A capture must leave memory alone, yet say what the results look like.
+        # A capture runs the operation only for the shapes of its results: memory is restored below.
         storages = [host.untyped_storage() for host, _ in this.pairs.values()] if recorded else []
         before = [storage.clone() for storage in storages]
         found = operation(*arguments, **options)
@@ -148,11 +148,11 @@ def by_the_host(
         result = tree_map(this.up, found)
         if recorded:
             if any(isinstance(each, (bool, int, float)) for each in tree_leaves(found)):
-                work_off()  # refused, as a value is wanted now
+                work_off()  # raises an error: a capture cannot return a number
             for storage, old in zip(storages, before, strict=True):
                 if storage.nbytes() == old.nbytes():
                     storage.copy_(old)
-            this.pairs.clear()  # as CUDA does, a graph knows addresses and keeps no tensor alive
+            this.pairs.clear()  # as in CUDA, a graph holds addresses and keeps no tensor alive
             in_stream_order(lambda: this.again(operation(*arguments, **options)))
         return result
 
@@ -160,13 +160,13 @@ def by_the_host(
 
 
 def _as_declared(value: object, argument: torch.Argument) -> object:
-    """Numbers come bare where a tensor is declared."""
+    """Make a tensor of a Python number if the operation declares a tensor as its argument."""
     bare = isinstance(value, (bool, int, float)) and str(argument.type) == "Tensor"
     return torch.tensor(value, dtype=torch.float64 if isinstance(value, float) else None) if bare else value
 
 
 def copy(self: Tensor, source: Tensor, non_blocking: bool = False) -> Tensor:
-    """As copies between host and device are made; all others by the host."""
+    """Copy by cudaMemcpyAsync if dtype and dense layout are the same, and otherwise on the CPU."""
     if self.numel() == 0:
         return self
     dense = self.is_contiguous() or (self.ndim > 1 and self.movedim(1, -1).is_contiguous())
@@ -183,7 +183,7 @@ def copy(self: Tensor, source: Tensor, non_blocking: bool = False) -> Tensor:
 
 
 def emulated(operation: Callable[..., object]) -> Callable[..., object]:
-    """Those read contiguous tensors."""
+    """Make an emulated operation, which needs contiguous tensors, accept tensors of any layout."""
 
     def call(*arguments: object, **options: object) -> object:
         x = next(each for each in arguments if isinstance(each, Tensor))
@@ -206,9 +206,9 @@ def install() -> None:
         else:
             _library.impl(name, by_the_host(operation, operation._schema), "CUDA")
     _library.impl("copy_", copy, "CUDA")
-    torch.backends.cudnn.enabled = False  # it has a runtime of its own
+    torch.backends.cudnn.enabled = False  # cuDNN has a CUDA runtime of its own
 
 
 with warnings.catch_warnings():
-    warnings.simplefilter("ignore")  # that what was there is replaced
+    warnings.simplefilter("ignore")  # torch warns that operations are replaced
     install()

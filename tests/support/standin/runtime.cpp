@@ -1,6 +1,6 @@
 // A stand-in for CUDA's runtime, preloaded before libcudart: the memory of its device is that of the host, copies happen
-// as late as they may, and kernels do nothing. With it a torch that is built for CUDA takes all its ways on a machine
-// that has no GPU: see scripts/standin. Here are devices, memory and kernels; streams and graphs are in streams.cpp.
+// as late as they may, and kernels do nothing. With it, a torch that is built for CUDA runs its code for CUDA on a machine
+// without a GPU: see scripts/standin. This file has devices, memory and kernels; streams.cpp has streams and graphs.
 #include <algorithm>
 
 #include "device.h"
@@ -40,7 +40,7 @@ int device_count() {
 
 }  // namespace
 
-// Devices: what torch and Triton ask of an H200
+// Devices: the properties of an H200 that torch and Triton ask for
 ENTRY cudaGetDeviceCount(int *out) { return *out = device_count(), cudaSuccess; }
 ENTRY cudaGetDevice(int *out) { return *out = current_device, cudaSuccess; }
 ENTRY cudaSetDevice(int device) {
@@ -141,7 +141,7 @@ ENTRY cudaDeviceGetDefaultMemPool(cudaMemPool_t *out, int) { return *out = (cuda
 NOTHING(cudaMemPoolSetAttribute, cudaMemPool_t, cudaMemPoolAttr, void *)
 ENTRY cudaMemPoolGetAttribute(cudaMemPool_t, cudaMemPoolAttr, void *out) { return memset(out, 0, 8), cudaSuccess; }
 
-// Kernels: known, started, and nothing else
+// Kernels: they are found and launched, and compute nothing
 ENTRY cudaLaunchKernel(const void *, dim3, dim3, void **, size_t, cudaStream_t stream) { return started(stream); }
 ENTRY cudaLaunchCooperativeKernel(const void *, dim3, dim3, void **, size_t, cudaStream_t stream) { return started(stream); }
 ENTRY cudaLaunchKernelExC(const cudaLaunchConfig_t *config, const void *, void **) { return started(config->stream); }

@@ -10,7 +10,7 @@ import sys
 from importlib.machinery import ModuleSpec
 from types import ModuleType
 
-# Once a module has been imported, this one is.
+# Modules of this folder, each imported after the module that is its key.
 _AFTER = {"torch": "operations", "triton.runtime.interpreter": "launches"}
 
 

@@ -7,7 +7,7 @@ namespace {
 
 Count captures_begun = 0;
 
-// At once: a bell that still rings is rung later, with the last value, when it has stopped.
+// With Order::at_once, a doorbell that is not 0 yet is rung later, with the last value, when its reader has set it to 0.
 struct {
     std::mutex own;
     unsigned *address = nullptr, value = 0;
@@ -43,7 +43,7 @@ Count put(Stream *stream) {
 }
 
 bool reached(unsigned is, unsigned value, unsigned flags) {
-    switch (flags & 3) {  // as CUstreamWaitValue_flags
+    switch (flags & 3) {  // of CUstreamWaitValue_flags
     case 0: return (int)(is - value) >= 0;
     case 1: return is == value;
     case 2: return is & value;
@@ -51,7 +51,7 @@ bool reached(unsigned is, unsigned value, unsigned flags) {
     }
 }
 
-// Blocks who works the stream off until another thread has written the value. One that never comes is an end, not a hang.
+// Blocks the thread that does a stream's work until another thread has written the value; aborts after a time limit.
 void await(const unsigned *address, unsigned value, unsigned flags) {
     if (order == Order::at_once) return;
     const double seconds = number("MPISYNCBN_STANDIN_TIMEOUT", 60);
@@ -97,7 +97,7 @@ ENTRY cudaLaunchHostFunc(cudaStream_t stream, cudaHostFn_t function, void *data)
     Lock lock(mutex);
     return of(stream)->add(lock, [=] { call(function, data); });
 }
-ENTRY standin_call(cudaStream_t stream, cudaHostFn_t function) {  // one that may be in Python, which collects garbage
+ENTRY standin_call(cudaStream_t stream, cudaHostFn_t function) {  // it may be in Python, whose garbage collector may call CUDA
     Lock lock(mutex);
     return of(stream)->add(lock, [=] { function(nullptr); });
 }
@@ -226,7 +226,7 @@ ENTRY cudaThreadExchangeStreamCaptureMode(cudaStreamCaptureMode *mode) {
     return std::swap(*mode, thread_mode), cudaSuccess;
 }
 
-// Graphs: what was recorded is done in the order in which it was enqueued, whatever streams it came from
+// Graphs: recorded work is done in the order in which it was enqueued, whatever its streams
 ENTRY cudaGraphInstantiateWithFlags(cudaGraphExec_t *out, cudaGraph_t graph, unsigned long long) {
     return *out = (cudaGraphExec_t) new Graph(*(Graph *)graph), cudaSuccess;
 }
