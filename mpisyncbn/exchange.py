@@ -21,7 +21,7 @@ requires these sums to be identical on all ranks, so all ranks decide the same.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any, TypeAlias
+from typing import Any, TypeAlias
 
 import numpy as np
 
@@ -38,9 +38,6 @@ from .merging import (
     moments_of_sums,
     without_rounding,
 )
-
-if TYPE_CHECKING:
-    pass
 
 __all__ = ["merge_moments", "reduce_sums", "serve_joined"]
 
@@ -85,9 +82,8 @@ def merge_moments(group: Communicator, call: LayerCall, count: int, mean: Array,
         merge, vectors = _gather_moments, _where_sent(group, *mean, m2)
     else:
         merge, vectors = _sum_moments, _where_sent(group, mean, m2)
-    with profiling.locked(
-        "mpisyncbn:merge_moments", group.lock
-    ):  # held for both messages: nothing comes between them
+    # The lock is held for both messages: nothing comes between them.
+    with profiling.locked("mpisyncbn:merge_moments", group.lock):
         try:
             return merge(group, call, count, *vectors)
         finally:

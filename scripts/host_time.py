@@ -80,11 +80,10 @@ def main() -> None:
     from torch.testing._internal.distributed.fake_pg import FakeStore
 
     dist.init_process_group("fake", rank=0, world_size=2, store=FakeStore())
-    gather = dist.all_gather_into_tensor
-    # the backend copies its input to each row of the output, but the layer passes it a single row
-    dist.all_gather_into_tensor = lambda out, mine, *more, **options: gather(
-        out.view(2, -1), mine, *more, **options
-    )
+    # The backend copies its input to each row of the output, but the layer passes it a single row.
+    name = "all_gather_single" if hasattr(dist, "all_gather_single") else "all_gather_into_tensor"
+    gather = getattr(dist, name)
+    setattr(dist, name, lambda out, mine, *more, **kwargs: gather(out.view(2, -1), mine, *more, **kwargs))
     names = options.transports.split(",")
     layers: dict[str, Any] = {
         f"ours, {name}": mpisyncbn.SyncBatchNorm(SHAPE[1], process_group=group(name), device="cuda")

@@ -220,7 +220,10 @@ class CollectiveThread:
     def submit(self, run: Callable[[], None], work: Work) -> Work:
         """Call ``run`` on the thread, after all earlier ones, then complete ``work``. Return it."""
         if self._process != os.getpid():
-            raise MPISyncBNError("a forked process cannot use the process groups of the one it comes from")
+            raise MPISyncBNError(
+                "a forked process cannot use the process groups of the one it comes from: leave the "
+                "collectives to that one"
+            )
         if self._thread is None:
             self._thread = threading.Thread(target=self._loop, name=self._name, daemon=True)
             self._thread.start()

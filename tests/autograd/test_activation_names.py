@@ -37,7 +37,7 @@ ACCEPTED = ("'elu( .5 )'", "'leaky_relu(-0.0)'", "'elu(1_0)'")  # float() reads 
 
 @no_exchange
 @pytest.mark.parametrize(("given", "activation", "text"), GIVEN, ids=str)
-def test_what_is_given(given, activation, text):
+def test_constructor_attribute_and_function_take_the_same_values(given, activation, text):
     """The constructor, the attribute and the function take the same values.
 
     A module that is given does not become a submodule of the layer.

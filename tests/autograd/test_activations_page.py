@@ -92,7 +92,7 @@ def kept_by(layer: SyncBatchNorm, x: Tensor, residual: Tensor | None = None) -> 
 
 
 @pytest.mark.parametrize(("activation", "column", "cell"), cells(KEPT, "kept", "kept with a residual"))
-def test_what_is_kept(activation, column, cell):
+def test_tensors_kept_for_the_backward_pass(activation, column, cell):
     layer, (x, residual, *_) = layer_of(activation, torch.float64), tensors()
     x.requires_grad_(), residual.requires_grad_()
     assert kept_by(layer, x, residual if "residual" in column else None) == cell
@@ -102,7 +102,7 @@ def test_what_is_kept(activation, column, cell):
 @pytest.mark.parametrize(
     ("activation", "column", "cell"), cells(KEPT, "computed again", "computed again with a residual")
 )
-def test_what_is_computed_again(activation, column, cell):
+def test_passes_that_compute_the_input_again(activation, column, cell):
     """The page says how many passes over memory compute the activation's input again.
 
     The result of such a pass changes with the bias.
@@ -171,7 +171,7 @@ TRIED = {
 
 
 @pytest.mark.parametrize(("activation", "column", "cell"), cells(WORKS, *TRIED))
-def test_what_works(activation, column, cell):
+def test_features_that_work(activation, column, cell):
     assert cell == "yes"
     tolerance = 3e-2 if column.startswith("float16") else 1e-10
     for found, expected in TRIED[column](activation, column):
@@ -183,7 +183,7 @@ def test_what_works(activation, column, cell):
 @pytest.mark.usefixtures("fresh_compiler")
 @pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::UserWarning:torch")
 @pytest.mark.parametrize(("activation", "column", "cell"), cells(WORKS, "torch.compile"))
-def test_what_is_compiled(activation, column, cell):
+def test_compiled_activations(activation, column, cell):
     assert cell == "yes"
 
     def compiled(layer):
@@ -200,7 +200,7 @@ def memory_efficient_layer(dtype: torch.dtype = torch.float64) -> SyncBatchNorm:
 
 
 @pytest.mark.parametrize("activation", [name for name in WORKS if name not in NO_ACTIVATIONS])
-def test_what_may_be_memory_efficient(activation):
+def test_activations_that_may_be_memory_efficient(activation):
     cell, layer, (x, *_) = WORKS[activation]["memory_efficient"], layer_of(activation), tensors(torch.float32)
     if cell == "no":
         with pytest.raises(ValueError, match="memory_efficient"):
@@ -210,7 +210,7 @@ def test_what_may_be_memory_efficient(activation):
         assert (kept_by(layer, x.requires_grad_()), cell) == ("y", "yes")
 
 
-def test_what_memory_efficient_keeps():
+def test_tensors_kept_by_a_memory_efficient_layer():
     row, layer, (x, residual, *_) = KEPT["memory_efficient"], memory_efficient_layer(), tensors()
     assert kept_by(layer, x.requires_grad_()) == row["kept"]
     with pytest.raises(ValueError, match="no residual"):
@@ -219,7 +219,7 @@ def test_what_memory_efficient_keeps():
 
 
 @needs_native
-def test_what_memory_efficient_computes_again():
+def test_a_memory_efficient_layer_computes_the_input_again():
     """Both passes compute the activation's input from the output, without the bias in the context."""
     y, _, dy, _ = tensors()
     vectors, weight, bias = (np.zeros(3), np.ones(3)), torch.ones(3).double(), torch.zeros(3).double()
@@ -235,7 +235,7 @@ def test_what_memory_efficient_computes_again():
 @pytest.mark.parametrize("column", [*TRIED, "torch.compile"])
 @pytest.mark.usefixtures("fresh_compiler")
 @pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::UserWarning:torch")
-def test_what_works_with_memory_efficient(column):
+def test_features_that_work_with_memory_efficient(column):
     cell, (x, residual, dy, direction) = WORKS["memory_efficient"][column], tensors()
     layer = memory_efficient_layer()
     x.requires_grad_()

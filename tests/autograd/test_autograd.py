@@ -148,7 +148,7 @@ def test_the_output_may_be_changed_in_place(shape):
         assert torch.equal(results[0][1], results[1][1])
 
 
-def test_what_backward_needs_must_not_change():
+def test_changes_of_saved_tensors_are_errors():
     for changed in ("x", "weight"):
         leaves = {
             "x": shard((local_batch(), 3), 24).requires_grad_(),

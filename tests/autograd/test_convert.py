@@ -295,7 +295,7 @@ def test_a_subclass_keeps_all_but_its_forward(make):
     assert type(revert_sync_batchnorm(layer)) is kind
 
 
-def test_a_subclass_of_ours_is_what_its_method_makes():
+def test_the_method_of_a_subclass_makes_that_subclass():
     net = MySync.convert_sync_batchnorm(nn.Sequential(nn.BatchNorm2d(C), Named(), nn.LazyBatchNorm2d()))
     net(data())
     plain = [nn.Sequential, nn.BatchNorm2d, Named, nn.BatchNorm2d]
@@ -319,8 +319,6 @@ def test_built_synchronized_and_reverted():
     with pytest.raises(ValueError, match=r"expected at least 2D input, \(N, C, \*\), got 1D input \(on rank"):
         layer(torch.ones(C))
 
-
-# --- Copies: see test_copies.py
 
 # --- Any model
 

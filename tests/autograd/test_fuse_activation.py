@@ -134,7 +134,7 @@ def test_one_activation_in_several_places():
     assert fused.act is act
 
 
-def test_what_is_left_alone():
+def test_layers_that_are_not_fused():
     """Conversion fuses no layer in two places, with hooks, or with an activation of its own.
 
     It also leaves alone activations with hooks, of another class, or with a forward of their own, and

@@ -22,7 +22,7 @@ SHAPES = [(3,), (4, 7), (5, 8, 8), (2, 3, 4, 5)]  # rows, padded sequences, grid
 
 @pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
-def test_equals_the_whole_batch_of_what_is_true(shape, dtype):
+def test_equals_the_whole_batch_of_true_positions(shape, dtype):
     layer = SyncBatchNorm(shape[0], dtype=dtype)
     with torch.no_grad():
         for mine, value in zip(layer.parameters(), parameters(shape[0], dtype), strict=True):
@@ -233,7 +233,7 @@ def test_errors(words):
 
 
 @no_exchange
-def test_what_is_no_mask_at_all():
+def test_values_that_are_no_masks():
     x = torch.ones(2, 3, 4)
     for odd in ([[True]], np.ones((2, 1, 4), bool), "mask", torch.ones(2, 1, 4).bool().to_sparse()):
         for call in (SyncBatchNorm(3), SyncBatchNorm(3).eval()):

@@ -48,7 +48,7 @@ def kept_by(layer: SyncBatchNorm, mask: Tensor, x: Tensor, residual: Tensor | No
 
 @up_to_two
 @pytest.mark.parametrize("activation", ACTIVATIONS)
-def test_what_is_kept(activation):
+def test_tensors_kept_for_the_backward_pass(activation):
     layer = SyncBatchNorm(4, activation=None if activation == "none" else activation, dtype=torch.float64)
     x, residual, _, mask = data((4, 6))
     own, masks = row(activation, "What a layer keeps"), row("mask", "What a layer keeps")
@@ -98,7 +98,7 @@ def derivatives(column: str, x: Tensor, dy: Tensor, mask: Tensor | None) -> list
 @pytest.mark.parametrize(
     "column", ["residual", "float16, bfloat16", "second derivatives", "forward mode", "memory_efficient"]
 )
-def test_what_works_with_a_mask(column):
+def test_features_that_work_with_a_mask(column):
     assert row("mask", "What works")[column] == "yes"
     found = []
     for dtype in (torch.float16, torch.bfloat16) if column.startswith("float16") else (torch.float64,):

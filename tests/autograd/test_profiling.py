@@ -133,7 +133,7 @@ def average(x: torch.Tensor, background: bool) -> None:
         work.wait()
 
 
-def test_what_fails_is_recorded_too() -> None:
+def test_a_failed_collective_is_recorded() -> None:
     """A collective that fails is recorded. Its record is closed: later operations are not inside it."""
     with profiler() as recorded:
         for background in (False, True):

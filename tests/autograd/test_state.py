@@ -242,7 +242,7 @@ LARGE = 400.0  # its square overflows float16
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64], ids=str)
 @pytest.mark.parametrize("path", PATHS)
 @pytest.mark.usefixtures("native")
-def test_what_is_not_finite_on_one_rank_enters_on_none(path: str, dtype: torch.dtype) -> None:
+def test_a_batch_not_finite_on_one_rank_is_recorded_on_none(path: str, dtype: torch.dtype) -> None:
     if path == "NumPy" and dtype == torch.bfloat16:
         pytest.skip("NumPy has no bfloat16")
     step = Step(path, dtype, Communicator())

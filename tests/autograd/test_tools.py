@@ -39,7 +39,7 @@ def frozen(module):
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_a_layer_is_an_instance_of_what_it_was(kind):
+def test_a_layer_is_still_an_instance_of_its_old_class(kind):
     net = convert_sync_batchnorm(nn.Sequential(kind(C)))
     for layer in (net[0], copy.deepcopy(net)[0], pickle.loads(pickle.dumps(net))[0]):
         assert [k for k in KINDS if isinstance(layer, k)] == [kind]

@@ -87,7 +87,7 @@ def test_a_graph_is_reverted_and_converted():
     assert isinstance(plain.get_submodule("1.1"), SyncBatchNorm)
 
 
-def test_what_is_built_on_tracing():
+def test_tools_built_on_tracing():
     """Feature extraction by another tracer, interpretation, transformation and fusion work."""
 
     class Places(Tracer):  # like torchvision's

@@ -67,7 +67,7 @@ def test_it_is_that_of_all_samples(kind):
 
 
 @several
-def test_the_second_layer_sees_what_training_gives_it():
+def test_the_second_layer_gets_the_input_it_has_in_training():
     """Synchronized layers normalize each step with the statistics of all ranks, as in training."""
     steps = [[torch.randn(2 + rank, 2, 6, 5).double() for rank in range(WORLD.size)] for _ in range(2)]
     steps = WORLD.bcast(steps)
@@ -161,7 +161,7 @@ class Merged(nn.Sequential):
 
 
 @pytest.mark.parametrize("synchronized", [True, False])
-def test_what_a_layer_normalizes_counts_and_not_what_it_is_given(synchronized):
+def test_the_normalized_values_count_and_not_the_input(synchronized):
     layer = Before(2).double()
     mpisyncbn.register_conversion(Before, lambda layer, batch_norm, x: batch_norm(x.relu()))
     if synchronized:

@@ -290,9 +290,7 @@ def check_that_they_waited(job: Job, host: str) -> None:
     assert "mpisyncbn: this ends the job with status 124" in both
 
 
-def test_who_has_not_come_is_known_on_its_host_only(
-    own: libraries.Library, start: Callable[..., Job]
-) -> None:
+def test_a_missing_rank_is_known_on_its_host_only(own: libraries.Library, start: Callable[..., Job]) -> None:
     with Hosts(2) as hosts:
         job = start(hosts, own, 4, "late", MPISYNCBN_TIMEOUT=str(DEADLINE))
         until(lambda: all(job.of_ranks("pid")), 30, job.said)

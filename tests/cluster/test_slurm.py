@@ -194,7 +194,7 @@ except mpisyncbn.MPISyncBNError as error:
 """
 
 
-def test_who_trains_apart(jobs: Jobs) -> None:
+def test_tasks_in_worlds_of_one_are_refused(jobs: Jobs) -> None:
     """Four tasks that MPI takes for worlds of one are refused. A process of the batch script trains.
 
     The script may have variables of a job step from the shell that submitted it.

@@ -91,7 +91,7 @@ RUNS_MPI = "7f0 r-xp /site-packages/mpi4py/MPI.openmpi.so"
         ),
     ],
 )
-def test_whose_child_this_is(mine, socket, above, found, tmp_path, monkeypatch):
+def test_the_ancestor_that_is_a_rank(mine, socket, above, found, tmp_path, monkeypatch):
     for name in [*os.environ]:
         if name.startswith(("PMI", "OMPI_", "SLURM_", "PALS_")):
             monkeypatch.delenv(name)

@@ -146,7 +146,7 @@ def test_gpus():
 
 
 @no_exchange
-def test_what_differs_is_said_by_rank():
+def test_differences_are_listed_by_rank():
     other = {
         "versions": {**FACTS.versions, "torch": "2.6"},
         "mpi": {**FACTS.mpi, "vendor": "Open MPI 5.0.10"},

@@ -169,7 +169,7 @@ def test_messages_of_the_user_never_meet_ours() -> None:
     assert distance(torch.from_numpy(y), expected.y) < 1e-5
 
 
-def test_what_the_user_set_on_a_communicator_stays() -> None:
+def test_the_users_settings_of_a_communicator_stay() -> None:
     comm = WORLD.Dup()
     keyval = MPI.Comm.Create_keyval(copy_fn=True)
     comm.Set_attr(keyval, "mine")

@@ -21,7 +21,7 @@ def facts():
     return report.report()
 
 
-def test_report_says_what_would_be_used_and_why(facts):
+def test_report_names_the_transport_and_the_reason(facts):
     assert facts["ranks"]["world size"] == WORLD.size
     assert sum(map(int, facts["ranks"]["ranks per node"].split(", "))) == WORLD.size
     assert facts["transport"]["in use"] == "host"

@@ -136,7 +136,7 @@ def test_groups_are_watched_until_they_are_freed():
     assert watched == [SIZE > 1, False]
 
 
-def test_what_nobody_uses_any_more_is_given_back():
+def test_groups_that_no_rank_uses_are_freed():
     x = shard((local_batch(), 3))
     SyncBatchNorm(3, process_group=Communicator())(x)
     before = len(unreferenced._tracked)
@@ -146,7 +146,7 @@ def test_what_nobody_uses_any_more_is_given_back():
 
 
 @several
-def test_what_one_rank_uses_still_is_not_given_back():
+def test_a_group_that_one_rank_still_uses_is_not_freed():
     x = shard((local_batch(), 3))
     group = Communicator()
     SyncBatchNorm(3, process_group=group)(x)

@@ -119,7 +119,7 @@ def test_a_receive_that_is_given_up() -> None:
             assert (next_one == 1).all(), "the message went to a receive that nobody waits for"
 
 
-def test_errors_wait_for_whoever_waits() -> None:
+def test_wait_raises_the_error() -> None:
     work = dist.all_reduce(torch.zeros(3, dtype=torch.bool), ReduceOp.AVG, async_op=True)
     with pytest.raises(TypeError, match=r"AVG of torch\.bool is not defined"):
         work.wait()
@@ -212,7 +212,7 @@ def future(_: Tensor, work: Any) -> Any:
     "keep",
     [pytest.param(registered, marks=newer_than_2_6("never lets go of what is registered")), boxed, future],
 )
-def test_what_cpp_keeps(keep: Any) -> None:
+def test_works_that_only_cpp_code_keeps(keep: Any) -> None:
     """torch's C++ code can wait for a Work that Python has dropped, and nothing keeps it afterwards."""
     x = torch.ones(2)
     work = dist.all_reduce(x, async_op=True)

@@ -319,7 +319,7 @@ def test_compiled_collectives(whole: bool, fresh_compiler: None) -> None:
 
 @warns
 @up_to_two
-def test_a_barrier_that_tells_amid_what_is_compiled(fresh_compiler: None) -> None:
+def test_monitored_barrier_in_a_compiled_function(fresh_compiler: None) -> None:
     @torch.compile(backend=BACKEND)
     def function(x: Tensor) -> Tensor:
         mpisyncbn.distributed.monitored_barrier()

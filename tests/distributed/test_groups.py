@@ -87,7 +87,7 @@ def test_names() -> None:
             mpisyncbn.init_process_group("world")
 
 
-def test_what_torch_builds_on_a_group(tmp_path: Any) -> None:
+def test_features_of_torch_that_use_a_group(tmp_path: Any) -> None:
     """Functional and compiled collectives, meshes, distributed tensors and sharded checkpoints work."""
     group, ones = dist.group.WORLD, torch.ones(4 * SIZE)
     summed = functional_collectives.all_reduce(ones, "sum", group)

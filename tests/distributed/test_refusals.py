@@ -131,7 +131,7 @@ def test_monitored_barrier() -> None:
     distributed.monitored_barrier(timeout=timedelta(seconds=30))
 
 
-def test_arguments_that_nobody_can_use() -> None:
+def test_bad_arguments() -> None:
     sparse = torch.eye(3).to_sparse()
     cases = {
         "expected a dense tensor": lambda: dist.all_reduce(sparse),
@@ -155,7 +155,7 @@ def options(root: int) -> Any:
     return chosen
 
 
-def test_what_a_group_of_torch_refuses() -> None:
+def test_refusals_of_single_calls() -> None:
     x, world = torch.ones(3), dist.group.WORLD
     sent, received = world.send([x], RANK, 5), world.recv([torch.zeros(3)], RANK, 5)
     with pytest.raises(NotImplementedError, match=r"recv from rank .* have no future"):

@@ -150,7 +150,7 @@ def test_report_without_torch():
     assert "torch is not installed" in out
 
 
-def test_hooks_of_git_run_what_the_tests_run_first():
+def test_git_hooks_run_the_same_checks_as_the_tests():
     hooks = re.findall(r"entry: \.venv/bin/(.*)", (ROOT / ".pre-commit-config.yaml").read_text())
     assert [hook.removesuffix(" --fix") for hook in hooks] == ["ruff check", "ruff format", "mypy"]
     steps = re.findall(r'run "(ruff check|ruff format|mypy)" ', (ROOT / "scripts" / "test").read_text())
@@ -179,7 +179,7 @@ def test_each_claim_of_the_comparison_names_tests_that_exist():
             assert named <= functions, f"{claim}: {file} has no {named - functions}"
 
 
-def test_the_page_on_the_architecture_shows_what_is():
+def test_the_page_on_the_architecture_is_up_to_date():
     shown = (ROOT / "docs" / "explanation" / "architecture.md").read_text()
     assert architecture.table() in shown, "the table comes from python scripts/architecture.py"
     lines, longest = architecture.sizes()

@@ -277,7 +277,7 @@ def test_threads_are_a_run_of_their_own() -> None:
     assert benchmark.parse(["--threads", "2", "--only", "tiny"]).only == ["tiny"]
 
 
-def test_environment_keeps_what_is_set(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_environment_keeps_variables_that_are_set(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("OMPI_MCA_mpi_yield_when_idle", "0")
     monkeypatch.delenv("PRTE_MCA_hwloc_default_binding_policy", raising=False)
     variables = scaling.environment()

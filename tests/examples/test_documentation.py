@@ -110,14 +110,14 @@ def check_page(page: Path, folder: Path, wanted, variables: Mapping[str, str]) -
 @starts_mpiexec
 @pytest.mark.timeout(900)
 @pytest.mark.parametrize("page", with_blocks(runs_commands, pytest.mark.full("jobs of several ranks")))
-def test_commands_print_what_the_page_shows(page, tmp_path):
+def test_commands_print_the_output_on_the_page(page, tmp_path):
     check_page(page, tmp_path, runs_commands, jobs.for_jobs())
 
 
 @starts_mpiexec
 @pytest.mark.timeout(900)
 @pytest.mark.parametrize("page", with_blocks(of_slurm, pytest.mark.full("Slurm takes its time")))
-def test_batch_jobs_print_what_the_page_shows(page, tmp_path):
+def test_batch_jobs_print_the_output_on_the_page(page, tmp_path):
     with slurm(nodes=1) as cluster:
         # The next command shows the job's output, so sbatch must not return before the job ends.
         check_page(page, tmp_path, of_slurm, {**cluster.environment, "SBATCH_WAIT": "1"})

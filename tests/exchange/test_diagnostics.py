@@ -238,7 +238,7 @@ def test_eps_of_another_type_is_the_same(debug, monkeypatch):
 
 
 @pytest.mark.parametrize("debug", ["0", "1"])
-def test_ranks_may_differ_in_what_they_build(debug, monkeypatch):
+def test_ranks_may_build_different_layers(debug, monkeypatch):
     monkeypatch.setenv("MPISYNCBN_DEBUG", debug)
     group = Communicator()
     layers = {}

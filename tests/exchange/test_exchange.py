@@ -124,7 +124,7 @@ def test_float64_of_single_values_that_differ_in_their_last_bits():
 
 @pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
 @pytest.mark.parametrize("wide", [False, True])
-def test_what_is_not_finite_stays_in_its_channel_and_reaches_every_rank(bad, wide):
+def test_nan_and_infinity_stay_in_their_channel_and_reach_every_rank(bad, wide):
     mean, m2 = np.zeros((2, 3)) if wide else np.zeros(3), np.ones(3)
     if WORLD.rank == WORLD.size - 1:
         mean[..., 1] = bad
@@ -153,7 +153,7 @@ def test_counts_are_whole_numbers_beyond_half_precision():
     assert total == WORLD.size * 2**40 + sum(range(WORLD.size))
 
 
-def test_what_a_rank_that_waits_would_say(recorded):
+def test_the_status_of_a_waiting_rank(recorded):
     """A waiting rank's status names its exchange, for ranks that have waited too long (rank_status.py)."""
     group, one = recorded.group, np.ones(3)
     exchange.merge_moments(group, CALL, 1, one, one)

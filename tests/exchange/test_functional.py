@@ -75,7 +75,7 @@ def test_empty_batches(kind, dtype):
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-def test_nobody_has_data(kind, dtype):
+def test_no_rank_has_data(kind, dtype):
     x = torch.zeros(0, 3, 4, dtype=dtype)
     y, mean, var, _, dx, _, _, count = run(kind, x, x, None, None)
     running = torch.ones(3), torch.ones(3)

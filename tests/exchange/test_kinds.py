@@ -135,7 +135,7 @@ OUT_OF_RANGE = [
     ("error", "call", "words"),
     [(TypeError, *row) for row in OF_ANOTHER_KIND] + [(ValueError, *row) for row in OUT_OF_RANGE],
 )
-def test_what_is_of_another_kind_or_out_of_range(error, call, words):
+def test_values_of_the_wrong_type_or_out_of_range(error, call, words):
     with pytest.raises(error, match=re.escape(f"expected {words.format(HERE)}")):
         call()
 
@@ -253,7 +253,7 @@ def test_a_tensor_that_is_not_plain_is_named(kind, training):
 
 
 @pytest.mark.parametrize("training", [True, False])
-def test_which_tensor_has_which_dtype(training):
+def test_the_error_lists_the_dtype_of_each_tensor(training):
     module = SyncBatchNorm(3).to(torch.bfloat16).train(training)
     module.running_mean, module.running_var = torch.zeros(3), torch.ones(3)
     said = (

@@ -89,7 +89,7 @@ def test_native_code_gives_the_same_bits(channels, monkeypatch):
     plain.free()
 
 
-def test_where_one_rank_has_no_native_code_none_uses_it(monkeypatch):
+def test_no_rank_uses_native_code_if_one_lacks_it(monkeypatch):
     if WORLD.rank == 0:
         monkeypatch.setattr(link, "native", lambda: None)
     group = Communicator().ready()

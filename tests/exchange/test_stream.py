@@ -121,7 +121,7 @@ def test_moments_have_the_bits_of_the_host_transport(batch, dtype, group, device
 
 
 @pytest.mark.parametrize("largest", [65504.0, FLOAT32])
-def test_running_statistics_take_what_their_dtype_holds(largest, group, device):
+def test_the_result_says_whether_running_statistics_can_hold_it(largest, group, device):
     """A result's flag is 1 if the dtype can hold the batch. An empty batch gives 0, and moments of 0."""
     what = enqueue.moments_call(group, call("float64"), C, largest)
 

@@ -144,7 +144,7 @@ def test_an_exception_is_a_failed_check(tmp_path: Path, capsys: pytest.CaptureFi
     assert "ZeroDivisionError" in capsys.readouterr().err
 
 
-def test_what_hangs_is_ended() -> None:
+def test_a_part_that_hangs_is_ended() -> None:
     """A part that exceeds its time limit is ended, with all processes that it started."""
     sleep = "import time; time.sleep(60)"
     start = f"subprocess.Popen([sys.executable, '-c', '{sleep}'])"

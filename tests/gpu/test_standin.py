@@ -181,7 +181,7 @@ def test_a_host_function_calls_no_cuda(driver: Driver) -> None:
     assert codes == [_NOT_PERMITTED] * 2
 
 
-def test_what_nobody_waits_for_is_done_all_the_same(driver: Driver) -> None:
+def test_work_is_done_even_if_the_host_never_waits(driver: Driver) -> None:
     stream, memory = driver.stream(), driver.flags()
     driver.cuStreamWriteValue32_v2(stream, memory, 1, 0)
     end = time.monotonic() + 60
@@ -231,7 +231,9 @@ driver.cuStreamSynchronize(stream)
 
 
 @pytest.mark.parametrize("broken", ["nothing", "bell before message", "result before flag", "no event"])
-def test_what_comes_too_early_is_seen(broken: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_steps_in_the_wrong_order_are_noticed(
+    broken: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setenv("MPISYNCBN_STANDIN_PAUSE", "5000")
     driver = Driver(library(tmp_path / "late.so"))
     stream, other, event, memory = driver.stream(), driver.stream(), driver.event(), driver.flags()

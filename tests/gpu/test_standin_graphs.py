@@ -55,7 +55,7 @@ def test_a_graph_is_replayed(driver: Driver) -> None:
     assert seen == [2.0 * value for value in range(100)]
 
 
-def test_what_a_capture_forbids(driver: Driver) -> None:
+def test_calls_that_a_capture_forbids(driver: Driver) -> None:
     stream, other, event, elsewhere = driver.stream(), driver.stream(), driver.event(), driver.event()
 
     def refused(code: int, name: str, *arguments: object) -> None:

@@ -134,7 +134,7 @@ def test_empty_batches(group, dtype):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
-def test_nobody_has_data(group, cupy, dtype):
+def test_no_rank_has_data(group, cupy, dtype):
     x = torch.zeros(0, 3, 4, dtype=dtype)
     y, mean, var, _, dx, _, _, count = run(group, x, x)
     running = cupy.asarray(np.ones(3)), cupy.asarray(np.ones(3))
@@ -273,7 +273,7 @@ def test_no_graph_is_captured(cupy, monkeypatch):
         transport.to_host(cupy.zeros(3))
 
 
-def test_the_stand_in_refuses_what_cupy_refuses(cupy):
+def test_the_stand_in_has_the_refusals_of_cupy(cupy):
     ours, theirs = cupy.zeros((2, 3)), np.zeros((2, 3))
     for refused, error in (
         (lambda: ours + theirs, TypeError),

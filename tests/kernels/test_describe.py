@@ -43,7 +43,7 @@ OTHERS = {
 
 
 @pytest.mark.parametrize("other", OTHERS)
-def test_what_tells_tensors_apart(describe, other):
+def test_descriptions_of_different_tensors_differ(describe, other):
     found = describe(zeros(4, 3), OTHERS[other]())
     assert None not in (found, describe(zeros(4, 3), zeros(4, 3)))
     assert found != describe(zeros(4, 3), zeros(4, 3))

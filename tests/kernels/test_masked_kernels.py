@@ -225,7 +225,7 @@ def test_a_part_without_true_values_leaves_nothing() -> None:
 
 
 @needs_native
-def test_the_same_bits_at_any_number_of_threads_and_as_without_what_is_false() -> None:
+def test_the_same_bits_at_any_number_of_threads_and_for_any_layout_of_the_mask() -> None:
     """Neither the number of threads nor the memory layout of the mask changes a bit."""
     for shape in [(4, 33, 60, 60), (30000, 3), (2, 500, 30, 30)]:
         x, ones = shard(shape, 1, 3.0), np.ones(shape[1])

@@ -130,7 +130,7 @@ def test_not_a_number_stays_in_its_channel():
 
 
 @pytest.mark.parametrize("bad", [torch.ones(3, device="meta"), torch.ones(3, dtype=torch.int32)], ids=str)
-def test_what_cannot_be_read_is_refused(bad):
+def test_arrays_that_cannot_be_read_are_refused(bad):
     ones = np.ones(3)
     with pytest.raises(MPISyncBNError, match="expected arrays in host memory"):
         cpu.normalize(torch.ones(2, 3), ones, ones, bad, None)

@@ -52,7 +52,7 @@ def of_extension(owner: Any) -> Iterator[tuple[str, Any]]:
             yield name, f"Final[{type(each).__name__}]"
 
 
-def test_the_stub_says_what_is_there() -> None:
+def test_the_stub_matches_the_native_module() -> None:
     from mpisyncbn.kernels.cpu import _cpu
 
     stub = ast.parse(Path(_cpu.__file__).with_name("_cpu.pyi").read_text())

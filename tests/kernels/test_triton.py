@@ -51,7 +51,7 @@ def test_arrays_by_way_of_dlpack(pointer, monkeypatch):
     ],
     ids=["no compiler", "not installed", "no memory"],
 )
-def test_where_triton_does_not_work(problem, why, monkeypatch):
+def test_other_kernels_serve_if_triton_fails(problem, why, monkeypatch):
     """If Triton fails, torch's own operations are used and a warning says why. A lack of memory is raised."""
     cuda_kernels_for, device = mpisyncbn.kernels.cuda_kernels_for, torch.device("cuda", 0)
 
@@ -76,7 +76,7 @@ def test_where_triton_does_not_work(problem, why, monkeypatch):
         cuda_kernels_for.cache_clear()
 
 
-def test_where_triton_is_not_installed():
+def test_other_kernels_serve_without_triton():
     out = run_alone(
         """
 import sys, warnings
@@ -173,7 +173,7 @@ def test_a_momentum_of_one_forgets_in_one_kernel():
             assert torch.equal(torch.stack(running).cpu(), torch.ones(2, 3, dtype=dtype))
 
 
-def test_what_a_kernel_must_not_write_to():
+def test_tensors_that_a_kernel_must_not_change():
     mean, var = (there(shard((4,), seed, dtype=torch.float64)) for seed in (1, 2))
     plain, count = there(torch.ones(4)), there(torch.tensor(7))
     with torch.inference_mode():

@@ -130,7 +130,7 @@ def test_under_i_nothing_is_over(run):
         assert (done.stdout, done.status) == ("status 0\n", 0)
 
 
-def test_the_code_of_an_exit_is_what_it_was(run):
+def test_the_code_of_system_exit_is_unchanged(run):
     """A program reads and sets ``SystemExit.code`` as without this package."""
     text = """
 error = SystemExit(7)

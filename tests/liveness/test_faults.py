@@ -121,7 +121,7 @@ SAID = {
 
 
 @pytest.mark.parametrize("name", libraries.NAMES)
-def test_what_mpiexec_says_of_a_silent_rank(name: str) -> None:
+def test_the_words_of_mpiexec_about_a_silent_rank(name: str) -> None:
     killed, exited = SAID[name]
     for how, text in ((("signal", 9), killed), (("exit", 5), exited)):
         case = a_case(says=(), silent=how)
@@ -288,7 +288,7 @@ def test_tables() -> None:
         ("--mpi mpich=/nowhere", 4, "--mpi: expected MPICH in /nowhere, got nothing"),
     ],
 )
-def test_what_scripts_faults_runs(
+def test_the_command_scripts_faults(
     arguments: str, status: int, said: str, tmp_path: Path, run_job: Callable[..., End]
 ) -> None:
     report, plugins = tmp_path / "found.json", ["-p", "support.tables", "-p", "no:cacheprovider"]

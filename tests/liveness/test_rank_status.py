@@ -24,7 +24,7 @@ RANK, SIZE = WORLD.rank, WORLD.size
 
 
 @several
-def test_what_a_rank_is_doing_can_be_seen_while_it_waits():
+def test_the_status_of_a_rank_while_it_waits():
     group = Communicator().ready()
     layer = SyncBatchNorm(3, process_group=group)
     layer(shard((local_batch(), 3)))
@@ -80,7 +80,7 @@ def quiet(monkeypatch):
 
 
 @several
-def test_ranks_that_are_asked_say_what_they_do(quiet):
+def test_ranks_that_are_asked_answer(quiet):
     group, said = quiet
     group.exchanges, group.current_call = 5, "forward of a layer" if RANK != 1 else None
     if RANK == 0:
@@ -108,7 +108,7 @@ def test_ranks_that_are_asked_say_what_they_do(quiet):
         assert len(said) == 1
         assert f"rank {RANK} of {SIZE} on {socket.gethostname()} was asked by rank 0, which has" in said[0]
         assert "Python stack of MainThread, innermost call last:" in said[0]
-        assert "in test_ranks_that_are_asked_say_what_they_do" in said[0]
+        assert "in test_ranks_that_are_asked_answer" in said[0]
 
 
 @pytest.mark.parametrize("asked", [True, False])
@@ -167,7 +167,7 @@ def test_a_rank_that_has_left_is_missed_in_later_exchanges_only(quiet):
     assert group.awaited_departed_rank() == 1
 
 
-def test_what_is_known_of_a_rank_that_does_not_answer():
+def test_the_state_of_a_rank_that_does_not_answer():
     child = subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE)
     group = RankStatus(0, 4)
     group.process_ids = [
@@ -196,7 +196,7 @@ def test_what_is_known_of_a_rank_that_does_not_answer():
 
 
 @several
-def test_who_has_not_come_to_the_first_exchange_is_named():
+def test_a_rank_missing_in_the_first_exchange_is_named():
     """A missing rank is named with the oldest of its processes: the others are its children."""
     ranks, late = list(range(SIZE)), SIZE - 1
     process = WORLD.bcast(os.getpid(), late)

@@ -97,7 +97,7 @@ def test_the_verdict(damage: str) -> None:
     assert wrong == expected.get(damage, ["state"])
 
 
-def test_what_is_a_loss() -> None:
+def test_errors_that_mean_a_lost_rank() -> None:
     for code, expected in [
         (MPI.ERR_PROC_FAILED, True),
         (MPI.ERR_PROC_FAILED_PENDING, True),
@@ -110,7 +110,7 @@ def test_what_is_a_loss() -> None:
     assert not survive.is_loss(mpisyncbn.MPISyncBNError("another"))
 
 
-def test_what_is_no_loss_is_raised(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_other_errors_are_raised(monkeypatch: pytest.MonkeyPatch) -> None:
     run = survive.Run(torch.float32, [])
     errors = iter([MPI.Exception(MPI.ERR_TRUNCATE), AssertionError("it went on")])
 

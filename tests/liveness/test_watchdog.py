@@ -197,7 +197,7 @@ def test_a_rank_that_failed_and_lingers_ends_the_job(status, over, ending, monke
         assert ending == []
 
 
-def test_nobody_waits_for_what_never_returns():
+def test_a_call_that_never_returns_is_given_up():
     release = threading.Event()
     reports.run_with_timeout(0.01, release.wait)
     release.set()

@@ -129,9 +129,11 @@ class Driver:
         """Capture the stream's work in the block. Afterwards the list holds the executable graph."""
         executable: list[int] = []
         self.cuStreamBeginCapture_v2(stream, mode)
-        yield executable
         graph = ctypes.c_uint64()
-        self.cuStreamEndCapture(stream, ctypes.byref(graph))
+        try:
+            yield executable
+        finally:
+            self.cuStreamEndCapture(stream, ctypes.byref(graph))
         executable.append(self.made("cuGraphInstantiateWithFlags", graph.value, 0))
         self.cuGraphDestroy(graph.value)
 

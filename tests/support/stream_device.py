@@ -77,8 +77,10 @@ class StreamDevice(device.SlowDevice):
     def on(self, stream: int) -> Iterator[None]:
         """A context in which another stream is the current one."""
         before, self.stream = self.stream, stream
-        yield
-        self.stream = before
+        try:
+            yield
+        finally:
+            self.stream = before
 
 
 def library() -> Path:
