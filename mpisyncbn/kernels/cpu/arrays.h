@@ -47,38 +47,9 @@ void put(float &to, double v) { to = (float)v; }
 void put(bfloat16 &to, double v) { baseline::store_part(&to, baseline::vec<bfloat16>{(float)v}, 1); }
 void put(float16 &to, double v) { baseline::store_part(&to, baseline::vec<float16>{(float)v}, 1); }
 
-// DLPack's functions that look at a tensor without a Python call for each of its properties
-// (dlpack.h since version 1.2, torch since 2.10).
-struct ExchangeAPI {
-    uint32_t major, minor;
-    void *previous;
-    void *allocator, *from_object, *to_object;
-    int (*look)(void *object, struct DLTensor *tensor);
-    void *stream;
-};
-
-struct DLTensor {
-    void *data;
-    int32_t device_type, device_id, ndim;
-    uint8_t code, bits;
-    uint16_t lanes;
-    int64_t *shape, *strides;
-    uint64_t byte_offset;
-};
-
-const ExchangeAPI *exchange_api(nb::handle torch) {
-    const nb::object capsule = nb::getattr(torch.attr("Tensor"), "__dlpack_c_exchange_api__", nb::none());
-    const auto *api = (const ExchangeAPI *)PyCapsule_GetPointer(capsule.ptr(), "dlpack_exchange_api");
-    PyErr_Clear();  // older versions of torch have none
-    return api && api->major == 1 && api->look ? api : nullptr;
-}
-
-bool describe_quickly(const ExchangeAPI &api, nb::handle object, Array &array) {
-    DLTensor tensor;
-    if (api.look(object.ptr(), &tensor) != 0) {
-        PyErr_Clear();  // a tensor without memory of its own
-        return false;
-    }
+bool describe_quickly(const dlpack::ExchangeAPI &api, nb::handle object, Array &array) {
+    dlpack::Tensor tensor;
+    if (!dlpack::read(api, object.ptr(), tensor)) return false;
     array.dtype = tensor.code == 4 && tensor.bits == 16   ? DType::bf16
                   : tensor.code == 6 && tensor.bits == 8  ? DType::boolean
                   : tensor.code != 2 || tensor.lanes != 1 ? DType::none
@@ -86,11 +57,11 @@ bool describe_quickly(const ExchangeAPI &api, nb::handle object, Array &array) {
                   : tensor.bits == 32                     ? DType::f32
                   : tensor.bits == 64                     ? DType::f64
                                                           : DType::none;
-    if (tensor.ndim > NDIM) return false;
-    array.data = (char *)tensor.data + tensor.byte_offset;
-    array.ndim = tensor.ndim;
-    std::copy(tensor.shape, tensor.shape + tensor.ndim, array.shape);
-    std::copy(tensor.strides, tensor.strides + tensor.ndim, array.stride);
+    if (tensor.dimensions > NDIM) return false;
+    array.data = tensor.begin();
+    array.ndim = tensor.dimensions;
+    std::copy_n(tensor.shape, tensor.dimensions, array.shape);
+    std::copy_n(tensor.strides, tensor.dimensions, array.stride);
     return tensor.device_type == 1 && array.dtype != DType::none && (array.data || array.size() == 0);
 }
 
@@ -156,7 +127,7 @@ bool look_at(nb::handle object, Array &array, bool to_write = false) {
     }
     // These are never released, because Python may be gone first at exit.
     static const nb::handle torch = nb::module_::import_("torch").release();
-    static const ExchangeAPI *const api = exchange_api(torch);
+    static const auto *const api = dlpack::functions_of(nb::object(torch.attr("Tensor")).ptr());
     static PyObject *const plain = torch.attr("Tensor").ptr(), *const parameter =
                                                                    torch.attr("nn").attr("Parameter").ptr();
     static PyObject *const is_neg = PyUnicode_InternFromString("is_neg");

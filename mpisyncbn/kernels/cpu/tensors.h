@@ -1,6 +1,5 @@
-// Reads properties of torch's tensors, on any device, by the C functions that torch 2.10 and newer have
-// for DLPack. A call of a tensor's method takes ten times as long. It is made only for the property that
-// DLPack does not have: whether values are negated when they are read.
+// Reads properties of torch's tensors, on any device, by DLPack. A method is called only for the
+// property that DLPack does not have: whether values are negated when they are read.
 #pragma once
 
 #include <Python.h>
@@ -8,39 +7,18 @@
 #include <cstdint>
 #include <string>
 
+#include "dlpack.h"
+
 namespace tensors {
 
-// As in dlpack.h, version 1
-struct DLTensor {
-    char *data;
-    int32_t device_type, device, dimensions;
-    uint8_t code, bits;
-    uint16_t lanes;
-    int64_t *shape, *strides;
-    uint64_t byte_offset;
-
-    uint64_t address() const { return (uint64_t)(data + byte_offset); }
-};
-struct ExchangeAPI {
-    uint32_t major, minor;
-    const ExchangeAPI *previous;
-    void *managed[3];
-    int (*dltensor_from_py_object)(void *, DLTensor *);
-    void *current_work_stream;
-};
-
 inline PyTypeObject *tensor_type = nullptr;
-inline const ExchangeAPI *api = nullptr;
+inline const dlpack::ExchangeAPI *api = nullptr;
 inline PyObject *is_neg = nullptr;
 
 // Takes torch.Tensor, the class of the tensors to read. Returns whether it has those functions.
 inline bool use(PyObject *type) {
-    PyObject *const capsule = PyObject_GetAttrString(type, "__dlpack_c_exchange_api__");
-    const auto *found = capsule ? (const ExchangeAPI *)PyCapsule_GetPointer(capsule, "dlpack_exchange_api") : nullptr;
-    Py_XDECREF(capsule);
-    PyErr_Clear();
-    while (found && found->major > 1) found = found->previous;
-    if (!found || found->major != 1 || !found->dltensor_from_py_object) return false;
+    const auto *const found = dlpack::functions_of(type);
+    if (!found) return false;
     if (!is_neg) is_neg = PyUnicode_InternFromString("is_neg");
     Py_INCREF(type);  // never released, as its functions
     tensor_type = (PyTypeObject *)type, api = found;
@@ -49,9 +27,9 @@ inline bool use(PyObject *type) {
 
 // Returns false unless it is a tensor with memory of its own, which sparse tensors, those of a transform
 // and torch._efficientzerotensor do not have.
-inline bool read(PyObject *object, DLTensor &out) {
+inline bool read(PyObject *object, dlpack::Tensor &out) {
     if (!api || !PyType_IsSubtype(Py_TYPE(object), tensor_type)) return false;
-    if (api->dltensor_from_py_object(object, &out) != 0) return PyErr_Clear(), false;
+    if (!dlpack::read(*api, object, out)) return false;
     int64_t values = 1;
     for (int32_t i = 0; i < out.dimensions; ++i) values *= out.shape[i];
     return out.data || !values;
@@ -64,7 +42,7 @@ inline PyObject *describe(PyObject *tuple) {
     const auto put = [&out](const auto &value) { out.append((const char *)&value, sizeof value); };
     for (Py_ssize_t i = 0; i < PyTuple_Size(tuple); ++i) {
         PyObject *const object = PyTuple_GetItem(tuple, i);
-        DLTensor found;
+        dlpack::Tensor found;
         if (object == Py_None) {
             put(nullptr);
             continue;
@@ -74,7 +52,7 @@ inline PyObject *describe(PyObject *tuple) {
         if (!negative) return nullptr;
         put(Py_TYPE(object)), put(found.device_type), put(found.device), put(found.dimensions);
         put(found.code), put(found.bits), put(found.lanes);
-        put((uint8_t)(found.address() % 16)), put((uint8_t)(negative == Py_True));
+        put((uint8_t)((uint64_t)found.begin() % 16)), put((uint8_t)(negative == Py_True));
         out.append((const char *)found.shape, 8 * found.dimensions);
         out.append((const char *)found.strides, 8 * found.dimensions);
         Py_DECREF(negative);
@@ -85,8 +63,8 @@ inline PyObject *describe(PyObject *tuple) {
 // The address of a tensor, or one that is given as a number; 0 for None.
 inline uint64_t address_of(PyObject *object) {
     if (object == Py_None) return 0;
-    DLTensor found;
-    if (read(object, found)) return found.address();
+    dlpack::Tensor found;
+    if (read(object, found)) return (uint64_t)found.begin();
     PyObject *const number = PyLong_Check(object) ? (Py_INCREF(object), object)
                                                   : PyObject_CallMethod(object, "data_ptr", nullptr);
     if (!number) return 0;  // with Python's error
