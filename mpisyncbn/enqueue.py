@@ -41,7 +41,7 @@ __all__ = [
 
 _SUM_MOMENTS, _GATHER_MOMENTS, _SUM_VECTORS = 0, 1, 2  # as in worker.h
 _LARGEST_FLOAT32 = float(np.finfo(np.float32).max)
-_ONE_VALUE = -2  # as in collectives.h
+_ONE_VALUE, _REPLAY_IN_JOIN = -2, -3  # as in collectives.h
 
 
 def worker_for(group: Communicator, x: Array) -> StreamWorker | None:
@@ -174,7 +174,8 @@ def _enqueue(
 def raise_failure(group: Communicator) -> None:
     """Raise the error that the worker has found, as an exchange by the host would raise it.
 
-    Every rank of the group must call: the workers of all have found it.
+    Every rank of the group must call, because the workers of all have found it; but a replay inside
+    join is found by this rank alone.
     """
     worker = group.stream
     if worker is None:
@@ -185,8 +186,14 @@ def raise_failure(group: Communicator) -> None:
         if not problem:
             return
         call = group.rank_status.calls[number]
-        group.rank_status.align()
         try:
+            if problem == _REPLAY_IN_JOIN:
+                raise MPISyncBNError(
+                    "expected no replay of a captured graph inside join, where ranks without data serve only "
+                    f"exchanges that the host begins; got one with the {call}{on_rank()}: run the model "
+                    "without its graph there"
+                )
+            group.rank_status.align()
             if problem == _ONE_VALUE:
                 raise ValueError(one_value_message(call.layer))
             fingerprint.raise_problem(group, call, problem)

@@ -36,14 +36,24 @@ def check_threads(function: str) -> None:
 
 @contextmanager
 def joining(groups: Sequence[Communicator]) -> Iterator[None]:
-    """A context in which each exchange announces itself to ranks that have run out of data."""
+    """A context in which each exchange announces itself to ranks that have run out of data.
+
+    A captured graph cannot announce its exchanges, so a replay inside is an error.
+    """
     try:
         for group in groups:
-            group.ready().in_join_context = True
+            group.ready().synchronize()  # of replays, those from before are no error
+            _set_in_join(group, True)
         yield
     finally:
         for group in groups:
-            group.in_join_context = False
+            _set_in_join(group, False)
+
+
+def _set_in_join(group: Communicator, in_join: bool) -> None:
+    group.in_join_context = in_join
+    if group.stream is not None:
+        group.stream.in_join = in_join
 
 
 class ServingThread(threading.Thread):

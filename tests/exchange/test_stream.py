@@ -8,7 +8,7 @@ import shutil
 import numpy as np
 import pytest
 
-from mpisyncbn import enqueue, exchange
+from mpisyncbn import MPISyncBNError, enqueue, exchange, uneven
 from mpisyncbn.batch_stats import invstd_of
 from mpisyncbn.comm.communicator import Communicator
 from mpisyncbn.fingerprint import LayerCall
@@ -335,6 +335,36 @@ def test_a_captured_graph_is_replayed(group, device):
     assert seen == expected
     assert (owned, counted, group.stream.owned) == (3, 310, 0)
     assert slots[0] == slots[1]  # the second graph reuses the slots of the first
+
+
+def test_replays_inside_join_are_refused(group, device):
+    """Ranks without data serve no replay. One from before is done when the context begins."""
+    graph, messages, found = graph_of(group, device, 2)
+
+    def replay(number):
+        messages[:] = number * (WORLD.rank + 1.0)
+        device.driver.cuGraphLaunch(graph, device.stream)
+
+    replay(1)
+    values, said = [], []
+    with uneven.joining([group]):
+        values += [each.item() for each in found]
+        for number in (2, 3):
+            replay(number)
+            try:
+                group.synchronize()
+            except MPISyncBNError as error:
+                said.append(str(error))
+            device.synchronize()
+            values += [each.item() for each in found]
+    replay(4)
+    group.synchronize()
+    values += [each.item() for each in found]
+    device.driver.cuGraphExecDestroy(graph)
+    assert values[:2] + values[6:] == [rank_sum(1)] * 2 + [rank_sum(4)] * 2
+    assert np.isnan(values[2:6]).all()
+    assert len(said) == 2
+    assert all("expected no replay of a captured graph inside join" in each for each in said)
 
 
 def test_synchronize_waits_for_replays(group, device):

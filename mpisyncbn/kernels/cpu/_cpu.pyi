@@ -227,6 +227,7 @@ class StreamWorker:
     """A thread that does the exchanges of a communicator in the order of a device's streams."""
 
     exchanges: int  # begun so far
+    in_join: bool  # whether replays of captured graphs are refused; only once there was an exchange
 
     def __init__(
         self,

@@ -6,8 +6,9 @@
 #include <vector>
 
 // The problem of an exchange: none, MISMATCH if the ranks sent different fingerprints, ONE_VALUE if the
-// group has a single value per channel, else MPI's error code, which is positive.
-enum Problem { NO_PROBLEM = 0, MISMATCH = -1, ONE_VALUE = -2 };
+// group has a single value per channel, REPLAY_IN_JOIN if a captured graph was replayed inside join,
+// else MPI's error code, which is positive.
+enum Problem { NO_PROBLEM = 0, MISMATCH = -1, ONE_VALUE = -2, REPLAY_IN_JOIN = -3 };
 
 // MPI's functions and handles come from mpi4py as numbers, so that one build serves every MPI
 // library. A handle is an int in some libraries (MPICH and its relatives), a pointer in others

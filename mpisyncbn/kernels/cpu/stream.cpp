@@ -324,6 +324,8 @@ void bind_stream(nb::module_ &m) {
         .def_prop_ro("slots", [](StreamWorker &self) { return self.slots.size(); })
         .def_prop_ro("owned", [](StreamWorker &self) { return self.worker ? self.worker->owned.load() : 0; })
         .def_prop_ro("current", [](StreamWorker &self) { return self.worker ? self.worker->current.load() : -1; })
+        .def_prop_rw("in_join", [](StreamWorker &self) { return self.worker && self.worker->in_join; },
+                     [](StreamWorker &self, bool in_join) { if (self.worker) self.worker->in_join = in_join; })
         .def_prop_rw("exchanges",
                      [](StreamWorker &self) { return self.worker ? self.worker->exchanges.load() : self.exchanges_before; },
                      [](StreamWorker &self, long number) {

@@ -107,6 +107,7 @@ class Worker {
     std::atomic<int> owned{0};               // slots of graphs
     std::atomic<int> current{-1};            // the call that is in MPI; -1: none
     std::atomic<bool> failed{false}, closed{false}, stopping{false}, sleeping{false};
+    std::atomic<bool> in_join{false};  // ranks without data serve only exchanges that the host announces
 
    private:
     void run() {
@@ -171,7 +172,10 @@ class Worker {
         const bool send = !failed && !closed;
         if (send) {
             current = what.number;
-            problem = what.kind == GATHER_MOMENTS ? gather(slot) : what.kind == SUM_MOMENTS ? sum(slot) : add(slot);
+            problem = slot.owned && in_join         ? REPLAY_IN_JOIN
+                      : what.kind == GATHER_MOMENTS ? gather(slot)
+                      : what.kind == SUM_MOMENTS    ? sum(slot)
+                                                    : add(slot);
             current = -1;
             if (problem) fail({problem, what.number, exchanges});
         }
