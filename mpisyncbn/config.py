@@ -237,7 +237,7 @@ def device_aware(kind: str) -> str | None:
 
 
 def rendezvous_given() -> dict[str, str]:
-    """The variables by which torch's launchers tell ranks of each other, those that are set."""
+    """The values of the variables by which torch's launchers tell ranks of each other, if set."""
     names = "RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"
     return {name: os.environ[name] for name in names if os.environ.get(name)}
 

@@ -91,8 +91,9 @@ def merge_moments(group: Communicator, call: LayerCall, count: int, mean: Array,
 
 
 def reduce_sums(group: Communicator, call: LayerCall, *sums: Array) -> tuple[Array, ...]:
-    """Sum vectors of one length over the group. Returns the kind of arrays that ``merge_moments`` does.
+    """Sum vectors of one length, any arrays, over the group.
 
+    Returns arrays of the kind that ``merge_moments`` returns.
     Collective: every rank of the group must call.
     """
     if (worker := enqueue.worker_for(group, sums[0])) is not None:

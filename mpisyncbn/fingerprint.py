@@ -30,7 +30,7 @@ __all__ = [
     "raise_problem",
 ]
 
-# Sums over P ranks are exact while P * 2**36, that of the squares, is below 2**53: up to 131,072 ranks.
+# The sum of P squares is below P * 2**36. It is exact below 2**53, so for up to 131,072 ranks.
 _BITS = 18
 _MASK = (1 << _BITS) - 1
 

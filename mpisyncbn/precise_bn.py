@@ -89,7 +89,7 @@ def update_bn(
         batches = _run(_with_bar(loader, resolve(process_group)), model, device)
     uneven.serve(groups)
     for group in groups:
-        group.forget_names()  # ranks without batches have not named these layers
+        group.forget_names()  # a rank without batches has not named the same layers
     most = {group: _allreduce_max(group, batches) for group in groups}
     for name, layer in layers.items():
         layer.merge(name)

@@ -80,7 +80,7 @@ def ordered(found: dict[str, set[str]]) -> list[str]:
 
 
 def sizes() -> tuple[dict[str, int], dict[str, int]]:
-    """Count the lines of each file, C++ included, and of each Python function without docstring."""
+    """Count the lines of each file, C++ included, and of each Python function minus its docstring."""
     files, functions = {}, {}
     for path in PACKAGE.rglob("*"):
         if path.suffix in (".py", ".cpp", ".h"):

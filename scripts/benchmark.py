@@ -1,4 +1,4 @@
-"""Measure this package, its peers and the limits of the machine, in turn in the same processes.
+"""Measure the speed of this package, its peers and the machine's limits, in turn in the same processes.
 
     mpiexec -n 2 python scripts/benchmark.py            about ten minutes on two cores
     mpiexec -n 2 python scripts/benchmark.py --quick    under two

@@ -173,7 +173,7 @@ mpi_beside() {
     fi
 }
 
-# is_own NAME: whether the mpiexec on PATH, which the stamp file names, is of the library openmpi, mpich or impi.
+# is_own NAME: whether the stamp file says that the mpiexec on PATH is of library NAME: openmpi, mpich or impi.
 is_own() {
     local -A titles=([openmpi]="Open MPI" [mpich]=MPICH [impi]="Intel MPI")
     grep -q "^mpiexec: .*(${titles[$1]} [0-9]" "$stamp"

@@ -110,7 +110,7 @@ class Cycles:
     def once(self) -> None:
         self.number += 1
         for layer, values in self.cases:
-            # in one cycle of 7, this rank's batch is empty
+            # on ranks 0 to 6, the batch is empty in one cycle of 7
             x = values[: 0 if self.number % 7 == WORLD.rank else None].requires_grad_()
             residual = (torch.ones_like(x),) if layer.activation else ()
             layer(x, *residual).sum().backward()

@@ -52,7 +52,7 @@ def train(run: Run, steps: int) -> None:
             if not is_loss(error):
                 raise
             run.caught(error)
-            run.comm.Revoke()  # ranks that wait in it for one that is already here come here too
+            run.comm.Revoke()  # ranks that still wait in it get an error and come here too
         # Some ranks may have made the last step, and others not. They end together, or go on together.
         if agree(run.comm, run.step == steps):
             return

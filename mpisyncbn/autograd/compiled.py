@@ -55,7 +55,7 @@ with torch.inference_mode(False), _disable_current_modes():  # the first import 
     _FORWARD_ORDER, _BACKWARD_ORDER = torch.from_numpy(np.zeros(())), torch.from_numpy(np.zeros(()))
 
 
-_ON_DEVICE: dict[tuple[torch.device, str], Tensor] = {}  # tokens for CUDA graphs
+_ON_DEVICE: dict[tuple[torch.device, str], Tensor] = {}  # tokens for CUDA graphs, by device and direction
 _FOR_GRAPHS = config.transport() == "stream" and not config.debug()
 
 
@@ -71,7 +71,7 @@ def _order_token(token: Tensor, x: Tensor) -> Tensor:
     return _forward_token(x.device) if token is _FORWARD_ORDER else _backward_token(x.device)
 
 
-# There are two functions, because the compiler names the constant that each returns after its function.
+# There are two functions, because the compiler names a constant after the function that returned it.
 @torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
 def _forward_token(device: torch.device) -> Tensor:
     return _token_on(device, "forward")
@@ -143,7 +143,7 @@ def _batch_sums_op(
     """Do the backward pass up to and including its exchange.
 
     Returns the rows dweight and dbias, sums of this rank; and the rows for ``dx``: the mean of dy, in
-    two parts, and the mean of dy times the normalized input, which is the factor of that input.
+    two parts, and the mean of ``dy * xhat``, the factor of ``xhat``, which is the normalized input.
     """
     with np.errstate(all="ignore"):
         communicator = by_graph_key(group)
@@ -186,7 +186,7 @@ def _fake_batch_stats(x: Tensor, *_: object) -> tuple[Tensor, ...]:
 
 
 def _fake_batch_sums(dy: Tensor, x: Tensor, *_: object) -> tuple[Tensor, Tensor]:
-    from torch._dynamo import compiled_autograd, config  # torch has loaded it by now; it takes a second else
+    from torch._dynamo import compiled_autograd, config  # torch has loaded it by now, which takes a second
 
     if config.compiled_autograd or compiled_autograd.compiled_autograd_enabled:
         raise MPISyncBNError(

@@ -1,8 +1,9 @@
 """The fused path under the ``stream`` transport: one native call for each direction.
 
 It enqueues the kernels before the exchange, the exchange and the kernels after it, with no Python
-between them. fused.py calls this module, and does the work itself if it returns None: for tensors that
-have to be copied first, and on a device without compiled kernels. Masks are left to fused.py too.
+between them. fused.py calls this module, and does the work itself if it returns None: for empty tensors,
+for those that have to be copied first, while the host has to take part in exchanges, and on a device
+without compiled kernels. With a mask, fused.py does not call it.
 """
 
 from __future__ import annotations
@@ -34,7 +35,7 @@ Gradients = tuple[Tensor, Tensor | None, Tensor | None, Tensor]
 
 
 class Enqueued(NamedTuple):
-    """The results of a forward call that its backward call needs."""
+    """The results of a forward call, except ``y``, for its backward call and for running statistics."""
 
     result: Tensor  # float64: mean, var, invstd, count, and two numbers for running statistics
     total: Total
@@ -52,7 +53,7 @@ def forward(
 ) -> tuple[Tensor, Enqueued] | None:
     """Return ``y`` and the results that backward needs; None if fused.py has to do the work.
 
-    The call also records the batch in ``layer.running``, if native code can.
+    The call also records the batch in ``layer.running``, if the kernels can change these tensors.
     Collective: every rank of the group must call.
     """
     group, running = layer.group, _running_of(layer)

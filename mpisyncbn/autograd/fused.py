@@ -75,8 +75,7 @@ class _SyncBatchNorm(torch.autograd.Function):
     @staticmethod
     def backward(ctx: FunctionContext, dy: Tensor) -> tuple[Tensor | None, ...]:
         layer = ctx.layer
-        # This holds with create_graph, when the result will be differentiated again, and for batched
-        # gradients.
+        # With create_graph, the result will be differentiated again. Gradients may also be batched.
         composite = torch.is_grad_enabled() or torch._C._functorch.is_batchedtensor(dy)
         if composite and layer.keeps_output:
             raise _only_first_derivatives(layer)

@@ -38,7 +38,7 @@ __all__ = [
 
 # MPICH's numbers for MPIX_GPU_query_support, by the names that MPI-4.1 has for kinds of memory.
 _KINDS = {"cuda": 0, "rocm": 2}
-_OPEN_MPI_ECHOES_BELOW = (6, 0, 0)  # older ones only repeat the program's request
+_OPEN_MPI_ECHOES_BELOW = (6, 0, 0)  # their mpi_memory_alloc_kinds only repeats the program's request
 
 
 def chosen(MPI: ModuleType) -> tuple[str, str]:

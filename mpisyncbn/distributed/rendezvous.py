@@ -141,7 +141,7 @@ def lazy_store(store: Store | None) -> LazyStore | None:
 
 
 def _rank_and_size(url: str) -> dict[str, int]:
-    """Return ``rank`` and ``world_size`` from the URL, if torch was given them."""
+    """Return ``rank`` and ``world_size`` from the URL, each only if torch was given it."""
     query = parse_qs(urlparse(url).query)
     given = {name: int(value[0]) for name, value in query.items() if name in _ARGUMENTS}
     return {name: value for name, value in given.items() if value != -1}

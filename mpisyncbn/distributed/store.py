@@ -133,9 +133,9 @@ def shared_store(comm: MPI.Intracomm, timeout: timedelta) -> dist.Store:
 
 
 def _address_among(machines: list[tuple[str, str]]) -> tuple[str, socket.AddressFamily]:
-    """Return an address of this machine, the first of ``machines``, that all others reach.
+    """Return the address of this machine, the first of ``machines``, on its route to the others.
 
-    Raises OSError if there is none.
+    It looks up the route to the first of the others only. Raises OSError if there is none.
     """
     others = [name for name, boot in machines if (name, boot) != machines[0]]
     if not others:

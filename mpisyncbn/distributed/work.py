@@ -111,9 +111,9 @@ class Work(_Work):
         return cls(result, call, _DONE)
 
     def keep_for_cpp(self) -> Work:
-        """Stay alive until somebody waits for this or gets its future, and return this.
+        """Return this. With torch 2.6, keep it alive until somebody waits for it or gets its future.
 
-        The C++ code of torch 2.6 keeps only the C++ half of the object.
+        C++ code of torch 2.6 keeps only the C++ half of the object.
         """
         if not CPP_KEEPS_WORKS:
             _awaited_by_none.add(self)

@@ -171,7 +171,7 @@ class RankStatus:
         """
         start = time.monotonic()
         self._ask_at = start + ASK_SECONDS * self.rank / self.size
-        # A rank that asks nobody waits as long, so that the others have time for their reports.
+        # A rank that asks nobody waits all this time, so that the rank that asks has time for its report.
         while time.monotonic() < start + ASK_SECONDS + ANSWER_SECONDS:
             time.sleep(0.02)
             since = self._asked_at
@@ -265,7 +265,7 @@ class RankStatus:
         return f"  rank {rank}{self._on_host(rank)} {what}"
 
     def _process(self, rank: int) -> str:
-        """Words on a rank that does not answer: that it left, or the state of its process if it is here."""
+        """Words on a rank that does not answer: it has left, or, on this host, the state of its process."""
         if rank in self.departed:
             return ", it has left the program"
         if not self.process_ids or self.process_ids[rank][:2] != config.machine():

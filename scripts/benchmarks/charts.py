@@ -114,7 +114,7 @@ def growth_data(sections: runs.Sections) -> dict[str, Any] | None:
 
 
 def growth(data: dict[str, Any]) -> Figure:
-    """Draw the measured time and bytes of one exchange, and the modelled time of a training step.
+    """Draw measured time and bytes of one exchange, and the modelled time of all exchanges of a step.
 
     The step is that of a ResNet-50, on two networks.
     """

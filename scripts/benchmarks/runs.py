@@ -54,7 +54,7 @@ def merged(values: Sequence[Any]) -> Any:
     """Merge the values of several runs at one place.
 
     A figure becomes the median of the runs' medians, and the lowest and the highest of them. Other
-    values must be equal.
+    values must be equal, but "left out" is dropped.
 
     Raises:
         ValueError: the runs did not measure the same cases.

@@ -1,7 +1,8 @@
 """Measure exchanges at 2 to 64 ranks, their time and the bytes that a rank sends: section scaling.
 
-Without mpiexec, benchmark.py starts itself under mpiexec twice for each number of ranks: once for the
-times, and once with Open MPI's monitoring component for the bytes. It does not import torch.
+If it was started without mpiexec, benchmark.py starts itself under mpiexec twice for each number of
+ranks: once for the times, and once with Open MPI's monitoring component for the bytes. It does not
+import torch.
 """
 
 from __future__ import annotations

@@ -25,7 +25,7 @@ from support.ranks import WORLD, no_exchange, together
 RANK, SIZE = WORLD.rank, WORLD.size
 PACKAGE = str(Path(mpisyncbn.__file__).parent)
 State = tuple[bytes, ...]
-# An exception in a generator that is being closed cannot propagate: Python reports it as unraisable.
+# When Python deletes a generator that has not ended, an exception in it is only reported as unraisable.
 closing = pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
 
 

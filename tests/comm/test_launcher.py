@@ -208,7 +208,7 @@ TRAINING = {
     [pytest.param(call, id=name, marks=[compiles] * (name == "compiled")) for name, call in TRAINING.items()],
 )
 def test_training_apart_is_refused(train, larger):
-    """No rank trains if torch.distributed has more ranks than MPI, even if it begins after a step."""
+    """No rank trains if torch.distributed has more ranks than MPI, even if it starts after a step."""
     net = mpisyncbn.convert_sync_batchnorm(torch.nn.Sequential(torch.nn.BatchNorm1d(3)))
     net(X)
     larger()

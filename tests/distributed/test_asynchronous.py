@@ -220,7 +220,7 @@ def test_works_that_only_cpp_code_keeps(keep: Any) -> None:
     del work
     wait()
     del wait
-    dist.barrier(async_op=True).wait()  # before this, the group's thread has let go of the Work
+    dist.barrier(async_op=True).wait()  # the group's thread lets go of the Work before it begins this
     gc.collect()
     with together():
         assert (x == SIZE).all()

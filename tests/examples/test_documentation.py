@@ -8,9 +8,9 @@ Conventions of a page:
   lines after each ``@@`` must be in old.py exactly once.
 - A block ``console`` has commands after ``$``, each with its output below it. They run in order, in
   one folder for a page. ``...`` stands for any text; numbers with a decimal point are compared to
-  5 % or 0.01. Output on stderr follows that on stdout. This machine is called node1, and its folder
-  /home/me. A command must end with status 0, unless ``$ echo $?`` follows. A block without any
-  output is not run.
+  5 % or 0.01. Output on stderr follows that on stdout. This machine is called node1, and the page's
+  folder /home/me. A command must end with status 0, unless ``$ echo $?`` follows. A block without
+  any output is not run.
 - Blocks in other languages, or in none, are not run.
 """
 

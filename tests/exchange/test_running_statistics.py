@@ -67,7 +67,7 @@ def test_a_batch_that_is_not_finite_is_not_recorded(bad, dtype, where):
     assert torch.stack(running).tolist() == [[0, 0], [1, 1]]
 
 
-# By native code, by NumPy, and without the host: it does not read a count that is a tensor.
+# By native code, by torch's operations, and without the host: it does not read a count that is a tensor.
 COUNTS = {"native": 2, "plain": 2, "unseen": torch.tensor(2)}
 
 

@@ -204,7 +204,10 @@ def test_the_host_runs_ahead(group, device, monkeypatch):
 
 
 def test_pinned_memory_serves_the_next_group(monkeypatch, tmp_path):
-    """Each group leaves out the memory of its last exchange, which the device may still read."""
+    """A freed group's pinned memory serves the next group, except that of the last exchange.
+
+    The device may still copy a result from there.
+    """
     device = pretend_stream(monkeypatch, path=shutil.copy(library(), tmp_path / "driver.so"))
     slots = []
     for _ in range(5):

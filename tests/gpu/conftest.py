@@ -1,4 +1,4 @@
-"""A fixture for tests of the CUDA stand-in: its driver, in both orders of work, late and early."""
+"""A fixture for tests of the CUDA stand-in: its driver, with its work done late or early."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Layers on a GPU, by each kernel module and two transports. support/device.py emulates a GPU."""
+"""Layers on a real or emulated GPU (support/device.py), by each kernel module and two transports."""
 
 from __future__ import annotations
 

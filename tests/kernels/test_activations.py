@@ -140,7 +140,7 @@ def test_lengths_that_leave_a_part_of_a_vector(activation: str, dtype: torch.dty
 
 @pytest.mark.parametrize("level", LEVELS)
 def test_no_channel_is_repeated_for_an_activation_that_is_almost_flat(level: int, monkeypatch: Any) -> None:
-    """No activation sets the processor's underflow flag: the channel would be repeated in float64.
+    """No activation sets the processor's underflow flag, which would repeat a channel in float64.
 
     ``dy`` is 0, and so are the sums.
     """

@@ -145,7 +145,7 @@ def test_a_rank_in_another_group_says_so():
 
 @several
 def test_a_rank_that_has_left_is_heard_of(quiet):
-    """The neighbours of a rank hear that it has left, from native code. Here the test tells them."""
+    """A rank that leaves tells its neighbours, by native code. Here the test sends that message."""
     group, _ = quiet
     if RANK == 0:
         group._send(group.p2p_comm, 1, rank_status._DEPARTED, "10")

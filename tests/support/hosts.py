@@ -42,7 +42,7 @@ def why_not() -> str:
 
 
 class Hosts:
-    """Hosts h1, h2, ... with a network of their own. Otherwise they share files alone."""
+    """Hosts h1, h2, ... with a network of their own. They share nothing but files."""
 
     def __init__(self, count: int) -> None:
         self.names = [f"h{number}" for number in range(1, count + 1)]

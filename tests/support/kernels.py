@@ -56,7 +56,8 @@ FOR_THE_INTERPRETER = {
 def native_settings(level=3, threads=1, stream_from=4 << 20) -> Iterator[None]:
     """A context with these settings of the native kernels.
 
-    Outputs of at least ``stream_from`` bytes are written past the cache.
+    ``level`` is the highest instruction set. Outputs of at least ``stream_from`` bytes are written
+    past the cache.
     """
     if cpu is None:
         yield

@@ -8,7 +8,7 @@
 
 namespace dlpack {
 
-// As in dlpack.h, version 1
+// As in DLPack's own dlpack.h, version 1
 struct Tensor {
     char *data;
     int32_t device_type, device, dimensions;

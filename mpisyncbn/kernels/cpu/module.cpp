@@ -5,7 +5,7 @@
 // version of torch. This file defines what Python sees; _cpu.pyi documents it.
 //
 //     kernels.h        the four kernels
-//     arrays.h         how arrays lie in memory; dlpack.h reads that of a tensor
+//     arrays.h         how arrays lie in memory; dlpack.h tells it of tensors
 //     tiles.h          the work cut into tiles, and handed to threads
 //     masks.h          a mask, copied for the loops
 //     coefficients.h   numbers per channel for the loops

@@ -35,7 +35,7 @@ static void row_origins(const T *const *rows, long few, long columns, compute_t<
     }
 }
 
-// Whether all values of a channel of a tile that count, where the mask is true, are equal.
+// Whether all values of a channel of a tile, those where the mask is true, are equal.
 template <class T>
 static bool is_constant(const Operands<T> &on, const Tile &t, bool rows, long c) {
     const long n0 = rows ? t.s0 : t.n0, n1 = rows ? t.s1 : t.n1, s0 = rows ? 0 : t.s0, s1 = rows ? 1 : t.s1;

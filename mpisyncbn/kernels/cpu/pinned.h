@@ -1,5 +1,5 @@
-// Pinned memory for messages. Memory of a communicator that is gone serves the next ones: before it
-// could be freed, the host would have to wait for the device.
+// Pinned memory for messages. Memory of a communicator that is gone is kept for later ones, because to
+// free it the host would have to wait for the device.
 #pragma once
 
 #include <cstring>
@@ -11,7 +11,7 @@
 
 class PinnedMemory {
    public:
-    // Memory that is all zeros.
+    // Returns memory that is all zeros.
     static void *take(const Driver &driver, size_t bytes) {
         void *memory = reuse({driver.library, bytes});
         if (!memory) memory = allocate(driver, bytes);
@@ -28,7 +28,7 @@ class PinnedMemory {
    private:
     using Key = std::pair<const void *, size_t>;
 
-    // Both are never destroyed: a communicator may outlive static objects.
+    // Neither is ever destroyed, because a communicator may outlive static objects.
     static std::multimap<Key, void *> &unused() { return *new_once<std::multimap<Key, void *>>(); }
     static std::mutex &mutex() { return *new_once<std::mutex>(); }
     template <class T> static T *new_once() {

@@ -15,12 +15,12 @@ inline PyTypeObject *tensor_type = nullptr;
 inline const dlpack::ExchangeAPI *api = nullptr;
 inline PyObject *is_neg = nullptr;
 
-// Takes torch.Tensor, the class of the tensors to read. Returns whether it has those functions.
+// Takes torch.Tensor, the class of the tensors to read. Returns whether it has functions for DLPack.
 inline bool use(PyObject *type) {
     const auto *const found = dlpack::functions_of(type);
     if (!found) return false;
     if (!is_neg) is_neg = PyUnicode_InternFromString("is_neg");
-    Py_INCREF(type);  // never released, as its functions
+    Py_INCREF(type);  // never released, because its functions stay in use
     tensor_type = (PyTypeObject *)type, api = found;
     return true;
 }

@@ -87,7 +87,7 @@ def _step(context: Context, cupy: Any, busy: Any, dtype: str, step: int, name: s
 
 
 def _expected(world: Any, x: Any, dy: Any, weight: Any, bias: Any) -> tuple[list[Any], list[float]]:
-    """Return y, dx, dweight, dbias and running mean of this rank, and their scales. Collective."""
+    """Return this rank's y, dx, dweight and dbias, the running mean, and all scales. Collective."""
     axes, view = (0, 2, 3), (1, -1, 1, 1)
     shards = world.allgather((x.astype(float), dy.astype(float)))
     everything, gradient = (np.concatenate(parts) for parts in zip(*shards, strict=True))

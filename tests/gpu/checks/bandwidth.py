@@ -1,4 +1,4 @@
-"""Point 6 of scripts/gpu_check: times of the four kernels beside a copy and torch's own."""
+"""Point 6 of scripts/gpu_check: times of the four kernels beside a copy and torch's kernels."""
 
 from __future__ import annotations
 

@@ -20,7 +20,7 @@ _ALL = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 _HALVES = (torch.bfloat16, torch.float16)
 _SOME = (torch.float32, torch.bfloat16)
 _BOTH = ("contiguous", "channels_last")
-# All activations, each in one dtype of each width. Outputs are positive only if inputs are.
+# All activations, tried in float32 and bfloat16. An output is positive only if its input is.
 _ACTIVATIONS = ("relu", "leaky_relu(0.1)", "silu", "hardswish", "elu(0.5)", "gelu", "gelu(tanh)")
 _IMAGE = (12, 9, 7)  # channels, height, width
 _VARIANCE = {torch.float64: 1e-11}  # the largest relative error; 1e-6 for other dtypes

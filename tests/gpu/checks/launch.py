@@ -61,8 +61,8 @@ def ended(run: Run, device: str, quick: bool) -> dict[str, Any]:
 def _variables() -> dict[str, str]:
     """Return the environment of a job, in which MPI may start more ranks than cores, and as root.
 
-    Variables that are set already keep their values, also those of MPI. An installed package is used
-    before the one of this repository, because it has native kernels.
+    Variables that are set already keep their values, also those of MPI; PYTHONPATH is extended. An
+    installed package is used before the one of this repository, because it has native kernels.
     """
     elsewhere = [path for path in sys.path if Path(path).resolve() != jobs.ROOT]
     here = [str(jobs.ROOT)] if PathFinder.find_spec("mpisyncbn", elsewhere) is None else []

@@ -62,7 +62,7 @@ def sanitizer() -> str | None:
     return shutil.which(name) or shutil.which(name, path=os.pathsep.join(folders))
 
 
-_PARTS = {  # by number, title, and whether they run side by side: timed ones do not
+_PARTS = {  # by number, title, and whether they run side by side: not if some are timed
     (1, "versions and transports", True): [
         Run("python -m mpisyncbn", "versions.report", 2, 90),
         Run("auto", "versions.transport", 2, 90, {"asked": "auto"}),

@@ -57,7 +57,7 @@ def _bits(context: Context, name: str, dtype: torch.dtype, layout: str) -> None:
 
 
 def peer(context: Context) -> None:
-    """Compare with torch.nn.SyncBatchNorm over gloo, which refuses a batch on a CPU. Collective."""
+    """Compare with torch.nn.SyncBatchNorm, which refuses a batch on a CPU, over gloo. Collective."""
     from benchmarks.peers import gloo
 
     problem = None

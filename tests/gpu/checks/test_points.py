@@ -33,7 +33,7 @@ def pytest_generate_tests(metafunc: Any) -> None:
 def point(request: Any) -> Iterator[dict[str, Future[dict[str, Any]]]]:
     """Run the parts of a point, and yield the futures of their results by name.
 
-    They run side by side unless they are timed. No part of another point runs at the same time.
+    They run side by side unless some are timed. No part of another point runs at the same time.
     """
     options = request.config.option
     parts = [item.callspec.params for item in request.session.items]

@@ -7,7 +7,8 @@ namespace {
 
 Count captures_begun = 0;
 
-// With Order::at_once, a doorbell that is not 0 yet is rung later, with the last value, when its reader has set it to 0.
+// With Order::at_once, a doorbell that is not 0 yet is rung later, with the last value, at the latest when the host
+// synchronizes, which waits until the reader has set it to 0.
 struct {
     std::mutex own;
     unsigned *address = nullptr, value = 0;
