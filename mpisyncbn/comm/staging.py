@@ -118,7 +118,7 @@ def _refuse_capture(streams: Streams) -> None:
         raise MPISyncBNError(
             "a synchronized batch norm cannot be captured in a CUDA graph, because the host takes part in "
             f"its exchange at every training step{on_rank()}: leave it out of what is captured, or set "
-            "MPISYNCBN_TRANSPORT=stream, without MPISYNCBN_DEBUG=1"
+            "MPISYNCBN_TRANSPORT=stream, with which it can, unless in join or with MPISYNCBN_DEBUG=1"
         )
 
 

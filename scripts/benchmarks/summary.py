@@ -262,7 +262,7 @@ def _scaling(rows: list[Row]) -> list[Line]:
     for name in GATHERS:
         what = f"{name}, over ours, {ranks} ranks"
         if name not in largest.get("us", ()):
-            lines.append(Line(what, {}, 3.0, note=largest["left out"].get("us", "")))
+            lines.append(Line(what, {}, 3.0, at_most=False, note=largest["left out"].get("us", "")))
             continue
         times = ratio(largest["us"][name], largest["us"]["merge_moments"])
         lines.append(Line(what, times, 3.0, at_most=False))

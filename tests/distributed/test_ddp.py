@@ -17,6 +17,7 @@ import mpisyncbn
 import mpisyncbn.distributed
 from support.ranks import WORLD, error_of, several, together, up_to_two
 from support.versions import compiles, newer_than_2_6
+from support.whole_batch import distance
 
 RANK, SIZE = WORLD.rank, WORLD.size
 STEPS = 20
@@ -89,7 +90,7 @@ def train(ddp: nn.Module, steps: int = STEPS, accumulate: int = 1) -> None:
 
 def largest_difference(one: nn.Module, other: nn.Module) -> float:
     pairs = zip(one.state_dict().values(), other.state_dict().values(), strict=True)
-    return max((a.double() - b.double()).abs().max().item() for a, b in pairs)
+    return max(distance(a, b, 1.0) for a, b in pairs)
 
 
 OPTIONS: dict[str, dict[str, Any]] = {

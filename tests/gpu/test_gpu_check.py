@@ -15,6 +15,7 @@ import torch
 from checks import conftest, launch, points, records, report
 from support import jobs
 from support.ranks import starts_mpiexec
+from support.whole_batch import distance
 
 pytestmark = starts_mpiexec
 
@@ -25,6 +26,14 @@ def run(folder: Path, *arguments: str, **variables: str) -> jobs.End:
     (folder / "hypothesis.py").write_text("raise ImportError('this is for tests/conftest.py')")
     environment = {**jobs.unlaunched(), "PYTHON": sys.executable, **without, **variables}
     return jobs.run([f"{jobs.ROOT}/scripts/gpu_check", *arguments], folder, limit=120, variables=environment)
+
+
+@pytest.mark.parametrize("values", [(math.nan, 1.0), (1.0, math.nan), (math.inf, math.inf), (1.0, math.inf)])
+def test_no_distance_is_nan(values: tuple[float, float]) -> None:
+    """``max`` leaves out a NaN that is not the first value."""
+    found, expected = (torch.tensor([2.0, value]) for value in values)
+    assert distance(found, expected) == math.inf
+    assert distance(found[:1], expected[:1]) == 0
 
 
 def test_without_a_gpu(tmp_path: Path) -> None:

@@ -16,6 +16,7 @@ from typing import NamedTuple
 import torch
 import torchvision_on_cpu
 
+from support import whole_batch
 from support.jobs import ROOT, End
 
 PAGE = ROOT / "docs" / "guides" / "integrations.md"
@@ -86,7 +87,7 @@ def distance(actual: dict[str, torch.Tensor], expected: dict[str, torch.Tensor])
     """The largest difference of the tensors; infinite if the two dictionaries have different keys."""
     if actual.keys() != expected.keys():
         return float("inf")
-    return max((actual[name].double() - expected[name].double()).abs().max().item() for name in expected)
+    return max(whole_batch.distance(actual[name], expected[name], 1.0) for name in expected)
 
 
 def _learned(

@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 import mpisyncbn
+from support.whole_batch import distance
 
 torchvision_on_cpu.allow()  # timm imports torchvision
 import timm  # noqa: E402
@@ -66,12 +67,12 @@ def compare(name: str, **options: bool) -> Comparison:
         if theirs.grad is not None
     ]
     buffers = list(zip(model.buffers(), whole.buffers(), strict=True))
-    distance = max(map(_distance, ([(y, expected[mine])], gradients, buffers)))
+    most = max(map(_distance, ([(y, expected[mine])], gradients, buffers)))
     norms = [module for module in model.modules() if isinstance(module, _BatchNorm)]
     fused = sum(module.activation is not None for module in norms)
     mpisyncbn.revert_sync_batchnorm(model)
     restored = [type(module) for module in model.modules()] == classes
-    return Comparison(name, len(norms), fused, WORLD.allreduce(distance, MPI.MAX), restored)
+    return Comparison(name, len(norms), fused, WORLD.allreduce(most, MPI.MAX), restored)
 
 
 def _without_chance(model: nn.Module) -> None:
@@ -110,7 +111,7 @@ def _distance(pairs: list[tuple[Tensor, Tensor]]) -> float:
     """
     largest = [(a, b, b.abs().max().item()) for a, b in pairs if b.numel() and b.is_floating_point()]
     least = max((size for *_, size in largest), default=1.0) / 1e3
-    return max(((a - b).abs().max().item() / max(size, least) for a, b, size in largest), default=0.0)
+    return max((distance(a, b, max(size, least)) for a, b, size in largest), default=0.0)
 
 
 def _size(model: nn.Module) -> int:

@@ -24,7 +24,7 @@ import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -132,8 +132,11 @@ class Driver:
         graph = ctypes.c_uint64()
         try:
             yield executable
-        finally:
-            self.cuStreamEndCapture(stream, ctypes.byref(graph))
+        except BaseException:
+            with suppress(CudaError):  # the error of the block is the one to see
+                self.cuStreamEndCapture(stream, ctypes.byref(graph))
+            raise
+        self.cuStreamEndCapture(stream, ctypes.byref(graph))
         executable.append(self.made("cuGraphInstantiateWithFlags", graph.value, 0))
         self.cuGraphDestroy(graph.value)
 

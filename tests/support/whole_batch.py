@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import TYPE_CHECKING, NamedTuple
 
 import torch
@@ -53,7 +54,10 @@ def whole_batch(
 
 
 def distance(actual: Tensor, expected: Tensor, scale: Tensor | float | None = None) -> float:
-    """The largest difference, relative to the largest expected value or ``scale``; 0 if empty."""
+    """The largest difference, relative to the largest expected value or ``scale``; 0 if empty.
+
+    It is infinite if any value is NaN, since ``max`` of several distances may leave out a NaN.
+    """
     assert actual.shape == expected.shape
     if expected.numel() == 0:
         return 0.0
@@ -61,4 +65,5 @@ def distance(actual: Tensor, expected: Tensor, scale: Tensor | float | None = No
     scale = expected if scale is None else scale
     largest = scale.double().abs().max().item() if isinstance(scale, Tensor) else scale
     difference = (actual.detach().double().cpu() - expected).abs().max().item()
-    return difference / max(largest, 1e-300)  # NaN if any value is NaN
+    relative = difference / max(largest, 1e-300)
+    return math.inf if math.isnan(relative) else relative

@@ -87,7 +87,7 @@ struct StreamWorker {
         const nb::gil_scoped_release other_threads_run;
         worker->stop();
         for (const Slot &each : slots)  // the device may still copy the result of the last exchange
-            if (!each.sequence || each.sequence != worker->enqueued) give_back(each);
+            if (each.room && !(each.sequence && each.sequence == worker->enqueued)) give_back(each);
         PinnedMemory::give_back(driver, (void *)worker->doorbell, DOORBELL_BYTES);
     }
 
@@ -219,8 +219,8 @@ struct StreamWorker {
     void give_memory(Slot &slot, size_t channels) {
         size_t room = 64;
         while (room < channels) room *= 2;
-        if (slot.room) give_back(slot);
         auto *const memory = (double *)PinnedMemory::take(driver, bytes_of(room));
+        if (slot.room) give_back(slot);
         slot.done = (uint32_t *)memory, slot.message = memory + 8, slot.result = slot.message + 3 * room;
         slot.room = room;
     }

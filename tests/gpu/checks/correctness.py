@@ -112,7 +112,8 @@ def _check(context: Context, case: Case, dtype: torch.dtype, layout: str, name: 
 
     found = {"y": y.detach().cpu(), "dx": there.grad.cpu()}
     if mask is not None:
-        outside = max(each[~mask.expand(shape)].abs().max().item() for each in found.values())
+        others = (each[~mask.expand(shape)] for each in found.values())
+        outside = max(distance(each, torch.zeros_like(each), 1.0) for each in others)
         records.at_most(f"{name}: y and dx outside of the mask", outside, 0.0)
         found = {what: _rows(each, mask) for what, each in found.items()}
         x, dy, residual = (None if each is None else _rows(each, mask) for each in (x, dy, residual))
