@@ -204,7 +204,7 @@ def test_fused(kernels):
 
 @pytest.mark.filterwarnings("ignore:Synchronization debug mode is a prototype")
 @pytest.mark.parametrize("group", TRANSPORTS, indirect=True)
-def test_one_wait_each_way(group, device, monkeypatch):
+def test_waits_of_each_exchange(group, device, monkeypatch):
     """The host waits for the device only in an exchange: once, or twice with the device transport."""
     monkeypatch.setattr("mpisyncbn.autograd.fused.kernels_for", lambda x, mask=None: generic)
     per_exchange = {"host": 1, "device": 2}[group.ready().transport]  # two: for MPI, and for the result
