@@ -126,8 +126,8 @@ struct Plan {
     }
 };
 
-// Addresses and strides for the loops. Those of x stand in for an absent array, which no loop
-// touches.
+// Addresses and strides for the loops, without a mask. Those of x stand in for an absent array, which
+// no loop touches.
 template <class T>
 Operands<T> operands_of(const Array *const (&arrays)[4], const Layout &layout) {
     char *start[4];
@@ -136,7 +136,7 @@ Operands<T> operands_of(const Array *const (&arrays)[4], const Layout &layout) {
         const int from = arrays[i]->data ? i : 0;
         start[i] = arrays[from]->data, outer[i] = layout.outer[from], channel[i] = layout.channel[from];
     }
-    return {{(const T *)start[1], (const T *)start[0], (const T *)start[2], (T *)start[3], nullptr},
+    return {{(const T *)start[1], (const T *)start[0], (const T *)start[2], (T *)start[3], &NO_MASK},
             {outer[1], outer[0], outer[2], outer[3], 0},
             {channel[1], channel[0], channel[2], channel[3], 0},
             nullptr};

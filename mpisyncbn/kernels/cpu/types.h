@@ -62,6 +62,8 @@ enum class Source { x, residual, output, undone };
 
 // Bytes after the mask of each sample, as many as a vector may read there.
 constexpr long MASK_PAD = 16;
+// Its address stands in for an absent mask. No loop reads there.
+inline constexpr int8_t NO_MASK = 0;
 
 template <class T>
 struct Pointers {
@@ -90,7 +92,7 @@ struct Operands {
                 start.extra + (n * outer.extra + c * channel.extra + s),
                 start.out + (n * outer.out + c * channel.out + s), start.mask + (n * outer.mask + s)};
     }
-    INLINE_MEMBER bool masked() const { return start.mask != nullptr; }
+    INLINE_MEMBER bool masked() const { return start.mask != &NO_MASK; }
     // Whether a value counts.
     INLINE_MEMBER bool counts(long n, long c, long s) const {
         return !masked() || start.mask[n * outer.mask + (row_of_column ? row_of_column[c] : 0) + s];
