@@ -9,7 +9,7 @@ import threading
 import time
 from collections.abc import Callable
 from datetime import timedelta
-from typing import NoReturn, TypeVar
+from typing import NoReturn, TypeAlias, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -44,6 +44,7 @@ def wait_until(test: Callable[[], object], seconds: float) -> bool:
     return True
 
 
+_Task: TypeAlias = "tuple[Callable[[], None], Work]"  # a collective, and its Work to complete
 _DONE = threading.Event()
 _DONE.set()
 _completion_lock = threading.Lock()  # so that each future is completed exactly once
@@ -212,7 +213,7 @@ class CollectiveThread:
 
     def __init__(self, name: str) -> None:
         self._name = name
-        self._tasks: queue.SimpleQueue[tuple[Callable[[], None], Work] | None] = queue.SimpleQueue()
+        self._tasks: queue.SimpleQueue[_Task | threading.Event | None] = queue.SimpleQueue()
         self._thread: threading.Thread | None = None
         self._process = os.getpid()
         self._last = _DONE  # `done` of the last task, since its Work would keep the tensors
@@ -242,8 +243,14 @@ class CollectiveThread:
             self._last.wait()
 
     def _at_exit(self) -> None:
-        if exits.status() == 0:  # else the job ends, and the other ranks do not come
-            self.drain()
+        # A rank that fails ends the job, and the others do not come. A forked child has no such thread.
+        if exits.status() == 0 and self._process == os.getpid():
+            # Wait for the completion of futures too: Python ends its threads at exit, and a thread that
+            # is in C++ code of torch then would end the process with SIGABRT.
+            thread, idle = self._thread, threading.Event()
+            self._tasks.put(idle)
+            while thread is not None and thread.is_alive() and not idle.wait(0.1):
+                pass
 
     def close(self) -> None:
         """Wait for all collectives, and end the thread."""
@@ -256,6 +263,9 @@ class CollectiveThread:
 
     def _loop(self) -> None:
         while (task := self._tasks.get()) is not None:
+            if isinstance(task, threading.Event):
+                task.set()
+                continue
             run, work = task
             error = None
             try:

@@ -1,6 +1,8 @@
-"""Process groups after MPI_Finalize: their use is an error, but the end of the program must not fail."""
+"""The end of a program with process groups must not fail. After MPI_Finalize their use is an error."""
 
 from __future__ import annotations
+
+import pytest
 
 from support.jobs import run_alone
 from support.ranks import no_exchange
@@ -62,3 +64,29 @@ gc.collect()
 """
     )
     assert out == ""
+
+
+@pytest.mark.parametrize("end", ["", "sys.exit()"])
+def test_the_end_waits_for_futures(end: str) -> None:
+    """At exit, a thread in C++ code of torch would end the process with SIGABRT, now and then."""
+    out = run_alone(
+        f"""
+import os, sys, time, torch, torch.distributed as dist, mpisyncbn
+from mpisyncbn.distributed.work import Work
+mpisyncbn.init_process_group()
+
+def complete_late(work, future, complete=Work._complete_future):
+    time.sleep(0.5)
+    complete(work, future)
+    print("completed", flush=True)
+
+work = dist.all_reduce(torch.ones(2), async_op=True)
+work.wait()
+Work._complete_future = complete_late
+work = dist.all_reduce(torch.ones(2), async_op=True)
+future = work.get_future()
+work.wait()
+{end}
+"""
+    )
+    assert out.split() == ["completed"]
