@@ -86,9 +86,9 @@ struct StreamWorker {
         }
         const nb::gil_scoped_release other_threads_run;
         worker->stop();
-        for (const Slot &each : slots)  // the device may still copy the result of the last exchange
-            if (each.room && !(each.sequence && each.sequence == worker->enqueued)) give_back(each);
-        PinnedMemory::give_back(driver, (void *)worker->doorbell, DOORBELL_BYTES);
+        for (const Slot &each : slots)
+            if (each.room && !is_in_use(each)) give_back(each);
+        pinned::give_back(driver, (void *)worker->doorbell, DOORBELL_BYTES);
     }
 
     // Enqueues kernels, an exchange and further kernels. The message comes from vectors on the device,
@@ -161,7 +161,7 @@ struct StreamWorker {
     }
 
     void make_worker() {
-        worker = std::make_unique<Worker>(mpi, (uint32_t *)PinnedMemory::take(driver, DOORBELL_BYTES));
+        worker = std::make_unique<Worker>(mpi, (uint32_t *)pinned::take(driver, DOORBELL_BYTES));
         worker->exchanges = exchanges_before;
         worker->start();
     }
@@ -178,14 +178,13 @@ struct StreamWorker {
         Slot *slot = nullptr;
         for (size_t tries = 0; tries < eager.size() && !slot; ++tries) {
             Slot *const next = eager[turn];
-            if (next->sequence && next->sequence >= worker->performed) break;  // later slots are in use too
+            if (is_in_use(*next)) break;  // later slots are in use too
             turn = (turn + 1) % eager.size();
             if (next->room >= channels) slot = next;
         }
         if (!slot && eager.size() >= MOST_EAGER) {
             wait();
-            // the device may still copy the result of the last exchange
-            if (eager[turn]->sequence == worker->enqueued) turn = (turn + 1) % eager.size();
+            if (is_in_use(*eager[turn])) turn = (turn + 1) % eager.size();
             slot = eager[turn];
             turn = (turn + 1) % eager.size();
             if (slot->room < channels) give_memory(*slot, channels);
@@ -219,14 +218,18 @@ struct StreamWorker {
     void give_memory(Slot &slot, size_t channels) {
         size_t room = 64;
         while (room < channels) room *= 2;
-        auto *const memory = (double *)PinnedMemory::take(driver, bytes_of(room));
+        auto *const memory = (double *)pinned::take(driver, bytes_of(room));
         if (slot.room) give_back(slot);
         slot.done = (uint32_t *)memory, slot.message = memory + 8, slot.result = slot.message + 3 * room;
         slot.room = room;
     }
 
     static size_t bytes_of(size_t room) { return 64 + 8 * (3 * room + 3 * room + 3); }
-    void give_back(const Slot &slot) { PinnedMemory::give_back(driver, (void *)slot.done, bytes_of(slot.room)); }
+    void give_back(const Slot &slot) { pinned::give_back(driver, (void *)slot.done, bytes_of(slot.room)); }
+
+    // Whether an exchange outside of graphs needs a slot. The device may still copy the result of the
+    // last one that is performed.
+    bool is_in_use(const Slot &slot) const { return slot.sequence && slot.sequence >= worker->performed; }
 
     // Gives the slot back when the graph, and all that was made of it, is destroyed.
     void retain(Slot &slot, void *graph) {
