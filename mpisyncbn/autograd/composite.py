@@ -7,8 +7,12 @@ send messages.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from .. import exchange
 from ..batch_stats import BatchStats, invstd_of
@@ -18,7 +22,13 @@ from ..functional import ReduceSums
 from ..kernels import Kernels, generic, masked
 from .layer_context import FunctionContext, LayerContext
 
-__all__ = ["differentiable_kernels", "differentiable_stats", "differentiable_sums", "refuse_batched"]
+__all__ = [
+    "differentiable_kernels",
+    "differentiable_stats",
+    "differentiable_sums",
+    "differentiable_tangents",
+    "refuse_batched",
+]
 
 
 class _MergeMoments(torch.autograd.Function):
@@ -40,13 +50,14 @@ class _MergeMoments(torch.autograd.Function):
         mean, _, ctx.count, ctx.layer = inputs
         ctx.total = max(int(ctx.layer.stats.count), 1)
         ctx.rows = mean.ndim == 2  # the two parts of a float64 mean: only their sum matters here
-        mean = mean.sum(0) if ctx.rows else mean
+        # the input itself: a sum computed here would be a constant for further derivatives
         ctx.save_for_backward(mean, output[0])
         ctx.save_for_forward(mean, output[0])
 
     @staticmethod
     def backward(ctx: FunctionContext, dmean: Tensor, dvar: Tensor) -> tuple[Tensor | None, ...]:
         mean, merged = ctx.saved_tensors
+        mean = mean.sum(0) if ctx.rows else mean
         dmean, dvar = differentiable_sums(ctx.layer, "gradient of the moments")(dmean, dvar)
         # var = (sum m2 + sum count * (mean - merged)**2) / total, whose slope in merged is zero
         dmean = (dmean + 2 * (mean - merged) * dvar) * (ctx.count / ctx.total)
@@ -56,17 +67,18 @@ class _MergeMoments(torch.autograd.Function):
     def jvp(
         ctx: FunctionContext, dmean: Tensor | None, dm2: Tensor | None, *_: None
     ) -> tuple[Tensor, Tensor]:
-        mean, merged = ctx.saved_tensors
-        dmean = (
-            torch.zeros_like(mean)
-            if dmean is None
-            else (dmean.sum(0) if ctx.rows else dmean) * (ctx.count / ctx.total)
-        )
-        dvar = 2 * (mean - merged) * dmean
-        if dm2 is not None:
-            dvar = dvar + dm2 / ctx.total
-        dmean, dvar = differentiable_sums(ctx.layer, "tangent of the moments")(dmean, dvar)
-        return dmean, dvar
+        with differentiable_tangents(ctx) as (mean, merged):
+            mean = mean.sum(0) if ctx.rows else mean
+            dmean = (
+                torch.zeros_like(mean)
+                if dmean is None
+                else (dmean.sum(0) if ctx.rows else dmean) * (ctx.count / ctx.total)
+            )
+            dvar = 2 * (mean - merged) * dmean
+            if dm2 is not None:
+                dvar = dvar + dm2 / ctx.total
+            dmean, dvar = differentiable_sums(ctx.layer, "tangent of the moments")(dmean, dvar)
+            return dmean, dvar
 
     @staticmethod
     def vmap(
@@ -99,13 +111,26 @@ class _AllReduce(torch.autograd.Function):
 
     @staticmethod
     def jvp(ctx: FunctionContext, tangent: Tensor, *_: None) -> Tensor:
-        return _AllReduce.apply(tangent, ctx.layer, f"tangent of the {ctx.direction}")
+        with differentiable_tangents(ctx):
+            return _AllReduce.apply(tangent, ctx.layer, f"tangent of the {ctx.direction}")
 
     @staticmethod
     def vmap(
         info: object, in_dims: tuple[int, None, None], values: Tensor, layer: LayerContext, direction: str
     ) -> tuple[Tensor, int]:
         return _AllReduce.apply(values.movedim(in_dims[0], 0), layer, direction), 0
+
+
+@contextmanager
+def differentiable_tangents(ctx: FunctionContext) -> Iterator[list[Tensor | None]]:
+    """The saved tensors, in a context where forward mode can differentiate the body of ``jvp`` again.
+
+    torch turns forward mode off while it calls ``jvp``, so that tangents of tangents would be 0. With
+    it on, the saved tensors must not have the tangents that ``jvp`` is given already.
+    """
+    saved = [None if each is None else forward_ad.unpack_dual(each).primal for each in ctx.saved_tensors]
+    with forward_ad._set_fwd_grad_enabled(True):
+        yield saved
 
 
 def refuse_batched(in_dims: tuple[int | None, ...]) -> None:

@@ -27,7 +27,13 @@ from ..kernels import (
 )
 from ..kernels.from_output import DTYPES, FromOutput, channels_to_keep
 from . import enqueued
-from .composite import differentiable_kernels, differentiable_stats, differentiable_sums, refuse_batched
+from .composite import (
+    differentiable_kernels,
+    differentiable_stats,
+    differentiable_sums,
+    differentiable_tangents,
+    refuse_batched,
+)
 from .layer_context import FunctionContext, LayerContext
 
 if TYPE_CHECKING:
@@ -124,24 +130,24 @@ class _SyncBatchNorm(torch.autograd.Function):
     ) -> Tensor:
         # With unit weight the Jacobian with respect to x is symmetric, so forward mode is the
         # backward formula applied to the tangent.
-        x, weight, mask, *saved = ctx.saved_tensors
-        layer, kernels = ctx.layer, differentiable_kernels(mask)
-        stats = differentiable_stats(x, layer, kernels)
-        dy = torch.zeros_like(x)
-        if dx is not None:
-            reduce_sums = differentiable_sums(layer, "tangent")
-            dy = dy + functional.backward(dx, x, stats, weight, kernels, reduce_sums)[0]
-        if dweight is not None:
-            dy = dy + kernels.normalize(x, stats.mean, stats.invstd, dweight, None)
-        if dbias is not None:
-            dy = dy + generic._channels(dbias, x).to(dy.dtype)
-        if dresidual is not None:
-            dy = dy + dresidual
-        dy = where_true(dy, mask)
-        if saved:
-            context = ActivationContext(layer.activation, weight, *saved)
-            dy = kernels.backward_reduce(dy, x, stats.mean, stats.invstd, context)[2].to(x.dtype)
-        return dy
+        with differentiable_tangents(ctx) as (x, weight, mask, *saved):
+            layer, kernels = ctx.layer, differentiable_kernels(mask)
+            stats = differentiable_stats(x, layer, kernels)
+            dy = torch.zeros_like(x)
+            if dx is not None:
+                reduce_sums = differentiable_sums(layer, "tangent")
+                dy = dy + functional.backward(dx, x, stats, weight, kernels, reduce_sums)[0]
+            if dweight is not None:
+                dy = dy + kernels.normalize(x, stats.mean, stats.invstd, dweight, None)
+            if dbias is not None:
+                dy = dy + generic._channels(dbias, x).to(dy.dtype)
+            if dresidual is not None:
+                dy = dy + dresidual
+            dy = where_true(dy, mask)
+            if saved:
+                context = ActivationContext(layer.activation, weight, *saved)
+                dy = kernels.backward_reduce(dy, x, stats.mean, stats.invstd, context)[2].to(x.dtype)
+            return dy
 
 
 _apply_to_plain = super(torch.autograd.Function, _SyncBatchNorm).apply

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import itertools
 
 import pytest
 import torch
@@ -110,6 +111,53 @@ def test_torch_func():
     assert distance(twice, expected_hvp) < 1e-10
     assert along.abs().max() < 1e-9
     assert distance(jacobian.sum(0), expected.detach()) < 1e-12
+
+
+@pytest.mark.parametrize("activation", [None, "gelu"])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+@pytest.mark.parametrize("empty", [False, True])
+def test_third_derivatives_in_all_orders_of_modes(empty, dtype, activation):
+    """Every input moves along a line; summed over ranks, all modes give the derivatives along it."""
+    batch = 0 if empty and WORLD.rank == WORLD.size - 1 > 0 else local_batch(5)
+    points, steps = (
+        [shard((batch, *shape), seed, dtype=dtype) for shape in ((2, 3), (2, 3))] for seed in (61, 62)
+    )
+    start, step = torch.tensor([0.7, -1.2], dtype=dtype), torch.tensor([1.0, 0.6], dtype=dtype)
+    mask = shard((batch, 1, 3), 63) > -0.5
+    whole = [torch.cat(WORLD.allgather(each)).double() for each in (*points, *steps)]
+    whole_mask = torch.cat(WORLD.allgather(mask))
+
+    def ours(s: Tensor) -> Tensor:
+        x, residual = (point + s * step for point, step in zip(points, steps, strict=True))
+        weight = start + s * step
+        y = mpisyncbn.sync_batch_norm(
+            x, None, None, weight, weight, activation=activation, residual=residual, mask=mask
+        )
+        return y.pow(3).sum()
+
+    def theirs(s: Tensor) -> Tensor:
+        x, residual = (point + s * step for point, step in zip(whole[:2], whole[2:], strict=True))
+        weight, values = (start + s * step).double().view(1, -1, 1), whole_mask.sum()
+        xmu = (x - (x * whole_mask).sum((0, 2), keepdim=True) / values) * whole_mask
+        y = xmu / (xmu.square().sum((0, 2), keepdim=True) / values + 1e-5).sqrt() * weight + weight
+        z = (y + residual) * whole_mask
+        return (z if activation is None else torch.nn.functional.gelu(z)).pow(3).sum()
+
+    modes = {
+        "reverse": torch.func.grad,
+        "forward": lambda f: lambda s: torch.func.jvp(f, (s,), (s.new_ones(()),))[1],
+    }
+    found, expected = {}, theirs
+    for order in (1, 2, 3):
+        expected = torch.func.grad(expected)
+        value = expected(torch.zeros((), dtype=torch.float64))
+        for names in itertools.product(modes, repeat=order):
+            function = ours
+            for name in names:
+                function = modes[name](function)
+            mine = function(torch.zeros((), dtype=dtype)).double().item()
+            found[names] = abs(WORLD.allreduce(mine) / value.item() - 1)
+    assert max(found.values()) < (1e-11 if dtype == torch.float64 else 1e-4), found
 
 
 def test_batched_derivatives():
