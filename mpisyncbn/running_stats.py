@@ -126,6 +126,7 @@ def _record_natively(running: Averages, stats: BatchStats, momentum: float | Arr
         and transport.on_host(running_mean)
         and momentum.__class__ is float
         and (native_cpu := native()) is not None
+        and not any(map(_has_no_version, running))
     ):
         return False
     arrays = *running, transport.version_counter_of(running_mean)
@@ -137,6 +138,11 @@ def _record_natively(running: Averages, stats: BatchStats, momentum: float | Arr
         if num_batches_tracked is not None and num_batches_tracked._version - running_mean._version > ahead:
             num_batches_tracked.sub_(1)  # the batch was counted before the error
         raise
+
+
+def _has_no_version(array: Array | None) -> bool:
+    """Whether it is a tensor of inference mode, whose changes autograd does not count."""
+    return hasattr(array, "is_inference") and array.is_inference()
 
 
 def _record_from_host(

@@ -88,9 +88,9 @@ def backward_reduce(
 ) -> tuple[np.ndarray, np.ndarray, Tensor]:
     if context is not None and context.undone:
         wide = x.to(_compute_dtype(x))
-        dz = activation_gradient(dy.to(wide.dtype), wide, context.activation)
-        sum_dz, products, _ = backward_reduce(dz, undo(wide, context.activation), mean, invstd)
-        return sum_dz, products, dz.to(dy.dtype)
+        dz = activation_gradient(dy.to(wide.dtype), wide, context.activation).to(dy.dtype)
+        undone = undo(wide, context.activation)
+        return *backward_reduce(dz.to(wide.dtype), undone, mean, invstd)[:2], dz
     if context is not None:
         dy = input_gradient(normalize, dy, x, mean, invstd, context)
     sums = np.stack(_sums(dy, x, mean))

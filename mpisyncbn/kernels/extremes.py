@@ -94,9 +94,10 @@ def backward_reduce(
     if len(chosen):
         some = mean[chosen], invstd[chosen], chosen_context(context, chosen)
         *found, found_dz = kernel(_float64_channels(dy, chosen), _float64_channels(x, chosen), *some)
-        sums[:, chosen] = found
-        if dz is not None:
+        if dz is not None:  # the sums are those of the stored values
             _put(dz, chosen, found_dz)
+            *found, _ = kernel(_float64_channels(dz, chosen), _float64_channels(x, chosen), *some[:2])
+        sums[:, chosen] = found
 
 
 def backward_elementwise(

@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+import copy
 import warnings
 
 import numpy as np
 import pytest
 import torch
 
+import mpisyncbn
 from mpisyncbn import functional, running_stats
 from mpisyncbn.batch_stats import BatchStats
 from mpisyncbn.comm import transport
 from mpisyncbn.kernels import native
-from support.oracle import shard
+from support.oracle import local_batch, shard
 from support.ranks import no_exchange
 
 pytestmark = no_exchange
@@ -218,3 +220,18 @@ def test_statistics_that_the_host_does_not_see(count):
     unbiased = stats.var * (int(count) / max(int(count) - 1, 1))
     assert torch.equal(running[0], stats.mean / 2)
     assert torch.allclose(running[1], (1 + unbiased) / 2)
+
+
+@pytest.mark.parametrize("momentum", [0.1, None])
+def test_a_model_that_is_made_in_inference_mode(momentum):
+    """Autograd counts no changes of its tensors."""
+    x = shard((local_batch(), 3, 2), 3)
+    layer = mpisyncbn.SyncBatchNorm(3, momentum=momentum)
+    with torch.inference_mode():
+        copied = copy.deepcopy(layer)
+        for each in (layer, copied):
+            for _ in range(2):
+                each(x)
+    for name, expected in layer.named_buffers():
+        assert torch.equal(copied.get_buffer(name), expected)
+    assert layer.num_batches_tracked == 2

@@ -11,6 +11,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import mpisyncbn
+from mpisyncbn.activations import activation_of
 from mpisyncbn.kernels import Activation, ActivationContext, Kind, aten, generic, kernels_for
 from support.activations import ACTIVATIONS, MORE
 from support.kernels import (
@@ -18,6 +19,7 @@ from support.kernels import (
     FOR_THE_INTERPRETER,
     HOST,
     TOLERANCE,
+    as_tensor,
     check,
     check_fused,
     cpu,
@@ -86,6 +88,27 @@ def test_every_activation_against_float64(kernels, dtype):
             arguments = [layouts(each)[name] for each in (x, dy)]
             check_fused(kernels, *arguments, weight, bias, None, activation=activation)
             check_fused(kernels, *arguments, weight, bias, layouts(residual)[name], activation=activation)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
+@pytest.mark.parametrize("kernels", EVERY)
+@np.errstate(all="ignore")  # as in the callers of kernels
+def test_equal_values_have_no_gradient(kernels, dtype):
+    """What rounding changes in ``dz``, it changes in its sum too; invstd would enlarge a difference."""
+    shape = (6, 3, 4, 3)
+    x, dy = torch.ones(shape) * torch.tensor([2.0, 1e-3, 300.0]).view(1, 3, 1, 1), torch.full(shape, 0.37)
+    x, dy = x.to(dtype), dy.to(dtype)
+    weight, bias = torch.tensor([1.0, 0.5, -2.0]), torch.tensor([0.3, -0.7, 1.1])
+    near, (count, mean, _, invstd, *_) = vectors_for(kernels, x), reference(x, dy, weight, bias)
+    for activation, residual in product(ACTIVATIONS, (None, x * 0 + 0.2)):
+        function, vectors = activation_of(activation), (near(mean), near(invstd))
+        y = kernels.normalize(x, *vectors, weight, bias, residual, function)
+        saved = (y, None) if function.sign_decides else (None, residual)
+        context = ActivationContext(function, weight, bias, *((None, None) if residual is None else saved))
+        *sums, dz = kernels.backward_reduce(dy, x, *vectors, context)
+        means = [near(as_tensor(each) / count) for each in sums]
+        dx = kernels.backward_elementwise(dz, x, *vectors, weight, *means, context)
+        assert (dx.double().abs().amax((0, 2, 3)) < 1e-5 * invstd).all(), (activation, dx[0, :, 0, 0])
 
 
 @pytest.mark.parametrize("kernels", EVERY)

@@ -70,76 +70,86 @@ INLINE Lane<float>::half_bits narrowed(Lane<float>::bits v) {
 #endif
 }
 
-INLINE vec<float> load(const float *p) { return read<vec<float>>(p); }
-INLINE vec<double> load(const double *p) { return read<vec<double>>(p); }
+// The values of 16 bits as float, and back, rounded to nearest, ties to even.
+template <class T>
+struct Half;
 
-INLINE vec<float> load(const bfloat16 *p) {
+template <>
+struct Half<bfloat16> {
     using L = Lane<bfloat16>;
-    return (L::vec)(widened(read<L::half_bits>(p)) << 16);
-}
-
-INLINE vec<float> load(const float16 *p) {
-    using L = Lane<float16>;
-    auto raw = read<L::half_bits>(p);
-#if LANES == 16
-    return (L::vec)_mm512_cvtph_ps((__m256i)raw);
-#elif LANES == 8
-    return (L::vec)_mm256_cvtph_ps((__m128i)raw);
-#else
-    auto h = widened(raw);
-    auto magnitude = h & 0x7fff;
-    // A shift moves the exponent, and a multiplication corrects it, also for subnormal numbers.
-    auto f = (L::bits)((L::vec)(magnitude << 13) * 0x1p112f);
-    f |= (L::bits)(magnitude > 0x7bff) & 0x7f800000;  // infinity and NaN
-    return (L::vec)(f | ((h & 0x8000) << 16));
-#endif
-}
-
-template <bool STREAM>
-INLINE void store(float *p, vec<float> v) {
-    write<STREAM>(p, v);
-}
-
-template <bool STREAM>
-INLINE void store(double *p, vec<double> v) {
-    write<STREAM>(p, v);
-}
-
-template <bool STREAM>
-INLINE void store(bfloat16 *p, vec<float> v) {
-    using L = Lane<bfloat16>;
+    static INLINE_MEMBER L::vec wide(L::half_bits raw) { return (L::vec)(widened(raw) << 16); }
+    static INLINE_MEMBER L::half_bits narrow(L::vec v) {
 #ifdef BF16_INSTRUCTIONS  // they take subnormal numbers, below 1e-38, for zero
-    return write<STREAM>(p, (L::half_bits)_mm512_cvtneps_pbh((__m512)v));
+        return (L::half_bits)_mm512_cvtneps_pbh((__m512)v);
 #else
-    auto b = (L::bits)v;
-    auto rounded = b + 0x7fff + ((b >> 16) & 1);  // to nearest, ties to even
-    auto nan = (L::bits)(v != v);
-    auto top = ((rounded & ~nan) | (nan & 0x7fc00000)) >> 16;
-    write<STREAM>(p, narrowed(top));
+        auto b = (L::bits)v;
+        auto rounded = b + 0x7fff + ((b >> 16) & 1);
+        auto nan = (L::bits)(v != v);
+        return narrowed(((rounded & ~nan) | (nan & 0x7fc00000)) >> 16);
 #endif
+    }
+};
+
+template <>
+struct Half<float16> {
+    using L = Lane<float16>;
+    static INLINE_MEMBER L::vec wide(L::half_bits raw) {
+#if LANES == 16
+        return (L::vec)_mm512_cvtph_ps((__m256i)raw);
+#elif LANES == 8
+        return (L::vec)_mm256_cvtph_ps((__m128i)raw);
+#else
+        auto h = widened(raw);
+        auto magnitude = h & 0x7fff;
+        // A shift moves the exponent, and a multiplication corrects it, also for subnormal numbers.
+        auto f = (L::bits)((L::vec)(magnitude << 13) * 0x1p112f);
+        f |= (L::bits)(magnitude > 0x7bff) & 0x7f800000;  // infinity and NaN
+        return (L::vec)(f | ((h & 0x8000) << 16));
+#endif
+    }
+    static INLINE_MEMBER L::half_bits narrow(L::vec v) {
+#if LANES == 16
+        return (L::half_bits)_mm512_cvtps_ph((__m512)v, _MM_FROUND_TO_NEAREST_INT);
+#elif LANES == 8
+        return (L::half_bits)_mm256_cvtps_ph((__m256)v, _MM_FROUND_TO_NEAREST_INT);
+#else
+        auto b = (L::bits)v;
+        auto sign = (b >> 16) & 0x8000;
+        b &= 0x7fffffff;
+        // Subnormal halves: adding 0.5 leaves the rounded mantissa in the low bits.
+        auto tiny = (L::bits)((L::vec)b + 0.5f) - 0x3f000000;
+        auto normal = (b - 0x38000000 + 0xfff + ((b >> 13) & 1)) >> 13;
+        auto small = (L::bits)(b < 0x38800000);
+        auto h = (tiny & small) | (normal & ~small);
+        auto large = (L::bits)(b >= 0x47800000);
+        auto nan = (L::bits)(b > 0x7f800000);
+        h = (h & ~large) | (large & 0x7c00) | (nan & 0x7e00);
+        return narrowed(h | sign);
+#endif
+    }
+};
+
+template <class T>
+INLINE vec<T> load(const T *p) {
+    if constexpr (sizeof(T) == 2)
+        return Half<T>::wide(read<typename Lane<T>::half_bits>(p));
+    else
+        return read<vec<T>>(p);
 }
 
-template <bool STREAM>
-INLINE void store(float16 *p, vec<float> v) {
-    using L = Lane<float16>;
-#if LANES == 16
-    write<STREAM>(p, (L::half_bits)_mm512_cvtps_ph((__m512)v, _MM_FROUND_TO_NEAREST_INT));
-#elif LANES == 8
-    write<STREAM>(p, (L::half_bits)_mm256_cvtps_ph((__m256)v, _MM_FROUND_TO_NEAREST_INT));
-#else
-    auto b = (L::bits)v;
-    auto sign = (b >> 16) & 0x8000;
-    b &= 0x7fffffff;
-    // Subnormal halves: adding 0.5 leaves the rounded mantissa in the low bits.
-    auto tiny = (L::bits)((L::vec)b + 0.5f) - 0x3f000000;
-    auto normal = (b - 0x38000000 + 0xfff + ((b >> 13) & 1)) >> 13;
-    auto small = (L::bits)(b < 0x38800000);
-    auto h = (tiny & small) | (normal & ~small);
-    auto large = (L::bits)(b >= 0x47800000);
-    auto nan = (L::bits)(b > 0x7f800000);
-    h = (h & ~large) | (large & 0x7c00) | (nan & 0x7e00);
-    write<STREAM>(p, narrowed(h | sign));
-#endif
+template <bool STREAM, class T>
+INLINE void store(T *p, vec<T> v) {
+    if constexpr (sizeof(T) == 2)
+        write<STREAM>(p, Half<T>::narrow(v));
+    else
+        write<STREAM>(p, v);
+}
+
+// The values that store() leaves in memory.
+template <class T>
+INLINE vec<T> rounded(vec<T> v) {
+    if constexpr (sizeof(T) == 2) return Half<T>::wide(Half<T>::narrow(v));
+    return v;
 }
 
 // Loads n values, fewer than a vector has. The other lanes are zero.

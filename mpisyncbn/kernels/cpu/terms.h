@@ -62,8 +62,11 @@ struct Reduce {
             a = activation_gradient<T>(how, a, z);
         }
         a = kept(a);
-        if (HOW::chosen ? stores : !how.undone() && how.source != Source::x)
+        if (HOW::chosen ? stores : !how.undone() && how.source != Source::x) {
             access.template put<false>(pointers.out + i, a);
+            // The sums are those of the stored values, so that the mean of dx is 0 even after rounding.
+            a = rounded<T>(a);
+        }
         factor = xm;
     }
 };

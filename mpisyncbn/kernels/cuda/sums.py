@@ -146,5 +146,8 @@ def _through_activation(dy, z, y, residual, dz, offsets, mask, KIND: tl.constexp
         z = tl.load(y + offsets, mask, 0.0).to(z.dtype)
     dy = activation_gradient(dy, z, KIND, PARAMETER)
     if dz is not None:
-        tl.store(dz + offsets, dy.to(dz.dtype.element_ty), mask)
+        rounded = dy.to(dz.dtype.element_ty)
+        tl.store(dz + offsets, rounded, mask)
+        # The sums are those of the stored values, so that the mean of dx is 0 even after rounding.
+        dy = rounded.to(z.dtype)
     return dy
