@@ -142,7 +142,7 @@ def _record_natively(running: Averages, stats: BatchStats, momentum: float | Arr
 
 def _has_no_version(array: Array | None) -> bool:
     """Whether it is a tensor of inference mode, whose changes autograd does not count."""
-    return hasattr(array, "is_inference") and array.is_inference()
+    return array is not None and hasattr(array, "is_inference") and array.is_inference()
 
 
 def _record_from_host(

@@ -5,7 +5,8 @@ Remove a line when its version of torch is no longer supported.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, NoReturn
+from collections.abc import Callable
+from typing import TYPE_CHECKING, NoReturn, TypeVar
 
 import torch
 
@@ -23,8 +24,11 @@ __all__ = [
     "is_exporting",
     "refuse_to_compile",
     "shut_down_groups_of",
+    "untraced",
     "work_of_cpp",
 ]
+
+Function = TypeVar("Function", bound=Callable[..., object])
 
 _VERSION = torch.__version__
 
@@ -43,6 +47,20 @@ HOST_TAKES_PART = (torch.Tag.cudagraph_unsafe,) if hasattr(torch.Tag, "cudagraph
 
 # Torch 2.6 does not distinguish export from compilation.
 is_exporting = getattr(torch.compiler, "is_exporting", torch.compiler.is_compiling)
+
+
+def untraced(function: Function) -> Function:
+    """Keep torch.compile out of a function and all that it calls.
+
+    The compiler looks at every function that is called while compiled code runs. It may refuse a
+    caller and then compile a part of this library that is not made for it. torch.compiler.disable
+    would import the compiler, which takes a second.
+    """
+    if COMPILES:
+        compiler = torch._C._dynamo.eval_frame
+        skip = compiler._FrameAction.SKIP
+        compiler.set_code_exec_strategy(function.__code__, compiler._FrameExecStrategy(skip, skip))
+    return function
 
 
 def work_of_cpp(future: torch.futures.Future[object]) -> Work:

@@ -33,7 +33,7 @@ from ..arguments import (
 from ..batch_stats import NOT_TO_RECORD, BatchStats
 from ..comm.communicator import Communicator
 from ..comm.groups import AnyGroup, resolve
-from ..errors import on_rank
+from ..errors import MPISyncBNError, on_rank
 from ..fingerprint import layer_dtype
 from ..kernels import describe, native
 from ..kernels.protocol import Running
@@ -151,7 +151,7 @@ def batch_norm(
     """
     if not torch_versions.COMPILES and torch.compiler.is_compiling():
         torch_versions.refuse_to_compile()
-    compiling = torch.compiler.is_compiling() or x.is_meta or isinstance(x, FakeTensor)
+    compiling = _is_traced(x)
     tensors = x, weight, bias, running_mean, running_var
     description = None if compiling or not x.is_cuda else describe(*tensors, num_batches_tracked, residual)
     if compiling:
@@ -227,6 +227,28 @@ def check_tensors(
 # Descriptions of tensors on GPUs that check_arguments has accepted, and the layer's dtype. A compiler
 # must not see this table, which other calls change.
 _accepted: dict[Hashable, str] = {}
+
+
+def _is_traced(x: Tensor) -> bool:
+    """Whether a graph is being made of the call, or ``x`` has no values.
+
+    Raises MPISyncBNError if torch.func differentiates inside the graph.
+    """
+    if not (torch.compiler.is_compiling() or x.is_meta or isinstance(x, FakeTensor) or _is_recording()):
+        return False
+    if torch._C._are_functorch_transforms_active():
+        raise MPISyncBNError(
+            "expected no transform of torch.func (grad, jvp, vmap, linearize) inside a graph with a "
+            f"synchronized layer that trains{on_rank()}: transform the compiled function instead, as in "
+            "torch.func.grad(torch.compile(f)), or do not compile it"
+        )
+    return True
+
+
+def _is_recording() -> bool:
+    """Whether make_fx records the operations of torch, of which a fused layer uses none."""
+    mode = torch._C._TorchDispatchModeKey.PROXY
+    return None is not (torch._C._get_dispatch_mode(mode) or torch._ops._get_dispatch_mode_pre_dispatch(mode))
 
 
 def _group_key(process_group: AnyGroup) -> str:

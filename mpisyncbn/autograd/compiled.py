@@ -51,7 +51,8 @@ def apply(
     return y, BatchStats._make((*stats.unbind(), count * first_time))
 
 
-with torch.inference_mode(False), _disable_current_modes():  # the first import may happen in any mode
+# the first import may happen in any mode, and in a function that torch.func transforms
+with torch.inference_mode(False), _disable_current_modes(), torch._C._DisableFuncTorch():
     _FORWARD_ORDER, _BACKWARD_ORDER = torch.from_numpy(np.zeros(())), torch.from_numpy(np.zeros(()))
 
 
@@ -85,7 +86,7 @@ def _backward_token(device: torch.device) -> Tensor:
 def _token_on(device: torch.device, direction: str) -> Tensor:
     found = _ON_DEVICE.get((device, direction))
     if found is None:
-        with torch.inference_mode(False), _disable_current_modes():
+        with torch.inference_mode(False), _disable_current_modes(), torch._C._DisableFuncTorch():
             found = torch.zeros((), device=device, dtype=torch.float64)
         torch._dynamo.mark_static_address(found, guard=False)
         _ON_DEVICE[device, direction] = found
@@ -115,6 +116,11 @@ def _batch_stats_op(
     Returns the rows mean, var and invstd; the rows that the element-wise work needs, which are the mean
     in two parts, and invstd; the count; and False if a checkpoint repeats the call, else True.
     """
+    if x.requires_grad and torch.is_grad_enabled():  # as in a graph of torch.export
+        raise MPISyncBNError(
+            "expected no gradients through batch statistics in an exported graph, which has no backward pass "
+            f"for them{on_rank()}: train the model before you export it, or revert_sync_batchnorm it first"
+        )
     with np.errstate(all="ignore"):  # no warnings: NaN and infinity are valid data
         communicator = by_graph_key(group)
         call = layer_call(communicator.name_of(layer), "forward", x.shape[1], dtype, eps)
@@ -176,8 +182,8 @@ def _compute_dtype(x: Tensor) -> torch.dtype:
     return torch.float64 if x.dtype == torch.float64 else torch.float32
 
 
-_LIBRARY.impl("batch_stats", _batch_stats_op, "CompositeExplicitAutograd")
-_LIBRARY.impl("batch_sums", _batch_sums_op, "CompositeExplicitAutograd")
+_LIBRARY.impl("batch_stats", torch_versions.untraced(_batch_stats_op), "CompositeExplicitAutograd")
+_LIBRARY.impl("batch_sums", torch_versions.untraced(_batch_sums_op), "CompositeExplicitAutograd")
 
 
 def _fake_batch_stats(x: Tensor, *_: object) -> tuple[Tensor, ...]:

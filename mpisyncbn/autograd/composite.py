@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -20,6 +21,7 @@ from ..comm import transport
 from ..errors import on_rank
 from ..functional import ReduceSums
 from ..kernels import Kernels, generic, masked
+from ..torch_versions import untraced
 from .layer_context import FunctionContext, LayerContext
 
 __all__ = [
@@ -38,6 +40,7 @@ class _MergeMoments(torch.autograd.Function):
     """
 
     @staticmethod
+    @untraced
     def forward(mean: Tensor, m2: Tensor, count: int, layer: LayerContext) -> tuple[Tensor, Tensor]:
         return tuple(torch.as_tensor(v).clone() for v in layer.device_stats[:2])  # type: ignore[return-value]
 
@@ -97,6 +100,7 @@ class _AllReduce(torch.autograd.Function):
     """The sum over the group of float64 values of any shape. It is its own adjoint."""
 
     @staticmethod
+    @untraced
     def forward(values: Tensor, layer: LayerContext, direction: str) -> Tensor:
         (total,) = exchange.reduce_sums(layer.group, layer.call(direction), values.reshape(-1))
         return transport.from_host(total, values).reshape(values.shape)
@@ -122,7 +126,7 @@ class _AllReduce(torch.autograd.Function):
 
 
 @contextmanager
-def differentiable_tangents(ctx: FunctionContext) -> Iterator[list[Tensor | None]]:
+def differentiable_tangents(ctx: FunctionContext) -> Iterator[list[Any]]:
     """The saved tensors, in a context where forward mode can differentiate the body of ``jvp`` again.
 
     torch turns forward mode off while it calls ``jvp``, so that tangents of tangents would be 0. With

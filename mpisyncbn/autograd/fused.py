@@ -26,6 +26,7 @@ from ..kernels import (
     where_true,
 )
 from ..kernels.from_output import DTYPES, FromOutput, channels_to_keep
+from ..torch_versions import untraced
 from . import enqueued
 from .composite import (
     differentiable_kernels,
@@ -45,6 +46,7 @@ __all__ = ["apply"]
 Inputs: TypeAlias = tuple[Tensor, Tensor | None, Tensor | None, Tensor | None, Tensor | None, LayerContext]
 
 
+@untraced
 def apply(
     x: Tensor,
     weight: Tensor | None,
@@ -79,6 +81,7 @@ class _SyncBatchNorm(torch.autograd.Function):
         return y
 
     @staticmethod
+    @untraced
     def backward(ctx: FunctionContext, dy: Tensor) -> tuple[Tensor | None, ...]:
         layer = ctx.layer
         # With create_graph, the result will be differentiated again. Gradients may also be batched.
@@ -120,6 +123,7 @@ class _SyncBatchNorm(torch.autograd.Function):
         )
 
     @staticmethod
+    @untraced
     def jvp(
         ctx: FunctionContext,
         dx: Tensor | None,

@@ -268,16 +268,26 @@ def test_errors_under_compilation():
 
 @slow
 def test_the_first_import_may_happen_in_any_mode():
-    """The import makes the tensors that order exchanges. They are ordinary tensors in any mode."""
+    """The import makes the tensors that order exchanges. They are ordinary tensors in any mode.
+
+    So they are in a function that torch.func transforms.
+    """
     out = run_alone("""
 import torch, warnings
 from torch._subclasses.fake_tensor import FakeTensorMode
-with torch.device("meta"), torch.inference_mode(), FakeTensorMode():
-    from mpisyncbn.autograd.compiled import _BACKWARD_ORDER, _FORWARD_ORDER
+
+def function(x):
+    with torch.device("meta"), torch.inference_mode(), FakeTensorMode():
+        import mpisyncbn.autograd.compiled
+    return x.sum()
+
+torch.func.grad(function)(torch.ones(2))
+from mpisyncbn.autograd.compiled import _BACKWARD_ORDER, _FORWARD_ORDER
 for token in (_FORWARD_ORDER, _BACKWARD_ORDER):
-    print(type(token) is torch.Tensor, token.device, token.is_inference())
+    wrapped = torch._C._functorch.is_functorch_wrapped_tensor(token)
+    print(type(token) is torch.Tensor, token.device, token.is_inference(), wrapped)
 """)
-    assert out.split() == ["True", "cpu", "False"] * 2
+    assert out.split() == ["True", "cpu", "False", "False"] * 2
 
 
 def test_groups():

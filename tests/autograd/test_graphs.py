@@ -1,0 +1,108 @@
+"""Derivatives of compiled, traced and exported layers are those of the eager layer, or an error."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.fx.experimental.proxy_tensor import make_fx
+
+import mpisyncbn
+from support.oracle import distance, local_batch, shard
+from support.ranks import up_to_two
+from support.versions import compiles
+
+BACKEND = "aot_eager"
+pytestmark = [
+    compiles,
+    up_to_two,
+    pytest.mark.usefixtures("fresh_compiler"),
+    pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::UserWarning"),
+]
+REFUSED = "expected no transform of torch.func"
+
+
+def layer(x: Tensor, weight: Tensor | None = None) -> Tensor:
+    return mpisyncbn.sync_batch_norm(x, None, None, weight, weight)
+
+
+def loss(x: Tensor, weight: Tensor, factor: float = 1.0) -> Tensor:
+    # with the factor, the layer's input is computed in the function, as behind other layers
+    return (layer(x if factor == 1.0 else x * factor, weight) ** 3).sum()
+
+
+def gradients(function, x: Tensor, weight: Tensor):
+    return torch.func.grad(function, (0, 1))(x, weight)
+
+
+def tangent(function, x: Tensor, weight: Tensor):
+    return torch.func.jvp(function, (x, weight), (x * 0.5, weight + 1))
+
+
+def second(function, x: Tensor, weight: Tensor):
+    along = lambda x, weight: sum((g * g).sum() for g in gradients(function, x, weight))  # noqa: E731
+    return torch.func.grad(along, (0, 1))(x, weight)
+
+
+@pytest.mark.parametrize("factor", [1.0, 2.0])
+@pytest.mark.parametrize("transform", [gradients, tangent, second])
+def test_torch_func_with_the_compiler(transform, factor):
+    x, weight = shard((local_batch(4), 3), 1), torch.tensor([0.5, 2.0, -1.0])
+
+    def function(x: Tensor, weight: Tensor) -> Tensor:
+        return loss(x, weight, factor)
+
+    def transformed(x: Tensor, weight: Tensor):
+        return transform(function, x, weight)
+
+    expected = transform(function, x, weight)
+    outside = transform(torch.compile(function, backend=BACKEND), x, weight)
+    inside = torch.compile(transformed, backend=BACKEND)(x, weight)
+    for found in (outside, inside):
+        assert max(distance(f, e, torch.ones(1)) for f, e in zip(found, expected, strict=True)) < 1e-5
+    torch._dynamo.reset()  # it would not try these functions again
+    with pytest.raises(Exception, match=REFUSED):
+        torch.compile(transformed, backend=BACKEND, fullgraph=True)(x, weight)
+
+
+def test_a_compiled_layer_works_after_torch_func():
+    """Code that was compiled while torch.func was active is not used for other calls."""
+    net = mpisyncbn.SyncBatchNorm(3, track_running_stats=False)
+    compiled, x = torch.compile(net, backend=BACKEND), shard((local_batch(4), 3), 2).requires_grad_()
+    torch.func.jvp(compiled, (x,), (x,))
+    torch.func.grad(lambda x: compiled(x).pow(3).sum())(x)
+    found, expected = (torch.autograd.grad(f(x).pow(3).sum(), x)[0] for f in (compiled, net))
+    assert distance(found, expected, torch.ones(1)) < 1e-5
+
+
+@pytest.mark.parametrize("pre_dispatch", [False, True])
+@pytest.mark.parametrize("mode", ["real", "fake", "symbolic"])
+def test_make_fx_records_the_exchange(mode, pre_dispatch):
+    x, later = shard((local_batch(4), 3), 3), shard((local_batch(4), 3), 4)
+    graph = make_fx(lambda x: layer(x), tracing_mode=mode, pre_dispatch=pre_dispatch)(x)
+    assert distance(graph(later), layer(later)) < 1e-5
+
+
+def test_make_fx_of_derivatives():
+    x, later = shard((local_batch(4), 3), 5), shard((local_batch(4), 3), 6)
+
+    def step(x: Tensor) -> Tensor:
+        leaf = x.detach().requires_grad_()
+        return torch.autograd.grad(layer(leaf).pow(3).sum(), leaf)[0]
+
+    assert distance(make_fx(step)(x)(later), step(later), torch.ones(1)) < 1e-5
+    with pytest.raises(mpisyncbn.MPISyncBNError, match=REFUSED):
+        make_fx(torch.func.grad(lambda x: layer(x).pow(3).sum()))(x)
+    with pytest.raises(NotImplementedError, match="jvp"):  # it traces a tangent
+        torch.func.linearize(layer, x)
+
+
+@pytest.mark.parametrize("strict", [False, True])
+def test_an_exported_layer_does_not_train(strict):
+    x = shard((local_batch(4), 3), 7)
+    net = nn.Sequential(nn.Linear(3, 3), mpisyncbn.SyncBatchNorm(3))
+    exported = torch.export.export(net, (x,), strict=strict).module()
+    with torch.no_grad():
+        assert distance(exported(x), net(x)) < 1e-5
+    with pytest.raises(RuntimeError, match=r"expected no gradients through batch stat|does not require grad"):
+        exported(x.clone().requires_grad_()).sum().backward()
