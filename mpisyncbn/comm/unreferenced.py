@@ -1,8 +1,8 @@
-"""Free the communicators of groups that the program no longer refers to.
+"""Free the communicators of groups that the program has dropped: it refers to none, or destroyed it.
 
-MPI has room for some thousand communicators, and freeing one is collective, while Python drops an
-object at a time of its own on each rank. So when ranks make a new group they tell each other which
-groups they have dropped, and free each one that all of its ranks have dropped.
+MPI has room for some thousand communicators, and freeing one is collective, while each rank drops a
+group at a time of its own. So when ranks make a new group they tell each other which groups they
+have dropped, and free each one that all of its ranks have dropped.
 """
 
 from __future__ import annotations
@@ -33,8 +33,9 @@ def track(group_id: GroupId, group: Communicator) -> None:
 
 
 def ids() -> list[GroupId]:
-    """The tracked groups that the program no longer refers to, on this rank."""
-    return [group_id for group_id, (group, _) in list(_tracked.items()) if group() is None]
+    """The tracked groups that this rank has dropped."""
+    groups = [(group_id, group()) for group_id, (group, _) in list(_tracked.items())]
+    return [group_id for group_id, group in groups if group is None or group.freed]
 
 
 def free_unreferenced(ids_by_rank: Iterable[list[GroupId]]) -> None:

@@ -29,11 +29,12 @@ def contiguous(values: Tensor) -> Tensor:
 def host_output_for(values: Tensor) -> Tensor:
     """Return a contiguous tensor on the CPU, in which a result for ``values`` may be written.
 
-    It shares the memory of ``values`` if these are on the CPU and contiguous; else it is new, and
-    ``copy_back`` has to follow. Raises TypeError for a tensor that is not dense.
+    It shares the memory of ``values`` if these are on the CPU and contiguous, and no conjugate or
+    negative of what is in memory; else it is new, and ``copy_back`` has to follow. Raises TypeError
+    for a tensor that is not dense.
     """
     own = to_cpu(values) if values.is_cpu else None
-    if own is not None and own.is_contiguous():
+    if own is not None and own.is_contiguous() and not own.is_conj() and not own.is_neg():
         return own
     _check_dense(values)
     return torch.empty(values.shape, dtype=values.dtype, device="cpu")

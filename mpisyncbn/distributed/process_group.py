@@ -66,9 +66,9 @@ class ProcessGroup(Collectives, PointToPoint):
         return self._layer_group
 
     def shutdown(self) -> None:
-        """Wait for everything that was begun, and free the communicators unless MPI is finalized.
+        """Wait for everything that was begun. The group cannot be used any more.
 
-        Collective: every rank must call.
+        Its communicators are freed when all ranks have called this, and make another group. Not collective.
         """
         if self._collective_group.comm is None:
             return
@@ -79,12 +79,11 @@ class ProcessGroup(Collectives, PointToPoint):
         self._keep_pending_alive()
         self._unusable = self._unusable or "this process group was destroyed"
         if still_in_flight:  # its communicators cannot be freed
-            # Other ranks may have freed theirs, so this one must not wait for them in MPI_Finalize.
-            self._collective_group.rank_status.unregister()
+            keep_alive(self._collective_group)
             return
         if self._layer_group is not None and not self._is_world:
-            self._layer_group.free()
-        self._collective_group.free()
+            self._layer_group.drop()
+        self._collective_group.drop()
         if self._is_world:
             rendezvous.forget()
 

@@ -106,7 +106,8 @@ def _without_rank(text: str) -> str:
 def _thread_level(facts: Sequence[RankFacts]) -> Iterator[Problem]:
     lost = {
         "THREAD_SERIALIZED": "mpisyncbn.distributed.join() raises, and update_bn() where layers have several "
-        "groups; a rank that waits in vain cannot ask the others what they are doing",
+        "groups; threads that use several groups must use them in one order on all ranks; a rank that waits "
+        "in vain cannot ask the others what they are doing",
     }
     for level, found in _grouped(facts, lambda each: [each.mpi["thread level"]]).items():
         if level != "THREAD_MULTIPLE":

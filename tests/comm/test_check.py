@@ -156,3 +156,26 @@ def test_the_time_limit(run_job, start):
         else "Timeout"
     )
     assert words in done.stderr
+
+
+@once("it starts processes itself")
+@pytest.mark.full("each is a process")
+@pytest.mark.parametrize(
+    ("way", "status", "words"),
+    [
+        (">&-", 0, ""),
+        ("| true", 0, ""),
+        (">/dev/full", 0, "cannot be printed"),
+        ("--timeout 1e300", 0, "no problems"),
+        ("--timeout 0.001", None, "has waited 0.001 s"),
+        ("NOT INITIALIZED", 1, "MPI is not initialized, because MPI4PY_RC_INITIALIZE turns that off"),
+    ],
+)
+def test_one_process(tmp_path, way, status, words):
+    """The status is about the ranks, and not about the output. Limits may be of any length."""
+    settings = {"MPI4PY_RC_INITIALIZE": "0"} if way == "NOT INITIALIZED" else {}
+    program = f"{sys.executable} {' '.join(CHECK)} {'' if settings else way}; exit ${{PIPESTATUS[0]}}"
+    done = jobs.run(["bash", "-c", program], tmp_path, variables=jobs.unlaunched() | settings)
+    assert words in done.stdout + done.stderr
+    assert "Traceback" not in done.stderr
+    assert done.status == (done.status if status is None else status), done.stderr

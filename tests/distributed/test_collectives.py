@@ -184,6 +184,13 @@ def test_reduce_scatter(name: str, dtype: torch.dtype, limit: None) -> None:
         torch.testing.assert_close(uneven, reduced(name, everyone(dtype, RANK + 1, 2, seed=RANK)))
 
 
+def test_an_output_that_is_a_conjugate(limit: None) -> None:
+    out, given = torch.zeros(2, dtype=torch.complex64), torch.arange(2.0 * SIZE) * (1 + 1j)
+    dist.reduce_scatter_tensor(out.conj(), given)
+    with together():
+        torch.testing.assert_close(out.conj().resolve_conj(), SIZE * given[2 * RANK : 2 * RANK + 2])
+
+
 UNSIGNED = [torch.uint16, torch.uint32, torch.uint64]
 
 

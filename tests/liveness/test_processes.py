@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 from mpi4py import MPI
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
@@ -127,6 +128,7 @@ def test_threads_that_share_a_communicator_of_several_ranks_do_not_mix_up() -> N
 BATCHES = """
 import sys
 import torch
+import torch.distributed as dist
 import mpisyncbn
 
 class Batches(torch.utils.data.Dataset):
@@ -214,6 +216,7 @@ import atexit, gc, os, sys
 import mpi4py
 {first}
 import torch
+import torch.distributed as dist
 import mpisyncbn
 from mpi4py import MPI
 layer = mpisyncbn.SyncBatchNorm(3)
@@ -227,6 +230,14 @@ EXCHANGE = "atexit.register(lambda: print('exchanged', (layer(x) + half(x)).sum(
 GROUP = """
 mpisyncbn.init_process_group()
 work = torch.distributed.all_reduce(torch.ones(3), async_op=True)
+"""
+DESTROYED_BY_SOME = """
+mpisyncbn.init_process_group()
+groups = [None, torch.distributed.new_group()]
+for group in groups:
+    torch.distributed.all_reduce(torch.ones(3), group=group)
+mpisyncbn.SyncBatchNorm(3, process_group=groups[1])(torch.randn(4, 3))
+torch.distributed.destroy_process_group(groups[torch.distributed.get_rank()])
 """
 # Code before the imports of torch, MPI and the package, code after the training, and added output.
 ENDS = {
@@ -245,6 +256,7 @@ ENDS = {
         "exchanged None\n",
     ),
     "a process group": ("", GROUP, ""),
+    "process groups that one rank destroys": ("", DESTROYED_BY_SOME, ""),
     "sys.exit": ("", "sys.exit(0)", ""),
 }
 
@@ -334,6 +346,21 @@ def test_many_communicators_that_are_dropped(duplicates: Duplicates) -> None:
     use(Communicator())
     assert duplicates.made >= MANY
     assert duplicates.alive < 100
+
+
+def test_many_process_groups_that_are_destroyed(duplicates: Duplicates) -> None:
+    """Some ranks destroy the last groups later than others."""
+    mpisyncbn.init_process_group()
+    for number in range(50):
+        group = dist.new_group()
+        dist.all_reduce(torch.ones(2), group=group)
+        use(group)
+        if number % SIZE != RANK or number < 40:
+            dist.destroy_process_group(group)
+    dist.destroy_process_group()
+    use(Communicator())
+    assert duplicates.made >= 100
+    assert duplicates.alive < 40
 
 
 @full
