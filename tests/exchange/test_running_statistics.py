@@ -14,7 +14,7 @@ from mpisyncbn import functional, running_stats
 from mpisyncbn.batch_stats import BatchStats
 from mpisyncbn.comm import transport
 from mpisyncbn.kernels import native
-from support.oracle import local_batch, shard
+from support.oracle import distance, local_batch, shard
 from support.ranks import no_exchange
 
 pytestmark = no_exchange
@@ -233,5 +233,5 @@ def test_a_model_that_is_made_in_inference_mode(momentum):
             for _ in range(2):
                 each(x)
     for name, expected in layer.named_buffers():
-        assert torch.equal(copied.get_buffer(name), expected)
+        assert distance(copied.get_buffer(name), expected) < 1e-6
     assert layer.num_batches_tracked == 2
