@@ -113,9 +113,10 @@ def test_torch_func():
     assert distance(jacobian.sum(0), expected.detach()) < 1e-12
 
 
-@pytest.mark.parametrize("activation", [None, "gelu"])
-@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
-@pytest.mark.parametrize("empty", [False, True])
+@pytest.mark.parametrize(
+    ("empty", "dtype", "activation"),
+    [(False, torch.float64, None), (True, torch.float64, "gelu"), (False, torch.float32, "gelu")],
+)
 def test_third_derivatives_in_all_orders_of_modes(empty, dtype, activation):
     """Every input moves along a line; summed over ranks, all modes give the derivatives along it."""
     batch = 0 if empty and WORLD.rank == WORLD.size - 1 > 0 else local_batch(5)
