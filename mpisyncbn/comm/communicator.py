@@ -281,6 +281,7 @@ class Communicator:
     def drop(self) -> None:
         """Use the group no more. When all ranks have dropped it, unreferenced.py frees the duplicate."""
         self.freed, self.comm, self.link, self.stream = True, None, None, None
+        self.rank_status.finalize_timeout = 0.0  # a rank may go on for long without the group
         for kept in (self._messages, self._device_messages, self.enqueued_calls, self.prepared):
             kept.clear()
 

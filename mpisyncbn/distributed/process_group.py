@@ -79,6 +79,7 @@ class ProcessGroup(Collectives, PointToPoint):
         self._keep_pending_alive()
         self._unusable = self._unusable or "this process group was destroyed"
         if still_in_flight:  # its communicators cannot be freed
+            self._collective_group.rank_status.finalize_timeout = 0.0
             keep_alive(self._collective_group)
             return
         if self._layer_group is not None and not self._is_world:

@@ -274,6 +274,21 @@ def test_the_end(end: str, run_job: Callable[..., End]) -> None:
     assert (done.status, done.stderr) == (0, "")
 
 
+@full
+@starts_mpiexec
+def test_one_rank_works_on_after_all_have_destroyed_a_group(run_job: Callable[..., End]) -> None:
+    code = """
+import time, torch, mpisyncbn
+mpisyncbn.init_process_group()
+torch.distributed.all_reduce(torch.ones(3))
+rank = torch.distributed.get_rank()
+torch.distributed.destroy_process_group()
+time.sleep(4 * rank)
+"""
+    done = run_job("-c", code, ranks=2, variables={"MPISYNCBN_TIMEOUT": "1"})
+    assert (done.status, done.stderr) == (0, "")
+
+
 @no_exchange
 @pytest.mark.parametrize("last", ["os._exit(0)", "sys.exit(0)"], ids=["os._exit", "never finalized"])
 def test_an_end_without_mpi(last: str) -> None:
