@@ -24,7 +24,7 @@ from .report import ERROR, Problem, Report, latency
 from .report.text import as_text, problems_as_text
 
 ALL_WELL, WRONG, SLOW = 0, 1, 3  # exit statuses of --check; argparse ends with 2
-_LIMIT, _LONGEST = 60.0, 1e9  # seconds; faulthandler takes no more than ten times the second
+_LIMIT, _LONGEST = 60.0, 1e9  # seconds; faulthandler refuses 1e10
 _DESCRIPTION = """\
 Say what is installed, what is used and why, and what is wrong with it. Start it as you start your
 program: mpiexec -n 4 python -m mpisyncbn. Rank 0 prints for all ranks.

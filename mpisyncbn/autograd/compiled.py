@@ -13,6 +13,9 @@ its backward pass if a tensor that it saved has changed since.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import NoReturn
+
 import numpy as np
 import torch
 from torch import Tensor
@@ -116,11 +119,6 @@ def _batch_stats_op(
     Returns the rows mean, var and invstd; the rows that the element-wise work needs, which are the mean
     in two parts, and invstd; the count; and False if a checkpoint repeats the call, else True.
     """
-    if x.requires_grad and torch.is_grad_enabled():  # as in a graph of torch.export
-        raise MPISyncBNError(
-            "expected no gradients through batch statistics in an exported graph, which has no backward pass "
-            f"for them{on_rank()}: train the model before you export it, or revert_sync_batchnorm it first"
-        )
     with np.errstate(all="ignore"):  # no warnings: NaN and infinity are valid data
         communicator = by_graph_key(group)
         call = layer_call(communicator.name_of(layer), "forward", x.shape[1], dtype, eps)
@@ -184,6 +182,46 @@ def _compute_dtype(x: Tensor) -> torch.dtype:
 
 _LIBRARY.impl("batch_stats", torch_versions.untraced(_batch_stats_op), "CompositeExplicitAutograd")
 _LIBRARY.impl("batch_sums", torch_versions.untraced(_batch_sums_op), "CompositeExplicitAutograd")
+
+
+class _NoDerivative(torch.autograd.Function):
+    """The results of an operation of which autograd knows no derivative: ``_CompiledBatchNorm`` has that.
+
+    A graph of torch.export holds the operations alone, and so does a graph of make_fx.
+    """
+
+    @staticmethod
+    def forward(ctx: FunctionContext, count: int, *tensors: Tensor) -> tuple[Tensor, ...]:
+        results = tuple(each.view_as(each) for each in tensors[count:])
+        ctx.mark_non_differentiable(*[each for each in results if not each.is_floating_point()])
+        return results
+
+    @staticmethod
+    def backward(ctx: FunctionContext, *_: Tensor) -> NoReturn:
+        raise MPISyncBNError(
+            "expected no gradients through batch statistics in an exported or recorded graph, which has no "
+            f"derivative of them{on_rank()}: train the model before you export it, or revert_sync_batchnorm "
+            "it first"
+        )
+
+
+def _without_derivative(name: str) -> Callable[..., tuple[Tensor, ...]]:
+    """The operation for autograd: its results raise an error when they are differentiated."""
+    operation = getattr(torch.ops.mpisyncbn, name).default
+
+    def call(*args: object) -> tuple[Tensor, ...]:
+        with torch._C._AutoDispatchBelowAutograd():
+            results: tuple[Tensor, ...] = operation(*args)
+        inputs = [each for each in args if isinstance(each, Tensor)]
+        if torch.is_grad_enabled() and any(each.requires_grad for each in inputs):
+            return _NoDerivative.apply(len(inputs), *inputs, *results)
+        return results
+
+    return call
+
+
+for _name in ("batch_stats", "batch_sums"):
+    _LIBRARY.impl(_name, _without_derivative(_name), "Autograd")
 
 
 def _fake_batch_stats(x: Tensor, *_: object) -> tuple[Tensor, ...]:

@@ -93,6 +93,14 @@ def test_make_fx_of_derivatives():
     assert distance(make_fx(step)(x)(later), step(later), torch.ones(1)) < 1e-5
     with pytest.raises(mpisyncbn.MPISyncBNError, match=REFUSED):
         make_fx(torch.func.grad(lambda x: layer(x).pow(3).sum()))(x)
+
+    def twice(x: Tensor) -> Tensor:
+        leaf = x.detach().requires_grad_()
+        (gradient,) = torch.autograd.grad(layer(leaf).pow(3).sum(), leaf, create_graph=True)
+        return torch.autograd.grad(gradient.square().sum(), leaf)[0]
+
+    with pytest.raises(mpisyncbn.MPISyncBNError, match="expected no gradients through batch stat"):
+        make_fx(twice)(x)
     with pytest.raises(NotImplementedError, match="jvp"):  # it traces a tangent
         torch.func.linearize(layer, x)
 
@@ -104,5 +112,8 @@ def test_an_exported_layer_does_not_train(strict):
     exported = torch.export.export(net, (x,), strict=strict).module()
     with torch.no_grad():
         assert distance(exported(x), net(x)) < 1e-5
+    assert distance(exported(x).detach(), net(x).detach()) < 1e-5
     with pytest.raises(RuntimeError, match=r"expected no gradients through batch stat|does not require grad"):
         exported(x.clone().requires_grad_()).sum().backward()
+    with pytest.raises(Exception, match=r"expected no gradients through batch stat|does not require grad"):
+        torch.compile(exported, backend=BACKEND)(x.clone().requires_grad_()).sum().backward()
