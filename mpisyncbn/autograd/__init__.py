@@ -247,8 +247,9 @@ def _is_traced(x: Tensor) -> bool:
 
 def _is_recording() -> bool:
     """Whether make_fx records the operations of torch, of which a fused layer uses none."""
-    mode = torch._C._TorchDispatchModeKey.PROXY
-    return None is not (torch._C._get_dispatch_mode(mode) or torch._ops._get_dispatch_mode_pre_dispatch(mode))
+    key = torch._C._TorchDispatchModeKey.PROXY
+    mode = torch._C._get_dispatch_mode(key) or torch._ops._get_dispatch_mode_pre_dispatch(key)
+    return mode is not None
 
 
 def _group_key(process_group: AnyGroup) -> str:

@@ -13,7 +13,8 @@ its backward pass if a tensor that it saved has changed since.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import NoReturn
 
 import numpy as np
@@ -54,8 +55,14 @@ def apply(
     return y, BatchStats._make((*stats.unbind(), count * first_time))
 
 
-# the first import may happen in any mode, and in a function that torch.func transforms
-with torch.inference_mode(False), _disable_current_modes(), torch._C._DisableFuncTorch():
+@contextmanager
+def _outside_of_modes() -> Iterator[None]:
+    """A context for tensors that outlive the modes, and the transforms of torch.func, that are active."""
+    with torch.inference_mode(False), _disable_current_modes(), torch._C._DisableFuncTorch():
+        yield
+
+
+with _outside_of_modes():  # the first import may happen in any of them
     _FORWARD_ORDER, _BACKWARD_ORDER = torch.from_numpy(np.zeros(())), torch.from_numpy(np.zeros(()))
 
 
@@ -89,7 +96,7 @@ def _backward_token(device: torch.device) -> Tensor:
 def _token_on(device: torch.device, direction: str) -> Tensor:
     found = _ON_DEVICE.get((device, direction))
     if found is None:
-        with torch.inference_mode(False), _disable_current_modes(), torch._C._DisableFuncTorch():
+        with _outside_of_modes():
             found = torch.zeros((), device=device, dtype=torch.float64)
         torch._dynamo.mark_static_address(found, guard=False)
         _ON_DEVICE[device, direction] = found
@@ -180,10 +187,6 @@ def _compute_dtype(x: Tensor) -> torch.dtype:
     return torch.float64 if x.dtype == torch.float64 else torch.float32
 
 
-_LIBRARY.impl("batch_stats", torch_versions.untraced(_batch_stats_op), "CompositeExplicitAutograd")
-_LIBRARY.impl("batch_sums", torch_versions.untraced(_batch_sums_op), "CompositeExplicitAutograd")
-
-
 class _NoDerivative(torch.autograd.Function):
     """The results of an operation of which autograd knows no derivative: ``_CompiledBatchNorm`` has that.
 
@@ -212,15 +215,16 @@ def _without_derivative(name: str) -> Callable[..., tuple[Tensor, ...]]:
     def call(*args: object) -> tuple[Tensor, ...]:
         with torch._C._AutoDispatchBelowAutograd():
             results: tuple[Tensor, ...] = operation(*args)
-        inputs = [each for each in args if isinstance(each, Tensor)]
-        if torch.is_grad_enabled() and any(each.requires_grad for each in inputs):
+        if torch.is_grad_enabled() and any(isinstance(each, Tensor) and each.requires_grad for each in args):
+            inputs = [each for each in args if isinstance(each, Tensor)]
             return _NoDerivative.apply(len(inputs), *inputs, *results)
         return results
 
     return call
 
 
-for _name in ("batch_stats", "batch_sums"):
+for _name, _op in (("batch_stats", _batch_stats_op), ("batch_sums", _batch_sums_op)):
+    _LIBRARY.impl(_name, torch_versions.untraced(_op), "CompositeExplicitAutograd")
     _LIBRARY.impl(_name, _without_derivative(_name), "Autograd")
 
 

@@ -269,18 +269,18 @@ class Communicator:
 
     def free(self) -> None:
         """Give the duplicate back to MPI. Collective: every rank of the group must call."""
-        if self.comm is not None:
-            if self._is_finalized():
-                self.rank_status.unregister()
-            else:
-                mpi()
-                with self.collective("freeing the communicator"):
-                    unreferenced.free_comm(self.rank_status)
+        if self.comm is not None and self._is_finalized():
+            self.rank_status.unregister()
+        elif self.comm is not None:
+            mpi()
+            with self.collective("freeing the communicator"):
+                unreferenced.free_comm(self.rank_status)
         self.drop()
 
     def drop(self) -> None:
         """Use the group no more. When all ranks have dropped it, unreferenced.py frees the duplicate."""
-        self.freed, self.comm, self.link, self.stream = True, None, None, None
+        with self.lock:  # not in the middle of another thread's exchange
+            self.freed, self.comm, self.link, self.stream = True, None, None, None
         self.rank_status.finalize_timeout = 0.0  # a rank may go on for long without the group
         for kept in (self._messages, self._device_messages, self.enqueued_calls, self.prepared):
             kept.clear()

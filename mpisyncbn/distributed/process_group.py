@@ -82,10 +82,9 @@ class ProcessGroup(Collectives, PointToPoint):
             self._collective_group.rank_status.finalize_timeout = 0.0
             keep_alive(self._collective_group)
             return
-        own_layers = None if self._is_world else self._layer_group
-        for group in filter(None, (own_layers, self._collective_group)):
-            with group.lock:  # not in the middle of another thread's exchange
-                group.drop()
+        if self._layer_group is not None and not self._is_world:
+            self._layer_group.drop()
+        self._collective_group.drop()
         if self._is_world:
             rendezvous.forget()
 

@@ -40,8 +40,10 @@ def tangent(function, x: Tensor, weight: Tensor):
 
 
 def second(function, x: Tensor, weight: Tensor):
-    along = lambda x, weight: sum((g * g).sum() for g in gradients(function, x, weight))  # noqa: E731
-    return torch.func.grad(along, (0, 1))(x, weight)
+    def squares(x: Tensor, weight: Tensor) -> Tensor:
+        return sum((each * each).sum() for each in gradients(function, x, weight))
+
+    return torch.func.grad(squares, (0, 1))(x, weight)
 
 
 @pytest.mark.parametrize("factor", [1.0, 2.0])

@@ -128,7 +128,6 @@ def test_threads_that_share_a_communicator_of_several_ranks_do_not_mix_up() -> N
 BATCHES = """
 import sys
 import torch
-import torch.distributed as dist
 import mpisyncbn
 
 class Batches(torch.utils.data.Dataset):
@@ -216,7 +215,6 @@ import atexit, gc, os, sys
 import mpi4py
 {first}
 import torch
-import torch.distributed as dist
 import mpisyncbn
 from mpi4py import MPI
 layer = mpisyncbn.SyncBatchNorm(3)
