@@ -19,6 +19,7 @@ from ..liveness import exits, reports
 from ..liveness.rank_status import RankStatus
 
 if TYPE_CHECKING:
+    from ..kernels.cpu._cpu import StreamWorker
     from .communicator import Communicator
 
 __all__ = ["GroupId", "finish_at_exit", "free_comm", "free_unreferenced", "ids", "track"]
@@ -62,17 +63,20 @@ def finish_at_exit() -> None:
     def finish() -> None:
         for _, rank_status in list(_tracked.values()):
             if rank_status.stream is not None and not exits.status() and os.getpid() == process:
-                rank_status.stream.wait()
-                problem, call, exchange = rank_status.stream.failure()
-                if problem:
-                    reports.print_report(
-                        f"rank {rank_status.rank} of {rank_status.size} has come to its end, and exchange "
-                        f"number {exchange}, {rank_status.calls[call]}, has failed"
-                    )
-                    reports.abort_job(
-                        1, "Communicator.synchronize() at the end of the program raises the error"
-                    )
+                _wait_for(rank_status, rank_status.stream)
                 rank_status.stream.stop()
+
+
+def _wait_for(rank_status: RankStatus, worker: StreamWorker) -> None:
+    """Wait for all enqueued exchanges of a group. End the job if one has failed: no later call raises it."""
+    worker.wait()
+    problem, call, exchange = worker.failure()
+    if problem:
+        reports.print_report(
+            f"exchange number {exchange} of rank {rank_status.rank} of {rank_status.size}, "
+            f"{rank_status.calls[call]}, has failed, and no exchange of the group comes after it"
+        )
+        reports.abort_job(1, "Communicator.synchronize() after the last exchange raises the error")
 
 
 def free_comm(rank_status: RankStatus) -> None:
@@ -80,7 +84,7 @@ def free_comm(rank_status: RankStatus) -> None:
     rank_status.unregister()
     worker = rank_status.stream
     if worker is not None:
-        worker.wait()
+        _wait_for(rank_status, worker)
         worker.close()  # a CUDA graph that is replayed after this gets NaN
         rank_status.stream = None
     comm, p2p_comm = rank_status.comm, rank_status.p2p_comm

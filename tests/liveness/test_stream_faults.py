@@ -156,12 +156,13 @@ def test_other_channels(run: Callable[..., End]) -> None:
 
 
 @full
-def test_a_mismatch_at_the_very_end(run: Callable[..., End]) -> None:
-    """A mismatch in the last exchange is reported and ends the job: no later call can raise it."""
-    end = run("enqueue(f'layer {rank}')", order="late")
+@pytest.mark.parametrize("then", ["", "group = None\ngc.collect()\ngroup = stream_group()\n"])
+def test_a_mismatch_in_the_last_exchange(then: str, run: Callable[..., End]) -> None:
+    """A mismatch in the last exchange of a group ends the job with a report: no later call can raise it."""
+    end = run(f"import gc\nenqueue(f'layer {{rank}}')\n{then}", order="late")
     assert end.status not in (0, None)
     assert end.left == 0
-    words = r"rank \d of 2 has come to its end, and exchange number 2, backward of layer \d .*, has failed"
+    words = r"exchange number 2 of rank \d of 2, backward of layer \d .*, has failed"
     assert re.search(words, end.stderr), end.stderr
 
 
