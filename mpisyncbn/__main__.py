@@ -48,6 +48,8 @@ and to go on in spite of warnings:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Print the report on one rank, and return the exit status of all. Collective."""
     options = _parser().parse_args(arguments)
+    if sys.stderr is None:  # closed: 2>&-
+        sys.stderr = os.fdopen(os.open(os.devnull, os.O_WRONLY), "w")
     with suppress(ImportError):
         importlib.import_module("torch")  # on hundreds of ranks a shared disk takes its time
     with _time_limit(options.timeout):
@@ -173,12 +175,13 @@ def _time_limit(seconds: float) -> Iterator[None]:
             yield
     finally:
         timer.cancel()
+        timer.join()  # a limit that is over ends the job, whether or not the ranks came then
         faulthandler.cancel_dump_traceback_later()
 
 
 def _end(seconds: float, ranks: Sequence[int]) -> None:
     """End the job: ranks have waited too long for each other."""
-    # The import waits until MPI has started; a very short limit is over before that.
+    # The import waits until MPI has started, if the limit is over before that.
     world = importlib.import_module("mpi4py.MPI").COMM_WORLD
     time.sleep(min(1.0, 0.1 * world.rank))  # one report is enough
     missing = [f"  rank {rank} {words}" for rank, words in arrivals.describe_missing(ranks).items()]
