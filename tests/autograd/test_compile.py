@@ -20,18 +20,12 @@ from mpisyncbn.comm.groups import resolve
 from support.jobs import run_alone
 from support.oracle import distance, shard
 from support.ranks import WORLD, up_to_two
-from support.versions import compiles, since_2_12
+from support.versions import compiler_tests, compiles, since_2_12
 
 # These are tests of tracing. "aot_eager" splits and functionalizes the graph as Inductor does, in a
 # tenth of the time. One test uses Inductor.
 BACKEND = "aot_eager"
-# torch's compiler warns about itself
-pytestmark = [
-    up_to_two,
-    compiles,
-    pytest.mark.usefixtures("fresh_compiler"),
-    pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::UserWarning:torch"),
-]
+pytestmark = [up_to_two, compiles, *compiler_tests]
 slow = pytest.mark.full("torch's compiler takes its time")
 
 

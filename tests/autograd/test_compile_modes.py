@@ -15,15 +15,10 @@ from torch._dynamo.utils import counters
 import mpisyncbn
 from support.oracle import distance, shard
 from support.ranks import WORLD, up_to_two
-from support.versions import compiles
+from support.versions import compiler_tests, compiles
 
 BACKEND = "aot_eager"
-pytestmark = [
-    compiles,
-    up_to_two,
-    pytest.mark.usefixtures("fresh_compiler"),
-    pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::UserWarning"),
-]
+pytestmark = [up_to_two, compiles, *compiler_tests]
 slow = pytest.mark.full("torch's compiler takes its time")
 to_machine_code = pytest.mark.skipif(
     shutil.which("g++") is None, reason="Inductor compiles C++, and there is no g++"

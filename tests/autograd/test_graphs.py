@@ -10,15 +10,10 @@ from torch.fx.experimental.proxy_tensor import make_fx
 import mpisyncbn
 from support.oracle import distance, local_batch, shard
 from support.ranks import up_to_two
-from support.versions import compiles
+from support.versions import compiler_tests, compiles
 
 BACKEND = "aot_eager"
-pytestmark = [
-    compiles,
-    up_to_two,
-    pytest.mark.usefixtures("fresh_compiler"),
-    pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::UserWarning"),
-]
+pytestmark = [up_to_two, compiles, *compiler_tests]
 REFUSED = "expected no transform of torch.func"
 
 

@@ -12,12 +12,9 @@ import mpisyncbn
 from mpisyncbn import MPISyncBNError, torch_versions
 from support.oracle import distance, shard
 from support.ranks import WORLD, error_of, up_to_two
+from support.versions import compiler_tests
 
-pytestmark = [
-    up_to_two,
-    pytest.mark.usefixtures("fresh_compiler"),
-    pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::UserWarning:torch"),
-]
+pytestmark = [up_to_two, *compiler_tests]
 
 
 def net() -> nn.Module:

@@ -16,6 +16,11 @@ def newer_than_2_6(what: str) -> pytest.MarkDecorator:
 compiles = pytest.mark.skipif(
     not torch_versions.COMPILES, reason="before torch 2.11 the compiler refuses synchronized layers"
 )
+# The marks of files whose tests compile: torch's compiler starts afresh, and may warn about itself.
+compiler_tests = [
+    pytest.mark.usefixtures("fresh_compiler"),
+    pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::UserWarning:torch"),
+]
 since_2_12 = pytest.mark.skipif(
     torch.__version__ < "2.12",
     reason="before torch 2.12 a graph in evaluation reads the newer statistics in its backward, and says so",
