@@ -59,6 +59,7 @@ _HOME = {
     "Communicator": "comm.communicator",
     "SyncBatchNorm": "batchnorm",
     "convert_sync_batchnorm": "batchnorm:SyncBatchNorm",
+    "distributed": "",
     "functional": "",
     "init_process_group": "distributed",
     "lightning": "",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import TypeAlias, cast
@@ -26,7 +27,7 @@ from .errors import on_rank
 from .fingerprint import LayerCall, compare_calls
 from .kernels import kernels_for
 from .merging import merge_two
-from .running_stats import record_batch
+from .running_stats import are_finite, record_batch
 
 __all__ = ["update_bn"]
 
@@ -59,10 +60,11 @@ def update_bn(
         process_group: the ranks that hold the data of local layers: an mpi4py communicator, a
             Communicator, or None for the world. Synchronized layers have groups of their own.
 
-    If anything raises, no statistics are changed. A layer keeps its own if no value reached it, or if
-    ``model.train()`` leaves it in evaluation. If tqdm is installed and stderr is a terminal, rank 0
-    shows a bar. Ranks that are through wait for the others, at most MPISYNCBN_TIMEOUT seconds. Calls of
-    ``sync_batch_norm`` in the model need as many batches on each rank, unless a layer has their group.
+    If anything raises, no statistics are changed. A layer keeps its own if no value reached it, if
+    ``model.train()`` leaves it in evaluation, or if a value is not finite; then a RuntimeWarning names
+    the layer. If tqdm is installed and stderr is a terminal, rank 0 shows a bar. A rank without further
+    batches waits for the others, at most MPISYNCBN_TIMEOUT seconds. Calls of ``sync_batch_norm`` in the
+    model need as many batches on each rank, unless a layer has their group.
 
     Raises:
         TypeError: ``model`` is no module, has a layer of torch.nn.SyncBatchNorm, or a layer refuses its
@@ -93,8 +95,8 @@ def update_bn(
     most = {group: _allreduce_max(group, batches) for group in groups}
     for name, layer in layers.items():
         layer.merge(name)
-    for layer in layers.values():
-        layer.store(most[layer.group])
+    for name, layer in layers.items():
+        layer.store(most[layer.group], name)
 
 
 def _compare_models(group: Communicator, layers: dict[str, _LayerMoments]) -> None:
@@ -149,13 +151,23 @@ class _LayerMoments:
         moments = self.count, np.stack([self.mean, np.zeros_like(self.mean)]), self.var * self.count
         self.count, self.mean, self.var = exchange.merge_moments(self.group, call, *moments)
 
-    def store(self, batches: int) -> None:
-        """Set the running statistics, if any value has reached the layer."""
-        if self.count:
-            stats = BatchStats(self.mean, self.var, self.var, self.count)
-            running = self.layer.running_mean, self.layer.running_var, None
-            if record_batch(*running, stats, 1.0) and self.layer.num_batches_tracked is not None:
-                self.layer.num_batches_tracked.fill_(batches)
+    def store(self, batches: int, name: str) -> None:
+        """Set the running statistics, if any value has reached the layer, and all are finite."""
+        if not self.count:
+            return
+        stats = BatchStats(self.mean, self.var, self.var, self.count)
+        running_mean, running_var = self.layer.running_mean, self.layer.running_var
+        if not are_finite(stats, running_var):
+            warnings.warn(
+                f"update_bn did not change layer {name!r}: the mean or variance of its input is not finite "
+                f"in the dtype of its running statistics{on_rank()}",
+                RuntimeWarning,
+                stacklevel=3,  # the caller of update_bn
+            )
+            return
+        record_batch(running_mean, running_var, None, stats, 1.0)
+        if self.layer.num_batches_tracked is not None:
+            self.layer.num_batches_tracked.fill_(batches)
 
 
 class _LocalLayers(TorchFunctionMode):

@@ -30,7 +30,7 @@ from .kernels.protocol import Running
 if TYPE_CHECKING:
     from torch import Tensor
 
-__all__ = ["can_record", "lerp", "lerp_", "record_batch", "update_running_stats"]
+__all__ = ["are_finite", "can_record", "lerp", "lerp_", "record_batch", "update_running_stats"]
 
 # running_mean, running_var and num_batches_tracked
 Averages: TypeAlias = "tuple[Array, Array, Tensor | None]"
@@ -100,6 +100,12 @@ def record_batch(
     if transport.on_host(stats.mean) or transport.on_host(running_mean):
         return _record_from_host(running, stats, momentum, device_stats)
     return _record_without_sync(running, stats, momentum)
+
+
+def are_finite(stats: BatchStats, running_var: Array) -> bool:
+    """Whether statistics on the host are finite in the dtype of the running ones."""
+    with np.errstate(all="ignore"):
+        return _fits(stats.mean, stats.var * _bessel_factor(stats.count), running_var)
 
 
 def can_record(x: Array, running: Running) -> bool:
@@ -179,7 +185,7 @@ def _record_without_sync(running: Averages, stats: BatchStats, momentum: float |
     """
     running_mean, running_var, num_batches_tracked = running
     count, mean = stats.count, stats.mean
-    divisor = max(count - 1, 1) if isinstance(count, int) else (count - 1).clamp(min=1)
+    divisor = max(count - 1, 1) if isinstance(count, int) else abs(count - 1) + (count == 1)
     unbiased = stats.var * (count / divisor)
     largest = _finfo_max(running_var)
     fits = (count > 0) & (abs(mean).max() <= largest) & (unbiased.max() <= largest)

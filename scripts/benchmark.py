@@ -149,6 +149,7 @@ def finish(results: Results, options: argparse.Namespace) -> None:
         print("\n" + model.text(results["sections"].get("scaling", []), results["sections"]["model"]))
     if options.json:
         judged = [{**line._asdict(), "met": line.met} for line in lines]
+        Path(options.json).parent.mkdir(parents=True, exist_ok=True)
         Path(options.json).write_text(json.dumps({**results, "summary": judged}, indent=1) + "\n")
 
 

@@ -113,14 +113,14 @@ class _SyncBatchNorm(torch.autograd.Function):
             dx, dweight, dbias, dz = functional.backward(
                 dy, x, stats, weight, kernels, reduce_sums, need_dx, context
             )
-        return (
-            dx,
-            _to_dtype(dweight, weight.dtype) if need_dweight else None,
-            _to_dtype(dbias, ctx.bias_dtype) if need_dbias else None,
-            (dz if context is not None else where_true(dz, mask)) if ctx.has_residual else None,
-            None,
-            None,
-        )
+            return (
+                dx,
+                _to_dtype(dweight, weight.dtype) if need_dweight else None,
+                _to_dtype(dbias, ctx.bias_dtype) if need_dbias else None,
+                (dz if context is not None else where_true(dz, mask)) if ctx.has_residual else None,
+                None,
+                None,
+            )
 
     @staticmethod
     @untraced

@@ -97,7 +97,10 @@ def monitored_barrier(
     """
     group = dist.group.WORLD if group is None else group
     if not isinstance(group, ProcessGroup):
-        raise TypeError(f"expected a group of backend {BACKEND}, got {group!r}{on_rank()}")
+        raise TypeError(
+            f"expected a group of backend {BACKEND}, got {group!r}{on_rank()}: "
+            "call mpisyncbn.init_process_group() first"
+        )
     with profiling.record("mpi4py:monitored_barrier"):
         group.monitored_barrier(timeout, wait_all_ranks)
 

@@ -33,10 +33,12 @@ def host_output_for(values: Tensor) -> Tensor:
     negative of what is in memory; else it is new, and ``copy_back`` has to follow. Raises TypeError
     for a tensor that is not dense.
     """
+    _check_dense(values)
     own = to_cpu(values) if values.is_cpu else None
     if own is not None and own.is_contiguous() and not own.is_conj() and not own.is_neg():
         return own
-    _check_dense(values)
+    if values.is_cuda:  # another thread, with a stream of its own, copies the result
+        torch.cuda.current_stream(values.device).synchronize()
     return torch.empty(values.shape, dtype=values.dtype, device="cpu")
 
 
@@ -70,3 +72,8 @@ def without_overlap(values: Tensor, out: Tensor | None) -> Tensor:
 def _check_dense(values: Tensor) -> None:
     if values.layout is not torch.strided:
         raise TypeError(f"expected a dense tensor, got one of layout {values.layout}")
+    if values.numel() and not values.data_ptr():
+        raise TypeError(
+            f"expected a tensor with memory of its own, got a {type(values).__name__}: pass the tensor that "
+            "holds its values, such as .to_local() or .full_tensor() of a DTensor"
+        )

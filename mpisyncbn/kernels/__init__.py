@@ -108,7 +108,7 @@ def cuda_kernels_for(device: Device) -> tuple[Kernels, str]:
         from . import cuda
 
         cuda.try_out(device)
-    except ImportError:
+    except ModuleNotFoundError:
         why = "Triton is not installed: pip install triton"
     except (torch.OutOfMemoryError, torch.AcceleratorError):
         raise  # Triton is not to blame

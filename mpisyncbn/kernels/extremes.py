@@ -13,7 +13,7 @@ from collections.abc import Callable
 import numpy as np
 
 from . import loaded_torch
-from .activation import Activation, ActivationContext
+from .activation import NO_ACTIVATION, Activation, ActivationContext
 from .protocol import Array
 
 __all__ = [
@@ -91,6 +91,8 @@ def backward_reduce(
         none = (sums == 0).all(0) & _is_ordinary(invstd)
         fine = (np.abs(sums[1]) >= values * _LEAST) & np.isfinite(sums[1])
     chosen = np.flatnonzero(~(none | fine))
+    if context is not None and context.activation != NO_ACTIVATION and not context.undone:
+        chosen = np.union1d(chosen, _beyond(invstd, context.weight))  # the activation's input, computed again
     if len(chosen):
         some = mean[chosen], invstd[chosen], chosen_context(context, chosen)
         *found, found_dz = kernel(_float64_channels(dy, chosen), _float64_channels(x, chosen), *some)

@@ -29,10 +29,11 @@ def local_moments(x: Array) -> tuple[int, Array, Array]:
     # avoided.
     mean = _sum(x) / max(count, 1)
     xmu = _center(x, mean)
-    m2 = _dot(xmu, xmu)
     if str(x.dtype).endswith("float64"):
-        mean = _stack(mean, _sum(xmu) / max(count, 1))
-    return count, mean, m2
+        # A mean of float64 values is rounded. With the rest, distances in a constant channel are 0.
+        rest = _sum(xmu) / max(count, 1)
+        mean, xmu = _stack(mean, rest), xmu - _channels(rest, x)
+    return count, mean, _dot(xmu, xmu)
 
 
 def normalize(
@@ -50,17 +51,28 @@ def normalize(
 def backward_reduce(
     dy: Array, x: Array, mean: Array, invstd: Array, context: ActivationContext | None = None
 ) -> tuple[Array, Array, Array]:
-    dz = dy
-    if context is not None:
-        activation, weight, bias, z, residual = context
-        if context.undone:
-            z, x = x, _undone(x, activation)
-        elif z is None:
-            z = _affine(x, mean, invstd, weight, bias, residual)
-        dz = activation_gradient(_cast(dy, z.dtype), z, activation)
-        if context.stores_dz:
-            dz = _cast(dz, dy.dtype)  # the residual's gradient
-    return _sum(dz), _dot(dz, _center(x, mean)), dz
+    dz, x = through_activation(dy, x, mean, invstd, context)
+    return *sums(dz, x, mean), dz
+
+
+def through_activation(
+    dy: Array, x: Array, mean: Array, invstd: Array, context: ActivationContext | None
+) -> tuple[Array, Array]:
+    """The gradient of the activation's input, and the layer's input."""
+    if context is None:
+        return dy, x
+    activation, weight, bias, z, residual = context
+    if context.undone:
+        z, x = x, _undone(x, activation)
+    elif z is None:
+        z = _affine(x, mean, invstd, weight, bias, residual)
+    dz = activation_gradient(_cast(dy, z.dtype), z, activation)
+    return _cast(dz, dy.dtype) if context.stores_dz else dz, x  # it is the residual's gradient if stored
+
+
+def sums(dz: Array, x: Array, mean: Array) -> tuple[Array, Array]:
+    """The sums of dz and of dz * (x - mean)."""
+    return _sum(dz), _dot(dz, _center(x, mean))
 
 
 def backward_elementwise(

@@ -52,10 +52,10 @@ def local_moments(x: Array, *, mask: Array) -> tuple[int, Array, Array]:
     values = max(count, 1)
     mean = generic._sum(x) / values
     xmu = where_true(generic._center(x, mean), mask)
-    m2 = generic._dot(xmu, xmu)
     if str(x.dtype).endswith("float64"):
-        mean = generic._stack(mean, generic._sum(xmu) / values)
-    return count, mean, m2
+        rest = generic._sum(xmu) / values
+        mean, xmu = generic._stack(mean, rest), where_true(xmu - generic._channels(rest, x), mask)
+    return count, mean, generic._dot(xmu, xmu)
 
 
 def normalize(
@@ -86,10 +86,12 @@ def backward_reduce(
 ) -> tuple[Array, Array, Array]:
     mean_read, invstd_read = _vectors_like(x, mean, invstd)
     dy, x, context = where_true(dy, mask), where_true(x, mask), _context_where_true(context, mask)
-    sum_dy, sum_dy_xmu, dz = generic.backward_reduce(dy, x, mean_read, invstd_read, context)
+    dz, x = generic.through_activation(dy, x, mean_read, invstd_read, context)
+    dz = where_true(dz, mask)
+    sum_dz, sum_dz_xmu = generic.sums(dz, where_true(x, mask), mean_read)
     if mean_read is not mean:
-        sum_dy, sum_dy_xmu = sum_dy.numpy(), sum_dy_xmu.numpy()
-    return sum_dy, sum_dy_xmu, where_true(dz, mask)
+        sum_dz, sum_dz_xmu = sum_dz.numpy(), sum_dz_xmu.numpy()
+    return sum_dz, sum_dz_xmu, dz
 
 
 def backward_elementwise(

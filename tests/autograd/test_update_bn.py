@@ -216,3 +216,14 @@ def test_a_model_that_calls_the_operation_of_torch():
     with together():
         assert model[0].running_mean.abs().max() < 1e-6
         assert model[0].num_batches_tracked == max(PARTS[: WORLD.size])
+
+
+def test_values_that_are_not_finite_leave_a_layer_as_it_is():
+    model = mpisyncbn.convert_sync_batchnorm(net())
+    before, data = state(model), [torch.full((2, 2, 6, 5), float("nan"), dtype=torch.float64)]
+    with pytest.warns(RuntimeWarning) as seen:
+        update_bn(data, model)
+    names = [str(each.message).split("'")[1] for each in seen]
+    with together():
+        assert names == ["1", "4"]
+        assert all(torch.equal(value, before[name]) for name, value in state(model).items())

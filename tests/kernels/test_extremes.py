@@ -7,9 +7,10 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from mpi4py import MPI
 
 import mpisyncbn
-from mpisyncbn.kernels import extremes
+from mpisyncbn.kernels import extremes, generic, masked
 from support.kernels import (
     EVERY,
     LEVELS,
@@ -162,3 +163,55 @@ def test_a_variance_that_float64_cannot_hold_counts_as_none() -> None:
     with together():
         assert not y.any()
         assert not stats.invstd.any()
+
+
+@needs_native
+@pytest.mark.parametrize("laid_out", ["contiguous", "channels last"])
+@no_exchange
+def test_sums_of_many_values_that_float32_cannot_hold(laid_out: str) -> None:
+    """Sums of one sign are infinite in float32, and two of them may add up to NaN."""
+    half = torch.full((2, 2, 100, 150), 1.4e37)
+    x = layouts(torch.cat((half, -half)))[laid_out]
+    for kernels in (cpu, generic):
+        count, mean, m2 = kernels.local_moments(x)
+        assert np.allclose(np.asarray(m2) / count, float(x[0, 0, 0, 0]) ** 2, rtol=1e-6)
+        assert np.abs(np.asarray(mean)).max() < 1e30
+
+
+@pytest.mark.parametrize("kernels", [cpu, generic, masked])
+@pytest.mark.parametrize("value", [0.1, 1 / 3, 1e5 / 7])
+@no_exchange
+def test_a_constant_channel_of_float64_has_no_variance(kernels: Any, value: float) -> None:
+    x = torch.full((7, 2), value, dtype=torch.float64)
+    mask = torch.ones(7, 1, dtype=torch.bool)
+    m2 = kernels.local_moments(x, **({"mask": mask} if kernels is masked else {}))[2]
+    assert np.asarray(m2).tolist() == [0.0, 0.0]
+
+
+@no_exchange
+def test_an_activation_whose_input_float32_cannot_hold() -> None:
+    x, dy = shard((200, 2), 1, 0.0, torch.float64) * 1e-20, shard((200, 2), 2, 0.5)
+    found, expected = [], []
+    for dtype, results in ((torch.float32, found), (torch.float64, expected)):
+        weight, bias = (torch.full((2,), 1e19, dtype=dtype, requires_grad=True) for _ in range(2))
+        y = mpisyncbn.sync_batch_norm(
+            x.float().to(dtype),
+            None,
+            None,
+            weight,
+            bias,
+            eps=0.0,
+            activation="relu",
+            process_group=MPI.COMM_SELF,
+        )
+        y.backward(dy.to(dtype))
+        results += [weight.grad, bias.grad]
+    for ours, reference in zip(found, expected, strict=True):
+        assert distance(ours, reference) < 1e-5
+
+
+@no_exchange
+def test_gradients_beyond_float32_give_no_warning() -> None:
+    layer = mpisyncbn.SyncBatchNorm(1, process_group=MPI.COMM_SELF)
+    layer(torch.linspace(-1, 1, 64)[:, None]).backward(torch.full((64, 1), 1e37))
+    assert layer.bias.grad.isinf().all()

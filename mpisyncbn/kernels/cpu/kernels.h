@@ -47,13 +47,13 @@ void merge_moments(const Partials<T> &partials, long channels, long count, doubl
 }
 
 // Whether distances from the mean in some channel were below 2**-50 or above 2**50: then their
-// squares may be 0 or infinite. (float16 has no such distances.) A channel without any distance is
-// constant.
-bool is_m2_extreme(long channels, long count, const double *mean, const double *m2) {
+// squares may be 0 or infinite, and sums of distances too: two of them may add up to NaN. (float16 has
+// no such distances.) A channel without any distance is constant.
+bool is_m2_extreme(long channels, long count, const double *m2) {
     const double least = 0x1p-100 * (double)count, most = 0x1p100 * (double)count;
     bool extreme = false;
     for (long c = 0; c < channels; ++c)
-        extreme |= m2[c] != 0 && !std::isnan(mean[c]) && !(m2[c] >= least && m2[c] <= most);
+        extreme |= m2[c] != 0 && !(m2[c] >= least && m2[c] <= most);
     return extreme;
 }
 
@@ -118,7 +118,7 @@ std::pair<int, long> local_moments(nb::handle x_object, nb::handle mask_object, 
         if (!std::is_same_v<T, double>)
             for (long c = 0; c < channels; ++c) mean_hi[c] += mean_lo[c];
         if (std::is_same_v<T, float> || std::is_same_v<T, bfloat16>)
-            extreme = is_m2_extreme(channels, count, mean_hi, m2);
+            extreme = is_m2_extreme(channels, count, m2);
         return true;
     });
     return {outcome(done, extreme), count};

@@ -142,8 +142,10 @@ def _plain(each: Tensor, mean: Tensor) -> bool:
 def try_out(device: torch.device) -> None:
     """Raise if Triton cannot start a kernel: it needs a C compiler and a driver for its code."""
     ones = torch.ones((1, 1), dtype=torch.float64, device=device)
+    plan = plans.plan_merge(1, 1)
     with _device_of(ones):
-        _launch(sums.merge_sums, plans.plan_merge(1, 1), ones, torch.empty_like(ones))
+        for _ in range(2):  # the first start compiles; the second one is by what is kept in the plan
+            _launch(sums.merge_sums, plan, ones, torch.empty_like(ones))
 
 
 def _launch(

@@ -82,7 +82,7 @@ def backward_sums(
         scaled = (tl.load(x + offsets, mask, 0.0).to(COMPUTE_DTYPE) - mean_hi) * unit
         z = scaled * factor + shift
         gradient = _through_activation(gradient, z, y, residual, dz, offsets, mask, KIND, PARAMETER)
-        sum_dy += gradient
+        sum_dy += tl.where(mask, gradient, 0.0)
         sum_dy_xmu += tl.where(mask, gradient * scaled, 0.0)
     _store_sums(out, partials, sum_dy, sum_dy_xmu, mean, invstd, channel, channels, PLANES)
 
