@@ -16,7 +16,7 @@ from torch import nn
 from .batchnorm import SyncBatchNorm
 from .comm.groups import AnyGroup
 from .comm.runtime import mpi
-from .convert import revert_sync_batchnorm
+from .convert import Synchronized, revert
 from .distributed import init_process_group
 from .errors import on_rank
 
@@ -29,8 +29,9 @@ class LayerSync:
     """A plugin by which Lightning's Trainer synchronizes batch norm over MPI while it fits a model.
 
     The Trainer converts the model in place before DistributedDataParallel wraps it, and reverts it
-    to its exact classes after the fit. With this plugin ``Trainer(sync_batchnorm=True)`` is allowed
-    and adds nothing: the layers are these, not torch's.
+    to its exact classes after the fit. Layers that are synchronized already stay so. With this
+    plugin ``Trainer(sync_batchnorm=True)`` is allowed and adds nothing: the layers are these, not
+    torch's.
 
     In a job of several ranks the constructor calls ``mpisyncbn.init_process_group()``, so that
     ``strategy="ddp"`` takes backend ``mpi4py``. It leaves the backend to Lightning where torch has
@@ -64,6 +65,7 @@ class LayerSync:
         self.process_group, self.name = process_group, name
         self.fuse_relu, self.fuse_activation = fuse_relu, fuse_activation
         self.memory_efficient = memory_efficient
+        self._kept: set[nn.Module] = set()
         # The constructor does this, because the Trainer initializes torch.distributed before it calls
         # apply(), and uses a group that exists. A change of torch's table of default backends would also
         # work, but it is global, and Lightning would then need an address and a port.
@@ -72,6 +74,7 @@ class LayerSync:
 
     def apply(self, model: nn.Module) -> nn.Module:
         """Convert the layers of ``model`` in place, and return it. Not collective."""
+        self._kept = {layer for layer in model.modules() if isinstance(layer, Synchronized)}
         return SyncBatchNorm.convert_sync_batchnorm(
             model,
             self.process_group,
@@ -82,8 +85,11 @@ class LayerSync:
         )
 
     def revert(self, model: nn.Module) -> nn.Module:
-        """Give the layers of ``model`` their exact classes again, and return it. Not collective."""
-        return revert_sync_batchnorm(model)
+        """Give the layers that ``apply`` converted their exact classes again. Not collective.
+
+        Returns ``model``. Layers that were synchronized before stay so.
+        """
+        return revert(model, self._kept)
 
 
 def _register() -> bool:

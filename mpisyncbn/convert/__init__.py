@@ -7,7 +7,7 @@ parametrizations and all references to the layer survive, because it is the same
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from typing import NoReturn, cast
 
 import torch
@@ -44,6 +44,7 @@ __all__ = [
     "Synchronized",
     "convert_sync_batchnorm",
     "rebuild",
+    "revert",
     "revert_sync_batchnorm",
     "set_process_group",
 ]
@@ -267,11 +268,21 @@ def revert_sync_batchnorm(module: nn.Module) -> nn.Module:
             changed then.
     """
     check_module(module)
+    return revert(module, ())
+
+
+def revert(module: nn.Module, kept: Collection[nn.Module]) -> nn.Module:
+    """Do ``revert_sync_batchnorm`` for all layers but the ``kept`` ones."""
     fused = fused_layers(module)
+    synchronized = {
+        layer: name
+        for name, layer in module.named_modules()
+        if isinstance(layer, Synchronized) and layer not in kept
+    }
     lost = [
         f"{label_of(name)} ({layer.activation})"
-        for name, layer in module.named_modules()
-        if isinstance(layer, Synchronized) and layer.activation and layer not in fused
+        for layer, name in synchronized.items()
+        if layer.activation and layer not in fused
     ]
     if lost:
         raise TypeError(
@@ -280,7 +291,7 @@ def revert_sync_batchnorm(module: nn.Module) -> nn.Module:
             "layer was changed"
         )
     for layer in module.modules():
-        if isinstance(layer, Synchronized):
+        if layer in synchronized:
             _revert(layer)
         unfuse(layer)
     return module

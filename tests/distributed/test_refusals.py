@@ -52,6 +52,28 @@ def test_mismatches(what: str) -> None:
         assert after == SIZE
 
 
+class WithoutMemory(torch.Tensor):
+    """A tensor that has no memory of its own, as a DTensor has none."""
+
+    @classmethod
+    def __torch_dispatch__(cls, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        return NotImplemented
+
+
+@several
+def test_a_tensor_without_memory_on_one_rank() -> None:
+    x: torch.Tensor = torch.ones(3)
+    if RANK == 0:
+        x = torch.Tensor._make_wrapper_subclass(WithoutMemory, (3,))
+    error = error_of(lambda: dist.all_reduce(x), Exception)
+    after = torch.ones(1)
+    dist.all_reduce(after)  # the group still works
+    with together():
+        assert isinstance(error, (TypeError, CollectiveMismatchError)), error
+        assert "memory of its own" in str(error)
+        assert after == SIZE
+
+
 @several
 def test_splits_that_do_not_fit() -> None:
     rows = [1] * SIZE

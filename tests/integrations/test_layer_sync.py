@@ -90,6 +90,16 @@ def test_there_and_back(option: str, packages: list[ModuleType]) -> None:
     assert kinds(net) == before
 
 
+def test_layers_of_the_models_own_stay(packages: list[ModuleType]) -> None:
+    own = mpisyncbn.SyncBatchNorm(3, activation="leaky_relu(0.1)", memory_efficient=True)
+    plugin, model = mpisyncbn.lightning.LayerSync(), nn.Sequential(nn.BatchNorm1d(3), own)
+    plugin.apply(model)
+    assert type(model[0]) is not nn.BatchNorm1d
+    plugin.revert(model)
+    assert [type(layer) for layer in model] == [nn.BatchNorm1d, mpisyncbn.SyncBatchNorm]
+    assert (own.activation, own.memory_efficient) == ("leaky_relu(0.1)", True)
+
+
 def test_the_backend(packages: list[ModuleType], monkeypatch: pytest.MonkeyPatch) -> None:
     with monkeypatch.context() as patch:
         patch.setattr(torch.cuda, "is_available", lambda: True)
