@@ -117,16 +117,17 @@ def _check(context: Context, case: Case, dtype: torch.dtype, layout: str, name: 
         records.at_most(f"{name}: y and dx outside of the mask", outside, 0.0)
         found = {what: _rows(each, mask) for what, each in found.items()}
         x, dy, residual = (None if each is None else _rows(each, mask) for each in (x, dy, residual))
+    bar = BARS[dtype] * (max(1.0, case.mean) if dtype == torch.float64 else 1.0)
     z = whole_batch(context.world, x, dy, weight, bias, layer.eps).y
     z = z if residual is None else z + residual.double()
     if case.activation:
         # Near zero, rounding decides the sign of the activation's input: take the sign that was found.
-        z = torch.where(found["y"] > 0, z.abs(), -z.abs())
+        near = z.abs() < 4 * bar * max(1.0, z.abs().max().item())
+        z = torch.where(near, torch.where(found["y"] > 0, z.abs(), -z.abs()), z)
     activation, z = TORCHS[case.activation], z.requires_grad_()
     expected_y = activation(z)
     (dz,) = torch.autograd.grad(expected_y, z, dy.double())
     expected = whole_batch(context.world, x, dz, weight, bias, layer.eps)
-    bar = BARS[dtype] * (max(1.0, case.mean) if dtype == torch.float64 else 1.0)
     errors = {
         "y": (distance(found["y"], expected_y), bar),
         "dx": (distance(found["dx"], expected.dx, expected.dx_scale), bar),
