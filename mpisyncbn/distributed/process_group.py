@@ -39,9 +39,9 @@ class ProcessGroup(Collectives, PointToPoint):
     names and arguments. All but send and recv are collective.
 
     Raises:
-        TypeError, ValueError: the arguments cannot be used, by any rank or by this one.
-        CollectiveMismatchError: not all ranks were about to make the same call. It is raised on
-            every rank whose own arguments could be used.
+        TypeError, ValueError: the arguments of all ranks cannot be used, for the same reason.
+        CollectiveMismatchError: on every rank, if not all were about to make the same call, or if the
+            arguments of some cannot be used. The message has the reasons.
         CollectiveTimeoutError: the other ranks did not come within the group's timeout.
     """
 

@@ -100,7 +100,7 @@ def _serving(module: Any) -> Iterator[None]:
             stack.enter_context(mock.patch.object(served, "kernels_for", **instead))
         enqueued = importlib.import_module("mpisyncbn.autograd.enqueued")
         if module is not None and not module.__name__.endswith(".cuda"):  # under stream these come first
-            stack.enter_context(mock.patch.object(enqueued, "compiled_programs", lambda x: None))
+            stack.enter_context(mock.patch.object(enqueued, "compiled_programs", return_value=None))
         yield
 
 
