@@ -34,9 +34,8 @@ def host_output_for(values: Tensor) -> Tensor:
     for a tensor that is not dense.
     """
     _check_dense(values)
-    own = to_cpu(values) if values.is_cpu else None
-    if own is not None and own.is_contiguous() and not own.is_conj() and not own.is_neg():
-        return own
+    if values.is_cpu and values.is_contiguous() and not values.is_conj() and not values.is_neg():
+        return values.detach()
     if values.is_cuda:  # another thread, with a stream of its own, copies the result
         torch.cuda.current_stream(values.device).synchronize()
     return torch.empty(values.shape, dtype=values.dtype, device="cpu")

@@ -16,6 +16,8 @@ from .activation import NO_ACTIVATION, Activation, ActivationContext, activate, 
 from .protocol import Array
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     import torch
 
 __all__ = ["backward_elementwise", "backward_reduce", "has_float64", "local_moments", "normalize"]
@@ -25,15 +27,23 @@ DType: TypeAlias = "str | np.dtype | torch.dtype"  # a name stands for the dtype
 
 def local_moments(x: Array) -> tuple[int, Array, Array]:
     count = _values_per_channel(x)
+    return count, *mean_and_m2(x, count, lambda distances: distances)
+
+
+def mean_and_m2(x: Array, count: int, clear: Callable[[Array], Array]) -> tuple[Array, Array]:
+    """The mean and M2 of ``count`` values per channel.
+
+    ``clear`` sets distances from the mean to 0 if their values do not count. Those are 0 in ``x``.
+    """
     # A sum over nothing is 0, so an empty batch needs no branch: only a division by 0 must be
     # avoided.
     mean = _sum(x) / max(count, 1)
-    xmu = _center(x, mean)
+    xmu = clear(_center(x, mean))
     if str(x.dtype).endswith("float64"):
         # A mean of float64 values is rounded. With the rest, distances in a constant channel are 0.
         rest = _sum(xmu) / max(count, 1)
-        mean, xmu = _stack(mean, rest), xmu - _channels(rest, x)
-    return count, mean, _dot(xmu, xmu)
+        mean, xmu = _stack(mean, rest), clear(xmu - _channels(rest, x))
+    return mean, _dot(xmu, xmu)
 
 
 def normalize(

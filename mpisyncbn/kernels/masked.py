@@ -47,15 +47,9 @@ def where_true(x: Array, mask: Array | None) -> Array:
 
 
 def local_moments(x: Array, *, mask: Array) -> tuple[int, Array, Array]:
-    x = where_true(x, mask)
     count = mask.sum().item()  # waits for a device: the exchange needs the number
-    values = max(count, 1)
-    mean = generic._sum(x) / values
-    xmu = where_true(generic._center(x, mean), mask)
-    if str(x.dtype).endswith("float64"):
-        rest = generic._sum(xmu) / values
-        mean, xmu = generic._stack(mean, rest), where_true(xmu - generic._channels(rest, x), mask)
-    return count, mean, generic._dot(xmu, xmu)
+    clear = partial(where_true, mask=mask)
+    return count, *generic.mean_and_m2(clear(x), count, clear)
 
 
 def normalize(
@@ -88,7 +82,7 @@ def backward_reduce(
     dy, x, context = where_true(dy, mask), where_true(x, mask), _context_where_true(context, mask)
     dz, x = generic.through_activation(dy, x, mean_read, invstd_read, context)
     dz = where_true(dz, mask)
-    sum_dz, sum_dz_xmu = generic.sums(dz, where_true(x, mask), mean_read)
+    sum_dz, sum_dz_xmu = generic.sums(dz, x, mean_read)
     if mean_read is not mean:
         sum_dz, sum_dz_xmu = sum_dz.numpy(), sum_dz_xmu.numpy()
     return sum_dz, sum_dz_xmu, dz
