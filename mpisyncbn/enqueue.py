@@ -8,8 +8,8 @@ results are NaN then, and the next exchange that the host enqueues raises the er
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from collections.abc import Sequence
+from contextlib import AbstractContextManager
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -85,21 +85,10 @@ def reduce_sums(
     return list(sums.reshape(len(vectors), -1))
 
 
-def locked(group: Communicator, streams: Streams, name: str) -> AbstractContextManager[object]:
-    """A context in which to enqueue an exchange on a device, which is the current one there.
-
-    A running profiler of torch records it as ``name``.
-    """
+def locked(group: Communicator, name: str) -> AbstractContextManager[object]:
+    """A context in which to enqueue an exchange. A running profiler of torch records it as ``name``."""
     group.on_failure = raise_failure
-    on_device = streams.device_context()
-    lock = profiling.locked(name, group.lock)
-    return lock if isinstance(on_device, nullcontext) else _several(lock, on_device)
-
-
-@contextmanager
-def _several(first: AbstractContextManager[object], second: AbstractContextManager[object]) -> Iterator[None]:
-    with first, second:
-        yield
+    return profiling.locked(name, group.lock)
 
 
 def device_streams(x: Array) -> Streams:
@@ -163,10 +152,10 @@ def _enqueue(
 ) -> Array:
     """Enqueue an exchange of vectors. Returns memory of its result on the device."""
     streams = device_streams(vectors[0])
-    with locked(group, streams, name):
+    with locked(group, name):
         addresses, kept = streams.addresses(vectors)
         out, address = streams.empty(length)
-        worker.enqueue(streams.handle(), what, count, None, None, addresses, address, None, ())
+        worker.enqueue(streams.current(), what, count, None, None, addresses, address, None, ())
         del kept  # not before: memory is freed in the order of the stream
     return out
 

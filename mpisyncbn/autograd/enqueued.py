@@ -72,10 +72,10 @@ def forward(
     mean, row = result.data_ptr(), 8 * channels
     vectors = mean, mean + row, mean + 2 * row, mean + 3 * row  # mean, var, invstd, and three numbers
     pointers = x, y, weight, bias, residual, partials, *vectors, *(running[:3] if running else ())
-    with enqueue.locked(group, streams, "mpisyncbn:merge_moments"):
+    with enqueue.locked(group, "mpisyncbn:merge_moments"):
         total, count = enqueue.new_total(), x.numel() // channels
         worker.enqueue(
-            streams.handle(), call, count, total, program.before, [], mean, program.after, pointers
+            streams.current(), call, count, total, program.before, [], mean, program.after, pointers
         )
     if running is not None and records:
         torch._C._increment_version([each for each in running[:3] if each is not None])
@@ -121,8 +121,8 @@ def backward(
         *(dx, mean_dy, mean_dy + row, dweight, dbias),
     )
     before, after = program.before, program.after
-    with enqueue.locked(group, streams, "mpisyncbn:reduce_sums"):
-        worker.enqueue(streams.handle(), call, 0, enqueued.total, before, [sums], mean_dy, after, pointers)
+    with enqueue.locked(group, "mpisyncbn:reduce_sums"):
+        worker.enqueue(streams.current(), call, 0, enqueued.total, before, [sums], mean_dy, after, pointers)
     return dx, dweight, dbias, dy if dz is None else dz
 
 

@@ -29,8 +29,11 @@ class Streams(Protocol):
     def device_context(self) -> AbstractContextManager[object]:
         """A context in which the device is the current one."""
 
-    def handle(self) -> int:
-        """The current stream, as a number for CUDA's driver."""
+    def current(self) -> tuple[int, int, bool]:
+        """The device and its current stream, as numbers for CUDA's driver.
+
+        The bool says whether the stream's number stays valid, and is the same stream in all threads.
+        """
 
     def addresses(self, vectors: Sequence[Array]) -> tuple[list[int], Sequence[Array]]:
         """The addresses of vectors as contiguous float64 memory, and the arrays that own it."""
@@ -79,8 +82,9 @@ class TorchStreams:
             return nullcontext()
         return self.torch.cuda.device(self.device)
 
-    def handle(self) -> int:
-        return self.torch._C._cuda_getCurrentRawStream(self.device.index)
+    def current(self) -> tuple[int, int, bool]:
+        index = self.device.index
+        return index, self.torch._C._cuda_getCurrentRawStream(index), True  # torch destroys no stream
 
     def addresses(self, vectors: Sequence[Array]) -> tuple[list[int], Sequence[Array]]:
         kept = [vector.detach().double().contiguous() for vector in vectors]
@@ -152,9 +156,9 @@ class CuPyStreams:
     def device_context(self) -> AbstractContextManager[object]:
         return self.device
 
-    def handle(self) -> int:
+    def current(self) -> tuple[int, int, bool]:
         with self.device:
-            return self.cupy.cuda.get_current_stream().ptr
+            return self.device.id, self.cupy.cuda.get_current_stream().ptr, False
 
     def addresses(self, vectors: Sequence[Array]) -> tuple[list[int], Sequence[Array]]:
         with self.device:

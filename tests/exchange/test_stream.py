@@ -78,8 +78,8 @@ def enqueued(group, device, what, count, vectors, total=None, length=None):
     worker = enqueue.worker_for(group, vectors[0])
     out = device.memory(length or 3 * C + 3)
     addresses = [each.data_ptr() for each in vectors]
-    with enqueue.locked(group, device, "an exchange"):
-        worker.enqueue(device.handle(), what, count, total, None, addresses, out.data_ptr(), None, ())
+    with enqueue.locked(group, "an exchange"):
+        worker.enqueue(device.current(), what, count, total, None, addresses, out.data_ptr(), None, ())
     return out
 
 

@@ -8,28 +8,25 @@ overwrites a result with NaN once it has been copied.
 from __future__ import annotations
 
 import ctypes
-import subprocess
 import time
 from typing import NamedTuple
 
 import pytest
 
 from mpisyncbn.kernels import native
+from support import stream_shim
 from support.device import GPU
 from support.ranks import once
-from support.standin_driver import CXX, Driver, headers, library
+from support.standin_driver import Driver, library
 from support.stream_device import StreamDevice, needs_standin
+from support.stream_shim import Sent
 
 pytestmark = [
     needs_standin,
     once("no rank meets another in it"),
     pytest.mark.skipif(GPU, reason="scripts/gpu_check has its own"),
 ]
-BEGINNING = """
-#include <cuda.h>
-#include <dlfcn.h>
-#define ENTRY extern "C" CUresult
-#define REAL(name) ((decltype(&name))dlsym(dlopen(STANDIN, RTLD_NOW), #name))
+HELD = """
 using Operations = CUstreamBatchMemOpParams;
 static CUdeviceptr held_to, held_from;
 static size_t held;
@@ -122,21 +119,6 @@ ENTRY cuStreamGetCaptureInfo_v2(CUstream stream, CUstreamCaptureStatus *out, cuu
 }
 
 
-class Sent:
-    """An MPI_Allreduce for one rank. It records the fingerprint and the first value of each message."""
-
-    def __init__(self):
-        kind = ctypes.CFUNCTYPE(ctypes.c_int, *[ctypes.c_void_p] * 6)
-        self.messages = []
-        self.function = kind(self.reduce)
-        self.address = ctypes.cast(self.function, ctypes.c_void_p).value
-
-    def reduce(self, _, message, *more):
-        words = (ctypes.c_double * 4).from_address(message)
-        self.messages.append((words[0], words[3]))
-        return 0
-
-
 @pytest.fixture(params=RULES)
 def rule(request):
     return request.param
@@ -145,15 +127,7 @@ def rule(request):
 @pytest.fixture
 def shim(rule, tmp_path):
     """Build a driver in which the rule is broken. Return its path."""
-    source, path, real = tmp_path / "broken.cpp", tmp_path / "libbroken.so", library()
-    source.write_text(BEGINNING + RULES[rule].broken)
-    options = ["-shared", "-fPIC", f"-I{headers()}", f'-DSTANDIN="{real}"', f"-Wl,-rpath,{real.parent}"]
-    linked = [f"-L{real.parent}", "-Wl,--no-as-needed", f"-l:{real.name}", "-ldl"]
-    done = subprocess.run(
-        [*CXX, *options, source, *linked, "-o", path], capture_output=True, text=True, check=False
-    )
-    assert done.returncode == 0, done.stderr
-    return path
+    return stream_shim.built(HELD + RULES[rule].broken, tmp_path)
 
 
 def test_a_broken_rule_shows(rule, shim, monkeypatch):
@@ -165,7 +139,7 @@ def test_a_broken_rule_shows(rule, shim, monkeypatch):
     def enqueue(stream, number, name=5):
         message, out = device.put([number]), device.memory(1)
         call = native().Call(2, 0, 1, name, 0, 0.0, 0.0)
-        worker.enqueue(stream, call, 0, None, None, [message.data_ptr()], out.data_ptr(), None, ())
+        worker.enqueue((0, stream, True), call, 0, None, None, [message.data_ptr()], out.data_ptr(), None, ())
         return out
 
     def eager():

@@ -38,8 +38,11 @@ struct Driver {
     Call (*cuLaunchKernel)(void *, unsigned, unsigned, unsigned, unsigned, unsigned, unsigned, unsigned, Stream,
                            void **, void **);
     Call (*cuCtxGetCurrent)(void **);
+    Call (*cuCtxGetDevice)(int *);
     Call (*cuCtxSetCurrent)(void *);
     Call (*cuCtxSynchronize)();
+    Call (*cuDevicePrimaryCtxRetain)(void **, int);
+    Call (*cuEventSynchronize)(void *);
     Call (*cuInit)(unsigned);
     Call (*cuDeviceGet)(int *, int);
     Call (*cuDeviceGetAttribute)(int *, int, int);
@@ -58,6 +61,7 @@ struct Driver {
         FIND(cuEventCreate), FIND(cuEventRecord), FIND(cuStreamWaitEvent), FIND(cuStreamGetCaptureInfo_v2);
         FIND(cuThreadExchangeStreamCaptureMode), FIND(cuUserObjectCreate), FIND(cuGraphRetainUserObject);
         FIND(cuInit), FIND(cuCtxGetCurrent), FIND(cuCtxSetCurrent), FIND(cuCtxSynchronize), FIND(cuLaunchKernel);
+        FIND(cuCtxGetDevice), FIND(cuDevicePrimaryCtxRetain), FIND(cuEventSynchronize);
         FIND(cuDeviceGet), FIND(cuDeviceGetAttribute), FIND(cuGetErrorString);
 #undef FIND
     }
@@ -69,6 +73,15 @@ struct Driver {
         throw std::runtime_error(std::string(what) + ": " + (words ? words : std::to_string(error)));
     }
 
+    // The primary context of the device with this number, which torch and CuPy use.
+    void *primary_context(int number) const {
+        int device = 0;
+        void *context = nullptr;
+        check(cuDeviceGet(&device, number), "cuDeviceGet");
+        check(cuDevicePrimaryCtxRetain(&context, device), "cuDevicePrimaryCtxRetain");
+        return context;
+    }
+
     // Whether the device with this number has stream memory operations.
     bool has_memory_operations(int number) const {
         int device = 0, has = 0;
@@ -76,6 +89,23 @@ struct Driver {
         for (const int attribute : {92, 122})  // CAN_USE_STREAM_MEM_OPS_V1, CAN_USE_64_BIT_STREAM_MEM_OPS
             if (cuDeviceGetAttribute(&has, attribute, device) == 0 && has) return true;
         return false;
+    }
+};
+
+// Makes a context the current one of this thread. The end of its life brings back the one before.
+class InContext {
+    const Driver &driver;
+    void *before = nullptr;
+    const bool differs;
+
+   public:
+    InContext(const Driver &driver, void *context)
+        : driver(driver), differs(driver.cuCtxGetCurrent(&before) || before != context) {
+        if (differs) driver.check(driver.cuCtxSetCurrent(context), "cuCtxSetCurrent");
+    }
+    InContext(const InContext &) = delete;
+    ~InContext() {
+        if (differs) driver.cuCtxSetCurrent(before);
     }
 };
 

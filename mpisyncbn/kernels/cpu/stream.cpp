@@ -7,11 +7,11 @@
 #include <nanobind/stl/tuple.h>
 #include <nanobind/stl/vector.h>
 
-#include <array>
 #include <deque>
 #include <map>
 #include <optional>
 
+#include "launches.h"
 #include "pinned.h"
 #include "tensors.h"
 #include "worker.h"
@@ -19,41 +19,6 @@
 namespace nb = nanobind;
 
 namespace {
-
-using Pointers = std::array<uint64_t, 16>;
-constexpr size_t MOST_ARGUMENTS = 64;
-
-// A compiled kernel with its arguments. Only the pointers differ between calls.
-struct Launch {
-    struct Argument {
-        int pointer;  // its place among the pointers of a call; VALUE: none, MESSAGE: the slot's message
-        uint64_t value;
-    };
-    enum { VALUE = -1, MESSAGE = -2 };
-    void *function;
-    unsigned grid[3], threads, shared;
-    std::vector<Argument> arguments;  // at most MOST_ARGUMENTS
-
-    void run(const Driver &driver, Driver::Stream stream, const Pointers &pointers, const Slot *slot) const {
-        uint64_t values[MOST_ARGUMENTS];
-        void *addresses[MOST_ARGUMENTS];
-        size_t i = 0;
-        for (const auto &each : arguments) {
-            values[i] = each.pointer == VALUE     ? each.value
-                        : each.pointer == MESSAGE ? (uint64_t)slot->message
-                                                  : pointers.at(each.pointer);
-            addresses[i] = values + i;
-            ++i;
-        }
-        driver.check(driver.cuLaunchKernel(function, grid[0], grid[1], grid[2], threads, 1, 1, shared, stream,
-                                           addresses, nullptr),
-                     "cuLaunchKernel");
-    }
-};
-
-struct Launches {
-    std::vector<Launch> all;
-};
 
 struct StreamWorker {
     static constexpr size_t MOST_EAGER = 256, DOORBELL_BYTES = 64;
@@ -69,9 +34,12 @@ struct StreamWorker {
         Driver::Stream stream;
         void *context;
         uint64_t capture;
+        void *event;
+        bool recorded;  // whether the event follows the exchange already
     };
-    std::optional<Place> last, last_captured;  // captured exchanges have an order of their own
-    std::map<void *, void *> events;           // by context
+    std::optional<Place> last, last_captured;            // captured exchanges have an order of their own
+    std::map<int, void *> primary;                       // contexts, by the number of the device
+    std::map<std::pair<void *, bool>, void *> events;    // by context, and whether they are captured
 
     StreamWorker(const std::string &path, uintptr_t allreduce, uintptr_t allgather, uintptr_t comm,
                  uintptr_t datatype, uintptr_t op, intptr_t in_place, bool int_handles, int size, int rank)
@@ -92,10 +60,12 @@ struct StreamWorker {
     }
 
     // Enqueues kernels, an exchange and further kernels. The message comes from vectors on the device,
-    // if any are given; else the kernels write it. The result is copied to `out` on the device.
-    void enqueue(uintptr_t stream_number, const Call &call, double count, std::shared_ptr<Total> total,
-                 const Launches *before, const std::vector<uint64_t> &vectors, uint64_t out, const Launches *after,
-                 nb::tuple given) {
+    // if any are given; else the kernels write it. The result is copied to `out` on the device. `stays`:
+    // whether the stream will be there, with this number in all threads, at the next exchange.
+    void enqueue(std::tuple<int, uintptr_t, bool> current, const Call &call, double count,
+                 std::shared_ptr<Total> total, const Launches *before, const std::vector<uint64_t> &vectors,
+                 uint64_t out, const Launches *after, nb::tuple given) {
+        const auto [device, stream_number, stays] = current;
         Pointers pointers{};
         for (size_t i = 0; i < given.size(); ++i) {
             pointers.at(i) = tensors::address_of(given[i].ptr());
@@ -105,7 +75,8 @@ struct StreamWorker {
         const nb::gil_scoped_release other_threads_run;
         if (worker && worker->stopping) throw std::runtime_error("the program is at its end: no exchange can follow");
         const Driver::Stream stream = (Driver::Stream)stream_number;
-        enter_context();
+        void *const context = context_of(device);
+        const InContext on_device(driver, context);
         int status = 0;
         uint64_t capture = 0;
         void *graph = nullptr;
@@ -115,8 +86,8 @@ struct StreamWorker {
         if (!worker) make_worker();
         Slot &slot = take_slot(call.channels, graph);
         slot.what = {call, count, std::move(total)};
-        run(before, stream, pointers, &slot);
-        follow_last(stream, capture);
+        if (before) before->run(driver, stream, pointers, slot);
+        Place &place = follow_last(stream, context, capture);
         copy_vectors(slot, vectors, stream);
         const auto word = [](uint32_t operation, const volatile uint32_t *address, uint64_t value, uint32_t flags) {
             Driver::MemoryOperation made{};
@@ -130,16 +101,24 @@ struct StreamWorker {
         if (!graph) ++worker->enqueued;
         worker->wake();
         copy(out, (Driver::Pointer)slot.result, 8 * call.result_length(), stream);
-        run(after, stream, pointers, &slot);
+        if (!stays) record(place);
+        if (after) after->run(driver, stream, pointers, slot);
     }
 
     // Waits until all enqueued exchanges are done, and all work of captured graphs, on any stream. The
     // caller has released Python's lock.
     void wait() {
-        if (!worker || !(worker->pending() || worker->owned)) return;
-        enter_context();
-        if (worker->owned) driver.check(driver.cuCtxSynchronize(), "cuCtxSynchronize");
-        while (worker->pending()) driver.check(driver.cuStreamSynchronize(last->stream), "cuStreamSynchronize");
+        if (!worker) return;
+        if (worker->owned)
+            for (const auto &[key, event] : events) {
+                const InContext there(driver, key.first);
+                driver.check(driver.cuCtxSynchronize(), "cuCtxSynchronize");
+            }
+        if (!worker->pending()) return;
+        const InContext there(driver, last->context);
+        while (worker->pending())
+            if (last->recorded) driver.check(driver.cuEventSynchronize(last->event), "cuEventSynchronize");
+            else driver.check(driver.cuStreamSynchronize(last->stream), "cuStreamSynchronize");
     }
 
     std::tuple<int, int, long> failure() {
@@ -148,16 +127,14 @@ struct StreamWorker {
     }
 
    private:
-    // Gives a thread that has not used a device yet the context of the last exchange.
-    void enter_context() {
+    // The current context if it is one of the device, else the device's primary one.
+    void *context_of(int number) {
         void *context = nullptr;
-        driver.cuCtxGetCurrent(&context);
-        if (!context && last) driver.check(driver.cuCtxSetCurrent(last->context), "cuCtxSetCurrent");
-    }
-
-    void run(const Launches *launches, Driver::Stream stream, const Pointers &pointers, const Slot *slot) {
-        if (launches)
-            for (const auto &each : launches->all) each.run(driver, stream, pointers, slot);
+        int device = 0;
+        if (!driver.cuCtxGetCurrent(&context) && context && !driver.cuCtxGetDevice(&device) && device == number)
+            return context;
+        void *&found = primary[number];
+        return found ? found : found = driver.primary_context(number);
     }
 
     void make_worker() {
@@ -250,19 +227,23 @@ struct StreamWorker {
 
     // Orders this exchange after the last one of the same capture, or the last one outside of all
     // captures, if that was enqueued on another stream.
-    void follow_last(Driver::Stream stream, uint64_t capture) {
-        Place here{stream, nullptr, capture};
-        driver.check(driver.cuCtxGetCurrent(&here.context), "cuCtxGetCurrent");
+    Place &follow_last(Driver::Stream stream, void *context, uint64_t capture) {
         std::optional<Place> &before = capture ? last_captured : last;
-        const bool moved = before && (before->stream != stream || before->context != here.context);
+        const bool moved =
+            before && (before->stream != stream || before->context != context || before->recorded);
         if (moved && before->capture == capture) {
-            void *const event = events[before->context];  // an event and its stream are of one device
-            driver.check(driver.cuEventRecord(event, before->stream), "cuEventRecord");
-            driver.check(driver.cuStreamWaitEvent(stream, event, 0), "cuStreamWaitEvent");
+            if (!before->recorded) record(*before);
+            driver.check(driver.cuStreamWaitEvent(stream, before->event, 0), "cuStreamWaitEvent");
         }
-        before = here;
-        void *&event = events[here.context];
+        void *&event = events[{context, capture != 0}];  // an event and its stream are of one context
         if (!event) driver.check(driver.cuEventCreate(&event, NO_TIMING), "cuEventCreate");
+        return before.emplace(Place{stream, context, capture, event, false});
+    }
+
+    void record(Place &place) {
+        const InContext there(driver, place.context);  // that of stream 0 is the current one
+        driver.check(driver.cuEventRecord(place.event, place.stream), "cuEventRecord");
+        place.recorded = true;
     }
 
     // Copies vectors of one length to the message, those that lie side by side in one copy.

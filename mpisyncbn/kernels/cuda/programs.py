@@ -237,6 +237,8 @@ def _given(
     # Triton appends pointers to scratch memory, which these kernels do not use.
     entry = re.search(r"\.entry[^(]*\(([^)]*)\)", compiled.asm["ptx"])
     parameters = entry[1].count(".param") if entry else len(arguments)
+    if len(arguments) > parameters:  # this Triton leaves out others than its signature says
+        raise RuntimeError(f"{compiled.name} has {parameters} parameters for {len(arguments)} arguments")
     arguments += [(_VALUE, 0)] * (parameters - len(arguments))
     metadata = compiled.metadata
     return compiled.function, plan.grid, 32 * metadata.num_warps, metadata.shared, arguments

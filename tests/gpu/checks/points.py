@@ -35,15 +35,10 @@ class Point(NamedTuple):
     runs: list[Run]
 
 
-def _sanitized(tool: str) -> Run:
+def _sanitized(run: Run, tool: str) -> Run:
     command = sanitizer()
-    return Run(
-        tool,
-        "sanitize.kernels",
-        0,
-        240,
-        {"shapes": 4 if tool == "memcheck" else 2},
-        {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"},  # so that each tensor has its own bounds
+    return run._replace(
+        variables=run.variables | {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"},  # each tensor has its own bounds
         # do not report failed API calls, because torch makes some and recovers from them
         under=(command or "", "--tool", tool, "--error-exitcode", "99", "--report-api-errors", "no"),
         gpu=True,
@@ -105,11 +100,17 @@ _PARTS = {  # by number, title, and whether they run side by side: not if some a
         Run("CuPy, with torch", "arrays.with_torch", 2, 120, gpu=True),
         Run("CuPy, without torch", "arrays.without_torch", 2, 120, gpu=True),
     ],
-    (8, "sanitizer", True): [_sanitized(tool) for tool in ("memcheck", "racecheck")],
+    (8, "sanitizer", True): [
+        _sanitized(Run("memcheck", "sanitize.kernels", 0, 240, {"shapes": 4}), "memcheck"),
+        _sanitized(Run("racecheck", "sanitize.kernels", 0, 240, {"shapes": 2}), "racecheck"),
+        _sanitized(Run("memcheck, stream transport", "sanitize.layers", 1, 240, {}, _STREAM), "memcheck"),
+    ],
     (9, "the stream transport", False): [
         Run("layers, 2 ranks", "correctness.layers", 2, 240, _TRITON, _STREAM, gpu=True),
         Run("layers, 4 ranks", "correctness.layers", 4, 240, _FALLBACK, _STREAM, gpu=True),
         Run("streams", "streams.streams", 2, 90, {}, _STREAM, gpu=True),
+        Run("CuPy, with torch", "arrays.with_torch", 2, 120, {}, _STREAM, gpu=True),
+        Run("CuPy, without torch", "arrays.without_torch", 2, 120, {}, _STREAM, gpu=True),
         Run("capture, 1 rank", "stream.capture", 1, 90, gpu=True),
         Run("capture, 2 ranks", "stream.capture", 2, 90, gpu=True),
         Run("torch.compile", "stream.compiled", 2, 180, {}, _STREAM, gpu=True),

@@ -60,16 +60,13 @@ def peer(context: Context) -> None:
     """Compare with torch.nn.SyncBatchNorm, which refuses a batch on a CPU, over gloo. Collective."""
     from benchmarks.peers import gloo
 
-    problem = None
-    try:
-        with gloo():
-            for layout in ("contiguous", "channels_last"):
-                for dtype in (torch.float32, torch.bfloat16):
-                    _compare(context, f"{str(dtype).rpartition('.')[2]}, {layout}", dtype, layout)
-    except Exception as error:  # any error: gloo, or torch over it, may not support this
-        problem = summary(error)
-    if problem is not None:
-        context.records.skip("torch.nn.SyncBatchNorm over gloo", problem)
+    if not torch.distributed.is_gloo_available():
+        context.records.skip("torch.nn.SyncBatchNorm over gloo", "this torch has no gloo")
+        return
+    with gloo():
+        for layout in ("contiguous", "channels_last"):
+            for dtype in (torch.float32, torch.bfloat16):
+                _compare(context, f"{str(dtype).rpartition('.')[2]}, {layout}", dtype, layout)
 
 
 def _compare(context: Context, name: str, dtype: torch.dtype, layout: str) -> None:
@@ -77,21 +74,25 @@ def _compare(context: Context, name: str, dtype: torch.dtype, layout: str) -> No
     x, dy = (random(shape, 10 * context.rank + number, mean=1.0).to(dtype) for number in (3, 4))
     if layout == "channels_last":
         x, dy = channels_last(x), channels_last(dy)
-    results = []
-    for layer in (
-        torch.nn.SyncBatchNorm(_SHAPE[1], device=context.device),
-        mpisyncbn.SyncBatchNorm(_SHAPE[1], device=context.device),
-    ):
+
+    def step(layer: torch.nn.Module) -> tuple[torch.Tensor, ...]:
         leaf = context.there(x).requires_grad_()
         y = layer(leaf)
         y.backward(context.there(dy))
         gradients = leaf.grad, layer.weight.grad, layer.bias.grad
-        results.append((y, *gradients, layer.running_mean, layer.running_var))
+        return y, *gradients, layer.running_mean, layer.running_var
+
+    mine = step(mpisyncbn.SyncBatchNorm(_SHAPE[1], device=context.device))
+    try:
+        torchs = step(torch.nn.SyncBatchNorm(_SHAPE[1], device=context.device))
+    except Exception as error:  # any error: torch over gloo may not support this
+        context.records.skip(f"{name}: torch.nn.SyncBatchNorm over gloo", summary(error))
+        return
     bar = 1e-5 if dtype == torch.float32 else 8e-3
     # torch rounds sums over planes of half precision to half precision; point 3 checks that ours are not
     of_sums = bar if layout == "contiguous" else 1e-5
     labels = ("y", "dx", "dweight", "dbias", "running_mean", "running_var")
-    for label, theirs, ours in zip(labels, *results, strict=True):
+    for label, theirs, ours in zip(labels, torchs, mine, strict=True):
         # Large terms cancel in these sums, so their scale is that of the terms.
         scale = dy.double().abs().sum().item() / _SHAPE[1] if label in ("dweight", "dbias") else None
         most = bar if label in ("y", "dx") else of_sums if label in ("dweight", "dbias") else 1e-5

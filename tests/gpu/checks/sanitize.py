@@ -1,11 +1,14 @@
-"""Point 8 of scripts/gpu_check: our kernels on small tensors, under compute-sanitizer, without MPI."""
+"""Point 8 of scripts/gpu_check: our kernels on small tensors, under compute-sanitizer."""
 
 from __future__ import annotations
 
 from typing import Any
+from unittest import mock
 
 import torch
 
+import mpisyncbn
+from mpisyncbn.autograd import enqueued
 from mpisyncbn.kernels import Activation, ActivationContext, Kind, kernels_for
 
 from .context import Context
@@ -17,12 +20,30 @@ _SHAPES = [(40, 6, 64, 48), (3, 5, 7, 9), (2, 130, 5, 5), (50, 33)]
 def kernels(context: Context, shapes: int) -> None:
     """Run the kernels on shapes with edges in every direction, and on one whose sums are in parts."""
     module = kernels_for(torch.zeros(1, 1, device=context.device))
-    context.records.figure("kernels", module.__name__)
+    context.records.holds("kernels of Triton", module.__name__.endswith(".cuda"), module.__name__)
     for shape in _SHAPES[: 2 if context.quick else shapes]:
         for dtype in (torch.float32, torch.bfloat16, torch.float64):
             for layout in ("contiguous", "channels_last") if len(shape) > 2 else ("contiguous",):
                 x = context.there(laid_out(torch.randn(shape).to(dtype), layout))
                 context.records.holds(f"{shape} {dtype} {layout}", _all_verbs(module, x))
+
+
+def layers(context: Context) -> None:
+    """Run layers whose kernels native code starts: its arguments are made by hand. One rank."""
+    for shape in _SHAPES[: 2 if context.quick else None]:
+        for dtype in (torch.float32, torch.bfloat16, torch.float64):
+            for activation in (None, "relu"):
+                vectors = torch.float64 if dtype == torch.float64 else torch.float32
+                layer = mpisyncbn.SyncBatchNorm(
+                    shape[1], activation=activation, device=context.device, dtype=vectors
+                )
+                x = context.there(torch.randn(shape).to(dtype)).requires_grad_()
+                with mock.patch.object(enqueued, "backward", wraps=enqueued.backward) as ours:
+                    y = layer(x, x.detach() if activation else None)
+                    y.backward(torch.ones_like(y))
+                found = y, x.grad, layer.weight.grad, layer.running_var
+                finite = all(bool(tensor.isfinite().all()) for tensor in found)
+                context.records.holds(f"{shape} {dtype} {activation}", finite and ours.called)
 
 
 def _all_verbs(module: Any, x: torch.Tensor) -> bool:

@@ -23,6 +23,7 @@ def main() -> int:
     context = Context(device, quick, alone=run["ranks"] == 0)
     try:
         getattr(importlib.import_module(f"checks.{module}"), name)(context, **run["arguments"])
+        _check_transport(context)
     except Exception as error:
         traceback.print_exc()
         sys.stderr.flush()
@@ -32,6 +33,15 @@ def main() -> int:
         return 1
     context.records.end()
     return 0
+
+
+def _check_transport(context: Context) -> None:
+    """Check that a run with the stream transport had it: the checks pass with the host's too. Collective."""
+    if context.on_gpu and os.environ.get("MPISYNCBN_TRANSPORT") == "stream":
+        import mpisyncbn
+
+        found = mpisyncbn.Communicator().ready().transport
+        context.records.holds("transport", found == "stream", found)
 
 
 def probe(device: str) -> None:
