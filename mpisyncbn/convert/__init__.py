@@ -27,6 +27,7 @@ from .checks import (
     abbreviated,
     check_name,
     label_of,
+    refuse_lost_forward,
     refuse_own_activation,
     refuse_own_forward,
     refuse_replacement,
@@ -118,6 +119,8 @@ class Synchronized(BatchNorm):
                 raise TypeError(f"expected memory_efficient to be True or False, got {value!r}{on_rank()}")
             if value:
                 check_memory_efficient(self.activation, None, self.layer_name)
+        if name == "layer_name":
+            check_name(value, name, ": a synchronized layer has an attribute of that name; rename yours")
         if name == "qconfig" and value is not None:  # torch.ao.quantization marks what it will replace
             tracing.refuse("torch.ao.quantization", self.layer_name, "quantize")
         super().__setattr__(name, value)  # type: ignore[arg-type]  # it takes any attribute
@@ -264,8 +267,8 @@ def revert_sync_batchnorm(module: nn.Module) -> nn.Module:
         ``module`` itself, its layers changed in place. Not collective.
 
     Raises:
-        TypeError: a layer, named in the message, has an activation that would be lost. No layer is
-            changed then.
+        TypeError: a layer, named in the message, has an activation, or a ``forward`` of its own, that
+            would be lost. No layer is changed then.
     """
     check_module(module)
     return revert(module, ())
@@ -290,6 +293,7 @@ def revert(module: nn.Module, kept: Collection[nn.Module]) -> nn.Module:
             "module that does it, such as nn.ReLU, behind each of them and set their activation to None; no "
             "layer was changed"
         )
+    refuse_lost_forward(synchronized)
     for layer in module.modules():
         if layer in synchronized:
             _revert(layer)

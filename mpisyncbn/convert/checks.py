@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import warnings
 from types import FrameType
+from typing import TYPE_CHECKING
 
 import torch
 from torch import nn
@@ -11,12 +12,17 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.utils import parametrize
 
 from ..errors import on_rank
+from .mixed_class import changes_forward
 from .registry import has_own_forward, registered_forward
+
+if TYPE_CHECKING:
+    from . import Synchronized
 
 __all__ = [
     "abbreviated",
     "check_name",
     "label_of",
+    "refuse_lost_forward",
     "refuse_own_activation",
     "refuse_own_forward",
     "refuse_replacement",
@@ -26,12 +32,14 @@ __all__ = [
 _CONVERTERS = ("convert_sync_batchnorm", "convert_syncbn_model")
 
 
-def check_name(name: object) -> None:
-    """Raise TypeError or ValueError if ``name`` cannot be a model's name. It may be None."""
+def check_name(name: object, label: str = "name", cure: str = "") -> None:
+    """Raise TypeError or ValueError if ``name`` cannot be the name of a model or layer. It may be None."""
     if name is not None and not isinstance(name, str):
-        raise TypeError(f"expected name to be a str or None, got {type(name).__name__}{on_rank()}")
+        raise TypeError(f"expected {label} to be a str or None, got {type(name).__name__}{on_rank()}{cure}")
     if name is not None and (not name or name.startswith("#")):
-        raise ValueError(f"expected a name that is not empty and begins with no #, got {name!r}{on_rank()}")
+        raise ValueError(
+            f"expected a {label} that is not empty and begins with no #, got {name!r}{on_rank()}{cure}"
+        )
 
 
 def refuse_own_forward(layers: list[tuple[str, _BatchNorm]]) -> None:
@@ -42,6 +50,24 @@ def refuse_own_forward(layers: list[tuple[str, _BatchNorm]]) -> None:
             f"cannot convert layers whose own forward() would be lost: {_by_class(lost)}{on_rank()}. Say "
             "what it does with mpisyncbn.register_conversion, or rewrite such a layer to call a BatchNorm "
             "layer that it holds, or replace it before converting; no layer was changed"
+        )
+
+
+def refuse_lost_forward(layers: dict[Synchronized, str]) -> None:
+    """Raise TypeError if layers, given with their names, have a ``forward`` that reverting would lose.
+
+    A converted layer gets back the forward that it had.
+    """
+    lost = [
+        (name, type(layer))
+        for layer, name in layers.items()
+        if "forward" in vars(layer) or (layer._converted_from is None and changes_forward(type(layer)))
+    ]
+    if lost:
+        raise TypeError(
+            f"cannot revert layers whose own forward() would be lost: {_by_class(lost)}{on_rank()}. Put "
+            "what it does in a module that holds a SyncBatchNorm, or replace the layer, before reverting; no "
+            "layer was changed"
         )
 
 

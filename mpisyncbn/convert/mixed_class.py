@@ -19,7 +19,7 @@ from .registry import Forward, has_own_forward, registered_forward
 if TYPE_CHECKING:
     from . import Synchronized
 
-__all__ = ["rebuild", "synchronized_class"]
+__all__ = ["changes_forward", "rebuild", "synchronized_class"]
 
 _PLAIN = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)  # these print as SyncBatchNorm alone
 
@@ -68,14 +68,19 @@ def _adds_no_more_than_forward(cls: type, base: type) -> bool:
     return issubclass(cls, base) and all(name == "forward" or name.startswith("__") for name in own)
 
 
+def changes_forward(cls: type[Synchronized]) -> bool:
+    """Whether a class has another forward than the class that normalizes for it."""
+    owner: Any = next(base for base in cls.__mro__ if "_batch_norm" in vars(base))
+    return cls.forward is not owner.forward
+
+
 def _normalizer(to: type[Synchronized]) -> Callable[[Synchronized], Forward]:
     """Return a function of a layer, whose result a registered forward gets as its ``batch_norm``.
 
     That result normalizes as the class ``to`` does.
     """
     forward: Forward = to.forward
-    owner: Any = next(cls for cls in to.__mro__ if "_batch_norm" in vars(cls))
-    if forward is owner.forward:
+    if not changes_forward(to):
         return lambda layer: layer._batch_norm
 
     def by_forward(

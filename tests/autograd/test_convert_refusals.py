@@ -41,6 +41,31 @@ def test_a_forward_of_its_own_is_refused_by_name(make):
         convert_sync_batchnorm(layer)
 
 
+class Scaled(SyncBatchNorm):
+    def forward(self, input):
+        return 0.5 * super().forward(input)
+
+
+@pytest.mark.parametrize("make", [Scaled, SyncBatchNorm, nn.BatchNorm2d])
+def test_reverting_refuses_a_forward_of_its_own_by_name(make):
+    net = convert_sync_batchnorm(nn.Sequential(nn.BatchNorm2d(C), make(C)))
+    layer = net[1]
+    if make is not Scaled:
+        layer.forward = torch.relu
+    before = kinds(net), contents(net)
+    lost = f"cannot revert layers whose own forward() would be lost: 1 ({type(layer).__module__}."
+    with pytest.raises(TypeError, match=re.escape(lost) + ".*on rank.*no layer was changed"):
+        revert_sync_batchnorm(net)
+    assert (kinds(net), contents(net)) == before
+
+
+def test_reverting_restores_the_forward_that_a_converted_layer_had():
+    net = nn.Sequential(nn.BatchNorm2d(C), nn.SyncBatchNorm(C))
+    before = kinds(net)
+    Scaled.convert_sync_batchnorm(net)
+    assert kinds(revert_sync_batchnorm(net)) == before
+
+
 def test_many_layers_are_refused_in_one_line():
     """For each class, the error names one layer and counts the others: models of timm have many."""
 
@@ -81,6 +106,10 @@ def test_a_wrong_name_changes_nothing(name, kind):
     ):
         convert_sync_batchnorm(net, name=name)
     assert layers(net) == []
+    layer = SyncBatchNorm(C)
+    with pytest.raises(kind, match=r"expected (a )?layer_name .*, got .*on rank.*: .* rename yours"):
+        layer.layer_name = name
+    assert layer.layer_name is None
 
 
 def test_a_wrong_group_changes_nothing():
