@@ -273,11 +273,13 @@ def _share_header(group: Communicator, kind: int, length: int, h: int) -> np.nda
     return header
 
 
-def serve_joined(group: Communicator) -> None:
+def serve_joined(group: Communicator) -> int:
     """Take part in the other ranks' exchanges, with a count of zero, until all ranks do so.
 
+    Returns the number of these exchanges: 0 on the ranks that were the last to run out of data.
     Collective: every rank of the group must call, each when it has no more data (uneven.py).
     """
+    answered = 0
     while True:
         with group.lock:
             group.synchronize()
@@ -286,9 +288,10 @@ def serve_joined(group: Communicator) -> None:
             try:
                 kind, length, h = (int(word) for word in _share_header(group, 0, 0, 0))
                 if not kind:
-                    return
+                    return answered
                 header = np.array([h, h * h, 0], float)
                 message = _pack(group, header, [np.zeros(length - 3)], length)
                 _COLLECTIVES[kind](group, _NO_DATA, *message)
+                answered += 1
             finally:
                 group.rank_status.current_call = None

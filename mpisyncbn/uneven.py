@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 
 from torch import nn
 
@@ -15,13 +15,17 @@ from .comm.runtime import mpi
 from .convert import Synchronized
 from .errors import MPISyncBNError, on_rank
 
-__all__ = ["ServingThread", "check_threads", "groups_of", "joining", "serve"]
+__all__ = ["ServingThread", "check_threads", "groups_of", "joining", "serve", "synchronized_layers"]
 
 
 def groups_of(model: nn.Module) -> list[Communicator]:
     """The groups of a model's synchronized layers, each once, in the order of layers."""
-    layers = [layer for layer in model.modules() if isinstance(layer, Synchronized)]
-    return list(dict.fromkeys(resolve(layer.communicator) for layer in layers))
+    return list(dict.fromkeys(resolve(layer.communicator) for layer in synchronized_layers(model)))
+
+
+def synchronized_layers(model: nn.Module) -> list[Synchronized]:
+    """The synchronized layers of a model, each once, in their order."""
+    return [layer for layer in model.modules() if isinstance(layer, Synchronized)]
 
 
 def check_threads(function: str) -> None:
@@ -56,19 +60,41 @@ def _set_in_join(group: Communicator, in_join: bool) -> None:
         group.stream.in_join = in_join
 
 
+class _Refusal(AbstractContextManager[None]):
+    """In place of the lock of a group: every call on the group raises an error."""
+
+    def __enter__(self) -> None:
+        raise MPISyncBNError(
+            f"this group cannot be used since join failed{on_rank()}: ranks without data may still wait in "
+            "it. Make a new communicator, such as MPI.COMM_WORLD.Dup(), and hand it to the model with "
+            "mpisyncbn.set_process_group()"
+        )
+
+    def __exit__(self, *_: object) -> None: ...
+
+
 class ServingThread(threading.Thread):
     """Serves one group's exchanges, while this rank does other things for the same ranks."""
 
     def __init__(self, group: Communicator) -> None:
         super().__init__(name="mpisyncbn join", daemon=True)
-        self._group = group
+        self.group = group
+        self.answered = 0  # exchanges with data
         self._error: Exception | None = None
 
     def run(self) -> None:
         try:
-            exchange.serve_joined(self._group)
+            self.answered = exchange.serve_joined(self.group)
         except Exception as error:
             self._error = error
+
+    def give_up(self) -> None:
+        """Refuse every later call on the group, if the thread was started: nothing else ends its wait.
+
+        It holds the lock of the group, and would take part in the next exchange of the other ranks.
+        """
+        if self.ident is not None:
+            self.group.lock = _Refusal()
 
     def finish(self) -> None:
         """Wait for the thread, and raise its error if there was one."""

@@ -7,7 +7,7 @@ import os
 import threading
 import weakref
 from collections.abc import Callable, Hashable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import AbstractContextManager, contextmanager, suppress
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
@@ -78,7 +78,7 @@ class Communicator:
         self.comm = None
         self.rank_status = RankStatus(self.rank, self.size)
         self.debug = False
-        self.lock = runtime.lock()
+        self.lock: AbstractContextManager[object] = runtime.lock()
         # Compiled graphs name the group by this string: they cannot hold an object.
         self.graph_key = f"group {next(_numbers)}"
         _by_graph_key[self.graph_key] = self

@@ -5,10 +5,13 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from .. import uneven
+from ..comm.groups import resolve
 from ..errors import on_rank
+from .host_tensors import copy_back, to_cpu
 
 __all__ = ["join"]
 
@@ -24,7 +27,7 @@ def join(
 
     A rank that has left the body goes on answering the others' synchronized layers, with a count
     of zero, until all ranks have left it. To know what to answer, the ranks send one message more
-    for each exchange.
+    for each exchange. At the end all ranks get the layers' running statistics, from the last one.
 
     Args:
         model: a DistributedDataParallel.
@@ -33,7 +36,8 @@ def join(
 
     Raises:
         TypeError: ``model`` is not a DistributedDataParallel.
-        MPISyncBNError: MPI is without MPI_THREAD_MULTIPLE.
+        MPISyncBNError: MPI is without MPI_THREAD_MULTIPLE. After an error that leaves the context, later
+            calls on the groups of the layers raise it too, on the ranks that had left the body.
 
     Collective: every rank of the model's group must enter, and leave.
     """
@@ -45,12 +49,36 @@ def join(
         groups = uneven.groups_of(model)
     # With early termination all ranks stop at the same time, and no rank is left to serve.
     threads = [] if throw_on_early_termination else [uneven.ServingThread(group) for group in groups]
-    with (
-        uneven.joining(groups),
-        model.join(divide_by_initial_world_size, enable, throw_on_early_termination),
-    ):
-        yield
+    try:
+        with (
+            uneven.joining(groups),
+            model.join(divide_by_initial_world_size, enable, throw_on_early_termination),
+        ):
+            yield
+            for thread in threads:
+                thread.start()
+    except BaseException:
         for thread in threads:
-            thread.start()
+            thread.give_up()
+        raise
     for thread in threads:
         thread.finish()
+    for thread in threads:
+        _share_statistics(model, thread)
+
+
+def _share_statistics(model: nn.Module, thread: uneven.ServingThread) -> None:
+    """Copy the running statistics of one group's layers from a rank that was the last to finish.
+
+    DistributedDataParallel does so for the last rank of the model, if it broadcasts buffers at all.
+    Collective: every rank of the group must call.
+    """
+    group = thread.group
+    layers = [layer for layer in uneven.synchronized_layers(model) if resolve(layer.communicator) is group]
+    statistics = [(layer.running_mean, layer.running_var, layer.num_batches_tracked) for layer in layers]
+    buffers = [buffer for each in statistics for buffer in each if buffer is not None]
+    with group.collective("sharing running statistics after join"):
+        last = group.comm.allreduce(-1 if thread.answered else group.rank, op=group.largest)
+        found = group.comm.bcast([to_cpu(buffer) for buffer in buffers], root=last)
+    for buffer, values in zip(buffers, found, strict=True):
+        copy_back(values, buffer)

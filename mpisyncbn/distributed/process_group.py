@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+from contextlib import suppress
 from datetime import timedelta
 from typing import TYPE_CHECKING
 
@@ -15,6 +16,7 @@ from ..comm import launcher
 from ..comm.communicator import Communicator
 from ..comm.groups import resolve, subset
 from ..comm.runtime import mpi
+from ..errors import MPISyncBNError
 from ..liveness.pending import keep_alive
 from . import rendezvous
 from .collectives import Collectives
@@ -83,7 +85,8 @@ class ProcessGroup(Collectives, PointToPoint):
             keep_alive(self._collective_group)
             return
         if self._layer_group is not None and not self._is_world:
-            self._layer_group.drop()
+            with suppress(MPISyncBNError):  # join has failed in it
+                self._layer_group.drop()
         self._collective_group.drop()
         if self._is_world:
             rendezvous.forget()

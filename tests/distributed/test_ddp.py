@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
+from mpi4py import MPI
 from torch import Tensor, nn
 from torch.distributed import _functional_collectives as functional_collectives
 from torch.distributed.algorithms.ddp_comm_hooks import default_hooks, powerSGD_hook
@@ -15,6 +16,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 import mpisyncbn
 import mpisyncbn.distributed
+from mpisyncbn import exchange
 from support.ranks import WORLD, error_of, several, together, up_to_two
 from support.versions import compiles, newer_than_2_6
 from support.whole_batch import distance
@@ -209,6 +211,43 @@ def test_join_where_all_have_the_same() -> None:
         train(ddp)
     with together():
         assert largest_difference(net, in_one_process()) < 1e-9
+
+
+def test_join_shares_running_statistics() -> None:
+    """Each group has a last rank of its own. Rank r has r + 1 batches."""
+    net = mpisyncbn.convert_sync_batchnorm(nn.Sequential(nn.BatchNorm1d(2), nn.BatchNorm1d(2)))
+    mpisyncbn.set_process_group(net[1], MPI.COMM_SELF)
+    with mpisyncbn.distributed.join(ddp := DistributedDataParallel(net, broadcast_buffers=False)):
+        for _ in range(RANK + 1):
+            ddp(torch.randn(RANK + 2, 2)).sum().backward()
+    means = WORLD.allgather(net[0].running_mean)
+    with together():
+        assert [int(layer.num_batches_tracked) for layer in net] == [SIZE, RANK + 1]
+        assert all(torch.equal(mean, means[0]) for mean in means)
+
+
+@several
+def test_an_error_that_leaves_join() -> None:
+    """Rank 0 has no data. It answers the layers of the others when they fail, and goes on doing so."""
+    net = mpisyncbn.convert_sync_batchnorm(nn.Sequential(nn.BatchNorm1d(2)), WORLD.Dup())
+    x = torch.ones(RANK + 2, 2)
+
+    def steps() -> None:
+        with mpisyncbn.distributed.join(DistributedDataParallel(net)):
+            if RANK > 0:
+                dist.all_reduce(torch.ones(5))  # rank 0 is in another collective, one of join's
+
+    errors = [error_of(steps, mpisyncbn.CollectiveMismatchError)]
+    if RANK == 0:
+        errors += [error_of(lambda: net(x), mpisyncbn.MPISyncBNError)]
+    else:
+        exchange.serve_joined(net[0].communicator)  # ends the wait
+    mpisyncbn.set_process_group(net, WORLD.Dup())
+    net(x).sum().backward()
+    with together():
+        assert None not in errors
+        if RANK == 0:
+            assert "this group cannot be used since join failed (on rank 0 of" in str(errors[1])
 
 
 @pytest.mark.parametrize("join", [mpisyncbn.distributed.join, DistributedDataParallel.join])
