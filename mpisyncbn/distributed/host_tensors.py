@@ -2,10 +2,21 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from typing import cast
+
 import torch
 from torch import Tensor
 
-__all__ = ["cat_bytes", "contiguous", "copy_back", "host_output_for", "to_cpu", "without_overlap"]
+__all__ = [
+    "cat_bytes",
+    "contiguous",
+    "copy_back",
+    "finish_writes",
+    "host_output_for",
+    "to_cpu",
+    "without_overlap",
+]
 
 
 def to_cpu(values: Tensor) -> Tensor:
@@ -36,9 +47,19 @@ def host_output_for(values: Tensor) -> Tensor:
     _check_dense(values)
     if values.is_cpu and values.is_contiguous() and not values.is_conj() and not values.is_neg():
         return values.detach()
-    if values.is_cuda:  # another thread, with a stream of its own, copies the result
-        torch.cuda.current_stream(values.device).synchronize()
     return torch.empty(values.shape, dtype=values.dtype, device="cpu")
+
+
+def finish_writes(values: object) -> None:
+    """Wait for the current streams of CUDA tensors, in lists of any depth.
+
+    Another thread, in a stream of its own, may copy a result into these tensors after that.
+    """
+    if not isinstance(values, Tensor):
+        for each in cast(Sequence[object], values):
+            finish_writes(each)
+    elif values.is_cuda:
+        torch.cuda.current_stream(values.device).synchronize()
 
 
 def copy_back(host: Tensor, values: Tensor) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import weakref
 from datetime import timedelta
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -43,6 +44,47 @@ def test_many_at_once() -> None:
         assert last == SIZE
         assert all(work.is_success() for work in works)
         assert torch.equal(futures[3].wait()[0], tensors[3])
+
+
+class OnGPU(Tensor):
+    is_cuda = True  # type: ignore[assignment]
+
+
+def scatter(parts: list[Tensor], _: Tensor) -> Any:
+    last = SIZE - 1
+    return dist.scatter(parts[-1], [torch.ones(2)] * SIZE if last == RANK else None, last, async_op=True)
+
+
+def receive(parts: list[Tensor], _: Tensor) -> Any:
+    dist.isend(torch.ones(2), RANK)
+    return dist.irecv(parts[-1], RANK)
+
+
+@several
+@pytest.mark.parametrize(
+    "begin",
+    [
+        lambda parts, own: dist.all_gather(parts, own, async_op=True),
+        lambda parts, own: dist.all_to_all(parts, [own] * SIZE, async_op=True),
+        scatter,
+        receive,
+    ],
+)
+def test_results_on_a_gpu_wait_for_its_stream(begin: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The caller's stream may still write a tensor that another thread, in its own stream, writes next.
+
+    Rank 0 has no data of its own, whose copy to the host would wait for the stream.
+    """
+    parts = [torch.zeros(2 * min(rank, 1)).as_subclass(OnGPU) for rank in range(SIZE)]
+    seen: list[list[float]] = []
+    stream = SimpleNamespace(synchronize=lambda: seen.append(parts[-1].tolist()))
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda _: stream)
+    work = begin(parts, torch.ones(2 * min(RANK, 1)))
+    before = seen[:1]
+    work.wait()
+    with together():
+        assert before == [[0.0, 0.0]]
+        assert parts[-1].tolist() == [1.0, 1.0]
 
 
 def test_beside_synchronized_layers() -> None:
