@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
+from ..errors import MPISyncBNError, on_rank
 from . import generic
 from .activation import NO_ACTIVATION, Activation, ActivationContext
 from .protocol import Array
@@ -47,6 +48,7 @@ def where_true(x: Array, mask: Array | None) -> Array:
 
 
 def local_moments(x: Array, *, mask: Array) -> tuple[int, Array, Array]:
+    _refuse_capture(mask)
     count = mask.sum().item()  # waits for a device: the exchange needs the number
     clear = partial(where_true, mask=mask)
     return count, *generic.mean_and_m2(clear(x), count, clear)
@@ -105,6 +107,18 @@ def backward_elementwise(
     means = mean_dy, mean_dy_xmu
     dx = generic.backward_elementwise(dz, x, mean, invstd, weight, *means, _context_where_true(context, mask))
     return where_true(dx, mask)
+
+
+def _refuse_capture(mask: Array) -> None:
+    if getattr(mask, "is_cuda", False):
+        import torch
+
+        if torch.cuda.is_current_stream_capturing():
+            raise MPISyncBNError(
+                "a synchronized batch norm with a mask cannot be captured in a CUDA graph, because the host "
+                "reads the number of true positions at every training step"
+                f"{on_rank()}: leave it out of what is captured"
+            )
 
 
 def _vectors_like(x: Array, *vectors: Array) -> tuple[Array, ...]:

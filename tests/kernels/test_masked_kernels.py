@@ -12,6 +12,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from mpisyncbn import MPISyncBNError
 from mpisyncbn.kernels import Activation, ActivationContext, Kind, kernels_for, masked, native
 from mpisyncbn.kernels.activation import activate, activation_gradient
 from support.kernels import LEVELS, TOLERANCE, cpu, native_settings, needs_native
@@ -294,3 +295,16 @@ def test_numpy_arrays_and_which_kernels_serve() -> None:
     assert host.local_moments.func is (native() or masked).local_moments
     meta: Any = kernels_for(x.to("meta"), mask.to("meta"))
     assert meta.local_moments.func is masked.local_moments
+
+
+@no_exchange
+def test_a_capture_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The mask is in host memory, and says that it is on a GPU."""
+
+    class OnGPU(Tensor):
+        is_cuda = True  # type: ignore[assignment]
+
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
+    mask = torch.ones(2, 1, 5, dtype=torch.bool).as_subclass(OnGPU)
+    with pytest.raises(MPISyncBNError, match="with a mask cannot be captured in a CUDA graph"):
+        masked.local_moments(torch.ones(2, 3, 5), mask=mask)
