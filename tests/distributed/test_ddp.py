@@ -229,7 +229,8 @@ def test_join_shares_running_statistics() -> None:
 @several
 def test_an_error_that_leaves_join() -> None:
     """Rank 0 has no data. It answers the layers of the others when they fail, and goes on doing so."""
-    net = mpisyncbn.convert_sync_batchnorm(nn.Sequential(nn.BatchNorm1d(2)), WORLD.Dup())
+    group = dist.new_group()
+    net = mpisyncbn.convert_sync_batchnorm(nn.Sequential(nn.BatchNorm1d(2)), group)
     x = torch.ones(RANK + 2, 2)
 
     def steps() -> None:
@@ -239,9 +240,10 @@ def test_an_error_that_leaves_join() -> None:
 
     errors = [error_of(steps, mpisyncbn.CollectiveMismatchError)]
     if RANK == 0:
-        errors += [error_of(lambda: net(x), mpisyncbn.MPISyncBNError)]
+        errors.append(error_of(lambda: net(x), mpisyncbn.MPISyncBNError))
     else:
         exchange.serve_joined(net[0].communicator)  # ends the wait
+    dist.destroy_process_group(group)
     mpisyncbn.set_process_group(net, WORLD.Dup())
     net(x).sum().backward()
     with together():
