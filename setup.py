@@ -1,6 +1,7 @@
-"""Builds the native kernels beside what setup.cfg says. Where that fails, the rest is installed all the same.
+"""Builds the native kernels beside what setup.cfg says. If that fails, the rest is installed all the same.
 
-MPISYNCBN_NO_NATIVE=1 leaves them out on purpose. CXX, CFLAGS, CXXFLAGS and LDFLAGS are heeded, and come last.
+MPISYNCBN_NO_NATIVE=1 leaves them out on purpose. CXX, CFLAGS, CXXFLAGS and LDFLAGS are used: the flags
+come after those of this file.
 """
 
 from __future__ import annotations
@@ -48,29 +49,31 @@ VARIABLES = ("CC", "CXX", "CFLAGS", "CXXFLAGS", "LDFLAGS")
 class BuildNative(build_ext):
     def run(self) -> None:
         inplace, name = self.inplace, self.get_ext_filename("_cpu")
+        cure = "install a C++17 compiler and Python's headers, then this again"
         try:
             if os.environ.get("MPISYNCBN_NO_NATIVE", "0") not in ("", "0"):
+                cure = "unset it"
                 raise RuntimeError("MPISYNCBN_NO_NATIVE is set")
             super().run()
         except Exception as error:  # whatever it is: everything works without them
             Path(self.build_lib, FOLDER, name).unlink(missing_ok=True)  # an earlier build is of other sources
             if inplace:
                 (FOLDER / name).unlink(missing_ok=True)
+            if isinstance(error, ImportError):
+                cure = "pip install nanobind, then this again; or pip install, which gets it"
             self.extensions: list[Extension] = []  # or others would look for what it makes
             # Some setuptools' errors hold the whole command, which is printed above anyway.
             why = str(error) if len(str(error)) < 100 else "the compiler failed: see above"
             say(
                 f"native kernels were not built ({why}): slower ATen and NumPy operations serve instead. "
-                "The cure: install a C++17 compiler and Python's headers, then this again"
+                f"The cure: {cure}"
             )
         if inplace and STABLE_ABI:  # Python would import an earlier build for its version alone first
             (FOLDER / f"_cpu{sysconfig.get_config_var('EXT_SUFFIX')}").unlink(missing_ok=True)
 
     def build_extension(self, ext: Extension) -> None:
-        try:
-            import nanobind
-        except ImportError:
-            raise RuntimeError("nanobind is not there") from None
+        import nanobind
+
         home = Path(nanobind.include_dir()).parent
         ext.include_dirs = [str(home / part) for part in ("include", "src", "ext/robin_map/include")]
         # What is built holds no path of the machine that built it.

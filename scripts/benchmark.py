@@ -33,6 +33,7 @@ from typing import Any
 
 from benchmarks import model, scaling
 from mpisyncbn.config import launched
+from outputs import output
 
 # The module of each section. Its function has the name of the section.
 SECTIONS = {
@@ -76,7 +77,9 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
         help="threads of a rank; above 1, only the section threads",
     )
     parser.add_argument("--scaling", action="store_true", help="exchanges at 2 to 64 ranks, and the model")
-    parser.add_argument("--json", metavar="PATH", help="also write figures and environment to this file")
+    parser.add_argument(
+        "--json", type=output, metavar="PATH", help="also write figures and environment to this file"
+    )
     parser.add_argument("--default-allocator", action="store_true", help="let glibc return freed memory")
     options = parser.parse_args(arguments)
     usual = [name for name in SECTIONS if name not in ("threads", "compiled")]
@@ -149,8 +152,7 @@ def finish(results: Results, options: argparse.Namespace) -> None:
         print("\n" + model.text(results["sections"].get("scaling", []), results["sections"]["model"]))
     if options.json:
         judged = [{**line._asdict(), "met": line.met} for line in lines]
-        Path(options.json).parent.mkdir(parents=True, exist_ok=True)
-        Path(options.json).write_text(json.dumps({**results, "summary": judged}, indent=1) + "\n")
+        options.json.write_text(json.dumps({**results, "summary": judged}, indent=1) + "\n")
 
 
 if __name__ == "__main__":

@@ -26,6 +26,7 @@ from torch.utils.data import TensorDataset
 from tqdm import tqdm
 
 import mpisyncbn
+from outputs import output
 
 ONE_PROCESS, LOCAL, SYNCHRONIZED = "one process", "local BatchNorm", "SyncBatchNorm"
 LAST = 20  # losses are shown as means over so many steps: the loss of a single step is noisy
@@ -51,8 +52,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     print(table(rows, comm.size, len(test_set)))
     if args.json:
         losses = {name: run.losses.tolist() for name, run in runs.items()}
-        with open(args.json, "w") as file:
-            json.dump({"ranks": comm.size, "options": vars(args), "summary": rows, "losses": losses}, file)
+        report = {"ranks": comm.size, "options": vars(args), "summary": rows, "losses": losses}
+        args.json.write_text(json.dumps(report, default=str))
     if args.plot:
         plot({name: run.losses for name, run in runs.items()}, comm.size, args.plot)
         print(f"loss curves: {args.plot}")
@@ -212,9 +213,9 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     )
     parser.add_argument("--seed", type=int, default=0, help="seed of data and network")
     parser.add_argument(
-        "--plot", metavar="PATH", default="demo.png", help="file of the picture; empty for none"
+        "--plot", type=output, metavar="PATH", default="demo.png", help="file of the picture; empty for none"
     )
-    parser.add_argument("--json", metavar="PATH", default="", help="also write all results to this file")
+    parser.add_argument("--json", type=output, metavar="PATH", help="also write all results to this file")
     args = parser.parse_args(argv)
     if min(args.steps, args.batch) < 1:
         parser.error(f"--steps and --batch must be at least 1, got {args.steps} and {args.batch}")
@@ -239,7 +240,7 @@ largest distance: of the loss curve from that of one process, over all steps
     )
 
 
-def plot(losses: dict[str, np.ndarray], size: int, path: str) -> None:
+def plot(losses: dict[str, np.ndarray], size: int, path: Path) -> None:
     """Draw the three loss curves. Each point is the mean of the last steps."""
     from benchmarks import style
 
@@ -270,7 +271,7 @@ def plot(losses: dict[str, np.ndarray], size: int, path: str) -> None:
     axes.set_ylabel(f"training loss, mean of the last {LAST} steps")
     axes.grid()
     figure.legend(loc="outside lower center", ncols=2)
-    style.save(figure, Path(path))
+    style.save(figure, path)
 
 
 def sharding(size: int) -> str:

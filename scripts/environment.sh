@@ -1,7 +1,7 @@
 # source environment.sh EXTRA[,EXTRA...]
-# Makes .venv with mpisyncbn[EXTRA], and an mpiexec that starts the MPI library which mpi4py loads, and
-# puts both first on PATH. Sets $root. PYTHON=python3.12 chooses another interpreter. With a version in
-# $other_torch it makes .venv-torch-VERSION, which sees only its own packages.
+# Makes .venv with mpisyncbn[EXTRA], and an mpiexec that starts the MPI library which mpi4py loads,
+# and puts both first on PATH. Sets $root. PYTHON=python3.12 chooses another interpreter. With a
+# version in $other_torch it makes .venv-torch-VERSION, which sees only its own packages.
 # shellcheck shell=bash
 
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
@@ -10,8 +10,9 @@ venv=$root/.venv${other_torch:+-torch-$other_torch}
 say() { echo "environment: $*" >&2; }
 die() { say "$@"; exit 1; }
 
-# Prints one line: an interpreter, its version and its torch. If $PYTHON is in another virtual environment,
-# this is the Python that the environment was made from: a new one sees only that Python's packages.
+# Prints one line: an interpreter, its version and its torch. If $PYTHON is in another virtual
+# environment, this is the Python that the environment was made from: a new one sees only that
+# Python's packages.
 find_base() {
     local python=${PYTHON:-python3}
     type -P "$python" >/dev/null || die "$python not found: install Python 3.10 or newer, or name one in PYTHON"
@@ -39,7 +40,7 @@ print("\t".join([sys.executable, sys.version.split()[0], torch]))
 END
 }
 
-# Prints a checksum of all that .venv depends on. While it stays the same, another run has nothing to do.
+# Prints a checksum of all that .venv depends on. If it is the same, another run has nothing to do.
 state() {
     {
         echo "$base" "$system_mpiexec" "${LD_LIBRARY_PATH-}" "${MPI4PY_LIBMPI-}"
@@ -106,7 +107,7 @@ pip() {
     ((status == 0)) || die "pip failed"
 }
 
-# Prints the torch that [tool:mpisyncbn] in setup.cfg names, unless one in the range of setup.cfg is installed.
+# Prints the torch of [tool:mpisyncbn] in setup.cfg, unless one in the range there is installed.
 missing_torch() {
     python - "$root/setup.cfg" <<'END'
 import configparser, sys
@@ -122,8 +123,9 @@ if found is None or not wanted.specifier.contains(found, prereleases=True):
 END
 }
 
-# Prints the library's name and version if mpiexec makes one world of two ranks. The exit status of mpiexec
-# does not tell: under another library's mpiexec each rank is a world of its own, and ends with 0.
+# Prints the library's name and version if mpiexec makes one world of two ranks. The exit status of
+# mpiexec does not tell: under another library's mpiexec each rank is a world of its own, and ends
+# with 0.
 one_world() {
     local lines
     lines=$(timeout --kill-after=5 60 mpiexec -n 2 python -c '
@@ -156,8 +158,8 @@ choose_mpiexec() {
     echo "mpiexec: .venv/bin/mpiexec ($library), from PyPI: $why"
 }
 
-# mpi_beside NAME: installs the MPI library of that name in setup.cfg into .venv/NAME, apart from the
-# one that the mpiexec on PATH starts. If that is not possible, prints why and fails.
+# mpi_beside NAME: installs the MPI library of that name in setup.cfg into .venv/NAME, apart from
+# the one that the mpiexec on PATH starts. If that is not possible, prints why and fails.
 mpi_beside() {
     local prefix=$venv/$1 wanted found
     wanted=$(sed -n "s/^$1 = //p" "$root/setup.cfg")
@@ -173,15 +175,15 @@ mpi_beside() {
     fi
 }
 
-# is_own NAME: whether the stamp file says that the mpiexec on PATH is of library NAME: openmpi, mpich or impi.
+# is_own NAME: whether, by the stamp file, the mpiexec on PATH is that of openmpi, mpich or impi.
 is_own() {
     local -A titles=([openmpi]="Open MPI" [mpich]=MPICH [impi]="Intel MPI")
     grep -q "^mpiexec: .*(${titles[$1]} [0-9]" "$stamp"
 }
 
-# mpi_variables NAME: prints the variables, one on each line, that make mpiexec and mpi4py use the library
-# of that name. NAME may also be the path of an mpiexec, or "system" for the first mpiexec on PATH. If that
-# is not possible, prints why and fails.
+# mpi_variables NAME: prints the variables, one on each line, that make mpiexec and mpi4py use the
+# library of that name. NAME may also be the path of an mpiexec, or "system" for the first mpiexec
+# on PATH. If that is not possible, prints why and fails.
 mpi_variables() {
     local name=$1 mpiexec variables library yielding found
     case $name in
@@ -223,9 +225,9 @@ mpi_variables() {
     printf '%s\n' "${variables[@]}"
 }
 
-# pytest_at SIZE [ARGUMENTS OF python]: sets the array "pytest" to the command that runs pytest on that
-# many ranks. One rank needs no mpiexec and runs the tests that need one rank only, in four processes,
-# since many of them wait for jobs.
+# pytest_at SIZE [ARGUMENTS OF python]: sets the array "pytest" to the command that runs pytest on
+# that many ranks. One rank needs no mpiexec and runs the tests that need one rank only, in four
+# processes, since many of them wait for jobs.
 pytest_at() {
     # mpiexec may give each rank a terminal of its own, on which pytest would print colours.
     [[ -t 1 ]] || export NO_COLOR=1
@@ -237,8 +239,8 @@ pytest_at() {
     fi
 }
 
-# Open MPI 5 reads PRTE_MCA_*, Open MPI 4 OMPI_MCA_*. Tests usually have more ranks than cores. Unless
-# binding is off and yielding is on, a collective then takes a thousand times as long.
+# Open MPI 5 reads PRTE_MCA_*, Open MPI 4 OMPI_MCA_*. Tests usually have more ranks than cores.
+# Unless binding is off and yielding is on, a collective then takes a thousand times as long.
 if ((EUID == 0)); then
     export OMPI_ALLOW_RUN_AS_ROOT=${OMPI_ALLOW_RUN_AS_ROOT-1}
     export OMPI_ALLOW_RUN_AS_ROOT_CONFIRM=${OMPI_ALLOW_RUN_AS_ROOT_CONFIRM-1}
@@ -267,7 +269,7 @@ if ! is_whole || [[ $(head -n1 "$stamp" 2>/dev/null) != "$(state)" ]]; then
     torch=${torch:-$(missing_torch)}
     [[ -z $torch ]] || pip install "$torch"
     torch=$(python -c 'from importlib import metadata; print(metadata.version("torch"))')
-    # Name the version of torch: the newest torchvision, which timm asks for, would install another torch.
+    # Name the version of torch: timm asks for torchvision, which would install another torch.
     pip install --editable "${root}[$1]" "torch==$torch"
     choice=$(choose_mpiexec)
     printf '%s\n' "$(state)" "$choice" "$(without_native)" >"$stamp"

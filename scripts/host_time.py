@@ -23,6 +23,7 @@ from mpi4py import MPI
 
 import mpisyncbn
 from benchmarks.timing import interleave
+from outputs import output
 
 SHAPE = (2, 64, 8, 8)
 
@@ -71,9 +72,9 @@ def calls(layer: Any, dtype: torch.dtype) -> dict[str, Callable[[], Any]]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--transports", default="stream,host")
+    parser.add_argument("--transports", default="stream,host", help="those of ours to time (%(default)s)")
     parser.add_argument("--seconds", type=float, default=4.0, help="seconds for each table")
-    parser.add_argument("--output", metavar="PATH", help="write the figures as JSON")
+    parser.add_argument("--output", type=output, metavar="PATH", help="write the figures as JSON")
     options = parser.parse_args()
     torch.set_num_threads(1)
     torch.backends.cudnn.enabled = not os.environ.get("MPISYNCBN_STANDIN")  # the stand-in has none
@@ -107,8 +108,7 @@ def main() -> None:
                 over = " ".join(f"{found[key] / theirs[key]:.2f}" for key in ("median", "minimum"))
                 print(f"  {name:24s} {found['median']:7.1f} ({found['minimum']:.1f})  {over}", flush=True)
     if options.output:
-        with open(options.output, "w") as file:
-            json.dump(written, file, indent=1)
+        options.output.write_text(json.dumps(written, indent=1))
     dist.destroy_process_group()
 
 

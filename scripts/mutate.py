@@ -23,13 +23,13 @@ import tempfile
 import time
 from pathlib import Path
 
-import toml
-
 ROOT = Path(__file__).resolve().parents[1]
 
 
 def main() -> int:
     options = parse()
+    import toml
+
     with tempfile.TemporaryDirectory(prefix="mutants-") as name, contextlib.ExitStack() as workers:
         folder = Path(name)
         copies = [copy_tree(folder / str(job)) for job in range(options.jobs)]

@@ -24,6 +24,8 @@ from pathlib import Path
 from typing import Any
 from xml.etree import ElementTree
 
+from outputs import output
+
 ROOT = Path(__file__).resolve().parents[1]
 LIMIT = 900  # seconds for one run of pytest
 # Mutants are tried with these tests, which start no jobs, no compiler, and not Triton's interpreter.
@@ -37,7 +39,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--json", type=Path, required=True, metavar="FILE")
+    parser.add_argument("--json", type=output, required=True, metavar="FILE")
     parser.add_argument(
         "--mutants", type=int, default=0, metavar="N", help="random mutants of the whole package"
     )

@@ -43,6 +43,7 @@ from tqdm import tqdm
 
 import mpisyncbn
 import mpisyncbn.distributed  # registers the backend mpi4py; MPI itself starts with the process group
+from outputs import output
 
 TRY_AGAIN = 75
 # Without this, the order of Intel MPI's long sums depends on the processor and on buffers. It reads the
@@ -311,11 +312,11 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--workers", type=int, default=1, help="processes of each rank that load the data")
     parser.add_argument("--start-method", default="fork", choices=("fork", "spawn"))
     parser.add_argument(
-        "--checkpoint", type=Path, metavar="PATH", help="file to write after every epoch, and at SIGUSR1"
+        "--checkpoint", type=output, metavar="PATH", help="file to write after every epoch, and at SIGUSR1"
     )
     parser.add_argument("--resume", action="store_true", help="continue from --checkpoint")
     parser.add_argument("--stop-after", type=int, metavar="EPOCH", help="last epoch of this run")
-    parser.add_argument("--json", type=Path, metavar="PATH", help="write the metrics to this file")
+    parser.add_argument("--json", type=output, metavar="PATH", help="write the metrics to this file")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--no-progress", dest="progress", action="store_false")
     args = parser.parse_args(argv)

@@ -116,7 +116,7 @@ def _gpu(folder: Path) -> Iterator[tuple[str, str, str, str]]:
                 yield text, f"{ratio:.2f}", f"1 run, {_day(path)}", "`python3 scripts/host_time.py`"
     for path in sorted(folder.glob("gpu-*[0-9]-points-5-6.json"))[-1:]:
         ratios = list(_kernel_ratios(json.loads(path.read_text())))
-        command = "`scripts/gpu_check --only 6`"
+        command = "`scripts/gpu_check --quick --only 6`"
         day = f"1 run, {_day(path)}"
         yield "GPU: kernels over torch's own, mean", f"{geometric_mean(ratios):.2f}", day, command
         yield "GPU: kernels over torch's own, slowest", f"{max(ratios):.2f}", day, command

@@ -53,14 +53,14 @@ def test_options_below_one(capsys: pytest.CaptureFixture[str]) -> None:
 
 
 def test_table_and_files(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    picture, report = tmp_path / "demo.png", tmp_path / "demo.json"
+    picture, report = tmp_path / "new" / "demo.png", tmp_path / "demo.json"
 
     demo.main(["--steps", "3", "--plot", str(picture), "--json", str(report)])
 
     printed = capsys.readouterr()
     if comm.rank > 0:
         assert (printed.out, printed.err) == ("", "")
-        assert not list(tmp_path.iterdir())
+        assert not list(tmp_path.rglob("*.*"))
         return
     table = printed.out.splitlines()
     for name in (demo.ONE_PROCESS, demo.LOCAL, demo.SYNCHRONIZED):

@@ -89,18 +89,18 @@ def lines_about_native(output: str) -> list[str]:
 
 
 @pytest.mark.parametrize(
-    ("variables", "reason"),
+    ("variables", "reason", "cure"),
     [
-        ({"CC": "/nowhere/cc", "CXX": "/nowhere/c++"}, "/nowhere/c++"),
-        ({"fails": "true"}, "compiler"),
-        ({"MPISYNCBN_NO_NATIVE": "1"}, "(MPISYNCBN_NO_NATIVE is set)"),
-        (None, "(nanobind is not there)"),
+        ({"CC": "/nowhere/cc", "CXX": "/nowhere/c++"}, "/nowhere/c++", "install a C++17 compiler"),
+        ({"fails": "true"}, "compiler", "install a C++17 compiler"),
+        ({"MPISYNCBN_NO_NATIVE": "1"}, "(MPISYNCBN_NO_NATIVE is set)", "unset it"),
+        (None, "(no nanobind)", "pip install nanobind"),
     ],
     ids=["no compiler", "one that fails", "not wanted", "no nanobind"],
 )
-def test_without_native_kernels(tree: Tree, variables: dict[str, str] | None, reason: str) -> None:
+def test_without_native_kernels(tree: Tree, variables: dict[str, str] | None, reason: str, cure: str) -> None:
     if variables is None:
-        (tree.folder / "nanobind.py").write_text("raise ImportError\n")
+        (tree.folder / "nanobind.py").write_text("raise ImportError('no nanobind')\n")
     stale = tree.sources / "mpisyncbn" / "kernels" / "cpu" / f"_cpu{SUFFIX}"
     stale.touch()
 
@@ -108,7 +108,7 @@ def test_without_native_kernels(tree: Tree, variables: dict[str, str] | None, re
         (said,) = lines_about_native(tree.setup(*arguments, **variables or {}))
         assert reason in said
         assert len(said) < 400
-        assert "The cure: install a C++17 compiler" in said
+        assert f"The cure: {cure}" in said
         assert tree.built() == []
 
 
