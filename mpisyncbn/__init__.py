@@ -84,7 +84,7 @@ def __getattr__(name: str) -> object:
     except ModuleNotFoundError as error:
         if error.name != "torch":
             raise
-        raise ImportError(f"mpisyncbn.{name} needs torch: pip install 'mpisyncbn[torch]'") from error
+        raise ImportError(f"mpisyncbn.{name} needs torch: pip install torch") from error
     if module:
         value = getattr(getattr(value, owner) if owner else value, name)
     globals()[name] = value

@@ -32,7 +32,7 @@ program: mpiexec -n 4 python -m mpisyncbn. Rank 0 prints for all ranks.
 _EPILOG = """\
 exit status, the same on all ranks:
   0  the report was printed; with --check: no problems
-  1  with --check: an error. The ranks would not train, or not as one.
+  1  with --check: an error. The ranks would not train, or not together.
      Also without --check: MPI does not start, or ranks did not come within the timeout
   2  wrong arguments
   3  with --check: warnings only. The ranks would train right, but slower than they could, or with
@@ -189,8 +189,8 @@ def _end(seconds: float, ranks: Sequence[int]) -> None:
     reports.print_report("\n".join([what, *missing]))
     reports.abort_job(
         WRONG,
-        "If all ranks were started, messages between hosts may not get through: see Troubleshooting in "
-        "docs/guides/clusters.md. If a rank is only slow, --timeout SECONDS gives it more time",
+        "If all ranks were started, messages between hosts may not get through: look at the firewall and "
+        "at the network that MPI takes. If a rank is only slow, --timeout SECONDS gives it more time",
     )
 
 

@@ -59,7 +59,7 @@ def debug() -> bool:
 
 
 def timeout() -> float | None:
-    """``MPISYNCBN_TIMEOUT``: seconds to wait in an exchange. 0 is for ever, None is not given."""
+    """``MPISYNCBN_TIMEOUT``: seconds to wait in an exchange. 0: for ever. None: it is not set."""
     value = os.environ.get("MPISYNCBN_TIMEOUT", "").strip()
     if not value:
         return None
@@ -69,7 +69,8 @@ def timeout() -> float | None:
         seconds = math.nan
     if not 0 <= seconds < math.inf:
         raise ValueError(
-            f"MPISYNCBN_TIMEOUT must be seconds, or 0 for any, got {value!r}{on_rank()}: correct or unset it"
+            f"expected MPISYNCBN_TIMEOUT to be seconds, or 0 for no limit, got {value!r}{on_rank()}: correct "
+            "or unset it"
         )
     return seconds
 

@@ -201,7 +201,13 @@ def _run(loader: Iterable[Batch], model: nn.Module, device: Device) -> int:
     """Run the model on all batches of this rank. Returns their number."""
     batches = 0
     for batch in loader:
-        x = cast(Tensor, batch[0] if isinstance(batch, (list, tuple)) else batch)
+        x = batch[0] if isinstance(batch, (list, tuple)) else batch
+        if not isinstance(x, Tensor):
+            raise TypeError(
+                "expected batches that are tensors, or lists or tuples whose first item is one, got "
+                f"{type(batch).__name__}{on_rank()}: pass the input of the model alone, as in "
+                "(batch['x'] for batch in loader)"
+            )
         model(x if device is None else x.to(device))
         batches += 1
     return batches

@@ -11,11 +11,11 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from ..batch_stats import BatchStats
 from ..comm import transport
 from ..errors import on_rank
 from ..kernels import Array, loaded_torch
-from .arrays import check_array, check_kind
+from .arrays import COUNTING, FLOATING, check_array, check_kind, dtype_name, on_device
+from .statistics import check_stats
 
 if TYPE_CHECKING:
     from ..activations import AnyActivation
@@ -37,8 +37,6 @@ __all__ = [
     "in_layer",
 ]
 
-FLOATING = ("float16", "bfloat16", "float32", "float64")
-_COUNTING = ("int8", "int16", "int32", "int64", "uint8", *FLOATING)
 _HALVES = ("float16", "bfloat16")
 UNNAMED = "a function call"  # in place of the name of a layer
 _NUMBER = (int, float, np.integer, np.floating)
@@ -73,14 +71,14 @@ def check_arguments(
         raise TypeError(
             f"expected input of dtype {', '.join(FLOATING)}, got {name}{in_layer(layer)}: convert it first"
         )
-    _check_number("eps", eps, "to be finite and at least 0", math.inf)
+    _check_number("eps", eps, "to be finite and at least 0", math.inf, layer)
     if momentum is not None:
-        _check_momentum(momentum, "from 0 to 1, or None", x)
+        _check_momentum(momentum, "from 0 to 1, or None", x, layer)
     if (running_mean is None) != (running_var is None):
         missing = "running_mean" if running_mean is None else "running_var"
         raise ValueError(
-            f"expected running_mean and running_var both or neither, got no {missing}{in_layer(layer)}: hand "
-            "over the other one too, or none"
+            f"expected running_mean and running_var both or neither, got no {missing}{in_layer(layer)}: pass "
+            "the other one too, or none"
         )
     given = {"weight": weight, "bias": bias, "running_mean": running_mean, "running_var": running_var}
     _check_vectors({label: vector for label, vector in given.items() if vector is not None}, x, layer)
@@ -142,7 +140,8 @@ def check_residual(residual: Array | None, x: Array, layer: str | None = None) -
     if residual is None:
         return
     if not isinstance(residual, loaded_torch().Tensor):
-        raise TypeError(f"expected residual to be a tensor, got {type(residual).__name__}{on_rank()}")
+        got = f"{type(residual).__name__}{in_layer(layer)}"
+        raise TypeError(f"expected residual to be a tensor, got {got}: convert it first")
     check_array("residual", residual)
     if residual.shape != x.shape or residual.dtype != x.dtype or residual.device != x.device:
         raise ValueError(
@@ -188,9 +187,9 @@ def check_mask(mask: Array | None, x: Array, layer: str | None = None) -> None:
             f"{found}, of {len(found)} dimensions{in_layer(layer)}: nothing is broadcast, .reshape() or "
             ".expand() it first"
         )
-    if _on_device(mask) != _on_device(x):
+    if on_device(mask) != on_device(x):
         raise ValueError(
-            f"expected mask{_on_device(x)}, where the input is, got one{_on_device(mask)}{in_layer(layer)}: "
+            f"expected mask{on_device(x)}, where the input is, got one{on_device(mask)}{in_layer(layer)}: "
             "move it with .to(input.device)"
         )
 
@@ -200,10 +199,11 @@ def check_num_batches_tracked(batches: Array) -> None:
     torch = loaded_torch()
     if batches is None or (batches.__class__ is torch.Tensor and batches.dtype is torch.int64):
         return
-    if not isinstance(batches, torch.Tensor) or dtype_name(batches.dtype) not in _COUNTING:
+    if not isinstance(batches, torch.Tensor) or dtype_name(batches.dtype) not in COUNTING:
         found = batches.dtype if isinstance(batches, torch.Tensor) else type(batches).__name__
         raise TypeError(
-            f"expected num_batches_tracked to be a tensor of whole numbers, got {found}{on_rank()}"
+            f"expected num_batches_tracked to be a tensor of whole numbers, got {found}{on_rank()}: "
+            "convert it first"
         )
     check_array("num_batches_tracked", batches)
 
@@ -211,51 +211,11 @@ def check_num_batches_tracked(batches: Array) -> None:
 def check_gradient(dy: Array, x: Array) -> None:
     """Check the gradient of the output of ``x``."""
     check_kind("dy", dy, "the input", x)
-    if dy.shape != x.shape or dy.dtype != x.dtype or _on_device(dy) != _on_device(x):
+    if dy.shape != x.shape or dy.dtype != x.dtype or on_device(dy) != on_device(x):
         raise ValueError(
-            f"expected dy like x, {tuple(x.shape)} {x.dtype}{_on_device(x)}, got {tuple(dy.shape)} "
-            f"{dy.dtype}{_on_device(dy)}{on_rank()}"
+            f"expected dy like x, {tuple(x.shape)} {x.dtype}{on_device(x)}, got {tuple(dy.shape)} "
+            f"{dy.dtype}{on_device(dy)}{on_rank()}: convert or expand it first"
         )
-
-
-def check_stats(stats: object, names: tuple[str, ...], channels: int, like: Array) -> None:
-    """Check the vectors ``names`` of a BatchStats, and its count. Native code trusts their lengths."""
-    if not isinstance(stats, BatchStats):
-        raise TypeError(
-            "expected stats to be the BatchStats that batch_norm_forward returned, got "
-            f"{type(stats).__name__}{on_rank()}"
-        )
-    first = getattr(stats, names[0])
-    if not transport.on_host(first):
-        check_kind(f"stats.{names[0]}", first, "the other arguments", like)
-    for name in names:
-        vector = getattr(stats, name)
-        check_kind(f"stats.{name}", vector, f"stats.{names[0]}", first)
-        if tuple(vector.shape) != (channels,):
-            raise ValueError(
-                f"expected stats.{name} of {channels} channels, got shape {tuple(vector.shape)}{on_rank()}"
-            )
-        if dtype_name(vector.dtype) not in ("float32", "float64") or _on_device(vector) != _on_device(first):
-            raise TypeError(
-                f"expected stats.{name} of dtype float64{_on_device(first)}, got {dtype_name(vector.dtype)}"
-                f"{_on_device(vector)}{on_rank()}"
-            )
-    _check_count_of(stats, names[0])
-
-
-def _check_count_of(stats: BatchStats, name: str) -> None:
-    """Check the count of a BatchStats: a whole number or, like the vector ``name``, a 0-d array."""
-    count = stats.count
-    if not isinstance(count, (int, np.integer)):
-        if getattr(count, "ndim", None) != 0 or isinstance(count, np.generic):
-            raise TypeError(
-                f"expected stats.count to be a whole number, got {type(count).__name__}{on_rank()}"
-            )
-        check_kind("stats.count", count, f"stats.{name}", getattr(stats, name))
-        if dtype_name(count.dtype) not in _COUNTING:
-            raise TypeError(f"expected stats.count to be a whole number, got {count.dtype}{on_rank()}")
-    elif count < 0:
-        raise ValueError(f"expected stats.count to be at least 0, got {count}{on_rank()}")
 
 
 def check_running(running_mean: Array, running_var: Array, momentum: float | Array) -> None:
@@ -271,7 +231,8 @@ def check_running(running_mean: Array, running_var: Array, momentum: float | Arr
         raise ValueError(
             "expected running_mean and running_var to be floating point, of one length, got "
             f"{dtype_name(running_mean.dtype)} of shape {tuple(running_mean.shape)} and "
-            f"{dtype_name(running_var.dtype)} of shape {tuple(running_var.shape)}{on_rank()}"
+            f"{dtype_name(running_var.dtype)} of shape {tuple(running_var.shape)}{on_rank()}: convert "
+            "them first"
         )
     _check_momentum(momentum, "from 0 to 1, or a 0-d tensor", running_mean)
 
@@ -300,50 +261,42 @@ def check_timeout(timeout: object) -> None:
     """Check a timeout of a process group."""
     if not hasattr(timeout, "total_seconds"):
         raise TypeError(
-            f"expected timeout to be a datetime.timedelta, got {type(timeout).__name__}{on_rank()}"
+            f"expected timeout to be a datetime.timedelta, got {type(timeout).__name__}{on_rank()}: pass "
+            "timedelta(seconds=...)"
         )
 
 
-def dtype_name(dtype: object) -> str:
-    """``float32`` for ``torch.float32`` and ``numpy.dtype("float32")`` alike."""
-    return str(dtype).rpartition(".")[2]
-
-
-def _check_momentum(momentum: float | Array, expected: str, like: Array) -> None:
+def _check_momentum(momentum: float | Array, expected: str, like: Array, layer: str | None = None) -> None:
     """Check a number, or an array of no dimensions. A value on a device is not read."""
     if isinstance(momentum, _NUMBER) or getattr(momentum, "ndim", None) != 0:
-        _check_number("momentum", momentum, expected, 1.0)
+        _check_number("momentum", momentum, expected, 1.0, layer)
         return
     check_kind("momentum", momentum, "the other arguments", like)
     if dtype_name(momentum.dtype) not in FLOATING:
         raise TypeError(
-            f"expected momentum to be floating point, got {momentum.dtype}{on_rank()}: hand over a float"
+            f"expected momentum to be floating point, got {momentum.dtype}{in_layer(layer)}: pass a float"
         )
     if getattr(momentum, "requires_grad", False):
         raise TypeError(
-            f"expected momentum without a gradient, got a tensor that requires one{on_rank()}: "
-            "hand over momentum.detach()"
+            f"expected momentum without a gradient, got a tensor that requires one{in_layer(layer)}: "
+            "pass momentum.detach()"
         )
     if transport.is_readable_now(momentum):
-        _check_number("momentum", float(momentum), expected, 1.0)
-    elif _on_device(momentum) not in (_on_device(like), " on cpu"):
-        where = "" if transport.on_host(like) else f", or{_on_device(like)}"
+        _check_number("momentum", float(momentum), expected, 1.0, layer)
+    elif on_device(momentum) not in (on_device(like), " on cpu"):
+        where = "" if transport.on_host(like) else f", or{on_device(like)}"
         raise ValueError(
-            f"expected momentum in host memory{where}, got a tensor{_on_device(momentum)}{on_rank()}: move "
-            "it there, momentum.cpu()"
+            f"expected momentum in host memory{where}, got a tensor{on_device(momentum)}{in_layer(layer)}: "
+            "move it there, momentum.cpu()"
         )
 
 
-def _check_number(label: str, value: object, expected: str, limit: float) -> None:
+def _check_number(label: str, value: object, expected: str, limit: float, layer: str | None) -> None:
     if not isinstance(value, _NUMBER):
-        raise TypeError(f"expected {label} {expected}, got {type(value).__name__}{on_rank()}")
+        raise TypeError(f"expected {label} {expected}, got {type(value).__name__}{in_layer(layer)}")
     if not 0.0 <= value <= limit or value == math.inf:
-        raise ValueError(f"expected {label} {expected}, got {value}{on_rank()}")
+        raise ValueError(f"expected {label} {expected}, got {value}{in_layer(layer)}")
 
 
 def _is_mixed(name: str, parameters: object) -> bool:
     return name in _HALVES and dtype_name(parameters) == "float32"
-
-
-def _on_device(array: Array) -> str:
-    return "" if isinstance(array, np.ndarray) else f" on {array.device}"

@@ -9,15 +9,18 @@ import numpy as np
 from ..errors import on_rank
 from ..kernels import Array, loaded_torch
 
-__all__ = ["check_array", "check_kind"]
+__all__ = ["COUNTING", "FLOATING", "check_array", "check_kind", "dtype_name", "on_device"]
+
+FLOATING = ("float16", "bfloat16", "float32", "float64")
+COUNTING = ("int8", "int16", "int32", "int64", "uint8", *FLOATING)
 
 _COUNTS = "counts in the statistics"
-# The names of tensor classes that hold their values in other tensors, with what to hand over instead.
+# The names of tensor classes that hold their values in other tensors, and the cure.
 _WRAPPERS = {
-    "DTensor": "hand over the part of this rank, .to_local(), or all of it, .full_tensor()",
+    "DTensor": "pass the part of this rank, .to_local(), or all of it, .full_tensor()",
     "MaskedTensor": "leave those samples out, or fill them first, .to_tensor(value); what fills them "
     f"{_COUNTS}",
-    "nested tensor": f"hand over its .values(), or .to_padded_tensor(value); what pads it {_COUNTS}",
+    "nested tensor": f"pass its .values(), or .to_padded_tensor(value); what pads it {_COUNTS}",
     "quantized tensor": "convert it first, .dequantize()",
 }
 
@@ -78,7 +81,7 @@ def _check_tensor(label: str, value: Array) -> None:
     if not _has_values(value):
         raise TypeError(
             f"expected {label} to be a plain tensor, got a {type(value).__module__}.{kind}, which has no "
-            f"memory of its own{on_rank()}: hand over a tensor that holds its values"
+            f"memory of its own{on_rank()}: pass a tensor that holds its values"
         )
 
 
@@ -94,3 +97,13 @@ def _has_values(value: Array) -> bool:
         return value.numel() == 0 or value.data_ptr() != 0 or type(value[:1].clone()) is torch.Tensor
     except RuntimeError:  # "cannot access data pointer of Tensor that doesn't have storage"
         return False
+
+
+def dtype_name(dtype: object) -> str:
+    """``float32`` for ``torch.float32`` and ``numpy.dtype("float32")`` alike."""
+    return str(dtype).rpartition(".")[2]
+
+
+def on_device(array: Array) -> str:
+    """The end of words for an array: `` on cuda:0``, or empty for NumPy's."""
+    return "" if isinstance(array, np.ndarray) else f" on {array.device}"

@@ -109,8 +109,8 @@ def sync_batch_norm(
         check_mask(mask, input)
         if running_mean is None:
             raise ValueError(
-                f"expected running_mean and running_var in evaluation, got neither{on_rank()}: hand them "
-                "over, or set training to True for the statistics of the batch"
+                f"expected running_mean and running_var in evaluation, got neither{on_rank()}: pass them, "
+                "or set training to True for the statistics of the batch"
             )
         return evaluate(input, running_mean, running_var, weight, bias, eps, activation, residual, mask)
     if momentum is None:

@@ -249,21 +249,21 @@ class Communicator:
     def revoke_if_rank_lost(self, error: Exception, comm: MPI.Intracomm | None = None) -> str:
         """Revoke the communicator if an error of MPI says that a rank is gone.
 
-        The other ranks learn of the loss by that. Returns words to add to the error's message, or
-        "" for any other error. ``comm`` is a communicator that is not taken over yet.
+        The other ranks learn of the loss by that. Returns the cure, which ends the message of the
+        error. ``comm`` is a communicator that is not taken over yet.
         """
         MPI = mpi()
         losses = {MPI.ERR_PROC_FAILED, MPI.ERR_PROC_FAILED_PENDING, MPI.ERR_REVOKED}
         losses.discard(MPI.ERR_UNKNOWN)  # the value of all three if MPI has no such errors
         if error.Get_error_class() not in losses:  # type: ignore[attr-defined]
-            return ""
+            return ": see what MPI printed, and start the job again from its last checkpoint"
         self.rank_status.listening = False
         comm = comm or self.comm
         if comm is not None:
             with suppress(Exception):  # not every MPI has it, and there is an error already
                 comm.Revoke()
         return (
-            ". A rank of the group is gone: shrink the communicator, hand it to the model with "
+            ". A rank of the group is gone: shrink the communicator, pass it to the model with "
             "mpisyncbn.set_process_group(), and go on from the last step that all have done"
         )
 
@@ -299,7 +299,7 @@ class Communicator:
             return _unpickled_world, (None,)
         raise TypeError(
             f"cannot pickle {self!r}: a private group exists only in this run. Save the state_dict instead "
-            "of the module, or set process_group to None (the world) before pickling and hand the group back "
+            "of the module, or set process_group to None (the world) before pickling and set the group again "
             "after loading"
         )
 

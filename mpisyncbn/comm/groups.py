@@ -24,12 +24,13 @@ _T = TypeVar("_T")
 _keyval: int | None = None
 
 
-def resolve(process_group: AnyGroup) -> Communicator:
+def resolve(process_group: AnyGroup, label: str = "process_group") -> Communicator:
     """Return the Communicator for ``process_group``: always the same one for the same group.
 
     Args:
         process_group: None (the world), a Communicator, an intra-communicator of mpi4py, or a
             process group of torch.distributed of any backend, whose ranks are in this MPI job.
+        label: the name of the argument in errors.
 
     Raises:
         TypeError, ValueError: ``process_group`` is none of these, or does not contain this rank.
@@ -44,9 +45,9 @@ def resolve(process_group: AnyGroup) -> Communicator:
     MPI = mpi()
     if not isinstance(process_group, MPI.Comm):
         raise TypeError(
-            "expected process_group to be an mpi4py communicator, an mpisyncbn.Communicator, a process group "
-            "of torch.distributed that contains this rank, or None (the world), got "
-            f"{type_name(process_group)}{on_rank()}"
+            f"expected {label} to be an mpi4py communicator, an mpisyncbn.Communicator, a process group of "
+            "torch.distributed that contains this rank, or None (the world), got "
+            f"{type_name(process_group)}{on_rank()}: mpisyncbn.new_group(ranks) makes a group of some ranks"
         )
     check_comm(process_group)
     if process_group == MPI.COMM_WORLD:
@@ -142,7 +143,7 @@ def new_group(ranks: Iterable[int], comm: AnyGroup = None) -> Communicator | Non
         MPISyncBNError: ``comm`` is the world, and torch.distributed or a launcher knows of more
             ranks.
     """
-    parent = resolve(comm)
+    parent = resolve(comm, "comm")
     parent.check_world()
 
     def read() -> list[int]:
@@ -175,7 +176,7 @@ def new_subgroups(group_size: int | None = None, comm: AnyGroup = None) -> Commu
         MPISyncBNError: ``comm`` is the world, and torch.distributed or a launcher knows of more
             ranks.
     """
-    parent = resolve(comm)
+    parent = resolve(comm, "comm")
     parent.check_world()
 
     def read() -> int | None:

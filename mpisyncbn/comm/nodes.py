@@ -27,7 +27,7 @@ def local_rank(comm: AnyGroup = None) -> int:
 
     Collective: every rank of ``comm`` must call.
     """
-    group = resolve(comm).ready()
+    group = resolve(comm, "comm").ready()
     if group is world():
         launcher.warn_world_size(mpi())
     with group.collective("finding the ranks of each machine"):

@@ -59,8 +59,7 @@ def chosen(MPI: ModuleType) -> tuple[str, str]:
     if asked == "device" and not aware:
         raise TransportError(
             f"MPISYNCBN_TRANSPORT=device asks for messages in device memory, but {_name(MPI)} cannot take "
-            f"them{on_rank()}: {reason}. Use an MPI library built for {kind}, or set the variable to auto: "
-            "docs/explanation/transports.md"
+            f"them{on_rank()}: {reason}. Use an MPI library built for {kind}, or set the variable to auto"
         )
     return "device" if aware else "host", reason
 

@@ -38,7 +38,7 @@ def check_name(name: object, label: str = "name", cure: str = "") -> None:
         raise TypeError(f"expected {label} to be a str or None, got {type(name).__name__}{on_rank()}{cure}")
     if name is not None and (not name or name.startswith("#")):
         raise ValueError(
-            f"expected a {label} that is not empty and begins with no #, got {name!r}{on_rank()}{cure}"
+            f"expected a {label}, not empty and not with a # first, got {name!r}{on_rank()}{cure}"
         )
 
 

@@ -36,7 +36,7 @@ def register_conversion(
 
     Args:
         cls: the class or, so that its library need not be imported, its full name as the refusal of
-            a conversion says it, such as "timm.layers.norm_act.BatchNormAct2d". Subclasses that
+            a conversion prints it, such as "timm.layers.norm_act.BatchNormAct2d". Subclasses that
             inherit its forward are converted too.
         forward: what a converted layer does in place of the forward of ``cls``. It takes the layer, a
             function, and the arguments of the layer. The function normalizes with the statistics of
@@ -52,7 +52,8 @@ def register_conversion(
     """
     if not isinstance(cls, str) and not (isinstance(cls, type) and issubclass(cls, _BatchNorm)):
         raise TypeError(
-            f"expected a subclass of torch's batch norms or its full name, got {cls!r}{on_rank()}"
+            f"expected a subclass of torch's batch norms or its full name, got {cls!r}{on_rank()}: other "
+            "layers call mpisyncbn.sync_batch_norm"
         )
 
     def register(forward: Forward) -> Forward:

@@ -24,6 +24,7 @@ from typing import TYPE_CHECKING
 import torch.distributed as dist
 
 from .. import profiling
+from ..arguments import check_timeout
 from ..comm import launcher
 from ..comm.communicator import Communicator
 from ..comm.runtime import mpi
@@ -56,13 +57,15 @@ def init_process_group(
     Raises:
         ValueError: torch.distributed is initialized already, or ``comm`` does not contain all
             ranks: torch.distributed.new_group() makes groups of some.
-        TypeError: ``comm`` is not an mpi4py communicator.
+        TypeError: ``comm`` is not a communicator, or ``timeout`` no timedelta.
         MPISyncBNError: torch.distributed or a launcher knows of more ranks than MPI.
 
     Collective: every rank must call.
     """
     MPI = mpi()
     launcher.check_world_size(MPI)
+    if timeout is not None:
+        check_timeout(timeout)
     given = Communicator(comm)._source
     if MPI.Comm.Compare(given, MPI.COMM_WORLD) == MPI.UNEQUAL:
         raise ValueError(
@@ -72,7 +75,8 @@ def init_process_group(
         )
     if dist.is_initialized():
         raise ValueError(
-            f"torch.distributed is initialized already, with backend {dist.get_backend()}{on_rank()}"
+            f"torch.distributed is initialized already, with backend {dist.get_backend()}{on_rank()}: "
+            "leave this call out, or call torch.distributed.destroy_process_group() first"
         )
     with rendezvous.use_comm(given):
         dist.init_process_group(BACKEND, init_method="mpi4py://", timeout=timeout)
@@ -98,8 +102,8 @@ def monitored_barrier(
     group = dist.group.WORLD if group is None else group
     if not isinstance(group, ProcessGroup):
         raise TypeError(
-            f"expected a group of backend {BACKEND}, got {group!r}{on_rank()}: "
-            "call mpisyncbn.init_process_group() first"
+            f"expected a group of backend {BACKEND}, got {group!r}{on_rank()}: call "
+            "mpisyncbn.init_process_group() first, or pass a group that torch.distributed.new_group() made"
         )
     with profiling.record("mpi4py:monitored_barrier"):
         group.monitored_barrier(timeout, wait_all_ranks)

@@ -36,6 +36,7 @@ __all__ = [
     "as_list",
     "check_same",
     "dtypes_and_shapes",
+    "failure_of",
 ]
 
 T = TypeVar("T")
@@ -77,7 +78,10 @@ def as_list(tensors: Tensors) -> list[Tensor]:
 def check_same(what: str, one: object, other: object) -> None:
     """Raise ValueError if ``one`` and ``other`` differ; ``what`` names both in the error."""
     if one != other:
-        raise ValueError(f"expected {what} to be alike, got {one} and {other}")
+        raise ValueError(
+            f"expected {what} to be equal, got {one} and {other}: make each output like its input, in dtype "
+            "and number of values"
+        )
 
 
 class Options(Protocol):
@@ -199,7 +203,7 @@ class CheckedProcessGroup(dist.ProcessGroup):
         try:
             return action(self._collective_group.comm)
         except self._collective_group.mpi_error as error:
-            raise MPISyncBNError(f"MPI failed in {call}{on_rank()}: {error}") from error
+            raise failure_of(call, error) from error
 
     def _check_usable(self, operation: str) -> None:
         """Raise MPISyncBNError if the group was destroyed, or a collective left it unusable."""
@@ -209,14 +213,15 @@ class CheckedProcessGroup(dist.ProcessGroup):
     def _check_root(self, root: int) -> int:
         """Return ``root`` if it is a rank of this group; raise ValueError if not."""
         if not 0 <= root < self._collective_group.size:
-            raise ValueError(f"expected a root from 0 to {self._collective_group.size - 1}, got {root}")
+            most = self._collective_group.size - 1
+            raise ValueError(f"expected a root from 0 to {most}, got {root}: pass its rank in the group")
         return root
 
     def _check_one_per_rank(self, parts: Sequence[object]) -> None:
         """Raise ValueError unless ``parts`` has one entry for each rank."""
         size = self._collective_group.size
         if len(parts) != size:
-            raise ValueError(f"expected one tensor for each of {size} ranks, got {len(parts)}")
+            raise ValueError(f"expected a list of {size} tensors, one for each rank, got {len(parts)}")
 
     def _check_one_tensor_per_rank(self, parts: Sequence[Tensor], other: Tensor) -> None:
         """Raise ValueError unless ``parts`` has a tensor of ``other``'s dtype for each rank."""
@@ -227,7 +232,11 @@ class CheckedProcessGroup(dist.ProcessGroup):
     def _check_part_per_rank(self, whole: Tensor, part: Tensor) -> None:
         """Raise ValueError unless ``whole`` is as long as one ``part`` per rank, in its dtype."""
         size = self._collective_group.size
-        check_same(f"the whole and {size} parts of {part.numel()} values", whole.numel(), size * part.numel())
+        check_same(
+            f"the sizes of the whole and of {size} parts of {part.numel()}",
+            whole.numel(),
+            size * part.numel(),
+        )
         check_same("the dtypes of output and input", whole.dtype, part.dtype)
 
     def _split_bytes(self, values: Tensor, splits: Sequence[int] | None) -> list[int]:
@@ -239,11 +248,18 @@ class CheckedProcessGroup(dist.ProcessGroup):
         size, rows = self._collective_group.size, values.shape[0] if values.ndim else 1
         if not splits:
             if rows % size:
-                raise ValueError(f"expected rows for {size} equal parts, got {rows}")
+                raise ValueError(f"expected rows for {size} equal parts, got {rows}: pass split sizes")
             splits = [rows // size] * size
         if len(splits) != size or sum(splits) != rows or min(splits) < 0:
-            raise ValueError(f"expected {size} splits with a sum of {rows} rows, got {list(splits)}")
+            raise ValueError(f"expected {size} split sizes with a sum of {rows} rows, got {list(splits)}")
         return [count * (values.nbytes // max(rows, 1)) for count in splits]
+
+
+def failure_of(call: object, error: MPI.Exception) -> MPISyncBNError:
+    """The error of a call in which MPI failed."""
+    too_long = error.Get_error_class() == mpi().ERR_TRUNCATE
+    cure = ": the message is longer than the tensor. Receive as many bytes as are sent" if too_long else ""
+    return MPISyncBNError(f"MPI failed in {call}{on_rank()}: {error}{cure}")
 
 
 def _default_timeout(group: Communicator) -> timedelta:

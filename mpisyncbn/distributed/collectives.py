@@ -93,7 +93,7 @@ class Collectives(CheckedProcessGroup):
         def prepare() -> Prepared:
             self._check_one_tensor_per_rank(parts, out)
             own = parts[self._collective_group.rank]
-            check_same("the output and this rank's part of the input", out.numel(), own.numel())
+            check_same("the sizes of the output and this rank's part of the input", out.numel(), own.numel())
             operation, host = reduce_op_name(opts.reduceOp), host_output_for(out)
             reduction, counts = reduction_for(operation, out.dtype), [part.numel() for part in parts]
             sources = [to_cpu(part) for part in parts]
@@ -167,7 +167,7 @@ class Collectives(CheckedProcessGroup):
             if self._collective_group.rank == root:
                 self._check_one_tensor_per_rank(parts, values)
                 for part in parts:
-                    check_same("the input and each output", values.numel(), part.numel())
+                    check_same("the sizes of the input and each output", values.numel(), part.numel())
 
             def action(comm: MPI.Intracomm) -> None:
                 host = contiguous(source)
@@ -191,7 +191,7 @@ class Collectives(CheckedProcessGroup):
             if self._collective_group.rank == root:
                 self._check_one_tensor_per_rank(parts, out)
                 for part in parts:
-                    check_same("the output and each input", out.numel(), part.numel())
+                    check_same("the sizes of the output and each input", out.numel(), part.numel())
 
             sources = [to_cpu(part) for part in parts]
 
@@ -213,7 +213,7 @@ class Collectives(CheckedProcessGroup):
         def prepare() -> Prepared:
             self._check_one_tensor_per_rank(parts, values)
             own = parts[self._collective_group.rank]
-            check_same("the input and this rank's output", values.numel(), own.numel())
+            check_same("the sizes of the input and this rank's output", values.numel(), own.numel())
             sizes, source = [part.nbytes for part in parts], to_cpu(values)
 
             def action(comm: MPI.Intracomm) -> None:
@@ -260,7 +260,8 @@ class Collectives(CheckedProcessGroup):
             self._check_one_per_rank(outputs)
             for row in outputs:
                 for out, values in zip(row, inputs, strict=True):
-                    check_same("input and output", (values.numel(), values.dtype), (out.numel(), out.dtype))
+                    kinds = (values.numel(), values.dtype), (out.numel(), out.dtype)
+                    check_same("the sizes and dtypes of input and output", *kinds)
             sources = [to_cpu(values) for values in inputs]
 
             def action(comm: MPI.Intracomm) -> None:
@@ -342,7 +343,7 @@ def _checked_all_to_all(
             if theirs[rank] != wanted[source]:
                 raise ValueError(
                     f"all_to_all: rank {source} sends {theirs[rank]} bytes to rank {rank}, which expects "
-                    f"{wanted[source]}{on_rank()}"
+                    f"{wanted[source]}{on_rank()}: split sizes and dtypes must fit"
                 )
     most = max(sum(part) for plan in plans for part in plan)
     mpi_collectives.all_to_all(comm, values, host, sent, received, most)

@@ -77,7 +77,8 @@ def reduce_op_name(operation: ReduceOp | ReduceOp.RedOpType) -> str:
     for name in _OPERATIONS:
         if operation == getattr(ReduceOp, name):
             return name
-    raise TypeError(f"expected one of {', '.join(_OPERATIONS)} as the reduction, got another")
+    given = getattr(operation, "op", operation)
+    raise TypeError(f"expected one of {', '.join(_OPERATIONS)} as the reduction, got {given}")
 
 
 class Reduction:
@@ -99,7 +100,7 @@ class Reduction:
         if compute_dtype not in _MPI_NAMES:
             raise TypeError(f"MPI has no {dtype} to reduce: send it as another dtype")
         if not _is_defined(name, dtype):
-            raise TypeError(f"{name} of {dtype} is not defined")
+            raise TypeError(f"{name} of {dtype} is not defined: convert the tensor, or use another reduction")
         self.name, self.dtype, self.compute_dtype = name, dtype, compute_dtype
         MPI = mpi()
         self._in_place, self._from_address = MPI.IN_PLACE, MPI.memory.fromaddress

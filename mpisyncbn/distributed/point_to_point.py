@@ -17,8 +17,8 @@ from torch import Tensor
 from .. import profiling
 from ..arguments import check_timeout
 from ..comm.runtime import mpi
-from ..errors import CollectiveTimeoutError, MPISyncBNError, on_rank
-from .checked import CheckedProcessGroup, GroupCall, Tensors, as_list, dtypes_and_shapes
+from ..errors import CollectiveTimeoutError, on_rank
+from .checked import CheckedProcessGroup, GroupCall, Tensors, as_list, dtypes_and_shapes, failure_of
 from .host_tensors import contiguous, copy_back, finish_writes, host_output_for, to_cpu
 from .mpi_collectives import OWN_TAG, irecv, isend
 from .no_compile import no_compile_methods
@@ -56,7 +56,8 @@ class PointToPoint(CheckedProcessGroup):
         (tensor,) = as_list(tensors)
         if peer != mpi().ANY_SOURCE and not 0 <= peer < self.size():
             raise ValueError(
-                f"{operation}: expected a rank from 0 to {self.size() - 1}, got {peer}{on_rank()}"
+                f"{operation}: expected a rank from 0 to {self.size() - 1}, got {peer}{on_rank()}: pass a "
+                "rank in the group"
             )
         who = "anyone" if peer == mpi().ANY_SOURCE else f"rank {peer}"
         about = (who, "of", *dtypes_and_shapes([tensor]), "with tag", tag)
@@ -100,7 +101,8 @@ class PointToPoint(CheckedProcessGroup):
             self._unusable = "this process group is unusable since monitored_barrier timed out"
             who = f"ranks {missing}" if group.rank == 0 else "rank 0, or another rank it waits for,"
             raise CollectiveTimeoutError(
-                f"monitored_barrier: {who} did not come within {seconds:g} s{on_rank()}"
+                f"monitored_barrier: {who} did not come within {seconds:g} s{on_rank()}: look where "
+                "they are. If they are only slow, timeout= gives them more time"
             )
 
 
@@ -163,7 +165,7 @@ class PointToPointWork(Work):
                     if not all(request.Test(status) for request in self._requests):
                         return False
                 except MPI.Exception as error:
-                    self.complete(MPISyncBNError(f"MPI failed in {self._call}{on_rank()}: {error}"))
+                    self.complete(failure_of(self._call, error))
                     return True
                 self._complete_message(status)
         return True
@@ -184,7 +186,10 @@ class PointToPointWork(Work):
             self._source = status.Get_source()
             length, expected = status.Get_count(mpi().BYTE), self._host.nbytes
             if len(self._requests) == 1 and length != expected:
-                error = ValueError(f"{self._call}: expected {expected} bytes, {length} came{on_rank()}")
+                error = ValueError(
+                    f"{self._call}: expected {expected} bytes, {length} came{on_rank()}: receive as many as "
+                    "are sent"
+                )
             else:
                 copy_back(self._host, self._received)
         self.complete(error)
@@ -202,7 +207,10 @@ class PointToPointWork(Work):
         """
         seconds = (timeout if timeout and timeout > timedelta(0) else self._group._timeout).total_seconds()
         if not wait_until(self.is_completed, seconds):
-            error = CollectiveTimeoutError(f"{self._call}: nothing for {seconds:g} s{on_rank()}")
+            error = CollectiveTimeoutError(
+                f"{self._call}: nothing for {seconds:g} s{on_rank()}: look where the other rank is. "
+                "If it is only slow, timeout= gives it more time"
+            )
             self._cancel(error)
             raise error
         return super().wait()

@@ -103,10 +103,12 @@ def test_nothing_is_changed_by_an_error_or_without_data():
     update_bn([], model)
     problem = error_of(lambda: update_bn([torch.zeros(2, 9, 6, 5).double()], model), RuntimeError)
     wrong = error_of(lambda: update_bn([], model.forward), TypeError)
+    no_tensor = error_of(lambda: update_bn([{"x": torch.zeros(2, 9, 6, 5)}], model), TypeError)
     update_bn([torch.zeros(1)], nn.Identity())
     with together():
         assert problem is not None
         assert "expected a torch.nn.Module, got method" in str(wrong)
+        assert f"first item is one, got dict (on rank {WORLD.rank} of {WORLD.size})" in str(no_tensor)
         assert all(torch.equal(before[name], value) for name, value in state(model).items())
         assert model.training
         assert model[1].track_running_stats

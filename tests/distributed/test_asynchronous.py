@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.distributed import ReduceOp
 
 import mpisyncbn
-from mpisyncbn import CollectiveTimeoutError
+from mpisyncbn import CollectiveTimeoutError, MPISyncBNError
 from mpisyncbn.distributed.work import Work
 from support.ranks import WORLD, error_of, several, together
 from support.versions import newer_than_2_6
@@ -206,15 +206,19 @@ def test_from_anyone() -> None:
     else:
         dist.send(torch.full((2,), float(RANK)), 0)
     wrong: Any = None
+    long: Any = None
     if RANK == 0:
         wrong = error_of(lambda: dist.recv(torch.zeros(4), 1, tag=1), ValueError)
+        long = error_of(lambda: dist.recv(torch.zeros(2), 1, tag=2), MPISyncBNError)
     elif RANK == 1:
         dist.send(torch.zeros(3), 0, tag=1)
+        dist.send(torch.zeros(3), 0, tag=2)
 
     with together():
         if RANK == 0:
             assert sorted(seen) == [(rank, rank) for rank in range(1, SIZE)]
             assert "expected 16 bytes, 12 came" in str(wrong)
+            assert "the message is longer than the tensor. Receive as many bytes" in str(long)
 
 
 def test_a_collective_that_was_begun():

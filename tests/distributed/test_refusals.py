@@ -159,10 +159,10 @@ def test_bad_arguments() -> None:
         "expected a dense tensor": lambda: dist.all_reduce(sparse),
         "no torch.float8_e4m3fn to reduce": lambda: dist.all_reduce(torch.zeros(3).to(torch.float8_e4m3fn)),
         "expected a root from 0": lambda: dist.group.WORLD.broadcast([torch.zeros(3)], options(root=SIZE)),
-        "splits with a sum of": lambda: dist.group.WORLD.all_to_all_single(
+        "split sizes with a sum of": lambda: dist.group.WORLD.all_to_all_single(
             torch.zeros(SIZE + 1), torch.zeros(SIZE + 1), [SIZE] * SIZE, [SIZE] * SIZE, options(0)
         ),
-        "one tensor for each": lambda: dist.group.WORLD.allgather(
+        "tensors, one for each rank": lambda: dist.group.WORLD.allgather(
             [[torch.zeros(3)] * (SIZE + 1)], [torch.zeros(3)], options(0)
         ),
     }
@@ -186,7 +186,7 @@ def test_refusals_of_single_calls() -> None:
     sent.wait()
     with pytest.raises(ValueError, match=f"send: expected a rank from 0 to {SIZE - 1}, got {SIZE}"):
         world.send([x], SIZE, 0)
-    with pytest.raises(ValueError, match="expected the dtypes of output and input to be alike"):
+    with pytest.raises(ValueError, match="expected the dtypes of output and input to be equal"):
         dist.reduce_scatter_tensor(x[:1].double(), torch.ones(SIZE))
     with pytest.raises(TypeError, match="expected a group of backend mpi4py, got 'another'"):
         distributed.monitored_barrier("another")
@@ -197,6 +197,8 @@ def test_refusals_of_single_calls() -> None:
 def test_a_timeout_that_is_a_number_and_a_model_that_is_none() -> None:
     with pytest.raises(TypeError, match=r"expected timeout to be a datetime.timedelta, got int"):
         distributed.ProcessGroup(MPI.COMM_SELF, 60)
+    with pytest.raises(TypeError, match=r"got int.*: pass timedelta\(seconds=...\)"):
+        mpisyncbn.init_process_group(timeout=60)
     group = distributed.ProcessGroup(MPI.COMM_SELF.Dup(), timedelta(seconds=60))
     with pytest.raises(TypeError, match=r"expected timeout to be a datetime.timedelta, got int"):
         distributed.monitored_barrier(group, 60)

@@ -22,7 +22,7 @@ FLOORS = {
     "": "__init__ __main__ communicator fusing mixed_class report lightning precise_bn distributed uneven"
     " batchnorm autograd convert functional exchange enqueue merging fingerprint running_stats arguments"
     " batch_stats activations comm liveness kernels profiling torch_versions config errors",
-    "arguments": "__init__ arrays",
+    "arguments": "__init__ statistics arrays",
     "autograd": "__init__ fused enqueued compiled composite evaluation layer_context",
     "comm": "__init__ nodes groups communicator runtime ancestors handshake transport staging streams"
     " unreferenced layer_names launcher",

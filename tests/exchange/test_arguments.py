@@ -195,6 +195,9 @@ def test_a_converted_layer_is_named():
                 bn(*inputs)
     with pytest.raises(ValueError, match=re.escape(f"got input of shape {tuple(alone.shape)}{where}")):
         bn.train()(alone)
+    bn.eps = -1.0
+    with pytest.raises(ValueError, match=re.escape(f"got -1.0{where}")):
+        bn(X)
 
 
 def test_more_dimensions_than_anybody_has():

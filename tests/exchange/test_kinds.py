@@ -108,7 +108,7 @@ OF_ANOTHER_KIND = [
     (lambda: sync_batch_norm(ROWS, None, None, None, np.ones(3, "f4")), "bias to be Tensor like the input"),
     (
         lambda: mpi_collectives.reduce_op_name("SUM of squares"),
-        f"one of {', '.join(mpi_collectives._OPERATIONS)} as the reduction, got another",
+        f"one of {', '.join(mpi_collectives._OPERATIONS)} as the reduction, got SUM of squares",
     ),
     (lambda: host_tensors.to_cpu([1.0]), "a tensor, got list"),
     (
@@ -119,7 +119,7 @@ OF_ANOTHER_KIND = [
 OUT_OF_RANGE = [
     (
         lambda: sync_batch_norm(ROWS, None, None, training=False),
-        "running_mean and running_var in evaluation, got neither{}: hand them over, or",
+        "running_mean and running_var in evaluation, got neither{}: pass them, or",
     ),
     (lambda: update(STATS._replace(count=-1), 0.1), "stats.count to be at least 0, got -1{}"),
     # These have no address, and neither has None: native code must tell them apart in another way.
@@ -216,7 +216,7 @@ class Wrapper(torch.Tensor):
         return cls(found) if isinstance(found, torch.Tensor) else found
 
 
-NESTED = "nested tensor{}: hand over its .values(), or .to_padded_tensor(value); what pads it counts"
+NESTED = "nested tensor{}: pass its .values(), or .to_padded_tensor(value); what pads it counts"
 ODD_TENSORS = {
     "jagged": (lambda one: torch.nested.nested_tensor([one, one], layout=torch.jagged), NESTED),
     "nested": (lambda one: torch.nested.nested_tensor([one, one]), NESTED),
@@ -226,7 +226,7 @@ ODD_TENSORS = {
     ),
     "wrapper": (
         Wrapper,
-        f"{__name__}.Wrapper, which has no memory of its own{{}}: hand over a tensor that holds",
+        f"{__name__}.Wrapper, which has no memory of its own{{}}: pass a tensor that holds",
     ),
 }
 

@@ -55,6 +55,7 @@ def test_an_error_of_mpi_says_where(dtype, function, code, error, words):
     assert type(caught.value) is error
     if error is MPISyncBNError:
         assert f"of {SIZE}, exchange number 1 of this communicator, forward" in str(caught.value)
+        assert str(caught.value).endswith("start the job again from its last checkpoint")
         assert isinstance(caught.value.__cause__, MPI.Exception)
     assert layer.num_batches_tracked == 0
 

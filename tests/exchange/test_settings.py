@@ -52,6 +52,13 @@ def test_a_bad_process_group(name, user):
         USERS[user](group)
 
 
+@pytest.mark.parametrize("function", [mpisyncbn.local_rank, lambda comm: mpisyncbn.new_group([0], comm)])
+def test_a_bad_comm(function):
+    words = r"expected comm to be an mpi4py .*, got builtins\.list.*: mpisyncbn\.new_group\(ranks\) makes"
+    with pytest.raises(TypeError, match=words):
+        function([0])
+
+
 @pytest.mark.parametrize("name", ["COMM_NULL", "freed", "object"])
 def test_a_communicator_of_a_bad_communicator(name):
     make, error, _ = GROUPS[name]

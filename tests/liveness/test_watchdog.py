@@ -51,7 +51,7 @@ def test_a_limit_that_is_none_is_refused_on_every_rank(value, monkeypatch):
         layer(shard((local_batch(), 3)))
     except ValueError as error:
         problem = error
-    assert f"MPISYNCBN_TIMEOUT must be seconds, or 0 for any, got {value!r}" in str(problem)
+    assert f"expected MPISYNCBN_TIMEOUT to be seconds, or 0 for no limit, got {value!r}" in str(problem)
     assert f"on rank 0 of {SIZE}" in str(problem)
 
 

@@ -164,7 +164,7 @@ def _refused(*arrays: Array | None) -> MPISyncBNError:
     )
     return MPISyncBNError(
         f"expected arrays in host memory, of one shape and dtype, got one that cannot be read among {found}"
-        f"{on_rank()}: hand over plain arrays"
+        f"{on_rank()}: pass plain arrays"
     )
 
 
