@@ -30,7 +30,7 @@ class SyncBatchNorm(convert.Synchronized):
     r"""Batch normalization over the batch of all ranks of an MPI communicator.
 
     A drop-in for :class:`torch.nn.SyncBatchNorm`, with the same arguments, attributes and
-    state_dict, for tensors on any device. See docs/explanation/surprises.md for where it differs on purpose.
+    state_dict, for tensors on any device. docs/explanation/surprises.md says how it differs on purpose.
 
     Args:
         num_features: the number of channels C of an input of shape ``(N, C, *)``.
@@ -57,16 +57,23 @@ class SyncBatchNorm(convert.Synchronized):
             See docs/guides/memory.md.
 
     Shape:
-        - input: ``(N, C, *)`` with at least 2 dimensions. N may differ between ranks, and be 0.
+        - input: ``(N, C, *)``, at least 2-D; float32, float64, bfloat16 or float16. N may differ
+          between ranks, and be 0.
         - residual, optional: like the input. It is added before the activation, in the same pass.
         - mask, optional, by keyword: boolean, of the input's shape but with one channel,
           ``(N, 1, *)``. Statistics and gradients are those of the values where it is true. Elsewhere
           the output is 0, and the input has no effect. It is for padded sequences and grids with
           holes: docs/guides/masks.md.
-        - output: like the input, in the same memory format.
+        - output: of the input's shape, dtype and memory format.
 
     Raises:
         ValueError: ``activation`` is another text or module, or one with hooks or its own ``forward``.
+        ValueError, TypeError: in forward, an argument is of the wrong shape, dtype or device.
+        ValueError: in forward, on every rank, if the group has a single value per channel.
+        CollectiveMismatchError: in forward or backward, on every rank, if the ranks were in
+            different layers.
+        MPISyncBNError: in forward, the group is the world, and torch.distributed or a launcher knows
+            of more ranks.
 
     Building, copying, loading and evaluating a layer is not collective. Forward and backward
     while training are: every rank of the group must call them, in the same order of layers.
@@ -183,8 +190,9 @@ class SyncBatchNorm(convert.Synchronized):
 
         Args:
             module: a model, or a single layer.
-            process_group: the ranks to normalize over: an mpi4py communicator, a Communicator, or None
-                for the world. Layers that are synchronized already get it too.
+            process_group: the ranks to normalize over: an mpi4py communicator, a Communicator, a
+                process group of torch.distributed, or None for the world. Layers that are
+                synchronized already get it too.
             name: of the model, the same on every rank; None: the name of its class. Give models of one
                 class different names: they tell apart the layers of two models in one exchange.
             fuse_activation: let each layer compute the ``nn.ReLU``, ``nn.LeakyReLU``, ``nn.SiLU``,
@@ -201,7 +209,7 @@ class SyncBatchNorm(convert.Synchronized):
         Raises:
             TypeError: some layer has a ``forward`` of its own, which would be lost, or is compiled by
                 torch.jit. The message names it. No layer is changed then.
-            TypeError, ValueError: ``name`` is no text, or begins with ``#``.
+            TypeError, ValueError: ``name`` is not a str, is empty, or begins with ``#``.
 
         Warns:
             UserWarning: the model holds batch norms that are not torch's. They stay local.

@@ -123,7 +123,7 @@ def sums_call(group: Communicator, call: LayerCall, values: int) -> Call:
 def _native() -> NativeKernels:
     kernels = native()
     if kernels is None:
-        raise MPISyncBNError("the native code is not there, and a worker is")
+        raise MPISyncBNError("expected the native code of this worker, got none: install mpisyncbn again")
     return kernels
 
 

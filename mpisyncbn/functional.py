@@ -113,11 +113,12 @@ def batch_norm_forward(
     """Normalize ``x`` with the mean and variance of the whole group's batch (Ioffe and Szegedy 2015).
 
     Args:
-        x: ``(N, C, *)``, floating point: NumPy, CuPy or torch. N may differ between ranks, and be 0.
+        x: ``(N, C, *)``, float32, float64, float16 or (torch alone) bfloat16: an array of NumPy or
+            CuPy, or a tensor. N may differ between ranks, and be 0.
         weight, bias: of length C, of the dtype of ``x``, or float32 for a half-precision ``x``; or None.
         eps: added to the variance, at least 0.
-        process_group: the ranks to normalize over: an mpi4py communicator, a Communicator, or None
-            for the world.
+        process_group: the ranks to normalize over: an mpi4py communicator, a Communicator, a process
+            group of torch.distributed, or None for the world.
         mask: boolean, of the shape of ``x`` but with one channel: ``(N, 1, *)``; or None. Statistics
             are those of the values where it is true, and ``y`` is 0 elsewhere (docs/guides/masks.md).
 
@@ -159,13 +160,17 @@ def batch_norm_backward(
     """The gradients of ``batch_norm_forward``.
 
     Args:
-        dy: gradient of the loss with respect to ``y``, of the shape of ``x``.
+        dy: gradient of the loss with respect to ``y``, of the shape, dtype and device of ``x``.
         x, weight, process_group, mask: as given to ``batch_norm_forward``.
         stats: what it returned.
 
     Returns:
         ``dx``, like ``x``, and 0 where the mask is false; ``dweight`` and ``dbias``, of length C, the
         sums of this rank alone. Data-parallel training averages them with all other gradients.
+
+    Raises:
+        ValueError, TypeError: an argument is of the wrong shape, dtype or device.
+        CollectiveMismatchError: on every rank, if the ranks were in different calls.
 
     Collective: every rank of the group must call.
     """

@@ -2,7 +2,7 @@
 
     Trainer(strategy="ddp", plugins=[mpisyncbn.lightning.LayerSync()])
 
-It serves both packages, ``lightning`` and ``pytorch_lightning``, and imports neither.
+It works with both packages, ``lightning`` and ``pytorch_lightning``, and imports neither.
 """
 
 from __future__ import annotations

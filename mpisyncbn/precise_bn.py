@@ -44,8 +44,8 @@ def update_bn(
 ) -> None:
     """Set the running statistics of a model to those of all data of all ranks, exactly.
 
-    It is ``torch.optim.swa_utils.update_bn`` over ranks. It serves weights that were averaged (SWA,
-    EMA), and precise statistics (Wu and Johnson 2021, "Rethinking 'Batch' in BatchNorm"). The mean and
+    It is ``torch.optim.swa_utils.update_bn`` over ranks. It is for averaged weights (SWA, EMA), and
+    for precise statistics (Wu and Johnson 2021, "Rethinking 'Batch' in BatchNorm"). The mean and
     the unbiased variance are those of all values that a layer normalizes, whatever batches and ranks
     they come in. (torch averages the statistics of batches, all with one weight.) The model runs in
     training mode, so that a synchronized layer normalizes each batch with the statistics of all ranks.
@@ -58,17 +58,18 @@ def update_bn(
             largest number of batches that a rank had.
         device: where the input is moved to; None: it stays where it is.
         process_group: the ranks that hold the data of local layers: an mpi4py communicator, a
-            Communicator, or None for the world. Synchronized layers have groups of their own.
+            Communicator, a process group of torch.distributed, or None for the world. Synchronized
+            layers have groups of their own.
 
     If anything raises, no statistics are changed. A layer keeps its own if no value reached it, if
     ``model.train()`` leaves it in evaluation, or if a value is not finite; then a RuntimeWarning names
-    the layer. If tqdm is installed and stderr is a terminal, rank 0 shows a bar. A rank without further
+    the layer. If tqdm is installed and stderr is a terminal, rank 0 shows a bar. A rank without more
     batches waits for the others, at most MPISYNCBN_TIMEOUT seconds. Calls of ``sync_batch_norm`` in the
     model need as many batches on each rank, unless a layer has their group.
 
     Raises:
-        TypeError: ``model`` is no module, has a layer of torch.nn.SyncBatchNorm, or a layer refuses its
-            arguments.
+        TypeError: ``model`` is no module or has a layer of torch.nn.SyncBatchNorm, the input in a batch
+            is no tensor, or a layer refuses its arguments.
         CollectiveMismatchError: on every rank, if the ranks have layers of other sizes.
         MPISyncBNError: the layers have several groups, and MPI is without MPI_THREAD_MULTIPLE.
 

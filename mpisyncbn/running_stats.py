@@ -47,7 +47,7 @@ def update_running_stats(
 
     Args:
         running_mean, running_var: of length C, floating point, any array.
-        stats: of the batch; ``invstd`` is not looked at.
+        stats: of the batch; ``invstd`` is not used.
         momentum: weight of this batch, from 0 to 1: a number, or a 0-d array of their kind, in host
             memory or on their device.
 
@@ -78,7 +78,7 @@ def record_batch(
     Args:
         running_mean, running_var: floating point, of length C.
         num_batches_tracked: the count of a layer, or None.
-        stats: of the batch; ``invstd`` is not looked at.
+        stats: of the batch; ``invstd`` is not used.
         momentum: a number from 0 to 1, or an array of no dimensions.
         device_stats: the same statistics on the device of the running ones, if they are known there.
 

@@ -1,4 +1,4 @@
-"""Ranks that run out of data before others: they serve the exchanges of the others with a count of 0."""
+"""Ranks without data answer the exchanges of the others, with a count of 0."""
 
 from __future__ import annotations
 

@@ -5,7 +5,7 @@ order, so ranks may take different paths:
 
 - fused.py has kernels for the place where the data lives, and the first derivatives for training.
 - composite.py has differentiable torch operations and exchanges, for all other derivatives.
-- compiled.py serves torch.compile, which fuses torch operations but does not look into exchanges.
+- compiled.py is for torch.compile, which fuses torch operations but does not look into exchanges.
 
 evaluation.py needs no other rank.
 """
@@ -74,8 +74,8 @@ def sync_batch_norm(
         momentum: weight of this batch in the running statistics, from 0 to 1: a number, or a 0-d
             tensor in host memory or on their device.
         eps: added to the variance, at least 0.
-        process_group: the ranks to normalize over: an mpi4py communicator, a Communicator, or None
-            for the world.
+        process_group: the ranks to normalize over: an mpi4py communicator, a Communicator, a process
+            group of torch.distributed, or None for the world.
         activation: applied to the output, in the same passes over memory, forward and
             backward: "relu", "leaky_relu", "silu", "hardswish", "elu" or "gelu", with torch's
             defaults; "leaky_relu(0.1)", "elu(0.5)" or "gelu(tanh)"; a module of torch.nn that does
@@ -93,10 +93,12 @@ def sync_batch_norm(
 
     Raises:
         ValueError, TypeError: an argument is of the wrong shape, dtype, device or range.
+        TypeError: ``momentum`` is None in training: only a layer counts its batches.
         ValueError: ``activation`` is another text or module, or one with hooks or its own ``forward``.
         ValueError: ``memory_efficient`` with a residual or an activation that cannot be undone.
         ValueError: on every rank, if the group has a single value per channel.
         CollectiveMismatchError: on every rank, if the ranks were in different layers or calls.
+        MPISyncBNError: the group is the world, and torch.distributed or a launcher knows of more ranks.
 
     Collective while training, forward and backward: every rank of the group must call.
     """

@@ -188,7 +188,7 @@ def _compute_dtype(x: Tensor) -> torch.dtype:
 
 
 class _NoDerivative(torch.autograd.Function):
-    """The results of an operation of which autograd knows no derivative: ``_CompiledBatchNorm`` has that.
+    """Results of an operation. Autograd has no derivative of it: ``_CompiledBatchNorm`` has that.
 
     A graph of torch.export holds the operations alone, and so does a graph of make_fx.
     """

@@ -1,6 +1,6 @@
 """The composite path: kernels and exchanges that autograd can differentiate any number of times.
 
-It serves second derivatives, forward mode and torch.func. The statistics of a forward pass are
+It is for second derivatives, forward mode and torch.func. The statistics of a forward pass are
 known, so this module makes them functions of the input without a message. Only their derivatives
 send messages.
 """

@@ -187,8 +187,7 @@ class Communicator:
         """Wait until all exchanges that this rank has enqueued are done; raise what they found.
 
         For the ``stream`` transport (docs/explanation/transports.md): others have nothing enqueued.
-
-        Raises what the exchange would have raised on the host, on every rank: all must call then.
+        Collective if it raises, on every rank: CollectiveMismatchError, MPISyncBNError, ValueError.
         """
         if self.stream is None:
             return
@@ -268,7 +267,7 @@ class Communicator:
         )
 
     def free(self) -> None:
-        """Give the duplicate back to MPI. Collective: every rank of the group must call."""
+        """Give the duplicate back to MPI: later use raises MPISyncBNError. Collective: all must call."""
         if self.comm is not None and self._is_finalized():
             self.rank_status.unregister()
         elif self.comm is not None:

@@ -23,7 +23,14 @@ def local_rank(comm: AnyGroup = None) -> int:
     may share no memory: they are found by the name and the boot of their machine.
 
     Args:
-        comm: an mpi4py communicator, a Communicator, or None for the world.
+        comm: an mpi4py communicator, a Communicator, a process group of torch.distributed, or None
+            for the world.
+
+    Returns:
+        A number from 0 to one less than the ranks of ``comm`` on this machine.
+
+    Raises:
+        TypeError, ValueError: ``comm`` is none of these, or does not contain this rank.
 
     Collective: every rank of ``comm`` must call.
     """

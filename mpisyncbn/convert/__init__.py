@@ -242,7 +242,11 @@ def set_process_group(module: nn.Module, process_group: AnyGroup) -> None:
     Args:
         module: a model, or a single layer.
         process_group: an mpi4py communicator, such as one that was shrunk after the loss of a rank,
-            a Communicator, or None for the world.
+            a Communicator, a process group of torch.distributed, or None for the world.
+
+    Raises:
+        TypeError, ValueError: ``module`` is no module, or ``process_group`` none of these, or without
+            this rank. No layer is changed then.
 
     Not collective.
     """

@@ -4,7 +4,7 @@ Each module has the four functions of ``protocol.Kernels``. ``cuda`` has one mor
 for running statistics.
 
 =================  =============================================================================
-module             serves
+module             for
 =================  =============================================================================
 ``cpu``            NumPy and torch in host memory: native code
 ``aten``           torch in host memory, if the native code was not built

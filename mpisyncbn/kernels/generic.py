@@ -1,7 +1,7 @@
 """The four kernels for any array: NumPy, CuPy, or torch on any device. They are the reference.
 
-They use only operators and methods that all three libraries share, so one source serves them all,
-and torch can differentiate through it any number of times, forward and backward. Products and sums
+They use only operators and methods that all three libraries share. So one source does for all, and
+torch can differentiate through it any number of times, forward and backward. Products and sums
 are in float64, on devices that have it. Element-wise work is in float32 (float64 for float64
 input), and multiplies by invstd, never by its square, which may be beyond the range of float32.
 """

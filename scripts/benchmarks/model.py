@@ -41,9 +41,8 @@ def fit(ranks: int, small: float, large: float, size: int = 8192, least: int = 8
     return Network(small / steps - least * beta, beta)
 
 
-# All-reduce latencies of 8 B and of 8 KB (us) from published tables, of the kind that the OSU
-# micro-benchmarks print: HDR100 InfiniBand with 4 nodes of 128 ranks, Slingshot with 2 nodes of 288.
-# For 1 KB the same tables have 12 and 23 us, and these fits give 10.3 and 19.1.
+# Assumed all-reduce latencies of 8 B and of 8 KB (us): HDR100 InfiniBand with 4 nodes of 128 ranks,
+# Slingshot with 2 nodes of 288. Their source was not kept.
 NETWORKS = {
     "HDR100": fit(4 * 128, 7.7, 29.0),
     "Slingshot": fit(2 * 288, 11.0, 76.0),

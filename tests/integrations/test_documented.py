@@ -24,7 +24,7 @@ def test_two_ranks_are_as_one_process(
     example: documented.Example, tmp_path: Path, run_job: Callable[..., End]
 ) -> None:
     if documented.version(example) is None:
-        pytest.skip(f"{example.distribution} is not installed: pip install 'mpisyncbn[integrations]'")
+        pytest.skip(f"{example.distribution} is not installed: pip install -e '.[integrations]'")
     result = documented.compare(example, tmp_path, run_job)
     assert result.distance < documented.TOLERANCE
     assert result.glue > 0

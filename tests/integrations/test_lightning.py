@@ -27,7 +27,7 @@ def test_both_packages_and_fabric(tmp_path: Path, run_job: Callable[..., End]) -
     """
     for name in ("lightning", "pytorch_lightning"):
         if find_spec(name) is None:
-            pytest.skip(f"{name} is not installed: pip install 'mpisyncbn[integrations]'")
+            pytest.skip(f"{name} is not installed: pip install -e '.[integrations]'")
     (expected,), found = (learned(ranks, tmp_path / f"{ranks}", run_job) for ranks in (0, 2))
     backend = "gloo" if torch.cuda.is_available() else "mpi4py"  # Lightning chooses gloo, LayerSync mpi4py
     for rank in found:

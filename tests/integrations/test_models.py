@@ -17,7 +17,7 @@ pytestmark = [pytest.mark.full, up_to_two]
 )
 def test_a_model_trains_as_one_process_with_the_whole_batch(model):
     if find_spec("timm") is None:
-        pytest.skip("timm is not installed: pip install 'mpisyncbn[integrations]'")
+        pytest.skip("timm is not installed: pip install -e '.[integrations]'")
     from model_families import compare
 
     found = compare(model)
@@ -33,7 +33,7 @@ def test_a_model_trains_as_one_process_with_the_whole_batch(model):
 def test_activations_are_fused(model, fused):
     """Activations are fused in torchvision's blocks, whose classes are derived from nn.Sequential."""
     if find_spec("timm") is None:
-        pytest.skip("timm is not installed: pip install 'mpisyncbn[integrations]'")
+        pytest.skip("timm is not installed: pip install -e '.[integrations]'")
     from model_families import compare
 
     found = compare(model, fuse_activation=True)

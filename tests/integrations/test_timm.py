@@ -19,7 +19,7 @@ pytestmark = [
     pytest.mark.full,
     up_to_two,
     pytest.mark.skipif(
-        find_spec("timm") is None, reason="timm is not installed: pip install 'mpisyncbn[integrations]'"
+        find_spec("timm") is None, reason="timm is not installed: pip install -e '.[integrations]'"
     ),
 ]
 
