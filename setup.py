@@ -1,7 +1,7 @@
 """Builds the native kernels beside what setup.cfg says. If that fails, the rest is installed all the same.
 
-MPISYNCBN_NO_NATIVE=1 leaves them out on purpose. CXX, CFLAGS, CXXFLAGS and LDFLAGS are used: the flags
-come after those of this file.
+MPISYNCBN_NO_NATIVE=1 leaves them out on purpose. CXX, CFLAGS, CXXFLAGS and LDFLAGS are used: the
+flags come after those of this file.
 """
 
 from __future__ import annotations
@@ -86,8 +86,8 @@ class BuildNative(build_ext):
             ext.extra_compile_args += shlex.split(os.environ.get(name, ""))
         ext.depends += [self.conditions(nanobind.__version__)]
 
-        # An editable install builds in a new folder each time: what lies among the sources is as good, unless
-        # it is older than they are.
+        # An editable install builds in a new folder each time: what lies among the sources is as
+        # good, unless it is older than they are.
         target = Path(self.get_ext_fullpath(ext.name))
         earlier = FOLDER / target.name
         if self.editable_mode and earlier.exists():

@@ -167,8 +167,8 @@ def _time_limit(seconds: float) -> Iterator[None]:
     timer = threading.Timer(seconds, _end, (seconds, ranks))
     timer.daemon = True
     timer.start()
-    # The timer's thread cannot run while MPI starts, because mpi4py holds the GIL then. faulthandler
-    # ends the process without the GIL.
+    # The timer's thread cannot run while MPI starts, because mpi4py holds the GIL then.
+    # faulthandler ends the process without the GIL.
     faulthandler.dump_traceback_later(seconds + 5, exit=True, file=sys.__stderr__ or sys.stderr)
     try:
         with arrivals.mark_arrival(ranks):
@@ -197,8 +197,8 @@ def _end(seconds: float, ranks: Sequence[int]) -> None:
 if __name__ == "__main__":
     status = main()
     if status:
-        # Finalize lets all ranks end together. When one rank ends with a status, a launcher may kill the
-        # others, and report that.
+        # Finalize lets all ranks end together. When one rank ends with a status, a launcher may
+        # kill the others, and report that.
         if "mpi4py.MPI" in sys.modules and sys.modules["mpi4py.MPI"].Is_initialized():
             sys.modules["mpi4py.MPI"].Finalize()
         sys.stderr.flush()

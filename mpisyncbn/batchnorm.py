@@ -35,8 +35,8 @@ class SyncBatchNorm(convert.Synchronized):
     Args:
         num_features: the number of channels C of an input of shape ``(N, C, *)``.
         eps: added to the variance, at least 0.
-        momentum: weight of a batch in the running statistics, from 0 to 1: a number, or a 0-d tensor
-            in host memory or on the layer's device; None: cumulative average.
+        momentum: weight of a batch in the running statistics, from 0 to 1: a number, or a 0-d
+            tensor in host memory or on the layer's device; None: cumulative average.
         affine: if True, the layer has learnable per-channel weight and bias.
         track_running_stats: if True, keeps running statistics for evaluation; if False, batch
             statistics are used in evaluation too, then of this rank alone.
@@ -51,8 +51,8 @@ class SyncBatchNorm(convert.Synchronized):
             such as ``nn.LeakyReLU(0.1)``; or None. It is also an attribute, which may be set on a
             converted layer and holds the text. docs/guides/activations.md says how to choose.
         memory_efficient: if True, the layer keeps its output for the backward pass in place of its
-            input. That saves memory if the next layer keeps its input anyway, as a convolution does.
-            It is also an attribute. Such a layer takes no residual, and no activation but a
+            input. That saves memory if the next layer keeps its input anyway, as a convolution
+            does. It is also an attribute. Such a layer takes no residual, and no activation but a
             leaky_relu with a slope above 0 (ValueError). It refuses create_graph (MPISyncBNError).
             See docs/guides/memory.md.
 
@@ -60,9 +60,9 @@ class SyncBatchNorm(convert.Synchronized):
         - input: ``(N, C, *)``, at least 2-D; float32, float64, bfloat16 or float16. N may differ
           between ranks, and be 0.
         - residual, optional: like the input. It is added before the activation, in the same pass.
-        - mask, optional, by keyword: boolean, of the input's shape but with one channel,
-          ``(N, 1, *)``. Statistics and gradients are those of the values where it is true. Elsewhere
-          the output is 0, and the input has no effect. It is for padded sequences and grids with
+        - mask, optional, by keyword: boolean, of the input's shape but with one channel, ``(N, 1,
+          *)``. Statistics and gradients are those of the values where it is true. Elsewhere the
+          output is 0, and the input has no effect. It is for padded sequences and grids with
           holes: docs/guides/masks.md.
         - output: of the input's shape, dtype and memory format.
 
@@ -72,8 +72,8 @@ class SyncBatchNorm(convert.Synchronized):
         ValueError: in forward, on every rank, if the group has a single value per channel.
         CollectiveMismatchError: in forward or backward, on every rank, if the ranks were in
             different layers.
-        MPISyncBNError: in forward, the group is the world, and torch.distributed or a launcher knows
-            of more ranks.
+        MPISyncBNError: in forward, the group is the world, and torch.distributed or a launcher
+            knows of more ranks.
 
     Building, copying, loading and evaluating a layer is not collective. Forward and backward
     while training are: every rank of the group must call them, in the same order of layers.
@@ -185,30 +185,30 @@ class SyncBatchNorm(convert.Synchronized):
     ) -> nn.Module:
         """Turn every ``BatchNorm*d`` of a model into a ``SyncBatchNorm``, in place.
 
-        It also converts lazy layers and ``torch.nn.SyncBatchNorm``. The layers stay the same objects,
-        with their hooks, parameters and attributes. Not collective.
+        It also converts lazy layers and ``torch.nn.SyncBatchNorm``. The layers stay the same
+        objects, with their hooks, parameters and attributes. Not collective.
 
         Args:
             module: a model, or a single layer.
             process_group: the ranks to normalize over: an mpi4py communicator, a Communicator, a
                 process group of torch.distributed, or None for the world. Layers that are
                 synchronized already get it too.
-            name: of the model, the same on every rank; None: the name of its class. Give models of one
-                class different names: they tell apart the layers of two models in one exchange.
+            name: of the model, the same on every rank; None: the name of its class. Give models of
+                one class different names: they tell apart the layers of two models in one exchange.
             fuse_activation: let each layer compute the ``nn.ReLU``, ``nn.LeakyReLU``, ``nn.SiLU``,
                 ``nn.Hardswish``, ``nn.ELU`` or ``nn.GELU`` that follows it in an ``nn.Sequential``,
                 without a pass over memory of its own, if neither has hooks and the layer stands nowhere
                 else in the model. The layer itself then returns the output of the activation.
             fuse_relu: the same for ``nn.ReLU`` alone.
-            memory_efficient: set that attribute on the layers, except on those with an activation that
-                cannot be undone (a fused ReLU) or with another library's ``forward``.
+            memory_efficient: set that attribute on the layers, except on those with an activation
+                that cannot be undone (a fused ReLU) or with another library's ``forward``.
 
         Returns:
             ``module`` itself.
 
         Raises:
-            TypeError: some layer has a ``forward`` of its own, which would be lost, or is compiled by
-                torch.jit. The message names it. No layer is changed then.
+            TypeError: some layer has a ``forward`` of its own, which would be lost, or is compiled
+                by torch.jit. The message names it. No layer is changed then.
             TypeError, ValueError: ``name`` is not a str, is empty, or begins with ``#``.
 
         Warns:

@@ -49,7 +49,7 @@ def _choice(name: str, default: str, choices: tuple[str, ...]) -> str:
 
 
 def transport() -> str:
-    """``MPISYNCBN_TRANSPORT``: where messages live: ``auto``, ``host``, ``device`` or ``stream``."""
+    """``MPISYNCBN_TRANSPORT``, where messages live: auto, host, device or stream."""
     return _choice("MPISYNCBN_TRANSPORT", "auto", ("auto", "host", "device", "stream"))
 
 
@@ -69,8 +69,8 @@ def timeout() -> float | None:
         seconds = math.nan
     if not 0 <= seconds < math.inf:
         raise ValueError(
-            f"expected MPISYNCBN_TIMEOUT to be seconds, or 0 for no limit, got {value!r}{on_rank()}: correct "
-            "or unset it"
+            f"MPISYNCBN_TIMEOUT must be seconds, or 0 for no limit, got {value!r}{on_rank()}: correct or "
+            "unset it"
         )
     return seconds
 

@@ -1,8 +1,8 @@
 """The messages: pack, one collective, unpack, merge.
 
-Every message of this table is a float64 buffer that begins with two words of fingerprint, ``h`` and ``h * h``
-(fingerprint.py). The number of channels fixes its length. So a rank with an empty batch sends zeros
-of the same size, and a forward that meets a backward is reported, not cut short.
+Every message of this table is a float64 buffer that begins with two words of fingerprint, ``h`` and
+``h * h`` (fingerprint.py). The number of channels fixes its length. So a rank with an empty batch
+sends zeros of the same size, and a forward that meets a backward is reported, not cut short.
 
 =========  ==========  ===========================================  ===================
 direction  collective  after the fingerprint                        float64 values sent
@@ -44,8 +44,8 @@ __all__ = ["merge_moments", "reduce_sums", "serve_joined"]
 Buffer: TypeAlias = Any  # as mpi4py takes it: an array, or a list that names memory on a device
 
 _SUM, _GATHER = 1, 2  # kinds of messages, for ranks that have no more data
-# A rank adds this to the first word if the sum of squares absorbs its M2. The sum over 131,072 ranks
-# is below 1.
+# A rank adds this to the first word if the sum of squares absorbs its M2. The sum over 131,072
+# ranks is below 1.
 _ABSORBED_FLAG = 2.0**-18
 _NO_DATA = LayerCall("no layer, for want of data", "answer", 0, "any")
 
@@ -53,11 +53,11 @@ _NO_DATA = LayerCall("no layer, for want of data", "answer", 0, "any")
 def merge_moments(group: Communicator, call: LayerCall, count: int, mean: Array, m2: Array) -> Moments:
     """Count, mean and biased variance of the whole group from the moments of its ranks.
 
-    float32 layers send the sums ``count * mean`` and ``M2 + count * mean**2`` in float64. The size of
-    that message does not grow with the number of ranks. The relative error of the variance is
-    2e-16 * (mean / std)**2. If mean / std is beyond 1e4 in some channel that is not constant, a second
-    message sums about the mean. float64 layers send all moments to all ranks, which merge them in rank
-    order without cancellation (Chan, Golub and LeVeque 1979, eq. 2.1).
+    float32 layers send the sums ``count * mean`` and ``M2 + count * mean**2`` in float64. The size
+    of that message does not grow with the number of ranks. The relative error of the variance is
+    2e-16 * (mean / std)**2. If mean / std is beyond 1e4 in some channel that is not constant, a
+    second message sums about the mean. float64 layers send all moments to all ranks, which merge
+    them in rank order without cancellation (Chan, Golub and LeVeque 1979, eq. 2.1).
 
     Args:
         count: values per channel on this rank; 0 for an empty batch.
@@ -156,8 +156,8 @@ def _merge_about_mean(
 ) -> tuple[np.ndarray, np.ndarray]:
     """Return mean and variance of the group from sums about its mean, to recover cancelled digits.
 
-    The exchange is skipped if all channels that lost digits may be constant, and no rank has said that
-    an M2 of its own was ``absorbed``.
+    The exchange is skipped if all channels that lost digits may be constant, and no rank has said
+    that an M2 of its own was ``absorbed``.
     """
     cancelled, origin, constant = cancelled_channels(mean_of_all, var)
     if constant and not absorbed:
@@ -195,8 +195,8 @@ def _exchange_vectors(
 def _pack(group: Communicator, header: Array, vectors: Sequence[Array], length: int) -> tuple[Array, Buffer]:
     """Return a message of ``header`` and the vectors, as an array and as a buffer for MPI.
 
-    It is in the memory of the vectors, host or device. The fingerprint stands first, so that it arrives
-    even if another rank sent a shorter message.
+    It is in the memory of the vectors, host or device. The fingerprint stands first, so that it
+    arrives even if another rank sent a shorter message.
     """
     if type(vectors[0]) is not np.ndarray:
         on_device = group.device_message(1, length, vectors[0])

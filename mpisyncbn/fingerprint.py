@@ -88,9 +88,9 @@ def check(group: Communicator, sum_h: float, sum_hh: float, call: object) -> Non
 def compare_calls(group: Communicator, call: LayerCall) -> None:
     """Raise CollectiveMismatchError on every rank if the ranks are about to make different calls.
 
-    With MPISYNCBN_DEBUG=1 this comes before each collective. Its message has the same size for every
-    call. Without it, ranks with different numbers of channels end in an error of MPI, or hang in it.
-    Collective: every rank of the group must call.
+    With MPISYNCBN_DEBUG=1 this comes before each collective. Its message has the same size for
+    every call. Without it, ranks with different numbers of channels end in an error of MPI, or hang
+    in it. Collective: every rank of the group must call.
     """
     try:
         calls = group.comm.allgather(_here(call))

@@ -83,8 +83,8 @@ def backward(
     """The gradients of ``forward``, from the gradient ``dy`` of its ``y``.
 
     Returns:
-        ``dx``, None unless ``need_dx``; the gradients of weight and bias, which are sums of this rank
-        alone; the gradient of the residual.
+        ``dx``, None unless ``need_dx``; the gradients of weight and bias, which are sums of this
+        rank alone; the gradient of the residual.
 
     Collective if ``need_dx``: every rank of the group must call.
     """
@@ -117,8 +117,8 @@ def batch_norm_forward(
             CuPy, or a tensor. N may differ between ranks, and be 0.
         weight, bias: of length C, of the dtype of ``x``, or float32 for a half-precision ``x``; or None.
         eps: added to the variance, at least 0.
-        process_group: the ranks to normalize over: an mpi4py communicator, a Communicator, a process
-            group of torch.distributed, or None for the world.
+        process_group: the ranks to normalize over: an mpi4py communicator, a Communicator, a
+            process group of torch.distributed, or None for the world.
         mask: boolean, of the shape of ``x`` but with one channel: ``(N, 1, *)``; or None. Statistics
             are those of the values where it is true, and ``y`` is 0 elsewhere (docs/guides/masks.md).
 
@@ -165,8 +165,8 @@ def batch_norm_backward(
         stats: what it returned.
 
     Returns:
-        ``dx``, like ``x``, and 0 where the mask is false; ``dweight`` and ``dbias``, of length C, the
-        sums of this rank alone. Data-parallel training averages them with all other gradients.
+        ``dx``, like ``x``, and 0 where the mask is false; ``dweight`` and ``dbias``, of length C,
+        the sums of this rank alone. Data-parallel training averages them with all other gradients.
 
     Raises:
         ValueError, TypeError: an argument is of the wrong shape, dtype or device.

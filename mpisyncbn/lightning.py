@@ -66,9 +66,9 @@ class LayerSync:
         self.fuse_relu, self.fuse_activation = fuse_relu, fuse_activation
         self.memory_efficient = memory_efficient
         self._kept: set[nn.Module] = set()
-        # The constructor does this, because the Trainer initializes torch.distributed before it calls
-        # apply(), and uses a group that exists. A change of torch's table of default backends would also
-        # work, but it is global, and Lightning would then need an address and a port.
+        # The constructor does this, because the Trainer initializes torch.distributed before it
+        # calls apply(), and uses a group that exists. A change of torch's table of default backends
+        # would also work, but it is global, and Lightning would then need an address and a port.
         if mpi().COMM_WORLD.size > 1 and not dist.is_initialized() and not torch.cuda.is_available():
             init_process_group()
 
@@ -95,9 +95,9 @@ class LayerSync:
 def _register() -> bool:
     """Make LayerSync a plugin for each of Lightning's imported packages. Return whether there is one.
 
-    The Trainer accepts instances of its package's own class LayerSync. That is an abstract base class,
-    so this class can be registered as a virtual subclass. It is registered with TorchSyncBatchNorm, the
-    only subclass that the Trainer accepts beside ``sync_batchnorm=True``.
+    The Trainer accepts instances of its package's own class LayerSync. That is an abstract base
+    class, so this class can be registered as a virtual subclass. It is registered with
+    TorchSyncBatchNorm, the only subclass that the Trainer accepts beside ``sync_batchnorm=True``.
     """
     modules = [sys.modules.get(f"{package}.plugins.layer_sync") for package in _PACKAGES]
     for module in filter(None, modules):

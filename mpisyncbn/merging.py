@@ -50,10 +50,10 @@ def cancelled_channels(mean: np.ndarray, var: np.ndarray) -> tuple[np.ndarray, n
     """The channels whose variance has lost digits, and the numbers to take their sums about.
 
     Returns:
-        A boolean vector that is True in these channels; a vector of origins, 0 in all others; whether
-        all of these channels may be constant. A channel may be constant if only rounding is left of
-        its variance, and its mean is a float32 number, as few other means are. Its sums about that
-        number are exactly 0.
+        A boolean vector that is True in these channels; a vector of origins, 0 in all others;
+        whether all of these channels may be constant. A channel may be constant if only rounding is
+        left of its variance, and its mean is a float32 number, as few other means are. Its sums
+        about that number are exactly 0.
     """
     square = mean * mean
     cancelled = var < _CANCELLATION * square
@@ -90,8 +90,8 @@ def moments_of_rows(messages: np.ndarray) -> Moments:
     counts = gathered[:, :1]
     means_hi, means_lo, m2s = np.split(gathered[:, 1:], 3, axis=1)
     total = int(counts.sum())
-    # Means as distances from that of the first rank with data: small numbers, which keep their digits.
-    # An empty rank's row is zeros, and its weight of 0 keeps it out of all sums.
+    # Means as distances from that of the first rank with data: small numbers, which keep their
+    # digits. An empty rank's row is zeros, and its weight of 0 keeps it out of all sums.
     origin = means_hi[np.argmax(counts > 0)]
     distances = (means_hi - origin) + means_lo
     mean = (counts * distances).sum(axis=0) / max(total, 1)

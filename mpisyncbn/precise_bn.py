@@ -53,9 +53,9 @@ def update_bn(
     Args:
         loader: batches of this rank: tensors, or tuples and lists whose first item is the input of the
             model. Ranks may have batches of different sizes, and different numbers of batches, also 0.
-        model: with batch norms of any kind, synchronized or local. It runs eagerly if it is compiled,
-            and without DistributedDataParallel's broadcasts. ``num_batches_tracked`` becomes the
-            largest number of batches that a rank had.
+        model: with batch norms of any kind, synchronized or local. It runs eagerly if it is
+            compiled, and without DistributedDataParallel's broadcasts. ``num_batches_tracked``
+            becomes the largest number of batches that a rank had.
         device: where the input is moved to; None: it stays where it is.
         process_group: the ranks that hold the data of local layers: an mpi4py communicator, a
             Communicator, a process group of torch.distributed, or None for the world. Synchronized
@@ -68,8 +68,8 @@ def update_bn(
     model need as many batches on each rank, unless a layer has their group.
 
     Raises:
-        TypeError: ``model`` is no module or has a layer of torch.nn.SyncBatchNorm, the input in a batch
-            is no tensor, or a layer refuses its arguments.
+        TypeError: ``model`` is no module or has a layer of torch.nn.SyncBatchNorm, the input in a
+            batch is no tensor, or a layer refuses its arguments.
         CollectiveMismatchError: on every rank, if the ranks have layers of other sizes.
         MPISyncBNError: the layers have several groups, and MPI is without MPI_THREAD_MULTIPLE.
 

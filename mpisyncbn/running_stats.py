@@ -83,8 +83,8 @@ def record_batch(
         device_stats: the same statistics on the device of the running ones, if they are known there.
 
     Returns:
-        Whether the batch was recorded: a bool, or an array of no dimensions if only a device or a compiled
-        graph knows that. Not collective.
+        Whether the batch was recorded: a bool, or an array of no dimensions if only a device or a
+        compiled graph knows that. Not collective.
     """
     running = running_mean, running_var, num_batches_tracked
     if momentum.__class__ is not float and transport.is_readable_now(momentum):
@@ -298,8 +298,8 @@ def lerp(old: Array, new: Array, momentum: float | Array) -> Array:
 def _all_or_nothing(*arrays: Array) -> Iterator[None]:
     """Restore the arrays if anything raises inside, an interrupt for example.
 
-    Arrays on a device are not restored: only an interrupt raises there, and copies of them would take
-    longer than the update.
+    Arrays on a device are not restored: only an interrupt raises there, and copies of them would
+    take longer than the update.
     """
     copies = [
         each.copy() if isinstance(each, np.ndarray) else each.clone()

@@ -110,6 +110,6 @@ def refuse_to_compile() -> NoReturn:
     )
 
 
-# This makes the compiler call the function while it traces. It does not trace code that names neither
-# torch nor tensors.
+# This makes the compiler call the function while it traces. It does not trace code that names
+# neither torch nor tensors.
 refuse_to_compile._dynamo_marked_constant = True  # type: ignore[attr-defined]

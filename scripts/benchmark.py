@@ -13,8 +13,8 @@ then takes half the time.
     OMPI_MCA_mpi_yield_when_idle=0 mpiexec --bind-to core -n 2 python scripts/benchmark.py
 
 Each rank has one thread unless --threads is given. Every figure is that of the slowest rank: the
-median and, in parentheses, the minimum. The cases are in benchmarks/cases.py. The last lines show the
-main figures beside their aims.
+median and, in parentheses, the minimum. The cases are in benchmarks/cases.py. The last lines show
+the main figures beside their aims.
 
 glibc returns large freed blocks to the system. Getting them again takes as long as a kernel, at
 unpredictable times. The script therefore tells glibc to keep them, for all peers.

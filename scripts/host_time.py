@@ -4,8 +4,8 @@
 
 With scripts/standin there is no GPU: kernels and communication return at once for both layers, and
 only the time of the host remains. ``torch.nn.SyncBatchNorm`` is in a group of two ranks of torch's
-"fake" backend. With the stand-in, it does not look for empty batches, for which it would wait for the
-device. On a GPU, ``python3 scripts/host_time.py`` times the host while the device works.
+"fake" backend. With the stand-in, it does not look for empty batches, for which it would wait for
+the device. On a GPU, ``python3 scripts/host_time.py`` times the host while the device works.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """Run the examples of docs/guides/integrations.md at two ranks and compare with one process.
 
-Prints a Markdown table; --write puts it into docs/results/integrations.md. Exit status: 0, or 1 if a
-run fails or differs from one process by more than rounding in float64.
+Prints a Markdown table; --write puts it into docs/results/integrations.md. Exit status: 0, or 1 if
+a run fails or differs from one process by more than rounding in float64.
 """
 
 from __future__ import annotations

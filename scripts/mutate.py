@@ -4,8 +4,8 @@
     scripts/mutate --sample 40 --seed 1 exchange.py       40 mutants of one module, chosen at random
     scripts/mutate --jobs 2 --session FILE exchange.py    continues the last run with FILE
 
-Each job tries its mutants in a copy of the tree. The script prints the mutants that survive, and their
-share in percent.
+Each job tries its mutants in a copy of the tree. The script prints the mutants that survive, and
+their share in percent.
 """
 
 from __future__ import annotations

@@ -13,8 +13,8 @@ SETTINGS = {
     "OMPI_MCA_mpi_yield_when_idle": "1",
     "PRTE_MCA_hwloc_default_binding_policy": "none",
 }
-# These allow more ranks than slots. Do not set them in a Slurm job: mpiexec would put all ranks on the
-# first node.
+# These allow more ranks than slots. Do not set them in a Slurm job: mpiexec would put all ranks on
+# the first node.
 OVERSUBSCRIBED = {
     "OMPI_MCA_rmaps_base_oversubscribe": "1",
     "PRTE_MCA_rmaps_default_mapping_policy": ":oversubscribe",

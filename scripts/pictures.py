@@ -1,7 +1,8 @@
 """Draw the pictures of the documentation, and write its tables, from the files in docs/results/.
 
     scripts/pictures                            docs/pictures/*.svg, docs/results/benchmark.md, and
-                                                the table of claims in docs/explanation/performance.md
+                                                the table of claims in
+                                                docs/explanation/performance.md
     scripts/pictures --results DIR --to DIR     the pictures and benchmark.md, from your own runs
 
 scripts/benchmark.py --json DIR/cpu-NAME.json writes the files of a CPU. Several files with the same

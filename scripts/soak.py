@@ -4,10 +4,10 @@
     scripts/soak --exchanges 1000000    more of them
     RANKS=2 scripts/soak                on 2 ranks
 
-It calls layers, ``sync_batch_norm`` and the NumPy functions, forward, backward and twice backward, in
-several sizes and dtypes, in groups of all ranks, of half of them and of one. It prints for each rank
-how much its resident memory and the number of its Python objects have grown since the warm-up. Exit
-status: 0, or 1 if memory grew by more than 1 MiB on some rank.
+It calls layers, ``sync_batch_norm`` and the NumPy functions, forward, backward and twice backward,
+in several sizes and dtypes, in groups of all ranks, of half of them and of one. It prints for each
+rank how much its resident memory and the number of its Python objects have grown since the warm-up.
+Exit status: 0, or 1 if memory grew by more than 1 MiB on some rank.
 """
 
 from __future__ import annotations

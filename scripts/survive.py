@@ -4,11 +4,11 @@
     scripts/survive --kill-rank 1 3 --kill-step 4 9 --at forward gradients
 
 The first command kills rank 2 in the backward pass of step 6. The second kills rank 1 in step 4 and
-rank 3 in step 9. The script needs a fault-tolerant MPI: Open MPI 5, with ``mpiexec --with-ft ulfm``.
-``train`` and ``Run.recover`` show what a program needs to continue. At the end the survivors check that
-parameters, momentum and running statistics are those of one process with torch's own BatchNorm and the
-same batches, that all survivors have the same bits, and that the loss kept falling. Exit status: 0 if
-all of that holds, else 1.
+rank 3 in step 9. The script needs a fault-tolerant MPI: Open MPI 5, with ``mpiexec --with-ft
+ulfm``. ``train`` and ``Run.recover`` show what a program needs to continue. At the end the
+survivors check that parameters, momentum and running statistics are those of one process with
+torch's own BatchNorm and the same batches, that all survivors have the same bits, and that the loss
+kept falling. Exit status: 0 if all of that holds, else 1.
 """
 
 from __future__ import annotations

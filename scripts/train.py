@@ -14,9 +14,9 @@ does with I_MPI_CBWR=1, which this script sets. At another number of ranks they 
 With --checkpoint, SIGUSR1 on any rank (Slurm sends it before the time limit) lets all ranks finish
 their step, write a checkpoint in mid-epoch, and leave. scripts/slurm/train.sbatch requeues such a job.
 
-Exit status: 0 at the end of the run, or of --stop-after; 75 (EX_TEMPFAIL: try again) after SIGUSR1, when
---resume continues from the checkpoint. Any other status is an error; the checkpoint is then the last one
-before it.
+Exit status: 0 at the end of the run, or of --stop-after; 75 (EX_TEMPFAIL: try again) after SIGUSR1,
+when --resume continues from the checkpoint. Any other status is an error; the checkpoint is then
+the last one before it.
 """
 
 from __future__ import annotations
@@ -46,8 +46,8 @@ import mpisyncbn.distributed  # registers the backend mpi4py; MPI itself starts 
 from outputs import output
 
 TRY_AGAIN = 75
-# Without this, the order of Intel MPI's long sums depends on the processor and on buffers. It reads the
-# variable when it starts.
+# Without this, the order of Intel MPI's long sums depends on the processor and on buffers. It reads
+# the variable when it starts.
 os.environ.setdefault("I_MPI_CBWR", "1")
 _signalled = threading.Event()
 
@@ -97,8 +97,8 @@ class Digits(Dataset[tuple[Tensor, Tensor]]):
 class Shares(Sampler[list[int]]):
     """This rank's share of each batch of an epoch, from batch ``start`` on.
 
-    Unlike those of DistributedSampler, the batches do not depend on the number of ranks. So a rank's
-    share may be smaller than another's, or empty.
+    Unlike those of DistributedSampler, the batches do not depend on the number of ranks. So a
+    rank's share may be smaller than another's, or empty.
     """
 
     def __init__(self, samples: int, batch: int, seed: int, start: int = 0) -> None:

@@ -173,9 +173,9 @@ def world() -> Iterator[None]:
 def run_job(tmp_path: Path) -> Callable[..., jobs.End]:
     """A function that runs Python as a job: ``run_job("-c", code, ranks=4)`` returns a ``jobs.End``.
 
-    It starts one process without mpiexec unless ``ranks`` is given. ``launcher`` is the command before
-    ``-n``, mpiexec unless it is given. A job runs in this test's ``tmp_path`` unless ``folder`` is given.
-    ``jobs.run`` takes all other arguments.
+    It starts one process without mpiexec unless ``ranks`` is given. ``launcher`` is the command
+    before ``-n``, mpiexec unless it is given. A job runs in this test's ``tmp_path`` unless
+    ``folder`` is given. ``jobs.run`` takes all other arguments.
     """
 
     def run(

@@ -74,8 +74,8 @@ def sync_batch_norm(
         momentum: weight of this batch in the running statistics, from 0 to 1: a number, or a 0-d
             tensor in host memory or on their device.
         eps: added to the variance, at least 0.
-        process_group: the ranks to normalize over: an mpi4py communicator, a Communicator, a process
-            group of torch.distributed, or None for the world.
+        process_group: the ranks to normalize over: an mpi4py communicator, a Communicator, a
+            process group of torch.distributed, or None for the world.
         activation: applied to the output, in the same passes over memory, forward and
             backward: "relu", "leaky_relu", "silu", "hardswish", "elu" or "gelu", with torch's
             defaults; "leaky_relu(0.1)", "elu(0.5)" or "gelu(tanh)"; a module of torch.nn that does
@@ -226,8 +226,8 @@ def check_tensors(
         _accepted[description] = layer_dtype(x, weight, bias, running_mean)
 
 
-# Descriptions of tensors on GPUs that check_arguments has accepted, and the layer's dtype. A compiler
-# must not see this table, which other calls change.
+# Descriptions of tensors on GPUs that check_arguments has accepted, and the layer's dtype. A
+# compiler must not see this table, which other calls change.
 _accepted: dict[Hashable, str] = {}
 
 

@@ -123,8 +123,8 @@ def _batch_stats_op(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Do the forward pass up to and including its exchange.
 
-    Returns the rows mean, var and invstd; the rows that the element-wise work needs, which are the mean
-    in two parts, and invstd; the count; and False if a checkpoint repeats the call, else True.
+    Returns the rows mean, var and invstd; the rows that the element-wise work needs, which are the
+    mean in two parts, and invstd; the count; and False if a checkpoint repeats the call, else True.
     """
     with np.errstate(all="ignore"):  # no warnings: NaN and infinity are valid data
         communicator = by_graph_key(group)

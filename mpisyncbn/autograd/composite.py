@@ -129,8 +129,8 @@ class _AllReduce(torch.autograd.Function):
 def differentiable_tangents(ctx: FunctionContext) -> Iterator[list[Any]]:
     """The saved tensors, in a context where forward mode can differentiate the body of ``jvp`` again.
 
-    torch turns forward mode off while it calls ``jvp``, so that tangents of tangents would be 0. With
-    it on, the saved tensors must not have the tangents that ``jvp`` is given already.
+    torch turns forward mode off while it calls ``jvp``, so that tangents of tangents would be 0.
+    With it on, the saved tensors must not have the tangents that ``jvp`` is given already.
     """
     saved = [None if each is None else forward_ad.unpack_dual(each).primal for each in ctx.saved_tensors]
     with forward_ad._set_fwd_grad_enabled(True):

@@ -1,9 +1,9 @@
 """The fused path under the ``stream`` transport: one native call for each direction.
 
 It enqueues the kernels before the exchange, the exchange and the kernels after it, with no Python
-between them. fused.py calls this module, and does the work itself if it returns None: for empty tensors,
-for those that have to be copied first, while the host has to take part in exchanges, and on a device
-without compiled kernels. With a mask, fused.py does not call it.
+between them. fused.py calls this module, and does the work itself if it returns None: for empty
+tensors, for those that have to be copied first, while the host has to take part in exchanges, and
+on a device without compiled kernels. With a mask, fused.py does not call it.
 """
 
 from __future__ import annotations

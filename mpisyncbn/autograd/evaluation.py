@@ -28,8 +28,8 @@ def evaluate(
 ) -> Tensor:
     """Normalize ``x`` with the running statistics, or those of this rank's batch if there are none.
 
-    The gradient uses the running statistics as they are now, even if they change before the backward.
-    Not collective.
+    The gradient uses the running statistics as they are now, even if they change before the
+    backward. Not collective.
     """
     act = activation_of(activation)
     if running_mean is not None and running_var is not None and _is_recorded(x, weight, bias):

@@ -65,8 +65,8 @@ def apply(
         can_choose = torch.is_grad_enabled() and transport.on_host(x) and _name(x.dtype) in DTYPES
         layer.keeps_output = can_choose and not transforms and not _has_tangent(x, weight, bias)
     if layer.description is not None and not transforms:
-        # torch's own apply looks for tensors that a transform has left behind, which takes a tenth of
-        # the time of a small layer. A tensor that has memory of its own is not such a tensor.
+        # torch's own apply looks for tensors that a transform has left behind, which takes a tenth
+        # of the time of a small layer. A tensor that has memory of its own is not such a tensor.
         return _apply_to_plain(x, weight, bias, residual, mask, layer)
     return function.apply(x, weight, bias, residual, mask, layer)
 

@@ -171,8 +171,8 @@ def new_subgroups(group_size: int | None = None, comm: AnyGroup = None) -> Commu
         comm: the communicator to split; None: the world.
 
     Returns:
-        The Communicator of the group that this rank is in. Ranks 0 to ``group_size - 1`` are the first
-        group. They share a node only if the launcher fills one node after the other.
+        The Communicator of the group that this rank is in. Ranks 0 to ``group_size - 1`` are the
+        first group. They share a node only if the launcher fills one node after the other.
 
     Raises:
         ValueError: on every rank, if ``group_size`` does not divide the number of ranks, or differs

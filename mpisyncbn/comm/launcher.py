@@ -64,8 +64,8 @@ def check_world(mpi: Callable[[], ModuleType]) -> None:
 def check_world_size(MPI: ModuleType) -> None:
     """Raise MPISyncBNError if torch.distributed or a launcher knows of more ranks than MPI.
 
-    In a shell that srun started it only warns, since srun may start a shell for each task, and connect
-    a user to the first one.
+    In a shell that srun started it only warns, since srun may start a shell for each task, and
+    connect a user to the first one.
     """
     found = world_size_mismatch(MPI)
     if found is None:

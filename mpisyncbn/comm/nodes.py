@@ -19,8 +19,8 @@ def local_rank(comm: AnyGroup = None) -> int:
         torch.cuda.set_device(mpisyncbn.local_rank() % torch.cuda.device_count())
 
     The remainder is for launchers that show each rank one GPU only. MPI knows which ranks share
-    memory, while variables such as SLURM_LOCALID are wrong under other launchers. Ranks in containers
-    may share no memory: they are found by the name and the boot of their machine.
+    memory, while variables such as SLURM_LOCALID are wrong under other launchers. Ranks in
+    containers may share no memory: they are found by the name and the boot of their machine.
 
     Args:
         comm: an mpi4py communicator, a Communicator, a process group of torch.distributed, or None

@@ -37,13 +37,13 @@ BACKEND = "mpi4py"
 class ProcessGroup(Collectives, PointToPoint):
     """A process group of torch.distributed over an MPI communicator.
 
-    torch.distributed makes it, in ``init_process_group`` and ``new_group``. The methods have torch's
-    names and arguments. All but send and recv are collective.
+    torch.distributed makes it, in ``init_process_group`` and ``new_group``. The methods have
+    torch's names and arguments. All but send and recv are collective.
 
     Raises:
         TypeError, ValueError: the arguments of all ranks cannot be used, for the same reason.
-        CollectiveMismatchError: on every rank, if not all were about to make the same call, or if the
-            arguments of some cannot be used. The message has the reasons.
+        CollectiveMismatchError: on every rank, if not all were about to make the same call, or if
+            the arguments of some cannot be used. The message has the reasons.
         CollectiveTimeoutError: the other ranks did not come within the group's timeout.
     """
 

@@ -245,8 +245,8 @@ class CollectiveThread:
     def _at_exit(self) -> None:
         # A rank that fails ends the job, and the others do not come. A forked child has no such thread.
         if exits.status() == 0 and self._process == os.getpid():
-            # Wait for the completion of futures too: Python ends its threads at exit, and a thread that
-            # is in C++ code of torch then would end the process with SIGABRT.
+            # Wait for the completion of futures too: Python ends its threads at exit, and a thread
+            # that is in C++ code of torch then would end the process with SIGABRT.
             thread, idle = self._thread, threading.Event()
             self._tasks.put(idle)
             while thread is not None and thread.is_alive() and not idle.wait(0.1):

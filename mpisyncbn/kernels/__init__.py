@@ -141,8 +141,8 @@ def _programs(device: Device) -> ModuleType | None:
 def describe(*tensors: Array | None) -> Hashable | None:
     """A key of all that kernels and checks depend on in torch tensors, except addresses and values.
 
-    Whether a tensor requires a gradient, or is one of inference mode, is not in it. None if a tensor
-    has no memory of its own, such as a sparse one.
+    Whether a tensor requires a gradient, or is one of inference mode, is not in it. None if a
+    tensor has no memory of its own, such as a sparse one.
     """
     return _describer()(*tensors)
 

@@ -85,8 +85,8 @@ class ActivationContext(NamedTuple):
     def stores_dz(self) -> bool:
         """Whether ``backward_reduce`` stores ``dz``, the gradient of the activation's input.
 
-        A residual has that gradient. Without one, ``backward_elementwise`` computes it again, unless
-        the module of kernels stores it anyway.
+        A residual has that gradient. Without one, ``backward_elementwise`` computes it again,
+        unless the module of kernels stores it anyway.
         """
         return self.y is not None or self.residual is not None
 
@@ -138,8 +138,8 @@ def activate(z: Tensor, activation: Activation, in_place: bool = False) -> Tenso
 def activation_gradient(dy: Tensor, z: Tensor, activation: Activation) -> Tensor:
     """The gradient of an activation's input ``z``, from ``dy``, the gradient of its output.
 
-    ``z`` may be the output if ``activation.sign_decides``. The result can be differentiated any number
-    of times.
+    ``z`` may be the output if ``activation.sign_decides``. The result can be differentiated any
+    number of times.
     """
     kind, parameter = activation
     if kind == Kind.RELU:

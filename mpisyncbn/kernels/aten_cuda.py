@@ -23,8 +23,8 @@ def local_moments(x: Tensor) -> tuple[int, Tensor, Tensor]:
     if count == 0:
         zeros = x.new_zeros((3, channels), dtype=torch.float64)
         return 0, zeros[:2] if is_float64 else zeros[0], zeros[2]
-    # With eps = 0, the variance can be computed from invstd, but for its last digit. invstd is 0 for
-    # a variance of 0.
+    # With eps = 0, the variance can be computed from invstd, but for its last digit. invstd is 0
+    # for a variance of 0.
     mean, invstd = torch.batch_norm_stats(_readable(dense(x)), 0.0)
     mean, invstd = mean.double(), invstd.double()
     m2 = torch.where(invstd == 0, 0.0, count / invstd.square())

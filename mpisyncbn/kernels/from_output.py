@@ -1,10 +1,10 @@
 """The backward kernels that read a layer's output in place of its input.
 
-A layer that keeps its output y for the backward pass need not keep its input x, if x can be computed
-from y (Rota Bulo, Porzi and Kontschieder 2018). Let z be the activation's input: y itself or, with a
-leaky ReLU, y divided by the slope where it is negative. Then ``x - mean = (z - bias) / (weight *
-invstd)``. So the kernels get z in place of x and the bias in place of the mean, and the sums of a
-channel are divided by its weight * invstd.
+A layer that keeps its output y for the backward pass need not keep its input x, if x can be
+computed from y (Rota Bulo, Porzi and Kontschieder 2018). Let z be the activation's input: y itself
+or, with a leaky ReLU, y divided by the slope where it is negative. Then ``x - mean = (z - bias) /
+(weight * invstd)``. So the kernels get z in place of x and the bias in place of the mean, and the
+sums of a channel are divided by its weight * invstd.
 
 The rounding of y becomes an error of x. Channels in which it is too large keep their x beside y.
 """
@@ -83,8 +83,8 @@ def channels_to_keep(
 class FromOutput:
     """The two kernels of one backward pass, whose ``x`` is the layer's output, in host memory.
 
-    ``kernels`` are any for torch tensors in host memory. ``chosen`` are the channels whose input was
-    kept, and ``kept`` is that input, or None if there are none.
+    ``kernels`` are any for torch tensors in host memory. ``chosen`` are the channels whose input
+    was kept, and ``kept`` is that input, or None if there are none.
     """
 
     def __init__(

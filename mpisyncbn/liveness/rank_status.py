@@ -166,8 +166,8 @@ class RankStatus:
     def ask_others(self) -> str:
         """Ask the other ranks of the group what they are doing, and return their answers, a line for each.
 
-        One rank is enough to ask. A rank that was asked returns which rank asked it. It takes at most
-        ``ASK_SECONDS + ANSWER_SECONDS``.
+        One rank is enough to ask. A rank that was asked returns which rank asked it. It takes at
+        most ``ASK_SECONDS + ANSWER_SECONDS``.
         """
         start = time.monotonic()
         self._ask_at = start + ASK_SECONDS * self.rank / self.size

@@ -13,8 +13,8 @@ from .words import by_rank, hosts, plural, ranks
 
 __all__ = ["ERROR", "WARNING", "Problem", "find_problems", "nodes_of"]
 
-# An error keeps a program from training, or from training as one. With a warning it trains right, but
-# slower than it could, or with settings that not all ranks have.
+# An error keeps a program from training, or from training as one. With a warning it trains right,
+# but slower than it could, or with settings that not all ranks have.
 ERROR, WARNING = "error", "warning"
 
 _Key = TypeVar("_Key", bound=Hashable)

@@ -69,8 +69,8 @@ def step_ms(ranks: int, network: Network, channels: list[int] = RESNET50) -> dic
     """The time in ms of all exchanges of one training step, forward and backward.
 
     Each of our layers makes two all-reduces of 2C + 3 float64. torch.nn.SyncBatchNorm makes an
-    all-gather of 2C + 1 float32 and, backward, an all-reduce of 2C float32. The time to merge is left
-    out.
+    all-gather of 2C + 1 float32 and, backward, an all-reduce of 2C float32. The time to merge is
+    left out.
     """
     ours = sum(2 * fastest(allreduce_costs(ranks, 8 * (2 * c + 3)), network) for c in channels)
     gather = sum(

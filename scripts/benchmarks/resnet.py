@@ -61,8 +61,8 @@ def resnet50(classes: int = 1000) -> nn.Module:
 class Waiting(nn.BatchNorm2d):
     """The local layer with a bare all-reduce in each forward and backward pass.
 
-    The message is as long as that of our layer. The time includes the ranks' waiting for each other,
-    which no synchronized layer can avoid.
+    The message is as long as that of our layer. The time includes the ranks' waiting for each
+    other, which no synchronized layer can avoid.
     """
 
     def forward(self, input: Tensor) -> Tensor:

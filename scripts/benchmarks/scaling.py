@@ -24,9 +24,9 @@ QUICK_SIZES = (2, 8, 64)
 CHANNELS = 512
 LIMIT = 240  # seconds for one run of mpiexec
 
-# The monitoring component counts point-to-point messages, also those inside collectives. Collectives
-# over shared memory send none, and the component han does something else within a node. Without these
-# components, coll/tuned chooses algorithms as it does on a cluster.
+# The monitoring component counts point-to-point messages, also those inside collectives.
+# Collectives over shared memory send none, and the component han does something else within a node.
+# Without these components, coll/tuned chooses algorithms as it does on a cluster.
 _COUNTED = {
     "OMPI_MCA_pml_monitoring_enable": "1",
     "OMPI_MCA_coll": "^sm,han,adapt,xhc",

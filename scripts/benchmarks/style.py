@@ -13,8 +13,8 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-# The main colours are from Okabe and Ito's palette, which colour-blind people can tell apart. In grey
-# they differ too.
+# The main colours are from Okabe and Ito's palette, which colour-blind people can tell apart. In
+# grey they differ too.
 OURS, OURS_LIGHT = "#0072B2", "#8CC4E6"
 LOCAL = "#E69F00"  # torch's local batch norm
 TORCH_SYNC = "#D55E00"  # torch.nn.SyncBatchNorm, and exchanges made as it does

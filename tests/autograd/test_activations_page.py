@@ -278,8 +278,8 @@ def kept_by_graph(compiled: Any, x: Tensor) -> str:
 def test_on_which_kernels_memory_efficient_works():
     """The page lists the modules that keep y, and those that keep x.
 
-    tests/kernels/test_from_output.py tries the former. In tests/gpu/test_cuda.py, a layer on a device
-    keeps x.
+    tests/kernels/test_from_output.py tries the former. In tests/gpu/test_cuda.py, a layer on a
+    device keeps x.
     """
     row = KERNELS["memory_efficient"]
     assert {module for module in row if row[module] == "torch"} == {"cpu", "aten", "generic"}

@@ -137,8 +137,8 @@ def test_one_activation_in_several_places():
 def test_layers_that_are_not_fused():
     """Conversion fuses no layer in two places, with hooks, or with an activation of its own.
 
-    It also leaves alone activations with hooks, of another class, or with a forward of their own, and
-    containers that do not run like nn.Sequential.
+    It also leaves alone activations with hooks, of another class, or with a forward of their own,
+    and containers that do not run like nn.Sequential.
     """
     shared, hooked, derived = nn.BatchNorm2d(5), nn.BatchNorm2d(5), type("Derived", (nn.SiLU,), {})
     hooked.register_forward_hook(lambda *_: None)

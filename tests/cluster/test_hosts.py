@@ -30,8 +30,8 @@ pytestmark = [
 ]
 
 DEADLINE = 3
-# Seconds until all waiting ranks must have ended: the time limit, 3 to ask the other ranks, 2 to report and
-# call MPI_Abort, and 5 more for a busy machine.
+# Seconds until all waiting ranks must have ended: the time limit, 3 to ask the other ranks, 2 to
+# report and call MPI_Abort, and 5 more for a busy machine.
 ENDED = DEADLINE + 10
 
 

@@ -1,8 +1,8 @@
 """Jobs of 4 Slurm tasks show which launchers start the ranks of each MPI library as one world.
 
-With the wrong launcher each rank may be a world of one, and the job still ends with status 0. So the
-tests compare the sizes of the worlds. They start a Slurm cluster of their own. scripts/launchers
-prints a table of the outcomes.
+With the wrong launcher each rank may be a world of one, and the job still ends with status 0. So
+the tests compare the sizes of the worlds. They start a Slurm cluster of their own.
+scripts/launchers prints a table of the outcomes.
 """
 
 from __future__ import annotations

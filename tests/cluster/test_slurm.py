@@ -25,8 +25,8 @@ pytestmark = [
     pytest.mark.full("Slurm takes its time"),
     pytest.mark.timeout(400),
 ]
-# The MPI plug-in of srun that works with the MPI library in use. With the other one, each rank is a world of
-# one, or the job fails.
+# The MPI plug-in of srun that works with the MPI library in use. With the other one, each rank is a
+# world of one, or the job fails.
 PMI = "pmix" if MPI.get_vendor()[0] == "Open MPI" else "pmi2"
 LAUNCHERS = ["mpiexec", f"srun --mpi={PMI}"]
 FLAGS = ["--float64", "--workers", "0", "--epochs", "2"]
@@ -95,8 +95,8 @@ def jobs(cluster: Slurm, tmp_path_factory: pytest.TempPathFactory) -> Jobs:
 def limited(jobs: Jobs) -> int:
     """Submit a job that SIGUSR1 interrupts before its time limit, and return its number.
 
-    Slurm checks time limits every 30 seconds, and the other tests run in the meantime. A script takes
-    the place of mpiexec, and runs until it gets the signal.
+    Slurm checks time limits every 30 seconds, and the other tests run in the meantime. A script
+    takes the place of mpiexec, and runs until it gets the signal.
     """
     launcher = jobs.folder / "launcher"
     launcher.write_text("""#!/bin/bash

@@ -1,7 +1,7 @@
 """Compare one training step with the whole batch, at any number of ranks, even more than cores.
 
-It is not part of the suite: ``mpiexec -n 32 python tests/examples/smoke.py``. The exit status is 1 if
-any rank is wrong.
+It is not part of the suite: ``mpiexec -n 32 python tests/examples/smoke.py``. The exit status is 1
+if any rank is wrong.
 """
 
 from __future__ import annotations

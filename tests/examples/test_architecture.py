@@ -16,8 +16,8 @@ from support.jobs import ROOT, run_alone
 from support.ranks import no_exchange
 
 PACKAGE = ROOT / "mpisyncbn"
-# Each module imports only from modules that are later in its line. Calls pass data in that direction, and
-# results come back. The modules of kernels/ have no order.
+# Each module imports only from modules that are later in its line. Calls pass data in that
+# direction, and results come back. The modules of kernels/ have no order.
 FLOORS = {
     "": "__init__ __main__ communicator fusing mixed_class report lightning precise_bn distributed uneven"
     " batchnorm autograd convert functional exchange enqueue merging fingerprint running_stats arguments"

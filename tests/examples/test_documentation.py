@@ -4,8 +4,8 @@ Conventions of a page:
 
 - A block ``python`` runs by itself, at any number of ranks, unless it begins with a comment that is
   a file's name, such as ``# train.py``. Then it is that file, for the commands of the page.
-- A block ``diff`` with the lines ``--- old.py`` and ``+++ new.py`` makes new.py from old.py. The old
-  lines after each ``@@`` must be in old.py exactly once.
+- A block ``diff`` with the lines ``--- old.py`` and ``+++ new.py`` makes new.py from old.py. The
+  old lines after each ``@@`` must be in old.py exactly once.
 - A block ``console`` has commands after ``$``, each with its output below it. They run in order, in
   one folder for a page. ``...`` stands for any text; numbers with a decimal point are compared to
   5 % or 0.01. Output on stderr follows that on stdout. This machine is called node1, and the page's

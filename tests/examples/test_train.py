@@ -90,8 +90,8 @@ def signal_at(monkeypatch: pytest.MonkeyPatch) -> Any:
     train._signalled.clear()
 
 
-# The last batch of the 1,437 samples is small. At 1 rank it is one sample, so one rank has none when 2 ranks
-# resume that run.
+# The last batch of the 1,437 samples is small. At 1 rank it is one sample, so one rank has none
+# when 2 ranks resume that run.
 EXACT = ["--no-progress", "--float64", "--workers", "0", "--epochs", "1", "--accumulate", "2"]
 BATCH = ["--batch", str(1436 // WORLD.size // 4)]
 

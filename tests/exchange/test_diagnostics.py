@@ -73,8 +73,8 @@ class Model:
 
 
 # The call of one rank, the call of all others, the words of the error for each, and the values of
-# MPISYNCBN_DEBUG to try. Calls with other lengths of messages, or with another collective, need 1: the ranks
-# then compare their calls before they send a message.
+# MPISYNCBN_DEBUG to try. Calls with other lengths of messages, or with another collective, need 1:
+# the ranks then compare their calls before they send a message.
 A, B = "forward of ModuleDict: a (3 channels, float32)", "forward of ModuleDict: b (3 channels, float32)"
 CASES = {
     "skips a layer": ("b", "a", B, A, "01"),
@@ -158,8 +158,8 @@ def converted(group, *pairs):
     return [mpisyncbn.convert_sync_batchnorm(net, group, name=name) for net, name in pairs]
 
 
-# Two modules or functions, and the names of their calls. Rank 0 calls the first one first, all others the
-# second.
+# Two modules or functions, and the names of their calls. Rank 0 calls the first one first, all
+# others the second.
 SWAPPED = {
     "classes": (
         lambda group: converted(group, (small(Generator), None), (small(), None)),

@@ -2,8 +2,8 @@
 
     python lightning_program.py FOLDER        each rank writes its results to FOLDER
 
-test_lightning.py compares the results. A job of one rank trains torch's layers on the whole batch of
-two ranks, with one of the packages and with Fabric.
+test_lightning.py compares the results. A job of one rank trains torch's layers on the whole batch
+of two ranks, with one of the packages and with Fabric.
 """
 
 from __future__ import annotations

@@ -8,8 +8,8 @@ import torch
 def allow() -> None:
     """Let torchvision be imported, if it is installed. timm and Lightning's torchmetrics need it.
 
-    PyPI's torchvision is built for CUDA, and its compiled operators cannot be loaded without it. Its
-    Python code, with all models, needs only the schemas of two operators, which this defines.
+    PyPI's torchvision is built for CUDA, and its compiled operators cannot be loaded without it.
+    Its Python code, with all models, needs only the schemas of two operators, which this defines.
     """
     try:
         import torchvision  # noqa: F401

@@ -1,8 +1,8 @@
 """An MPI job ends soon, and names the cause, when a rank fails: 70 faults, each at 4 ranks.
 
 A job must end within seconds of its fault, with a status that is not 0, and stderr must name the
-cause and the rank. In 8 cases all ranks end well, in a way that may look like a fault: the status must be 0.
-No process of the job may be left. scripts/faults prints a table of the faults.
+cause and the rank. In 8 cases all ranks end well, in a way that may look like a fault: the status
+must be 0. No process of the job may be left. scripts/faults prints a table of the faults.
 """
 
 from __future__ import annotations

@@ -33,7 +33,7 @@ def test_ranks_agree_on_the_limit(given, limit):
 
 @several
 def test_a_limit_given_to_one_rank_holds_for_all(monkeypatch):
-    """One rank's limit is enough: Open MPI passes the environment to the first host's ranks only."""
+    """One rank's limit is enough: Open MPI gives the environment to the first host only."""
     monkeypatch.delenv("MPISYNCBN_TIMEOUT", raising=False)
     if RANK == SIZE - 1:
         monkeypatch.setenv("MPISYNCBN_TIMEOUT", "77")
@@ -51,7 +51,7 @@ def test_a_limit_that_is_none_is_refused_on_every_rank(value, monkeypatch):
         layer(shard((local_batch(), 3)))
     except ValueError as error:
         problem = error
-    assert f"expected MPISYNCBN_TIMEOUT to be seconds, or 0 for no limit, got {value!r}" in str(problem)
+    assert f"MPISYNCBN_TIMEOUT must be seconds, or 0 for no limit, got {value!r}" in str(problem)
     assert f"on rank 0 of {SIZE}" in str(problem)
 
 
@@ -100,7 +100,7 @@ class Clock:
 
 
 class Ticks:
-    """An event that is set after ``looks`` waits of this thread. Other threads get the real event."""
+    """An event, set after ``looks`` waits of this thread. Other threads get the real one."""
 
     def __init__(self, looks):
         self.looks, self.thread, self.others = looks, threading.get_ident(), watchdog._stop
@@ -137,7 +137,7 @@ class Ended(Exception):
 
 @pytest.fixture
 def ending(monkeypatch):
-    """The list of reports. Where the job would end, it gets ``(status, cure)``, and Ended is raised."""
+    """The list of reports. At the job's end it gets ``(status, cure)``, and Ended raises."""
     said = []
 
     def abort_job(status, cure):

@@ -17,8 +17,8 @@ from typing import NamedTuple
 from open_mpi import OVERSUBSCRIBED, SETTINGS
 
 ROOT = Path(__file__).resolve().parents[2]
-# Every process of a job has this environment variable, so that those that outlive the job are found.
-# Its value is the job's folder.
+# Every process of a job has this environment variable, so that those that outlive the job are
+# found. Its value is the job's folder.
 MARK = "MPISYNCBN_TEST_JOB"
 LEAVE = 7.0  # seconds for a job's last processes to end: a DataLoader's workers check every 5
 # Prefixes of the variables by which launchers tell a rank about its job.
@@ -89,8 +89,8 @@ def run(
 
     Args:
         limit: seconds after which the command is killed.
-        start: seconds within which a file ``fault-*`` must appear in the folder, if given. ``limit``
-            counts from then.
+        start: seconds within which a file ``fault-*`` must appear in the folder, if given.
+            ``limit`` counts from then.
         variables: the whole environment; ``for_jobs()`` unless it is given.
     """
     with started(command, folder, variables) as job:

@@ -88,8 +88,8 @@ def own() -> str:
 def find(wanted: str) -> Library:
     """Find an MPI library, for example ``mpich``, ``mpich=PREFIX`` or ``debian-mpich``.
 
-    The other names are ``openmpi``, ``impi`` and ``debian-openmpi``. Raises ValueError if there is no
-    such library.
+    The other names are ``openmpi``, ``impi`` and ``debian-openmpi``. Raises ValueError if there is
+    no such library.
     """
     if wanted in _DEBIAN:
         return _of_debian(wanted)

@@ -1,8 +1,8 @@
 """A private Slurm cluster: munged, slurmctld and a slurmd for each node, all of them on this host.
 
 They write to one temporary folder and use nothing of /etc/slurm or /etc/munge, so any user may
-start them. More than one node requires root, because each needs a host name and shared memory of its
-own: otherwise MPI would take them for one node.
+start them. More than one node requires root, because each needs a host name and shared memory of
+its own: otherwise MPI would take them for one node.
 """
 
 from __future__ import annotations

@@ -44,9 +44,9 @@ __all__ += ["instruction_set", "most_dimensions", "threads", "update_running_sta
 _Arrays = TypeVar("_Arrays", bound=tuple[Array | None, ...])
 _Vectors = TypeVar("_Vectors", bound=tuple[Array | None, ...])
 
-# ``dz`` of these kinds is stored, and not computed twice. Forward and backward together then take 0.8
-# to 0.93 of the time in bfloat16; in float32 0.92 (GELU), 1.0 (its tanh form) and 1.1 (SiLU). With
-# ELU and hardswish they would take up to 1.25.
+# ``dz`` of these kinds is stored, and not computed twice. Forward and backward together then take
+# 0.8 to 0.93 of the time in bfloat16; in float32 0.92 (GELU), 1.0 (its tanh form) and 1.1 (SiLU).
+# With ELU and hardswish they would take up to 1.25.
 _STORED = (Kind.SILU, Kind.GELU, Kind.GELU_TANH)
 
 _REFUSED, _EXTREME = 0, 2  # outcomes, see _cpu.pyi

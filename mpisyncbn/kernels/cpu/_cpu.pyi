@@ -271,10 +271,10 @@ class StreamWorker:
         """Enqueue kernels, an exchange, and further kernels.
 
         ``stream`` is as ``Streams.current`` returns it.
-        ``vectors`` are the addresses of the message's vectors on the device. The list is empty if the
-        kernels ``before`` write the message. The result is copied to the address ``out``. An exchange of
-        moments sets ``total``, and sums are divided by it.
-        ``pointers`` are tensors of torch, addresses, or None.
+        ``vectors`` are the addresses of the message's vectors on the device. The list is empty if
+        the kernels ``before`` write the message. The result is copied to the address ``out``. An
+        exchange of moments sets ``total``, and sums are divided by it. ``pointers`` are tensors of
+        torch, addresses, or None.
         """
 
     def wait(self, /) -> None:

@@ -82,8 +82,8 @@ def backward_elementwise(
 ):
     """Store ``dx = (dz - mean_dy - (x - mean) * invstd**2 * mean_dy_xmu) * invstd * weight``.
 
-    ``dz`` is still the gradient of the activation's output, unless its ``KIND`` is NONE. The grid is
-    that of ``normalize``.
+    ``dz`` is still the gradient of the activation's output, unless its ``KIND`` is NONE. The grid
+    is that of ``normalize``.
     """
     width, stride = multiple_of(width, ALIGN), multiple_of(stride, ALIGN)
     channel, inside = _channels_of_columns(width, channels, column_tiles, INDEX, PLANES, COLUMNS)

@@ -13,8 +13,8 @@ import triton.language as tl
 
 __all__ = ["Plan", "plan_elementwise", "plan_merge", "plan_running_stats", "plan_sums", "plan_vector"]
 
-# Sums: few large programs, because their results must be merged. Registers of a thread are limited so
-# that all programs run at once. Measured on an H200, 2026-11-27.
+# Sums: few large programs, because their results must be merged. Registers of a thread are limited
+# so that all programs run at once. Measured on an H200, 2026-11-27.
 _WARPS = 4
 _VALUES = 32 * _WARPS * 8  # in a tile of a program; half as many of float64
 _PROGRAMS, _REGISTERS = 8, 64  # programs for each multiprocessor; most registers of a thread

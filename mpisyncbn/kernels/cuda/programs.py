@@ -91,9 +91,9 @@ def forward_program(
 ) -> Program | None:
     """The kernels of a forward pass, and of the update of running statistics.
 
-    ``description`` is that of x, the vectors, the residual and the running statistics, even if these
-    are not updated here. Returns None if ``x`` is empty, or if the kernels cannot read a tensor as it is,
-    so that it has to be copied.
+    ``description`` is that of x, the vectors, the residual and the running statistics, even if
+    these are not updated here. Returns None if ``x`` is empty, or if the kernels cannot read a
+    tensor as it is, so that it has to be copied.
     """
     key = description, activation, None if running is None else running.momentum
     try:

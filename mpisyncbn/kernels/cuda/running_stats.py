@@ -48,8 +48,8 @@ def record_enqueued(
 ):
     """Do the update of ``record_batch`` for a batch whose count the host does not know.
 
-    ``more`` holds the count, the unbiased variance over the biased one, and 0 if the batch is to be left
-    out, else 1.
+    ``more`` holds the count, the unbiased variance over the biased one, and 0 if the batch is to be
+    left out, else 1.
     """
     channel = tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)
     takes_batch = tl.load(more + 2) > 0

@@ -38,8 +38,8 @@ UNROLL = tl.constexpr(2)
 def partial_of_program(partials, channel, channels):
     """Pointers to a program's first results in ``partials``, of shape (rows, channels, shares).
 
-    It also returns the distance of a row from the next. The shares of a channel lie side by side, for
-    the second kernel, which reads them all.
+    It also returns the distance of a row from the next. The shares of a channel lie side by side,
+    for the second kernel, which reads them all.
     """
     shares = tl.num_programs(1)
     row = tl.cast(channels, tl.int64) * shares

@@ -27,8 +27,8 @@ data = [np.random.default_rng(each).normal(each, 1 + each, (3 + each, channels))
 whole = np.concatenate([data[each][:-1] for each in ranks])
 most = sum(len(data[each]) for each in ranks)
 count, step = 0, 0
-# A rank that has seen the file takes one sample more. So the count tells all ranks of the group when all
-# have seen it. The time limit of exchanges would not cover a message of the program's own.
+# A rank that has seen the file takes one sample more. So the count tells all ranks of the group
+# when all have seen it. The time limit of exchanges would not cover a message of the program's own.
 while count < most:
     x = data[rank] if (folder / "last").exists() else data[rank][:-1]
     y, stats = functional.batch_norm_forward(x, process_group=group)
