@@ -1,4 +1,4 @@
-"""Builds the native kernels beside what setup.cfg says. If that fails, the rest is installed all the same.
+"""Builds the native kernels beside what setup.cfg says. If that fails, it installs the rest.
 
 MPISYNCBN_NO_NATIVE=1 leaves them out on purpose. CXX, CFLAGS, CXXFLAGS and LDFLAGS are used: the
 flags come after those of this file.
@@ -105,7 +105,7 @@ class BuildNative(build_ext):
         def compile_one(source: str) -> list[str]:
             flags = [*options["extra_postargs"]]
             if Path(source).name == "loops_baseline.cpp" and self.has_levels:
-                # For processors without AVX2, which are old or small: 9 s of compilation are worth more.
+                # For processors without AVX2: 9 s of compilation are worth more.
                 flags[flags.index("-O3")] = "-O1"
             return self.compile_one([source], **{**options, "extra_postargs": flags})
 

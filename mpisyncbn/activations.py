@@ -70,7 +70,7 @@ def name_of(activation: AnyActivation) -> str | None:
 
 
 def name_of_module(module: nn.Module) -> str | None:
-    """The text of the activation that a module computes; None if a layer cannot do all that it does."""
+    """The text of the activation that a module computes; None if a layer cannot do all of it."""
     activation = _of_module(module)
     return None if activation is None else _text_of(activation)
 

@@ -30,7 +30,7 @@ class SyncBatchNorm(convert.Synchronized):
     r"""Batch normalization over the batch of all ranks of an MPI communicator.
 
     A drop-in for :class:`torch.nn.SyncBatchNorm`, with the same arguments, attributes and
-    state_dict, for tensors on any device. docs/explanation/surprises.md says how it differs on purpose.
+    state_dict, for tensors on any device. docs/explanation/surprises.md says how it differs.
 
     Args:
         num_features: the number of channels C of an input of shape ``(N, C, *)``.
@@ -40,12 +40,12 @@ class SyncBatchNorm(convert.Synchronized):
         affine: if True, the layer has learnable per-channel weight and bias.
         track_running_stats: if True, keeps running statistics for evaluation; if False, batch
             statistics are used in evaluation too, then of this rank alone.
-        process_group: the ranks to normalize over: an mpi4py communicator, a Communicator, a process
-            group of torch.distributed, or None for the world. The attribute ``process_group`` may be
-            set; ``communicator`` is the Communicator that stands for it, None for the world.
+        process_group: the ranks to normalize over: an mpi4py communicator, a Communicator, a
+            process group of torch.distributed, or None for the world. It is an attribute, which may
+            be set; ``communicator`` is the Communicator that stands for it, None for the world.
         device, dtype: of parameters and buffers.
         bias: if False, there is no bias even if ``affine``.
-        activation: applied to the output, without a pass over memory of its own, forward or backward:
+        activation: applied to the output, in the same passes over memory, forward and backward:
             "relu", "leaky_relu", "silu", "hardswish", "elu" or "gelu", with torch's defaults;
             "leaky_relu(0.1)", "elu(0.5)" or "gelu(tanh)"; a module of torch.nn that does the same,
             such as ``nn.LeakyReLU(0.1)``; or None. It is also an attribute, which may be set on a
@@ -60,14 +60,14 @@ class SyncBatchNorm(convert.Synchronized):
         - input: ``(N, C, *)``, at least 2-D; float32, float64, bfloat16 or float16. N may differ
           between ranks, and be 0.
         - residual, optional: like the input. It is added before the activation, in the same pass.
-        - mask, optional, by keyword: boolean, of the input's shape but with one channel, ``(N, 1,
-          *)``. Statistics and gradients are those of the values where it is true. Elsewhere the
-          output is 0, and the input has no effect. It is for padded sequences and grids with
-          holes: docs/guides/masks.md.
+        - mask, optional, by keyword: boolean, of the input's shape but with one channel:
+          ``(N, 1, *)``. Statistics and gradients are those of the values where it is true.
+          Elsewhere the output is 0, and the input has no effect. It is for padded sequences and
+          grids with holes: docs/guides/masks.md.
         - output: of the input's shape, dtype and memory format.
 
     Raises:
-        ValueError: ``activation`` is another text or module, or one with hooks or its own ``forward``.
+        ValueError: ``activation`` is another text or module, or has hooks or its own ``forward``.
         ValueError, TypeError: in forward, an argument is of the wrong shape, dtype or device.
         ValueError: in forward, on every rank, if the group has a single value per channel.
         CollectiveMismatchError: in forward or backward, on every rank, if the ranks were in
@@ -197,7 +197,7 @@ class SyncBatchNorm(convert.Synchronized):
                 one class different names: they tell apart the layers of two models in one exchange.
             fuse_activation: let each layer compute the ``nn.ReLU``, ``nn.LeakyReLU``, ``nn.SiLU``,
                 ``nn.Hardswish``, ``nn.ELU`` or ``nn.GELU`` that follows it in an ``nn.Sequential``,
-                without a pass over memory of its own, if neither has hooks and the layer stands nowhere
+                in the same passes over memory, if neither has hooks and the layer stands nowhere
                 else in the model. The layer itself then returns the output of the activation.
             fuse_relu: the same for ``nn.ReLU`` alone.
             memory_efficient: set that attribute on the layers, except on those with an activation
@@ -226,7 +226,7 @@ class SyncBatchNorm(convert.Synchronized):
 
 
 def _cumulative_momentum(num_batches_tracked: Tensor | None) -> float | Tensor:
-    """The weight of the next batch in the average of all: a tensor, so the host waits for no device."""
+    """The weight of the next batch in the average of all: a tensor, so the host need not wait."""
     if num_batches_tracked is None:
         return 0.0
     dtype = torch.float64 if has_float64(num_batches_tracked) else torch.float32

@@ -64,12 +64,12 @@ def merge_moments(group: Communicator, call: LayerCall, count: int, mean: Array,
         mean, m2: of length C, any array; for float64 layers the mean is in two rows (kernels/).
 
     Returns:
-        ``count, mean, var``, float64 NumPy vectors wherever the arguments live, the same bits on every
-        rank; arrays on the device under the stream transport. An empty group batch gives zeros.
+        ``count, mean, var``, float64 NumPy vectors wherever the arguments live, with the same bits
+        on every rank; arrays on the device under the stream transport. Without data, zeros.
 
     Raises:
         CollectiveMismatchError: on every rank, if the ranks were not all in the same call.
-        MPISyncBNError: the group is the world, and torch.distributed or a launcher knows of more ranks.
+        MPISyncBNError: the group is the world, and torch.distributed or a launcher has more ranks.
 
     Collective: every rank of the group must call.
     """

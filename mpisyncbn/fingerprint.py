@@ -56,7 +56,7 @@ class LayerCall(NamedTuple):
 
 
 def layer_dtype(x: Array, *parameters: Array | None) -> str:
-    """The dtype of a layer, "float64" or "float32": of its parameters or, if it has none, of ``x``."""
+    """The dtype of a layer, "float64" or "float32": that of its parameters or else of ``x``."""
     decides = next((p for p in parameters if p is not None), x)
     return "float64" if decides.dtype.itemsize == 8 else "float32"
 
@@ -124,7 +124,7 @@ def mismatch(group: Communicator, call: object) -> NoReturn:
 
 
 def raise_problem(group: Communicator, call: LayerCall, problem: int) -> NoReturn:
-    """Raise the error for the ``problem`` of an exchange in native code: see kernels/cpu/collectives.h."""
+    """Raise the error for the ``problem`` of a native exchange: see kernels/cpu/collectives.h."""
     if problem == -1:
         mismatch(group, call)
     raise_failed(group, call, group.mpi_error(problem))

@@ -50,7 +50,7 @@ def forward(
     residual: Array | None = None,
     activation: Activation = NO_ACTIVATION,
 ) -> tuple[Array, BatchStats, BatchStats]:
-    """Normalize ``x`` with the statistics of the group's batch. Arguments are checked by the caller.
+    """Normalize ``x`` with the statistics of the group's batch. The caller checks arguments.
 
     ``activations.activation_of`` makes ``activation`` of a text or module.
 
@@ -110,17 +110,18 @@ def batch_norm_forward(
     process_group: AnyGroup = None,
     mask: Array | None = None,
 ) -> tuple[Array, BatchStats]:
-    """Normalize ``x`` with the mean and variance of the whole group's batch (Ioffe and Szegedy 2015).
+    """Normalize ``x`` with mean and variance of the group's batch (Ioffe and Szegedy 2015).
 
     Args:
         x: ``(N, C, *)``, float32, float64, float16 or (torch alone) bfloat16: an array of NumPy or
             CuPy, or a tensor. N may differ between ranks, and be 0.
-        weight, bias: of length C, of the dtype of ``x``, or float32 for a half-precision ``x``; or None.
+        weight, bias: of length C, of the dtype of ``x``, or float32 for half precision; or None.
         eps: added to the variance, at least 0.
         process_group: the ranks to normalize over: an mpi4py communicator, a Communicator, a
             process group of torch.distributed, or None for the world.
-        mask: boolean, of the shape of ``x`` but with one channel: ``(N, 1, *)``; or None. Statistics
-            are those of the values where it is true, and ``y`` is 0 elsewhere (docs/guides/masks.md).
+        mask: boolean, of the shape of ``x`` but with one channel: ``(N, 1, *)``; or None.
+            Statistics are those of the values where it is true. Elsewhere ``y`` is 0
+            (docs/guides/masks.md).
 
     Returns:
         ``y``, like ``x``, and the BatchStats that ``batch_norm_backward`` needs, as arrays of the
@@ -131,7 +132,7 @@ def batch_norm_forward(
         TypeError: an argument is a masked array, a matrix, or an array of another library.
         ValueError: on every rank, if the group has a single value per channel.
         CollectiveMismatchError: on every rank, if the ranks were in different calls.
-        MPISyncBNError: the group is the world, and torch.distributed or a launcher knows of more ranks.
+        MPISyncBNError: the group is the world, and torch.distributed or a launcher has more ranks.
 
     Collective: every rank of the group must call.
     """

@@ -93,7 +93,7 @@ class LayerSync:
 
 
 def _register() -> bool:
-    """Make LayerSync a plugin for each of Lightning's imported packages. Return whether there is one.
+    """Make LayerSync a plugin for each imported package of Lightning. Return whether any is.
 
     The Trainer accepts instances of its package's own class LayerSync. That is an abstract base
     class, so this class can be registered as a virtual subclass. It is registered with

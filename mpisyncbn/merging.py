@@ -37,7 +37,7 @@ def is_absorbed(m2: Array, squares: Array) -> bool:
 
 
 def moments_of_sums(totals: np.ndarray) -> tuple[int, np.ndarray, np.ndarray, bool]:
-    """Count, mean and variance of the group, and whether some variance has lost digits by cancellation."""
+    """Count, mean and variance of the group, and whether some variance has lost digits."""
     total, channels = int(totals[2]), len(totals) // 2 - 1
     means = totals[3:] / max(total, 1)
     mean, var = means[:channels], means[channels:]
@@ -64,7 +64,7 @@ def cancelled_channels(mean: np.ndarray, var: np.ndarray) -> tuple[np.ndarray, n
 
 
 def without_rounding(var: np.ndarray, distance: np.ndarray) -> np.ndarray:
-    """``var``, but 0 for channels where all ranks have the same mean, at a ``distance`` from the origin.
+    """``var``, but 0 for channels with one mean on all ranks, at a ``distance`` from the origin.
 
     Only rounding, of either sign, is left of their variance. NaN stays NaN.
     """

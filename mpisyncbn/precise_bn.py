@@ -46,13 +46,13 @@ def update_bn(
 
     It is ``torch.optim.swa_utils.update_bn`` over ranks. It is for averaged weights (SWA, EMA), and
     for precise statistics (Wu and Johnson 2021, "Rethinking 'Batch' in BatchNorm"). The mean and
-    the unbiased variance are those of all values that a layer normalizes, whatever batches and ranks
-    they come in. (torch averages the statistics of batches, all with one weight.) The model runs in
-    training mode, so that a synchronized layer normalizes each batch with the statistics of all ranks.
+    the unbiased variance are those of all values that a layer normalizes, on all ranks. (torch
+    averages the statistics of batches, all with one weight.) The model runs in training mode, so
+    that a synchronized layer normalizes each batch with the statistics of all ranks.
 
     Args:
-        loader: batches of this rank: tensors, or tuples and lists whose first item is the input of the
-            model. Ranks may have batches of different sizes, and different numbers of batches, also 0.
+        loader: batches of this rank: tensors, or tuples and lists whose first item is the input of
+            the model. Ranks may have batches of other sizes, and more or fewer of them, also 0.
         model: with batch norms of any kind, synchronized or local. It runs eagerly if it is
             compiled, and without DistributedDataParallel's broadcasts. ``num_batches_tracked``
             becomes the largest number of batches that a rank had.
@@ -62,10 +62,11 @@ def update_bn(
             layers have groups of their own.
 
     If anything raises, no statistics are changed. A layer keeps its own if no value reached it, if
-    ``model.train()`` leaves it in evaluation, or if a value is not finite; then a RuntimeWarning names
-    the layer. If tqdm is installed and stderr is a terminal, rank 0 shows a bar. A rank without more
-    batches waits for the others, at most MPISYNCBN_TIMEOUT seconds. Calls of ``sync_batch_norm`` in the
-    model need as many batches on each rank, unless a layer has their group.
+    ``model.train()`` leaves it in evaluation, or if a value is not finite; then a RuntimeWarning
+    names the layer. If tqdm is installed and stderr is a terminal, rank 0 shows a bar. A rank
+    without more batches waits for the others, at most MPISYNCBN_TIMEOUT seconds. Calls of
+    ``sync_batch_norm`` in the model need as many batches on each rank, unless a layer has their
+    group.
 
     Raises:
         TypeError: ``model`` is no module or has a layer of torch.nn.SyncBatchNorm, the input in a
@@ -139,7 +140,7 @@ class _LayerMoments:
         activation: AnyActivation = None,
         mask: Tensor | None = None,
     ) -> Tensor:
-        """Normalize as the synchronized layer does, and add its batch. This replaces ``_batch_norm``."""
+        """Normalize as the layer does, and add its batch. This replaces ``_batch_norm``."""
         layer = cast(Synchronized, self.layer)
         y = type(layer)._batch_norm(layer, x, residual, activation, mask)
         if self.layer.training:
@@ -172,7 +173,7 @@ class _LayerMoments:
 
 
 class _LocalLayers(TorchFunctionMode):
-    """A mode that measures local layers in ``F.batch_norm``, which all of them call in their forward."""
+    """A mode that measures local layers in ``F.batch_norm``, which their forward calls."""
 
     def __init__(self, layers: Iterable[_LayerMoments]) -> None:
         super().__init__()
@@ -216,7 +217,7 @@ def _run(loader: Iterable[Batch], model: nn.Module, device: Device) -> int:
 
 @contextmanager
 def _training(model: nn.Module, layers: Collection[_LayerMoments]) -> Iterator[None]:
-    """Measure the layers in training mode, eagerly, without updates of running statistics. Then undo it."""
+    """Measure the layers in training mode, eagerly, without updates. Then undo it."""
     modes = {module: module.training for module in model.modules()}
     synchronized = [each for each in layers if isinstance(each.layer, Synchronized)]
     flags: list[tuple[nn.Module, str]] = [(each.layer, "track_running_stats") for each in synchronized]

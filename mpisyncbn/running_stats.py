@@ -1,4 +1,4 @@
-"""The update of running statistics: exponential averages of each batch's mean and unbiased variance.
+"""Running statistics: exponential averages of each batch's mean and unbiased variance.
 
 ``record_batch`` picks the shortest way:
 
@@ -80,7 +80,7 @@ def record_batch(
         num_batches_tracked: the count of a layer, or None.
         stats: of the batch; ``invstd`` is not used.
         momentum: a number from 0 to 1, or an array of no dimensions.
-        device_stats: the same statistics on the device of the running ones, if they are known there.
+        device_stats: the statistics on the device of the running ones, if known there.
 
     Returns:
         Whether the batch was recorded: a bool, or an array of no dimensions if only a device or a
@@ -123,7 +123,7 @@ def _bessel_factor(count: int) -> float:
 
 
 def _record_natively(running: Averages, stats: BatchStats, momentum: float | Array) -> bool:
-    """Record a batch in one call of native code. Returns False, and changes nothing, if that refuses."""
+    """Record a batch in one native call. If that refuses, return False and change nothing."""
     running_mean, _, num_batches_tracked = running
     if not (
         type(stats.mean) is np.ndarray
@@ -170,7 +170,7 @@ def _record_from_host(
 
 
 def _record_on_device(running: Averages, stats: BatchStats, momentum: float | Array) -> bool:
-    """Record a batch in one kernel, from statistics on the device. Returns False if no kernel can."""
+    """Record a batch in one kernel, from statistics on the device. False if no kernel can."""
     if transport.on_host(stats.mean) or type(momentum) is not float:
         return False
     record = getattr(kernels_for(running[0]), "record_batch", None)
@@ -204,7 +204,7 @@ def _record_without_sync(running: Averages, stats: BatchStats, momentum: float |
 def _fits(mean: np.ndarray, unbiased: np.ndarray, running: Array) -> bool:
     """Whether all values of both vectors are finite in the dtype of the running statistics."""
     largest = _finfo_max(running)
-    # The norms are an upper bound of the maxima, for a fifth of their cost. With NaN the comparison is false.
+    # The norms bound the maxima, for a fifth of their cost. With NaN the comparison is false.
     if mean.dot(mean) + unbiased.dot(unbiased) <= min(largest * largest, sys.float_info.max):
         return True
     return bool(np.abs(mean).max() <= largest and unbiased.max() <= largest)
@@ -235,7 +235,7 @@ def lerp_(
     momentum: float | Array,
     num_batches_tracked: Tensor | None = None,
 ) -> None:
-    """Set ``running = (1 - momentum) * running + momentum * batch`` in place, for vectors of one kind.
+    """Set ``running = (1 - momentum) * running + momentum * batch`` in place.
 
     Adds 1 to ``num_batches_tracked``, if it is not None. If anything raises, nothing is changed.
     """

@@ -39,7 +39,7 @@ COMPILES = _VERSION >= "2.11"
 # Torch 2.6 keeps a Work that it has from Python without its Python methods, and waits for ever.
 CPP_KEEPS_WORKS = _VERSION >= "2.7"
 
-# Torch 2.6 takes no socket for a store by libuv, 2.13 does. Between them the older store serves as well.
+# Torch 2.6 takes no socket for a store by libuv, 2.13 does. Between them the older store does.
 STORE_BY_LIBUV = _VERSION >= "2.13"
 
 # Torch 2.7 and older have no such tag. They compile no layer either.
@@ -80,7 +80,7 @@ def is_async(options: object) -> bool:
 
 
 def shut_down_groups_of(cls: type[ProcessGroup]) -> None:
-    """Let ``destroy_process_group`` call ``shutdown`` of groups of ``cls``: torch 2.6 calls NCCL's."""
+    """Let ``destroy_process_group`` shut down groups of ``cls``: torch 2.6 only does NCCL's."""
     from torch.distributed import distributed_c10d
 
     theirs = getattr(distributed_c10d, "_shutdown_backend", None)

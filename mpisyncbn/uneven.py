@@ -29,7 +29,7 @@ def synchronized_layers(model: nn.Module) -> list[Synchronized]:
 
 
 def check_threads(function: str) -> None:
-    """Raise MPISyncBNError, which names ``function``, if MPI may not be called from several threads."""
+    """Raise MPISyncBNError, which names ``function``, if MPI does not allow several threads."""
     MPI = mpi()
     if MPI.Query_thread() < MPI.THREAD_MULTIPLE:
         raise MPISyncBNError(

@@ -1,7 +1,7 @@
 """Print which module imports which, and the longest files and functions.
 
 python scripts/architecture.py            the table of docs/explanation/architecture.md
-python scripts/architecture.py --longest  the longest files and functions, and those with most branches
+python scripts/architecture.py --longest  the longest files and functions, and most branches
 """
 
 from __future__ import annotations
@@ -80,7 +80,7 @@ def ordered(found: dict[str, set[str]]) -> list[str]:
 
 
 def sizes() -> tuple[dict[str, int], dict[str, int]]:
-    """Count the lines of each file, C++ included, and of each Python function minus its docstring."""
+    """Count the lines of each file, C++ too, and of each Python function minus its docstring."""
     files, functions = {}, {}
     for path in PACKAGE.rglob("*"):
         if path.suffix in (".py", ".cpp", ".h"):

@@ -1,11 +1,11 @@
-"""Measure the speed of this package, its peers and the machine's limits, in turn in the same processes.
+"""Measure the speed of this package, its peers and the machine, in turn in the same processes.
 
     mpiexec -n 2 python scripts/benchmark.py            about ten minutes on two cores
     mpiexec -n 2 python scripts/benchmark.py --quick    under two
-    python scripts/benchmark.py --threads 2             one rank with two threads, beside torch with two
+    python scripts/benchmark.py --threads 2             one rank and torch with two threads
     python scripts/benchmark.py --scaling               2 to 64 ranks; starts mpiexec itself
-    mpiexec -n 2 python scripts/benchmark.py --only compiled    minutes of torch.compile, then the steps
-    scripts/pictures --results DIR --to DIR             pictures and tables, after --json DIR/cpu-NAME.json
+    mpiexec -n 2 python scripts/benchmark.py --only compiled    compiles for minutes
+    scripts/pictures --results DIR --to DIR             pictures and tables of DIR/cpu-NAME.json
 
 If each rank has a core of its own, bind the ranks and turn yielding off: MPI's part of an exchange
 then takes half the time.

@@ -2,9 +2,9 @@
 
     mpiexec -n 4 python scripts/demo.py
 
-The data are the handwritten digits of scikit-learn (1797 images of 8 x 8), divided as they might be on
-a cluster's disks: rank r holds the digits d with d % size == r. All three runs start from the same
-network and see the same samples at each step: the global batch is the batches of all ranks together.
+The data are the handwritten digits of scikit-learn (1797 images of 8 x 8), divided as they might be
+on a cluster's disks: rank r holds the digits d with d % size == r. All three runs start from one
+network and see the same samples at each step: the global batch is the batches of all ranks.
 """
 
 from __future__ import annotations
@@ -86,7 +86,7 @@ def compare(
     samples = draw(data.tensors[1].numpy(), comm.size, steps, batch, seed)
     mine, everyone = samples[:, comm.rank], samples.reshape(steps, -1)
     ways = {
-        # Every rank trains this one. If only rank 0 did, the others would wait, and a waiting rank spins.
+        # Every rank trains this one. If only rank 0 did, the others would wait, and spin.
         ONE_PROCESS: (network, everyone, MPI.COMM_SELF),
         LOCAL: (deepcopy(network), mine, comm),
         SYNCHRONIZED: (mpisyncbn.convert_sync_batchnorm(deepcopy(network), comm), mine, comm),
@@ -102,7 +102,7 @@ def compare(
 def train(
     model: nn.Module, data: TensorDataset, batches: Iterable[np.ndarray], comm: MPI.Intracomm, lr: float
 ) -> np.ndarray:
-    """Train on ``batches``, indices into ``data``, and return the loss of the global batch at each step.
+    """Train on ``batches``, indices into ``data``; return the global batch's loss at each step.
 
     Collective: every rank of ``comm`` must call, with batches of one size.
     """
@@ -141,7 +141,7 @@ def average(values: np.ndarray, comm: MPI.Intracomm) -> np.ndarray:
 def make_network() -> nn.Module:
     def block(channels: int, out: int, stride: int) -> list[nn.Module]:
         convolution = nn.Conv2d(channels, out, 3, stride, padding=1, bias=False)
-        # SiLU, not ReLU: at ReLU's kink a rounding error changes the gradient, and two runs drift apart.
+        # SiLU, since at ReLU's kink rounding changes the gradient, and two runs drift apart.
         return [convolution, nn.BatchNorm2d(out), nn.SiLU()]
 
     features = [*block(1, 16, 1), *block(16, 32, 2), *block(32, 64, 2)]
@@ -166,7 +166,7 @@ def load(dtype: torch.dtype, seed: int) -> tuple[TensorDataset, TensorDataset]:
 
 
 def draw(labels: np.ndarray, size: int, steps: int, batch: int, seed: int) -> np.ndarray:
-    """Draw the samples of each step, each rank's from its shard. Return indices, ``(steps, size, batch)``.
+    """Draw each rank's samples from its shard. Return indices, ``(steps, size, batch)``.
 
     Raises:
         ValueError: there are more ranks than kinds of digits.

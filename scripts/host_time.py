@@ -1,4 +1,4 @@
-"""Time the host's work for a small layer on a GPU: ours by each transport, and torch.nn.SyncBatchNorm.
+"""Time the host's work for a small layer on a GPU: ours, and torch.nn.SyncBatchNorm.
 
     PYTHON=python3 scripts/standin calls python3 scripts/host_time.py
 
@@ -81,7 +81,7 @@ def main() -> None:
     from torch.testing._internal.distributed.fake_pg import FakeStore
 
     dist.init_process_group("fake", rank=0, world_size=2, store=FakeStore())
-    # The backend copies its input to each row of the output, but the layer's output is a single row.
+    # The backend copies its input to each row of the output. The layer's is a single row.
     name = "all_gather_single" if hasattr(dist, "all_gather_single") else "all_gather_into_tensor"
     gather = getattr(dist, name)
     setattr(dist, name, lambda out, mine, *more, **kwargs: gather(out.view(2, -1), mine, *more, **kwargs))

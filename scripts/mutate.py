@@ -1,6 +1,6 @@
 """Mutation testing with cosmic-ray: does a test fail if one thing in the code is wrong?
 
-    scripts/mutate                                        all mutants of all modules in cosmic-ray.toml: hours
+    scripts/mutate                                        all mutants of cosmic-ray.toml: hours
     scripts/mutate --sample 40 --seed 1 exchange.py       40 mutants of one module, chosen at random
     scripts/mutate --jobs 2 --session FILE exchange.py    continues the last run with FILE
 

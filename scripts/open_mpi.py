@@ -1,4 +1,4 @@
-"""Environment variables under which Open MPI runs many ranks on few cores, for tests and benchmarks.
+"""Variables under which Open MPI runs many ranks on few cores, for tests and benchmarks.
 
 scripts/environment.sh exports the same. Open MPI 5 reads PRTE_MCA_*, Open MPI 4 OMPI_MCA_*.
 """

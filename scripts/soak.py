@@ -73,7 +73,7 @@ def soak(exchanges: int, warm_up: int = WARM_UP) -> Growth:
 
 
 class Cycles:
-    """Cycles of exchanges: each makes every kind of exchange once, in the same order on all ranks."""
+    """Cycles of exchanges: each makes every kind once, in the same order on all ranks."""
 
     def __init__(self) -> None:
         half = mpisyncbn.Communicator(WORLD.Split(WORLD.rank % 2))
@@ -134,7 +134,7 @@ class Cycles:
 
 
 def least(cycles: Any) -> tuple[int, int]:
-    """The resident memory in KiB and the number of Python objects, each the least of several counts.
+    """The resident memory in KiB and the number of objects, each the least of several counts.
 
     One cycle runs before each count.
     """
@@ -149,7 +149,7 @@ def least(cycles: Any) -> tuple[int, int]:
 
 
 def _trim() -> None:
-    """Make the allocator return the freed memory that it keeps, which is not always the same amount."""
+    """Make the allocator return the freed memory that it keeps: the amount varies."""
     trim = getattr(ctypes.CDLL(None), "malloc_trim", None)  # glibc has it
     if trim is not None:
         trim(0)

@@ -40,7 +40,7 @@ TOLERANCE = {"float32": 1e-5, "float64": 1e-12}
 
 
 def train(run: Run, steps: int) -> None:
-    """Make ``steps`` steps, with fewer ranks after some are lost. Collective: every rank must call."""
+    """Make ``steps`` steps, with fewer ranks after a loss. Collective: all ranks must call."""
     lost = False
     while True:
         try:
@@ -53,14 +53,14 @@ def train(run: Run, steps: int) -> None:
                 raise
             run.caught(error)
             run.comm.Revoke()  # ranks that still wait in it get an error and come here too
-        # Some ranks may have made the last step, and others not. They end together, or go on together.
+        # Some ranks may have made the last step, and others not. All end, or go on, together.
         if agree(run.comm, run.step == steps):
             return
         lost = True
 
 
 def is_loss(error: BaseException) -> bool:
-    """Whether an error says that a rank was lost: an error of MPI, or the cause of a layer's error."""
+    """Whether an error of MPI, or the cause of a layer's error, says that a rank was lost."""
     cause = error if isinstance(error, MPI.Exception) else error.__cause__
     return isinstance(cause, MPI.Exception) and cause.Get_error_class() in LOST
 
@@ -103,7 +103,7 @@ class Run:
     def advance(self) -> None:
         """Make one step.
 
-        Its loss is the mean over the batch of all ranks, however the samples are divided among them.
+        Its loss is the mean over the batch of all ranks, however samples are divided.
         """
         self.moment("before")
         images, labels = shard(*batch(self.step, self.dtype), self.comm.rank, self.comm.size)
@@ -209,13 +209,13 @@ def batch(step: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
 
 
 def shard(images: Tensor, labels: Tensor, rank: int, size: int) -> tuple[Tensor, Tensor]:
-    """The part of a batch for one of ``size`` ranks. The higher the rank, the more samples it gets."""
+    """The part of a batch for one of ``size`` ranks. Higher ranks get more samples."""
     first, last = (BATCH * r * (r + 1) // (size * (size + 1)) for r in (rank, rank + 1))
     return images[first:last], labels[first:last]
 
 
 def one_process(steps: int) -> tuple[dict[str, Tensor], list[float]]:
-    """The state and the losses of one process with whole batches, in float64, without this package."""
+    """State and losses of one process with whole batches, in float64, without this package."""
     net = network(torch.float64)
     optimizer = sgd(net)
     losses = []
@@ -317,5 +317,5 @@ if __name__ == "__main__":
         traceback.print_exc()
         WORLD.Abort(1)
     sys.stdout.flush()
-    # This avoids MPI_Finalize: if ranks are missing, Open MPI 5.0 sometimes waits for them in it for ever.
+    # This avoids MPI_Finalize: if ranks miss, Open MPI 5.0 sometimes waits for ever in it.
     os._exit(status)

@@ -1,11 +1,11 @@
 """Measure the seconds, covered lines and killed mutants of each test file.
 
     python scripts/test_table.py --json FILE                    the lines of each file, at 1 rank
-    python scripts/test_table.py --json FILE --mutants 60       mutants, at 1 rank, by tests not marked full
-    python scripts/test_table.py --json FILE --reports *.xml    the table, with seconds of pytest's reports
+    python scripts/test_table.py --json FILE --mutants 60       mutants, at 1 rank, no full tests
+    python scripts/test_table.py --json FILE --reports *.xml    the table, with seconds of reports
 
-Run it in the environment of scripts/mutate. Each file runs by itself under coverage.py. A line that only
-one file runs is its own. A line that all files run, such as one that runs at import, counts for none.
+Run it in the environment of scripts/mutate. Each file runs by itself under coverage.py. A line that
+only one file runs is its own. A line that all files run, as at import, counts for none.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from outputs import output
 
 ROOT = Path(__file__).resolve().parents[1]
 LIMIT = 900  # seconds for one run of pytest
-# Mutants are tried with these tests, which start no jobs, no compiler, and not Triton's interpreter.
+# Mutants are tried with these tests: they start no jobs, no compiler, and not Triton.
 FOLDERS = "kernels", "exchange", "autograd", "comm", "distributed"
 TESTS = ["-m", "not full", "-k", "not cuda and not compile and not torchrun and not install"]
 OPERATORS = "NumberReplacer ReplaceComparisonOperator ReplaceBinaryOperator AddNot ReplaceTrue ReplaceFalse"
@@ -182,7 +182,7 @@ def mutated(path: Path, operator: str, number: int) -> tuple[str, str]:
 
 
 def table(found: dict[str, Any], reports: list[Path]) -> str:
-    """A Markdown table with a row for each test file. "only" counts mutants that no other file killed."""
+    """A Markdown table, a row for each test file. "only": mutants that no other file killed."""
     seconds: list[Counter[str]] = []
     for report in reports:
         seconds.append(Counter())

@@ -1,18 +1,18 @@
-"""Train a small residual network on handwritten digits, with SyncBatchNorm and DistributedDataParallel.
+"""Train a small residual network on digits, with SyncBatchNorm and DistributedDataParallel.
 
     mpiexec -n 4 python scripts/train.py
-    mpiexec -n 4 python scripts/train.py --ddp gloo         # or nccl: the backend that sums gradients
+    mpiexec -n 4 python scripts/train.py --ddp gloo         # or nccl, for the gradients
     mpiexec -n 4 python scripts/train.py --checkpoint run.pt --stop-after 2
     mpiexec -n 4 python scripts/train.py --checkpoint run.pt --resume
 
-Every backend finds its ranks through MPI, so there is no address to give. The ranks divide each batch.
+Every backend finds its ranks through MPI, without an address. The ranks divide each batch.
 DataLoader's worker processes shift the images at random. Each epoch ends with a line on rank 0 and
 with a checkpoint, from which --resume continues as if nothing had happened. At the same number of
-ranks the results have the same bits if MPI adds in the same order: Open MPI and MPICH do, and Intel MPI
-does with I_MPI_CBWR=1, which this script sets. At another number of ranks they agree up to rounding.
+ranks the results have the same bits if MPI adds in one order: Open MPI and MPICH do, and Intel MPI
+does with I_MPI_CBWR=1, which this script sets. At other numbers they agree up to rounding.
 
 With --checkpoint, SIGUSR1 on any rank (Slurm sends it before the time limit) lets all ranks finish
-their step, write a checkpoint in mid-epoch, and leave. scripts/slurm/train.sbatch requeues such a job.
+their step, write a checkpoint in mid-epoch, and leave. scripts/slurm/train.sbatch requeues the job.
 
 Exit status: 0 at the end of the run, or of --stop-after; 75 (EX_TEMPFAIL: try again) after SIGUSR1,
 when --resume continues from the checkpoint. Any other status is an error; the checkpoint is then
@@ -154,7 +154,7 @@ def network(width: int = 16) -> nn.Module:
 
 
 class Trainer:
-    """A training run. Collective: every rank makes one, and calls its methods together with the others."""
+    """A training run. Collective: all ranks make one, and call its methods together."""
 
     def __init__(self, args: argparse.Namespace) -> None:
         self.args, self.rank, self.size = args, dist.get_rank(), dist.get_world_size()
@@ -186,7 +186,7 @@ class Trainer:
         )
 
     def epoch(self) -> dict[str, Any]:
-        """Train to the end of the epoch. Return the loss per sample and the accuracy on the test set.
+        """Train to the end of the epoch. Return loss per sample and accuracy on the test set.
 
         Raises Interrupted, on all ranks or on none.
         """
@@ -201,7 +201,7 @@ class Trainer:
             updates = self.step % self.args.accumulate == 0 or self.step == last
             with contextlib.nullcontext() if updates else self.net.no_sync():
                 loss = self.loss(images, labels)
-                # This tells all ranks at the same step of a signal to any of them, beside the backward pass.
+                # This tells all ranks of a signal to any, beside the backward pass.
                 told = torch.tensor([0, _signalled.is_set()], dtype=torch.float64, device=self.device)
                 told[0] = loss.detach()
                 telling = dist.all_reduce(told, async_op=True)
@@ -220,7 +220,7 @@ class Trainer:
         return found
 
     def loss(self, images: Tensor, labels: Tensor) -> Tensor:
-        """The loss, summed over this rank's samples. Ranks may have different numbers of samples."""
+        """The loss, summed over this rank's samples. Ranks may have more or fewer."""
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.args.amp):
             outputs = self.net(images.to(self.device))
             return F.cross_entropy(outputs, labels.to(self.device), reduction="sum")

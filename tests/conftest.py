@@ -147,7 +147,7 @@ def recorded() -> Iterator[Recorder]:
 def limit(request: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """Run a test twice: with the usual limit on the length of one MPI call, and with a limit of 24.
 
-    Longer messages go in pieces. The usual limit is 2**30 values or bytes, since MPI's counts are ints.
+    Longer messages go in pieces. The usual limit is 2**30, since MPI's counts are ints.
     """
     if request.param == "in pieces":
         monkeypatch.setattr(mpi_collectives, "MAX_COUNT", 24)
@@ -171,7 +171,7 @@ def world() -> Iterator[None]:
 
 @pytest.fixture
 def run_job(tmp_path: Path) -> Callable[..., jobs.End]:
-    """A function that runs Python as a job: ``run_job("-c", code, ranks=4)`` returns a ``jobs.End``.
+    """A function that runs Python as a job: ``run_job("-c", code, ranks=4)``, a ``jobs.End``.
 
     It starts one process without mpiexec unless ``ranks`` is given. ``launcher`` is the command
     before ``-n``, mpiexec unless it is given. A job runs in this test's ``tmp_path`` unless

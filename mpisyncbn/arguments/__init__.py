@@ -53,7 +53,7 @@ def check_arguments(
     eps: float = 1e-5,
     layer: str | None = None,
 ) -> None:
-    """Check the arguments of a forward pass. Errors name the ``layer``, if it has a name of its own."""
+    """Check the arguments of a forward pass. Errors name the ``layer``, if it has a name."""
     check_array("input", x)
     if x.ndim < 2:
         raise ValueError(
@@ -107,7 +107,7 @@ def _check_vectors(vectors: dict[str, Array], x: Array, layer: str | None) -> No
 
 
 def _dtype_problem(label: str, first: object, arrays: dict[str, Array], layer: str | None) -> str:
-    """The text of the error for an array, ``label``, whose dtype does not fit. It lists all dtypes."""
+    """The error text for an array, ``label``, whose dtype does not fit. It lists all dtypes."""
     name = dtype_name(arrays["input"].dtype)
     possible = [name, "float32"] if name in _HALVES else [name]
     wanted = possible if arrays[label].dtype == first else [dtype_name(first)]
@@ -121,7 +121,7 @@ def _dtype_problem(label: str, first: object, arrays: dict[str, Array], layer: s
 
 
 def in_layer(layer: str | None) -> str:
-    """The end of a message: `` in layer bn.1 (on rank 2 of 4)``, or `` (on rank 2 of 4)`` without a name."""
+    """The end of a message: `` in layer bn.1 (on rank 2 of 4)``, or without a layer's name."""
     named = layer is not None and not layer.startswith("#") and layer != UNNAMED
     return f" in layer {layer}{on_rank()}" if named else on_rank()
 
@@ -195,7 +195,7 @@ def check_mask(mask: Array | None, x: Array, layer: str | None = None) -> None:
 
 
 def check_num_batches_tracked(batches: Array) -> None:
-    """Check a layer's ``num_batches_tracked``: a tensor to which 1 can be added in place, or None."""
+    """Check ``num_batches_tracked``: a tensor to which 1 can be added in place, or None."""
     torch = loaded_torch()
     if batches is None or (batches.__class__ is torch.Tensor and batches.dtype is torch.int64):
         return

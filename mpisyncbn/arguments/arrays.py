@@ -1,4 +1,4 @@
-"""Checks of the kinds of arrays: kernels must be able to read the values, and sums must be plain sums."""
+"""Checks of the kinds of arrays: kernels must read their values, and sums must be plain sums."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def check_array(label: str, value: Array) -> None:
     elif isinstance(value, np.ndarray):
         _check_numpy(label, value)
     elif not isinstance(value, getattr(sys.modules.get("cupy"), "ndarray", ())):
-        # Arrays of other libraries have other methods, and their values may not be in memory at all.
+        # Arrays of other libraries have other methods, and their values may be elsewhere.
         raise TypeError(
             f"expected {label} to be an array of NumPy, CuPy or torch, got {type(value).__module__}."
             f"{type(value).__qualname__}{on_rank()}: convert it first, numpy.asarray()"

@@ -94,11 +94,11 @@ def sync_batch_norm(
     Raises:
         ValueError, TypeError: an argument is of the wrong shape, dtype, device or range.
         TypeError: ``momentum`` is None in training: only a layer counts its batches.
-        ValueError: ``activation`` is another text or module, or one with hooks or its own ``forward``.
+        ValueError: ``activation`` is another text or module, or has hooks or its own ``forward``.
         ValueError: ``memory_efficient`` with a residual or an activation that cannot be undone.
         ValueError: on every rank, if the group has a single value per channel.
         CollectiveMismatchError: on every rank, if the ranks were in different layers or calls.
-        MPISyncBNError: the group is the world, and torch.distributed or a launcher knows of more ranks.
+        MPISyncBNError: the group is the world, and torch.distributed or a launcher has more ranks.
 
     Collective while training, forward and backward: every rank of the group must call.
     """

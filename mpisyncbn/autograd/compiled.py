@@ -57,7 +57,7 @@ def apply(
 
 @contextmanager
 def _outside_of_modes() -> Iterator[None]:
-    """A context for tensors that outlive the modes, and the transforms of torch.func, that are active."""
+    """A context for tensors that outlive the active modes and transforms of torch.func."""
     with torch.inference_mode(False), _disable_current_modes(), torch._C._DisableFuncTorch():
         yield
 
@@ -82,7 +82,7 @@ def _order_token(token: Tensor, x: Tensor) -> Tensor:
     return _forward_token(x.device) if token is _FORWARD_ORDER else _backward_token(x.device)
 
 
-# There are two functions, because the compiler names a constant after the function that returned it.
+# Two functions, because the compiler names a constant after the function that returned it.
 @torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
 def _forward_token(device: torch.device) -> Tensor:
     return _token_on(device, "forward")
@@ -153,8 +153,8 @@ def _batch_sums_op(
 ) -> tuple[Tensor, Tensor]:
     """Do the backward pass up to and including its exchange.
 
-    Returns the rows dweight and dbias, sums of this rank; and the rows for ``dx``: the mean of dy, in
-    two parts, and the mean of ``dy * xhat``, the factor of ``xhat``, which is the normalized input.
+    Returns the rows dweight and dbias, sums of this rank; and the rows for ``dx``: the mean of dy
+    in two parts, and that of ``dy * xhat``, the factor of ``xhat``, the normalized input.
     """
     with np.errstate(all="ignore"):
         communicator = by_graph_key(group)
@@ -177,7 +177,7 @@ def _rows(x: Tensor, *vectors: Array) -> Tensor:
 
 
 def _rounded(mean: Tensor, factor: Tensor, x: Tensor) -> Tensor:
-    """Rows in the dtype of the element-wise work: ``mean``, what its rounding lost, and ``factor``."""
+    """Rows in the dtype of the element-wise work: ``mean``, what rounding it lost, ``factor``."""
     dtype = _compute_dtype(x)
     rounded = mean.to(dtype)
     return torch.stack((rounded, (mean - rounded).to(dtype), factor.to(dtype)))
@@ -295,7 +295,7 @@ class _CompiledBatchNorm(torch.autograd.Function):
         # If to() returns its input itself, torch 2.11 gives the result no gradient.
         y = y if y.dtype == x.dtype else y.to(x.dtype)
         ctx.save_for_backward(x, weight, mask, stats, rounded, count)
-        # The token is an attribute, because torch checks saved tensors for changes by another graph.
+        # An attribute, because torch checks saved tensors for changes by another graph.
         ctx.token = _order_token(_BACKWARD_ORDER, x)
         ctx.exchange = group, layer, dtype, eps
         ctx.bias_dtype = None if bias is None else bias.dtype

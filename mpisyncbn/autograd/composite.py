@@ -127,7 +127,7 @@ class _AllReduce(torch.autograd.Function):
 
 @contextmanager
 def differentiable_tangents(ctx: FunctionContext) -> Iterator[list[Any]]:
-    """The saved tensors, in a context where forward mode can differentiate the body of ``jvp`` again.
+    """The saved tensors, in a context in which forward mode differentiates ``jvp`` again.
 
     torch turns forward mode off while it calls ``jvp``, so that tangents of tangents would be 0.
     With it on, the saved tensors must not have the tangents that ``jvp`` is given already.

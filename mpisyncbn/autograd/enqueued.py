@@ -35,7 +35,7 @@ Gradients = tuple[Tensor, Tensor | None, Tensor | None, Tensor]
 
 
 class Enqueued(NamedTuple):
-    """The results of a forward call, except ``y``, for its backward call and for running statistics."""
+    """The results of a forward call but ``y``, for its backward and for running statistics."""
 
     result: Tensor  # float64: mean, var, invstd, count, and two numbers for running statistics
     total: Total
@@ -137,7 +137,7 @@ class _Prepared(NamedTuple):
 
 
 def _running_of(layer: LayerContext) -> Running | None:
-    """The running statistics; None if there are none, or only torch's operations may change them."""
+    """The running statistics; None without any, or if only torch may change them."""
     for each in layer.running[:3] if layer.running is not None else ():
         if each is not None and (each.requires_grad or each.is_inference()):
             return None

@@ -50,7 +50,7 @@ def evaluate(
 def _normalize_by_batch(
     x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float, mask: Tensor
 ) -> Tensor:
-    """Normalize ``x``, by operations of torch, with this rank's statistics where the mask is true."""
+    """Normalize ``x`` by torch's operations with this rank's statistics where the mask is true."""
     count = mask.sum()
     if not (x.is_meta or torch.compiler.is_compiling() or torch.jit.is_tracing() or is_exporting()):
         check_count(int(count), x)  # while a graph is traced, no value can be read

@@ -158,7 +158,7 @@ _apply_to_plain = super(torch.autograd.Function, _SyncBatchNorm).apply
 
 
 class _Transformable(_SyncBatchNorm):
-    """The layer for torch.func, which requires ``setup_context`` beside ``forward``. That is slower."""
+    """The layer for torch.func, which requires ``setup_context``. That is slower."""
 
     @staticmethod
     def forward(*inputs: Unpack[Inputs]) -> Tensor:  # type: ignore[override]  # without ctx
@@ -229,7 +229,7 @@ def _save_output(
     mask: Tensor | None,
     y: Tensor,
 ) -> None:
-    """Save the output in place of the input, and beside it the input of the channels that need it."""
+    """Save the output in place of the input, and the input of the channels that need it."""
     layer = ctx.layer
     _, var, invstd, count = layer.stats
     chosen = channels_to_keep(_name(x.dtype), var, invstd, count, weight, bias, layer.activation)

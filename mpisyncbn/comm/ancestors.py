@@ -38,7 +38,7 @@ def child_message(rank_pid: int) -> str:
 
 
 def ancestor_rank_pid() -> int | None:
-    """The id of the nearest ancestor that is a rank and whose variables this process has, if any."""
+    """The id of the nearest ancestor that is a rank, with its variables here, if any."""
     mine = config.rank_identity()
     size, variable = config.mpi_launcher_size()
     if variable and size == 1 and not mine["PMI_FD"]:

@@ -267,7 +267,7 @@ class Communicator:
         )
 
     def free(self) -> None:
-        """Give the duplicate back to MPI: later use raises MPISyncBNError. Collective: all must call."""
+        """Give the duplicate back to MPI: later use raises MPISyncBNError. Collective."""
         if self.comm is not None and self._is_finalized():
             self.rank_status.unregister()
         elif self.comm is not None:
@@ -277,7 +277,7 @@ class Communicator:
         self.drop()
 
     def drop(self) -> None:
-        """Use the group no more. When all ranks have dropped it, unreferenced.py frees the duplicate."""
+        """Use the group no more. unreferenced.py frees the duplicate when all ranks have."""
         with self.lock:  # not in the middle of another thread's exchange
             self.freed, self.comm, self.link, self.stream = True, None, None, None
         self.rank_status.finalize_timeout = 0.0  # a rank may go on for long without the group
@@ -337,7 +337,7 @@ def _make_room(buffers: dict[_Key, _Buffer]) -> None:
 
 
 def _in_child() -> None:
-    """Give up MPI in a forked child, because it belongs to the parent. This is the only fork hook."""
+    """Give up MPI in a forked child: it belongs to the parent. This is the only fork hook."""
     runtime.forked()
     watchdog.forked()
     for communicator in list(_by_graph_key.values()):

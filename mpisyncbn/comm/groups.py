@@ -210,7 +210,7 @@ def _child(comm: MPI.Intracomm) -> Communicator:
 def _same_on_all_ranks(
     parent: Communicator, name: str, given: object, read: Callable[[], _T], expected: str
 ) -> _T:
-    """Return the result of ``read``, which reads the argument ``given``, if all ranks have the same.
+    """Return what ``read`` makes of the argument ``given``, if it is the same on all ranks.
 
     Raises ValueError on every rank if ``read`` raises on any, or if the ranks differ, so that no
     rank is left waiting. Collective: every rank of ``parent`` must call.

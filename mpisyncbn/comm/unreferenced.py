@@ -1,4 +1,4 @@
-"""Free the communicators of groups that the program has dropped: it refers to none, or destroyed it.
+"""Free the communicators of groups that the program no longer refers to, or has destroyed.
 
 MPI has room for some thousand communicators, and freeing one is collective, while each rank drops a
 group at a time of its own. So when ranks make a new group they tell each other which groups they
@@ -40,7 +40,7 @@ def ids() -> list[GroupId]:
 
 
 def free_unreferenced(ids_by_rank: Iterable[list[GroupId]]) -> None:
-    """Free each group that all of its ranks have dropped. ``ids_by_rank`` has each rank's ``ids()``.
+    """Free each group that all its ranks have dropped. ``ids_by_rank``: each rank's ``ids()``.
 
     Collective: every rank of the new group must call, with the same lists.
     """
@@ -68,7 +68,7 @@ def finish_at_exit() -> None:
 
 
 def _wait_for(rank_status: RankStatus, worker: StreamWorker) -> None:
-    """Wait for all enqueued exchanges of a group. End the job if one has failed: no later call raises it."""
+    """Wait for a group's enqueued exchanges. End the job if one failed: no later call can raise."""
     worker.wait()
     problem, call, exchange = worker.failure()
     if problem:

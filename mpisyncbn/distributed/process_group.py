@@ -70,7 +70,7 @@ class ProcessGroup(Collectives, PointToPoint):
     def shutdown(self) -> None:
         """Wait for everything that was begun. The group cannot be used any more.
 
-        Its communicators are freed when all ranks have called this, and make another group. Not collective.
+        Its communicators are freed when all ranks have, and make another group. Not collective.
         """
         if self._collective_group.comm is None:
             return

@@ -41,7 +41,7 @@ class LazyStore(dist.Store):
         self._address = self._share_address(comm)
 
     def _share_address(self, comm: MPI.Intracomm) -> tuple[str, int] | str:
-        """Return rank 0's address and port on every rank, or a text that says why it has none. Collective."""
+        """Return rank 0's address and port on every rank, or why it has none. Collective."""
         machines = comm.allgather(config.machine())
         found: tuple[str, int] | str = ""
         if comm.rank == 0:

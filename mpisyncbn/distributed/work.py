@@ -112,7 +112,7 @@ class Work(_Work):
         return cls(result, call, _DONE)
 
     def keep_for_cpp(self) -> Work:
-        """Return this. With torch 2.6, keep it alive until somebody waits for it or gets its future.
+        """Return this. With torch 2.6, keep it alive until a wait for it, or for its future.
 
         C++ code of torch 2.6 keeps only the C++ half of the object.
         """
@@ -243,7 +243,7 @@ class CollectiveThread:
             self._last.wait()
 
     def _at_exit(self) -> None:
-        # A rank that fails ends the job, and the others do not come. A forked child has no such thread.
+        # If a rank fails, the others do not come. A forked child has no such thread.
         if exits.status() == 0 and self._process == os.getpid():
             # Wait for the completion of futures too: Python ends its threads at exit, and a thread
             # that is in C++ code of torch then would end the process with SIGABRT.

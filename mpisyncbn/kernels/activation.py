@@ -56,7 +56,7 @@ class Activation(NamedTuple):
 
     @property
     def sign_decides(self) -> bool:
-        """Whether the sign of the output determines the derivative, so that the input is not needed."""
+        """Whether the sign of the output determines the derivative. Then no input is needed."""
         return self.kind == Kind.RELU or (self.kind == Kind.LEAKY_RELU and self.parameter >= 0)
 
 

@@ -36,8 +36,8 @@ class _Limits(NamedTuple):
     bias: float  # the largest bias, in standard deviations of z
 
 
-# Half precision is left out: gradients had up to nine times the error of the plain layer's. For float64
-# the limits are far from the ends of its range, since extremes.py has no wider dtype to compute with.
+# Half precision is left out: gradients had up to nine times the error of the plain layer's. For
+# float64 the limits are far from the ends of its range: extremes.py has no wider dtype.
 _LIMITS = {
     "float64": _Limits(2.0**-53, 2.0**-400, 2.0**400, 8.0),
     "float32": _Limits(2.0**-24, 2.0**-126, 2.0**126, 8.0),

@@ -39,7 +39,7 @@ def native_link(comm: mpi4py_MPI.Intracomm, MPI: ModuleType) -> Link | None:
 
 
 def native_stream_worker(comm: mpi4py_MPI.Intracomm, MPI: ModuleType) -> StreamWorker:
-    """A worker for exchanges in the order of a device's streams. See transport.py for when it can be made."""
+    """A worker for exchanges in the order of a device's streams. transport.py says when."""
     kernels = native()
     if kernels is None:
         raise RuntimeError("the native code was not built")

@@ -1,4 +1,4 @@
-"""The four kernels with a mask, for any array: those of ``generic``, with 0 where the mask is false.
+"""The four kernels with a mask, for any array: ``generic`` with 0 where the mask is false.
 
 Values become 0 there before anything is computed with them, and so do results. NaN and infinity
 there have no effect, in derivatives of any order.

@@ -97,13 +97,13 @@ class RankStatus:
         return self._exchanges + (0 if self.stream is None else self.stream.enqueued)
 
     def align(self) -> None:
-        """After an error, count as begun what all ranks have done: some have enqueued more than others."""
+        """After an error, count as begun what all ranks have done: some have enqueued more."""
         if self.stream is not None:
             self._exchanges = self.stream.exchanges - self.stream.enqueued
 
     @property
     def current_call(self) -> object:
-        """The collective that this rank is in, whose str() is for reports; None if there is none."""
+        """The collective that this rank is in, whose str() is for reports; or None."""
         stream = self.stream
         number = -1 if stream is None else stream.current
         return self._current_call if number < 0 else self.calls[number]
@@ -164,14 +164,14 @@ class RankStatus:
         )
 
     def ask_others(self) -> str:
-        """Ask the other ranks of the group what they are doing, and return their answers, a line for each.
+        """Ask the other ranks of the group for what they do, and return a line for each.
 
         One rank is enough to ask. A rank that was asked returns which rank asked it. It takes at
         most ``ASK_SECONDS + ANSWER_SECONDS``.
         """
         start = time.monotonic()
         self._ask_at = start + ASK_SECONDS * self.rank / self.size
-        # A rank that asks nobody waits all this time, so that the rank that asks has time for its report.
+        # A rank that asks nobody waits all this time: the one that asks needs it to report.
         while time.monotonic() < start + ASK_SECONDS + ANSWER_SECONDS:
             time.sleep(0.02)
             since = self._asked_at
@@ -248,7 +248,7 @@ class RankStatus:
         return f"{missing} is at {reports.current_line()}"
 
     def report(self, what: str) -> None:
-        """Print ``what`` about this rank on stderr, with its Python stacks. Later calls print nothing."""
+        """Print ``what`` about this rank on stderr, with its Python stacks. Only once."""
         if not self._reported:
             self._reported = True
             rank = f"rank {self.rank} of {self.size} on {socket.gethostname()}"
@@ -265,7 +265,7 @@ class RankStatus:
         return f"  rank {rank}{self._on_host(rank)} {what}"
 
     def _process(self, rank: int) -> str:
-        """Words on a rank that does not answer: it has left, or, on this host, the state of its process."""
+        """Words on a rank that does not answer: that it left or, on this host, its state."""
         if rank in self.departed:
             return ", it has left the program"
         if not self.process_ids or self.process_ids[rank][:2] != config.machine():

@@ -19,7 +19,7 @@ _FORWARD_SECONDS = 0.25  # time for the launcher to pass on output, else it may 
 
 
 def current_line() -> str:
-    """The place where the program is: its innermost line outside of Python and of installed packages."""
+    """The place of the program: its innermost line outside of Python and installed packages."""
     frame = sys._current_frames().get(threading.main_thread().ident or 0)
     if frame is None:
         return "its end"
@@ -51,7 +51,7 @@ def abort_job(status: int, cure: str) -> None:
     print_report(f"this ends the job with status {status}. {cure}")
     time.sleep(_FORWARD_SECONDS)
     run_with_timeout(ABORT_SECONDS, lambda: sys.modules["mpi4py.MPI"].COMM_WORLD.Abort(status))
-    # Abort may not reach the launcher without a network. No launcher takes SIGKILL for a regular end.
+    # Without a network, Abort may not reach the launcher. No launcher takes SIGKILL for an end.
     os.kill(os.getpid(), signal.SIGKILL)
 
 

@@ -1,4 +1,4 @@
-"""The report of ``python -m mpisyncbn``: what is installed, what is used and why, and what is wrong."""
+"""The report of ``python -m mpisyncbn``: what is installed, used and why, and what is wrong."""
 
 from __future__ import annotations
 

@@ -225,7 +225,7 @@ def _too_many_threads(pool: _Pool, where: str) -> Problem:
 
 
 def _binding(rank: RankFacts, cores: int) -> list[str]:
-    """The commands that give a rank so many cores: with mpiexec, if that is known, and with srun."""
+    """The commands that give a rank so many cores, by mpiexec, if known, and by srun."""
     how = _BINDING.get(_vendor(rank))
     return [*([how.format(cores)] if how else []), f"srun --cpus-per-task={cores}"]
 

@@ -27,7 +27,7 @@ def cores() -> frozenset[int]:
 
 
 def quota() -> tuple[str, float] | None:
-    """The control group that limits the processor time of this process, and how many cores that makes.
+    """The control group that limits this process's processor time, and its number of cores.
 
     The group's name is the same in all its processes, in containers too. None without a limit.
     """

@@ -114,7 +114,7 @@ def growth_data(sections: runs.Sections) -> dict[str, Any] | None:
 
 
 def growth(data: dict[str, Any]) -> Figure:
-    """Draw measured time and bytes of one exchange, and the modelled time of all exchanges of a step.
+    """Draw time and bytes of an exchange, as measured, and the model's time for a step.
 
     The step is that of a ResNet-50, on two networks.
     """

@@ -1,4 +1,4 @@
-"""The project's claims about its speed, each with its figure, the spread of the runs and the command."""
+"""The project's claims about its speed, with figures, spread of the runs and commands."""
 
 from __future__ import annotations
 
@@ -127,7 +127,7 @@ def _day(path: Path) -> str:
 
 
 def _kernel_ratios(found: Any) -> Iterator[float]:
-    """Yield the time of each kernel over that of torch's operations, at any depth of a GPU report."""
+    """Yield the time of each kernel over torch's operations, at any depth of a GPU report."""
     if isinstance(found, dict) and "of torch" in found:
         yield found["of torch"]
     elif isinstance(found, (dict, list)):

@@ -46,7 +46,7 @@ def _median(text: str) -> float:
 
 
 def timeline(us: dict[str, float]) -> Figure:
-    """Draw who waits for whom in the forward pass of two layers, with the transports host and stream."""
+    """Draw who waits in the forward pass of two layers, with the transports host and stream."""
     figure = style.figure(4.1)
     host, stream = figure.subplots(2, 1, sharex=True, height_ratios=(2, 3))
     _host_transport(host, us)
@@ -116,7 +116,7 @@ def _legend(figure: Figure) -> None:
     figure.legend(handles=patches, loc="outside lower center", ncols=2)
 
 
-# Each part: its name, its description, left, bottom, width. The order is from the top to the bottom.
+# Each part: its name, its description, left, bottom, width. From the top to the bottom.
 PARTS = (
     ("SyncBatchNorm", "a module of torch; convert_sync_batchnorm puts it in", 0, 4, 10),
     ("autograd", "fused, composite (all derivatives), compiled, enqueued (stream)", 0, 3, 10),

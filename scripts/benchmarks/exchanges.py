@@ -34,7 +34,7 @@ def exchange(quick: bool) -> Iterator[dict[str, Any]]:
 
 
 def measure(group: mpisyncbn.Communicator, x: Array, seconds: float, calls: int) -> dict[str, Any]:
-    """Time each kind of exchange in microseconds, with the moments of ``x``. Return a row of results.
+    """Time each kind of exchange of the moments of ``x`` in microseconds. Return a row.
 
     Collective: every rank must call.
     """

@@ -1,4 +1,4 @@
-"""Time whole layers, forward and backward: sections layer, threads, tiny, peers, relu, activations."""
+"""Time whole layers: sections layer, threads, tiny, peers, relu, activations."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ def tiny(quick: bool) -> Iterator[dict[str, Any]]:
 
 
 def peers(quick: bool) -> Iterator[dict[str, Any]]:
-    """Time our layer, torch's local layer with and without torch.compile, and a naive SyncBatchNorm.
+    """Time our layer, torch's local one, also compiled, and a naive SyncBatchNorm.
 
     --quick compiles only once.
     """

@@ -43,7 +43,7 @@ def norms(channels: int) -> dict[str, nn.Module]:
 
 
 def bytes_kept(norm: nn.Module, case: Case) -> int:
-    """The bytes that autograd keeps for backward of a convolution, ``norm`` and another convolution.
+    """The bytes that autograd keeps for a convolution, ``norm`` and another convolution.
 
     Parameters do not count, nor does the input, which the layer before it has kept. A storage that
     two operations keep counts once.

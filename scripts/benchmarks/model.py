@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 
 from .cases import AS_TORCH
 
-# Channels of the 53 batch norms of ResNet-50: the first one, 3 in each block and 1 in each projection.
+# Channels of the 53 batch norms of ResNet-50: one, 3 in each block, 1 in each projection.
 RESNET50 = [64] + [
     channels
     for width, blocks in ((64, 3), (128, 4), (256, 6), (512, 3))
@@ -50,18 +50,18 @@ NETWORKS = {
 
 
 def allreduce_costs(ranks: int, size: float) -> list[tuple[int, float]]:
-    """The messages and bytes that a rank sends, by recursive doubling and by Rabenseifner's algorithm."""
+    """Messages and bytes that a rank sends, by recursive doubling and by Rabenseifner."""
     steps = ceil(log2(ranks))
     return [(steps, steps * size), (2 * steps, 2 * (ranks - 1) / ranks * size)]
 
 
 def allgather_costs(ranks: int, size: float) -> list[tuple[int, float]]:
-    """The messages and bytes that a rank sends in an all-gather, by Bruck's algorithm and by a ring."""
+    """Messages and bytes that a rank sends in an all-gather, by Bruck and by a ring."""
     return [(ceil(log2(ranks)), (ranks - 1) * size), (ranks - 1, (ranks - 1) * size)]
 
 
 def fastest(costs: Iterable[tuple[int, float]], network: Network) -> float:
-    """The time in us of the fastest algorithm: an MPI library chooses one by the size of the message."""
+    """The time in us of the fastest algorithm: MPI libraries choose one by the size."""
     return min(messages * network.alpha + sent * network.beta for messages, sent in costs)
 
 
@@ -89,7 +89,7 @@ def table() -> list[dict[str, Any]]:
 
 
 def text(scaling: list[dict[str, Any]], model: list[dict[str, Any]]) -> str:
-    """A table of the measured times and counted bytes beside those of the model, up to 65,536 ranks."""
+    """A table of measured times and counted bytes beside the model's, up to 65,536 ranks."""
     found = {row["ranks"]: row for row in scaling}
     channels = next((row["channels"] for row in scaling if "channels" in row), 0)
     kinds = "merge_moments", AS_TORCH

@@ -66,7 +66,7 @@ def buffer(array: np.ndarray) -> ctypes.c_void_p:
 
 
 def sent_counter() -> tuple[Callable[[], int] | None, str]:
-    """Return a function that returns the bytes this rank has sent so far, and ""; or None and the reason.
+    """Return a function for the bytes that this rank has sent, and ""; or None and the reason.
 
     Collective: every rank must call.
     """

@@ -80,7 +80,7 @@ def gloo() -> Iterator[None]:
 
 
 def compiled(layer: nn.Module, run: Callable[[nn.Module], object]) -> tuple[nn.Module | None, str]:
-    """Compile ``layer`` by torch.compile and a first ``run``. Return it and "", or None and the reason.
+    """Compile ``layer`` by a first ``run``. Return it and "", or None and the reason.
 
     If it fails on one rank, all ranks return None. Collective: every rank must call.
     """
@@ -101,7 +101,7 @@ def compiled(layer: nn.Module, run: Callable[[nn.Module], object]) -> tuple[nn.M
 
 
 def copies(x: Tensor) -> dict[str, Callable[[], object]]:
-    """Return two functions that copy the memory of ``x`` (dense, in any format) into existing memory."""
+    """Return two functions that copy ``x``, dense in any format, into existing memory."""
     source = x.detach()
     target = torch.empty_like(source)
     arguments = target.data_ptr(), source.data_ptr(), source.numel() * source.element_size()

@@ -1,4 +1,4 @@
-"""Merge the result files of several runs: the median, the lowest and the highest run of each figure."""
+"""Merge the result files of several runs: median, lowest and highest run of each figure."""
 
 from __future__ import annotations
 

@@ -54,7 +54,7 @@ def figure(height: float) -> Figure:
 
 
 def save(picture: Figure, path: Path, source: object = None) -> None:
-    """Write the picture as SVG or, with 64 colours, as PNG. An SVG keeps the fingerprint of ``source``."""
+    """Write the picture as SVG, with the fingerprint of ``source``, or as PNG of 64 colours."""
     if path.suffix == ".svg":
         about = {"Date": None, "Creator": "scripts/pictures", "Description": fingerprint(source)}
         picture.savefig(path, metadata=about)

@@ -160,7 +160,7 @@ def _tiny(rows: list[Row]) -> list[Line]:
 
 
 def _peers(rows: list[Row]) -> list[Line]:
-    """How many times slower the naive layer is than ours: the mean, and the smallest of all cases."""
+    """How many times slower the naive layer is than ours: the mean and the smallest."""
     name, lines = "naive over gloo", []
     for label, bar, is_tiny in (("6 MB and more", 5.0, False), ("tiny", 10.0, True)):
         slower = [

@@ -1,4 +1,4 @@
-"""Write the page docs/results/benchmark.md: the figures of the result files, merged over the runs."""
+"""Write docs/results/benchmark.md: the figures of the result files, merged over the runs."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Time peers in turn in the same processes. All ranks start together, and the slowest rank counts."""
+"""Time peers in turn in the same processes. Ranks start together; the slowest counts."""
 
 from __future__ import annotations
 
@@ -78,7 +78,7 @@ def often(once: Callable[[], object], calls: int) -> Callable[[], None]:
 def copy_fraction(figures: dict[str, Figures], peer: str, tensors: int) -> Figures:
     """The fraction of the speed of copying that ``peer`` reaches, if it moves ``tensors`` tensors.
 
-    A copy reads one tensor and writes another, so it moves two. The faster of two ways to copy counts.
+    A copy reads one tensor and writes another: it moves two. The faster of two ways counts.
     """
     return {
         label: tensors / 2 * min(figures["copy_"][label], figures["memmove"][label]) / figures[peer][label]

@@ -1,7 +1,7 @@
 """Time the cost of the watchdog for an exchange: section watchdog.
 
-The exchange runs in turn with a copy of its code that lacks the lines which tell the watchdog what the
-rank is doing. The watchdog's two threads, which look at that four times a second, run in both cases.
+The exchange runs in turn with a copy of its code without the lines that tell the watchdog what the
+rank is doing. The watchdog's two threads look at that four times a second in both cases.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Derivatives of layers that end in an activation: of every order, in both modes, and in training."""
+"""Derivatives of layers that end in an activation: of every order, in both modes."""
 
 from __future__ import annotations
 
@@ -68,7 +68,7 @@ def test_gradients_at_the_kinks(activation, with_residual):
 @with_and_without_residual
 @every_activation
 def test_forward_mode_and_torch_func(activation, with_residual):
-    """A layer's derivatives are those of a layer without an activation, followed by torch's activation.
+    """A layer's derivatives are those of a layer without an activation, then torch's.
 
     tests/autograd/test_autograd.py tests a layer without an activation.
     """
@@ -122,7 +122,7 @@ def test_vmap_over_the_input_is_refused(activation):
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @every_activation
 def test_second_derivatives_of_half_input(activation, dtype, with_residual):
-    """Second derivatives of half-precision input are computed in float32, like first derivatives."""
+    """Second derivatives of half-precision input are computed in float32, like first ones."""
     x, dy, v, added = (shard((local_batch(), 3, 4, 4), seed, dtype=dtype) for seed in range(1, 5))
     results = []
     for wide in (False, True):

@@ -1,4 +1,4 @@
-"""Each cell of the tables in docs/guides/activations.md, except those on masks, is read and tried."""
+"""Each cell of the tables in docs/guides/activations.md, but for masks, is read and tried."""
 
 from __future__ import annotations
 
@@ -142,7 +142,7 @@ def one_step(activation, column, dtype=torch.float64, wrap=lambda layer: layer):
 
 
 def derivative(activation, column):
-    """Return a list of one pair: a derivative of the fused layer, and that of separate operations."""
+    """Return a list of one pair: a derivative of the fused layer, and of separate operations."""
     x, _, dy, direction = tensors()
     weight = torch.tensor([1.0, -0.7, 2.0]).double()
 
@@ -220,7 +220,7 @@ def test_tensors_kept_by_a_memory_efficient_layer():
 
 @needs_native
 def test_a_memory_efficient_layer_computes_the_input_again():
-    """Both passes compute the activation's input from the output, without the bias in the context."""
+    """Both passes compute the activation's input from the output: the context has no bias."""
     y, _, dy, _ = tensors()
     vectors, weight, bias = (np.zeros(3), np.ones(3)), torch.ones(3).double(), torch.zeros(3).double()
     function = activation_of("leaky_relu")

@@ -1,4 +1,4 @@
-"""Derivatives across ranks: of every order, in both modes, under torch.func and with checkpoints."""
+"""Derivatives across ranks: of every order, in both modes, in torch.func and checkpoints."""
 
 from __future__ import annotations
 
@@ -118,7 +118,7 @@ def test_torch_func():
     [(False, torch.float64, None), (True, torch.float64, "gelu"), (False, torch.float32, "gelu")],
 )
 def test_third_derivatives_in_all_orders_of_modes(empty, dtype, activation):
-    """Every input moves along a line; summed over ranks, all modes give the derivatives along it."""
+    """Every input moves along a line. All modes give the derivatives, summed over ranks."""
     batch = 0 if empty and WORLD.rank == WORLD.size - 1 > 0 else local_batch(5)
     points, steps = (
         [shard((batch, *shape), seed, dtype=dtype) for shape in ((2, 3), (2, 3))] for seed in (61, 62)
@@ -162,7 +162,7 @@ def test_third_derivatives_in_all_orders_of_modes(empty, dtype, activation):
 
 
 def test_batched_derivatives():
-    """jacfwd, hessian and batched gradients work: they batch tangents or gradients, not the input."""
+    """jacfwd, hessian and batched gradients work: they do not batch the input."""
     x, weight = shard((local_batch(5), 2), 21, dtype=torch.float64), torch.ones(2, dtype=torch.float64)
 
     def loss(x: Tensor, weight: Tensor = weight) -> Tensor:
@@ -244,7 +244,7 @@ def test_checkpointing_updates_the_statistics_once(use_reentrant, momentum):
 
 
 def test_two_graphs_backward_in_another_order():
-    """Statistics belong to a call, not to the layer: the second forward does not disturb the first."""
+    """Statistics belong to a call, not to the layer: a second one does not disturb the first."""
     layer = mpisyncbn.SyncBatchNorm(3)
     xs = [shard((local_batch(), 3, 4), seed, 5.0 * seed).requires_grad_() for seed in (1, 2)]
     dy = shard(tuple(xs[0].shape), 3)

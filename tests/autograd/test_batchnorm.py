@@ -206,7 +206,7 @@ def test_empty_batches():
     ids=lambda m: f"{type(m).__name__} {m.dtype}",
 )
 def test_a_momentum_that_is_a_tensor(momentum):
-    """The layer, its copies and the functions take a 0-d momentum like a number, as torch's layers do."""
+    """The layer, its copies and the functions take a 0-d momentum like a number, as torch's do."""
     layer, expected = mpisyncbn.SyncBatchNorm(3, momentum=momentum), nn.BatchNorm1d(3, momentum=momentum)
     pickled, running = pickle.loads(pickle.dumps(layer)), (torch.zeros(3), torch.ones(3))
     copied, updated = copy.deepcopy(layer), (torch.zeros(3), torch.ones(3))
@@ -229,7 +229,7 @@ def test_a_momentum_that_is_a_tensor(momentum):
 
 @pytest.mark.parametrize("momentum", [0.1, None])
 def test_a_layer_without_a_count(momentum):
-    """Without num_batches_tracked, statistics change as torch's do: not at all if momentum is None."""
+    """Without num_batches_tracked, statistics change as torch's: not if momentum is None."""
     layer, expected = mpisyncbn.SyncBatchNorm(3, momentum=momentum), nn.BatchNorm1d(3, momentum=momentum)
     layer.num_batches_tracked = expected.num_batches_tracked = None
     x = shard((4, 3), 1, 2.0)
@@ -297,7 +297,7 @@ def test_reset_without_a_bias():
 
 
 def test_parameters_are_trained_like_the_whole_batch():
-    """Twenty steps of SGD in float64 give the parameters of one process that has the whole batch."""
+    """Twenty steps of SGD in float64 give the parameters of one process with the whole batch."""
     torch.manual_seed(3)
     net = nn.Sequential(nn.Linear(4, 8), nn.BatchNorm1d(8), nn.Tanh(), nn.Linear(8, 1)).double()
     ours = mpisyncbn.convert_sync_batchnorm(copy.deepcopy(net))

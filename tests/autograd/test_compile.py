@@ -1,4 +1,4 @@
-"""A layer that torch.compile compiles in one graph has the eager results and makes all exchanges."""
+"""A layer compiled in one graph has the eager results and makes all exchanges."""
 
 from __future__ import annotations
 
@@ -62,7 +62,7 @@ def test_fullgraph_training_is_the_same():
 @slow
 @pytest.mark.parametrize(("dynamic", "momenta"), [(True, (0.1, 0.3, 1.0, 0.7)), (None, [torch.tensor(0.25)])])
 def test_a_momentum_that_changes_or_is_a_tensor(dynamic, momenta):
-    """The compiler makes a symbol of a momentum that changes. A fake tensor has no value to read."""
+    """The compiler makes a symbol of a momentum that changes. Fake tensors have no value."""
     layer = mpisyncbn.SyncBatchNorm(3)
     eager, x = copy.deepcopy(layer), shard((3 + WORLD.rank, 3), 1, 2.0)
     compiled = torch.compile(layer, fullgraph=True, dynamic=dynamic, backend=BACKEND)
@@ -308,7 +308,7 @@ def everything_again(context, operation, *args, **kwargs):
 
 
 def context_of(*chosen):
-    """Return a new ``context_fn`` for torch's ``checkpoint``, a function that makes the contexts."""
+    """Return a new ``context_fn`` for torch's ``checkpoint``, which makes the contexts."""
     return lambda: create_selective_checkpoint_contexts(*chosen)
 
 
@@ -317,7 +317,7 @@ def context_of(*chosen):
 def test_checkpointing(kind):
     """A checkpoint inside a graph or around it updates the running statistics once.
 
-    A graph that contains the checkpoint keeps the results of its exchanges, and does not repeat them.
+    A graph that contains the checkpoint keeps the results of its exchanges, without a repetition.
     """
     net, eager = model(), model()
     x = shard((2 + WORLD.rank, 2, 6, 6), 1)
@@ -343,7 +343,7 @@ def test_checkpointing(kind):
 
 
 def test_the_operations_are_well_described():
-    """The operations pass torch's checks of schema, fake results, in-place changes and compilation."""
+    """The operations pass torch's checks: schema, fake results, in-place changes, compilation."""
     x, token, call = torch.randn(2, 3, 5), torch.zeros(()), ("", "a layer", "float32", 1e-5)
     stats, ones = torch.ones(3, 3).double(), torch.ones(3)
     for mask in (None, torch.tensor([[[True, False, True, True, False]], [[False] * 5]])):

@@ -32,7 +32,7 @@ def model() -> nn.Module:
 
 
 def train(net, forward, sizes=(3, 3)):
-    """Train a step for each size, and one sample more on rank 1. Return the parameters and buffers."""
+    """Train a step for each size, one more on rank 1. Return the parameters and buffers."""
     optimizer = torch.optim.SGD(net.parameters(), lr=0.01, momentum=0.9)
     step = optimizer.step if forward is net else torch.compile(optimizer.step, backend=BACKEND)
     for size in sizes:
@@ -82,7 +82,7 @@ def test_compiled_autograd_is_refused():
 @slow
 @to_machine_code
 def test_caches_of_compiled_graphs():
-    """A compiler that has forgotten all but its files finds graphs there, as a second process would."""
+    """A compiler that has forgotten all but its files finds graphs there, as another process."""
     results = []
     for _ in range(2):
         torch._dynamo.reset()

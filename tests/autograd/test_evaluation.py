@@ -1,4 +1,4 @@
-"""Gradients of evaluation use the running statistics of the forward pass, even if these change later."""
+"""Gradients of evaluation use the running statistics of the forward, even if these change."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from support.oracle import distance, local_batch, shard
 
 
 def evaluated(layer, x, residual=None):
-    """Return the gradient of sum(y**3) by x in float64, in evaluation with the present statistics."""
+    """Return the gradient of sum(y**3) by x in float64, in evaluation with these statistics."""
     x = x.detach().double().requires_grad_()
     vectors = [None if v is None else v.detach().double().clone() for v in layer_vectors(layer)]
     y = nn.functional.batch_norm(x, *vectors)
@@ -72,7 +72,7 @@ def test_evaluation_and_training_before_one_backward(order, options):
 
 
 def test_statistics_that_change_between_evaluation_and_backward():
-    """Gradients are right if statistics change after the forward pass, or were made in inference mode.
+    """Gradients are right if statistics change after the forward, or are of inference mode.
 
     Loading a checkpoint changes statistics in place, as DDP's broadcast of buffers does.
     """

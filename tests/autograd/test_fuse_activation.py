@@ -82,7 +82,7 @@ def test_fuse_relu_is_relu_alone():
 
 
 def test_an_input_that_others_read_and_an_activation_in_place():
-    """A fused layer does not write into its input, even if its activation was an in-place module."""
+    """A fused layer does not write into its input, even if its activation was in-place."""
 
     class Shortcut(nn.Module):
         def __init__(self):
@@ -103,7 +103,7 @@ def test_an_input_that_others_read_and_an_activation_in_place():
 
 
 def test_one_activation_in_several_places():
-    """One module follows two layers and a convolution, and runs outside of the nn.Sequential too."""
+    """One module follows two layers and a convolution, also outside of the nn.Sequential."""
     torch.manual_seed(0)
     act = nn.LeakyReLU(0.1)
 

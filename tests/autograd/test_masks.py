@@ -85,7 +85,7 @@ def test_residual_and_activation_in_every_layout(activation, with_residual, nati
 
 
 def test_derivatives_of_every_order_over_ranks():
-    """Derivatives at values where the mask is true are those of a batch that has only these values."""
+    """Derivatives where the mask is true are those of a batch that has only these values."""
     shape, results, clean = (3, 4), [], []
     for activation in (None, "silu"):
         for masked in (True, False):

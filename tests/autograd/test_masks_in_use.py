@@ -1,4 +1,4 @@
-"""Masks in every way a layer is used: evaluation, graphs, compilers, checkpoints, conversion, join."""
+"""Masks in every use of a layer: evaluation, graphs, compilers, checkpoints, conversion, join."""
 
 from __future__ import annotations
 
@@ -194,7 +194,7 @@ def test_registered_forwards_and_classes_of_ones_own():
 @pytest.mark.parametrize("activation", [None, "leaky_relu(0.1)"])
 @pytest.mark.parametrize("native", [True, False])
 def test_memory_efficient(activation, native, monkeypatch):
-    """The output is kept in place of the input, or beside it in channels that it does not determine."""
+    """The output is kept in place of the input, or beside it where it does not determine it."""
     if not native:
         monkeypatch.setattr(kernels, "native", lambda: None)
     x, _, dy, mask = data((4, 6))

@@ -18,7 +18,7 @@ WIDE = [torch.float32, torch.float64]
 
 
 def in_float64(layer, x: Tensor, dy: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Return this rank's part of the gradients of x, weight and bias in float64, for the whole batch.
+    """Return this rank's part of the whole batch's gradients of x, weight and bias in float64.
 
     Collective.
     """
@@ -39,7 +39,7 @@ def layer_slope(layer) -> float:
 
 
 def near_kink(layer, x: Tensor) -> Tensor:
-    """Return where rounding may change the sign of the activation's input, as a mask. Collective."""
+    """Return a mask: where rounding may change the sign of the activation's input. Collective."""
     with torch.no_grad():
         z = copy.deepcopy(layer).double()
         z.memory_efficient, z.activation = False, None

@@ -69,7 +69,7 @@ def test_channels_that_are_kept_are_all_that_is_kept():
 
 
 def test_a_write_into_the_output_is_noticed():
-    """After an in-place ReLU on the output, for example, torch raises an error in the backward pass."""
+    """After an in-place ReLU on the output, say, torch raises an error in the backward pass."""
     efficient, _ = layers()
     y = efficient(shard((local_batch(), 6, 20), 1).requires_grad_())
     written = F.relu(y, inplace=True)

@@ -137,7 +137,7 @@ def average(x: torch.Tensor, background: bool) -> None:
 
 
 def test_a_failed_collective_is_recorded() -> None:
-    """A collective that fails is recorded. Its record is closed: later operations are not inside it."""
+    """A collective that fails is recorded. Its record is closed before later operations."""
     with profiler() as recorded:
         for background in (False, True):
             with pytest.raises(TypeError, match="not defined"):

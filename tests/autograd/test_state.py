@@ -25,7 +25,7 @@ from support.ranks import WORLD, no_exchange, together
 RANK, SIZE = WORLD.rank, WORLD.size
 PACKAGE = str(Path(mpisyncbn.__file__).parent)
 State = tuple[bytes, ...]
-# When Python deletes a generator that has not ended, an exception in it is only reported as unraisable.
+# If Python deletes a generator early, an exception in it is only reported as unraisable.
 closing = pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
 
 
@@ -93,7 +93,7 @@ def native(request: pytest.FixtureRequest) -> Iterator[None]:
 
 
 def prepared(path: str, dtype: torch.dtype) -> tuple[Step, Callable[[], None], State, State]:
-    """Return a step of this rank alone, a function that runs it, and its states before and after."""
+    """Return a step of this rank alone, a function to run it, and states before and after."""
     step = Step(path, dtype, Communicator(MPI.COMM_SELF).ready())
     x = torch.linspace(-3.0, 5.0, 36).reshape(4, 3, 3).to(dtype)
     step.run(x)  # imports, look-ups and other work of the first use are done now

@@ -1,4 +1,4 @@
-"""torch.fx takes a layer as one step, like a layer of torch. torch.jit can only trace evaluation."""
+"""torch.fx takes a layer as one step, as torch's. torch.jit can only trace evaluation."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""If torch is too old to compile a layer, an error says so, and names a way around it that works."""
+"""If torch is too old to compile a layer, an error says so, and names a way that works."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def net() -> nn.Module:
 
 @pytest.mark.parametrize("fullgraph", [True, False])
 def test_a_compiler_that_is_too_old(fullgraph, monkeypatch):
-    """Compiling raises an error in training, not in evaluation. Here every torch counts as too old."""
+    """Compiling raises an error in training, not evaluation. Every torch counts as too old."""
     monkeypatch.setattr(torch_versions, "COMPILES", False)
     layers, x = net(), shard((3 + WORLD.rank, 3), 1, dtype=torch.float64)
     compiled = torch.compile(layers, fullgraph=fullgraph, backend="aot_eager")

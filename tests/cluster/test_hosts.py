@@ -77,7 +77,7 @@ class Job(NamedTuple):
 
 @pytest.fixture
 def start(tmp_path: Path) -> Iterator[Callable[..., Job]]:
-    """``start(hosts, library, ranks, program, *arguments, **variables)`` starts a job on all hosts."""
+    """``start(hosts, library, ranks, program, *arguments, **variables)`` starts a job."""
     with ExitStack() as started:
 
         def job(
@@ -217,7 +217,7 @@ def test_a_slow_network(slow: str, own: libraries.Library, train: Callable[..., 
         seconds = (time.monotonic() - begin) / (job.steps() - steps)
         finish(job)
     assert "h2 [0, 1, 2, 3]" in job.of_ranks("right")
-    # A step makes at least one round trip. Forward and backward each send at least 16 kB in one direction.
+    # A step makes at least one round trip. Forward and backward each send 16 kB or more.
     assert seconds > (0.002 if slow == "1 ms" else 2 * 16e3 / (20e6 / 8))
 
 
@@ -252,7 +252,7 @@ def test_a_rank_of_another_host_is_asked(own: libraries.Library, train: Callable
 
 @pytest.mark.parametrize("fault", ["cut", "crash"])
 def test_a_host_that_is_gone(fault: str, mpi_library: libraries.Library, train: Callable[..., Job]) -> None:
-    """Each rank that still runs ends at the time limit and reports why. mpiexec may wait for ever."""
+    """Each rank that still runs ends at the limit and reports why. mpiexec may wait for ever."""
     with Hosts(2) as hosts:
         job = train(hosts, mpi_library, MPISYNCBN_TIMEOUT=str(DEADLINE))
         getattr(hosts, fault)("h2")
@@ -277,7 +277,7 @@ def waits(rank: int, host: str) -> str:
 
 
 def check_that_they_waited(job: Job, host: str) -> None:
-    """Check that both ranks of the host reported that they waited, and one of them for which ranks."""
+    """Check that both ranks of the host reported that they waited, and one for which ranks."""
     said = job.of_ranks("said")
     mine, others = {"h1": ((0, 1), (2, 3)), "h2": ((2, 3), (0, 1))}[host]
     for rank in mine:

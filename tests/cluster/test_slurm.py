@@ -1,4 +1,4 @@
-"""Jobs of a Slurm cluster that the tests start: launchers, and the batch scripts of scripts/slurm."""
+"""Jobs of a Slurm that the tests start: launchers, and batch scripts of scripts/slurm."""
 
 from __future__ import annotations
 
@@ -195,7 +195,7 @@ except mpisyncbn.MPISyncBNError as error:
 
 
 def test_tasks_in_worlds_of_one_are_refused(jobs: Jobs) -> None:
-    """Four tasks that MPI takes for worlds of one are refused. A process of the batch script trains.
+    """Four tasks that MPI takes for worlds of one are refused. The batch script itself trains.
 
     The script may have variables of a job step from the shell that submitted it.
     """

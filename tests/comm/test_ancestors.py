@@ -47,7 +47,7 @@ MPI.COMM_WORLD.barrier()
 
 @starts_mpiexec
 def test_children_of_a_rank(tmp_path):
-    """A child that inherits the variables of a rank is refused. The rank itself runs under a shell."""
+    """A child that inherits the variables of a rank is refused. The rank runs under a shell."""
     mpiexec = jobs.find_mpiexec()
     if mpiexec is None:
         pytest.skip("no mpiexec")

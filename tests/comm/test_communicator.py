@@ -34,7 +34,7 @@ def exchange(group: Any) -> np.ndarray:
     return functional.batch_norm_forward(np.full((2, 3), float(RANK)), process_group=group)[1].mean
 
 
-# Each function returns a process_group, and an mpi4py communicator of the same ranks in the same order.
+# Each function returns a process_group, and a communicator of the same ranks in order.
 GROUPS: dict[str, Callable[[], tuple[Any, MPI.Comm]]] = {
     "None": lambda: (None, WORLD),
     "COMM_WORLD": lambda: (WORLD, WORLD),

@@ -134,7 +134,7 @@ def test_nothing_is_said_where_the_launcher_of_mpi_agrees(size, given, variables
 
 
 def test_sizes_are_compared(variables):
-    """A world of several ranks is refused too if the launcher started more; a spawned one is not."""
+    """A world of several ranks is refused if the launcher started more; a spawned one is not."""
     variables(PMI_SIZE="8")
     with pytest.raises(mpisyncbn.MPISyncBNError, match=r"started 8 ranks .* world of 4"):
         launcher.check_world_size(library(size=4))
@@ -181,7 +181,7 @@ def test_one_of_them_says_it_for_all(variables):
 
 @pytest.fixture
 def larger():
-    """A function that initializes torch.distributed with one rank more than MPI has, as torchrun would."""
+    """A function that initializes torch.distributed with a rank more than MPI, as torchrun."""
     yield lambda: dist.init_process_group("fake", rank=0, world_size=WORLD.size + 1, store=FakeStore())
     dist.destroy_process_group()
 
@@ -208,7 +208,7 @@ TRAINING = {
     [pytest.param(call, id=name, marks=[compiles] * (name == "compiled")) for name, call in TRAINING.items()],
 )
 def test_training_apart_is_refused(train, larger):
-    """No rank trains if torch.distributed has more ranks than MPI, even if it starts after a step."""
+    """No rank trains if torch.distributed has more ranks than MPI, even from a later step on."""
     net = mpisyncbn.convert_sync_batchnorm(torch.nn.Sequential(torch.nn.BatchNorm1d(3)))
     net(X)
     larger()

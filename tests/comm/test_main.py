@@ -69,7 +69,7 @@ def test_only_rank_zero_prints(capsys):
     if WORLD.rank == 0:
         facts = json.loads(out)
         assert facts["ranks"]["world size"] == WORLD.size
-        # More ranks than cores are a problem with an MPI that does not say that it yields, such as MPICH.
+        # More ranks than cores are a problem unless MPI says that it yields. MPICH does not.
         assert [each for each in facts["problems"] if ". A rank that waits " not in each["what"]] == []
     else:
         assert out == ""
@@ -138,7 +138,7 @@ def test_a_transport_that_cannot_be_had_is_reported(monkeypatch):
 
 
 def test_a_value_that_nothing_understands(monkeypatch, capsys):
-    """A setting with an invalid value is an error in the report, which shows everything else too."""
+    """A setting with an invalid value is an error in the report, which shows all else too."""
     monkeypatch.setenv("MPISYNCBN_TRANSPORT", "pigeon")
     assert command.main(["--timeout", "30"]) == 0
     lines = capsys.readouterr().out.splitlines()

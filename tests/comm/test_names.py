@@ -30,7 +30,7 @@ MANY = 1500  # several times the number of names that are kept
 
 
 def test_the_names_of_dropped_layers_are_forgotten():
-    """Ranks may drop layers at different times, and build layers that the other ranks do not have."""
+    """Ranks may drop layers at different times, and build layers that others do not have."""
     group, x = Communicator(), shard((local_batch(), 3))
     first = SyncBatchNorm(3, momentum=1.0, process_group=group)
     first(x)

@@ -29,7 +29,7 @@ GPU_QUERY = "int MPIX_GPU_query_support(int kind, int *yes) { *yes = kind == %d;
 
 @pytest.fixture
 def library(tmp_path, monkeypatch):
-    """A function that compiles C code into an MPI library, and returns an imitation of mpi4py.MPI."""
+    """A function that compiles C code to an MPI library, and returns an imitation of mpi4py.MPI."""
     for name in VARIABLES:
         monkeypatch.delenv(name, raising=False)
 
@@ -115,7 +115,7 @@ def test_a_forced_transport_that_is_not_there(library, monkeypatch):
 
 
 def test_the_library_of_this_job():
-    """The transport of this job is valid and has a reason. Common libraries have the query function."""
+    """The transport of this job is valid and has a reason. Common libraries have the query."""
     found, reason = transport.chosen(MPI)
     assert found in ("host", "device")
     assert reason

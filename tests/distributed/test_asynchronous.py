@@ -88,7 +88,7 @@ def test_results_on_a_gpu_wait_for_its_stream(begin: Any, monkeypatch: pytest.Mo
 
 
 def test_beside_synchronized_layers() -> None:
-    """Messages of asynchronous reductions and of layers that exchange at the same time do not mix."""
+    """Messages of asynchronous reductions and of layers at the same time do not mix."""
     layer = mpisyncbn.SyncBatchNorm(4).double()
     x = torch.randn(RANK + 2, 4, 5, dtype=torch.float64, requires_grad=True)
     sums = []
@@ -259,7 +259,7 @@ def future(_: Tensor, work: Any) -> Any:
     [pytest.param(registered, marks=newer_than_2_6("never lets go of what is registered")), boxed, future],
 )
 def test_works_that_only_cpp_code_keeps(keep: Any) -> None:
-    """torch's C++ code can wait for a Work that Python has dropped, and nothing keeps it afterwards."""
+    """torch's C++ code can wait for a Work that Python has dropped. Nothing keeps it later."""
     x = torch.ones(2)
     work = dist.all_reduce(x, async_op=True)
     seen, wait = weakref.ref(work), keep(x, work)

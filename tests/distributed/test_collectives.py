@@ -1,4 +1,4 @@
-"""Every collective of torch.distributed, with every dtype: compared with gloo and with exact results."""
+"""Every collective of torch.distributed, with every dtype, beside gloo and exact results."""
 
 from __future__ import annotations
 
@@ -120,7 +120,7 @@ def test_all_reduce(name: str, dtype: torch.dtype, gloo: Any, limit: None) -> No
 
 
 def collectives(dtype: torch.dtype, group: Any) -> dict[str, Any]:
-    """Return the results of the collectives that move data, by name. Each group gets the same inputs."""
+    """Return the results of collectives that move data, by name. Groups get the same inputs."""
     x = values(dtype, 3, 4)
     found: dict[str, Any] = {}
 
@@ -326,7 +326,7 @@ def test_gradients_may_be_reduced_in_place() -> None:
 def test_input_may_overlap_output() -> None:
     """The input of a collective may overlap its output, as when FSDP gathers shards in place.
 
-    MPI forbids that. MPICH raises an error, other libraries may send data that they have just received.
+    MPI forbids that: MPICH raises an error, others may send what they have just received.
     """
     gathered, scattered, swapped = torch.zeros(3 * SIZE), torch.ones(3 * SIZE) * RANK, torch.zeros(SIZE)
     mine = gathered[3 * RANK : 3 * (RANK + 1)]

@@ -1,4 +1,4 @@
-"""Training with torch.distributed over MPI: DistributedDataParallel, sharding, ranks that run out of data."""
+"""Training over MPI: DistributedDataParallel, sharding, ranks that run out of data."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def network(synchronized: bool = True, **options: bool) -> nn.Module:
 
 
 def batches(rank: int, step: int, samples: int | None = None) -> tuple[Tensor, Tensor]:
-    """Return the samples of a rank for a step, and their labels. By default, rank r has r + 2 of them."""
+    """Return the samples of a rank for a step, and their labels. By default, rank r has r + 2."""
     generator = torch.Generator().manual_seed(1000 * step + rank)
     samples = rank + 2 if samples is None else samples
     x = torch.randn(samples, 2, 8, 8, generator=generator, dtype=torch.float64) + rank
@@ -160,7 +160,7 @@ def test_sharded(memory_efficient: bool) -> None:
 
 
 def test_the_documented_example() -> None:
-    """The example in torch's documentation of SyncBatchNorm works, with this package's layer and backend."""
+    """torch's own example of SyncBatchNorm works, with this package's layer and backend."""
     parts = [[rank for rank in range(SIZE) if rank % 2 == part] for part in range(min(SIZE, 2))]
     process_group = [dist.new_group(ranks) for ranks in parts][RANK % 2]
     network = nn.Sequential(nn.BatchNorm3d(4), nn.Flatten(), nn.Linear(4 * 8, 2))

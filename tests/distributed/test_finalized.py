@@ -1,4 +1,4 @@
-"""The end of a program with process groups must not fail. After MPI_Finalize their use is an error."""
+"""A program with process groups must not fail at its end. Later use of them is an error."""
 
 from __future__ import annotations
 

@@ -88,7 +88,7 @@ def test_names() -> None:
 
 
 def test_features_of_torch_that_use_a_group(tmp_path: Any) -> None:
-    """Functional and compiled collectives, meshes, distributed tensors and sharded checkpoints work."""
+    """Functional and compiled collectives, meshes, DTensors and sharded checkpoints work."""
     group, ones = dist.group.WORLD, torch.ones(4 * SIZE)
     summed = functional_collectives.all_reduce(ones, "sum", group)
     scattered = functional_collectives.reduce_scatter_tensor(ones, "sum", 0, group)

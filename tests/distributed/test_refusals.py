@@ -1,4 +1,4 @@
-"""Collectives raise errors, and do not hang, if ranks disagree, a rank is missing or arguments are wrong."""
+"""Collectives raise errors if ranks disagree, a rank is missing or arguments are wrong."""
 
 from __future__ import annotations
 

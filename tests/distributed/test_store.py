@@ -106,7 +106,7 @@ def test_groups_of_other_backends_without_rank_0() -> None:
 
 
 def test_the_store_of_the_default_group(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The default group has a store, for programs that use it and for the barrier that torch makes."""
+    """The default group has a store, for programs that use it and for torch's barrier."""
     monkeypatch.setenv("TORCH_DIST_INIT_BARRIER", "1")
     mpisyncbn.init_process_group(timeout=timedelta(seconds=60))
     kept = dist.distributed_c10d._get_default_store()
@@ -152,7 +152,7 @@ def test_a_rank_without_an_address(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_addresses() -> None:
-    """Ranks of one host use the loopback interface, others the interface that leads to the other hosts."""
+    """Ranks of one host use the loopback interface, others the one that leads to other hosts."""
     with together():
         assert store._address_among([("here", "a boot")] * 2)[0] == "127.0.0.1"
         assert store._address_among([("here", "a boot"), ("::1", "another")]) == ("::1", socket.AF_INET6)

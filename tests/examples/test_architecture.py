@@ -1,4 +1,4 @@
-"""The structure of the package: its imports, the cost of importing it, and the pages that describe it."""
+"""The structure of the package: its imports, their cost, and the pages that describe it."""
 
 from __future__ import annotations
 
@@ -121,7 +121,7 @@ def test_importing_costs_nothing():
 
 @no_exchange
 def test_numpy_alone():
-    """Without torch, the functions work with NumPy arrays. What needs torch raises an ImportError."""
+    """Without torch, the functions work with NumPy arrays. The rest raises ImportError."""
     out = run_alone(
         """
 import sys

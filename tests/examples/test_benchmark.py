@@ -92,7 +92,7 @@ def test_every_exchange_says_the_same() -> None:
 
 
 def test_naive_layer() -> None:
-    """The naive layer is right if all ranks have batches of one size. With other batches it is wrong."""
+    """The naive layer is right if all ranks have batches of one size, else it is wrong."""
     x, dy = shard((3, 5, 4, 4), mean=0.5), shard((3, 5, 4, 4), seed=1)
     x.requires_grad_()
     layer = peers.NaiveSyncBatchNorm(5)
@@ -183,7 +183,7 @@ def test_model_by_hand() -> None:
     # over 8 ranks an all-reduce takes three messages: 3 us with no bytes, 9 us with 2,000 bytes
     network = model.fit(8, 3.0, 9.0, size=2000, least=0)
     assert network == pytest.approx((1.0, 0.001))
-    # recursive doubling takes 3 + 2.4 us, Rabenseifner 6 + 1.4; with ten times the bytes, 3 + 24 and 6 + 14
+    # recursive doubling takes 3 + 2.4 us, Rabenseifner 6 + 1.4; ten times the bytes 3 + 24, 6 + 14
     assert model.fastest(model.allreduce_costs(8, 800), network) == pytest.approx(5.4)
     assert model.fastest(model.allreduce_costs(8, 8000), network) == pytest.approx(20.0)
     # a layer of 10 channels all-reduces 184 bytes twice, or all-gathers 84 bytes and all-reduces 80
@@ -227,7 +227,7 @@ KEPT = {"torch": 300, "torch, in-place": 200, "plain": 200, "ours": 100}
         ("layer", LAYERS, [math.sqrt(0.4), 1.1, 1.1], [True, False, False] + [None] * 4),
         ("threads", LAYERS, [math.sqrt(0.4), 1.1, 1.1], [True, False, False] + [None] * 4),
         ("exchange", EXCHANGES, [1.0, 1.5] * 3, [False] * 6),  # a difference in us, then a ratio
-        # here the bar is the least allowed value, and the value is the inverse of the ratio in the row
+        # here the bar is the least allowed value; the value is the inverse of the row's ratio
         ("peers", [row(0.125, "naive over gloo")], [8.0, 8.0], [True, True, None, None]),
         ("relu", [row(0.5, "ours, then relu")], [0.5, 0.5], [True, True]),
         ("activations", [row(0.5, APART), row(0.8, APART)], [0.8], [False]),
@@ -245,7 +245,7 @@ def test_summary(
 
 
 def test_bytes_kept() -> None:
-    """torch keeps the outputs of the convolution, the norm and the activation for the backward pass.
+    """torch keeps the outputs of convolution, norm and activation for the backward pass.
 
     The memory-efficient layer, "ours", keeps only the last of them.
     """

@@ -80,7 +80,7 @@ def test_code_runs(page, tmp_path, monkeypatch):
 
 
 def check(command: Command, folder: Path, variables: Mapping[str, str], status: int) -> int:
-    """Run a command, compare its output and return its status. ``status`` is the previous command's."""
+    """Run a command, compare its output, return its status. ``status``: the previous command's."""
     if command.text == "echo $?":
         assert command.output.strip() == str(status)
         return 0
@@ -96,7 +96,7 @@ def check(command: Command, folder: Path, variables: Mapping[str, str], status: 
 
 
 def check_page(page: Path, folder: Path, wanted, variables: Mapping[str, str]) -> None:
-    """Write the files that a page shows to ``folder``, and run the commands of the wanted blocks there."""
+    """Write the files of a page to ``folder``, and run the commands of the wanted blocks there."""
     for block in pages.blocks(page, "python", "bash", "diff", "console"):
         if block.language == "diff" or block.file:
             pages.write(block, folder)
@@ -160,7 +160,7 @@ def test_the_comparison_of_outputs():
 
 @no_exchange
 def test_every_public_name_is_in_the_reference():
-    """A function with two names, such as init_process_group, is in the reference under one of them."""
+    """A function with two names, such as init_process_group, is there under one of them."""
     text = "".join(page.read_text() for page in sorted(REFERENCE.glob("*.md")))
     shown = re.findall(r"^\.\. (?:auto)?(?:module|class|exception|function|data):: (\S+)", text, re.MULTILINE)
     modules = {name: import_module(name) for name in PUBLIC_MODULES}
@@ -177,7 +177,7 @@ def test_every_public_name_is_in_the_reference():
 def test_every_environment_variable_is_in_the_reference():
     """The reference has every environment variable that config.py and setup.py name.
 
-    Only config.py reads the environment in the package. The reference has no other MPISYNCBN variables.
+    Only config.py reads the environment in the package. There are no other MPISYNCBN variables.
     """
     name = r"[A-Z][A-Z0-9_]*(?:_[a-z_]+)?"
     read = set(re.findall(rf'"({name})(?<!_)"', (ROOT / "mpisyncbn" / "config.py").read_text()))

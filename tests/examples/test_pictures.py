@@ -1,4 +1,4 @@
-"""Tests of scripts/pictures: committed pictures and tables show the results; several runs are merged."""
+"""Tests of scripts/pictures: pictures and tables show the results; runs are merged."""
 
 from __future__ import annotations
 

@@ -18,7 +18,7 @@ from support.ranks import WORLD, together, up_to_two
 
 @pytest.fixture(autouse=True)
 def quickly(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """Take fewer samples, and keep objects of other tests out of the counts and of garbage collection."""
+    """Take fewer samples, and keep objects of other tests out of counts and collection."""
     monkeypatch.setattr(soak, "_SAMPLES", 3)
     gc.freeze()
     yield
@@ -44,7 +44,7 @@ def test_a_short_run() -> None:
 def test_the_verdict(
     leaks: bool, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """A run fails if the last rank keeps 400 KiB and some objects in every cycle, else it succeeds."""
+    """A run fails exactly if the last rank keeps 400 KiB and some objects in every cycle."""
     kept = []
     once = soak.Cycles.once
 

@@ -1,4 +1,4 @@
-"""Tests of scripts/train.py: results do not depend on the backend, or on resuming from a checkpoint."""
+"""Tests of scripts/train.py: results do not depend on the backend, or on resuming."""
 
 from __future__ import annotations
 

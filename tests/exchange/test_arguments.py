@@ -1,4 +1,4 @@
-"""A bad argument raises an error that names the rank, before a message is sent, and changes nothing."""
+"""A bad argument raises an error that names the rank. Nothing is sent or changed before."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ C, C4, WIDE, META = (
 
 
 def layer(group, *, training=True, **options):
-    """Return a SyncBatchNorm of 3 channels. Options other than eps and momentum are set as attributes."""
+    """Return a SyncBatchNorm of 3 channels. Options but eps and momentum are set as attributes."""
     module = SyncBatchNorm(
         3, eps=options.pop("eps", 1e-5), momentum=options.pop("momentum", 0.1), process_group=group
     )
@@ -65,7 +65,7 @@ RUNNING = (by_module, by_function)
 
 
 def bad(calls, words, error=ValueError, x=X, **options):
-    """Return an entry of BAD: functions that must raise ``error`` with ``words``, and their arguments."""
+    """Return an entry of BAD: functions that must raise ``error`` with ``words``, and arguments."""
     return calls, words, error, x, options
 
 

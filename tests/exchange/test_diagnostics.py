@@ -43,7 +43,7 @@ def test_every_message_is_signed(dtype, recorded):
 class Model:
     """Layers of 3 channels (``wide``: 4).
 
-    ``a``, ``b`` and ``wide`` have names. The others are named after the exchange that first uses them.
+    ``a``, ``b`` and ``wide`` have names. Others are named after the exchange that first uses them.
     """
 
     def __init__(self, group):
@@ -133,7 +133,7 @@ def test_two_layers_swapped_on_one_rank(debug, monkeypatch):
 
 @several
 def test_layers_are_named_anew_after_a_mismatch(monkeypatch):
-    """After a mismatch, ranks forget the names of layers: one may stand for another layer elsewhere."""
+    """After a mismatch, ranks forget the names of layers: one may differ elsewhere."""
     monkeypatch.setenv("MPISYNCBN_DEBUG", "1")
     group = Communicator()
     layers = [SyncBatchNorm(channels, process_group=group) for channels in (3, 4)]

@@ -87,7 +87,7 @@ def exact(x):
 
 @pytest.mark.parametrize("spread", SPREADS, ids=lambda each: each.__name__)
 def test_the_variance_is_that_of_the_whole_batch(group, spread):
-    """The variance is right even if mean / std is above 1e6, however the values are divided among ranks."""
+    """The variance is right if mean / std is above 1e6, however ranks divide the values."""
     x = whole(spread)
     total, mean, var = exchange.merge_moments(group, CALL, *moments(mine(x)))
     same = [bits_equal_on_all_ranks(torch.from_numpy(each)) for each in (mean, var)]
@@ -104,7 +104,7 @@ CONSTANTS = np.array([0.1, 1e6, 1 / 3, -3e7, 0.0, 1e-20, 3e30, 1.0, -1000.1], "f
 
 @pytest.mark.parametrize("count", [1, 3 + 4 * WORLD.rank, 50176, 10 * (WORLD.rank % 2), 2**31 + WORLD.rank])
 def test_constant_channels_need_one_message(group, count):
-    """Constant channels need one message, even if ranks have no data. The variance of another stays right."""
+    """Constant channels need one message, even without data on ranks. Others stay right."""
     if WORLD.size == 1:
         count += 1
     mean = np.append(CONSTANTS, 2.0) * (count > 0)
@@ -117,7 +117,7 @@ def test_constant_channels_need_one_message(group, count):
 
 
 def test_constant_channels_of_any_mean_have_no_variance(group):
-    """The variance that a constant channel's sums give is rounding, of either sign. It is replaced by 0."""
+    """The variance by a constant channel's sums is rounding, of either sign. 0 replaces it."""
     mean = np.random.default_rng(0).normal(size=1000)
     count = 7 + 2 * WORLD.rank
     _, merged, var = exchange.merge_moments(group, CALL._replace(channels=1000), count, mean, np.zeros(1000))
@@ -134,7 +134,7 @@ def test_no_spread_is_taken_for_rounding(group):
 
 
 def test_ordinary_channels_need_one_message(group):
-    """A small variance on one rank needs no second message, and neither does a mean / std of up to 1e4."""
+    """A small variance on one rank, or a mean / std of up to 1e4, needs no second message."""
     count = 2 + WORLD.rank
     mean = np.array([1.0, 1.0, 1e3, 9e3]) * (1 + np.array([WORLD.rank, 0, 0, 0]))
     m2 = np.array([1e-9 if WORLD.rank == 0 else 1.0, 1.0, 1.0, 1.0]) * count
@@ -144,7 +144,7 @@ def test_ordinary_channels_need_one_message(group):
 
 
 def test_beside_constant_channels(group):
-    """Channels are independent: one is constant, one lost digits, one is ordinary, one has an infinity."""
+    """Channels are independent: one constant, one that lost digits, one ordinary, one infinite."""
     x = np.concatenate([whole(), whole(some), whole(), whole()], 1)
     x[:, 2] = np.random.default_rng(1).normal(0, 1, 400)
     x[-1, 3] = np.inf
@@ -181,7 +181,7 @@ def test_the_second_message(recorded):
 
 
 def test_a_rank_says_that_it_hides_more_and_others_do_not(recorded):
-    """A rank whose M2 is lost in its sum of squares adds 2**-18 to the fingerprint, which stays readable."""
+    """A rank whose sum of squares absorbs M2 adds 2**-18 to the fingerprint, still readable."""
     spread = WORLD.rank == WORLD.size - 1
     m2 = np.array([STEP**2 * spread, 1.0])
     exchange.merge_moments(recorded.group, CALL, 100, np.array([1e6, 1.0]), m2)
@@ -192,7 +192,7 @@ def test_a_rank_says_that_it_hides_more_and_others_do_not(recorded):
 
 @pytest.mark.parametrize("debug", [False, True])
 def test_ranks_without_data_answer_once_more(group, debug):
-    """A rank without data (see join()) takes part in second messages, with and without MPISYNCBN_DEBUG=1."""
+    """A rank without data (join()) takes part in second messages, also in MPISYNCBN_DEBUG=1."""
     group.debug, group.in_join_context = debug, True
     stays, found = WORLD.rank < max(WORLD.size - 1, 1), []
     x = mine(whole(some)) if stays else np.empty((0, 1), "f")

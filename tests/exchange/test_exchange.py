@@ -88,7 +88,7 @@ def test_merging_is_the_whole_batch(counts, ratio, seed, wide):
 
 @pytest.mark.parametrize("wide", [False, True])
 def test_the_mean_of_one_value_is_that_value(group, wide):
-    """One value in the whole group gives that mean and a variance of 0. Layers refuse such a batch."""
+    """One value in the group gives that mean and a variance of 0. Layers refuse this batch."""
     count = int(WORLD.rank == WORLD.size - 1)
     mean = np.full(3, 2.5 * count)
     call, mean = (WIDE, np.stack((mean * 0.75, mean * 0.25))) if wide else (CALL, mean)
@@ -99,7 +99,7 @@ def test_the_mean_of_one_value_is_that_value(group, wide):
 
 
 def test_float64_where_the_first_rank_has_no_data():
-    """Means are merged as distances from a rank with data. Otherwise large means would lose digits."""
+    """Means are merged as distances from a rank with data, or large means would lose digits."""
     n = 0 if WORLD.rank == 0 and WORLD.size > 2 else 5
     x = np.random.default_rng(WORLD.rank).normal(1e8, 1.0, (n, 3))
     mean = x.mean(axis=0) if n else np.zeros(3)
@@ -113,7 +113,7 @@ def test_float64_where_the_first_rank_has_no_data():
 
 
 def test_float64_of_single_values_that_differ_in_their_last_bits():
-    """Single values near 2**53 give the variance of their differences, even if their mean is no float64."""
+    """Single values near 2**53 give their variance, even if their mean is no float64."""
     n = int(WORLD.rank > 0 or WORLD.size == 1)
     small = 2.0 * np.arange(min(1, WORLD.size - 1), WORLD.size) ** 2
     mean = np.full(3, 2.0**53 + 2 * WORLD.rank**2) * n
@@ -154,7 +154,7 @@ def test_counts_are_whole_numbers_beyond_half_precision():
 
 
 def test_the_status_of_a_waiting_rank(recorded):
-    """A waiting rank's status names its exchange, for ranks that have waited too long (rank_status.py)."""
+    """A waiting rank's status names its exchange, for reports (rank_status.py)."""
     group, one = recorded.group, np.ones(3)
     exchange.merge_moments(group, CALL, 1, one, one)
     exchange.merge_moments(group, WIDE, 1, np.ones((2, 3)), one)
@@ -263,7 +263,7 @@ def far(request, monkeypatch):
     """Yield a group that has made no exchange yet, and an emulated device for its tensors."""
     monkeypatch.setattr(transport, "chosen", lambda MPI: (request.param, "the test says so"))
     device, group = pretend(monkeypatch), Communicator()
-    # Waits for the device in one exchange. A message on it takes two: before MPI's call, and for the result.
+    # Waits for the device in an exchange. A message on it takes two: before MPI, and after.
     group.waits = {"host": 1, "device": 2}[request.param]
     yield group, device
     group.free()

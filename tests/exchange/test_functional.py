@@ -88,7 +88,7 @@ def test_no_rank_has_data(kind, dtype):
 
 @pytest.mark.parametrize(("dtype", "rows"), [(torch.float16, 2), (torch.float64, 3)], ids=str)
 def test_the_message_does_not_depend_on_the_input(dtype, rows, recorded):
-    """A rank with an empty batch sends as much as the others, and counts never travel in float16."""
+    """A rank with an empty batch sends as much as others. Counts never travel in float16."""
     x = torch.ones(70000 if WORLD.rank == 0 else 0, 2, dtype=dtype)  # a count that float16 cannot hold
     _, stats = functional.batch_norm_forward(x, process_group=recorded.group)
     functional.batch_norm_backward(x, x, stats, process_group=recorded.group)

@@ -121,7 +121,7 @@ def by_function(name: str, training: bool = True) -> Target:
 
 
 def by_arrays(function: str, name: str, is_torch: bool) -> Target:
-    """Return a target for a function of functional.py. ``name`` is one of its arguments, or stats.FIELD."""
+    """Return a target for a function of functional.py. ``name``: an argument, or stats.FIELD."""
 
     def call(group: Any, odd: Any, keep: Keep) -> None:
         x, vector = (each.clone() if is_torch else each.numpy().copy() for each in (X, VECTOR))
@@ -252,7 +252,7 @@ for function, names in {
 
 
 def bits(value: Any) -> Any:
-    """Return the contents of a value, to notice changes; None if it is no plain array or tensor in memory."""
+    """Return the contents of a value, to notice changes; None if it is not plain in memory."""
     if isinstance(value, (list, tuple)):
         return [bits(each) for each in value]
     if isinstance(value, Tensor):
@@ -297,7 +297,7 @@ def works(group: Communicator) -> bool:
 @pytest.mark.parametrize("where", ["alone", "world"])
 @pytest.mark.parametrize("target", TARGETS)
 def test_odd_arguments(target: str, where: str) -> None:
-    """Ranks that are alone try the values in different orders. The world tries each on all ranks together."""
+    """Lone ranks try the values in different orders. The world tries each on all ranks."""
     odd, call = TARGETS[target]
     group = Communicator(MPI.COMM_SELF if where == "alone" else None).ready()
     names = list(odd)

@@ -1,4 +1,4 @@
-"""Errors for arguments of a wrong kind or range: the expected and the given one, the rank, the remedy."""
+"""Errors for arguments of a wrong kind or range: the expected and the given one, the rank."""
 
 from __future__ import annotations
 
@@ -147,7 +147,7 @@ def test_a_communicator_that_is_gone():
 
 MASKED = "got a masked one, MaskedArray{}: leave those samples out, or fill them first, .filled()"
 MATRIX = "got a matrix{}: convert it first, numpy.asarray()"
-# arguments that take an array of the user, and a call for each; a space at the end makes a key unique
+# arguments that take an array of the user, and a call for each; a space makes a key unique
 PLACES = {
     "input": lambda one: forward(one(X2)),
     "weight": lambda one: forward(X2, one(X2[0])),

@@ -1,4 +1,4 @@
-"""If MPI fails in an exchange, or a rank does not answer, each rank raises an error and none hangs."""
+"""If MPI fails in an exchange, or a rank does not answer, each rank raises an error."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ def fails(error):
     ],
 )
 def test_an_error_of_mpi_says_where(dtype, function, code, error, words):
-    """The error names the rank and the exchange. A message that is too long is reported as a mismatch."""
+    """The error names the rank and the exchange. A message that is too long is a mismatch."""
     group = Communicator().ready()
     layer = SyncBatchNorm(3, process_group=group, dtype=dtype)
     group.comm, group.link = Failing(group.comm, **{function: fails(code)}), None
@@ -92,7 +92,7 @@ def test_a_rank_that_does_not_answer_is_not_waited_for(monkeypatch):
 
 @pytest.mark.parametrize("looks", [1, 2, 5])
 def test_an_answer_that_takes_a_moment_is_waited_for(looks, monkeypatch):
-    """A waiting rank sleeps for at most 10 ms at a time, since the rank that answers may share its core."""
+    """A waiting rank sleeps at most 10 ms at a time: the other rank may share its core."""
     naps, answers = [], iter([False] * (looks - 1) + [True])
     clock = SimpleNamespace(sleep=naps.append, monotonic=lambda: sum(naps))
     monkeypatch.setattr(fingerprint, "time", clock)

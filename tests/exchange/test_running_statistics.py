@@ -69,7 +69,7 @@ def test_a_batch_that_is_not_finite_is_not_recorded(bad, dtype, where):
     assert torch.stack(running).tolist() == [[0, 0], [1, 1]]
 
 
-# By native code, by torch's operations, and without the host: it does not read a count that is a tensor.
+# By native code, by torch's operations, and without the host, which reads no tensor's count.
 COUNTS = {"native": 2, "plain": 2, "unseen": torch.tensor(2)}
 
 
@@ -110,7 +110,7 @@ def test_statistics_that_the_host_does_not_read_are_recorded_as_a_whole(mean, va
 @pytest.mark.parametrize("momentum", [0.0, 0.1, 0.5, 1 / 3, 1.0])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 def test_half_precision_running_statistics_in_native_code(dtype, momentum, monkeypatch):
-    """Values are torch's, rounded once, after the sum. A batch that overflows the dtype is kept out."""
+    """Values are torch's, rounded once, after the sum. A batch that overflows is kept out."""
     limit, n = torch.finfo(dtype).max, 1 << 14
     mean, var = (shard((n,), seed, 1.0, torch.float64).numpy() for seed in (1, 2))
     mean[:8] = 0, 1e-30, -1e-7, 2**-24, 2**-25, 1 + 2**-9, limit, -limit
@@ -151,7 +151,7 @@ def test_a_momentum_of_one_forgets():
 @pytest.mark.parametrize("seen", [True, False])
 @pytest.mark.parametrize("momentum", [0.0, 0.3, 0.5, 0.9, 1.0])
 def test_running_statistics_are_rounded_as_by_torchs_lerp(kind, seen, momentum, monkeypatch):
-    """Updates without native code round like torch's lerp, even if the host does not see the statistics."""
+    """Updates without native code round like torch's lerp, even if the host does not see them."""
     monkeypatch.setattr(running_stats, "native", lambda: None)
     make = KINDS[kind]
     means, variances = [1e30, -1e30, 1e-30, 3.0, 0.0], [1e30, 7.0, 1e-9, 0.0, 1.0]
@@ -174,7 +174,7 @@ def test_running_statistics_are_rounded_as_by_torchs_lerp(kind, seen, momentum, 
 
 @needs_native
 def test_dtypes_that_are_taken_at_a_glance():
-    """The fast check passes vectors of the input's dtype, or of float32 beside half precision; no others."""
+    """The fast check passes only vectors of the input's dtype, or float32 beside halves."""
     halves = torch.bfloat16, torch.float16
     for x in (*halves, torch.float32, torch.float64):
         for first in (*halves, torch.float32, torch.float64):
@@ -213,7 +213,7 @@ def test_running_statistics_of_another_shape_or_dtype(running):
 
 @pytest.mark.parametrize("count", [1, 2, 3, torch.tensor(2), torch.tensor(3)])
 def test_statistics_that_the_host_does_not_see(count):
-    """Statistics that only a device or a compiled graph knows are recorded without a read on the host."""
+    """Statistics of a device or a compiled graph are recorded without a read on the host."""
     running = torch.zeros(2), torch.ones(2)
     stats = BatchStats(torch.tensor([1.0, 2.0]), torch.tensor([4.0, 8.0]), None, count)
     assert running_stats._record_without_sync((*running, None), stats, 0.5)

@@ -1,4 +1,4 @@
-"""Bad process groups, bad environment variables, and an MPI that is not ready are errors on every rank."""
+"""Bad process groups and variables, and an MPI that is not ready, are errors on all ranks."""
 
 from __future__ import annotations
 

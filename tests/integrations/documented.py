@@ -1,4 +1,4 @@
-"""Compare the examples of docs/guides/integrations.md at two ranks with their results in one process.
+"""Compare the examples of docs/guides/integrations.md at two ranks with one process.
 
 As a program, ``documented.py FILE FOLDER`` runs one example and saves what it learned.
 """
@@ -84,7 +84,7 @@ def compare(example: Example, folder: Path, run: Callable[..., End]) -> Result:
 
 
 def distance(actual: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) -> float:
-    """The largest difference of the tensors; infinite if the two dictionaries have different keys."""
+    """The largest difference of the tensors; infinite if the dictionaries have other keys."""
     if actual.keys() != expected.keys():
         return float("inf")
     return max(whole_batch.distance(actual[name], expected[name], 1.0) for name in expected)

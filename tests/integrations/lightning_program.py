@@ -92,7 +92,7 @@ def fit(package: ModuleType, net: Any, epochs: int, folder: Path, checkpoint: st
 
 
 def findings(package: ModuleType, folder: Path) -> dict[str, Any]:
-    """Fit for two epochs, and for a third from their checkpoint; return the results of both fits."""
+    """Fit for two epochs, and for a third from their checkpoint. Return both results."""
     net, resumed = net_of(package), net_of(package)
     kinds = [type(layer) for layer in net.layers]
     trainer = fit(package, net, 2, folder)

@@ -3,8 +3,8 @@
     mpiexec -n 2 python tests/integrations/model_families.py [MODELS]     a Markdown table on rank 0
     python tests/integrations/model_families.py --list                    timm's part of models.txt
 
-A family is a module of timm.models, or of torchvision.models. ``--list`` builds every model of timm's
-registry on the meta device, and takes the smallest one for each class of batch norm in each family.
+A family is a module of timm.models, or of torchvision.models. ``--list`` builds every model of
+timm's registry on the meta device, and takes the smallest for each class of batch norm of a family.
 """
 
 from __future__ import annotations
@@ -89,7 +89,7 @@ def _build(name: str) -> nn.Module:
         return timm.create_model(name, pretrained=False, num_classes=7)
     import torchvision
 
-    # GoogLeNet and Inception would take minutes to initialize. torchvision's reference scripts skip that too.
+    # GoogLeNet and Inception take minutes to initialize. torchvision's own scripts skip that.
     more = {"init_weights": False} if model in ("googlenet", "inception_v3") else {}
     if model.startswith("lraspp"):
         more = {"weights_backbone": None}
@@ -115,7 +115,7 @@ def _distance(pairs: list[tuple[Tensor, Tensor]]) -> float:
 
 
 def _size(model: nn.Module) -> int:
-    """Return the smallest of a few image widths in pixels that the model takes, else its default."""
+    """Return the smallest of a few image widths that the model takes, else its default."""
     trial = copy.deepcopy(model).train()
     for size in (96, 128, 224):
         with torch.no_grad(), contextlib.suppress(AssertionError, RuntimeError, ValueError):

@@ -1,4 +1,4 @@
-"""Fast tests of mpisyncbn.lightning.LayerSync without Lightning, in addition to test_lightning.py."""
+"""Fast tests of mpisyncbn.lightning.LayerSync without Lightning. See test_lightning.py."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ def packages(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) ->
 
 @pytest.fixture(autouse=True)
 def destroyed() -> Iterator[None]:
-    """Destroy the process group that the constructor of LayerSync has made, if any, after the test."""
+    """Destroy the process group that LayerSync has made, if any, after the test."""
     yield
     if dist.is_initialized():
         dist.destroy_process_group()
@@ -63,7 +63,7 @@ def test_a_plugin_to_each_package_that_is_imported(packages: list[ModuleType]) -
 
 
 def test_a_class_that_a_configuration_file_may_name(packages: list[ModuleType]) -> None:
-    """LightningCLI imports the class, and asks whether it is a plugin before it makes an instance."""
+    """LightningCLI imports the class, and asks if it is a plugin before it makes an instance."""
     cls = importlib.reload(mpisyncbn.lightning).LayerSync
     assert all(issubclass(cls, package.LayerSync) for package in packages)
 

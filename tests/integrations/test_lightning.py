@@ -1,4 +1,4 @@
-"""Lightning at two ranks with mpisyncbn.lightning.LayerSync equals one process with torch's layers."""
+"""Lightning at two ranks with LayerSync equals one process with torch's layers."""
 
 from __future__ import annotations
 

@@ -48,7 +48,7 @@ def test_a_scaled_loss_gives_the_same_step():
 
 
 def test_distributed_checkpoint(tmp_path):
-    """torch.distributed.checkpoint works with backend mpi4py: all ranks write and read one directory."""
+    """torch.distributed.checkpoint works with backend mpi4py: all ranks use one directory."""
     mpisyncbn.init_process_group()
     path = WORLD.bcast(str(tmp_path))
     model, other = trained(convert_sync_batchnorm(net())), convert_sync_batchnorm(net())
@@ -74,7 +74,7 @@ def test_safetensors(tmp_path):
 @no_exchange
 @pytest.mark.filterwarnings("ignore:.*treespec:FutureWarning")  # torch's exporter gives it
 def test_onnx():
-    """In evaluation, a model with fused activations exports to the same graph as the reverted model."""
+    """In evaluation, a model with fused activations exports to the graph of the reverted one."""
     onnx = pytest.importorskip("onnx", reason="onnx is not installed")
     pytest.importorskip("onnxscript", reason="onnxscript is not installed")
     model = nn.Sequential(nn.Conv2d(2, 3, 3), *net()[1:3])

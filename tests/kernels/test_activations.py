@@ -33,7 +33,7 @@ GATES = {Kind.SILU, Kind.GELU, Kind.GELU_TANH}
 
 
 def fused(z: Tensor, activation: Activation) -> tuple[Tensor, Tensor, Tensor]:
-    """Return the activation of ``z``, and its derivative as each of the two backward kernels has it."""
+    """Return the activation of ``z``, and its derivative in each of the two backward kernels."""
     ones, zeros, dy = np.ones(1), np.zeros(1), torch.ones_like(z)
     y = cpu.normalize(z, zeros, ones, None, None, None, activation)
     # with z as the residual, backward_reduce stores dz
@@ -47,7 +47,7 @@ def fused(z: Tensor, activation: Activation) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def exact(z: Tensor, text: str) -> tuple[Tensor, Tensor]:
-    """Return output and derivative in float64, with all their digits even if they are close to 0."""
+    """Return output and derivative in float64, with all digits even if close to 0."""
     kind, alpha = activation_of(text)
     if kind == Kind.ELU:
         low = z.clamp(max=0)
@@ -79,7 +79,7 @@ def test_within_roundings_of_exact(text: str, dtype: torch.dtype) -> None:
     wide = z.double()
     activation = activation_of(text)
     output, derivative = exact(wide, text)
-    # more than a few roundings come from the exponential's argument, in our GELU_TANH and the exact GELU
+    # many roundings come from the exponential's argument, in our GELU_TANH and the exact GELU
     argument = torch.zeros_like(wide)
     if activation.kind == Kind.GELU_TANH and dtype.itemsize > 2:
         argument = 3.2 * wide.abs() * (1 + 0.045 * wide.square())
@@ -105,7 +105,7 @@ def tail(dtype: torch.dtype) -> float:
 @pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
 @pytest.mark.parametrize("text", EVERY)
 def test_special_values(text: str, dtype: torch.dtype) -> None:
-    """Results are those of torch, if finite. NaN gives NaN, for SiLU and GELU in the derivative too."""
+    """Finite results are torch's. NaN gives NaN, for SiLU and GELU in the derivative too."""
     info = torch.finfo(dtype)
     special = [0.0, math.inf, -math.inf, math.nan, 3.0, -3.0, info.max, info.min, info.tiny, -info.tiny]
     z = torch.tensor([*special, info.tiny / 8, -info.tiny / 8], dtype=dtype)[:, None]

@@ -62,7 +62,7 @@ def back(array):
 
 
 def run(group, x, dy, weight=None, bias=None):
-    """Run forward and backward on the device. Return the results as torch tensors, and the count."""
+    """Run forward and backward on the device. Return torch tensors, and the count."""
     x, dy, weight, bias = map(there, (x, dy, weight, bias))
     assert kernels.kernels_for(x) is generic
     y, stats = functional.batch_norm_forward(x, weight, bias, process_group=group)

@@ -1,4 +1,4 @@
-"""Descriptions of tensors: the keys by which compiled kernels and checked arguments are found again."""
+"""Descriptions of tensors: keys that find compiled kernels and checked arguments again."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Every kernel module on tiny and huge values, whose squares float32 cannot hold, compared with float64."""
+"""Every kernel module on tiny and huge values, whose squares float32 cannot hold."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ def test_against_float64(kernels: Any, scale: float) -> None:
 @pytest.mark.parametrize("kernels", EVERY)
 @no_exchange
 def test_float64(kernels: Any, scale: float) -> None:
-    """Results are right as far as float64 can hold the squares, because squares are what ranks send."""
+    """Results are right as far as float64 can hold the squares that ranks send."""
     x, dy = (shard((3, 4, 12, 11), seed, 0.3, torch.float64) for seed in (1, 2))
     weight, bias = (shard((4,), seed, 1.0, torch.float64) for seed in (3, 4))
     check(kernels, x * scale, dy, weight, bias, 0.0)
@@ -79,7 +79,7 @@ def test_alternating_and_late_values(kernels: Any) -> None:
 
 
 def done_again(x: Any, monkeypatch: Any) -> list[int]:
-    """Return the channels that native code repeats in float64. Check the moments of all channels."""
+    """Return the channels that native code repeats in float64. Check all moments."""
     chosen: list[int] = []
     with monkeypatch.context() as patch:
         wide = extremes._float64_channels

@@ -1,4 +1,4 @@
-"""Backward kernels that read the output in place of the input, with each kernel module for host memory."""
+"""Backward kernels that read the output in place of the input, for host memory."""
 
 from __future__ import annotations
 
@@ -120,7 +120,7 @@ def test_channels_to_keep():
     assert channels_to_keep("float64", far**-2, far, 9, None, None, leaky).tolist() == [0, 3]
     large = torch.tensor([1e100, 1e119, 1e121, 1e200], dtype=torch.float64)
     assert channels_to_keep("float64", ones, ones, 9, large, None, leaky).tolist() == [2, 3]
-    # a value may be sqrt(count) standard deviations from the mean, and a slope above 1 makes it larger
+    # a value may be sqrt(count) standard deviations from the mean. A slope above 1 enlarges it
     near = torch.tensor([1e119], dtype=torch.float64)
     for count, slope, kept in ((9, 1.0, 0), (10**6, 1.0, 1), (9, 30.0, 1)):
         steep = Activation(Kind.LEAKY_RELU, slope)

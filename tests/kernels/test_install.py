@@ -1,6 +1,6 @@
-"""setup.py: the install succeeds with and without a compiler, and the package works without native kernels.
+"""setup.py: it installs with and without a compiler, and works without native kernels.
 
-No compiler is started. A shell script takes its place: it records its arguments and creates empty outputs.
+A shell script takes the compiler's place. It records its arguments and makes empty outputs.
 """
 
 from __future__ import annotations
@@ -155,7 +155,7 @@ def test_a_compiler_without_openmp(tree: Tree) -> None:
 
 @pytest.mark.skipif(not STABLE_ABI, reason="before Python 3.12 a build has one name")
 def test_an_earlier_build_is_not_imported_first(tree: Tree) -> None:
-    """Version 0.1 did not use the stable ABI. Python would import its extension first, so it is removed."""
+    """Python would import the extension of version 0.1 (no stable ABI) first. It is removed."""
     earlier = tree.sources / f"mpisyncbn/kernels/cpu/_cpu{sysconfig.get_config_var('EXT_SUFFIX')}"
     earlier.touch()
     tree.setup("-q", "build_ext", "--inplace")
@@ -171,7 +171,7 @@ def test_sources_are_distributed(tree: Tree) -> None:
 
 
 def test_wheel(tree: Tree) -> None:
-    """A wheel has the right tag and contents. Its extension is an empty file from the fake compiler."""
+    """A wheel has the right tag and contents. The fake compiler makes an empty extension."""
     tree.setup("-q", "bdist_wheel")
     (wheel,) = tree.sources.glob("dist/*.whl")
     python, abi, platform = wheel.stem.split("-")[-3:]
@@ -189,7 +189,7 @@ def test_wheel(tree: Tree) -> None:
 
 @needs_native
 def test_threads_are_torchs() -> None:
-    """Only the libgomp that torch brings is loaded, whether torch or the extension is imported first."""
+    """Only torch's libgomp is loaded, whether torch or the extension is imported first."""
     code = """
 import {first}, {second}, mpisyncbn.kernels.cpu, torch, pathlib
 lines = pathlib.Path("/proc/self/maps").read_text().splitlines()

@@ -79,7 +79,7 @@ def test_against_float64(kernels, shape, dtype):
 @pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
 @pytest.mark.parametrize("kernels", [*map(in_full, EVERY)])
 def test_every_activation_against_float64(kernels, dtype):
-    """Activations are right with and without a residual, in planes and rows, in whole and partial vectors."""
+    """Activations are right with and without a residual, in planes and rows and partial vectors."""
     shapes = [(2, 3, 5, 7)] if interpreted(kernels) else [(3, 5, 9, 11), (37, 6)]
     for activation, shape in product([*ACTIVATIONS, *MORE], shapes):
         x, dy, residual = (shard(shape, seed, dtype=dtype) * 2 for seed in (1, 2, 3))
@@ -94,7 +94,7 @@ def test_every_activation_against_float64(kernels, dtype):
 @pytest.mark.parametrize("kernels", EVERY)
 @np.errstate(all="ignore")  # as in the callers of kernels
 def test_equal_values_have_no_gradient(kernels, dtype):
-    """What rounding changes in ``dz``, it changes in its sum too; invstd would enlarge a difference."""
+    """Rounding changes ``dz`` and its sum alike; invstd would enlarge a difference."""
     shape = (6, 3, 4, 3)
     x, dy = torch.ones(shape) * torch.tensor([2.0, 1e-3, 300.0]).view(1, 3, 1, 1), torch.full(shape, 0.37)
     x, dy = x.to(dtype), dy.to(dtype)
@@ -150,7 +150,7 @@ def test_numpy_arrays(dtype):
 @pytest.mark.parametrize("ratio", [0.0, 30.0, 1e3])
 @pytest.mark.parametrize("kernels", [*map(in_full, HOST)])
 def test_large_mean(kernels, shape, ratio):
-    """float32 keeps its digits where mean / std is large, in every layout and at every number of threads."""
+    """float32 keeps its digits if mean / std is large, in every layout, with any threads."""
     shape = FOR_THE_INTERPRETER.get(shape, shape) if interpreted(kernels) else shape
     x, dy = shard(shape, 5, ratio), shard(shape, 6)
     for threads in (1, 2, 3, 4) if kernels is cpu else (1,):
@@ -254,7 +254,7 @@ def test_the_right_module_for_each_array():
 @pytest.mark.parametrize(("n", "value"), [(17, 2**20 + 1), (16385, 1025), (2**24 + 5001, 1)])
 @pytest.mark.parametrize("kernels", HOST)
 def test_sums_that_float32_cannot_hold(kernels, n, value, shape):
-    """Sums are odd and above 2**24: over one tile, several, and more values than float32 can count."""
+    """Sums are odd and above 2**24: over a tile, several, and more than float32 can count."""
     if interpreted(kernels) and value == 1:
         pytest.skip("the interpreter takes a minute")
     ones = torch.ones(n * shape[1]).reshape(shape)

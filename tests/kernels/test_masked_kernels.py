@@ -21,7 +21,7 @@ from support.ranks import no_exchange
 
 pytestmark = no_exchange
 SHAPES = [(2, 3, 61, 61), (3, 33, 9, 9), (300, 70), (2, 40, 5, 3), (1, 2, 701), (300, 3), (40, 16, 8)]
-# Planes of whole vectors, whose masks are read in place, and about as many rows as are read together.
+# Planes of whole vectors, whose masks are read in place, and some rows read together.
 SHAPES += [(3, 5, 64, 3), (1, 2, 70400), (33, 2), (48, 3), (49, 3), (6, 60)]
 ACTIVATIONS = [Activation(Kind.NONE), Activation(Kind.RELU), Activation(Kind.SILU)]
 
@@ -215,7 +215,7 @@ def test_a_constant_channel_has_no_variance_whatever_lies_between(shape: tuple[i
 
 @needs_native
 def test_a_part_without_true_values_leaves_nothing() -> None:
-    """A part whose mask is all false has sums of 0, even if an earlier call left values in their memory."""
+    """A part whose mask is all false has sums of 0, even if their memory held values."""
     x, mask = shard((2, 3, 256, 256), 1), torch.ones(2, 1, 256, 256, dtype=torch.bool)
     mask[0] = False
     cpu.local_moments(torch.full_like(x, np.nan))
@@ -258,7 +258,7 @@ def at_the_end_of_memory(mask: np.ndarray) -> np.ndarray:
 @needs_native
 @pytest.mark.parametrize("level", LEVELS)
 def test_nothing_is_read_beyond_a_mask(level: int) -> None:
-    """Loops read whole vectors of mask bytes, but none beyond the mask. Any byte that is not 0 is true."""
+    """Loops read whole vectors of mask bytes, none beyond the mask. Any byte but 0 is true."""
     for shape in [(33, 2), (49, 3), (80, 1), (300, 3), (5, 70), (2, 3, 5), (2, 3, 64), (1, 2, 701)]:
         x, ones = shard(shape, 1, 3.0), np.ones(shape[1])
         mask = masks(shape)["half"].numpy()

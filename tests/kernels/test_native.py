@@ -1,4 +1,4 @@
-"""Native kernels: instruction sets, numbers of threads, rounding, and stores that bypass the cache."""
+"""Native kernels: instruction sets, threads, rounding, and stores that bypass the cache."""
 
 from __future__ import annotations
 
@@ -81,7 +81,7 @@ def test_one_channel_done_again_leaves_the_others_alone():
 
 @pytest.mark.parametrize("level", LEVELS)
 def test_every_half_precision_number_survives(level):
-    """All 65,536 bit patterns keep their values through load and store, except subnormal bfloat16."""
+    """All 65,536 bit patterns survive load and store, except subnormal bfloat16."""
     patterns = torch.arange(-(2**15), 2**15, dtype=torch.int16)
     for dtype in (torch.float16, torch.bfloat16):
         x = patterns.view(dtype)

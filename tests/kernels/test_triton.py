@@ -1,4 +1,4 @@
-"""Triton kernels: tiles and their programs, running statistics in one kernel, machines without Triton."""
+"""Triton kernels: tiles and programs, running statistics, machines without Triton."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ def test_arrays_by_way_of_dlpack(pointer, monkeypatch):
     ids=["no compiler", "no driver module", "no memory"],
 )
 def test_other_kernels_serve_if_triton_fails(problem, why, monkeypatch):
-    """If Triton fails, torch's own operations are used and a warning says why. A lack of memory is raised."""
+    """If Triton fails, torch's operations take over with a warning. Lack of memory is raised."""
     cuda_kernels_for, device = mpisyncbn.kernels.cuda_kernels_for, torch.device("cuda", 0)
 
     def try_out(device):
@@ -95,7 +95,7 @@ print(module.__name__, "Triton is not installed" in made_of)
     st.integers(1, 1 << 33), st.integers(1, 5000), st.integers(1, 1 << 20), st.sampled_from(list(TOLERANCE))
 )
 def test_how_sums_are_shared_out(samples, channels, length, dtype):
-    """Each tile goes to one program. A share suits float32 sums, and CUDA can count the programs."""
+    """Each tile goes to one program. A share suits float32 sums, their number suits CUDA."""
     plan = cuda.module.plans.plan_sums(samples, channels, length, dtype, 132)
     rows, width, _, tiles, share, _ = plan.sizes
     height, columns = plan.options["ROWS"], plan.options["COLUMNS"]
@@ -134,7 +134,7 @@ def test_how_elements_are_shared_out(samples, channels, length, dtype):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("shape", [(50, 2, 7, 7), (6, 2, 63, 65), (1100, 33)], ids=str)
 def test_many_tiles(shape, dtype, monkeypatch):
-    """Inputs have one tile, or several in planes or in rows, and a program may get several tiles."""
+    """Inputs have one tile, or several in planes or rows. A program may get several."""
     plans = cuda.module.plans
     monkeypatch.setattr(plans, "_ENOUGH", 1)
     monkeypatch.setattr(plans, "plan_elementwise", plans.plan_elementwise.__wrapped__)

@@ -96,7 +96,7 @@ WAYS = {"file": ["program.py"], "module": ["-m", "program"], "inspected": ["-i",
 
 @pytest.fixture
 def run(run_job: Callable[..., End], tmp_path: Path) -> Callable[..., End]:
-    """``run(text, way="file", **variables)`` runs a program as a file or a module, or by -c or -i."""
+    """``run(text, way="file", **variables)`` runs a program as file or module, by -c or -i."""
 
     def start(text: str, way: str = "file", **variables: str) -> End:
         (tmp_path / "program.py").write_text(text)

@@ -92,7 +92,7 @@ def test_threads_of_one_rank_share_a_communicator() -> None:
 
 @needs_threads
 def test_threads_that_share_a_communicator_of_several_ranks_do_not_mix_up() -> None:
-    """If threads call in the same order on all ranks, all results are right; else all ranks raise."""
+    """If threads call in one order on all ranks, results are right; else all ranks raise."""
     group = Communicator().ready()
     model = nn.ModuleDict({"0": nn.BatchNorm1d(3), "1": nn.BatchNorm1d(3)})
     model = mpisyncbn.convert_sync_batchnorm(model, group)
@@ -290,7 +290,7 @@ time.sleep(4 * rank)
 @no_exchange
 @pytest.mark.parametrize("last", ["os._exit(0)", "sys.exit(0)"], ids=["os._exit", "never finalized"])
 def test_an_end_without_mpi(last: str) -> None:
-    """One process ends well without MPI_Finalize. With several, mpiexec ends the job and says why."""
+    """One process ends well without MPI_Finalize. With several, mpiexec ends the job."""
     printed = run_alone(BEGIN.format(first="mpi4py.rc.finalize = False") + last)
     assert printed == "trained\n"
 
@@ -301,7 +301,7 @@ MANY, FEW = (10_000, 3_000) if SIZE == 2 else (1_000, 300)
 
 
 class Duplicates:
-    """Counts duplicates of communicators, made and not yet freed, by an attribute that MPI copies."""
+    """Counts duplicates of communicators that are not freed, by an attribute that MPI copies."""
 
     def __init__(self) -> None:
         self.made = self.alive = 0

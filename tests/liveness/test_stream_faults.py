@@ -158,7 +158,7 @@ def test_other_channels(run: Callable[..., End]) -> None:
 @full
 @pytest.mark.parametrize("then", ["", "group = None\ngc.collect()\ngroup = stream_group()\n"])
 def test_a_mismatch_in_the_last_exchange(then: str, run: Callable[..., End]) -> None:
-    """A mismatch in the last exchange of a group ends the job with a report: no later call can raise it."""
+    """A mismatch in the last exchange of a group ends the job: no later call can raise it."""
     end = run(f"import gc\nenqueue(f'layer {{rank}}')\n{then}", order="late")
     assert end.status not in (0, None)
     assert end.left == 0

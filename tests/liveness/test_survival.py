@@ -46,7 +46,7 @@ def test_two_of_four_are_killed(
     ulfm: list[str],
     run_job: Callable[..., jobs.End],
 ) -> None:
-    """The checks that the ranks print decide, not the exit status of mpiexec: two ranks were killed."""
+    """The checks that ranks print decide, not the status of mpiexec: two ranks were killed."""
     kills = ["--kill-rank", *map(str, ranks), "--kill-step", *map(str, steps), "--at", *moments]
     program = [str(jobs.ROOT / "scripts" / "survive.py"), *kills, "--dtype", dtype]
     end = run_job(*program, ranks=4, launcher=ulfm, limit=120.0)

@@ -37,7 +37,7 @@ class Total(torch.autograd.Function):
 
 
 def whole_batch_function(sizes: list[int], activation: str | None = None) -> Callable[..., Tensor]:
-    """Return synchronized batch norm as a function of the whole batch, which every rank calls alike.
+    """Return synchronized batch norm as a function of the whole batch, for every rank.
 
     gradcheck perturbs one value at a time. All ranks perturb the same value, so they stay in step.
     """

@@ -32,7 +32,7 @@ TWO = ["leaky_relu(0.1)", "silu"]
 
 
 def far_from_kinks(z: Tensor, activation: str | None, margin: float) -> Tensor:
-    """A mask: whether ``z`` is farther than ``margin`` from jumps of the activation's derivatives."""
+    """A mask: if ``z`` is farther than ``margin`` from jumps of the activation's derivatives."""
     kinks = () if activation is None or "gelu" in activation or activation == "silu" else (0.0,)
     if activation == "hardswish":
         kinks = (-3.0, 3.0)

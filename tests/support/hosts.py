@@ -115,7 +115,7 @@ class Hosts:
         self._order("delay", str(seconds))
 
     def command(self, name: str, *command: str | Path) -> list[str]:
-        """The command line that runs a command on a host, in the caller's environment and folder."""
+        """The command line that runs a command on a host, in this environment and folder."""
         return [*PYTHON, _NETWORK, "console", str(self.folder), name, *map(str, command)]
 
     def run(self, name: str, *command: str | Path) -> str:

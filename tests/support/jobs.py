@@ -112,7 +112,7 @@ def time_of_fault(folder: Path) -> float | None:
 
 
 def count_left(folder: Path) -> int:
-    """The number of a job's processes that still run, after at most ``LEAVE`` seconds of waiting."""
+    """The number of a job's processes that still run, after a wait of at most ``LEAVE`` s."""
     limit = time.monotonic() + LEAVE
     while (count := len(list(processes(folder)))) and time.monotonic() < limit:
         time.sleep(0.1)
@@ -120,7 +120,7 @@ def count_left(folder: Path) -> int:
 
 
 def end_all(folder: Path) -> None:
-    """Kill the processes of a job, and wait until they end: the next job needs the whole machine."""
+    """Kill the processes of a job, and wait for their end: the next job needs the machine."""
     limit = time.monotonic() + LEAVE
     while (left := list(processes(folder))) and time.monotonic() < limit:
         for pid in left:

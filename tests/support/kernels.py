@@ -79,7 +79,7 @@ def interpreted(kernels) -> bool:
 
 
 def in_full(kernels: ParameterSet) -> ParameterSet:
-    """The parameter for a module of kernels, marked ``full`` if it is Triton's, which can be slow."""
+    """The parameter for a module of kernels, marked ``full`` if it is Triton's: it is slow."""
     marks = (
         [*kernels.marks, pytest.mark.full("Triton's interpreter")] if kernels.id == "cuda" else kernels.marks
     )
@@ -117,7 +117,7 @@ def reference(x, dy, weight, bias, eps=1e-5) -> Reference:
 
 
 def vectors_for(kernels, x) -> Callable[[torch.Tensor], Array]:
-    """Return a function that converts float64 vectors to the type that a module takes with ``x``."""
+    """Return a function that converts float64 vectors to a module's type for ``x``."""
     tensors = kernels is generic and isinstance(x, torch.Tensor)
     return (lambda v: v) if tensors else (lambda v: v.numpy())
 

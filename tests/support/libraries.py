@@ -20,8 +20,8 @@ class _Kind(NamedTuple):
     words: Mapping[str, str]  # patterns: what mpiexec prints if a rank ends without MPI_Finalize
 
 
-# Open MPI's mpiexec prints the words on stderr, the others on stdout. MPICH's names no rank. If a rank called
-# exit, MPICH's prints the signal that killed the other ranks, and Intel MPI's names the ranks that it killed.
+# Open MPI's mpiexec prints the words on stderr, others on stdout. MPICH's names no rank. If a rank
+# called exit, MPICH's prints the signal that killed the others, and Intel MPI's names these ranks.
 _KINDS = {
     "openmpi": _Kind(
         "Open MPI",
@@ -30,8 +30,8 @@ _KINDS = {
         {
             "signal": r"process rank {rank} with PID \d+ on node \S+ exited on\s+signal {number} ",
             "exit": r"process rank {rank} with PID|@\d+,{rank}\]\s+Exit code: +{number}\b",
-            # When a rank has called MPI_Abort and another is in MPI_Finalize, mpiexec itself dies of
-            # SIGSEGV in PMIx_server_finalize, once in twenty times. This package is not the cause.
+            # After MPI_Abort beside MPI_Finalize, mpiexec itself dies of SIGSEGV in
+            # PMIx_server_finalize, once in twenty times. This package is not the cause.
             "abort": r"MPI_ABORT was invoked on rank[^-]*Errorcode: {number}\b",
         },
     ),
@@ -52,7 +52,7 @@ _KINDS = {
         {
             "signal": r"RANK {rank} PID \d+ RUNNING AT \S+\n=   KILLED BY SIGNAL: {number} ",
             "exit": r"RANK (?!{rank})\d PID \d+ RUNNING AT \S+\n=   KILLED BY SIGNAL: 9 ",
-            # When a rank has called MPI_Abort, mpiexec itself dies of SIGPIPE, once in a hundred times.
+            # After MPI_Abort, mpiexec itself dies of SIGPIPE, once in a hundred times.
             "abort": r"application called MPI_Abort\(MPI_COMM_WORLD, {number}\)",
         },
     ),

@@ -65,7 +65,7 @@ def randomize(module):
 
 
 def contents(module):
-    """The ids of all attributes and tensors of a module. An optimizer, for example, depends on them."""
+    """The ids of all attributes and tensors of a module. An optimizer depends on them."""
     attributes = [{k: id(v) for k, v in vars(m).items()} for m in module.modules()]
     return attributes, [(k, id(v)) for k, v in module.state_dict(keep_vars=True).items()]
 

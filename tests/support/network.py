@@ -3,7 +3,7 @@
     network.py switch FOLDER COUNT    makes the network and the hosts, and obeys its stdin
     network.py host FOLDER NAME       is the first process of a host, and runs commands on request
     network.py console FOLDER NAME COMMAND...    runs a command, in the caller's environment
-    network.py ssh FOLDER [-OPTION...] NAME COMMAND...    does so as ssh does, in a login's environment
+    network.py ssh FOLDER [-OPTION...] NAME COMMAND...    does so as ssh does, as at a login
 
 A host is a set of namespaces (network, processes, shared memory, host name, mounts) within those of
 the switch; nothing is changed outside. The kernel ends all processes of a PID namespace when the

@@ -17,7 +17,7 @@ WORLD = MPI.COMM_WORLD
 
 
 def once(why: str) -> pytest.MarkDecorator:
-    """A mark that skips a test with several ranks, because it is the same at any number of ranks."""
+    """A mark that skips a test with several ranks: it is the same at any number."""
     return pytest.mark.skipif(WORLD.size > 1, reason=f"{why}: once is enough")
 
 

@@ -79,7 +79,7 @@ class Slurm:
         self._started = ExitStack()
 
     def start(self) -> None:
-        """Start all daemons. If one does not start, skip the test with the last lines of its log."""
+        """Start all daemons. If one fails, skip the test with the last lines of its log."""
         (self.folder / "state").mkdir()
         key = self.folder / "munge.key"
         key.touch(mode=0o600)

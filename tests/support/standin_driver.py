@@ -1,7 +1,7 @@
 """The stand-in for CUDA as one library, for a process whose torch is built without CUDA.
 
-    path = library()                  # compiled once in a process: StreamWorker(driver=path) opens it
-    driver = Driver(path)             # the same library by ctypes: the same streams, memory and graphs
+    path = library()                  # compiled once: StreamWorker(driver=path) opens it
+    driver = Driver(path)             # by ctypes: the same streams, memory and graphs
     stream, flags = driver.stream(), driver.flags()
     driver.cuStreamWaitValue32_v2(stream, flags, 1, EQ)
     driver.cuStreamSynchronize(stream)
@@ -87,7 +87,7 @@ class Driver:
         function = getattr(self._library, name)
 
         def call(*arguments: object) -> None:
-            # Every argument of these functions is a pointer or an integer, and a register holds either.
+            # Every argument of these is a pointer or an integer, and a register holds either.
             code = function(*(ctypes.c_uint64(each) if isinstance(each, int) else each for each in arguments))
             if code:
                 raise CudaError(name, code)
@@ -126,7 +126,7 @@ class Driver:
 
     @contextmanager
     def capture(self, stream: int, mode: int = GLOBAL) -> Iterator[list[int]]:
-        """Capture the stream's work in the block. Afterwards the list holds the executable graph."""
+        """Capture the stream's work in the block. The list then holds the executable graph."""
         executable: list[int] = []
         self.cuStreamBeginCapture_v2(stream, mode)
         graph = ctypes.c_uint64()
@@ -150,7 +150,7 @@ def real(address: int) -> ctypes.c_float:
 
 
 class Worker:
-    """A thread that answers each message in a mailbox with twice its value, until the block ends."""
+    """A thread that answers messages in a mailbox by twice their value, until the block ends."""
 
     def __init__(self, mailbox: int) -> None:
         self._mailbox, self._stop = mailbox, False

@@ -1,4 +1,4 @@
-"""A layer, or the functions for tensors or arrays, and float64 results of a step to compare with."""
+"""A layer, or the functions for tensors or arrays, and float64 results of a step."""
 
 from __future__ import annotations
 
@@ -78,7 +78,7 @@ def autograd_oracle(subject: Subject, comm: MPI.Comm, *mine: Tensor) -> Whole:
 
 
 class Subject:
-    """A layer, or the functions for tensors or arrays with the parameters and buffers of a layer."""
+    """A layer, or the functions for tensors or arrays with a layer's parameters and buffers."""
 
     def __init__(self, kind: str, channels: int, group: Communicator, options: dict[str, Any]) -> None:
         self.kind, self.group = kind, group

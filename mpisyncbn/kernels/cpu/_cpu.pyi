@@ -188,7 +188,7 @@ def streamed_values() -> int:
     """How many values were written past the cache since the last call."""
 
 def use_tensors(tensor: type, /) -> bool:
-    """Let ``describe`` and StreamWorker read tensors of this class. Returns False before torch 2.10."""
+    """Let ``describe`` and StreamWorker read this class of tensors. False before torch 2.10."""
 
 def describe(*tensors: Array | None) -> bytes | None:
     """A key of all that kernels and checks of arguments depend on, except addresses and values.
@@ -281,7 +281,7 @@ class StreamWorker:
         """Wait until all exchanges that were enqueued are done."""
 
     def failure(self, /) -> tuple[int, int, int]:
-        """The first problem, the number of its call, and of its exchange; zeros if there is none."""
+        """The first problem, and the numbers of its call and exchange; zeros without any."""
 
     def forget_failure(self, /) -> None:
         """Clear the failure, and send messages again."""

@@ -161,7 +161,7 @@ def _tile(rows: int, width: int, values: int) -> tuple[int, int]:
 
 
 def _lines(rows: int, channels: int, values: int, most: int) -> tuple[int, int]:
-    """Rows and columns, powers of two, of tiles whose columns are channels: ``most`` of them at most.
+    """Rows and columns, powers of two, of tiles of at most ``most`` channels, one a column.
 
     They are narrow, so that the sums of many rows are spread over programs.
     """

@@ -1,7 +1,7 @@
 """Train on this rank until FOLDER has a file "last": ``train.py FOLDER CHANNELS ["per node"]``.
 
 With "per node", the ranks of each node are a group. After each step the rank writes the number of
-its steps to a file in FOLDER. While FOLDER has a file named after the rank, it sleeps between two steps.
+its steps to a file in FOLDER. While FOLDER has a file of the rank's name, it sleeps between steps.
 """
 
 import os

@@ -19,7 +19,7 @@ NOT_ZERO = range(1, 256)
 
 
 class Case(NamedTuple):
-    """One fault or good end. The job must end within ``limit`` seconds of it, with one of ``statuses``."""
+    """A fault or good end. The job must end within ``limit`` seconds, with one of ``statuses``."""
 
     program: Callable[[Job], object]
     at_fault: tuple[int, ...]  # ranks

@@ -33,7 +33,7 @@ def handler_sends(job: Job) -> None:
 
 @case(2, says=_RECEIVED, status=0, under=("-m", "mpi4py"))
 def handler_sends_under_mpi4py(job: Job) -> None:
-    """sends in such a handler, under python -m mpi4py"""
+    """sends in such a handler, under -m mpi4py"""
     _sends_at_the_end(job, atexit.register)
 
 

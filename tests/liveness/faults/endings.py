@@ -58,7 +58,7 @@ def raise_exit_7(job: Job) -> None:
 
 @case(1, says=[ends_job(1, 7)], status=7, under=("-m", "mpi4py"))
 def raise_exit_7_under_mpi4py(job: Job) -> None:
-    """raises SystemExit(7), under python -m mpi4py; the others wait in their own COMM_WORLD.barrier"""
+    """raises SystemExit(7), under -m mpi4py; the others wait in their own COMM_WORLD.barrier"""
     job.after_steps(lambda: _raise(7), job.world.barrier)
 
 
@@ -97,7 +97,7 @@ def hook_exits(job: Job) -> None:
 
 @case(1, says=[r"(?i:abort).*rank 1\b|MPI_Abort\(MPI_COMM_WORLD, 7\) - process 1"], status=7)
 def abort_status(job: Job) -> None:
-    """calls mpi4py.run.set_abort_status(7) and ends; the others wait in their own COMM_WORLD.barrier"""
+    """calls set_abort_status(7) and ends; the others wait in their own COMM_WORLD.barrier"""
     from mpi4py.run import set_abort_status
 
     job.after_steps(lambda: set_abort_status(7), job.world.barrier)

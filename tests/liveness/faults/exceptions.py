@@ -1,4 +1,4 @@
-"""A rank raises, and the others wait for it. ``python`` runs without ``-m mpi4py`` unless stated."""
+"""A rank raises, and the others wait. ``python`` runs without ``-m mpi4py`` unless stated."""
 
 from __future__ import annotations
 
@@ -72,7 +72,7 @@ def with_atexit(job: Job) -> None:
 
 @case(0, says=[_RAISED, ends_job(0), traceback("_raise_after_steps")], status=1, under=("-m", "mpi4py"))
 def under_mpi4py(job: Job) -> None:
-    """raises, under python -m mpi4py"""
+    """raises, under -m mpi4py"""
     _raise_after_steps(job)
 
 

@@ -48,7 +48,7 @@ class Job:
             self.step()
 
     def after_steps(self, action: Callable[[], object], others: Callable[[], object] | None = None) -> None:
-        """The ranks at fault do ``action`` after three steps; the others train, or do ``others``."""
+        """The ranks at fault do ``action`` after three steps. Others train, or do ``others``."""
         self.steps()
         if self.is_at_fault:
             self.fault()

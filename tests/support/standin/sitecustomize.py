@@ -1,5 +1,5 @@
-"""Python imports this at its start. It replaces torch's CUDA operations by operations.py's, and Triton's
-launches by launches.py's."""
+"""Python imports this at its start. operations.py replaces torch's CUDA operations,
+and launches.py Triton's launches."""
 
 from __future__ import annotations
 
