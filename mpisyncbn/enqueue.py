@@ -1,4 +1,4 @@
-"""Exchanges in the order of a device's streams: the ``stream`` transport (docs/explanation/transports.md).
+"""Exchanges in the order of a device's streams (docs/explanation/transports.md).
 
 The host enqueues an exchange and goes on. A thread of native code, the worker of the group
 (kernels/cpu/worker.h), calls MPI when the device has computed the message. The stream waits for the
@@ -47,8 +47,8 @@ _ONE_VALUE, _REPLAY_IN_JOIN = -2, -3  # as in collectives.h
 def worker_for(group: Communicator, x: Array) -> StreamWorker | None:
     """The worker for exchanges of an array's device; None if the host takes part in them.
 
-    The host takes part while ranks compare their calls (MPISYNCBN_DEBUG), and while some have no more
-    data. Raises the error of an earlier exchange, on every rank. Collective at the first call.
+    The host takes part while ranks compare their calls (MPISYNCBN_DEBUG), and while some have no
+    more data. Raises the error of an earlier exchange, on every rank. Collective at the first call.
     """
     if transport.on_host(x):
         return None
@@ -86,7 +86,7 @@ def reduce_sums(
 
 
 def locked(group: Communicator, name: str) -> AbstractContextManager[object]:
-    """A context in which to enqueue an exchange. A running profiler of torch records it as ``name``."""
+    """A context in which to enqueue an exchange. torch's profiler records it as ``name``."""
     group.on_failure = raise_failure
     return profiling.locked(name, group.lock)
 
@@ -116,7 +116,7 @@ def moments_call(
 
 
 def sums_call(group: Communicator, call: LayerCall, values: int) -> Call:
-    """The description of an exchange of sums for the worker: ``values`` sums of all vectors together."""
+    """The description of an exchange of ``values`` sums, of all vectors, for the worker."""
     return _native_call(group, call, _SUM_VECTORS, values, 0.0)
 
 

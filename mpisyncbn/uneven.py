@@ -89,7 +89,7 @@ class ServingThread(threading.Thread):
             self._error = error
 
     def give_up(self) -> None:
-        """Refuse every later call on the group, if the thread was started: nothing else ends its wait.
+        """Refuse later calls on the group, if the thread was started: nothing ends its wait.
 
         It holds the lock of the group, and would take part in the next exchange of the other ranks.
         """

@@ -32,7 +32,7 @@ class Streams(Protocol):
     def current(self) -> tuple[int, int, bool]:
         """The device and its current stream, as numbers for CUDA's driver.
 
-        The bool says whether the stream's number stays valid, and is the same stream in all threads.
+        The bool: whether the number stays valid, and is one stream in all threads.
         """
 
     def addresses(self, vectors: Sequence[Array]) -> tuple[list[int], Sequence[Array]]:

@@ -245,8 +245,8 @@ def set_process_group(module: nn.Module, process_group: AnyGroup) -> None:
             a Communicator, a process group of torch.distributed, or None for the world.
 
     Raises:
-        TypeError, ValueError: ``module`` is no module, or ``process_group`` none of these, or without
-            this rank. No layer is changed then.
+        TypeError, ValueError: ``module`` is no module, or ``process_group`` none of these, or
+            without this rank. No layer is changed then.
 
     Not collective.
     """
@@ -271,8 +271,8 @@ def revert_sync_batchnorm(module: nn.Module) -> nn.Module:
         ``module`` itself, its layers changed in place. Not collective.
 
     Raises:
-        TypeError: a layer, named in the message, has an activation, or a ``forward`` of its own, that
-            would be lost. No layer is changed then.
+        TypeError: a layer, named in the message, has an activation or a ``forward`` of its own
+            that would be lost. No layer is changed then.
     """
     check_module(module)
     return revert(module, ())

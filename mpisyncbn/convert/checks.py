@@ -33,7 +33,7 @@ _CONVERTERS = ("convert_sync_batchnorm", "convert_syncbn_model")
 
 
 def check_name(name: object, label: str = "name", cure: str = "") -> None:
-    """Raise TypeError or ValueError if ``name`` cannot be the name of a model or layer. It may be None."""
+    """Raise TypeError or ValueError for a bad name of a model or layer. It may be None."""
     if name is not None and not isinstance(name, str):
         raise TypeError(f"expected {label} to be a str or None, got {type(name).__name__}{on_rank()}{cure}")
     if name is not None and (not name or name.startswith("#")):
@@ -54,7 +54,7 @@ def refuse_own_forward(layers: list[tuple[str, _BatchNorm]]) -> None:
 
 
 def refuse_lost_forward(layers: dict[Synchronized, str]) -> None:
-    """Raise TypeError if layers, given with their names, have a ``forward`` that reverting would lose.
+    """Raise TypeError if layers, given with names, have a ``forward`` that would be lost.
 
     A converted layer gets back the forward that it had.
     """

@@ -16,7 +16,7 @@ __all__ = ["FusedActivation", "FusedReLU", "fuse", "fused_layers", "fusible_acti
 
 
 class FusedActivation(tracing.Leaf, nn.Identity):
-    """A placeholder for an activation that the layer before it applies. Reverting puts that back."""
+    """In place of an activation that the layer before it applies. Reverting puts it back."""
 
     __module__ = "mpisyncbn.convert"  # pickled models refer to it there
 
@@ -34,15 +34,15 @@ FusedReLU = FusedActivation  # pickled models may refer to this name
 
 
 def fusible_activation(module: nn.Module) -> str | None:
-    """The text of the activation that a module is; None if a layer cannot apply it, or hooks see it."""
+    """The text of a module's activation; None if a layer cannot apply it, or hooks see it."""
     return None if _are_global_hooks() else name_of_module(module)
 
 
 def fuse(module: nn.Module, layers: Container[nn.Module], only: Container[str] | None = None) -> None:
-    """Let ``layers`` apply the activation that follows them in an nn.Sequential, if hooks see neither.
+    """Let ``layers`` apply the activation after them in an nn.Sequential, if hooks see neither.
 
-    ``only`` has the texts of the activations that are taken, or is None for all. Layers whose output then
-    no longer tells their input cease to be memory-efficient.
+    ``only`` has the texts of the activations that are taken; None takes all. A layer whose output
+    then no longer tells its input ceases to be memory-efficient.
     """
     uses = Counter(id(each) for _, each in module.named_modules(remove_duplicate=False))
     for container in module.modules():

@@ -1,4 +1,4 @@
-"""The classes of converted layers, derived from a synchronized layer and from the layer's own class."""
+"""The classes of converted layers, derived from SyncBatchNorm and the layer's own class."""
 
 from __future__ import annotations
 

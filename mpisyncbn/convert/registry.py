@@ -1,4 +1,4 @@
-"""Batch norms of other libraries that have a forward of their own, and how a conversion keeps it."""
+"""Batch norms of other libraries with a forward of their own, which a conversion keeps."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def register_conversion(cls: type[nn.Module] | str, forward: Forward) -> Forward
 def register_conversion(
     cls: type[nn.Module] | str, forward: Forward | None = None
 ) -> Forward | Callable[[Forward], Forward]:
-    """Teach ``convert_sync_batchnorm`` a subclass of torch's batch norms that has a forward of its own.
+    """Teach ``convert_sync_batchnorm`` a batch norm that has a forward of its own.
 
     Example::
 
@@ -38,17 +38,17 @@ def register_conversion(
         cls: the class or, so that its library need not be imported, its full name as the refusal of
             a conversion prints it, such as "timm.layers.norm_act.BatchNormAct2d". Subclasses that
             inherit its forward are converted too.
-        forward: what a converted layer does in place of the forward of ``cls``. It takes the layer, a
-            function, and the arguments of the layer. The function normalizes with the statistics of
-            all ranks: ``batch_norm(x, residual=None, activation=None, mask=None)``, as
+        forward: what a converted layer does in place of the forward of ``cls``. It takes the layer,
+            a function, and the arguments of the layer. The function normalizes with the statistics
+            of all ranks: ``batch_norm(x, residual=None, activation=None, mask=None)``, as
             ``SyncBatchNorm`` does. Every rank must call that function the same number of times.
 
     Returns:
         ``forward`` itself or, without one, a decorator for it. Not collective.
 
     Raises:
-        TypeError: ``cls`` is neither a name nor a subclass of torch's batch norms, or ``forward`` is
-            not callable.
+        TypeError: ``cls`` is neither a name nor a subclass of torch's batch norms, or ``forward``
+            is not callable.
     """
     if not isinstance(cls, str) and not (isinstance(cls, type) and issubclass(cls, _BatchNorm)):
         raise TypeError(
@@ -75,7 +75,7 @@ def has_own_forward(cls: type | None) -> bool:
 
 
 def registered_forward(cls: type) -> Forward | None:
-    """The forward that is registered for a class, or for the class that it inherits its own from."""
+    """The forward registered for a class, or for the class that it inherits its own from."""
     for base in cls.__mro__:
         forward = _forwards.get(base) or _forwards.get(_full_name(base))
         if forward is not None or "forward" in vars(base):

@@ -111,8 +111,8 @@ class CheckedProcessGroup(dist.ProcessGroup):
 
     Args:
         comm: a communicator for this object alone, which owns it from now on.
-        timeout: how long a rank waits for the others. ``MPISYNCBN_TIMEOUT``, if set, takes the place
-            of torch's default, 30 minutes.
+        timeout: how long a rank waits for the others. ``MPISYNCBN_TIMEOUT``, if set, is used in
+            place of torch's default, 30 minutes.
     """
 
     def __init__(self, comm: MPI.Intracomm, timeout: timedelta) -> None:

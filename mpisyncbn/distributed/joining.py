@@ -36,8 +36,8 @@ def join(
 
     Raises:
         TypeError: ``model`` is not a DistributedDataParallel.
-        MPISyncBNError: MPI is without MPI_THREAD_MULTIPLE. After an error that leaves the context, later
-            calls on the groups of the layers raise it too, on the ranks that had left the body.
+        MPISyncBNError: MPI is without MPI_THREAD_MULTIPLE. After an error that leaves the context,
+            later calls on the layers' groups raise it too, on the ranks that had left the body.
 
     Collective: every rank of the model's group must enter, and leave.
     """

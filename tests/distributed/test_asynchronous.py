@@ -71,7 +71,7 @@ def receive(parts: list[Tensor], _: Tensor) -> Any:
     ],
 )
 def test_results_on_a_gpu_wait_for_its_stream(begin: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The caller's stream may still write a tensor that another thread, in its own stream, writes next.
+    """The caller's stream may still write a tensor that another thread writes next.
 
     Rank 0 has no data of its own, whose copy to the host would wait for the stream.
     """

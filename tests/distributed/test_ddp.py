@@ -228,7 +228,7 @@ def test_join_shares_running_statistics() -> None:
 
 @several
 def test_an_error_that_leaves_join() -> None:
-    """Rank 0 has no data. It answers the layers of the others when they fail, and goes on doing so."""
+    """Rank 0 has no data. It answers the layers of the others when they fail, and later."""
     group = dist.new_group()
     net = mpisyncbn.convert_sync_batchnorm(nn.Sequential(nn.BatchNorm1d(2)), group)
     x = torch.ones(RANK + 2, 2)

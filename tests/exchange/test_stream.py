@@ -1,4 +1,4 @@
-"""The values and the order of exchanges under the stream transport, with a stand-in for CUDA's driver."""
+"""Values and order of exchanges under the stream transport, on a stand-in for CUDA's driver."""
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ def an_empty_rank():
 
 
 def absorbed():
-    """Return values that are constant, except on rank 0, whose variance is lost beside its squared mean."""
+    """Return constants, except on rank 0, whose variance is lost beside its squared mean."""
     return np.full((6, C), 1e6) + (WORLD.rank == 0) * 0.0625 * (np.arange(6) % 2)[:, None]
 
 
@@ -122,7 +122,7 @@ def test_moments_have_the_bits_of_the_host_transport(batch, dtype, group, device
 
 @pytest.mark.parametrize("largest", [65504.0, FLOAT32])
 def test_the_result_says_whether_running_statistics_can_hold_it(largest, group, device):
-    """A result's flag is 1 if the dtype can hold the batch. An empty batch gives 0, and moments of 0."""
+    """The flag is 1 if the dtype can hold the batch. An empty batch gives 0, moments of 0."""
     what = enqueue.moments_call(group, call("float64"), C, largest)
 
     def flag(count, mean, var):
@@ -172,7 +172,7 @@ def test_a_backward_divides_by_the_count_of_its_forward(captured, group, device)
 
 
 def numbered(group, device, number):
-    """Enqueue a sum whose result shows its number. The message is copied in the order of the stream."""
+    """Enqueue a sum that shows its number. The message is copied in the stream's order."""
     sums = device.memory(1)
     device.copy(sums, device.put([number * (WORLD.rank + 1)]))
     (found,) = exchange.reduce_sums(group, call(direction="backward", channels=1), sums)
@@ -184,7 +184,7 @@ def rank_sum(number):
 
 
 def test_the_host_runs_ahead(group, device, monkeypatch):
-    """The host enqueues 300 exchanges, although the worker has 256 slots, and is ahead of it at the end."""
+    """The host enqueues 300 exchanges, the worker has 256 slots. The host ends first."""
     monkeypatch.setenv("MPISYNCBN_STANDIN_PAUSE", "0")
     found = [numbered(group, device, number) for number in range(300)]
     ahead = group.stream.pending
@@ -223,7 +223,7 @@ def test_pinned_memory_serves_the_next_group(monkeypatch, tmp_path):
 
 
 def test_two_streams_in_turn(group, device):
-    """Exchanges keep the order of enqueueing, even if the stream of the last one is synchronized first."""
+    """Exchanges keep their order, even if the stream of the last one is synchronized first."""
     other, found = device.driver.stream(), []
     for number in range(20):
         with device.on(other) if number % 3 == 0 else contextlib.nullcontext():
@@ -289,7 +289,7 @@ def join_context(group, device):
     "between", [host_tensors, collective, debug_mode, new_group, join_context], ids=lambda each: each.__name__
 )
 def test_the_host_exchanges_between_enqueued_ones(between, group, device):
-    """The host waits for enqueued exchanges before its own, so MPI's calls have one order on all ranks."""
+    """The host waits for enqueued exchanges before its own: MPI's calls have one order."""
     found = []
     for number in range(4):
         found += [numbered(group, device, 2 * number), numbered(group, device, 2 * number + 1)]
@@ -301,7 +301,7 @@ def test_the_host_exchanges_between_enqueued_ones(between, group, device):
 
 
 def graph_of(group, device, numbers):
-    """Return a captured graph of exchanges, its messages and its results. Replays are collective."""
+    """Return a graph of exchanges, its messages and its results. Replays are collective."""
     messages, found = device.put(np.zeros(numbers)), []
     with device.driver.capture(device.stream) as graph:
         for number in range(numbers):
@@ -371,7 +371,7 @@ def test_replays_inside_join_are_refused(group, device):
 
 
 def test_synchronize_waits_for_replays(group, device):
-    """synchronize() waits for replays on any stream: host and worker must not call MPI at the same time."""
+    """synchronize() waits for replays on any stream: host and worker take turns in MPI."""
     graph, messages, found = graph_of(group, device, 2)
     messages[:] = 3.0 * (WORLD.rank + 1)
     device.driver.cuGraphLaunch(graph, device.driver.stream())

@@ -1,8 +1,8 @@
-"""The stream transport on two devices of one process, in threads, and on streams that are destroyed.
+"""The stream transport on two devices, in threads, and on streams that are destroyed.
 
 A library between the worker and the stand-in refuses what CUDA's driver refuses: a call without a
-current context, a stream and an event of two contexts, a stream that has been destroyed. Stream 0 is
-the default stream of the current context, and stream 2 that of the thread.
+current context, a stream and an event of two contexts, a stream that has been destroyed. Stream 0
+is the default stream of the current context, and stream 2 that of the thread.
 """
 
 from __future__ import annotations

@@ -73,7 +73,7 @@ def collective(group, put):
 @pytest.mark.parametrize("raises", [next_exchange, next_of_the_host, synchronize, collective])
 @pytest.mark.parametrize("wrong", [other_eps, other_name, other_order])
 def test_a_mismatch_is_raised_later(wrong, raises, device):
-    """Every rank raises the mismatch later, with the host transport's words. Until then, results are NaN."""
+    """Every rank raises the mismatch later, in the host's words. Until then, results are NaN."""
     groups = [stream_group(), stream_group()]
     eager = error_of(lambda: (forward(groups[0]), wrong(groups[0])), CollectiveMismatchError)
     group, right = groups[1], forward(groups[1], device.put)
@@ -178,7 +178,7 @@ def test_one_value_per_channel_is_refused_later(device):
 
 
 def test_the_first_error_is_the_one_that_is_raised(device, monkeypatch):
-    """Later errors follow from the first. A group that has failed can be freed after its error is raised."""
+    """Later errors follow from the first. A group can be freed after its error is raised."""
     switch = failing_mpi(monkeypatch, "MPI_Allreduce", MPI.ERR_INTERN)
     group = stream_group()
     switch.on = True

@@ -41,7 +41,7 @@ class Rule(NamedTuple):
 
 
 def without(place):
-    """Return C++ that leaves out one of three operations: ring, wait for the flag, reset the flag."""
+    """Return C++ that leaves out an operation: ring, wait for the flag, reset the flag."""
     return f"""
 ENTRY cuStreamBatchMemOp_v2(CUstream stream, unsigned count, Operations *operations, unsigned flags) {{
     for (unsigned i = 0; i < count; ++i)
@@ -164,7 +164,7 @@ def test_a_broken_rule_shows(rule, shim, monkeypatch):
 
 
 def in_graphs(device, worker, sent, others, enqueue):
-    """Return the problems of two graphs, each captured after an exchange on the same stream or another.
+    """Return the problems of two graphs, captured after an exchange on this or another stream.
 
     The graphs are replayed while an exchange on a third stream is pending.
     """

@@ -1,4 +1,4 @@
-"""Layers on a real or emulated GPU (support/device.py), by each kernel module and two transports."""
+"""Layers on a GPU, real or emulated (support/device.py), by all kernels and two transports."""
 
 from __future__ import annotations
 
@@ -138,7 +138,7 @@ def test_empty_batches(kernels, group):
 
 @pytest.mark.parametrize("kernels", KERNELS[2:], indirect=True)
 def test_a_memory_efficient_layer_keeps_its_input(kernels):
-    """A memory_efficient layer on a device keeps its input: choosing the output would make the host wait."""
+    """A memory_efficient layer on a device keeps its input: else the host would wait."""
     layer = mpisyncbn.SyncBatchNorm(3, device=DEVICE, memory_efficient=True)
     x = there(shard((local_batch(), 3, 4, 5), 1)).requires_grad_()
     y = layer(x)
@@ -205,7 +205,7 @@ def test_fused(kernels):
 @pytest.mark.filterwarnings("ignore:Synchronization debug mode is a prototype")
 @pytest.mark.parametrize("group", TRANSPORTS, indirect=True)
 def test_waits_of_each_exchange(group, device, monkeypatch):
-    """The host waits for the device only in an exchange: once, or twice with the device transport."""
+    """The host waits for the device only in an exchange: once, or twice with ``device``."""
     monkeypatch.setattr("mpisyncbn.autograd.fused.kernels_for", lambda x, mask=None: generic)
     per_exchange = {"host": 1, "device": 2}[group.ready().transport]  # two: for MPI, and for the result
     for options in ({}, {"momentum": None}, {"track_running_stats": False}):
@@ -381,7 +381,7 @@ def test_no_two_threads_take_turns_at_one_buffer():
 
 @pytest.mark.parametrize("group", TRANSPORTS, indirect=True)
 def test_messages_go_with_their_group(group):
-    """A group has a buffer for each length, number and device of messages; none after it is freed."""
+    """A group has a buffer for each length, number and device; none after it is freed."""
     group.ready()
     like = torch.zeros(1, device=DEVICE)
     messages = [group.device_message(*key, like) for key in ((1, 5), (1, 7), (2, 5), (1, 5))]
@@ -430,7 +430,7 @@ FEW = [Kind.NONE, Kind.GELU]
     ids=str,
 )
 def test_loops_compile_for_a_gpu_that_is_not_there(architecture, shapes, dtypes, kinds, tmp_path):
-    """The Triton kernels spill almost no registers, and read 16 bytes at a time if that is possible."""
+    """The Triton kernels spill almost no registers, and read 16 bytes at a time if possible."""
     out = run_alone(
         f"""
 import os, sys

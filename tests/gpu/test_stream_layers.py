@@ -207,7 +207,7 @@ def test_another_group(groups):
 
 @several
 def test_a_mismatch_of_layers(groups):
-    """A layer in a mismatched call returns NaN and keeps its running statistics. The next call raises."""
+    """A mismatched call returns NaN and keeps running statistics. The next call raises."""
     layers = [mpisyncbn.SyncBatchNorm(3, process_group=groups[0]) for _ in range(2)]
     x = shard((local_batch(), 3, 4), 1)
     for layer in layers:

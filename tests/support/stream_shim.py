@@ -17,7 +17,7 @@ _BEGINNING = """
 
 
 def built(source: str, folder: Path) -> Path:
-    """Compile C++ that defines some functions of the driver. The stand-in's, REAL(name), serve the rest."""
+    """Compile C++ that defines some functions of the driver. REAL(name) is the stand-in's."""
     path, real = folder / "libshim.so", library()
     (folder / "shim.cpp").write_text(_BEGINNING + source)
     options = ["-std=c++17", "-shared", "-fPIC", f"-I{headers()}", f'-DSTANDIN="{real}"']
@@ -29,7 +29,7 @@ def built(source: str, folder: Path) -> Path:
 
 
 class Sent:
-    """An MPI_Allreduce for one rank. It records the fingerprint and the first value of each message."""
+    """An MPI_Allreduce for one rank. It records fingerprints and first values of messages."""
 
     def __init__(self) -> None:
         kind = ctypes.CFUNCTYPE(ctypes.c_int, *[ctypes.c_void_p] * 6)

@@ -1,4 +1,4 @@
-"""Points 7 and 9 of scripts/gpu_check: CuPy arrays written late on a side stream, with and without torch."""
+"""Points 7 and 9 of scripts/gpu_check: CuPy arrays written late on a side stream."""
 
 from __future__ import annotations
 

@@ -112,7 +112,7 @@ def _rows(
 
 
 def _merges(context: Context) -> None:
-    """Time torch's kernel that merges statistics of ranks. MPI and the host merge ours (latency.py)."""
+    """Time torch's merge of the ranks' statistics. MPI and the host merge ours (latency.py)."""
     for channels in (64, 2048):
         peers: Peers = {}
         for ranks in (2, 4, 32):

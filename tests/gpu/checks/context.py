@@ -43,7 +43,7 @@ class Context:
         return device
 
     def group(self, transport: str) -> Any:
-        """Return a group with this transport. Raises TransportError if there is none. Collective."""
+        """Return a group with a transport. Raises TransportError if it has another. Collective."""
         import mpisyncbn
 
         with mock.patch.dict(os.environ, {"MPISYNCBN_TRANSPORT": transport}):

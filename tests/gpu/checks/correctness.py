@@ -1,4 +1,4 @@
-"""Point 3 of scripts/gpu_check: layers against the whole batch in float64, in every dtype and layout."""
+"""Point 3 of scripts/gpu_check: layers against the whole batch in float64."""
 
 from __future__ import annotations
 
@@ -121,7 +121,7 @@ def _check(context: Context, case: Case, dtype: torch.dtype, layout: str, name: 
     z = whole_batch(context.world, x, dy, weight, bias, layer.eps).y
     z = z if residual is None else z + residual.double()
     if case.activation:
-        # Near zero, rounding decides the sign of the activation's input: take the sign that was found.
+        # Near zero, rounding decides the sign of the activation's input: take it from y.
         near = z.abs() < 4 * bar * max(1.0, z.abs().max().item())
         z = torch.where(near, torch.where(found["y"] > 0, z.abs(), -z.abs()), z)
     activation, z = TORCHS[case.activation], z.requires_grad_()
@@ -174,7 +174,7 @@ def _rows(x: Tensor, mask: Tensor) -> Tensor:
 def _of_vectors(
     context: Context, case: Case, layer: Any, stats: Any, expected: Any, dtype: torch.dtype
 ) -> dict[str, tuple[float, float]]:
-    """The errors of statistics and of the parameters' gradients, each with the largest one allowed."""
+    """The errors of statistics and of parameters' gradients, with the largest ones allowed."""
     mean, var = (vector.cpu().double() for vector in stats[:2])
     std = expected.var.sqrt().clamp_min(1e-300 if case.std else abs(case.mean))
     scale = expected.var if case.std else torch.ones_like(expected.var)
@@ -218,6 +218,6 @@ def _gradient(dy: Tensor, x: Tensor, kind: str) -> Tensor:
 
 
 def _same_layout(found: Tensor, x: Tensor) -> bool:
-    """Whether ``found`` has the strides of ``x``. True if ``x`` has gaps (results have none) or is empty."""
+    """Whether ``found`` has the strides of ``x``. True if ``x`` is empty, or has gaps."""
     dense = x.is_contiguous() or x.movedim(1, -1).is_contiguous()
     return not dense or x.numel() == 0 or found.stride() == x.stride()

@@ -1,4 +1,4 @@
-"""Point 7 of scripts/gpu_check: autocast, checkpoints, torch.compile, momentum=None, waits, captures."""
+"""Point 7 of scripts/gpu_check: autocast, checkpoints, torch.compile, waits, captures."""
 
 from __future__ import annotations
 
@@ -86,7 +86,7 @@ def _cumulative(context: Context) -> None:
 
 
 def _no_hidden_wait(context: Context) -> None:
-    """Check that torch finds no wait for the device. It does not see an exchange wait for an event."""
+    """Check that torch finds no wait for the device. It does not see waits for events."""
     if not context.on_gpu:
         context.records.skip("no hidden wait", "it needs a GPU")
         return
@@ -129,7 +129,7 @@ def _capture(context: Context) -> None:
 
 
 def compiled(context: Context) -> None:
-    """Compare torch.compile(fullgraph=True) of a layer and its neighbours with eager mode. Collective."""
+    """Compare torch.compile of a layer and its neighbours with eager mode. Collective."""
     import torch._inductor.config
 
     torch._inductor.config.compile_threads = 1  # an MPI rank should not start a pool of processes

@@ -1,4 +1,4 @@
-"""Point 3 of scripts/gpu_check: tensors of more than 2**31 values, against float64 sums over chunks."""
+"""Point 3 of scripts/gpu_check: more than 2**31 values, against float64 sums over chunks."""
 
 from __future__ import annotations
 

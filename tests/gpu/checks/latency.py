@@ -1,4 +1,4 @@
-"""Point 5 of scripts/gpu_check: times of an exchange of device vectors by each transport, and of MPI."""
+"""Point 5 of scripts/gpu_check: times of an exchange by each transport, and of MPI."""
 
 from __future__ import annotations
 

@@ -20,7 +20,7 @@ _TAIL = 6000  # characters kept of a failed run's output
 
 
 def probe(device: str) -> dict[str, Any]:
-    """Return the facts of the machine. Another process finds them: this one does not use the GPU."""
+    """Return the facts of the machine, from another process: this one does not use the GPU."""
     command = [sys.executable, "-c", f"from checks import worker; worker.probe({device!r})"]
     with TemporaryDirectory(prefix="gpu-check-") as folder:
         end = jobs.run(command, Path(folder), limit=120, variables=_variables())

@@ -46,7 +46,7 @@ def race(context: Context) -> None:
 
 
 def _steps(context: Context, layer: Any, times: int, may_raise: bool = False) -> list[float]:
-    """Return the error of ``y`` and ``dx`` together in each step, the largest of all ranks. Collective.
+    """Return the error of ``y`` and ``dx`` in each step, the largest of all ranks. Collective.
 
     An error is infinite if it would be NaN, or if the step raises and ``may_raise`` is true.
     """

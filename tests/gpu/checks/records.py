@@ -1,8 +1,8 @@
 """The records of a part: each rank writes its own as it runs, so that they outlive a crash.
 
 ``merged`` puts those of all ranks together. ``checks`` decide whether the part passes, ``bars`` are
-aims that a figure meets or misses, ``figures`` are for the reader, and ``skipped`` are the things that
-could not be tried, with the reasons.
+aims that a figure meets or misses, ``figures`` are for the reader, and ``skipped`` are the things
+that could not be tried, with the reasons.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ class Records:
         self._write("check", name, ok=bool(ok), **({"detail": detail} if detail else {}))
 
     def bar(self, name: str, value: float, bar: float, *, most: bool = True) -> None:
-        """Record a figure that should be at most ``bar``, or at least ``bar`` if ``most`` is False."""
+        """Record a figure that should be at most ``bar``; at least ``bar`` if not ``most``."""
         met = value <= bar if most else value >= bar
         self._write("bar", name, value=value, bar=bar, at="most" if most else "least", met=bool(met))
 
@@ -64,7 +64,7 @@ def summary(error: BaseException) -> str:
 
 
 def _plain(value: Any) -> Any:
-    """Return a value for JSON: floats have four significant digits, infinities and NaN are strings."""
+    """Return a value for JSON: floats with four digits, infinities and NaN as strings."""
     if isinstance(value, dict):
         return {str(key): _plain(item) for key, item in value.items()}
     if isinstance(value, (list, tuple)):
@@ -109,7 +109,7 @@ def _badness(check: dict[str, Any]) -> tuple[bool, float]:
 
 
 def verdict(found: dict[str, Any], problem: str) -> tuple[str, str]:
-    """Return ``passed``, ``failed`` or ``skipped``, and a short reason. Removes ``whole`` from ``found``."""
+    """Return ``passed``, ``failed`` or ``skipped``, and a reason. Removes ``whole``."""
     failed = [check for check in found["checks"] if not check["ok"]]
     whole = found.pop("whole")
     if problem or failed or not whole:

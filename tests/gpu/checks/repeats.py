@@ -57,7 +57,7 @@ def _bits(context: Context, name: str, dtype: torch.dtype, layout: str) -> None:
 
 
 def peer(context: Context) -> None:
-    """Compare with torch.nn.SyncBatchNorm, which refuses a batch on a CPU, over gloo. Collective."""
+    """Compare with torch.nn.SyncBatchNorm over gloo, which refuses CPU tensors. Collective."""
     from benchmarks.peers import gloo
 
     if not torch.distributed.is_gloo_available():
@@ -89,7 +89,7 @@ def _compare(context: Context, name: str, dtype: torch.dtype, layout: str) -> No
         context.records.skip(f"{name}: torch.nn.SyncBatchNorm over gloo", summary(error))
         return
     bar = 1e-5 if dtype == torch.float32 else 8e-3
-    # torch rounds sums over planes of half precision to half precision; point 3 checks that ours are not
+    # torch rounds sums over planes to the input's dtype; point 3 checks that ours are not
     of_sums = bar if layout == "contiguous" else 1e-5
     labels = ("y", "dx", "dweight", "dbias", "running_mean", "running_var")
     for label, theirs, ours in zip(labels, torchs, mine, strict=True):

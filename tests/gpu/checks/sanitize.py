@@ -18,7 +18,7 @@ _SHAPES = [(40, 6, 64, 48), (3, 5, 7, 9), (2, 130, 5, 5), (50, 33)]
 
 
 def kernels(context: Context, shapes: int) -> None:
-    """Run the kernels on shapes with edges in every direction, and on one whose sums are in parts."""
+    """Run the kernels on shapes with edges everywhere, and on one whose sums are in parts."""
     module = kernels_for(torch.zeros(1, 1, device=context.device))
     context.records.holds("kernels of Triton", module.__name__.endswith(".cuda"), module.__name__)
     for shape in _SHAPES[: 2 if context.quick else shapes]:
@@ -47,7 +47,7 @@ def layers(context: Context) -> None:
 
 
 def _all_verbs(module: Any, x: torch.Tensor) -> bool:
-    """Run all four kernels. Return whether results are finite: compute-sanitizer finds other errors."""
+    """Run all four kernels. Return whether results are finite: the sanitizer finds the rest."""
     vectors = torch.float64 if x.dtype == torch.float64 else torch.float32
     weight = bias = torch.ones(x.shape[1], dtype=vectors, device=x.device)
     count, mean, m2 = module.local_moments(x)

@@ -44,7 +44,7 @@ def layer(context: Context) -> None:
 
 
 def tiny(context: Context) -> None:
-    """Time a step of a layer so small that the host's calls take all the time. Run it with one rank."""
+    """Time a step of a layer so small that the host's calls take all the time. One rank."""
     steps = 50 if context.quick else 300
     for name, kind in (("ours", mpisyncbn.SyncBatchNorm), ("torch.nn.BatchNorm2d", torch.nn.BatchNorm2d)):
         step = _step(context, kind, _TINY, torch.float32)

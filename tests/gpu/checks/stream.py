@@ -154,7 +154,7 @@ def failures(context: Context) -> None:
 
 
 def times(context: Context) -> None:
-    """Time forward and backward with each transport, a local layer, and torch over gloo. Collective."""
+    """Time forward and backward: each transport, a local layer, torch over gloo. Collective."""
     records = context.records
     kinds: dict[str, Callable[[int], Any]] = {}
     for transport in ("stream", "host", "device"):
@@ -200,7 +200,7 @@ def _steps(context: Context, layer: Any, shape: tuple[int, ...]) -> Callable[[],
 
 
 def resnet(context: Context) -> None:
-    """Time a step of a ResNet-50 with two transports, local layers, and torch over gloo. Collective."""
+    """Time a step of a ResNet-50: two transports, local layers, torch over gloo. Collective."""
     try:
         import torchvision
     except ImportError as error:

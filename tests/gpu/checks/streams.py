@@ -1,4 +1,4 @@
-"""Points 7 and 9 of scripts/gpu_check: forward and backward on different streams, with late data on each."""
+"""Points 7 and 9 of scripts/gpu_check: forward and backward on different streams."""
 
 from __future__ import annotations
 

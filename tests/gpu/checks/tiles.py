@@ -21,7 +21,7 @@ _ELEMENTS = [(warps, bytes, steps) for warps in (4, 8) for bytes in (32, 64) for
 
 
 def tiles(context: Context) -> None:
-    """Record the microseconds of each kernel by tile, with the tile in use first. It uses no MPI."""
+    """Record the microseconds of each kernel by tile, the tile in use first. Without MPI."""
     from mpisyncbn.kernels.cuda import plans
 
     for shape in _SHAPES[:2] if context.quick else _SHAPES:
@@ -49,7 +49,7 @@ def _compare(context: Context, plans: Any, name: str, kind: tuple[Any, ...]) -> 
 
 
 def _for_sums(warps: int, values: int, registers: int) -> dict[str, int]:
-    """Return settings of plans.py with as many programs on a multiprocessor as its registers allow."""
+    """Return settings of plans.py with as many programs as the registers allow."""
     programs = _ALL_REGISTERS // (registers * warps * _THREADS)
     return {
         "_WARPS": warps,
@@ -64,7 +64,7 @@ def _for_elements(warps: int, bytes: int, steps: int) -> dict[str, int]:
 
 
 def _under(plans: Any, settings: dict[str, int], call: Any) -> Any:
-    """Return ``call`` with plans by other settings, made once so that only the first call takes longer."""
+    """Return ``call`` with plans by other settings, which the first call makes."""
 
     def made(name: str) -> Any:
         make = getattr(plans, name).__wrapped__

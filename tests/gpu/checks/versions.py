@@ -1,4 +1,4 @@
-"""Point 1 of scripts/gpu_check: the installed versions, and the transport that is used with this MPI."""
+"""Point 1 of scripts/gpu_check: the installed versions, and the transport with this MPI."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def report(context: Context) -> None:
 
 
 def transport(context: Context, asked: str) -> None:
-    """Check that a layer uses the transport asked for, or raises if MPI does not have it. Collective."""
+    """Check that a layer uses the transport asked for, or raises. Collective."""
     import torch
 
     import mpisyncbn

@@ -36,7 +36,7 @@ def main() -> int:
 
 
 def _check_transport(context: Context) -> None:
-    """Check that a run with the stream transport had it: the checks pass with the host's too. Collective."""
+    """Check that a run with the stream transport had it, not the host's. Collective."""
     if context.on_gpu and os.environ.get("MPISYNCBN_TRANSPORT") == "stream":
         import mpisyncbn
 
