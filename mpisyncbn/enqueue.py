@@ -155,7 +155,7 @@ def _enqueue(
     with locked(group, name):
         addresses, kept = streams.addresses(vectors)
         out, address = streams.empty(length)
-        worker.enqueue(streams.current(), what, count, None, None, addresses, address, None, ())
+        worker.enqueue(streams.numbers(), what, count, None, None, addresses, address, None, ())
         del kept  # not before: memory is freed in the order of the stream
     return out
 

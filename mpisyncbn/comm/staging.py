@@ -1,7 +1,7 @@
 """Copies between a device and the host. A layer waits for a CUDA or ROCm device only here.
 
 Vectors are copied through pinned buffers. A copy to the host waits once, for all its vectors. A
-copy to the device does not wait: an event tells when the copy is done and the buffer can be reused.
+copy to the device does not wait: its buffer is free after the next wait for the same stream.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ import numpy as np
 
 from ..errors import MPISyncBNError, on_rank
 from ..kernels import Array
-from .streams import Device, Event, Streams, streams_of
+from .streams import Device, Stream, Streams, streams_of
 
 __all__ = ["DeviceMessage", "StagingBuffers", "device_key", "device_of", "staging_for"]
 
@@ -28,7 +28,7 @@ class StagingBuffers:
 
     def __init__(self, streams: Streams) -> None:
         self.streams = streams
-        self._slots: list[_Slot | None] = [None] * _SLOTS
+        self._slots = [_Slot(streams) for _ in range(_SLOTS)]
         self._turn = 0
 
     def to_host(self, vectors: Sequence[Array]) -> list[np.ndarray]:
@@ -38,10 +38,9 @@ class StagingBuffers:
         """
         _refuse_capture(self.streams)
         lengths = [vector.shape[0] for vector in vectors]
-        memory, array, event = self._slot(sum(lengths))
+        memory, array = self._next().part(sum(lengths))
         self.streams.download(vectors, memory)
-        self.streams.record(event)
-        event.synchronize()
+        self._wait_for(self.streams.current_stream())
         found, begin = [], 0
         for length in lengths:
             found.append(array[begin : begin + length])
@@ -50,27 +49,33 @@ class StagingBuffers:
 
     def to_device(self, vectors: Sequence[np.ndarray]) -> Sequence[Array]:
         """Copy vectors of one length to rows of a float64 array on the device, without waiting."""
-        memory, array, event = self._slot(len(vectors) * len(vectors[0]))
+        slot = self._next()
+        memory, array = slot.part(len(vectors) * len(vectors[0]))
         np.concatenate(vectors, out=array)
-        uploaded = self.streams.upload(memory, len(vectors))
-        self.streams.record(event)
-        return uploaded
+        slot.read_by = self.streams.current_stream()
+        return self.streams.upload(memory, len(vectors))
 
-    def _slot(self, length: int) -> tuple[Array, np.ndarray, Event]:
-        """Wait until the next buffer is free; return its memory, its NumPy view, and its event."""
+    def _next(self) -> _Slot:
+        """The next buffer. If it may still be copied to the device, wait for that."""
         self._turn = (self._turn + 1) % _SLOTS
         slot = self._slots[self._turn]
-        if slot is None:
-            slot = self._slots[self._turn] = _Slot(self.streams)
-        slot.event.synchronize()
-        return *slot.part(length), slot.event
+        if slot.read_by is not None:
+            self._wait_for(slot.read_by)
+        return slot
+
+    def _wait_for(self, stream: Stream) -> None:
+        stream.synchronize()
+        for slot in self._slots:
+            if slot.read_by is stream:
+                slot.read_by = None
 
 
 class _Slot:
-    """A pinned buffer that grows, and the event that follows the last copy from or to it."""
+    """A pinned buffer that grows, and the stream in whose order it is copied to the device."""
 
     def __init__(self, streams: Streams) -> None:
-        self._streams, self.event = streams, streams.event()
+        self._streams = streams
+        self.read_by: Stream | None = None  # None: that copy is done
         self._size = 0
         self._parts: dict[int, tuple[Array, np.ndarray]] = {}
 
@@ -97,7 +102,6 @@ class DeviceMessage:
         if staging is None:
             raise MPISyncBNError(f"expected CUDA or ROCm memory, got an array on {like.device}{on_rank()}")
         self.values, pointer = staging.streams.empty(copies * length)
-        self._packed = staging.streams.event()
         # MPI's count is that of one message, also if the buffer holds one of each rank
         self.buffer = [MPI.memory.fromaddress(pointer, 8 * copies * length), length, MPI.DOUBLE]
 
@@ -109,8 +113,7 @@ class DeviceMessage:
         staging = cast(StagingBuffers, staging_for(self.values))
         _refuse_capture(staging.streams)
         staging.streams.concatenate((*staging.to_device([header]), *vectors), self.values)
-        staging.streams.record(self._packed)
-        self._packed.synchronize()
+        staging.streams.current_stream().synchronize()
 
 
 def _refuse_capture(streams: Streams) -> None:

@@ -1,4 +1,4 @@
-"""Memory, streams and events of a device, by torch or by CuPy, for staging.py."""
+"""Memory and streams of a device, by torch or by CuPy, for staging.py."""
 
 from __future__ import annotations
 
@@ -10,16 +10,14 @@ import numpy as np
 
 from ..kernels import Array, loaded_torch
 
-__all__ = ["Device", "Event", "Streams", "streams_of"]
+__all__ = ["Device", "Stream", "Streams", "streams_of"]
 
 Device: TypeAlias = Any  # a torch.device, or a Device of CuPy
-Stream: TypeAlias = Any  # a stream of torch or CuPy
 
 
-class Event(Protocol):
-    """A point on a stream, of torch or CuPy."""
+class Stream(Protocol):
+    """A stream of torch or CuPy."""
 
-    def record(self, stream: Stream, /) -> object: ...
     def synchronize(self) -> object: ...
 
 
@@ -29,7 +27,7 @@ class Streams(Protocol):
     def device_context(self) -> AbstractContextManager[object]:
         """A context in which the device is the current one."""
 
-    def current(self) -> tuple[int, int, bool]:
+    def numbers(self) -> tuple[int, int, bool]:
         """The device and its current stream, as numbers for CUDA's driver.
 
         The bool: whether the number stays valid, and is one stream in all threads.
@@ -47,11 +45,8 @@ class Streams(Protocol):
     def pinned(self, length: int) -> tuple[Array, np.ndarray]:
         """Pinned host memory for ``length`` float64 values, and its NumPy view."""
 
-    def event(self) -> Event:
-        """A new event."""
-
-    def record(self, event: Event) -> None:
-        """Record the event on the current stream."""
+    def current_stream(self) -> Stream:
+        """The current stream: the same object each time, as long as some code has it."""
 
     def download(self, vectors: Sequence[Array], memory: Array) -> None:
         """Copy vectors on the device one after the other to pinned memory."""
@@ -82,7 +77,7 @@ class TorchStreams:
             return nullcontext()
         return self.torch.cuda.device(self.device)
 
-    def current(self) -> tuple[int, int, bool]:
+    def numbers(self) -> tuple[int, int, bool]:
         index = self.device.index
         return index, self.torch._C._cuda_getCurrentRawStream(index), True  # torch destroys no stream
 
@@ -103,16 +98,13 @@ class TorchStreams:
             memory = self.torch.empty(length, dtype=self.torch.float64, device="cpu", pin_memory=True)
         return memory, memory.numpy()
 
-    def event(self) -> Event:
-        return self.torch.cuda.Event()
-
-    def record(self, event: Event) -> None:
+    def current_stream(self) -> Stream:
         # torch finds the key of the current stream ten times as fast as it makes an object for it
         key = self.torch._C._cuda_getCurrentStream(self.device.index)
         stream = self._streams.get(key)
         if stream is None:
             stream = self._streams[key] = self.torch.cuda.current_stream(self.device)
-        event.record(stream)
+        return stream
 
     def download(self, vectors: Sequence[Array], memory: Array) -> None:
         matrix = vectors[0]._base
@@ -156,7 +148,7 @@ class CuPyStreams:
     def device_context(self) -> AbstractContextManager[object]:
         return self.device
 
-    def current(self) -> tuple[int, int, bool]:
+    def numbers(self) -> tuple[int, int, bool]:
         with self.device:
             return self.device.id, self.cupy.cuda.get_current_stream().ptr, False
 
@@ -178,13 +170,9 @@ class CuPyStreams:
         memory = self.empty_pinned(length)
         return memory, memory
 
-    def event(self) -> Event:
+    def current_stream(self) -> Stream:
         with self.device:
-            return self.cupy.cuda.Event(disable_timing=True)
-
-    def record(self, event: Event) -> None:
-        with self.device:
-            event.record(self.cupy.cuda.get_current_stream())
+            return self.cupy.cuda.get_current_stream()
 
     def download(self, vectors: Sequence[Array], memory: Array) -> None:
         begin = 0

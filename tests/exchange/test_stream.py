@@ -79,7 +79,7 @@ def enqueued(group, device, what, count, vectors, total=None, length=None):
     out = device.memory(length or 3 * C + 3)
     addresses = [each.data_ptr() for each in vectors]
     with enqueue.locked(group, "an exchange"):
-        worker.enqueue(device.current(), what, count, total, None, addresses, out.data_ptr(), None, ())
+        worker.enqueue(device.numbers(), what, count, total, None, addresses, out.data_ptr(), None, ())
     return out
 
 

@@ -83,12 +83,12 @@ if not GPU:
 class SlowDevice:
     """A stand-in for the ``Streams`` of a device (comm/streams.py), with tensors in host memory.
 
-    A copy is done when the program waits for an event after it; a read before that finds NaN.
+    A copy is done when the program waits for the stream; a read before that finds NaN.
     Uploads are done at once unless ``lazy_uploads`` is true.
     """
 
     def __init__(self, lazy_uploads: bool = True) -> None:
-        self.queue: list[Event | Callable[[], object]] = []
+        self.queue: list[Callable[[], object]] = []
         self.waits = 0
         self.lazy_uploads = lazy_uploads
         self.is_capturing = False
@@ -108,11 +108,14 @@ class SlowDevice:
         out.fill_(torch.nan)
         self.queue.append(lambda: torch.cat(tuple(vectors), out=out))
 
-    def event(self) -> Event:
-        return Event(self)
+    def current_stream(self) -> SlowDevice:
+        return self
 
-    def record(self, event: Event) -> None:
-        self.queue.append(event)
+    def synchronize(self) -> None:
+        """Wait for the device's one stream."""
+        if self.queue:
+            self.waits += 1
+            self.run()
 
     def download(self, vectors: Sequence[Tensor], memory: Tensor) -> None:
         memory.fill_(torch.nan)
@@ -124,29 +127,15 @@ class SlowDevice:
         matrix = torch.full_like(source, torch.nan)
         self.queue.append(lambda: matrix.copy_(source))
         if not self.lazy_uploads:
-            self.run_until(None)
+            self.run()
         return matrix.unbind()
 
     def capturing(self) -> bool:
         return self.is_capturing
 
-    def run_until(self, event: Event | None) -> None:
+    def run(self) -> None:
         while self.queue:
-            done = self.queue.pop(0)
-            if done is event:
-                return
-            if not isinstance(done, Event):
-                done()
-
-
-class Event:
-    def __init__(self, device: SlowDevice) -> None:
-        self.device = device
-
-    def synchronize(self) -> None:
-        if self in self.device.queue:
-            self.device.waits += 1
-            self.device.run_until(self)
+            self.queue.pop(0)()
 
 
 def pretend(monkeypatch: pytest.MonkeyPatch) -> SlowDevice:

@@ -33,7 +33,6 @@ SHARED = os.environ.get("I_MPI_OFFLOAD_CUDA_LIBRARY")  # the copy of the library
 
 _cuda: Any = None
 _queue: deque[Callable[[], None]] = deque()
-_done = 0  # entries of the queue that have been run
 _pinned: dict[int, int] = {}  # the bytes of each pinned buffer, by its address
 _LAYOUT = {"dtype", "flags", "itemsize", "nbytes", "ndim", "shape", "size", "strides"}
 _COMPARISONS = {np.greater, np.greater_equal, np.less, np.less_equal, np.equal, np.not_equal}
@@ -76,10 +75,8 @@ def calls(entry_point: str) -> int:
     return ctypes.c_long.in_dll(_cuda, f"calls_{entry_point}").value
 
 
-def _run(until: float = float("inf")) -> None:
-    global _done
-    while _queue and _done < until:
-        _done += 1
+def _run() -> None:
+    while _queue:
         _queue.popleft()()
 
 
@@ -334,19 +331,8 @@ class Stream:
         return False
 
 
-class Event:
-    def __init__(self, block: bool = False, disable_timing: bool = False) -> None:
-        self._mark = 0
-
-    def record(self, stream: Stream | None = None) -> None:
-        self._mark = _done + len(_queue)
-
-    def synchronize(self) -> None:
-        _run(self._mark)
-
-
 _null = Stream()
-cuda = SimpleNamespace(Device=Device, Stream=Stream, Event=Event, get_current_stream=lambda: _null)
+cuda = SimpleNamespace(Device=Device, Stream=Stream, get_current_stream=lambda: _null)
 
 if __name__ == "__main__":
     print(build(Path(sys.argv[1])))

@@ -40,7 +40,7 @@ class StreamDevice(device.SlowDevice):
         self.stream = driver.stream()
         self._arena, self._left = 0, 0  # memory in reserve: a capture forbids allocation
 
-    def current(self) -> tuple[int, int, bool]:
+    def numbers(self) -> tuple[int, int, bool]:
         return 0, self.stream, True
 
     def addresses(self, vectors: Sequence[Tensor]) -> tuple[list[int], Sequence[Tensor]]:
@@ -72,6 +72,7 @@ class StreamDevice(device.SlowDevice):
 
     def synchronize(self) -> None:
         self.driver.cuStreamSynchronize(self.stream)
+        super().synchronize()
 
     @contextmanager
     def on(self, stream: int) -> Iterator[None]:

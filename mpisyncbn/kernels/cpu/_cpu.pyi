@@ -270,7 +270,7 @@ class StreamWorker:
     ) -> None:
         """Enqueue kernels, an exchange, and further kernels.
 
-        ``stream`` is as ``Streams.current`` returns it.
+        ``stream`` is as ``Streams.numbers`` returns it.
         ``vectors`` are the addresses of the message's vectors on the device. The list is empty if
         the kernels ``before`` write the message. The result is copied to the address ``out``. An
         exchange of moments sets ``total``, and sums are divided by it. ``pointers`` are tensors of
