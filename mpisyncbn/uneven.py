@@ -94,7 +94,7 @@ class ServingThread(threading.Thread):
         It holds the lock of the group, and would take part in the next exchange of the other ranks.
         """
         if self.ident is not None:
-            self.group.lock = _Refusal()
+            self.group.lock, self.group.rank_status.given_up = _Refusal(), True
 
     def finish(self) -> None:
         """Wait for the thread, and raise its error if there was one."""

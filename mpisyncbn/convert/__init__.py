@@ -300,6 +300,7 @@ def revert(module: nn.Module, kept: Collection[nn.Module]) -> nn.Module:
     refuse_lost_forward(synchronized)
     for layer in module.modules():
         if layer in synchronized:
+            vars(layer).pop("forward", None)  # that of its class, or there was an error
             _revert(layer)
         unfuse(layer)
     return module

@@ -61,14 +61,20 @@ def refuse_lost_forward(layers: dict[Synchronized, str]) -> None:
     lost = [
         (name, type(layer))
         for layer, name in layers.items()
-        if "forward" in vars(layer) or (layer._converted_from is None and changes_forward(type(layer)))
+        if _is_replaced(layer) or (layer._converted_from is None and changes_forward(type(layer)))
     ]
     if lost:
         raise TypeError(
             f"cannot revert layers whose own forward() would be lost: {_by_class(lost)}{on_rank()}. Put "
-            "what it does in a module that holds a SyncBatchNorm, or replace the layer, before reverting; no "
-            "layer was changed"
+            "what it does in a module that holds a SyncBatchNorm, or replace the layer, before reverting; "
+            "for a forward set on the layer alone, del layer.forward; no layer was changed"
         )
+
+
+def _is_replaced(layer: Synchronized) -> bool:
+    """Whether this layer has another forward than its class. Tools may have set it to the same."""
+    own = vars(layer).get("forward")
+    return own is not None and own != type(layer).forward.__get__(layer)
 
 
 def refuse_own_activation(layers: list[tuple[str, _BatchNorm]]) -> None:

@@ -5,11 +5,12 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-from torch import nn
+from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from .. import uneven
 from ..comm.groups import resolve
+from ..convert import Synchronized
 from ..errors import on_rank
 from .host_tensors import copy_back, to_cpu
 
@@ -57,12 +58,12 @@ def join(
             yield
             for thread in threads:
                 thread.start()
+        for thread in threads:
+            thread.finish()
     except BaseException:
         for thread in threads:
             thread.give_up()
         raise
-    for thread in threads:
-        thread.finish()
     for thread in threads:
         _share_statistics(model, thread)
 
@@ -71,14 +72,22 @@ def _share_statistics(model: nn.Module, thread: uneven.ServingThread) -> None:
     """Copy the running statistics of one group's layers from a rank that was the last to finish.
 
     DistributedDataParallel does so for the last rank of the model, if it broadcasts buffers at all.
-    Collective: every rank of the group must call.
+    A layer that is in evaluation mode there keeps its own. Collective: every rank of the group must
+    call.
     """
     group = thread.group
     layers = [layer for layer in uneven.synchronized_layers(model) if resolve(layer.communicator) is group]
-    statistics = [(layer.running_mean, layer.running_var, layer.num_batches_tracked) for layer in layers]
-    buffers = [buffer for each in statistics for buffer in each if buffer is not None]
+    trained = [_statistics(layer) if layer.training else [] for layer in layers]
+    # clones, because a pickled view brings all of its storage
+    mine = [[to_cpu(buffer).clone() for buffer in buffers] for buffers in trained]
     with group.collective("sharing running statistics after join"):
         last = group.comm.allreduce(-1 if thread.answered else group.rank, op=group.largest)
-        found = group.comm.bcast([to_cpu(buffer) for buffer in buffers], root=last)
-    for buffer, values in zip(buffers, found, strict=True):
-        copy_back(values, buffer)
+        found = group.comm.bcast(mine, root=last)
+    for layer, values in zip(layers, found, strict=True):
+        for buffer, value in zip(_statistics(layer), values, strict=False):
+            copy_back(value, buffer)
+
+
+def _statistics(layer: Synchronized) -> list[Tensor]:
+    buffers = layer.running_mean, layer.running_var, layer.num_batches_tracked
+    return [buffer for buffer in buffers if buffer is not None]

@@ -60,6 +60,7 @@ class RankStatus:
         self.calls: list[Any] = []  # the calls of ``stream``, by their numbers
         self._exchanges = 0
         self._current_call: object = None
+        self.given_up = False  # whether a thread of this rank is left in the group, for nothing
         self.timeout = DEFAULT_TIMEOUT  # seconds, 0: none
         self.timeout_is_given = False  # whether MPISYNCBN_TIMEOUT is set on any rank
         self.finalize_timeout = DEFAULT_TIMEOUT  # for the wait at the program's end
@@ -104,6 +105,8 @@ class RankStatus:
     @property
     def current_call(self) -> object:
         """The collective that this rank is in, whose str() is for reports; or None."""
+        if self.given_up:
+            return None
         stream = self.stream
         number = -1 if stream is None else stream.current
         return self._current_call if number < 0 else self.calls[number]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from typing import Any
 
 import pytest
@@ -16,7 +17,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 import mpisyncbn
 import mpisyncbn.distributed
-from mpisyncbn import exchange
+from mpisyncbn import exchange, uneven
 from support.ranks import WORLD, error_of, several, together, up_to_two
 from support.versions import compiles, newer_than_2_6
 from support.whole_batch import distance
@@ -214,24 +215,34 @@ def test_join_where_all_have_the_same() -> None:
 
 
 def test_join_shares_running_statistics() -> None:
-    """Each group has a last rank of its own. Rank r has r + 1 batches."""
-    net = mpisyncbn.convert_sync_batchnorm(nn.Sequential(nn.BatchNorm1d(2), nn.BatchNorm1d(2)))
+    """Each group has its own last rank. A frozen layer keeps its own. Rank r has r + 1 batches."""
+    net = mpisyncbn.convert_sync_batchnorm(nn.Sequential(*(nn.BatchNorm1d(2) for _ in range(3))))
     mpisyncbn.set_process_group(net[1], MPI.COMM_SELF)
+    net[2].eval().running_mean.fill_(RANK)
     with mpisyncbn.distributed.join(ddp := DistributedDataParallel(net, broadcast_buffers=False)):
         for _ in range(RANK + 1):
             ddp(torch.randn(RANK + 2, 2)).sum().backward()
     means = WORLD.allgather(net[0].running_mean)
     with together():
-        assert [int(layer.num_batches_tracked) for layer in net] == [SIZE, RANK + 1]
+        assert [int(layer.num_batches_tracked) for layer in net] == [SIZE, RANK + 1, 0]
+        assert net[2].running_mean.tolist() == [RANK, RANK]
         assert all(torch.equal(mean, means[0]) for mean in means)
 
 
 @several
-def test_an_error_that_leaves_join() -> None:
+def test_an_error_that_leaves_join(monkeypatch: pytest.MonkeyPatch) -> None:
     """Rank 0 has no data. It answers the layers of the others when they fail, and later."""
     group = dist.new_group()
     net = mpisyncbn.convert_sync_batchnorm(nn.Sequential(nn.BatchNorm1d(2)), group)
-    x = torch.ones(RANK + 2, 2)
+    x, status = torch.ones(RANK + 2, 2), net[0].communicator.rank_status
+
+    class Answering(uneven.ServingThread):
+        def start(self) -> None:
+            super().start()
+            while status.current_call is None:  # it is in MPI then
+                time.sleep(0.001)
+
+    monkeypatch.setattr(uneven, "ServingThread", Answering)
 
     def steps() -> None:
         with mpisyncbn.distributed.join(DistributedDataParallel(net)):
@@ -239,6 +250,7 @@ def test_an_error_that_leaves_join() -> None:
                 dist.all_reduce(torch.ones(5))  # rank 0 is in another collective, one of join's
 
     errors = [error_of(steps, mpisyncbn.CollectiveMismatchError)]
+    waiting = status.current_call
     if RANK == 0:
         errors.append(error_of(lambda: net(x), mpisyncbn.MPISyncBNError))
     else:
@@ -248,6 +260,7 @@ def test_an_error_that_leaves_join() -> None:
     net(x).sum().backward()
     with together():
         assert None not in errors
+        assert waiting is None  # else the deadline would end the job
         if RANK == 0:
             assert "this group cannot be used since join failed (on rank 0 of" in str(errors[1])
 
