@@ -155,8 +155,10 @@ def _enqueue(
     with locked(group, name):
         addresses, kept = streams.addresses(vectors)
         out, address = streams.empty(length)
+        before, group.last_stream = group.last_stream, streams.current_stream()
         worker.enqueue(streams.numbers(), what, count, None, None, addresses, address, None, ())
-        del kept  # not before: memory is freed in the order of the stream
+        # Not before: memory is freed in the order of the stream, and CuPy destroys streams.
+        del kept, before
     return out
 
 

@@ -23,7 +23,7 @@ from .handshake import exchange_handshakes
 from .layer_names import FirstUses
 from .runtime import check_comm, mpi
 from .staging import DeviceMessage, device_key
-from .streams import Device
+from .streams import Device, Stream
 
 if TYPE_CHECKING:
     from mpi4py import MPI
@@ -84,6 +84,7 @@ class Communicator:
         _by_graph_key[self.graph_key] = self
         self.link: Link | None = None  # native code for an exchange
         self.stream: StreamWorker | None = None  # does the exchanges of the stream transport
+        self.last_stream: Stream | None = None  # kept for the worker: see enqueue.py
         self.enqueued_calls: dict[object, Call] = {}  # descriptions for ``stream``: see enqueue.py
         self.prepared: dict[Hashable, Any] = {}  # passes of layers on a GPU: see autograd/enqueued.py
         self.on_failure: Callable[[Communicator], None] | None = None  # raises what ``stream`` has found
@@ -189,11 +190,11 @@ class Communicator:
         For the ``stream`` transport (docs/explanation/transports.md): others have nothing enqueued.
         Collective if it raises, on every rank: CollectiveMismatchError, MPISyncBNError, ValueError.
         """
-        if self.stream is None:
-            return
-        self.stream.wait()
-        if self.stream.failed and self.on_failure is not None:
-            self.on_failure(self)
+        if self.stream is not None:
+            with self.lock:
+                self.stream.wait()
+            if self.stream.failed and self.on_failure is not None:
+                self.on_failure(self)
 
     @contextmanager
     def collective(self, name: str) -> Iterator[None]:

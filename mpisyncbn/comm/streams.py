@@ -27,11 +27,8 @@ class Streams(Protocol):
     def device_context(self) -> AbstractContextManager[object]:
         """A context in which the device is the current one."""
 
-    def numbers(self) -> tuple[int, int, bool]:
-        """The device and its current stream, as numbers for CUDA's driver.
-
-        The bool: whether the number stays valid, and is one stream in all threads.
-        """
+    def numbers(self) -> tuple[int, int]:
+        """The device and its current stream, as numbers for CUDA's driver."""
 
     def addresses(self, vectors: Sequence[Array]) -> tuple[list[int], Sequence[Array]]:
         """The addresses of vectors as contiguous float64 memory, and the arrays that own it."""
@@ -77,9 +74,9 @@ class TorchStreams:
             return nullcontext()
         return self.torch.cuda.device(self.device)
 
-    def numbers(self) -> tuple[int, int, bool]:
+    def numbers(self) -> tuple[int, int]:
         index = self.device.index
-        return index, self.torch._C._cuda_getCurrentRawStream(index), True  # torch destroys no stream
+        return index, self.torch._C._cuda_getCurrentRawStream(index)
 
     def addresses(self, vectors: Sequence[Array]) -> tuple[list[int], Sequence[Array]]:
         kept = [vector.detach().double().contiguous() for vector in vectors]
@@ -148,9 +145,9 @@ class CuPyStreams:
     def device_context(self) -> AbstractContextManager[object]:
         return self.device
 
-    def numbers(self) -> tuple[int, int, bool]:
+    def numbers(self) -> tuple[int, int]:
         with self.device:
-            return self.device.id, self.cupy.cuda.get_current_stream().ptr, False
+            return self.device.id, self.cupy.cuda.get_current_stream().ptr
 
     def addresses(self, vectors: Sequence[Array]) -> tuple[list[int], Sequence[Array]]:
         with self.device:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import shutil
+import weakref
 
 import numpy as np
 import pytest
@@ -283,6 +284,22 @@ def join_context(group, device):
     exchange.serve_joined(group)
     group.in_join_context = False
     assert total.tolist() == [WORLD.size] * C
+
+
+def test_the_stream_of_the_last_exchange_lives(group, device, monkeypatch):
+    """CuPy destroys a stream that nobody holds. The next exchange may have to wait for it."""
+    made = []
+
+    class Stream:
+        def __init__(self):
+            made.append(weakref.ref(self))
+
+    monkeypatch.setattr(device, "current_stream", Stream)
+    for _ in range(3):
+        exchange.reduce_sums(group, call(direction="backward"), device.put(np.ones(C)))
+    alive = [each() is not None for each in made]
+    device.driver.cuStreamSynchronize(device.stream)
+    assert alive == [False, False, True]
 
 
 @pytest.mark.parametrize(

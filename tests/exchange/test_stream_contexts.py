@@ -1,4 +1,4 @@
-"""The stream transport on two devices, in threads, and on streams that are destroyed.
+"""The stream transport on two devices, in threads, and on streams that CUDA treats apart.
 
 A library between the worker and the stand-in refuses what CUDA's driver refuses: a call without a
 current context, a stream and an event of two contexts, a stream that has been destroyed. Stream 0
@@ -18,7 +18,7 @@ from mpisyncbn.kernels import native
 from support import stream_shim
 from support.device import GPU
 from support.ranks import once
-from support.standin_driver import Driver, library
+from support.standin_driver import THREAD, Driver, library
 from support.stream_device import StreamDevice, needs_standin
 from support.stream_shim import Sent
 
@@ -32,9 +32,9 @@ CONTEXTS = """
 #include <mutex>
 static std::mutex mutex;
 static thread_local CUcontext current;
-static thread_local CUstream of_thread;
 extern "C" CUcontext waited_in = nullptr;
 static std::map<CUcontext, CUstream> defaults;
+static thread_local std::map<CUcontext, CUstream> of_thread;
 static std::map<CUstream, CUcontext> streams;
 static std::map<CUevent, CUcontext> events;
 
@@ -47,7 +47,7 @@ static CUresult make(CUstream *out) {
 static CUresult find(CUstream &stream) {
     if (!current) return CUDA_ERROR_INVALID_CONTEXT;
     const std::lock_guard<std::mutex> lock(mutex);
-    CUstream &found = stream == (CUstream)2 ? of_thread : stream ? stream : defaults[current];
+    CUstream &found = stream == (CUstream)2 ? of_thread[current] : stream ? stream : defaults[current];
     if (!found) make(&found);
     stream = found;
     return streams.count(stream) ? CUDA_SUCCESS : CUDA_ERROR_INVALID_HANDLE;
@@ -117,12 +117,13 @@ class Devices:
         """Make a device the current one of this thread, as torch.cuda.set_device does."""
         self.driver.cuCtxSetCurrent(0x100 + device)
 
-    def exchange(self, device, stream=0, stays=True):
+    def exchange(self, device, stream=0):
         number = float(len(self.expected))
         message, out = self.memory.put([number]), self.memory.memory(1).fill_(torch.nan)
         call = native().Call(2, 0, 1, 5, 0, 0.0, 0.0)
-        where = device, stream, stays
-        self.worker.enqueue(where, call, 0, None, None, [message.data_ptr()], out.data_ptr(), None, ())
+        self.worker.enqueue(
+            (device, stream), call, 0, None, None, [message.data_ptr()], out.data_ptr(), None, ()
+        )
         self.expected.append(number)
         self.outs.append(out)
 
@@ -197,24 +198,25 @@ def test_a_thread_without_a_context(devices):
     devices.check()
 
 
-@pytest.mark.parametrize("stays", [True, False])
-def test_a_wait_on_another_device(stays, devices, path):
+@pytest.mark.parametrize("stream", [0, 2])
+def test_a_wait_on_another_device(stream, devices, path):
     devices.use(1)
-    devices.exchange(1, stays=stays)
+    devices.exchange(1, stream)
     devices.use(0)
     devices.worker.wait()
     assert ctypes.c_void_p.in_dll(ctypes.CDLL(path), "waited_in").value == 0x101
     devices.check()
 
 
-def test_a_stream_that_is_destroyed(devices):
-    """As CuPy destroys a stream that the program no longer has. A later one may get its number."""
+def test_the_last_stream_is_being_captured(devices):
+    """An event of it would be captured, so the host waits for the exchange before."""
     devices.use(0)
-    for _ in range(3):
-        stream = devices.driver.stream()
-        devices.exchange(0, stream, stays=False)
-        devices.driver.cuStreamSynchronize(stream)
-        devices.driver.cuStreamDestroy_v2(stream)
+    captured, other = devices.driver.stream(), devices.driver.stream()
+    devices.exchange(0, captured)
+    devices.driver.cuStreamSynchronize(captured)
+    with devices.driver.capture(captured, THREAD):
+        devices.exchange(0, other)
+    devices.driver.cuStreamSynchronize(other)
     devices.worker.wait()
     devices.check()
 
@@ -222,15 +224,15 @@ def test_a_stream_that_is_destroyed(devices):
 def test_streams_that_have_one_number_in_all_threads(devices):
     """CuPy's per-thread default stream is number 2 in every thread: one must wait for another's."""
     devices.use(0)
-    devices.exchange(0, 2, stays=False)
+    devices.exchange(0, 2)
 
     def exchange():
         devices.use(0)
-        devices.exchange(0, 2, stays=False)
+        devices.exchange(0, 2)
         devices.driver.cuStreamSynchronize(2)
         return True
 
     assert in_thread(exchange)
-    devices.exchange(0, 2, stays=False)
+    devices.exchange(0, 2)
     devices.driver.cuStreamSynchronize(2)
     devices.check()

@@ -139,7 +139,7 @@ def test_a_broken_rule_shows(rule, shim, monkeypatch):
     def enqueue(stream, number, name=5):
         message, out = device.put([number]), device.memory(1)
         call = native().Call(2, 0, 1, name, 0, 0.0, 0.0)
-        worker.enqueue((0, stream, True), call, 0, None, None, [message.data_ptr()], out.data_ptr(), None, ())
+        worker.enqueue((0, stream), call, 0, None, None, [message.data_ptr()], out.data_ptr(), None, ())
         return out
 
     def eager():

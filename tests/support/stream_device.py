@@ -40,8 +40,8 @@ class StreamDevice(device.SlowDevice):
         self.stream = driver.stream()
         self._arena, self._left = 0, 0  # memory in reserve: a capture forbids allocation
 
-    def numbers(self) -> tuple[int, int, bool]:
-        return 0, self.stream, True
+    def numbers(self) -> tuple[int, int]:
+        return 0, self.stream
 
     def addresses(self, vectors: Sequence[Tensor]) -> tuple[list[int], Sequence[Tensor]]:
         kept = [vector.detach().double().contiguous() for vector in vectors]

@@ -257,7 +257,7 @@ class StreamWorker:
     def slots(self) -> int: ...
     def enqueue(
         self,
-        stream: tuple[int, int, bool],
+        numbers: tuple[int, int],
         call: Call,
         count: float,
         total: Total | None,
@@ -270,7 +270,7 @@ class StreamWorker:
     ) -> None:
         """Enqueue kernels, an exchange, and further kernels.
 
-        ``stream`` is as ``Streams.numbers`` returns it.
+        ``numbers`` are as ``Streams.numbers`` returns it.
         ``vectors`` are the addresses of the message's vectors on the device. The list is empty if
         the kernels ``before`` write the message. The result is copied to the address ``out``. An
         exchange of moments sets ``total``, and sums are divided by it. ``pointers`` are tensors of

@@ -109,6 +109,7 @@ class InContext {
     }
 };
 
-// CUDA's numbers
+// CUDA's numbers, and the stream that each thread has under one number
+const Driver::Stream PER_THREAD = (void *)2;
 enum { WAIT_VALUE_32 = 1, WRITE_VALUE_32 = 2, WAIT_EQUAL = 1 };
 enum { HOST_PORTABLE = 1, HOST_MAPPED = 2, NO_TIMING = 2, CAPTURING = 1, RELAXED = 2, MOVE = 1, NO_SYNC = 1 };

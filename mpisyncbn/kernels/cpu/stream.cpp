@@ -60,12 +60,11 @@ struct StreamWorker {
     }
 
     // Enqueues kernels, an exchange and further kernels. The message comes from vectors on the device,
-    // if any are given; else the kernels write it. The result is copied to `out` on the device. `stays`:
-    // whether the stream will be there, with this number in all threads, at the next exchange.
-    void enqueue(std::tuple<int, uintptr_t, bool> current, const Call &call, double count,
+    // if any are given; else the kernels write it. The result is copied to `out` on the device.
+    void enqueue(std::tuple<int, uintptr_t> numbers, const Call &call, double count,
                  std::shared_ptr<Total> total, const Launches *before, const std::vector<uint64_t> &vectors,
                  uint64_t out, const Launches *after, nb::tuple given) {
-        const auto [device, stream_number, stays] = current;
+        const auto [device, stream_number] = numbers;
         Pointers pointers{};
         for (size_t i = 0; i < given.size(); ++i) {
             pointers.at(i) = tensors::address_of(given[i].ptr());
@@ -77,12 +76,7 @@ struct StreamWorker {
         const Driver::Stream stream = (Driver::Stream)stream_number;
         void *const context = context_of(device);
         const InContext on_device(driver, context);
-        int status = 0;
-        uint64_t capture = 0;
-        void *graph = nullptr;
-        driver.check(driver.cuStreamGetCaptureInfo_v2(stream, &status, &capture, &graph, nullptr, nullptr),
-                     "cuStreamGetCaptureInfo");
-        if (status != CAPTURING) capture = 0, graph = nullptr;
+        const auto [capture, graph] = capture_of(stream);
         if (!worker) make_worker();
         Slot &slot = take_slot(call.channels, graph);
         slot.what = {call, count, std::move(total)};
@@ -101,7 +95,7 @@ struct StreamWorker {
         if (!graph) ++worker->enqueued;
         worker->wake();
         copy(out, (Driver::Pointer)slot.result, 8 * call.result_length(), stream);
-        if (!stays) record(place);
+        if (stream == PER_THREAD) record(place);  // another thread cannot name this stream
         if (after) after->run(driver, stream, pointers, slot);
     }
 
@@ -118,6 +112,7 @@ struct StreamWorker {
         const InContext there(driver, last->context);
         while (worker->pending())
             if (last->recorded) driver.check(driver.cuEventSynchronize(last->event), "cuEventSynchronize");
+            else if (capture_of(last->stream).first) std::this_thread::yield();
             else driver.check(driver.cuStreamSynchronize(last->stream), "cuStreamSynchronize");
     }
 
@@ -127,6 +122,16 @@ struct StreamWorker {
     }
 
    private:
+    // The number of the capture that a stream is in, and its graph; 0 if there is none.
+    std::pair<uint64_t, void *> capture_of(Driver::Stream stream) const {
+        int status = 0;
+        uint64_t number = 0;
+        void *graph = nullptr;
+        driver.check(driver.cuStreamGetCaptureInfo_v2(stream, &status, &number, &graph, nullptr, nullptr),
+                     "cuStreamGetCaptureInfo");
+        return status == CAPTURING ? std::pair(number, graph) : std::pair(uint64_t{}, (void *)nullptr);
+    }
+
     // The current context if it is one of the device, else the device's primary one.
     void *context_of(int number) {
         void *context = nullptr;
@@ -232,12 +237,21 @@ struct StreamWorker {
         const bool moved =
             before && (before->stream != stream || before->context != context || before->recorded);
         if (moved && before->capture == capture) {
-            if (!before->recorded) record(*before);
-            driver.check(driver.cuStreamWaitEvent(stream, before->event, 0), "cuStreamWaitEvent");
+            if (!capture && !before->recorded && is_captured(*before)) {
+                while (worker->pending()) std::this_thread::yield();  // an event would be captured
+            } else {
+                if (!before->recorded) record(*before);
+                driver.check(driver.cuStreamWaitEvent(stream, before->event, 0), "cuStreamWaitEvent");
+            }
         }
         void *&event = events[{context, capture != 0}];  // an event and its stream are of one context
         if (!event) driver.check(driver.cuEventCreate(&event, NO_TIMING), "cuEventCreate");
         return before.emplace(Place{stream, context, capture, event, false});
+    }
+
+    bool is_captured(const Place &place) const {
+        const InContext there(driver, place.context);
+        return capture_of(place.stream).first;
     }
 
     void record(Place &place) {
