@@ -64,7 +64,7 @@ class StagingBuffers:
         return slot
 
     def _wait_for(self, stream: Stream) -> None:
-        stream.synchronize()
+        self.streams.wait_for(stream)
         for slot in self._slots:
             if slot.read_by is stream:
                 slot.read_by = None
@@ -113,7 +113,7 @@ class DeviceMessage:
         staging = cast(StagingBuffers, staging_for(self.values))
         _refuse_capture(staging.streams)
         staging.streams.concatenate((*staging.to_device([header]), *vectors), self.values)
-        staging.streams.current_stream().synchronize()
+        staging.streams.wait_for(staging.streams.current_stream())
 
 
 def _refuse_capture(streams: Streams) -> None:

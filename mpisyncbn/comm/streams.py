@@ -13,16 +13,11 @@ from ..kernels import Array, loaded_torch
 __all__ = ["Device", "Stream", "Streams", "streams_of"]
 
 Device: TypeAlias = Any  # a torch.device, or a Device of CuPy
-
-
-class Stream(Protocol):
-    """A stream of torch or CuPy."""
-
-    def synchronize(self) -> object: ...
+Stream: TypeAlias = Any  # a stream of torch or CuPy
 
 
 class Streams(Protocol):
-    """The operations of one device that staging needs. None of them waits for the device."""
+    """The operations of one device that staging needs. Only ``wait_for`` waits for the device."""
 
     def device_context(self) -> AbstractContextManager[object]:
         """A context in which the device is the current one."""
@@ -44,6 +39,9 @@ class Streams(Protocol):
 
     def current_stream(self) -> Stream:
         """The current stream: the same object each time, as long as some code has it."""
+
+    def wait_for(self, stream: Stream) -> None:
+        """Wait for a stream."""
 
     def download(self, vectors: Sequence[Array], memory: Array) -> None:
         """Copy vectors on the device one after the other to pinned memory."""
@@ -68,6 +66,7 @@ class TorchStreams:
     def __init__(self, device: Device) -> None:
         self.torch, self.device = loaded_torch(), device
         self._streams: dict[int, Stream] = {}
+        self._event = self.torch.cuda.Event()
 
     def device_context(self) -> AbstractContextManager[object]:
         if self.torch.cuda.current_device() == self.device.index:
@@ -102,6 +101,11 @@ class TorchStreams:
         if stream is None:
             stream = self._streams[key] = self.torch.cuda.current_stream(self.device)
         return stream
+
+    def wait_for(self, stream: Stream) -> None:
+        # by an event, because torch.cuda.set_sync_debug_mode would make a layer raise an error
+        self._event.record(stream)
+        self._event.synchronize()
 
     def download(self, vectors: Sequence[Array], memory: Array) -> None:
         matrix = vectors[0]._base
@@ -170,6 +174,9 @@ class CuPyStreams:
     def current_stream(self) -> Stream:
         with self.device:
             return self.cupy.cuda.get_current_stream()
+
+    def wait_for(self, stream: Stream) -> None:
+        stream.synchronize()
 
     def download(self, vectors: Sequence[Array], memory: Array) -> None:
         begin = 0

@@ -18,7 +18,7 @@ from mpisyncbn.comm import runtime, staging, transport
 from mpisyncbn.errors import CollectiveMismatchError, MPISyncBNError
 from mpisyncbn.kernels import Kind, aten_cuda, generic, masked
 from support import masks
-from support.device import DEVICE, GPU, SlowDevice, cuda, needs_gpu, needs_triton, pretend, there
+from support.device import DEVICE, GPU, cuda, needs_gpu, needs_triton, pretend, there
 from support.jobs import run_alone
 from support.oracle import bits_equal_on_all_ranks, distance, local_batch, oracle, shard
 from support.ranks import WORLD, no_exchange, together
@@ -312,7 +312,7 @@ def test_a_wait_left_out_is_found_out(device, monkeypatch):
     if device is None:
         pytest.skip("scripts/gpu_check does it with long kernels")
     monkeypatch.setattr("mpisyncbn.autograd.fused.kernels_for", lambda x, mask=None: generic)
-    monkeypatch.setattr("support.device.SlowDevice.synchronize", lambda self: None)
+    monkeypatch.setattr("support.device.SlowDevice.wait_for", lambda *_: None)
     layer = mpisyncbn.SyncBatchNorm(3, device=DEVICE, track_running_stats=False)
     y = layer(shard((local_batch(), 3, 4), 1))
     with together():
@@ -324,7 +324,7 @@ def test_buffers_are_not_used_too_early(device):
     if device is None:
         pytest.skip("on a GPU nothing can be held up so exactly")
     device.lazy_uploads = True
-    stage, another = staging.staging_for(torch.zeros(1)), SlowDevice()
+    stage, another = staging.staging_for(torch.zeros(1)), object()
     sent, got = [np.arange(4.0) + step for step in range(100)], []
     for values in sent:
         got.append(stage.to_device([values, -values]))
@@ -334,7 +334,7 @@ def test_buffers_are_not_used_too_early(device):
         assert first.tolist() == values.tolist()
         assert second.tolist() == (-values).tolist()
     # This test can fail: without the waits, values are wrong.
-    device.synchronize = lambda: None
+    device.wait_for = lambda stream: None
     got = [stage.to_device([values])[0] for values in sent]
     device.run()
     assert [vector.tolist() for vector in got] != [values.tolist() for values in sent]

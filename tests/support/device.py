@@ -83,7 +83,7 @@ if not GPU:
 class SlowDevice:
     """A stand-in for the ``Streams`` of a device (comm/streams.py), with tensors in host memory.
 
-    A copy is done when the program waits for the stream; a read before that finds NaN.
+    A copy is done when the program waits for its stream; a read before that finds NaN.
     Uploads are done at once unless ``lazy_uploads`` is true.
     """
 
@@ -108,12 +108,11 @@ class SlowDevice:
         out.fill_(torch.nan)
         self.queue.append(lambda: torch.cat(tuple(vectors), out=out))
 
-    def current_stream(self) -> SlowDevice:
-        return self
+    def current_stream(self) -> object:
+        return self.queue
 
-    def synchronize(self) -> None:
-        """Wait for the device's one stream."""
-        if self.queue:
+    def wait_for(self, stream: object) -> None:
+        if stream is self.queue and self.queue:
             self.waits += 1
             self.run()
 

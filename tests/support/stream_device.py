@@ -72,7 +72,6 @@ class StreamDevice(device.SlowDevice):
 
     def synchronize(self) -> None:
         self.driver.cuStreamSynchronize(self.stream)
-        super().synchronize()
 
     @contextmanager
     def on(self, stream: int) -> Iterator[None]:

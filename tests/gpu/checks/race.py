@@ -111,6 +111,6 @@ def _uploads(device: torch.device) -> int:
 
 @contextmanager
 def _no_waits() -> Iterator[None]:
-    """A context in which waits for streams return at once. torch.cuda.synchronize still waits."""
-    with mock.patch.object(torch.cuda.Stream, "synchronize", return_value=None):
+    """A context in which waits for events return at once. torch.cuda.synchronize still waits."""
+    with mock.patch.object(torch.cuda.Event, "synchronize", return_value=None):
         yield
