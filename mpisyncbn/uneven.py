@@ -66,7 +66,7 @@ class _Refusal(AbstractContextManager[None]):
     def __enter__(self) -> None:
         raise MPISyncBNError(
             f"this group cannot be used since join failed{on_rank()}: ranks without data may still wait in "
-            "it. Make a new communicator, such as MPI.COMM_WORLD.Dup(), and hand it to the model with "
+            "it. Make a new communicator, such as MPI.COMM_WORLD.Dup(), and pass it to the model with "
             "mpisyncbn.set_process_group()"
         )
 

@@ -6,11 +6,11 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.parallel import DistributedDataParallel
 
 from .. import uneven
 from ..comm.groups import resolve
-from ..convert import Synchronized
 from ..errors import on_rank
 from .host_tensors import copy_back, to_cpu
 
@@ -88,6 +88,6 @@ def _share_statistics(model: nn.Module, thread: uneven.ServingThread) -> None:
             copy_back(value, buffer)
 
 
-def _statistics(layer: Synchronized) -> list[Tensor]:
+def _statistics(layer: _BatchNorm) -> list[Tensor]:
     buffers = layer.running_mean, layer.running_var, layer.num_batches_tracked
     return [buffer for buffer in buffers if buffer is not None]
