@@ -5,7 +5,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import TypeAlias, cast
+from typing import Any, TypeAlias, cast
 
 import numpy as np
 import torch
@@ -51,8 +51,8 @@ def update_bn(
     that a synchronized layer normalizes each batch with the statistics of all ranks.
 
     Args:
-        loader: batches of this rank: tensors, or tuples and lists whose first item is the input of
-            the model. Ranks may have batches of other sizes, and more or fewer of them, also 0.
+        loader: batches of this rank: inputs of the model, or tuples and lists whose first item is
+            one. Ranks may have batches of other sizes, and more or fewer of them, also 0.
         model: with batch norms of any kind, synchronized or local. It runs eagerly if it is
             compiled, and without DistributedDataParallel's broadcasts. ``num_batches_tracked``
             becomes the largest number of batches that a rank had.
@@ -69,8 +69,8 @@ def update_bn(
     group.
 
     Raises:
-        TypeError: ``model`` is no module or has a layer of torch.nn.SyncBatchNorm, the input in a
-            batch is no tensor, or a layer refuses its arguments.
+        TypeError: ``model`` is no module or has a layer of torch.nn.SyncBatchNorm, an input cannot
+            be moved to the device, or a layer refuses its arguments.
         CollectiveMismatchError: on every rank, if the ranks have layers of other sizes.
         MPISyncBNError: the layers have several groups, and MPI is without MPI_THREAD_MULTIPLE.
 
@@ -203,14 +203,15 @@ def _run(loader: Iterable[Batch], model: nn.Module, device: Device) -> int:
     """Run the model on all batches of this rank. Returns their number."""
     batches = 0
     for batch in loader:
-        x = batch[0] if isinstance(batch, (list, tuple)) else batch
-        if not isinstance(x, Tensor):
-            raise TypeError(
-                "expected batches that are tensors, or lists or tuples whose first item is one, got "
-                f"{type(batch).__name__}{on_rank()}: pass the input of the model alone, as in "
-                "(batch['x'] for batch in loader)"
-            )
-        model(x if device is None else x.to(device))
+        x: Any = batch[0] if isinstance(batch, (list, tuple)) else batch
+        if device is not None:
+            if not hasattr(x, "to"):
+                raise TypeError(
+                    f"expected a batch with a method to(), to move it to {device}, got {type(x).__name__}"
+                    f"{on_rank()}: move it yourself, or pass (batch['x'] for batch in loader)"
+                )
+            x = x.to(device)
+        model(x)
         batches += 1
     return batches
 

@@ -97,18 +97,32 @@ def test_groups_and_ddp():
             assert distance(model[1].running_var, seen.var((0, 2, 3))) < 1e-10
 
 
+class Keyed(nn.Sequential):
+    def forward(self, batch):
+        return super().forward(batch["x"])
+
+
+def test_a_batch_is_any_input_of_the_model():
+    model = convert_sync_batchnorm(Keyed(nn.BatchNorm1d(3)))
+    x = torch.randn(4 + WORLD.rank, 3)
+    update_bn([{"x": x}], model)
+    whole = torch.cat(WORLD.allgather(x))
+    with together():
+        assert distance(model[0].running_mean, whole.mean(0)) < 1e-6
+
+
 def test_nothing_is_changed_by_an_error_or_without_data():
     model = convert_sync_batchnorm(net())
     before = state(model)
     update_bn([], model)
     problem = error_of(lambda: update_bn([torch.zeros(2, 9, 6, 5).double()], model), RuntimeError)
     wrong = error_of(lambda: update_bn([], model.forward), TypeError)
-    no_tensor = error_of(lambda: update_bn([{"x": torch.zeros(2, 9, 6, 5)}], model), TypeError)
+    stays = error_of(lambda: update_bn([{"x": torch.zeros(2, 9, 6, 5)}], model, "cpu"), TypeError)
     update_bn([torch.zeros(1)], nn.Identity())
     with together():
         assert problem is not None
         assert "expected a torch.nn.Module, got method" in str(wrong)
-        assert f"first item is one, got dict (on rank {WORLD.rank} of {WORLD.size})" in str(no_tensor)
+        assert f"to move it to cpu, got dict (on rank {WORLD.rank} of {WORLD.size})" in str(stays)
         assert all(torch.equal(before[name], value) for name, value in state(model).items())
         assert model.training
         assert model[1].track_running_stats
