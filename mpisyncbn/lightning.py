@@ -16,7 +16,7 @@ from torch import nn
 from .batchnorm import SyncBatchNorm
 from .comm.groups import AnyGroup
 from .comm.runtime import mpi
-from .convert import Synchronized, revert
+from .convert import revert, synchronized_layers
 from .distributed import init_process_group
 from .errors import on_rank
 
@@ -74,7 +74,7 @@ class LayerSync:
 
     def apply(self, model: nn.Module) -> nn.Module:
         """Convert the layers of ``model`` in place, and return it. Not collective."""
-        self._kept = {layer for layer in model.modules() if isinstance(layer, Synchronized)}
+        self._kept = set(synchronized_layers(model))
         return SyncBatchNorm.convert_sync_batchnorm(
             model,
             self.process_group,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any, TypeAlias, cast
 
@@ -31,7 +31,7 @@ from .running_stats import are_finite, record_batch
 
 __all__ = ["update_bn"]
 
-Batch: TypeAlias = "Tensor | Sequence[Tensor]"
+Batch: TypeAlias = Any  # an input of the model, or a tuple or list whose first item is one
 Device: TypeAlias = "torch.device | str | int | None"
 
 
@@ -203,7 +203,7 @@ def _run(loader: Iterable[Batch], model: nn.Module, device: Device) -> int:
     """Run the model on all batches of this rank. Returns their number."""
     batches = 0
     for batch in loader:
-        x: Any = batch[0] if isinstance(batch, (list, tuple)) else batch
+        x = batch[0] if isinstance(batch, (list, tuple)) else batch
         if device is not None:
             if not hasattr(x, "to"):
                 raise TypeError(

@@ -12,20 +12,15 @@ from . import exchange
 from .comm.communicator import Communicator
 from .comm.groups import resolve
 from .comm.runtime import mpi
-from .convert import Synchronized
+from .convert import synchronized_layers
 from .errors import MPISyncBNError, on_rank
 
-__all__ = ["ServingThread", "check_threads", "groups_of", "joining", "serve", "synchronized_layers"]
+__all__ = ["ServingThread", "check_threads", "groups_of", "joining", "serve"]
 
 
 def groups_of(model: nn.Module) -> list[Communicator]:
     """The groups of a model's synchronized layers, each once, in the order of layers."""
     return list(dict.fromkeys(resolve(layer.communicator) for layer in synchronized_layers(model)))
-
-
-def synchronized_layers(model: nn.Module) -> list[Synchronized]:
-    """The synchronized layers of a model, each once, in their order."""
-    return [layer for layer in model.modules() if isinstance(layer, Synchronized)]
 
 
 def check_threads(function: str) -> None:

@@ -40,7 +40,7 @@ class StagingBuffers:
         lengths = [vector.shape[0] for vector in vectors]
         memory, array = self._next().part(sum(lengths))
         self.streams.download(vectors, memory)
-        self._wait_for(self.streams.current_stream())
+        self.wait_for(self.streams.current_stream())
         found, begin = [], 0
         for length in lengths:
             found.append(array[begin : begin + length])
@@ -60,10 +60,11 @@ class StagingBuffers:
         self._turn = (self._turn + 1) % _SLOTS
         slot = self._slots[self._turn]
         if slot.read_by is not None:
-            self._wait_for(slot.read_by)
+            self.wait_for(slot.read_by)
         return slot
 
-    def _wait_for(self, stream: Stream) -> None:
+    def wait_for(self, stream: Stream) -> None:
+        """Wait for a stream. The buffers that are copied in its order are free then."""
         self.streams.wait_for(stream)
         for slot in self._slots:
             if slot.read_by is stream:
@@ -113,7 +114,7 @@ class DeviceMessage:
         staging = cast(StagingBuffers, staging_for(self.values))
         _refuse_capture(staging.streams)
         staging.streams.concatenate((*staging.to_device([header]), *vectors), self.values)
-        staging.streams.wait_for(staging.streams.current_stream())
+        staging.wait_for(staging.streams.current_stream())
 
 
 def _refuse_capture(streams: Streams) -> None:

@@ -150,8 +150,7 @@ class CuPyStreams:
         return self.device
 
     def numbers(self) -> tuple[int, int]:
-        with self.device:
-            return self.device.id, self.cupy.cuda.get_current_stream().ptr
+        return self.device.id, self.current_stream().ptr
 
     def addresses(self, vectors: Sequence[Array]) -> tuple[list[int], Sequence[Array]]:
         with self.device:

@@ -48,6 +48,7 @@ __all__ = [
     "revert",
     "revert_sync_batchnorm",
     "set_process_group",
+    "synchronized_layers",
 ]
 
 
@@ -253,9 +254,13 @@ def set_process_group(module: nn.Module, process_group: AnyGroup) -> None:
     check_module(module)
     if process_group is not None:
         resolve(process_group)  # before any layer is changed
-    for layer in module.modules():
-        if isinstance(layer, Synchronized):
-            layer.process_group = process_group
+    for layer in synchronized_layers(module):
+        layer.process_group = process_group
+
+
+def synchronized_layers(module: nn.Module) -> list[Synchronized]:
+    """The synchronized layers of a model, each once, in their order."""
+    return [layer for layer in module.modules() if isinstance(layer, Synchronized)]
 
 
 def revert_sync_batchnorm(module: nn.Module) -> nn.Module:

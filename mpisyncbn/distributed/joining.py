@@ -11,6 +11,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from .. import uneven
 from ..comm.groups import resolve
+from ..convert import synchronized_layers
 from ..errors import on_rank
 from .host_tensors import copy_back, to_cpu
 
@@ -76,7 +77,7 @@ def _share_statistics(model: nn.Module, thread: uneven.ServingThread) -> None:
     call.
     """
     group = thread.group
-    layers = [layer for layer in uneven.synchronized_layers(model) if resolve(layer.communicator) is group]
+    layers = [layer for layer in synchronized_layers(model) if resolve(layer.communicator) is group]
     trained = [_statistics(layer) if layer.training else [] for layer in layers]
     # clones, because a pickled view brings all of its storage
     mine = [[to_cpu(buffer).clone() for buffer in buffers] for buffers in trained]

@@ -328,7 +328,7 @@ def test_buffers_are_not_used_too_early(device):
     sent, got = [np.arange(4.0) + step for step in range(100)], []
     for values in sent:
         got.append(stage.to_device([values, -values]))
-        stage._wait_for(another)  # a wait for another stream frees none of these
+        stage.wait_for(another)  # a wait for another stream frees none of these
     device.run()
     for values, (first, second) in zip(sent, got, strict=True):
         assert first.tolist() == values.tolist()

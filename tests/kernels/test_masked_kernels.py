@@ -302,7 +302,7 @@ def test_a_capture_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     """The mask is in host memory, and says that it is on a GPU."""
 
     class OnGPU(Tensor):
-        is_cuda = True  # type: ignore[assignment]
+        is_cuda = True
 
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
     mask = torch.ones(2, 1, 5, dtype=torch.bool).as_subclass(OnGPU)

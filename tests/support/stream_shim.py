@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import ctypes
 import subprocess
+import time
 from pathlib import Path
+from typing import Any
 
 from support.standin_driver import CXX, headers, library
 
@@ -41,3 +43,11 @@ class Sent:
         words = (ctypes.c_double * 4).from_address(message)
         self.messages.append((words[0], words[3]))
         return 0
+
+
+def drain(worker: Any) -> None:
+    """Wait until a worker has performed all that is enqueued. Fails after a minute."""
+    limit = time.monotonic() + 60
+    while worker.pending and time.monotonic() < limit:
+        time.sleep(0.001)
+    assert worker.pending == 0

@@ -34,12 +34,11 @@ struct StreamWorker {
         Driver::Stream stream;
         void *context;
         uint64_t capture;
-        void *event;
-        bool recorded;  // whether the event follows the exchange already
+        void *event;  // follows the exchange if its stream is PER_THREAD; else it is not recorded yet
     };
-    std::optional<Place> last, last_captured;            // captured exchanges have an order of their own
-    std::map<int, void *> primary;                       // contexts, by the number of the device
-    std::map<std::pair<void *, bool>, void *> events;    // by context, and whether they are captured
+    std::optional<Place> last, last_captured;          // captured exchanges have an order of their own
+    std::map<int, void *> primary;                     // contexts, by the number of the device
+    std::map<std::pair<void *, bool>, void *> events;  // by context, and whether they are captured
 
     StreamWorker(const std::string &path, uintptr_t allreduce, uintptr_t allgather, uintptr_t comm,
                  uintptr_t datatype, uintptr_t op, intptr_t in_place, bool int_handles, int size, int rank)
@@ -81,7 +80,7 @@ struct StreamWorker {
         Slot &slot = take_slot(call.channels, graph);
         slot.what = {call, count, std::move(total)};
         if (before) before->run(driver, stream, pointers, slot);
-        Place &place = follow_last(stream, context, capture);
+        const Place &place = follow_last(stream, context, capture);
         copy_vectors(slot, vectors, stream);
         const auto word = [](uint32_t operation, const volatile uint32_t *address, uint64_t value, uint32_t flags) {
             Driver::MemoryOperation made{};
@@ -111,7 +110,7 @@ struct StreamWorker {
         if (!worker->pending()) return;
         const InContext there(driver, last->context);
         while (worker->pending())
-            if (last->recorded) driver.check(driver.cuEventSynchronize(last->event), "cuEventSynchronize");
+            if (last->stream == PER_THREAD) driver.check(driver.cuEventSynchronize(last->event), "cuEventSynchronize");
             else if (capture_of(last->stream).first) std::this_thread::yield();
             else driver.check(driver.cuStreamSynchronize(last->stream), "cuStreamSynchronize");
     }
@@ -232,21 +231,21 @@ struct StreamWorker {
 
     // Orders this exchange after the last one of the same capture, or the last one outside of all
     // captures, if that was enqueued on another stream.
-    Place &follow_last(Driver::Stream stream, void *context, uint64_t capture) {
+    const Place &follow_last(Driver::Stream stream, void *context, uint64_t capture) {
         std::optional<Place> &before = capture ? last_captured : last;
-        const bool moved =
-            before && (before->stream != stream || before->context != context || before->recorded);
+        const bool recorded = before && before->stream == PER_THREAD;
+        const bool moved = before && (before->stream != stream || before->context != context || recorded);
         if (moved && before->capture == capture) {
-            if (!capture && !before->recorded && is_captured(*before)) {
+            if (!capture && !recorded && is_captured(*before)) {
                 while (worker->pending()) std::this_thread::yield();  // an event would be captured
             } else {
-                if (!before->recorded) record(*before);
+                if (!recorded) record(*before);
                 driver.check(driver.cuStreamWaitEvent(stream, before->event, 0), "cuStreamWaitEvent");
             }
         }
         void *&event = events[{context, capture != 0}];  // an event and its stream are of one context
         if (!event) driver.check(driver.cuEventCreate(&event, NO_TIMING), "cuEventCreate");
-        return before.emplace(Place{stream, context, capture, event, false});
+        return before.emplace(Place{stream, context, capture, event});
     }
 
     bool is_captured(const Place &place) const {
@@ -254,10 +253,9 @@ struct StreamWorker {
         return capture_of(place.stream).first;
     }
 
-    void record(Place &place) {
+    void record(const Place &place) const {
         const InContext there(driver, place.context);  // that of stream 0 is the current one
         driver.check(driver.cuEventRecord(place.event, place.stream), "cuEventRecord");
-        place.recorded = true;
     }
 
     // Copies vectors of one length to the message, those that lie side by side in one copy.
