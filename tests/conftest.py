@@ -89,10 +89,30 @@ _LONG = (
 )
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Put the longest files first: pytest-xdist keeps this order, so none of them starts late."""
+@pytest.hookimpl(trylast=True)  # after -m and -k
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Leave out the tests for other numbers of ranks; if no test is left, skip them with a reason.
+
+    The longest files come first: pytest-xdist keeps this order, so none of them starts late.
+    """
+    left_out = {item: why for item in items if (why := _not_at_this_size(item))}
+    if len(left_out) < len(items):
+        config.hook.pytest_deselected(items=list(left_out))
+        items[:] = [item for item in items if item not in left_out]
+    else:
+        for item, why in left_out.items():
+            item.add_marker(pytest.mark.skip(reason=why))
     places = {name: place for place, name in enumerate(_LONG)}
     items.sort(key=lambda item: places.get(item.path.name, len(_LONG)))
+
+
+def _not_at_this_size(item: pytest.Item) -> str:
+    """The reason not to run a test at this number of ranks; empty without one."""
+    for mark in item.iter_markers("ranks"):
+        fewest, most, why = mark.args
+        if not fewest <= WORLD.size <= most:
+            return why
+    return ""
 
 
 def pytest_runtest_logreport(report: Any) -> None:

@@ -15,7 +15,7 @@ import pytest
 import torch
 
 from support.jobs import End
-from support.ranks import WORLD, starts_mpiexec, together
+from support.ranks import WORLD, ranks, starts_mpiexec, together
 
 pytest.importorskip("sklearn")
 
@@ -146,7 +146,7 @@ def test_exit_status(tmp_path: Path, run_job: Callable[..., End]) -> None:
     assert torch.load(tmp_path / "run.pt")["step"] == 1
 
 
-imports = pytest.mark.skipif(WORLD.size > 2, reason="each worker imports torch: too slow for many ranks")
+imports = ranks("each worker imports torch: too slow for many ranks", most=2)
 
 
 @pytest.mark.parametrize("start", ["fork", pytest.param("spawn", marks=imports)])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import sys
 import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -16,14 +17,19 @@ from mpi4py import MPI
 WORLD = MPI.COMM_WORLD
 
 
+def ranks(why: str, fewest: int = 1, most: int = sys.maxsize) -> pytest.MarkDecorator:
+    """A mark for a test that conftest.py leaves out at other numbers of ranks."""
+    return pytest.mark.ranks(fewest, most, why)
+
+
 def once(why: str) -> pytest.MarkDecorator:
-    """A mark that skips a test with several ranks: it is the same at any number."""
-    return pytest.mark.skipif(WORLD.size > 1, reason=f"{why}: once is enough")
+    """A mark for a test that is the same at any number of ranks."""
+    return ranks(f"{why}: once is enough", most=1)
 
 
-several = pytest.mark.skipif(WORLD.size < 2, reason="it takes two ranks")
+several = ranks("it takes two ranks", fewest=2)
 # More than two ranks show nothing new, with any library.
-up_to_two = pytest.mark.skipif(WORLD.size > 2, reason="it is the same at any number of ranks above one")
+up_to_two = ranks("it is the same at any number of ranks above one", most=2)
 starts_mpiexec = once("it starts mpiexec itself")
 no_exchange = once("no rank meets another in it")
 
