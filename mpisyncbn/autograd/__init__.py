@@ -18,6 +18,7 @@ from collections.abc import Hashable
 import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
+from torch._subclasses.functional_tensor import FunctionalTensor
 
 from .. import profiling, torch_versions
 from ..activations import AnyActivation, activation_of
@@ -236,7 +237,8 @@ def _is_traced(x: Tensor) -> bool:
 
     Raises MPISyncBNError if torch.func differentiates inside the graph.
     """
-    if not (torch.compiler.is_compiling() or x.is_meta or isinstance(x, FakeTensor) or _is_recording()):
+    fake = x.is_meta or isinstance(x, (FakeTensor, FunctionalTensor))
+    if not (fake or torch.compiler.is_compiling() or _is_recording()):
         return False
     if torch._C._are_functorch_transforms_active():
         raise MPISyncBNError(

@@ -63,7 +63,8 @@ def _outside_of_modes() -> Iterator[None]:
 
 
 with _outside_of_modes():  # the first import may happen in any of them
-    _FORWARD_ORDER, _BACKWARD_ORDER = torch.from_numpy(np.zeros(())), torch.from_numpy(np.zeros(()))
+    # not float64: torch makes a symbol of the value of such a tensor, and traces each graph twice
+    _FORWARD_ORDER, _BACKWARD_ORDER = (torch.from_numpy(np.zeros((), np.float32)) for _ in range(2))
 
 
 _ON_DEVICE: dict[tuple[torch.device, str], Tensor] = {}  # tokens for CUDA graphs, by device and direction
@@ -97,7 +98,7 @@ def _token_on(device: torch.device, direction: str) -> Tensor:
     found = _ON_DEVICE.get((device, direction))
     if found is None:
         with _outside_of_modes():
-            found = torch.zeros((), device=device, dtype=torch.float64)
+            found = torch.zeros((), device=device, dtype=torch.float32)
         torch._dynamo.mark_static_address(found, guard=False)
         _ON_DEVICE[device, direction] = found
     return found
@@ -254,9 +255,12 @@ torch.library.register_fake("mpisyncbn::batch_sums", _fake_batch_sums)
 
 
 def _mark_must_save(*results: Tensor) -> tuple[Tensor, ...]:
-    """Tell a checkpoint in the traced graph to keep the results, and return them (torch 2.11)."""
+    """Tell the compiler to keep the results for the backward pass, and return them.
+
+    Else checkpoints (torch 2.11) and ``activation_memory_budget`` would repeat the exchange there.
+    """
     meta = torch.fx.traceback.current_meta
-    if "recompute" in meta:
+    if "from_node" in meta:  # it is that of a node, and not torch's own, which lasts
         meta["recompute"] = CheckpointPolicy.MUST_SAVE
     return results
 

@@ -84,6 +84,8 @@ class _SyncBatchNorm(torch.autograd.Function):
     @untraced
     def backward(ctx: FunctionContext, dy: Tensor) -> tuple[Tensor | None, ...]:
         layer = ctx.layer
+        if torch._C._functorch.is_legacy_batchedtensor(dy):
+            raise _no_vectorize(layer)
         # With create_graph, the result will be differentiated again. Gradients may also be batched.
         composite = torch.is_grad_enabled() or torch._C._functorch.is_batchedtensor(dy)
         if composite and layer.keeps_output:
@@ -255,6 +257,14 @@ def _only_first_derivatives(layer: LayerContext) -> MPISyncBNError:
         f"expected no create_graph and no batched gradients in the backward pass of layer {layer.name!r}, "
         f"which is memory_efficient{on_rank()}: it keeps its output, which tells the first derivatives only. "
         "Set memory_efficient to False for second derivatives"
+    )
+
+
+def _no_vectorize(layer: LayerContext) -> MPISyncBNError:
+    return MPISyncBNError(
+        "expected no is_grads_batched of torch.autograd.grad, nor vectorize of torch.autograd.functional, in "
+        f"the backward pass of layer {layer.name!r}{on_rank()}: leave it out, or use torch.func.jacrev, "
+        "hessian or vmap, which work"
     )
 
 

@@ -4,10 +4,14 @@ from __future__ import annotations
 
 import pytest
 import torch
+import torch._functorch.config
+from functorch.compile import aot_module, nop
 from torch import Tensor, nn
+from torch._dynamo.testing import CompileCounterWithBackend
 from torch.fx.experimental.proxy_tensor import make_fx
 
 import mpisyncbn
+from mpisyncbn.comm.groups import resolve
 from support.oracle import distance, local_batch, shard
 from support.ranks import up_to_two
 from support.versions import compiler_tests, compiles
@@ -114,3 +118,37 @@ def test_an_exported_layer_does_not_train(strict):
         exported(x.clone().requires_grad_()).sum().backward()
     with pytest.raises(Exception, match=r"expected no gradients through batch stat|does not require grad"):
         torch.compile(exported, backend=BACKEND)(x.clone().requires_grad_()).sum().backward()
+
+
+def test_aot_module_trains():
+    """functorch's compiler calls the layer with tensors that have no values."""
+    net = nn.Sequential(nn.Linear(3, 3), mpisyncbn.SyncBatchNorm(3))
+    x, gradients = shard((local_batch(4), 3), 8), []
+    for forward in (net, aot_module(net, nop)):
+        net.zero_grad()
+        forward(x).pow(3).sum().backward()
+        gradients.append(net[0].weight.grad.clone())
+    assert distance(*gradients, torch.ones(1)) < 1e-5
+
+
+@pytest.mark.parametrize("option", [{"activation_memory_budget": 0.5}, {"aggressive_recomputation": True}])
+def test_less_memory_repeats_no_exchange(option):
+    """The compiler repeats other work in the backward pass, here that of two forward passes."""
+    net = nn.Sequential(*[each for _ in range(2) for each in (nn.Linear(3, 3), mpisyncbn.SyncBatchNorm(3))])
+    compiled, before = torch.compile(net, backend="aot_eager_decomp_partition"), resolve(None).exchanges
+    with torch._functorch.config.patch(option):
+        sum(compiled(shard((local_batch(4), 3), seed)).square().sum() for seed in (9, 10)).backward()
+    assert resolve(None).exchanges - before == 8  # each layer twice, forward and backward
+
+
+def test_a_graph_is_traced_once():
+    """torch makes symbols of the values of some tensors, and then traces the graph again."""
+    counter, x = CompileCounterWithBackend(BACKEND), shard((local_batch(4), 3), 11)
+    torch.compile(mpisyncbn.SyncBatchNorm(3), backend=counter)(x)
+    assert counter.frame_count == 1
+
+
+def test_gradients_batched_by_the_older_vmap_are_refused():
+    x = shard((local_batch(4), 3), 12)
+    with pytest.raises(mpisyncbn.MPISyncBNError, match=r"nor vectorize of torch.autograd.functional.*jacrev"):
+        torch.autograd.functional.jacobian(layer, x, vectorize=True)
