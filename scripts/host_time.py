@@ -5,7 +5,8 @@
 With scripts/standin there is no GPU: kernels and communication return at once for both layers, and
 only the time of the host remains. ``torch.nn.SyncBatchNorm`` is in a group of two ranks of torch's
 "fake" backend. With the stand-in, it does not look for empty batches, for which it would wait for
-the device. On a GPU, ``python3 scripts/host_time.py`` times the host while the device works.
+the device. On a GPU, ``PYTHONPATH=. python3 scripts/host_time.py`` times the host while the device
+works. Each layer is called ten times in a row, as layers of a model follow each other.
 """
 
 from __future__ import annotations
@@ -22,10 +23,10 @@ import torch.distributed as dist
 from mpi4py import MPI
 
 import mpisyncbn
-from benchmarks.timing import interleave
+from benchmarks.timing import interleave, often
 from outputs import output
 
-SHAPE = (2, 64, 8, 8)
+SHAPE, CALLS = (2, 64, 8, 8), 10
 
 
 def group(transport: str) -> mpisyncbn.Communicator:
@@ -96,8 +97,16 @@ def main() -> None:
     for dtype in (torch.float32, torch.bfloat16):
         tables = {name: calls(layer, dtype) for name, layer in layers.items()}
         for what in ("forward", "forward and backward"):
-            peers = {name: table[what] for name, table in tables.items()}
-            times = interleave(peers, options.seconds / len(peers), warm=30, fewest=50, most=5000)
+            peers = {name: often(table[what], CALLS) for name, table in tables.items()}
+            times = interleave(
+                peers,
+                options.seconds,
+                calls=CALLS,
+                reset=torch.cuda.synchronize,
+                warm=5,
+                fewest=50,
+                most=5000,
+            )
             theirs = times["torch.nn.SyncBatchNorm"]
             title = f"{what}, {str(dtype).removeprefix('torch.')}"
             print(f"{SHAPE} {title}: us, median (minimum), over torch.nn.SyncBatchNorm's")

@@ -20,6 +20,9 @@
 #include <thread>
 #include <unistd.h>
 #include <vector>
+#if defined(__linux__)
+#include <sys/prctl.h>
+#endif
 
 #include "collectives.h"
 #include "cuda_driver.h"
@@ -111,6 +114,9 @@ class Worker {
 
    private:
     void run() {
+#if defined(__linux__)
+        prctl(PR_SET_TIMERSLACK, 1);  // else each sleep below takes 50 us more
+#endif
         while (const uint32_t number = next()) {
             *doorbell = 0;
             Slot &slot = *slots[number - 1].load(std::memory_order_acquire);

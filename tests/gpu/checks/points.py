@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 NUMBERS, TUNE = list(range(1, 10)), 10
 _HOST, _DEVICE, _STREAM = ({"MPISYNCBN_TRANSPORT": where} for where in ("host", "device", "stream"))
 _TRITON, _FALLBACK = {"kernels": "cuda"}, {"kernels": "aten_cuda"}
+_TO_TUNE = [(32, 64, 112, 112), (32, 256, 56, 56), (32, 1024, 14, 14), (50, 2048, 7, 7)]
 
 
 class Run(NamedTuple):
@@ -121,6 +122,8 @@ _PARTS = {  # by number, title, and whether they run side by side: not if some a
         Run("ResNet-50, 1 rank", "stream.resnet", 1, 120, gpu=True),
         Run("ResNet-50, 2 ranks", "stream.resnet", 2, 120, gpu=True),
     ],
-    (TUNE, "tiles", False): [Run("tiles", "tiles.tiles", 0, 420, gpu=True)],
+    (TUNE, "tiles", False): [
+        Run(f"tiles for {shape}", "tiles.tiles", 0, 180, {"shape": shape}, gpu=True) for shape in _TO_TUNE
+    ],
 }
 POINTS = [Point(*key, parts) for key, parts in _PARTS.items()]

@@ -11,7 +11,6 @@ import torch
 from .bandwidth import _data, _ours, timed
 from .context import Context
 
-_SHAPES = [(32, 64, 112, 112), (32, 256, 56, 56), (32, 1024, 14, 14), (50, 2048, 7, 7)]
 _THREADS = 32  # in a warp
 # Sums: warps of a program, values of a tile for each thread, and the most registers of a thread.
 _SUMS = [(warps, values, most) for warps in (2, 4, 8) for values in (8, 16) for most in (64, 80, 128)]
@@ -20,16 +19,15 @@ _ALL_REGISTERS = 1 << 16  # of a multiprocessor
 _ELEMENTS = [(warps, bytes, steps) for warps in (4, 8) for bytes in (32, 64) for steps in (1, 4)]
 
 
-def tiles(context: Context) -> None:
+def tiles(context: Context, shape: list[int]) -> None:
     """Record the microseconds of each kernel by tile, the tile in use first. Without MPI."""
     from mpisyncbn.kernels.cuda import plans
 
-    for shape in _SHAPES[:2] if context.quick else _SHAPES:
-        for dtype in (torch.float32, torch.bfloat16):
-            for layout in ("contiguous", "channels_last"):
-                name = f"{shape} {str(dtype).rpartition('.')[2]} {layout}"
-                with context.records.trying(name):
-                    _compare(context, plans, name, (shape, dtype, layout))
+    for dtype in (torch.float32, torch.bfloat16):
+        for layout in ("contiguous", "channels_last"):
+            name = f"{tuple(shape)} {str(dtype).rpartition('.')[2]} {layout}"
+            with context.records.trying(name):
+                _compare(context, plans, name, (tuple(shape), dtype, layout))
 
 
 def _compare(context: Context, plans: Any, name: str, kind: tuple[Any, ...]) -> None:
