@@ -28,10 +28,10 @@ from .checks import (
     check_name,
     label_of,
     refuse_lost_forward,
-    refuse_own_activation,
     refuse_own_forward,
     refuse_replacement,
     refuse_scripted,
+    refuse_taken_names,
     warn_of_others,
 )
 from .fusing import FusedActivation, FusedReLU, fuse, fused_layers, unfuse
@@ -167,16 +167,9 @@ class _Given:
         return _Given, (kept, self.communicator)
 
 
-_CONVERSION_ATTRIBUTES = (
-    "process_group",
-    "communicator",
-    "_given",
-    "activation",
-    "memory_efficient",
-    "layer_name",
-    "_key",
-    "_converted_from",
-)
+_CONVERSION_ATTRIBUTES = {
+    name for name in vars(Synchronized).keys() - dir(_BatchNorm) if not name.startswith("__")
+}
 _rebuild = rebuild  # pickled models refer to it, and to rebuild, FusedActivation and FusedReLU here
 _WRAPPED = ("module", "_orig_mod", "_fsdp_wrapped_module")  # where torch's wrappers hold the model
 
@@ -201,7 +194,7 @@ def convert_sync_batchnorm(
         resolve(process_group)  # before any layer is changed
     layers = [(path, layer) for path, layer in module.named_modules() if isinstance(layer, _BatchNorm)]
     plain = [(path, layer) for path, layer in layers if not isinstance(layer, Synchronized)]
-    refuse_own_activation(plain)
+    refuse_taken_names(plain, _CONVERSION_ATTRIBUTES)
     refuse_own_forward(plain)
     refuse_scripted(module)
     warn_of_others(module)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from collections.abc import Set
 from types import FrameType
 from typing import TYPE_CHECKING
 
@@ -13,7 +14,7 @@ from torch.nn.utils import parametrize
 
 from ..errors import on_rank
 from .mixed_class import changes_forward
-from .registry import has_own_forward, registered_forward
+from .registry import full_name, has_own_forward, registered_forward
 
 if TYPE_CHECKING:
     from . import Synchronized
@@ -23,10 +24,10 @@ __all__ = [
     "check_name",
     "label_of",
     "refuse_lost_forward",
-    "refuse_own_activation",
     "refuse_own_forward",
     "refuse_replacement",
     "refuse_scripted",
+    "refuse_taken_names",
     "warn_of_others",
 ]
 _CONVERTERS = ("convert_sync_batchnorm", "convert_syncbn_model")
@@ -44,10 +45,10 @@ def check_name(name: object, label: str = "name", cure: str = "") -> None:
 
 def refuse_own_forward(layers: list[tuple[str, _BatchNorm]]) -> None:
     """Raise TypeError if layers have a ``forward`` of their own that is not registered."""
-    lost = [(name, type(layer)) for name, layer in layers if _loses_forward(layer)]
+    lost = [(name, full_name(type(layer))) for name, layer in layers if _loses_forward(layer)]
     if lost:
         raise TypeError(
-            f"cannot convert layers whose own forward() would be lost: {_by_class(lost)}{on_rank()}. Say "
+            f"cannot convert layers whose own forward() would be lost: {_by_reason(lost)}{on_rank()}. Say "
             "what it does with mpisyncbn.register_conversion, or rewrite such a layer to call a BatchNorm "
             "layer that it holds, or replace it before converting; no layer was changed"
         )
@@ -59,13 +60,13 @@ def refuse_lost_forward(layers: dict[Synchronized, str]) -> None:
     A converted layer gets back the forward that it had.
     """
     lost = [
-        (name, type(layer))
+        (name, full_name(type(layer)))
         for layer, name in layers.items()
         if _is_replaced(layer) or (layer._converted_from is None and changes_forward(type(layer)))
     ]
     if lost:
         raise TypeError(
-            f"cannot revert layers whose own forward() would be lost: {_by_class(lost)}{on_rank()}. Put "
+            f"cannot revert layers whose own forward() would be lost: {_by_reason(lost)}{on_rank()}. Put "
             "what it does in a module that holds a SyncBatchNorm, or replace the layer, before reverting; "
             "for a forward set on the layer alone, del layer.forward; no layer was changed"
         )
@@ -77,17 +78,21 @@ def _is_replaced(layer: Synchronized) -> bool:
     return own is not None and own != type(layer).forward.__get__(layer)
 
 
-def refuse_own_activation(layers: list[tuple[str, _BatchNorm]]) -> None:
-    """Raise TypeError for layers that hold a module or tensor named ``activation``."""
-    taken = [
-        label_of(name)
-        for name, layer in layers
-        if "activation" in {**layer._modules, **layer._parameters, **layer._buffers}
-    ]
+def refuse_taken_names(layers: list[tuple[str, _BatchNorm]], needed: Set[str]) -> None:
+    """Raise TypeError for layers with members of the names that a synchronized layer needs.
+
+    Reverting restores the exceptions: a name that a tool gave the layer, and torch's process group.
+    """
+    taken = []
+    for path, layer in layers:
+        restored = {"layer_name", "process_group"} if isinstance(layer, nn.SyncBatchNorm) else {"layer_name"}
+        # A lazy layer becomes one of another class.
+        members = {*dir(layer), *dir(getattr(layer, "cls_to_become", None))} - (vars(layer).keys() & restored)
+        taken += [(path, name) for name in sorted(needed & members)]
     if taken:
         raise TypeError(
-            f"cannot convert layers that hold something named activation: {abbreviated(taken)}{on_rank()}. A "
-            "synchronized layer has an attribute of that name; rename yours; no layer was changed"
+            f"cannot convert layers whose own members would be hidden: {_by_reason(taken)}{on_rank()}. "
+            "A synchronized layer has attributes of these names; rename yours; no layer was changed"
         )
 
 
@@ -151,12 +156,12 @@ def warn_of_others(module: nn.Module) -> None:
         )
 
 
-def _by_class(layers: list[tuple[str, type]]) -> str:
-    """The name of one layer of each class, and how many more there are."""
+def _by_reason(layers: list[tuple[str, str]]) -> str:
+    """For each reason, the name of one layer, and how many more there are."""
     names: dict[str, list[str]] = {}
-    for name, cls in layers:
-        names.setdefault(f"{cls.__module__}.{cls.__qualname__}", []).append(label_of(name))
-    return ", ".join(f"{abbreviated(some)} ({cls})" for cls, some in names.items())
+    for name, reason in layers:
+        names.setdefault(reason, []).append(label_of(name))
+    return ", ".join(f"{abbreviated(some)} ({reason})" for reason, some in names.items())
 
 
 def abbreviated(names: list[str]) -> str:

@@ -11,7 +11,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from ..errors import on_rank
 from .fusing import fusible_activation
 
-__all__ = ["Forward", "has_own_forward", "register_conversion", "registered_forward"]
+__all__ = ["Forward", "full_name", "has_own_forward", "register_conversion", "registered_forward"]
 
 # A forward takes the layer, its synchronized batch norm, and the arguments of the layer.
 Forward: TypeAlias = Callable[..., Tensor]
@@ -61,7 +61,7 @@ def register_conversion(
             raise TypeError(f"expected forward to be callable, got {type(forward).__name__}{on_rank()}")
         # The last one wins, by class or by name.
         for other in list(_forwards):
-            if _full_name(other) == _full_name(cls) and str in (type(other), type(cls)):
+            if full_name(other) == full_name(cls) and str in (type(other), type(cls)):
                 del _forwards[other]
         _forwards[cls] = forward
         return forward
@@ -77,13 +77,14 @@ def has_own_forward(cls: type | None) -> bool:
 def registered_forward(cls: type) -> Forward | None:
     """The forward registered for a class, or for the class that it inherits its own from."""
     for base in cls.__mro__:
-        forward = _forwards.get(base) or _forwards.get(_full_name(base))
+        forward = _forwards.get(base) or _forwards.get(full_name(base))
         if forward is not None or "forward" in vars(base):
             return forward
     return None
 
 
-def _full_name(cls: type | str) -> str:
+def full_name(cls: type | str) -> str:
+    """The name of a class with its module; a text stays as it is."""
     return cls if isinstance(cls, str) else f"{cls.__module__}.{cls.__qualname__}"
 
 

@@ -84,8 +84,49 @@ def test_many_layers_are_refused_in_one_line():
     taken = nn.Sequential(*(nn.BatchNorm2d(C) for _ in range(3)))
     for layer in taken:
         layer.activation = nn.ReLU()
-    with pytest.raises(TypeError, match=re.escape("something named activation: 0, and 2 more (on rank")):
+    with pytest.raises(TypeError, match=re.escape("members would be hidden: 0, and 2 more (activation)")):
         convert_sync_batchnorm(taken)
+
+
+class ByMethod(nn.BatchNorm2d):
+    def activation(self, x):
+        return x.relu()
+
+
+class ByClass(nn.SyncBatchNorm):
+    layer_name = communicator = "the user's own"
+
+
+class LazyByMethod(nn.LazyBatchNorm2d):
+    cls_to_become = ByMethod
+
+
+def having(name, value, kind=nn.BatchNorm2d):
+    layer = kind(C)
+    setattr(layer, name, value)
+    return layer
+
+
+@pytest.mark.parametrize(
+    ("make", "names"),
+    [
+        (partial(having, "activation", "leaky_relu"), ["activation"]),
+        (partial(having, "memory_efficient", nn.Parameter(torch.ones(1))), ["memory_efficient"]),
+        (partial(having, "process_group", None), ["process_group"]),
+        (partial(having, "_key", 3, nn.SyncBatchNorm), ["_key"]),
+        (partial(ByMethod, C), ["activation"]),
+        (partial(ByClass, C), ["communicator", "layer_name"]),
+        (LazyByMethod, ["activation"]),
+    ],
+)
+def test_members_that_conversion_would_hide_are_refused_by_name(make, names):
+    """Those that reverting restores are in test_convert.py."""
+    net = nn.Sequential(nn.BatchNorm2d(C), nn.SyncBatchNorm(C), make())
+    before = kinds(net), contents(net)
+    found = re.escape(", ".join(f"2 ({name})" for name in names))
+    with pytest.raises(TypeError, match=f"members would be hidden: {found} .on rank.*no layer was changed"):
+        convert_sync_batchnorm(net)
+    assert (kinds(net), contents(net)) == before
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")

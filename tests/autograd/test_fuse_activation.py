@@ -220,16 +220,3 @@ def test_conversion_fuses_nothing_by_itself():
     net[0].activation = None
     reverted = revert_sync_batchnorm(net)
     assert not hasattr(reverted[0], "activation")
-
-
-def test_an_attribute_of_that_name_is_kept():
-    bn = nn.BatchNorm2d(5)
-    bn.activation = "a note of somebody"
-    layer = convert_sync_batchnorm(bn)
-    assert layer.activation is None
-    assert layer(images()).min() < 0
-    assert revert_sync_batchnorm(layer).activation == "a note of somebody"
-    bn.activation = nn.ReLU()
-    with pytest.raises(TypeError, match="something named activation: 0"):
-        convert_sync_batchnorm(nn.Sequential(bn))
-    assert type(bn) is nn.BatchNorm2d
