@@ -24,9 +24,8 @@ from ..comm.layer_names import give_up_key, new_key
 from ..errors import on_rank
 from . import tracing
 from .checks import (
-    abbreviated,
     check_name,
-    label_of,
+    refuse_lost_activation,
     refuse_lost_forward,
     refuse_own_forward,
     refuse_replacement,
@@ -278,23 +277,12 @@ def revert_sync_batchnorm(module: nn.Module) -> nn.Module:
 
 def revert(module: nn.Module, kept: Collection[nn.Module]) -> nn.Module:
     """Do ``revert_sync_batchnorm`` for all layers but the ``kept`` ones."""
-    fused = fused_layers(module)
     synchronized = {
         layer: name
         for name, layer in module.named_modules()
         if isinstance(layer, Synchronized) and layer not in kept
     }
-    lost = [
-        f"{label_of(name)} ({layer.activation})"
-        for layer, name in synchronized.items()
-        if layer.activation and layer not in fused
-    ]
-    if lost:
-        raise TypeError(
-            f"cannot revert layers whose activation would be lost: {abbreviated(lost)}{on_rank()}. Put a "
-            "module that does it, such as nn.ReLU, behind each of them and set their activation to None; no "
-            "layer was changed"
-        )
+    refuse_lost_activation(synchronized, fused_layers(module))
     refuse_lost_forward(synchronized)
     for layer in module.modules():
         if layer in synchronized:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Set
+from collections.abc import Mapping, Set
 from types import FrameType
 from typing import TYPE_CHECKING
 
@@ -20,9 +20,9 @@ if TYPE_CHECKING:
     from . import Synchronized
 
 __all__ = [
-    "abbreviated",
     "check_name",
     "label_of",
+    "refuse_lost_activation",
     "refuse_lost_forward",
     "refuse_own_forward",
     "refuse_replacement",
@@ -51,6 +51,25 @@ def refuse_own_forward(layers: list[tuple[str, _BatchNorm]]) -> None:
             f"cannot convert layers whose own forward() would be lost: {_by_reason(lost)}{on_rank()}. Say "
             "what it does with mpisyncbn.register_conversion, or rewrite such a layer to call a BatchNorm "
             "layer that it holds, or replace it before converting; no layer was changed"
+        )
+
+
+def refuse_lost_activation(layers: dict[Synchronized, str], fused: Mapping[nn.Module, str]) -> None:
+    """Raise TypeError if layers, given with names, have another activation than reverting restores.
+
+    ``fused`` has the texts of the activations that it puts back.
+    """
+    lost = []
+    for layer, name in layers.items():
+        restored = fused.get(layer)
+        if layer.activation != restored:
+            instead = f", where reverting restores {restored}" if restored else ""
+            lost.append(f"{label_of(name)} ({layer.activation}{instead})")
+    if lost:
+        raise TypeError(
+            f"cannot revert layers whose activation would be lost: {_abbreviated(lost)}{on_rank()}. Put a "
+            "module that does it, such as nn.ReLU, behind each of them, in place of a FusedActivation, and "
+            "set their activation to None; no layer was changed"
         )
 
 
@@ -161,10 +180,10 @@ def _by_reason(layers: list[tuple[str, str]]) -> str:
     names: dict[str, list[str]] = {}
     for name, reason in layers:
         names.setdefault(reason, []).append(label_of(name))
-    return ", ".join(f"{abbreviated(some)} ({reason})" for reason, some in names.items())
+    return ", ".join(f"{_abbreviated(some)} ({reason})" for reason, some in names.items())
 
 
-def abbreviated(names: list[str]) -> str:
+def _abbreviated(names: list[str]) -> str:
     """The first name, and how many more there are: a model may have hundreds."""
     return names[0] if len(names) == 1 else f"{names[0]}, and {len(names) - 1} more"
 

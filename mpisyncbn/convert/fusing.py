@@ -22,11 +22,12 @@ class FusedActivation(tracing.Leaf, nn.Identity):
 
     def __init__(self, layer: nn.Module, replaced: nn.Module) -> None:
         super().__init__()
-        vars(self).update(_layer=layer, _replaced=replaced)  # not submodules: the model has none there
+        # They are no submodules: the model has none there.
+        vars(self).update(_layer=layer, _replaced=replaced, _activation=layer.activation)
 
     def __setstate__(self, state: dict[str, object]) -> None:
         if "_relu" in state:  # pickled when it was named FusedReLU
-            state["_replaced"] = state.pop("_relu")
+            state.update(_replaced=state.pop("_relu"), _activation="relu")
         super().__setstate__(state)  # type: ignore[no-untyped-call]  # torch's is
 
 
@@ -61,9 +62,10 @@ def fuse(module: nn.Module, layers: Container[nn.Module], only: Container[str] |
                 container._modules[name] = FusedActivation(layer, follower)
 
 
-def fused_layers(module: nn.Module) -> set[nn.Module]:
-    """The layers in a module that apply the activation which followed them."""
-    return {vars(each)["_layer"] for each in module.modules() if isinstance(each, FusedActivation)}
+def fused_layers(module: nn.Module) -> dict[nn.Module, str]:
+    """The layers in a module that took the activation which followed them, and its text."""
+    fused = [vars(each) for each in module.modules() if isinstance(each, FusedActivation)]
+    return {each["_layer"]: each["_activation"] for each in fused}
 
 
 def unfuse(module: nn.Module) -> None:

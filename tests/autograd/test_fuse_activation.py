@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import pickle
+import re
 
 import pytest
 import torch
@@ -175,6 +176,22 @@ def test_layers_that_are_not_fused():
 
 
 @no_exchange
+@pytest.mark.parametrize("new", ["silu", None])
+def test_an_activation_that_was_set_after_fusing_is_not_lost(new):
+    relu = nn.ReLU()
+    net = convert_sync_batchnorm(nn.Sequential(nn.BatchNorm2d(5), relu), fuse_activation=True)
+    net[0].activation, twin = new, copy.deepcopy(net)
+    lost = f"activation would be lost: 0 ({new}, where reverting restores relu) (on rank"
+    with pytest.raises(TypeError, match=re.escape(lost)):
+        revert_sync_batchnorm(net)
+    assert net[0].activation == new
+    net[1], net[0].activation = nn.SiLU(), None  # the cure that the message names
+    assert kinds(revert_sync_batchnorm(net)) == [nn.Sequential, nn.BatchNorm2d, nn.SiLU]
+    twin[0].activation = "relu"
+    assert kinds(revert_sync_batchnorm(twin)) == [nn.Sequential, nn.BatchNorm2d, nn.ReLU]
+
+
+@no_exchange
 def test_global_hooks_see_everything():
     net = nn.Sequential(nn.BatchNorm2d(5), nn.SiLU())
     handle = nn.modules.module.register_module_forward_hook(lambda *_: None)
@@ -194,6 +211,7 @@ def test_models_that_were_pickled_with_a_relu():
     net = convert_sync_batchnorm(nn.Sequential(nn.BatchNorm2d(5), nn.ReLU()), fuse_activation=True)
     stand_in = vars(net[1])
     stand_in["_relu"] = stand_in.pop("_replaced")
+    del stand_in["_activation"]
     saved = pickle.dumps(net, protocol=0)
     for rebuild, fused in (
         (b"convert\n_rebuild\n", b"convert\nFusedReLU\n"),
