@@ -54,8 +54,10 @@ def _mixed(to: type[Synchronized], original: type[_BatchNorm]) -> type[Synchroni
         )
         become: Any = original.cls_to_become
         members["cls_to_become"] = become and synchronized_class(to, become)
-    if original._check_input_dim.__module__ != _BatchNorm.__module__:
-        members["_check_input_dim"] = original._check_input_dim  # its own, not torch's
+    for member in ("_check_input_dim", "reset_parameters"):
+        own = getattr(original, member)
+        if own.__module__ != _BatchNorm.__module__:  # it is not torch's
+            members[member] = own
     name = f"{to.__name__}{original.__name__}"
     if original in _PLAIN:
         name, members["__module__"] = to.__name__, to.__module__

@@ -212,13 +212,21 @@ def test_batch_norms_that_are_not_torchs_are_named_once():
 
 
 class Strict(nn.BatchNorm2d):
+    def reset_parameters(self):
+        super().reset_parameters()
+        nn.init.zeros_(self.weight)
+
     def _check_input_dim(self, input):
         if input.shape[-1] != 4:
             raise ValueError("expected 4 columns")
 
 
-def test_a_check_of_the_users_own_is_kept():
-    layer = convert_sync_batchnorm(Strict(3))
+def test_a_check_and_an_initialization_of_the_users_own_are_kept():
+    with torch.device("meta"):
+        layer = convert_sync_batchnorm(Strict(3))
+    layer.to_empty(device="cpu").reset_parameters()
+    assert layer.weight.tolist() == [0, 0, 0]
+    assert layer.running_var.tolist() == [1, 1, 1]
     for training in (True, False):
         layer.train(training)(torch.randn(2, 3, 4, 4))
         with pytest.raises(ValueError, match="expected 4 columns"):
