@@ -208,8 +208,9 @@ class SyncBatchNorm(convert.Synchronized):
 
         Raises:
             TypeError: some layer has a ``forward`` of its own, which would be lost, or a member of
-                a name that a synchronized layer needs, such as ``activation``, or is compiled by
-                torch.jit. The message names it. No layer is changed then.
+                a name that a synchronized layer needs, such as ``activation``, or is of a class
+                that takes no subclass, or is compiled by torch.jit. The message names it. No layer
+                is changed then.
             TypeError, ValueError: ``name`` is not a str, is empty, or begins with ``#``.
 
         Warns:

@@ -25,6 +25,7 @@ from ..errors import on_rank
 from . import tracing
 from .checks import (
     check_name,
+    derived_class,
     refuse_lost_activation,
     refuse_lost_forward,
     refuse_own_forward,
@@ -34,7 +35,7 @@ from .checks import (
     warn_of_others,
 )
 from .fusing import FusedActivation, FusedReLU, fuse, fused_layers, unfuse
-from .mixed_class import rebuild, synchronized_class
+from .mixed_class import rebuild
 from .registry import Forward
 
 __all__ = [
@@ -196,10 +197,14 @@ def convert_sync_batchnorm(
     refuse_taken_names(plain, _CONVERSION_ATTRIBUTES)
     refuse_own_forward(plain)
     refuse_scripted(module)
+    changed = [(path, layer) for path, layer in layers if _changes(layer, to)]
+    classes = {layer: derived_class(to, _original(layer), path) for path, layer in changed}
     warn_of_others(module)
     model = _class_name(module) if name is None else name
     for path, layer in layers:
-        synchronized = _convert(layer, to)
+        if layer in classes:
+            _convert(layer, classes[layer])
+        synchronized = cast(Synchronized, layer)
         synchronized.process_group = process_group
         synchronized.layer_name = f"{model}: {path}" if path else name
     # A registered forward may do more after the normalization.
@@ -212,21 +217,35 @@ def convert_sync_batchnorm(
     return module
 
 
-def _convert(layer: _BatchNorm, to: type[Synchronized]) -> Synchronized:
-    """Change the class of ``layer`` to one derived from ``to``, unless that is done; return it."""
-    if isinstance(layer, Synchronized) and layer._converted_from and not isinstance(layer, to):
-        _revert(layer)  # converted to another class before
+def _changes(layer: _BatchNorm, to: type[Synchronized]) -> bool:
+    """Whether conversion to ``to`` changes the class of a layer."""
     if isinstance(layer, Synchronized):
-        return layer
-    original = parametrize.type_before_parametrizations(layer)
+        return layer._converted_from is not None and not isinstance(layer, to)
+    return True
+
+
+def _original(layer: _BatchNorm) -> type[_BatchNorm]:
+    """The class of a layer; of a synchronized one, the class that it gets back."""
+    if not isinstance(layer, Synchronized):
+        return cast(type[_BatchNorm], parametrize.type_before_parametrizations(layer))
+    original, _ = layer._converted_from or (BatchNorm, {})
+    if issubclass(original, LazyModuleMixin) and not isinstance(layer, LazyModuleMixin):
+        original = cast(type[_BatchNorm], original.cls_to_become)  # it has seen its first input since
+    return original
+
+
+def _convert(layer: _BatchNorm, cls: type[Synchronized]) -> None:
+    """Change the class of a layer to ``cls``."""
+    if isinstance(layer, Synchronized):
+        _revert(layer)  # converted to another class before
+    original = _original(layer)
     replaced = {key: vars(layer).pop(key) for key in _CONVERSION_ATTRIBUTES if key in vars(layer)}
     if replaced.get("process_group") is not None:  # torch.nn.SyncBatchNorm's
         replaced["process_group"] = _Given(replaced["process_group"])
-    _change_class(layer, synchronized_class(to, original))
+    _change_class(layer, cls)
     layer = cast(Synchronized, layer)
     layer._converted_from = (original, replaced)
     layer._key = new_key(layer)
-    return layer
 
 
 def set_process_group(module: nn.Module, process_group: AnyGroup) -> None:
@@ -303,11 +322,9 @@ def _class_name(model: nn.Module) -> str:
 
 
 def _revert(layer: Synchronized) -> None:
-    original, replaced = layer._converted_from or (BatchNorm, {})
-    if issubclass(original, LazyModuleMixin) and not isinstance(layer, LazyModuleMixin):
-        original = cast(type[_BatchNorm], original.cls_to_become)  # it has seen its first input since
+    _, replaced = layer._converted_from or (BatchNorm, {})
     give_up_key(layer)
-    _change_class(layer, original)
+    _change_class(layer, _original(layer))
     for key in _CONVERSION_ATTRIBUTES:
         vars(layer).pop(key, None)
     for key, value in replaced.items():

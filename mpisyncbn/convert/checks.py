@@ -13,7 +13,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.utils import parametrize
 
 from ..errors import on_rank
-from .mixed_class import changes_forward
+from .mixed_class import changes_forward, synchronized_class
 from .registry import full_name, has_own_forward, registered_forward
 
 if TYPE_CHECKING:
@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "check_name",
+    "derived_class",
     "label_of",
     "refuse_lost_activation",
     "refuse_lost_forward",
@@ -52,6 +53,18 @@ def refuse_own_forward(layers: list[tuple[str, _BatchNorm]]) -> None:
             "what it does with mpisyncbn.register_conversion, or rewrite such a layer to call a BatchNorm "
             "layer that it holds, or replace it before converting; no layer was changed"
         )
+
+
+def derived_class(to: type[Synchronized], original: type[_BatchNorm], layer: str) -> type[Synchronized]:
+    """The class for a layer of this name. Raises TypeError if none can be derived from its own."""
+    try:
+        return synchronized_class(to, original)
+    except Exception as error:  # from an __init_subclass__ or a metaclass
+        raise TypeError(
+            f"cannot convert {label_of(layer)}: no class can be derived from {to.__name__} and "
+            f"{full_name(original)}: {error}{on_rank()}. Let that class take any subclass, or "
+            "replace the layer before converting; no layer was changed"
+        ) from error
 
 
 def refuse_lost_activation(layers: dict[Synchronized, str], fused: Mapping[nn.Module, str]) -> None:

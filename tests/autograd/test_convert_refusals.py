@@ -129,6 +129,26 @@ def test_members_that_conversion_would_hide_are_refused_by_name(make, names):
     assert (kinds(net), contents(net)) == before
 
 
+class Tagged(nn.BatchNorm2d):
+    def __init_subclass__(cls, tag):
+        cls.tag = tag
+
+
+class Derived(Tagged, tag=3):
+    pass
+
+
+def test_a_class_that_takes_no_subclass_is_refused_by_name():
+    net = nn.Sequential(nn.BatchNorm2d(C), Scaled.convert_sync_batchnorm(nn.BatchNorm2d(C)), Derived(C))
+    before = kinds(net), contents(net)
+    words = (
+        f"cannot convert 2: no class can be derived from SyncBatchNorm and {__name__}.Derived: .*'tag' .on "
+    )
+    with pytest.raises(TypeError, match=words + "rank .* take any subclass.*no layer was changed"):
+        convert_sync_batchnorm(net)
+    assert (kinds(net), contents(net)) == before
+
+
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")
 def test_compiled_by_jit_is_refused():
     compiled = torch.jit.script(nn.Sequential(nn.BatchNorm2d(C)).eval())
