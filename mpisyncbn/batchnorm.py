@@ -6,6 +6,7 @@ from collections.abc import Mapping
 
 import torch
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor
 
 from . import autograd, convert
 from .activations import AnyActivation, name_of
@@ -128,7 +129,7 @@ class SyncBatchNorm(convert.Synchronized):
             tensors = input, self.running_mean, self.running_var, self.weight, self.bias
             if not torch.jit.is_tracing():
                 checked, layer = (input, *tensors[3:], *tensors[1:3]), self.layer_name
-                if torch.compiler.is_compiling():
+                if torch.compiler.is_compiling() or isinstance(input, FakeTensor):
                     check_arguments(*checked, eps=self.eps, layer=layer)
                 else:
                     description = describe(*checked) if input.is_cuda else None

@@ -97,9 +97,12 @@ def _check_vectors(vectors: dict[str, Array], x: Array, layer: str | None) -> No
                 "the channels in dimension 1"
             )
         if getattr(vector, "device", None) != getattr(x, "device", None):
+            cure = "move the module or the input with .to(device)"
+            if getattr(vector, "is_meta", False):  # .to() refuses it
+                cure = "give the module values, .to_empty(device=...) and .reset_parameters(), or load them"
             raise ValueError(
                 f"expected {label} on the input's device, {x.device}, got {vector.device}{in_layer(layer)}: "
-                "move the module or the input with .to(device)"
+                f"{cure}"
             )
         first = vector.dtype if first is None else first
         if vector.dtype != first or (first != x.dtype and not _is_mixed(dtype_name(x.dtype), first)):

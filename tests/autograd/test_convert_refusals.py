@@ -244,6 +244,8 @@ class Strict(nn.BatchNorm2d):
 def test_a_check_and_an_initialization_of_the_users_own_are_kept():
     with torch.device("meta"):
         layer = convert_sync_batchnorm(Strict(3))
+    with pytest.raises(ValueError, match=r"got meta.*to_empty.*reset_parameters"):
+        layer(torch.ones(2, 3, 4, 4))
     layer.to_empty(device="cpu").reset_parameters()
     assert layer.weight.tolist() == [0, 0, 0]
     assert layer.running_var.tolist() == [1, 1, 1]

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import warnings
 from functools import partial
 
 import pytest
 import torch
 from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 import mpisyncbn
 from support.activations import TORCHS
@@ -84,6 +86,18 @@ def test_statistics_that_change_between_evaluation_and_backward():
     expected += evaluated(layer, x)
     (y.pow(3).sum() + layer(x).pow(3).sum()).backward()
     assert distance(x.grad, expected) < 1e-5
+
+
+def test_tensors_without_values_are_evaluated_without_a_warning():
+    torch.set_warn_always(True)  # not only the first time in a process
+    try:
+        with FakeTensorMode(), warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            y = mpisyncbn.SyncBatchNorm(3).eval()(torch.zeros(2, 3, 4))
+    finally:
+        torch.set_warn_always(False)
+    assert y.shape == (2, 3, 4)
+    assert [str(each.message) for each in caught] == []
 
 
 def test_an_evaluated_graph_that_is_handed_on_holds_torchs_operations_alone():
