@@ -227,7 +227,7 @@ def _changes(layer: _BatchNorm, to: type[Synchronized]) -> bool:
 def _original(layer: _BatchNorm) -> type[_BatchNorm]:
     """The class of a layer; of a synchronized one, the class that it gets back."""
     if not isinstance(layer, Synchronized):
-        return cast(type[_BatchNorm], parametrize.type_before_parametrizations(layer))
+        return type(layer).__bases__[-1] if _is_wrapped(layer) else type(layer)
     original, _ = layer._converted_from or (BatchNorm, {})
     if issubclass(original, LazyModuleMixin) and not isinstance(layer, LazyModuleMixin):
         original = cast(type[_BatchNorm], original.cls_to_become)  # it has seen its first input since
@@ -332,8 +332,18 @@ def _revert(layer: Synchronized) -> None:
 
 
 def _change_class(layer: nn.Module, cls: type) -> None:
-    if parametrize.is_parametrized(layer):
-        # torch makes a class for each parametrized layer, with its tensors as properties. To remove
-        # them, torch goes back to the base of that class, so it must stay the outermost one.
-        cls = type(f"Parametrized{cls.__name__}", (cls,), dict(vars(type(layer))))
+    if _is_wrapped(layer):  # by a class that must stay the outermost one
+        wrapper = type(layer)
+        *more, wrapped = wrapper.__bases__
+        name = wrapper.__name__.removesuffix(wrapped.__name__) + cls.__name__
+        cls = type(name, (*more, cls), dict(vars(wrapper)))
     layer.__class__ = cls
+
+
+def _is_wrapped(layer: nn.Module) -> bool:
+    """Whether the class of a layer is one that torch has derived from the layer's own.
+
+    torch makes a class for each parametrized layer, with its tensors as properties, and goes back
+    to the base of that class to remove them. ``fully_shard`` makes one with the methods of FSDP.
+    """
+    return parametrize.is_parametrized(layer) or type(layer).__module__.startswith("torch.distributed.")

@@ -12,7 +12,7 @@ from mpi4py import MPI
 from torch import Tensor, nn
 from torch.distributed import _functional_collectives as functional_collectives
 from torch.distributed.algorithms.ddp_comm_hooks import default_hooks, powerSGD_hook
-from torch.distributed.fsdp import fully_shard
+from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
 import mpisyncbn
@@ -151,10 +151,21 @@ def test_memory_efficient_layers() -> None:
 @pytest.mark.parametrize("memory_efficient", [False, True])
 def test_sharded(memory_efficient: bool) -> None:
     net = network(memory_efficient=memory_efficient)
+    layer = fully_shard(net[1])
     train(fully_shard(net))
     whole = [parameter.full_tensor() for parameter in net.parameters()]
+    kinds = []
+    for change in (mpisyncbn.revert_sync_batchnorm, mpisyncbn.convert_sync_batchnorm):
+        change(net)
+        layer.unshard()  # the class has kept the methods of FSDP
+        layer.reshard()
+        kinds.append(type(layer))
+    net(batches(RANK, 0)[0])
 
     with together():
+        assert [kind.__name__ for kind in kinds] == ["FSDPBatchNorm2d", "FSDPSyncBatchNorm"]
+        assert kinds[0].__bases__ == (FSDPModule, nn.BatchNorm2d)
+        assert issubclass(kinds[1], mpisyncbn.SyncBatchNorm)
         expected = in_one_process()
         for actual, parameter in zip(whole, expected.parameters(), strict=True):
             torch.testing.assert_close(actual, parameter, rtol=0, atol=1e-9)
