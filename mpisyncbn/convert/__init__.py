@@ -167,7 +167,7 @@ class _Given:
         return _Given, (kept, self.communicator)
 
 
-_CONVERSION_ATTRIBUTES = {
+_CONVERSION_ATTRIBUTES = {  # names that torch's layers do not have
     name for name in vars(Synchronized).keys() - dir(_BatchNorm) if not name.startswith("__")
 }
 _rebuild = rebuild  # pickled models refer to it, and to rebuild, FusedActivation and FusedReLU here

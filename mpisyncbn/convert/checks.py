@@ -22,7 +22,6 @@ if TYPE_CHECKING:
 __all__ = [
     "check_name",
     "derived_class",
-    "label_of",
     "refuse_lost_activation",
     "refuse_lost_forward",
     "refuse_own_forward",
@@ -61,7 +60,7 @@ def derived_class(to: type[Synchronized], original: type[_BatchNorm], layer: str
         return synchronized_class(to, original)
     except Exception as error:  # from an __init_subclass__ or a metaclass
         raise TypeError(
-            f"cannot convert {label_of(layer)}: no class can be derived from {to.__name__} and "
+            f"cannot convert {_label_of(layer)}: no class can be derived from {to.__name__} and "
             f"{full_name(original)}: {error}{on_rank()}. Let that class take any subclass, or "
             "replace the layer before converting; no layer was changed"
         ) from error
@@ -77,7 +76,7 @@ def refuse_lost_activation(layers: dict[Synchronized, str], fused: Mapping[nn.Mo
         restored = fused.get(layer)
         if layer.activation != restored:
             instead = f", where reverting restores {restored}" if restored else ""
-            lost.append(f"{label_of(name)} ({layer.activation}{instead})")
+            lost.append(f"{_label_of(name)} ({layer.activation}{instead})")
     if lost:
         raise TypeError(
             f"cannot revert layers whose activation would be lost: {_abbreviated(lost)}{on_rank()}. Put a "
@@ -140,7 +139,7 @@ def refuse_scripted(module: nn.Module) -> None:
     for name, layer in module.named_modules():
         if isinstance(layer, torch.jit.ScriptModule) and "BatchNorm" in layer.original_name:
             raise TypeError(
-                f"cannot convert {label_of(name)}: it is compiled by torch.jit{on_rank()}. "
+                f"cannot convert {_label_of(name)}: it is compiled by torch.jit{on_rank()}. "
                 "Convert the model before compiling it; no layer was changed"
             )
 
@@ -179,7 +178,7 @@ def warn_of_others(module: nn.Module) -> None:
             and not any("Frozen" in kind for kind in named)  # these use no batch statistics
             and not isinstance(each, _BatchNorm)
         ):
-            others.append(f"{label_of(name)} ({cls.__module__}.{cls.__qualname__})")
+            others.append(f"{_label_of(name)} ({cls.__module__}.{cls.__qualname__})")
     if others:
         warnings.warn(
             "layers that are no BatchNorm of torch's stay local to each rank: "
@@ -192,7 +191,7 @@ def _by_reason(layers: list[tuple[str, str]]) -> str:
     """For each reason, the name of one layer, and how many more there are."""
     names: dict[str, list[str]] = {}
     for name, reason in layers:
-        names.setdefault(reason, []).append(label_of(name))
+        names.setdefault(reason, []).append(_label_of(name))
     return ", ".join(f"{_abbreviated(some)} ({reason})" for reason, some in names.items())
 
 
@@ -201,6 +200,6 @@ def _abbreviated(names: list[str]) -> str:
     return names[0] if len(names) == 1 else f"{names[0]}, and {len(names) - 1} more"
 
 
-def label_of(name: str) -> str:
+def _label_of(name: str) -> str:
     """The words of an error for the module with this name; it is empty for the model itself."""
     return name or "the module itself"
