@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from contextlib import AbstractContextManager
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, cast
 
 import numpy as np
 
@@ -101,7 +101,7 @@ def device_streams(x: Array) -> Streams:
 
 def new_total() -> Total:
     """The count of a batch, which its forward exchange sets and its backward one divides by."""
-    return _native().Total()
+    return _native_code().Total()
 
 
 def moments_call(
@@ -120,11 +120,8 @@ def sums_call(group: Communicator, call: LayerCall, values: int) -> Call:
     return _native_call(group, call, _SUM_VECTORS, values, 0.0)
 
 
-def _native() -> NativeKernels:
-    kernels = native()
-    if kernels is None:
-        raise MPISyncBNError("expected the native code of this worker, got none: install mpisyncbn again")
-    return kernels
+def _native_code() -> NativeKernels:
+    return cast("NativeKernels", native())  # the worker is native code too
 
 
 def _native_call(group: Communicator, call: LayerCall, kind: int, values: int, largest: float) -> Call:
@@ -135,7 +132,7 @@ def _native_call(group: Communicator, call: LayerCall, kind: int, values: int, l
         hashes = fingerprint.fingerprint(call, 0), fingerprint.fingerprint(again, 0)
         with group.lock:  # else another thread's call may get this number
             number = len(group.rank_status.calls)
-            found = _native().Call(kind, number, values, *hashes, call.eps or 0.0, largest)
+            found = _native_code().Call(kind, number, values, *hashes, call.eps or 0.0, largest)
             group.enqueued_calls[key] = found
             group.rank_status.calls.append(call)
     return found

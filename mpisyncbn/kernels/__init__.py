@@ -26,7 +26,7 @@ import warnings
 from collections.abc import Callable, Hashable
 from functools import cache
 from types import ModuleType
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, cast
 
 import numpy as np
 
@@ -87,7 +87,7 @@ def native() -> NativeKernels | None:
         from . import cpu
     except ImportError:
         return None
-    return cpu
+    return cast("NativeKernels", cpu)
 
 
 @cache

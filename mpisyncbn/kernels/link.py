@@ -11,8 +11,7 @@ from . import native
 if TYPE_CHECKING:
     from mpi4py import MPI as mpi4py_MPI
 
-    from .cpu._cpu import Link as Link  # also for the annotations of other modules
-    from .cpu._cpu import StreamWorker
+    from .cpu._cpu import Link, StreamWorker
 
 __all__ = ["CUDA_DRIVER", "addresses", "handle", "native_link", "native_stream_worker"]
 

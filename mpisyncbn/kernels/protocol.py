@@ -8,14 +8,13 @@ float64).
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol, TypeAlias
 
 if TYPE_CHECKING:
     import numpy as np
 
     from .activation import Activation, ActivationContext
-    from .cpu._cpu import Call, Launches, Link, StreamWorker, Total
+    from .cpu import _cpu
 
 __all__ = ["Array", "BackwardKernels", "Kernels", "NativeKernels", "Running", "Vector"]
 
@@ -94,60 +93,22 @@ class Running(NamedTuple):
     momentum: float
 
 
-class NativeKernels(Kernels, Protocol):
+class NativeKernels(Kernels):
     """``kernels.cpu``: the four kernels, and the other native functions. See ``_cpu.pyi``."""
 
-    Call: type[Call]
-    Launches: type[Launches]
-    Link: type[Link]
-    StreamWorker: type[StreamWorker]
-    Total: type[Total]
-    most_dimensions: int
-
-    def add_departing_group(
-        self, comm: int, rank: int, exchanges: int, timeout: float, hostnames: list[str], /
-    ) -> None: ...
-
-    def describe(self, *tensors: Array | None) -> bytes | None: ...
-
-    def install_finalize_hook(
-        self,
-        functions: list[int],
-        comm_self: int,
-        comm_world: int,
-        byte: int,
-        any_source: int,
-        int_handles: bool,
-        /,
-    ) -> bool: ...
-
-    def instruction_set(self) -> str: ...
-
-    def invstd(self, var: Vector, eps: float, out: Vector, /) -> None: ...
-
-    def passes_fast_check(
-        self,
-        x: Array,
-        weight: Array | None,
-        bias: Array | None,
-        running_mean: Array | None,
-        running_var: Array | None,
-        /,
-    ) -> bool: ...
-
-    def threads(self) -> int: ...
-
-    def update_running_stats(
-        self,
-        running_mean: Array,
-        running_var: Array,
-        num_batches_tracked: Array | None,
-        record_change: Callable[[tuple[Array, Array]], object] | None,
-        mean: Vector,
-        var: Vector,
-        to_unbiased: float,
-        momentum: float,
-        /,
-    ) -> bool: ...
-
-    def use_tensors(self, tensor: type, /) -> bool: ...
+    if TYPE_CHECKING:  # the stub has the signatures
+        Call = _cpu.Call
+        Launches = _cpu.Launches
+        Link = _cpu.Link
+        StreamWorker = _cpu.StreamWorker
+        Total = _cpu.Total
+        most_dimensions: int
+        add_departing_group = staticmethod(_cpu.add_departing_group)
+        describe = staticmethod(_cpu.describe)
+        install_finalize_hook = staticmethod(_cpu.install_finalize_hook)
+        instruction_set = staticmethod(_cpu.instruction_set)
+        invstd = staticmethod(_cpu.invstd)
+        passes_fast_check = staticmethod(_cpu.passes_fast_check)
+        threads = staticmethod(_cpu.threads)
+        update_running_stats = staticmethod(_cpu.update_running_stats)
+        use_tensors = staticmethod(_cpu.use_tensors)
