@@ -33,7 +33,8 @@ from ..torch_versions import shut_down_groups_of
 from . import rendezvous
 from .joining import join
 from .no_compile import no_compile
-from .process_group import BACKEND, ProcessGroup, create_process_group
+from .process_group import ProcessGroup, create_process_group
+from .rendezvous import BACKEND
 from .work import keep_works_of_reducers
 
 if TYPE_CHECKING:
@@ -111,6 +112,6 @@ def monitored_barrier(
 
 if BACKEND not in dist.Backend.backend_list:
     dist.Backend.register_backend(BACKEND, create_process_group, extended_api=True, devices=["cpu", "cuda"])
-    rendezvous.register(BACKEND)
+    rendezvous.register()
     keep_works_of_reducers()
     shut_down_groups_of(ProcessGroup)

@@ -22,15 +22,13 @@ from . import rendezvous
 from .collectives import Collectives
 from .no_compile import no_compile_methods
 from .point_to_point import PointToPoint
+from .rendezvous import BACKEND
 
 if TYPE_CHECKING:
     from mpi4py import MPI
     from torch._C._distributed_c10d import Store, _DistributedBackendOptions
 
-__all__ = ["BACKEND", "ProcessGroup", "create_process_group"]
-
-#: The name of the backend in torch.distributed: "mpi4py".
-BACKEND = "mpi4py"
+__all__ = ["ProcessGroup", "create_process_group"]
 
 
 @no_compile_methods

@@ -26,7 +26,10 @@ if TYPE_CHECKING:
     from mpi4py import MPI
     from torch._C._distributed_c10d import Store
 
-__all__ = ["forget", "lazy_store", "register", "use_comm", "world_comm"]
+__all__ = ["BACKEND", "forget", "lazy_store", "register", "use_comm", "world_comm"]
+
+#: The name of the backend in torch.distributed: "mpi4py".
+BACKEND = "mpi4py"
 
 P = ParamSpec("P")
 T = TypeVar("T")
@@ -68,15 +71,14 @@ def forget() -> None:
         _used_comm = None
 
 
-def register(backend: str) -> None:
+def register() -> None:
     """Register how torch finds the ranks, and give groups of other backends a store.
 
     The address ``mpi4py://`` goes by MPI, and so does ``env://``, torch's default, unless all of
-    its variables are set. Groups of backends other than ``backend``, which is ours, get a store
-    when torch makes them.
+    its variables are set. Groups of other backends get a store when torch makes them.
     """
     c10d: Any = import_module("torch.distributed.distributed_c10d")
-    c10d._new_process_group_helper = _with_stores(c10d._new_process_group_helper, backend)
+    c10d._new_process_group_helper = _with_stores(c10d._new_process_group_helper)
     dist.register_rendezvous_handler("mpi4py", _find_by_mpi)
     handlers = import_module("torch.distributed.rendezvous")._rendezvous_handlers
     find_by_variables = handlers["env"]
@@ -93,7 +95,7 @@ def register(backend: str) -> None:
     handlers["env"] = find
 
 
-def _with_stores(make: Callable[P, T], ours: str) -> Callable[P, T]:
+def _with_stores(make: Callable[P, T]) -> Callable[P, T]:
     """Wrap torch's function that makes a group, so that groups of other backends get a store."""
     signature = inspect.signature(make)
 
@@ -102,7 +104,7 @@ def _with_stores(make: Callable[P, T], ours: str) -> Callable[P, T]:
         call = signature.bind(*args, **kwargs)
         given, ranks = call.arguments, call.arguments["global_ranks_in_group"]
         late = lazy_store(given["store"])
-        if late is None or not _needs_store(given["backend"], ranks, ours):
+        if late is None or not _needs_store(given["backend"], ranks):
             return make(*args, **kwargs)
         world, timeout = world_comm(), given["timeout"]
         comm = subset(world, list(ranks) or list(range(world.size)))
@@ -122,16 +124,12 @@ def _with_stores(make: Callable[P, T], ours: str) -> Callable[P, T]:
     return make_with_store
 
 
-def _needs_store(backend: str | None, ranks: list[int], ours: str) -> bool:
-    """Whether this rank is in the group, and the group has a backend other than ``ours``."""
-    is_in_group = not ranks or world_comm().rank in ranks
-    return is_in_group and _backends(backend) != {ours}
-
-
-def _backends(name: str | None) -> set[str]:
-    """Return the backends that torch makes for a group whose backend has this name."""
-    backend_config: Any = import_module("torch.distributed.distributed_c10d").BackendConfig(name)
-    return set(backend_config.get_device_backend_map().values())
+def _needs_store(backend: str | None, ranks: list[int]) -> bool:
+    """Whether this rank is in the group, and torch makes another backend than ours for it."""
+    if ranks and world_comm().rank not in ranks:
+        return False
+    backend_config: Any = import_module("torch.distributed.distributed_c10d").BackendConfig(backend)
+    return set(backend_config.get_device_backend_map().values()) != {BACKEND}
 
 
 def lazy_store(store: Store | None) -> LazyStore | None:
