@@ -23,7 +23,14 @@ from ..errors import MPISyncBNError, on_rank
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
 
-__all__ = ["check_world", "check_world_size", "describe", "warn_world_size", "world_size_mismatch"]
+__all__ = [
+    "check_world",
+    "check_world_size",
+    "describe",
+    "library_name",
+    "warn_world_size",
+    "world_size_mismatch",
+]
 
 # How srun starts the ranks of a library, by mpi4py's name for the library.
 _SRUN = {
@@ -91,6 +98,12 @@ def describe(MPI: ModuleType) -> str:
     return f"{ranks} rank{'' if ranks == 1 else 's'} ({variable})" if variable else "none that is known here"
 
 
+def library_name(MPI: ModuleType) -> str:
+    """The name and version of the MPI library."""
+    name, version = MPI.get_vendor()
+    return f"{name} {'.'.join(map(str, version))}"
+
+
 def world_size_mismatch(MPI: ModuleType) -> WorldSizeMismatch | None:
     """The mismatch if torch.distributed or a launcher knows of more ranks than MPI, else None."""
     size = MPI.COMM_WORLD.Get_size()
@@ -111,10 +124,9 @@ def world_size_mismatch(MPI: ModuleType) -> WorldSizeMismatch | None:
 
 def _cure(MPI: ModuleType, variable: str = "") -> str:
     """The cure of a mismatch, in words, for this library and this launcher's variable."""
-    vendor, version = MPI.get_vendor()
-    library = f"{vendor} {'.'.join(map(str, version))}"
+    library = library_name(MPI)
     own = f"the mpiexec that comes with {library}"
-    srun = _SRUN.get(vendor, "srun --mpi=pmix, or --mpi=pmi2")
+    srun = _SRUN.get(MPI.get_vendor()[0], "srun --mpi=pmix, or --mpi=pmi2")
     if variable in ("", "WORLD_SIZE", "HOROVOD_SIZE"):
         return (
             "torchrun, mp.spawn and the like do not tell MPI of the ranks that they start. Instead, start "

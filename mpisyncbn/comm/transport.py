@@ -22,6 +22,7 @@ from .. import config
 from ..errors import TransportError, on_rank
 from ..kernels import Array, has_float64, loaded_torch, native
 from ..kernels.link import native_stream_worker
+from .launcher import library_name
 from .staging import device_of, staging_for
 
 __all__ = [
@@ -58,8 +59,9 @@ def chosen(MPI: ModuleType) -> tuple[str, str]:
     aware, reason = _is_aware(MPI, kind)
     if asked == "device" and not aware:
         raise TransportError(
-            f"MPISYNCBN_TRANSPORT=device asks for messages in device memory, but {_name(MPI)} cannot take "
-            f"them{on_rank()}: {reason}. Use an MPI library built for {kind}, or set the variable to auto"
+            f"MPISYNCBN_TRANSPORT=device asks for messages in device memory, but {library_name(MPI)} "
+            f"cannot take them{on_rank()}: {reason}. Use an MPI library built for {kind}, or set the "
+            "variable to auto"
         )
     return "device" if aware else "host", reason
 
@@ -143,12 +145,6 @@ def _is_rocm() -> bool:
     """Whether torch is built for ROCm."""
     torch = loaded_torch()
     return torch is not None and torch.version.hip is not None
-
-
-def _name(MPI: ModuleType) -> str:
-    """The vendor and version of the MPI library."""
-    vendor, version = MPI.get_vendor()
-    return f"{vendor} {'.'.join(map(str, version))}"
 
 
 def on_host(array: Array) -> bool:

@@ -63,7 +63,6 @@ def find(MPI: ModuleType) -> RankFacts:
             setting()
         except ValueError as error:
             invalid.append(str(error))
-    vendor, version = MPI.get_vendor()
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # the report says the same
         used = _transport(MPI)
@@ -76,7 +75,7 @@ def find(MPI: ModuleType) -> RankFacts:
         versions=versions(),
         mpi={
             "library": MPI.Get_library_version().strip("\0\n ").splitlines()[0],
-            "vendor": f"{vendor} {'.'.join(map(str, version))}",
+            "vendor": launcher.library_name(MPI),
             "standard": "{}.{}".format(*MPI.Get_version()),
             "thread level": _thread_level(MPI),
         },
