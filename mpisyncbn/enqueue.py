@@ -107,7 +107,7 @@ def new_total() -> Total:
 def moments_call(
     group: Communicator, call: LayerCall, channels: int, largest: float = _LARGEST_FLOAT32
 ) -> Call:
-    """The description of an exchange of moments for the worker.
+    """An exchange of moments, as the worker takes it.
 
     ``largest`` is the largest number of the running statistics' dtype.
     """
@@ -116,7 +116,7 @@ def moments_call(
 
 
 def sums_call(group: Communicator, call: LayerCall, values: int) -> Call:
-    """The description of an exchange of ``values`` sums, of all vectors, for the worker."""
+    """An exchange of ``values`` sums, of all vectors, as the worker takes it."""
     return _native_call(group, call, _SUM_VECTORS, values, 0.0)
 
 

@@ -85,7 +85,7 @@ class Communicator:
         self.link: Link | None = None  # native code for an exchange
         self.stream: StreamWorker | None = None  # does the exchanges of the stream transport
         self.last_stream: Stream | None = None  # kept for the worker: see enqueue.py
-        self.enqueued_calls: dict[object, Call] = {}  # descriptions for ``stream``: see enqueue.py
+        self.enqueued_calls: dict[object, Call] = {}  # for ``stream``: see enqueue.py
         self.prepared: dict[Hashable, Any] = {}  # passes of layers on a GPU: see autograd/enqueued.py
         self.on_failure: Callable[[Communicator], None] | None = None  # raises what ``stream`` has found
         self.transport = "host"  # for data on a device; the ranks agree on it in ready()

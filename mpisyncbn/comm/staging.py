@@ -20,7 +20,7 @@ from .streams import Device, Stream, Streams, streams_of
 
 __all__ = ["DeviceMessage", "StagingBuffers", "device_key", "device_of", "staging_for"]
 
-_SLOTS = 8  # more than the copies that one step of a layer has in flight
+_BUFFERS = 8  # more than the copies that one step of a layer has in flight
 
 
 class StagingBuffers:
@@ -28,7 +28,7 @@ class StagingBuffers:
 
     def __init__(self, streams: Streams) -> None:
         self.streams = streams
-        self._slots = [_Slot(streams) for _ in range(_SLOTS)]
+        self._buffers = [_Buffer(streams) for _ in range(_BUFFERS)]
         self._turn = 0
 
     def to_host(self, vectors: Sequence[Array]) -> list[np.ndarray]:
@@ -49,29 +49,29 @@ class StagingBuffers:
 
     def to_device(self, vectors: Sequence[np.ndarray]) -> Sequence[Array]:
         """Copy vectors of one length to rows of a float64 array on the device, without waiting."""
-        slot = self._next()
-        memory, array = slot.part(len(vectors) * len(vectors[0]))
+        buffer = self._next()
+        memory, array = buffer.part(len(vectors) * len(vectors[0]))
         np.concatenate(vectors, out=array)
-        slot.read_by = self.streams.current_stream()
+        buffer.read_by = self.streams.current_stream()
         return self.streams.upload(memory, len(vectors))
 
-    def _next(self) -> _Slot:
+    def _next(self) -> _Buffer:
         """The next buffer. If it may still be copied to the device, wait for that."""
-        self._turn = (self._turn + 1) % _SLOTS
-        slot = self._slots[self._turn]
-        if slot.read_by is not None:
-            self.wait_for(slot.read_by)
-        return slot
+        self._turn = (self._turn + 1) % _BUFFERS
+        buffer = self._buffers[self._turn]
+        if buffer.read_by is not None:
+            self.wait_for(buffer.read_by)
+        return buffer
 
     def wait_for(self, stream: Stream) -> None:
         """Wait for a stream. The buffers that are copied in its order are free then."""
         self.streams.wait_for(stream)
-        for slot in self._slots:
-            if slot.read_by is stream:
-                slot.read_by = None
+        for buffer in self._buffers:
+            if buffer.read_by is stream:
+                buffer.read_by = None
 
 
-class _Slot:
+class _Buffer:
     """A pinned buffer that grows, and the stream in whose order it is copied to the device."""
 
     def __init__(self, streams: Streams) -> None:

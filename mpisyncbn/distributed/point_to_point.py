@@ -137,7 +137,7 @@ class PointToPointWork(Work):
 
     Args:
         group: the process group that it belongs to.
-        call: its description in errors.
+        call: what errors call it.
         requests: MPI's requests, one for each piece of the message.
         host: the memory that MPI reads or writes, kept until it is done.
         received: the tensor to receive into; None: this rank sends.

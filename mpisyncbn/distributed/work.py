@@ -94,7 +94,7 @@ class Work(_Work):
 
     Args:
         result: the tensors that hold the result, as torch nests them.
-        call: its description in errors; only its text is used.
+        call: what errors call it; only its text is used.
         done: the event that is set once it is done; None: a new one.
     """
 

@@ -298,7 +298,7 @@ def test_buffers_outlive_inference_mode():
     """Buffers made in inference mode can be written to later, unlike other tensors made in it."""
     layer = mpisyncbn.SyncBatchNorm(700, device=DEVICE, track_running_stats=False)
     x = shard((local_batch(), 700, 4), 1)
-    staging.staging_for(there(x))._slots[:] = [None] * len(staging.staging_for(there(x))._slots)
+    staging.staging_for(there(x))._buffers[:] = [None] * len(staging.staging_for(there(x))._buffers)
     with torch.inference_mode():
         inferred = layer(there(x)).cpu()
     trained = layer(there(x).requires_grad_())

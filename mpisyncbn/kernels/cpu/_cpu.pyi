@@ -205,7 +205,7 @@ class Total:
     def __init__(self, /) -> None: ...
 
 class Call:
-    """The description of an exchange of the stream transport: see Call in worker.h."""
+    """An exchange of the stream transport, apart from its values: see Call in worker.h."""
 
     def __init__(
         self, kind: int, number: int, channels: int, hash: int, again: int, eps: float, largest: float, /

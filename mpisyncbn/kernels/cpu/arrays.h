@@ -47,7 +47,7 @@ void put(float &to, double v) { to = (float)v; }
 void put(bfloat16 &to, double v) { baseline::store_part(&to, baseline::vec<bfloat16>{(float)v}, 1); }
 void put(float16 &to, double v) { baseline::store_part(&to, baseline::vec<float16>{(float)v}, 1); }
 
-bool describe_quickly(const dlpack::ExchangeAPI &api, nb::handle object, Array &array) {
+bool locate_by_dlpack(const dlpack::ExchangeAPI &api, nb::handle object, Array &array) {
     dlpack::Tensor tensor;
     if (!dlpack::read(api, object.ptr(), tensor)) return false;
     array.dtype = tensor.code == 4 && tensor.bits == 16   ? DType::bf16
@@ -65,7 +65,7 @@ bool describe_quickly(const dlpack::ExchangeAPI &api, nb::handle object, Array &
     return tensor.device_type == 1 && array.dtype != DType::none && (array.data || array.size() == 0);
 }
 
-bool describe_by_name(nb::handle torch, nb::handle object, Array &array) {
+bool locate_by_attributes(nb::handle torch, nb::handle object, Array &array) {
     static PyObject *const names[] = {
         PyUnicode_InternFromString("dtype"), PyUnicode_InternFromString("shape"),
         PyUnicode_InternFromString("stride"), PyUnicode_InternFromString("data_ptr"),
@@ -98,7 +98,7 @@ bool describe_by_name(nb::handle torch, nb::handle object, Array &array) {
 
 // Fills `array`; None becomes an array without data. Returns false unless the object is a NumPy
 // array or a torch tensor in host memory, of a dtype that the loops know, or boolean.
-bool look_at(nb::handle object, Array &array, bool to_write = false) {
+bool locate_any(nb::handle object, Array &array, bool to_write = false) {
     if (object.is_none()) return true;
     if (PyObject_CheckBuffer(object.ptr())) {  // NumPy
         Py_buffer view;
@@ -137,16 +137,18 @@ bool look_at(nb::handle object, Array &array, bool to_write = false) {
         PyErr_Clear();
         return false;
     }
-    return api && (type == plain || type == parameter) ? describe_quickly(*api, object, array)
-                                                       : describe_by_name(torch, object, array);
+    return api && (type == plain || type == parameter) ? locate_by_dlpack(*api, object, array)
+                                                       : locate_by_attributes(torch, object, array);
 }
 
-bool describe(nb::handle object, Array &array, bool to_write = false) {
-    return look_at(object, array, to_write) && array.dtype != DType::boolean;
+// The same, but not for a boolean array.
+bool locate(nb::handle object, Array &array, bool to_write = false) {
+    return locate_any(object, array, to_write) && array.dtype != DType::boolean;
 }
 
-bool describe_mask(nb::handle object, Array &array) {
-    return look_at(object, array) && (object.is_none() || array.dtype == DType::boolean);
+// The same, but only for a boolean array.
+bool locate_mask(nb::handle object, Array &array) {
+    return locate_any(object, array) && (object.is_none() || array.dtype == DType::boolean);
 }
 
 // How arrays of one shape lie in memory: all as planes, or all as rows.

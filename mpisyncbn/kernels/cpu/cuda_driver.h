@@ -11,7 +11,7 @@
 struct Driver {
     using Stream = void *;
     using Pointer = uint64_t;  // of a device
-    using Call = int;          // 0, or CUDA's error
+    using Error = int;         // 0: none
 
     union MemoryOperation {  // one of cuStreamBatchMemOp
         struct {
@@ -24,29 +24,29 @@ struct Driver {
     };
 
     void *library;
-    Call (*cuMemHostAlloc)(void **, size_t, unsigned);
-    Call (*cuMemcpyAsync)(Pointer, Pointer, size_t, Stream);
-    Call (*cuStreamBatchMemOp_v2)(Stream, unsigned, MemoryOperation *, unsigned);
-    Call (*cuStreamSynchronize)(Stream);
-    Call (*cuEventCreate)(void **, unsigned);
-    Call (*cuEventRecord)(void *, Stream);
-    Call (*cuStreamWaitEvent)(Stream, void *, unsigned);
-    Call (*cuStreamGetCaptureInfo_v2)(Stream, int *, uint64_t *, void **, const void ***, size_t *);
-    Call (*cuThreadExchangeStreamCaptureMode)(int *);
-    Call (*cuUserObjectCreate)(void **, void *, void (*)(void *), unsigned, unsigned);
-    Call (*cuGraphRetainUserObject)(void *, void *, unsigned, unsigned);
-    Call (*cuLaunchKernel)(void *, unsigned, unsigned, unsigned, unsigned, unsigned, unsigned, unsigned, Stream,
-                           void **, void **);
-    Call (*cuCtxGetCurrent)(void **);
-    Call (*cuCtxGetDevice)(int *);
-    Call (*cuCtxSetCurrent)(void *);
-    Call (*cuCtxSynchronize)();
-    Call (*cuDevicePrimaryCtxRetain)(void **, int);
-    Call (*cuEventSynchronize)(void *);
-    Call (*cuInit)(unsigned);
-    Call (*cuDeviceGet)(int *, int);
-    Call (*cuDeviceGetAttribute)(int *, int, int);
-    Call (*cuGetErrorString)(Call, const char **);
+    Error (*cuMemHostAlloc)(void **, size_t, unsigned);
+    Error (*cuMemcpyAsync)(Pointer, Pointer, size_t, Stream);
+    Error (*cuStreamBatchMemOp_v2)(Stream, unsigned, MemoryOperation *, unsigned);
+    Error (*cuStreamSynchronize)(Stream);
+    Error (*cuEventCreate)(void **, unsigned);
+    Error (*cuEventRecord)(void *, Stream);
+    Error (*cuStreamWaitEvent)(Stream, void *, unsigned);
+    Error (*cuStreamGetCaptureInfo_v2)(Stream, int *, uint64_t *, void **, const void ***, size_t *);
+    Error (*cuThreadExchangeStreamCaptureMode)(int *);
+    Error (*cuUserObjectCreate)(void **, void *, void (*)(void *), unsigned, unsigned);
+    Error (*cuGraphRetainUserObject)(void *, void *, unsigned, unsigned);
+    Error (*cuLaunchKernel)(void *, unsigned, unsigned, unsigned, unsigned, unsigned, unsigned, unsigned, Stream,
+                            void **, void **);
+    Error (*cuCtxGetCurrent)(void **);
+    Error (*cuCtxGetDevice)(int *);
+    Error (*cuCtxSetCurrent)(void *);
+    Error (*cuCtxSynchronize)();
+    Error (*cuDevicePrimaryCtxRetain)(void **, int);
+    Error (*cuEventSynchronize)(void *);
+    Error (*cuInit)(unsigned);
+    Error (*cuDeviceGet)(int *, int);
+    Error (*cuDeviceGetAttribute)(int *, int, int);
+    Error (*cuGetErrorString)(Error, const char **);
 
     // Throws std::runtime_error if the library or one of the functions is missing.
     explicit Driver(const std::string &path) {
@@ -66,7 +66,7 @@ struct Driver {
 #undef FIND
     }
 
-    void check(Call error, const char *what) const {
+    void check(Error error, const char *what) const {
         if (error == 0) return;
         const char *words = nullptr;
         cuGetErrorString(error, &words);

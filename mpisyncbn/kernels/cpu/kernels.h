@@ -87,7 +87,7 @@ void fill_row_origins(const Loops<T> &loops, const Plan<T> &plan, compute_t<T> *
 std::pair<int, long> local_moments(nb::handle x_object, nb::handle mask_object, const Output &out,
                                    int threads) {
     Array x, mask, none;
-    if (!describe(x_object, x) || !describe_mask(mask_object, mask) || !same_kind(x, {}) || !fits(mask, x))
+    if (!locate(x_object, x) || !locate_mask(mask_object, mask) || !same_kind(x, {}) || !fits(mask, x))
         return {REFUSED, 0};
     const long channels = x.shape[1];
     long count = 0;
@@ -129,8 +129,8 @@ int normalize(nb::handle x_object, const Vector &mean, const Vector &invstd, nb:
               nb::handle bias_object, nb::handle mask_object, nb::handle residual_object,
               nb::handle y_object, int kind, double parameter, int threads) {
     Array x, weight, bias, mask, residual, y;
-    if (!describe(x_object, x) || !describe(weight_object, weight) || !describe(bias_object, bias) ||
-        !describe_mask(mask_object, mask) || !describe(residual_object, residual) || !describe(y_object, y) ||
+    if (!locate(x_object, x) || !locate(weight_object, weight) || !locate(bias_object, bias) ||
+        !locate_mask(mask_object, mask) || !locate(residual_object, residual) || !locate(y_object, y) ||
         !same_kind(x, {&residual, &y}) || !fits(mask, x))
         return REFUSED;
     if (x.size() == 0) return DONE;
@@ -189,9 +189,9 @@ int backward_reduce(nb::handle dy_object, nb::handle x_object, const Vector &mea
                     nb::handle y_object, nb::handle residual_object, nb::handle dz_object, int kind,
                     double parameter, bool undo, const Output &out, int threads) {
     Array dy, x, weight, bias, mask, y, residual, dz;
-    if (!describe(dy_object, dy) || !describe(x_object, x) || !describe(weight_object, weight) ||
-        !describe(bias_object, bias) || !describe_mask(mask_object, mask) || !describe(y_object, y) ||
-        !describe(residual_object, residual) || !describe(dz_object, dz) ||
+    if (!locate(dy_object, dy) || !locate(x_object, x) || !locate(weight_object, weight) ||
+        !locate(bias_object, bias) || !locate_mask(mask_object, mask) || !locate(y_object, y) ||
+        !locate(residual_object, residual) || !locate(dz_object, dz) ||
         !same_kind(x, {&dy, &y, &residual, &dz}) || !fits(mask, x))
         return REFUSED;
     if (x.size() == 0) {
@@ -237,8 +237,8 @@ int backward_elementwise(nb::handle dy_object, nb::handle x_object, const Vector
                          const Vector &mean_dy_xmu, nb::handle mask_object, nb::handle dx_object, int kind,
                          double parameter, bool undo, int threads) {
     Array dy, x, weight, bias, mask, dx;
-    if (!describe(dy_object, dy) || !describe(x_object, x) || !describe(weight_object, weight) ||
-        !describe(bias_object, bias) || !describe_mask(mask_object, mask) || !describe(dx_object, dx) ||
+    if (!locate(dy_object, dy) || !locate(x_object, x) || !locate(weight_object, weight) ||
+        !locate(bias_object, bias) || !locate_mask(mask_object, mask) || !locate(dx_object, dx) ||
         !same_kind(x, {&dy, &dx}) || !fits(mask, x))
         return REFUSED;
     if (x.size() == 0) return DONE;

@@ -13,7 +13,7 @@ bool update_running_stats(nb::handle running_mean_object, nb::handle running_var
             (nb::cast<bool>(object.attr("requires_grad")) || nb::cast<bool>(object.attr("is_inference")())))
             return false;
     Array running[2];
-    if (!describe(running_mean_object, running[0], true) || !describe(running_var_object, running[1], true))
+    if (!locate(running_mean_object, running[0], true) || !locate(running_var_object, running[1], true))
         return false;
     const long channels = (long)mean.size();
     for (const Array &array : running)
@@ -58,13 +58,13 @@ void invstd(const Vector &var, double eps,
 bool passes_fast_check(nb::handle x_object, nb::handle weight_object, nb::handle bias_object,
                        nb::handle running_mean_object, nb::handle running_var_object) {
     Array x;
-    if (!describe(x_object, x) || x.ndim < 2 || x.shape[1] == 0) return false;
+    if (!locate(x_object, x) || x.ndim < 2 || x.shape[1] == 0) return false;
     if (running_mean_object.is_none() != running_var_object.is_none()) return false;
     const bool half = x.dtype == DType::f16 || x.dtype == DType::bf16;
     DType dtype = DType::none;  // that of the first vector
     for (const nb::handle object : {weight_object, bias_object, running_mean_object, running_var_object}) {
         Array vector;
-        if (PyObject_CheckBuffer(object.ptr()) || !describe(object, vector)) return false;
+        if (PyObject_CheckBuffer(object.ptr()) || !locate(object, vector)) return false;
         if (object.is_none()) continue;
         if (dtype == DType::none) dtype = vector.dtype;
         // A vector of length 0 has no data either, and is refused.
