@@ -20,7 +20,7 @@ from ..errors import CollectiveTimeoutError, MPISyncBNError, on_rank
 from ..liveness import watchdog
 from ..liveness.pending import keep_alive
 from ..torch_versions import is_async
-from .host_tensors import finish_writes
+from .host_tensors import prepare_outputs
 from .work import CollectiveThread, Work, wait_until
 
 if TYPE_CHECKING:
@@ -138,7 +138,7 @@ class CheckedProcessGroup(dist.ProcessGroup):
         self._check_usable(operation)
         try:
             about, action = prepare()
-            finish_writes(result)
+            prepare_outputs(result)
             call = GroupCall(operation, about)
         except Exception as error:  # of any type: the other ranks must not wait
             call = GroupCall(operation, (f"refused: {error}",))

@@ -12,8 +12,8 @@ __all__ = [
     "cat_bytes",
     "contiguous",
     "copy_back",
-    "finish_writes",
     "host_output_for",
+    "prepare_outputs",
     "to_cpu",
     "without_overlap",
 ]
@@ -50,15 +50,24 @@ def host_output_for(values: Tensor) -> Tensor:
     return torch.empty(values.shape, dtype=values.dtype, device="cpu")
 
 
-def finish_writes(values: object) -> None:
-    """Wait for the current streams of CUDA tensors, in lists of any depth.
+def prepare_outputs(values: object) -> None:
+    """Check that results can be written to tensors, in lists of any depth, from any thread.
 
-    Another thread, in a stream of its own, may copy a result into these tensors after that.
+    Another thread, in a stream of its own, may copy a result into CUDA tensors after that.
+    Raises TypeError for a tensor that is not dense, ValueError for one whose values share memory.
     """
     if not isinstance(values, Tensor):
         for each in cast(Sequence[object], values):
-            finish_writes(each)
-    elif values.is_cuda:
+            prepare_outputs(each)
+        return
+    _check_dense(values)
+    expanded = [size > 1 and stride == 0 for size, stride in zip(values.shape, values.stride(), strict=True)]
+    if values.numel() and any(expanded):
+        raise ValueError(
+            "expected an output whose values each have memory, got an expanded tensor of shape "
+            f"{tuple(values.shape)}: pass its .contiguous()"
+        )
+    if values.is_cuda:
         torch.cuda.current_stream(values.device).synchronize()
 
 
@@ -72,8 +81,9 @@ def copy_back(host: Tensor, values: Tensor) -> None:
 
 
 def cat_bytes(tensors: list[Tensor]) -> Tensor:
-    """Return the bytes of several tensors, one after the other, as a new tensor of dtype uint8."""
-    return torch.cat([contiguous(each).view(-1).view(torch.uint8) for each in tensors])
+    """Return the bytes of tensors of one dtype, one after the other, as a new tensor of uint8."""
+    # A contiguous tensor of one value or none may have any stride, and then has no view as bytes.
+    return torch.cat([contiguous(each).view(-1) for each in tensors]).view(torch.uint8)
 
 
 def without_overlap(values: Tensor, out: Tensor | None) -> Tensor:

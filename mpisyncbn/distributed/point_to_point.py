@@ -19,7 +19,7 @@ from ..arguments import check_timeout
 from ..comm.runtime import mpi
 from ..errors import CollectiveTimeoutError, on_rank
 from .checked import CheckedProcessGroup, GroupCall, Tensors, as_list, dtypes_and_shapes, failure_of
-from .host_tensors import contiguous, copy_back, finish_writes, host_output_for, to_cpu
+from .host_tensors import contiguous, copy_back, host_output_for, prepare_outputs, to_cpu
 from .mpi_collectives import OWN_TAG, irecv, isend
 from .no_compile import no_compile_methods
 from .work import Work, wait_until
@@ -67,7 +67,7 @@ class PointToPoint(CheckedProcessGroup):
         else:
             call, host = GroupCall("recv", ("from", *about)), host_output_for(tensor)
             start, received = irecv, tensor
-            finish_writes(tensor)
+            prepare_outputs(tensor)
         with self._mpi_lock():
             requests = self._call_mpi(call, lambda comm: start(comm, host, peer, tag))
         work = PointToPointWork(self, call, requests, host, received)

@@ -315,6 +315,19 @@ def test_tensors_without_order_or_values() -> None:
         assert torch.equal(out, torch.arange(SIZE).float()[:, None].expand(SIZE, 3))
 
 
+def test_parts_of_one_value_or_none_may_have_any_stride() -> None:
+    rows, empty = torch.arange(1.0, 2 * SIZE + 1).reshape(2, SIZE), torch.ones(4)[::2][:0]
+    part, summed = torch.zeros(1), torch.zeros(1)
+    columns = list(rows[:1].split(1, dim=1))
+    dist.scatter(part, columns if RANK == 0 else None, src=0)
+    dist.reduce_scatter(summed, columns)
+    swapped = [torch.zeros(1 if rank == RANK else 0) for rank in range(SIZE)]
+    dist.all_to_all(swapped, [columns[rank][0] if rank == RANK else empty for rank in range(SIZE)])
+
+    with together():
+        assert (part, summed, swapped[RANK]) == (RANK + 1, SIZE * (RANK + 1), RANK + 1)
+
+
 def test_gradients_may_be_reduced_in_place() -> None:
     parameter = nn.Parameter(torch.ones(3))
     dist.broadcast(parameter, 0)  # as DistributedDataParallel does

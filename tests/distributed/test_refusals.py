@@ -61,16 +61,21 @@ class WithoutMemory(torch.Tensor):
 
 
 @several
-def test_a_tensor_without_memory_on_one_rank() -> None:
-    x: torch.Tensor = torch.ones(3)
-    if RANK == 0:
-        x = torch.Tensor._make_wrapper_subclass(WithoutMemory, (3,))
-    error = error_of(lambda: dist.all_reduce(x), Exception)
+def test_an_output_without_memory_for_its_values_on_one_rank() -> None:
+    cases = {
+        "memory of its own": torch.Tensor._make_wrapper_subclass(WithoutMemory, (3,)),
+        "got an expanded tensor of shape (3,)": torch.ones(1).expand(3),
+    }
+    errors = []
+    for x in cases.values():
+        pair = [x if RANK == 0 else torch.ones(3), torch.ones(1)]
+        errors.append(error_of(lambda pair=pair: dist.all_reduce_coalesced(pair), Exception))
     after = torch.ones(1)
     dist.all_reduce(after)  # the group still works
     with together():
-        assert isinstance(error, (TypeError, CollectiveMismatchError)), error
-        assert "memory of its own" in str(error)
+        for error, words in zip(errors, cases, strict=True):
+            assert isinstance(error, (TypeError, ValueError, CollectiveMismatchError)), error
+            assert words in str(error)
         assert after == SIZE
 
 
