@@ -18,8 +18,11 @@ import socket
 import sys
 import threading
 from collections.abc import Callable
+from contextlib import suppress
 from types import FrameType
 from typing import NoReturn, TypeAlias
+
+from .rank_status import all_statuses
 
 __all__ = ["install", "is_over", "status"]
 
@@ -122,16 +125,14 @@ def _at_exit() -> None:
         or MPI is None
         or not MPI.Is_initialized()
         or MPI.Is_finalized()
-        or MPI.COMM_WORLD.size == 1
+        or not (all_statuses() or MPI.COMM_WORLD.size > 1)  # spawned ranks are of other worlds
     ):
         return
-    rank = f"rank {MPI.COMM_WORLD.rank} of {MPI.COMM_WORLD.size} on {socket.gethostname()}"
-    print(
-        f"mpisyncbn: {rank} ends the job with status {code}, because of {why}",
-        file=sys.stderr,
-        flush=True,
-    )
     # mpi4py then aborts instead of calling MPI_Finalize, after all other exit handlers.
     from mpi4py.run import set_abort_status
 
     set_abort_status(code)
+    rank = f"rank {MPI.COMM_WORLD.rank} of {MPI.COMM_WORLD.size} on {socket.gethostname()}"
+    words = f"mpisyncbn: {rank} ends the job with status {code}, because of {why}"
+    with suppress(OSError, ValueError):  # a full disk, or a closed file: the job ends all the same
+        print(words, file=sys.stderr, flush=True)

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from support.jobs import End
+from support.libraries import own
 from support.ranks import once
 
 pytestmark = once("it starts a program of its own")
@@ -180,3 +181,38 @@ def test_one_rank_ends_as_ever(run):
     )
     assert done.status == 1
     assert done.stderr.rstrip().endswith("ZeroDivisionError: division by zero")
+
+
+TRAINED = """
+import os, sys, numpy, mpisyncbn
+from mpi4py import MPI
+parent = MPI.Comm.Get_parent()
+if MPI.COMM_WORLD.size > 1:
+    comm = MPI.COMM_WORLD
+elif parent != MPI.COMM_NULL:
+    comm = parent.Merge(True)
+else:
+    comm = MPI.COMM_SELF.Spawn(sys.executable, sys.argv).Merge(False)
+mpisyncbn.functional.batch_norm_forward(numpy.ones((4 + comm.rank, 3)), process_group=comm)
+if comm.rank == 1:
+    {failure}
+comm.Barrier()
+"""
+
+
+no_spawn = pytest.mark.skipif(own() == "impi", reason="Spawn of Intel MPI fails over shared memory")
+
+
+@pytest.mark.parametrize(
+    ("ranks", "failure", "statuses"),
+    [
+        pytest.param(
+            2, "os.dup2(os.open('/dev/full', os.O_WRONLY), 2); raise ValueError", [1], id="on a full disk"
+        ),
+        pytest.param(1, "sys.exit(7)", [7, 9], id="spawned", marks=no_spawn),  # MPICH's mpiexec says 9
+    ],
+)
+def test_a_rank_that_fails_ends_the_job(ranks, failure, statuses, tmp_path, run_job):
+    (tmp_path / "program.py").write_text(TRAINED.format(failure=failure))
+    done = run_job("program.py", ranks=ranks, limit=40.0, variables={"MPISYNCBN_TIMEOUT": "0"})
+    assert done.status in statuses, done.stderr
