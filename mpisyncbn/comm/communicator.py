@@ -16,12 +16,12 @@ from .. import config
 from ..errors import MPISyncBNError, on_rank
 from ..kernels import Array
 from ..kernels.link import native_link, native_stream_worker
-from ..liveness import arrivals, watchdog
-from ..liveness.rank_status import RankStatus, agreed_timeout
+from ..liveness import watchdog
+from ..liveness.rank_status import DEFAULT_TIMEOUT, RankStatus, agreed_timeout
 from . import launcher, runtime, unreferenced
 from .handshake import exchange_handshakes
 from .layer_names import FirstUses
-from .runtime import check_comm, mpi
+from .runtime import check_comm, mpi, world_ranks
 from .staging import DeviceMessage, device_key
 from .streams import Device, Stream
 
@@ -152,37 +152,17 @@ class Communicator:
     @contextmanager
     def _first_collective(self) -> Iterator[None]:
         """A context for the first collective of the group, watched by the watchdog."""
-        status = self.rank_status
+        seconds = DEFAULT_TIMEOUT
         with suppress(ValueError):  # _take_over raises it on all ranks
-            status.timeout = agreed_timeout([config.timeout()])
-        status.world = self._world_ranks()
-        watchdog.watch(status)
-        before = status.current_call
-        status.current_call = before or "the first message of a group"
+            seconds = agreed_timeout([config.timeout()])
         try:
-            with arrivals.mark_arrival(status.world):
+            with watchdog.first_message(self.rank_status, world_ranks(self._source), seconds):
                 yield
-        except BaseException as error:
-            status.unregister()
-            if isinstance(error, self.mpi_error):
-                raise MPISyncBNError(
-                    f"MPI failed to duplicate the communicator{on_rank()}: {error}"
-                    f"{self.revoke_if_rank_lost(error)}"
-                ) from error
-            raise
-        finally:
-            status.current_call = before
-
-    def _world_ranks(self) -> list[int]:
-        """The rank in the world of each rank of the group; empty if that is not known."""
-        if self._source is None or self._source == mpi().COMM_NULL:  # freed: _create_comm raises
-            return []
-        ours, everybody = self._source.Get_group(), mpi().COMM_WORLD.Get_group()
-        try:
-            return list(ours.Translate_ranks(None, everybody))
-        finally:
-            ours.Free()
-            everybody.Free()
+        except self.mpi_error as error:
+            raise MPISyncBNError(
+                f"MPI failed to duplicate the communicator{on_rank()}: {error}"
+                f"{self.revoke_if_rank_lost(error)}"
+            ) from error
 
     def synchronize(self) -> None:
         """Wait until all exchanges that this rank has enqueued are done; raise what they found.

@@ -4,13 +4,18 @@ from __future__ import annotations
 
 import sys
 import threading
+from collections.abc import Sequence
 from types import ModuleType
+from typing import TYPE_CHECKING
 
 from .. import config
 from ..errors import MPISyncBNError, on_rank
 from . import ancestors
 
-__all__ = ["check_comm", "forked", "lock", "mpi", "type_name"]
+if TYPE_CHECKING:
+    from mpi4py import MPI as mpi4py_MPI
+
+__all__ = ["check_comm", "forked", "lock", "mpi", "type_name", "world_ranks"]
 
 _forked = False  # whether this process was forked from one that runs MPI
 _one_at_a_time = threading.RLock()
@@ -77,6 +82,20 @@ def check_comm(comm: object) -> None:
             f"expected an intra-communicator, got an inter-communicator{on_rank()}: "
             "merge it first, comm.Merge()"
         )
+
+
+def world_ranks(comm: mpi4py_MPI.Comm | None, ranks: Sequence[int] | None = None) -> list[int]:
+    """The rank in the world of each rank of ``comm``, or of ``ranks`` alone; empty if not known."""
+    MPI = mpi()
+    if comm is None or comm == MPI.COMM_NULL:  # freed
+        return []
+    ours, everybody = comm.Get_group(), MPI.COMM_WORLD.Get_group()
+    try:
+        found = list(ours.Translate_ranks(ranks, everybody))
+    finally:
+        ours.Free()
+        everybody.Free()
+    return [] if MPI.UNDEFINED in found else found  # a merged group has ranks of another world
 
 
 def type_name(value: object) -> str:

@@ -22,6 +22,7 @@ from datetime import timedelta
 from typing import TYPE_CHECKING
 
 import torch.distributed as dist
+from torch.distributed.constants import default_pg_timeout
 
 from .. import profiling
 from ..arguments import check_timeout
@@ -51,9 +52,10 @@ def init_process_group(
     Args:
         comm: a communicator of all ranks of the world, whose order becomes the order of torch's
             ranks; None: MPI.COMM_WORLD.
-        timeout: how long a rank waits for the others in a collective; None: ``MPISYNCBN_TIMEOUT``
-            seconds if that is set (0: for ever), else 30 minutes. Groups of ``new_group`` have the
-            same default.
+        timeout: how long a rank waits for the others in a collective, and in this call; None:
+            ``MPISYNCBN_TIMEOUT`` seconds if that is set (0: for ever), else 30 minutes. Groups of
+            ``new_group`` have the same default. A rank that waits longer raises an error in a
+            collective, and ends the job in this call or in ``new_group``.
 
     Raises:
         ValueError: torch.distributed is initialized already, or ``comm`` does not contain all
@@ -79,7 +81,7 @@ def init_process_group(
             f"torch.distributed is initialized already, with backend {dist.get_backend()}{on_rank()}: "
             "leave this call out, or call torch.distributed.destroy_process_group() first"
         )
-    with rendezvous.use_comm(given):
+    with rendezvous.use_comm(given, timeout or default_pg_timeout):
         dist.init_process_group(BACKEND, init_method="mpi4py://", timeout=timeout)
 
 

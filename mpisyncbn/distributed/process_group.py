@@ -14,7 +14,7 @@ import torch
 from ..arguments import check_timeout
 from ..comm import launcher
 from ..comm.communicator import Communicator
-from ..comm.groups import resolve, subset
+from ..comm.groups import resolve
 from ..comm.runtime import mpi
 from ..errors import MPISyncBNError
 from ..liveness.pending import keep_alive
@@ -107,8 +107,9 @@ class ProcessGroup(Collectives, PointToPoint):
         self._collective_thread.drain()
         if self.rank() not in ranks:
             return None
-        comm = subset(self._collective_group.ready().comm, sorted(ranks))
-        return ProcessGroup(comm, timeout or self._timeout)
+        timeout = timeout or self._timeout
+        comm = rendezvous.create_comm(self._collective_group.ready().comm, sorted(ranks), timeout)
+        return ProcessGroup(comm, timeout)
 
     # The attributes and methods that torch expects of a device's backend.
 
@@ -176,5 +177,5 @@ def create_process_group(options: _DistributedBackendOptions, _: object) -> Proc
             f"torch.distributed calls this rank {options.group_rank} of {options.group_size}, MPI {rank} of "
             f"{size}: unset RANK and WORLD_SIZE, or start the ranks with mpiexec or srun alone"
         )
-    comm = world.Dup() if not ranks else subset(world, ranks)
+    comm = rendezvous.create_comm(world, ranks, options.timeout)
     return ProcessGroup(comm, options.timeout, is_world=not ranks, store=options.store)

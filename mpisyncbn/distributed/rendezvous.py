@@ -6,19 +6,22 @@ import functools
 import inspect
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from datetime import timedelta
 from importlib import import_module
 from typing import TYPE_CHECKING, Any, ParamSpec, TypeVar
 from urllib.parse import parse_qs, urlencode, urlparse
 
 import torch.distributed as dist
+from torch.distributed.constants import default_pg_timeout
 
 from .. import config
 from ..comm import launcher
 from ..comm.groups import subset
-from ..comm.runtime import mpi
+from ..comm.runtime import mpi, world_ranks
+from ..liveness import watchdog
 from ..liveness.pending import keep_alive
+from ..liveness.rank_status import RankStatus
 from .store import LazyStore, shared_store
 from .work import wait_until
 
@@ -26,7 +29,7 @@ if TYPE_CHECKING:
     from mpi4py import MPI
     from torch._C._distributed_c10d import Store
 
-__all__ = ["BACKEND", "forget", "lazy_store", "register", "use_comm", "world_comm"]
+__all__ = ["BACKEND", "create_comm", "forget", "lazy_store", "register", "use_comm", "world_comm"]
 
 #: The name of the backend in torch.distributed: "mpi4py".
 BACKEND = "mpi4py"
@@ -35,7 +38,6 @@ P = ParamSpec("P")
 T = TypeVar("T")
 Found = Iterator[tuple["Store", int, int]]  # a rendezvous of torch yields store, rank and size
 _ARGUMENTS = "rank", "world_size"
-_TIMEOUT = timedelta(minutes=30)
 _VARIABLES = {"RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"}
 _used_comm: MPI.Intracomm | None = None
 
@@ -47,14 +49,14 @@ def world_comm() -> MPI.Intracomm:
 
 
 @contextmanager
-def use_comm(comm: MPI.Intracomm) -> Iterator[None]:
+def use_comm(comm: MPI.Intracomm, timeout: timedelta) -> Iterator[None]:
     """Number torch's ranks as ``comm`` does, until ``forget`` or until the body fails.
 
     Collective: every rank of ``comm`` must enter.
     """
     global _used_comm
     forget()
-    _used_comm = comm.Dup()
+    _used_comm = create_comm(comm, [], timeout)
     try:
         yield
     except BaseException:
@@ -71,6 +73,37 @@ def forget() -> None:
         _used_comm = None
 
 
+def create_comm(comm: MPI.Intracomm, ranks: list[int], timeout: timedelta) -> MPI.Intracomm:
+    """Return a new communicator of these ranks of ``comm``, in this order; of all if none is given.
+
+    It ends the job if a rank does not come in time: see ``_first_message``.
+    Collective: every rank of the new communicator must call, and no other.
+    """
+    with _first_message(comm, ranks, timeout):
+        return subset(comm, ranks) if ranks else comm.Dup()
+
+
+@contextmanager
+def _first_message(comm: MPI.Intracomm, ranks: list[int], timeout: timedelta) -> Iterator[None]:
+    """A context for the first message of a group: these ranks of ``comm``, or all if none is given.
+
+    It ends the job, with a report, if a rank does not come within ``timeout``, or within
+    ``MPISYNCBN_TIMEOUT`` seconds if that is set and ``timeout`` is torch's default.
+    """
+    name = "new_group" if ranks else "init_process_group"
+    ranks = ranks or list(range(comm.size))
+    status, seconds = RankStatus(ranks.index(comm.rank), len(ranks)), timeout.total_seconds()
+    if timeout != default_pg_timeout:
+        status.limit = "timeout="
+    else:
+        with suppress(ValueError):  # the group raises it on all ranks
+            given = config.timeout()
+            seconds = seconds if given is None else given
+    with watchdog.first_message(status, world_ranks(comm, ranks), seconds, name):
+        yield
+    status.unregister()
+
+
 def register() -> None:
     """Register how torch finds the ranks, and give groups of other backends a store.
 
@@ -83,7 +116,7 @@ def register() -> None:
     handlers = import_module("torch.distributed.rendezvous")._rendezvous_handlers
     find_by_variables = handlers["env"]
 
-    def find(url: str, timeout: timedelta = _TIMEOUT, **options: object) -> Found:
+    def find(url: str, timeout: timedelta = default_pg_timeout, **options: object) -> Found:
         variables, arguments = config.rendezvous_given(), _rank_and_size(url)
         if variables.keys() | {name.upper() for name in arguments} == _VARIABLES:
             return find_by_variables(url, timeout, **options)
@@ -107,7 +140,7 @@ def _with_stores(make: Callable[P, T]) -> Callable[P, T]:
         if late is None or not _needs_store(given["backend"], ranks):
             return make(*args, **kwargs)
         world, timeout = world_comm(), given["timeout"]
-        comm = subset(world, list(ranks) or list(range(world.size)))
+        comm = create_comm(world, list(ranks), timeout)
         store = shared_store(comm, timeout)
         given["store"] = dist.PrefixStore("default_pg", store)
         if not ranks:
@@ -145,7 +178,7 @@ def _rank_and_size(url: str) -> dict[str, int]:
     return {name: value for name, value in given.items() if value != -1}
 
 
-def _find_by_mpi(url: str, timeout: timedelta = _TIMEOUT, **_: object) -> Found:
+def _find_by_mpi(url: str, timeout: timedelta = default_pg_timeout, **_: object) -> Found:
     """Yield a store, and rank and size as MPI counts them. Raise ValueError if the URL has others.
 
     Collective: every rank of the world must call.
@@ -158,6 +191,7 @@ def _find_by_mpi(url: str, timeout: timedelta = _TIMEOUT, **_: object) -> Found:
             "world_size, or RANK and WORLD_SIZE, out, or set MASTER_ADDR and MASTER_PORT too for ranks that "
             "MPI does not know"
         )
-    store = LazyStore(comm, timeout) if comm.size > 1 else dist.HashStore()
+    with _first_message(comm, [], timeout):
+        store = LazyStore(comm, timeout) if comm.size > 1 else dist.HashStore()
     yield store, comm.rank, comm.size  # this generator keeps the store alive until the group does
     raise RuntimeError("MPI cannot find other ranks than it has found")

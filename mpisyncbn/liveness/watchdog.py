@@ -18,14 +18,15 @@ import gc
 import sys
 import threading
 import time
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from types import ModuleType
 
 from ..kernels import link, native
-from . import exits, reports
+from . import arrivals, exits, reports
 from .rank_status import RankStatus, all_statuses, forget_all
 
-__all__ = ["forked", "watch"]
+__all__ = ["first_message", "forked", "watch"]
 
 _TICK = 0.25  # seconds between two looks
 _JUMP = 5.0  # seconds that count at most between two looks: the process was stopped for the rest
@@ -51,6 +52,32 @@ def watch(rank_status: RankStatus) -> None:
             rank_status.register()
             if not _threads and not _stop.is_set():
                 _start()
+
+
+@contextmanager
+def first_message(
+    rank_status: RankStatus, world: list[int], seconds: float, call: str = "the first message of a group"
+) -> Iterator[None]:
+    """A context for the first message of a group, which ends the job if a rank does not come to it.
+
+    Args:
+        rank_status: this rank in the group. It stays watched, unless the body fails.
+        world: the rank in the world of each rank of the group; empty if that is not known.
+        seconds: how long to wait; 0: for ever.
+        call: what this rank is in, for reports, unless it is in a call of the group already.
+    """
+    rank_status.timeout, rank_status.world = seconds, world
+    watch(rank_status)
+    before = rank_status.current_call
+    rank_status.current_call = before or call
+    try:
+        with arrivals.mark_arrival(world):
+            yield
+    except BaseException:
+        rank_status.unregister()
+        raise
+    finally:
+        rank_status.current_call = before
 
 
 def _start() -> None:
