@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from ..activations import AnyActivation
 
 __all__ = [
+    "LONGEST_TIMEOUT",
     "UNNAMED",
     "check_arguments",
     "check_count",
@@ -38,6 +39,7 @@ __all__ = [
 ]
 
 _HALVES = ("float16", "bfloat16")
+LONGEST_TIMEOUT = 100 * 365 * 24 * 3600.0  # seconds: as good as for ever, and a timedelta can hold it
 UNNAMED = "a function call"  # in place of the name of a layer
 _NUMBER = (int, float, np.integer, np.floating)
 
@@ -266,6 +268,11 @@ def check_timeout(timeout: object) -> None:
         raise TypeError(
             f"expected timeout to be a datetime.timedelta, got {type(timeout).__name__}{on_rank()}: pass "
             "timedelta(seconds=...)"
+        )
+    if not 0 < timeout.total_seconds() <= LONGEST_TIMEOUT:  # torch makes a negative one of timedelta.max
+        raise ValueError(
+            f"expected a timeout of more than 0 and at most 100 years, got {timeout}{on_rank()}: "
+            "timedelta(days=36500) is as good as no limit"
         )
 
 

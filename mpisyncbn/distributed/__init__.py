@@ -59,7 +59,8 @@ def init_process_group(
 
     Raises:
         ValueError: torch.distributed is initialized already, or ``comm`` does not contain all
-            ranks: torch.distributed.new_group() makes groups of some.
+            ranks: torch.distributed.new_group() makes groups of some. Or ``timeout`` is not above
+            0, or above 100 years.
         TypeError: ``comm`` is not a communicator, or ``timeout`` no timedelta.
         MPISyncBNError: torch.distributed or a launcher knows of more ranks than MPI.
 

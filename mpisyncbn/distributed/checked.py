@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.distributed.constants import default_pg_timeout
 
 from .. import fingerprint, profiling
+from ..arguments import LONGEST_TIMEOUT
 from ..comm.communicator import Communicator
 from ..comm.runtime import mpi
 from ..errors import CollectiveTimeoutError, MPISyncBNError, on_rank
@@ -102,7 +103,6 @@ class _DefaultOptions:
 
 DEFAULT: Any = _DefaultOptions()  # stands for an instance of any option class
 _ZERO = timedelta(0)
-_LONGEST = 100 * 365 * 24 * 3600.0  # seconds: as good as for ever, and a timedelta can hold it
 profiling.find_torch()
 
 
@@ -266,7 +266,7 @@ def _default_timeout(group: Communicator) -> timedelta:
     """The timeout of a process group that was made without one, or with torch's default."""
     if not group.rank_status.timeout_is_given:
         return default_pg_timeout
-    return timedelta(seconds=min(group.rank_status.timeout or _LONGEST, _LONGEST))
+    return timedelta(seconds=min(group.rank_status.timeout or LONGEST_TIMEOUT, LONGEST_TIMEOUT))
 
 
 def _refuse(operation: str, problem: Exception, _: MPI.Intracomm) -> NoReturn:

@@ -207,6 +207,16 @@ def test_a_timeout_that_is_a_number_and_a_model_that_is_none() -> None:
     group = distributed.ProcessGroup(MPI.COMM_SELF.Dup(), timedelta(seconds=60))
     with pytest.raises(TypeError, match=r"expected timeout to be a datetime.timedelta, got int"):
         distributed.monitored_barrier(group, 60)
+    for given in timedelta(0), timedelta(seconds=-1), timedelta.max:
+        for call in (
+            lambda given=given: mpisyncbn.init_process_group(timeout=given),
+            lambda given=given: distributed.monitored_barrier(group, given),
+            lambda given=given: dist.new_group([RANK], given, use_local_synchronization=True),
+        ):
+            with pytest.raises(
+                ValueError, match=r"a timeout of more than 0 and at most 100 years, got .* \(on rank"
+            ):
+                call()
     group.shutdown()
     with (
         pytest.raises(TypeError, match="expected a DistributedDataParallel, got Linear"),

@@ -5,8 +5,10 @@ from __future__ import annotations
 import socket
 import threading
 import time
+from types import SimpleNamespace
 
 import pytest
+from mpi4py import MPI
 
 from mpisyncbn import Communicator, SyncBatchNorm
 from mpisyncbn.comm.runtime import world_ranks
@@ -120,6 +122,8 @@ def test_groups_know_their_ranks_of_the_world_before_they_meet(ending):
     comm = WORLD.Split(0, key=-RANK)
     group = Communicator(comm)
     assert world_ranks(group._source) == order
+    merged = SimpleNamespace(Translate_ranks=lambda *_: [0, MPI.UNDEFINED], Free=lambda: None)
+    assert world_ranks(SimpleNamespace(Get_group=lambda: merged)) == [], "one rank is of another world"
     waiting = RankStatus(comm.rank, SIZE)
     waiting.world, waiting.current_call = order, "the first message of a group"
     with pytest.raises(Ended):
