@@ -178,13 +178,16 @@ class Communicator:
 
     @contextmanager
     def collective(self, name: str) -> Iterator[None]:
-        """A context for a collective other than an exchange. Reports of this rank name it."""
+        """A context for a collective other than an exchange. Reports and errors name it."""
         with self.lock:
             self.synchronize()
             self.rank_status.exchanges += 1
             self.rank_status.current_call = name
             try:
                 yield
+            except self.mpi_error as error:
+                cure = self.revoke_if_rank_lost(error)
+                raise MPISyncBNError(f"MPI failed while {name}{on_rank()}: {error}{cure}") from error
             finally:
                 self.rank_status.current_call = None
 
@@ -236,7 +239,9 @@ class Communicator:
         losses = {MPI.ERR_PROC_FAILED, MPI.ERR_PROC_FAILED_PENDING, MPI.ERR_REVOKED}
         losses.discard(MPI.ERR_UNKNOWN)  # the value of all three if MPI has no such errors
         if error.Get_error_class() not in losses:  # type: ignore[attr-defined]
-            return ": see what MPI printed, and start the job again from its last checkpoint"
+            return unreferenced.cure_for_many() or (
+                ": see what MPI printed, and start the job again from its last checkpoint"
+            )
         self.rank_status.listening = False
         comm = comm or self.comm
         if comm is not None:

@@ -9,7 +9,7 @@ from operator import index
 from typing import TYPE_CHECKING, TypeAlias, TypeVar, cast
 
 from ..errors import MPISyncBNError, on_rank
-from . import launcher
+from . import launcher, unreferenced
 from .communicator import Communicator, world
 from .runtime import check_comm, mpi, type_name
 
@@ -223,11 +223,12 @@ def _same_on_all_ranks(
         problem = f"expected {expected}, got {given!r}"
     comm = parent.ready().comm
     with parent.collective(f"agreeing on the {name} of a new group"):
-        gathered = comm.allgather((value, problem))
-    for rank, (_, theirs) in enumerate(gathered):
+        gathered = comm.allgather((value, problem, unreferenced.ids()))
+    unreferenced.free_unreferenced(each[2] for each in gathered)  # MPI may have no room left
+    for rank, (_, theirs, _) in enumerate(gathered):
         if theirs is not None:
             raise ValueError(f"{name}: {theirs} on rank {rank}")
-    for rank, (theirs, _) in enumerate(gathered):
+    for rank, (theirs, *_) in enumerate(gathered):
         if theirs != value:
             raise ValueError(
                 f"{name}: expected the same on every rank, got {theirs} on rank {rank} "

@@ -22,15 +22,26 @@ if TYPE_CHECKING:
     from ..kernels.cpu._cpu import StreamWorker
     from .communicator import Communicator
 
-__all__ = ["GroupId", "finish_at_exit", "free_comm", "free_unreferenced", "ids", "track"]
+__all__ = ["GroupId", "cure_for_many", "finish_at_exit", "free_comm", "free_unreferenced", "ids", "track"]
 
 GroupId: TypeAlias = tuple[str, str, int, int]  # the ProcessId of a group's first rank, and a number
+_MANY = 500  # groups; every MPI has room for more
 _tracked: dict[GroupId, tuple[weakref.ref[Communicator], RankStatus]] = {}
 
 
 def track(group_id: GroupId, group: Communicator) -> None:
     """Remember the communicator of ``group``, to free it when the program has dropped ``group``."""
     _tracked[group_id] = weakref.ref(group), group.rank_status
+
+
+def cure_for_many() -> str:
+    """The cure that ends an error of MPI if it may have no room for more groups; else empty."""
+    if len(_tracked) < _MANY:
+        return ""
+    return (
+        f". This rank has {len(_tracked)} groups, and MPI has room for some thousand: drop groups that are "
+        "not needed on all ranks, or free() them"
+    )
 
 
 def ids() -> list[GroupId]:

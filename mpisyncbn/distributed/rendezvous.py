@@ -19,6 +19,8 @@ from .. import config
 from ..comm import launcher
 from ..comm.groups import subset
 from ..comm.runtime import mpi, world_ranks
+from ..comm.unreferenced import cure_for_many
+from ..errors import MPISyncBNError, on_rank
 from ..liveness import watchdog
 from ..liveness.pending import keep_alive
 from ..liveness.rank_status import RankStatus
@@ -99,8 +101,11 @@ def _first_message(comm: MPI.Intracomm, ranks: list[int], timeout: timedelta) ->
         with suppress(ValueError):  # the group raises it on all ranks
             given = config.timeout()
             seconds = seconds if given is None else given
-    with watchdog.first_message(status, world_ranks(comm, ranks), seconds, name):
-        yield
+    try:
+        with watchdog.first_message(status, world_ranks(comm, ranks), seconds, name):
+            yield
+    except mpi().Exception as error:
+        raise MPISyncBNError(f"MPI failed in {name}{on_rank()}: {error}{cure_for_many()}") from error
     status.unregister()
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 from types import SimpleNamespace
 from unittest.mock import patch
 
@@ -11,6 +12,7 @@ from mpi4py import MPI
 
 import mpisyncbn
 from mpisyncbn import CollectiveMismatchError, Communicator, MPISyncBNError, SyncBatchNorm, fingerprint
+from mpisyncbn.comm import unreferenced
 from mpisyncbn.fingerprint import LayerCall
 from mpisyncbn.liveness import pending
 from support.ranks import WORLD
@@ -31,7 +33,7 @@ class Failing:
 
 
 def fails(error):
-    def call(*_):
+    def call(*_, **__):
         raise MPI.Exception(error)
 
     return call
@@ -74,6 +76,21 @@ def test_an_error_of_mpi_in_debug_mode_and_before_it(monkeypatch):
         pytest.raises(MPISyncBNError, match=rf"MPI failed to duplicate .* \(on rank {RANK} of {SIZE}\)"),
     ):
         unready.ready()
+
+
+@pytest.mark.parametrize("many", [0, 10**6])
+def test_mpi_has_no_room_for_a_new_group(many, monkeypatch):
+    """Groups that all ranks have dropped are freed before MPI makes a new one."""
+    parent, dropped = Communicator().ready(), mpisyncbn.new_subgroups(1)
+    status = dropped.rank_status
+    del dropped
+    gc.collect()
+    monkeypatch.setattr(unreferenced, "_MANY", many)
+    parent.comm = Failing(parent.comm, Split=fails(MPI.ERR_INTERN))
+    cure = "start the job again" if many else "groups, and MPI has room for some thousand: drop groups"
+    with pytest.raises(MPISyncBNError, match=rf"MPI failed while making new groups \(on rank {RANK}.*{cure}"):
+        mpisyncbn.new_subgroups(1, parent)
+    assert status.comm is None
 
 
 def test_a_rank_that_does_not_answer_is_not_waited_for(monkeypatch):
