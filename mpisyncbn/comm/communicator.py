@@ -57,6 +57,7 @@ class Communicator:
 
     # These two may be None. They are typed Any because callers know when they are not.
     comm: MPI.Intracomm | Any  # the duplicate; None before the first exchange, and after free()
+    _owner_of_source: Communicator | None = None
     _source: MPI.Intracomm | Any  # the communicator to duplicate; None for a torch group of another backend
 
     def __init__(self, comm: Communicator | MPI.Comm | None = None) -> None:
@@ -64,6 +65,8 @@ class Communicator:
         source: Any = MPI.COMM_WORLD if comm is None else comm
         if isinstance(comm, Communicator):
             source = comm._source if comm._source is not None else comm.ready().comm
+            # ``source`` is freed after the Communicator that took it over was dropped.
+            self._owner_of_source = comm if source is comm.comm else comm._owner_of_source
         check_comm(source)
         self._source = source
         self._is_world = source == MPI.COMM_WORLD

@@ -54,11 +54,7 @@ class PointToPoint(CheckedProcessGroup):
         self._check_usable(operation)
         self._collective_group.ready()
         (tensor,) = as_list(tensors)
-        if peer != mpi().ANY_SOURCE and not 0 <= peer < self.size():
-            raise ValueError(
-                f"{operation}: expected a rank from 0 to {self.size() - 1}, got {peer}{on_rank()}: pass a "
-                "rank in the group"
-            )
+        self._check_peer(operation, peer, tag)
         who = "anyone" if peer == mpi().ANY_SOURCE else f"rank {peer}"
         about = (who, "of", *dtypes_and_shapes([tensor]), "with tag", tag)
         if operation == "send":
@@ -75,6 +71,20 @@ class PointToPoint(CheckedProcessGroup):
             other.is_completed()  # a completed one removes itself from the set
         self._pending.add(work)  # the caller may drop it before it is done
         return work
+
+    def _check_peer(self, operation: str, peer: int, tag: int) -> None:
+        """Raise ValueError unless messages can go to or come from ``peer`` with ``tag``."""
+        if peer != mpi().ANY_SOURCE and not 0 <= peer < self.size():
+            raise ValueError(
+                f"{operation}: expected a rank from 0 to {self.size() - 1}, got {peer}{on_rank()}: pass a "
+                "rank in the group"
+            )
+        largest: int = self._collective_group.comm.Get_attr(mpi().TAG_UB)
+        if not 0 <= tag <= largest or tag == OWN_TAG:
+            raise ValueError(
+                f"{operation}: expected a tag from 0 to {largest} other than {OWN_TAG}, which is taken, "
+                f"got {tag}{on_rank()}: choose another one"
+            )
 
     def _mpi_lock(self) -> AbstractContextManager[object]:
         """Return the lock under which to call MPI while a collective may be running.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import gc
 import pickle
 from collections.abc import Callable
 from typing import Any
@@ -204,6 +205,13 @@ def test_a_communicator_freed_before_its_first_exchange_is_an_error() -> None:
     with pytest.raises(ValueError, match=rf"COMM_NULL \(on rank {RANK} of {SIZE}\): it was freed"):
         layer(data()[0])
     assert layer.num_batches_tracked == 0
+
+
+def test_a_communicator_of_one_that_was_dropped() -> None:
+    group = Communicator(Communicator(new_subgroups(SIZE)))
+    gc.collect()
+    new_subgroups(1)  # frees what all ranks have dropped
+    assert exchange(group).shape == (3,)
 
 
 def test_a_communicator_freed_after_its_first_exchange_is_needed_no_more() -> None:

@@ -191,6 +191,12 @@ def test_refusals_of_single_calls() -> None:
     sent.wait()
     with pytest.raises(ValueError, match=f"send: expected a rank from 0 to {SIZE - 1}, got {SIZE}"):
         world.send([x], SIZE, 0)
+    largest = MPI.COMM_WORLD.Get_attr(MPI.TAG_UB)
+    words = f"expected a tag from 0 to {largest} other than 32767, .* got"
+    for tag in -1, 32767, largest + 1:
+        for call in world.send, world.recv, lambda tensors, _, tag: world.recv_anysource(tensors, tag):
+            with pytest.raises(ValueError, match=f"{words} {tag} "):
+                call([x], RANK, tag)
     with pytest.raises(ValueError, match="expected the dtypes of output and input to be equal"):
         dist.reduce_scatter_tensor(x[:1].double(), torch.ones(SIZE))
     with pytest.raises(TypeError, match="expected a group of backend mpi4py, got 'another'"):
