@@ -141,12 +141,12 @@ bool locate_any(nb::handle object, Array &array, bool to_write = false) {
                                                        : locate_by_attributes(torch, object, array);
 }
 
-// The same, but not for a boolean array.
+// Fills `array` as locate_any does, but refuses a boolean one.
 bool locate(nb::handle object, Array &array, bool to_write = false) {
     return locate_any(object, array, to_write) && array.dtype != DType::boolean;
 }
 
-// The same, but only for a boolean array.
+// Fills `array` as locate_any does, but refuses one that is not boolean.
 bool locate_mask(nb::handle object, Array &array) {
     return locate_any(object, array) && (object.is_none() || array.dtype == DType::boolean);
 }
