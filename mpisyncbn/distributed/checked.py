@@ -206,7 +206,10 @@ class CheckedProcessGroup(dist.ProcessGroup):
             raise failure_of(call, error) from error
 
     def _check_usable(self, operation: str) -> None:
-        """Raise MPISyncBNError if the group was destroyed, or a collective left it unusable."""
+        """Raise MPISyncBNError if the group was destroyed, or some rank has given up in it."""
+        waited = self._collective_group.rank_status.asked_by
+        if waited is not None and not self._unusable:
+            self._unusable = f"this process group is unusable since rank {waited} waited too long in it"
         if self._unusable:
             raise MPISyncBNError(f"{operation}: {self._unusable}{on_rank()}")
 

@@ -73,7 +73,7 @@ class RankStatus:
         self.p2p_lock = threading.Lock()  # held while p2p_comm is used
         self._seen, self._waited = -1, 0.0
         self._reported = False
-        self._asked_by: int | None = None  # the rank that asked this one last
+        self.asked_by: int | None = None  # the rank that asked last: it has waited too long
         self._ask_at: float | None = None
         self._asked_at: float | None = None
         self._answers: dict[int, str] = {}
@@ -159,7 +159,7 @@ class RankStatus:
             f"ranks of its group in exchange number {self.number}, {self.current_call}"
         )
         answers = self.ask_others()
-        if self._asked_at is not None or self._asked_by is None:  # else the rank that asked prints them
+        if self._asked_at is not None or self.asked_by is None:  # else the rank that asked prints them
             reports.print_report(answers)
         reports.abort_job(
             TIMED_OUT,
@@ -185,8 +185,8 @@ class RankStatus:
                 break
         if self._asked_at is not None:
             return "\n".join(["what the ranks of the group were doing:", *map(self._line, range(self.size))])
-        if self._asked_by is not None:
-            return f"rank {self._asked_by}, which asked first, reports what the ranks of the group were doing"
+        if self.asked_by is not None:
+            return f"rank {self.asked_by}, which asked first, reports what the ranks of the group were doing"
         missing = "" if self.p2p_comm else self._before_the_first()
         return f"the other ranks could not be asked{missing}"
 
@@ -213,7 +213,7 @@ class RankStatus:
             comm.Recv(heard, source, tag)
             text = heard.tobytes().rstrip(b"\0").decode(errors="replace")
             if tag == _ASK:
-                self._asked_by = source
+                self.asked_by = source
                 self._send(comm, source, _ANSWER, self.state())
                 self.report(f"was asked by rank {source}, which has waited too long: it {self.state()}")
             elif tag == _ANSWER:
@@ -221,7 +221,7 @@ class RankStatus:
             else:
                 self.departed[source] = int(text)
         self._sends = [request for request in self._sends if not request.Test()]
-        if self._ask_at is not None and time.monotonic() >= self._ask_at and self._asked_by is None:
+        if self._ask_at is not None and time.monotonic() >= self._ask_at and self.asked_by is None:
             self._ask_at, self._asked_at = None, time.monotonic()
             for rank in range(self.size):
                 if rank != self.rank:

@@ -41,8 +41,8 @@ def fit(ranks: int, small: float, large: float, size: int = 8192, least: int = 8
     return Network(small / steps - least * beta, beta)
 
 
-# Published all-reduce latencies of 8 B and of 8 KB (us): HDR100 InfiniBand with 4 nodes of 128 ranks
-# (openucx/ucc issue 981), Slingshot with 2 nodes of 288 (user guide of Cirrus, "Containers").
+# Published latencies of all-reduces of 8 B and 8 KB (us): HDR100 InfiniBand, 4 nodes of 128 ranks
+# (openucx/ucc issue 981); Slingshot, 2 nodes of 288 (user guide of Cirrus, "Containers").
 NETWORKS = {
     "HDR100": fit(4 * 128, 7.7, 29.0),
     "Slingshot": fit(2 * 288, 11.0, 76.0),

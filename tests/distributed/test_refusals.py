@@ -100,8 +100,13 @@ def test_a_rank_that_does_not_come() -> None:
             errors.append(error_of(call, MPISyncBNError))
     if RANK < SIZE - 1:
         errors.append(error_of(lambda: distributed.monitored_barrier(watched), CollectiveTimeoutError))
+    WORLD.barrier()
+    if RANK > 0:  # too late
+        errors.append(error_of(lambda: dist.all_reduce(torch.zeros(3), group=group), MPISyncBNError))
 
     with together():
+        if RANK > 0:
+            assert "unusable since rank 0 waited too long in it (on rank" in str(errors[-1])
         if RANK == 0:
             late, unusable, missing = errors
             assert isinstance(late, CollectiveTimeoutError)
