@@ -22,6 +22,7 @@ __all__ = [
     "STORE_BY_LIBUV",
     "is_async",
     "is_exporting",
+    "keep_flight_recorder_off",
     "refuse_to_compile",
     "shut_down_groups_of",
     "untraced",
@@ -94,6 +95,17 @@ def shut_down_groups_of(cls: type[ProcessGroup]) -> None:
             theirs(group)
 
     distributed_c10d._shutdown_backend = shut_down  # type: ignore[attr-defined]
+
+
+def keep_flight_recorder_off(backend: str) -> None:
+    """Keep torch's flight recorder off the groups of a backend whose groups are in Python.
+
+    Torch 2.15 attaches it to each new group, and fails for want of the group's C++ backend.
+    """
+    from torch.distributed import distributed_c10d
+
+    left_alone: set[str] = getattr(distributed_c10d, "_FR_SELF_RECORDING_BACKENDS", set())
+    left_alone.add(backend)
 
 
 def refuse_to_compile() -> NoReturn:

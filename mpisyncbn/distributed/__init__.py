@@ -30,7 +30,7 @@ from ..comm import launcher
 from ..comm.communicator import Communicator
 from ..comm.runtime import mpi
 from ..errors import on_rank
-from ..torch_versions import shut_down_groups_of
+from ..torch_versions import keep_flight_recorder_off, shut_down_groups_of
 from . import rendezvous
 from .joining import join
 from .no_compile import no_compile
@@ -118,3 +118,4 @@ if BACKEND not in dist.Backend.backend_list:
     rendezvous.register()
     keep_works_of_reducers()
     shut_down_groups_of(ProcessGroup)
+    keep_flight_recorder_off(BACKEND)
