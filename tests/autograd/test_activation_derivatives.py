@@ -111,13 +111,6 @@ def test_forward_mode_and_torch_func(activation, with_residual):
             assert distance(ours, theirs, theirs.abs().max() + 1) < 1e-10, number
 
 
-@every_activation
-def test_vmap_over_the_input_is_refused(activation):
-    x = shard((2, local_batch(), 3), 16)
-    with pytest.raises(RuntimeError, match="vmap"):
-        torch.func.vmap(lambda x: sync_batch_norm(x, None, None, activation=activation))(x)
-
-
 @with_and_without_residual
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @every_activation
