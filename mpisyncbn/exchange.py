@@ -120,7 +120,7 @@ def _where_sent(group: Communicator, *vectors: Array) -> Sequence[Array]:
     if isinstance(vectors[0], np.ndarray):  # a subclass may override operators
         return [np.asarray(vector) for vector in vectors]
     group.ready()  # the ranks agree on the transport there
-    if group.transport == "device" and transport.on_device(vectors[0]):
+    if group.transport == "device" and transport.has_device_pointer(vectors[0]):
         return vectors
     return transport.to_host(*vectors)
 

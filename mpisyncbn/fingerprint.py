@@ -99,7 +99,7 @@ def compare_calls(group: Communicator, call: LayerCall) -> None:
             f"MPI failed before the {call} on rank {group.rank}: {error}{group.revoke_if_rank_lost(error)}"
         ) from error
     if len({what for _, what in calls}) > 1:
-        _raise_mismatch(group, [f"on {host}: {what}" for host, what in calls], group.exchanges)
+        _raise_mismatch(group, [f"on {host}: {what}" for host, what in calls])
 
 
 def mismatch(group: Communicator, call: object) -> NoReturn:
@@ -120,7 +120,7 @@ def mismatch(group: Communicator, call: object) -> NoReturn:
         time.sleep(0.001)
     silent = f"no answer in {_PATIENCE:.0f} s; it may wait in MPI for a message as long as its own"
     calls = [text.decode(errors="replace") or silent for text in records.tolist()]
-    _raise_mismatch(group, calls, group.exchanges)
+    _raise_mismatch(group, calls)
 
 
 def raise_problem(group: Communicator, call: LayerCall, problem: int) -> NoReturn:
@@ -147,12 +147,12 @@ def _here(call: object) -> tuple[str, str]:
     return socket.gethostname(), str(call)
 
 
-def _raise_mismatch(group: Communicator, calls: list[str], number: int) -> NoReturn:
+def _raise_mismatch(group: Communicator, calls: list[str]) -> NoReturn:
     group.forget_names()
     listing = "\n".join(f"  rank {rank} {what}" for rank, what in enumerate(calls))
     raise CollectiveMismatchError(
         f"expected all {group.size} ranks of the group to make the same call, but in exchange number "
-        f"{number} of this communicator they made different ones:\n{listing}\n"
+        f"{group.exchanges} of this communicator they made different ones:\n{listing}\n"
         f"This is rank {group.rank}. Every rank must run the same layers and collectives in the same order; "
         "look for one that only some ranks run, or a branch that depends on the rank or its data."
     )

@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
-__all__ = ["begin", "find_torch", "in_background", "profiler", "record", "recorded"]
+__all__ = ["begin", "find_torch", "in_background", "locked", "profiler", "record"]
 
 
 class _NoTorch:
@@ -34,11 +34,11 @@ def record(name: str) -> AbstractContextManager[object]:
 
 def locked(name: str, lock: AbstractContextManager[object]) -> AbstractContextManager[object]:
     """A context that holds ``lock``. A running profiler of torch records it as ``name``."""
-    return recorded(name, lock) if profiler._is_profiler_enabled else lock
+    return _recorded(name, lock) if profiler._is_profiler_enabled else lock
 
 
 @contextmanager
-def recorded(name: str, lock: AbstractContextManager[object]) -> Iterator[None]:
+def _recorded(name: str, lock: AbstractContextManager[object]) -> Iterator[None]:
     """A context that holds ``lock``. Its record, ``name``, includes the wait for the lock."""
     with record(name), lock:
         yield

@@ -8,7 +8,7 @@ import threading
 import weakref
 from collections.abc import Callable, Hashable, Iterator
 from contextlib import AbstractContextManager, contextmanager, suppress
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -32,8 +32,6 @@ if TYPE_CHECKING:
 
 __all__ = ["Communicator", "by_graph_key", "world"]
 
-_Key = TypeVar("_Key")
-_Buffer = TypeVar("_Buffer")
 _numbers = itertools.count()
 _by_graph_key: weakref.WeakValueDictionary[str, Communicator] = weakref.WeakValueDictionary()
 _world: Communicator | None = None
@@ -319,7 +317,7 @@ def by_graph_key(graph_key: str) -> Communicator:
     return _by_graph_key[graph_key]
 
 
-def _make_room(buffers: dict[_Key, _Buffer]) -> None:
+def _make_room(buffers: dict[Any, Any]) -> None:
     """Drop all buffers if there are too many."""
     if len(buffers) >= 256:  # a model has fewer: its buffers have come and gone
         buffers.clear()

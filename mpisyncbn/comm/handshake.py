@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from ..liveness.rank_status import ProcessId
     from .unreferenced import GroupId
 
-__all__ = ["Handshake", "exchange_handshakes"]
+__all__ = ["exchange_handshakes"]
 
 _numbers = itertools.count()
 

@@ -26,8 +26,8 @@ if TYPE_CHECKING:
 __all__ = [
     "check_world",
     "check_world_size",
-    "describe",
     "library_name",
+    "ranks_in_words",
     "warn_world_size",
     "world_size_mismatch",
 ]
@@ -92,7 +92,7 @@ def warn_world_size(MPI: ModuleType) -> None:
         _warn(found.text)
 
 
-def describe(MPI: ModuleType) -> str:
+def ranks_in_words(MPI: ModuleType) -> str:
     """The number of ranks that the launcher started, in words, for ``python -m mpisyncbn``."""
     ranks, variable = config.any_launcher_size(MPI.COMM_WORLD.Get_size())
     return f"{ranks} rank{'' if ranks == 1 else 's'} ({variable})" if variable else "none that is known here"

@@ -29,8 +29,8 @@ __all__ = [
     "chosen",
     "device_of",
     "from_host",
+    "has_device_pointer",
     "is_readable_now",
-    "on_device",
     "on_host",
     "to_device_of",
     "to_host",
@@ -164,7 +164,7 @@ def is_readable_now(number: Array | float) -> bool:
     return type(number) in (torch.Tensor, torch.nn.Parameter)
 
 
-def on_device(array: Array) -> bool:
+def has_device_pointer(array: Array) -> bool:
     """Whether the values of an array are in memory whose pointer a CUDA-aware MPI takes."""
     return not on_host(array) and staging_for(array) is not None
 

@@ -24,7 +24,6 @@ if TYPE_CHECKING:
 
 __all__ = [
     "OWN_TAG",
-    "Reduction",
     "all_gather_uneven",
     "all_to_all",
     "broadcast",

@@ -27,7 +27,7 @@ from .work import Work, wait_until
 if TYPE_CHECKING:
     from mpi4py import MPI
 
-__all__ = ["PointToPoint", "PointToPointWork"]
+__all__ = ["PointToPoint"]
 
 _ONE_BYTE = np.zeros(1, np.uint8)  # the message of monitored_barrier
 

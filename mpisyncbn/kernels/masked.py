@@ -19,7 +19,7 @@ from .protocol import Array
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-__all__ = ["MaskedKernels", "where_true", "with_mask"]
+__all__ = ["where_true", "with_mask"]
 
 
 class MaskedKernels(NamedTuple):

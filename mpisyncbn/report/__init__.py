@@ -18,7 +18,7 @@ from ..errors import MPISyncBNError
 from ..liveness.rank_status import agreed_timeout
 from .checks import ERROR, WARNING, Problem, find_problems, nodes_of
 from .rank import Facts, RankFacts, find, versions
-from .words import by_rank, hosts
+from .words import by_rank, hosts, plural
 
 __all__ = ["ERROR", "WARNING", "Facts", "Problem", "Report", "latency", "report", "versions"]
 
@@ -34,14 +34,14 @@ class Report:
         self.ranks: list[RankFacts] = MPI.COMM_WORLD.allgather(find(MPI))
         self.sums, problem = _sums(MPI)
         self.problems = find_problems(self.ranks) + ([] if problem is None else [problem])
-        self.launcher = launcher.describe(MPI)
+        self.launcher = launcher.ranks_in_words(MPI)
 
     @property
     def in_short(self) -> str:
         """The job, in a few words."""
-        first, nodes = self.ranks[0], len(nodes_of(self.ranks))
+        first, ranks, nodes = self.ranks[0], len(self.ranks), len(nodes_of(self.ranks))
         return (
-            f"{_count(len(self.ranks), 'rank')} on {_count(nodes, 'node')}, {first.mpi['vendor']}, "
+            f"{ranks} rank{plural(ranks)} on {nodes} node{plural(nodes)}, {first.mpi['vendor']}, "
             f"kernels: {first.kernels['NumPy'].partition(',')[0]}"
         )
 
@@ -93,10 +93,6 @@ def _settings(rank: RankFacts) -> dict[str, str]:
         "OMP_NUM_THREADS": "not set",
     }
     return {**defaults, **rank.settings}
-
-
-def _count(number: int, noun: str) -> str:
-    return f"{number} {noun}{'' if number == 1 else 's'}"
 
 
 def _sums(MPI: ModuleType) -> tuple[str, Problem | None]:

@@ -107,7 +107,7 @@ def test_launchers_that_tell_mpi_nothing(given, variables):
         mpisyncbn.MPISyncBNError, match=r"started 2 ranks .* world of 1: torchrun, .* mpiexec"
     ):
         launcher.check_world_size(library())
-    assert launcher.describe(library()).startswith("2 ranks (")
+    assert launcher.ranks_in_words(library()).startswith("2 ranks (")
 
 
 @pytest.mark.parametrize(
