@@ -30,7 +30,7 @@ from .kernels.protocol import Running
 if TYPE_CHECKING:
     from torch import Tensor
 
-__all__ = ["are_finite", "can_record", "lerp", "lerp_", "record_batch", "update_running_stats"]
+__all__ = ["are_finite", "can_record", "only_torch_changes", "record_batch", "update_running_stats"]
 
 # running_mean, running_var and num_batches_tracked
 Averages: TypeAlias = "tuple[Array, Array, Tensor | None]"
@@ -108,6 +108,14 @@ def are_finite(stats: BatchStats, running_var: Array) -> bool:
         return _fits(stats.mean, stats.var * _bessel_factor(stats.count), running_var)
 
 
+def only_torch_changes(array: Array) -> bool:
+    """Whether it is a tensor that requires a gradient, or is of inference mode.
+
+    torch refuses some changes of these. Native code does not change them.
+    """
+    return hasattr(array, "is_inference") and (array.requires_grad or array.is_inference())
+
+
 def can_record(x: Array, running: Running) -> bool:
     """Whether kernels for ``x``, a tensor on a GPU, can change these running statistics."""
     tensor = loaded_torch().Tensor
@@ -132,7 +140,7 @@ def _record_natively(running: Averages, stats: BatchStats, momentum: float | Arr
         and transport.on_host(running_mean)
         and momentum.__class__ is float
         and (native_cpu := native()) is not None
-        and not any(map(_has_no_version, running))
+        and not any(map(only_torch_changes, running))
     ):
         return False
     arrays = *running, transport.version_counter_of(running_mean)
@@ -144,11 +152,6 @@ def _record_natively(running: Averages, stats: BatchStats, momentum: float | Arr
         if num_batches_tracked is not None and num_batches_tracked._version - running_mean._version > ahead:
             num_batches_tracked.sub_(1)  # the batch was counted before the error
         raise
-
-
-def _has_no_version(array: Array | None) -> bool:
-    """Whether it is a tensor of inference mode, whose changes autograd does not count."""
-    return array is not None and hasattr(array, "is_inference") and array.is_inference()
 
 
 def _record_from_host(

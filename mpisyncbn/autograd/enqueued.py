@@ -17,7 +17,7 @@ from torch import Tensor
 from .. import enqueue
 from ..batch_stats import BatchStats
 from ..kernels import ActivationContext, compiled_programs, describe
-from ..running_stats import can_record
+from ..running_stats import can_record, only_torch_changes
 from .layer_context import LayerContext
 
 if TYPE_CHECKING:
@@ -138,10 +138,8 @@ class _Prepared(NamedTuple):
 
 def _running_of(layer: LayerContext) -> Running | None:
     """The running statistics; None without any, or if only torch may change them."""
-    for each in layer.running[:3] if layer.running is not None else ():
-        if each is not None and (each.requires_grad or each.is_inference()):
-            return None
-    return layer.running
+    running = layer.running
+    return None if running is None or any(map(only_torch_changes, running[:3])) else running
 
 
 def _prepare_forward(

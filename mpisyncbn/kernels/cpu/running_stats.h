@@ -7,11 +7,6 @@
 bool update_running_stats(nb::handle running_mean_object, nb::handle running_var_object,
                           nb::handle num_batches_tracked, nb::handle record_change, const Vector &mean,
                           const Vector &var, double to_unbiased, double momentum) {
-    for (const nb::handle object :
-         {running_mean_object, running_var_object})  // torch refuses to change tensors of two kinds
-        if (!PyObject_CheckBuffer(object.ptr()) &&
-            (nb::cast<bool>(object.attr("requires_grad")) || nb::cast<bool>(object.attr("is_inference")())))
-            return false;
     Array running[2];
     if (!locate(running_mean_object, running[0], true) || !locate(running_var_object, running[1], true))
         return false;
