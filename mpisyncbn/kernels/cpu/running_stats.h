@@ -3,7 +3,8 @@
 // Moves the running statistics towards those of a batch, in place, and adds one to the tensor
 // num_batches_tracked, if it is not None. Returns false, and changes nothing, if a value is not
 // finite in their dtype, or if it cannot read the arrays. All is in one call, because Python's
-// interrupts come between calls. `record_change`, if it is not None, tells autograd.
+// interrupts come between calls. `record_change`, if it is not None, tells autograd. The caller has
+// refused tensors that only torch may change.
 bool update_running_stats(nb::handle running_mean_object, nb::handle running_var_object,
                           nb::handle num_batches_tracked, nb::handle record_change, const Vector &mean,
                           const Vector &var, double to_unbiased, double momentum) {
