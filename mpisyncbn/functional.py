@@ -55,8 +55,8 @@ def forward(
     ``activations.activation_of`` makes ``activation`` of a text or module.
 
     Returns:
-        ``y``; the statistics in host memory, but on the device in a compiled graph and under the
-        stream transport; the same statistics on the device of ``x``.
+        ``y``; the statistics in host memory, or on the device under the stream transport; the same
+        statistics on the device of ``x``.
 
     Collective: every rank of the group must call.
     """

@@ -1,4 +1,4 @@
-"""Copies between a device and the host. A layer waits for a CUDA or ROCm device only here.
+"""Copies between a device and the host. A layer without a mask waits for a GPU only here.
 
 Vectors are copied through pinned buffers. A copy to the host waits once, for all its vectors. A
 copy to the device does not wait: its buffer is free after the next wait for the same stream.

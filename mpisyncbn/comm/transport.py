@@ -4,9 +4,10 @@
   (staging.py).
 - ``device``: the message is in the device's memory, and its pointer goes to a CUDA-aware MPI
   (staging.DeviceMessage).
+- ``stream``: enqueue.py, which this module only chooses.
 
-With both, the result of the exchange is on the host, as NumPy vectors, and ``to_device_of`` copies
-it to the device. Tensors and arrays in host memory need neither.
+With the first two, the result of the exchange is on the host, as NumPy vectors, and
+``to_device_of`` copies it to the device. Tensors and arrays in host memory need none of them.
 """
 
 from __future__ import annotations
