@@ -4,6 +4,7 @@ Three paths lead through the same algorithm (functional.py). They send the same 
 order, so ranks may take different paths:
 
 - fused.py has kernels for the place where the data lives, and the first derivatives for training.
+  enqueued.py does its work under the stream transport.
 - composite.py has differentiable torch operations and exchanges, for all other derivatives.
 - compiled.py is for torch.compile, which fuses torch operations but does not look into exchanges.
 
@@ -168,8 +169,8 @@ def batch_norm(
     act = activation_of(activation)  # raises before anything is sent
     dtype = (_accepted.get(description) if description else "") or layer_dtype(x, weight, bias, running_mean)
     if compiling:
-        # A graph cannot hold an object, so it holds the name of the group.
-        y, stats = compiled.apply(x, weight, bias, mask, eps, _group_key(process_group), layer, dtype)
+        # A graph cannot hold an object, so it names the group by a string.
+        y, stats = compiled.apply(x, weight, bias, mask, eps, _graph_key(process_group), layer, dtype)
         # The compiler fuses these with the layer.
         return add_residual_and_activation(y, act, residual, mask), stats, stats
     group = resolve(process_group)
@@ -256,7 +257,7 @@ def _is_recording() -> bool:
     return mode is not None
 
 
-def _group_key(process_group: AnyGroup) -> str:
+def _graph_key(process_group: AnyGroup) -> str:
     if process_group is None:
         return ""
     if not isinstance(process_group, Communicator) and torch.compiler.is_compiling():

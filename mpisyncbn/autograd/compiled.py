@@ -42,16 +42,17 @@ def apply(
     bias: Tensor | None,
     mask: Tensor | None,
     eps: float,
-    group: str,
+    graph_key: str,
     layer: str,
     dtype: str,
 ) -> tuple[Tensor, BatchStats]:
     """``y`` and the statistics of the batch, whose count is 0 if a checkpoint repeats the call.
 
-    ``y`` is 0 where the mask is false. ``group`` is the ``graph_key`` of a Communicator, ``layer``
-    the name or key of a layer. Collective, forward and backward: every rank of the group must call.
+    ``y`` is 0 where the mask is false. ``graph_key`` is that of a Communicator, ``layer`` the name
+    or key of a layer. Collective, forward and backward: every rank of the group must call.
     """
-    y, stats, count, first_time = _CompiledBatchNorm.apply(x, weight, bias, mask, eps, group, layer, dtype)
+    inputs = x, weight, bias, mask, eps, graph_key, layer, dtype
+    y, stats, count, first_time = _CompiledBatchNorm.apply(*inputs)
     return y, BatchStats._make((*stats.unbind(), count * first_time))
 
 
@@ -120,7 +121,7 @@ _LIBRARY.define(
 
 
 def _batch_stats_op(
-    x: Tensor, mask: Tensor | None, token: Tensor, group: str, layer: str, dtype: str, eps: float
+    x: Tensor, mask: Tensor | None, token: Tensor, graph_key: str, layer: str, dtype: str, eps: float
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Do the forward pass up to and including its exchange.
 
@@ -128,10 +129,10 @@ def _batch_stats_op(
     mean in two parts, and invstd; the count; and False if a checkpoint repeats the call, else True.
     """
     with np.errstate(all="ignore"):  # no warnings: NaN and infinity are valid data
-        communicator = by_graph_key(group)
-        call = layer_call(communicator.name_of(layer), "forward", x.shape[1], dtype, eps)
+        group = by_graph_key(graph_key)
+        call = layer_call(group.name_of(layer), "forward", x.shape[1], dtype, eps)
         moments = kernels_for(x, mask).local_moments(x)
-        total, mean, var = exchange.merge_moments(communicator, call, *moments)
+        total, mean, var = exchange.merge_moments(group, call, *moments)
         stats = _rows(x, mean, var, invstd_of(var, eps))
     check_count(total, x)
     # filled on the device, so that the host does not wait for it
@@ -147,7 +148,7 @@ def _batch_sums_op(
     stats: Tensor,
     count: Tensor,
     token: Tensor,
-    group: str,
+    graph_key: str,
     layer: str,
     dtype: str,
     eps: float,
@@ -158,12 +159,12 @@ def _batch_sums_op(
     in two parts, and that of ``dy * xhat``, the factor of ``xhat``, the normalized input.
     """
     with np.errstate(all="ignore"):
-        communicator = by_graph_key(group)
-        call = layer_call(communicator.name_of(layer), "backward", x.shape[1], dtype, eps)
+        group = by_graph_key(graph_key)
+        call = layer_call(group.name_of(layer), "backward", x.shape[1], dtype, eps)
         mean, invstd = stats[0], stats[2]
         vectors = transport.to_host(mean, invstd) if transport.on_host(x) else (mean, invstd)
         sums = kernels_for(x, mask).backward_reduce(dy, x, *vectors)[:2]
-        totals = exchange.reduce_sums(communicator, call, *sums)
+        totals = exchange.reduce_sums(group, call, *sums)
     sum_dy, sum_dy_xmu = _rows(x, *sums)
     # if no rank has a value, all sums are 0
     mean_dy, mean_dy_xmu = _rows(x, *totals) / (count + (count == 0))
@@ -282,13 +283,13 @@ class _CompiledBatchNorm(torch.autograd.Function):
         bias: Tensor | None,
         mask: Tensor | None,
         eps: float,
-        group: str,
+        graph_key: str,
         layer: str,
         dtype: str,
     ) -> tuple[Tensor, ...]:
         token = _order_token(_FORWARD_ORDER, x)
         stats, rounded, count, first_time = torch.ops.mpisyncbn.batch_stats(
-            x, mask, token, group, layer, dtype, eps
+            x, mask, token, graph_key, layer, dtype, eps
         )
         y = _normalized(x, rounded)
         if weight is not None:
@@ -301,7 +302,7 @@ class _CompiledBatchNorm(torch.autograd.Function):
         ctx.save_for_backward(x, weight, mask, stats, rounded, count)
         # An attribute, because torch checks saved tensors for changes by another graph.
         ctx.token = _order_token(_BACKWARD_ORDER, x)
-        ctx.exchange = group, layer, dtype, eps
+        ctx.exchange = graph_key, layer, dtype, eps
         ctx.bias_dtype = None if bias is None else bias.dtype
         ctx.mark_non_differentiable(stats, count, first_time)
         return y, stats, count, first_time
