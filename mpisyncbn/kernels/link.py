@@ -32,9 +32,7 @@ def native_link(comm: mpi4py_MPI.Intracomm, MPI: ModuleType) -> Link | None:
         (address,) = addresses(MPI, "MPI_Allreduce")
     except (AttributeError, OSError):
         return None
-    on, double, add = (handle(MPI, each) for each in (comm, MPI.DOUBLE, MPI.SUM))
-    in_place, int_handles = int(MPI.IN_PLACE), MPI._sizeof(comm) == 4
-    return kernels.Link(address, on, double, add, in_place, int_handles, comm.Get_size())
+    return kernels.Link(address, *_handles(comm, MPI), comm.Get_size())
 
 
 def native_stream_worker(comm: mpi4py_MPI.Intracomm, MPI: ModuleType) -> StreamWorker:
@@ -43,9 +41,14 @@ def native_stream_worker(comm: mpi4py_MPI.Intracomm, MPI: ModuleType) -> StreamW
     if kernels is None:
         raise RuntimeError("the native code was not built")
     reduce, gather = addresses(MPI, "MPI_Allreduce", "MPI_Allgather")
-    on, double, add = (handle(MPI, each) for each in (comm, MPI.DOUBLE, MPI.SUM))
-    more = int(MPI.IN_PLACE), MPI._sizeof(comm) == 4, comm.Get_size(), comm.Get_rank()
-    return kernels.StreamWorker(CUDA_DRIVER, reduce, gather, on, double, add, *more)
+    ranks = comm.Get_size(), comm.Get_rank()
+    return kernels.StreamWorker(CUDA_DRIVER, reduce, gather, *_handles(comm, MPI), *ranks)
+
+
+def _handles(comm: mpi4py_MPI.Intracomm, MPI: ModuleType) -> tuple[int, int, int, int, bool]:
+    """Handles for a float64 sum over ``comm``, MPI_IN_PLACE, and whether MPI's handles are ints."""
+    handles = [handle(MPI, each) for each in (comm, MPI.DOUBLE, MPI.SUM)]
+    return *handles, int(MPI.IN_PLACE), MPI._sizeof(comm) == 4
 
 
 def addresses(MPI: ModuleType, *names: str) -> list[int]:
