@@ -126,18 +126,18 @@ class SyncBatchNorm(convert.Synchronized):
             check_memory_efficient(activation, residual, self.layer_name)
         self._check_input_dim(input)
         if not self.training:
-            tensors = input, self.running_mean, self.running_var, self.weight, self.bias
+            parameters, running = (self.weight, self.bias), (self.running_mean, self.running_var)
             if not torch.jit.is_tracing():
-                checked, layer = (input, *tensors[3:], *tensors[1:3]), self.layer_name
+                tensors, layer = (input, *parameters, *running), self.layer_name
                 if torch.compiler.is_compiling() or isinstance(input, FakeTensor):
-                    check_arguments(*checked, eps=self.eps, layer=layer)
+                    check_arguments(*tensors, eps=self.eps, layer=layer)
                 else:
-                    description = describe(*checked) if input.is_cuda else None
-                    autograd.check_tensors(*checked, 0.0, self.eps, layer, description)
+                    description = describe(*tensors) if input.is_cuda else None
+                    autograd.check_tensors(*tensors, 0.0, self.eps, layer, description)
                 check_residual(residual, input, layer)
                 check_mask(mask, input, layer)
             # local: batch norm in evaluation needs no other rank
-            return evaluate(*tensors, self.eps, activation, residual, mask)
+            return evaluate(input, *running, *parameters, self.eps, activation, residual, mask)
         running_mean = running_var = num_batches_tracked = None
         if self.track_running_stats:
             running_mean = _tensor(self, self._buffers, "running_mean")

@@ -108,7 +108,7 @@ class _SyncBatchNorm(torch.autograd.Function):
         else:
             stats = layer.device_stats if layer.enqueued is None else layer.enqueued.stats()
             kernels = kernels_for(x, mask)
-            reduce_sums = layer.exchange(exchange.reduce_sums, "backward")
+            reduce_sums = layer.bind(exchange.reduce_sums, "backward")
         if ctx.kept_channels is not None:
             kernels = FromOutput(kernels, weight, saved[0], ctx.kept_channels, kept)
         with np.errstate(all="ignore"):
@@ -197,7 +197,7 @@ def _forward(
             bias,
             layer.eps,
             kernels_for(x, mask),
-            layer.exchange(exchange.merge_moments, "forward"),
+            layer.bind(exchange.merge_moments, "forward"),
             residual,
             layer.activation,
         )

@@ -64,7 +64,7 @@ class LayerContext:
         """The call that is compared between the ranks."""
         return layer_call(self.name, direction, self.channels, self.dtype, self.eps)
 
-    def exchange(self, function: Callable[..., Result], direction: str) -> Callable[..., Result]:
+    def bind(self, function: Callable[..., Result], direction: str) -> Callable[..., Result]:
         """A function of exchange.py, bound to the group and this call: it takes only the values."""
         return partial(function, self.group, self.call(direction))
 
