@@ -74,18 +74,17 @@ def merge_moments(group: Communicator, call: LayerCall, count: int, mean: Array,
     Collective: every rank of the group must call.
     """
     group.check_world()
+    is_float64 = call.dtype == "float64"
+    vectors: Sequence[Array] = (*mean, m2) if is_float64 else (mean, m2)
     if (worker := enqueue.worker_for(group, m2)) is not None:
-        moments = (*mean, m2) if call.dtype == "float64" else (mean, m2)
-        return enqueue.merge_moments(group, worker, call, count, moments)
-    merge: Callable[..., Moments]
-    if call.dtype == "float64":
-        merge, vectors = _gather_moments, _where_sent(group, *mean, m2)
-    else:
-        merge, vectors = _sum_moments, _where_sent(group, mean, m2)
+        return enqueue.merge_moments(group, worker, call, count, vectors)
+    vectors = _where_sent(group, *vectors)
     # The lock is held for both messages: nothing comes between them.
     with profiling.locked("mpisyncbn:merge_moments", group.lock):
         try:
-            return merge(group, call, count, *vectors)
+            if is_float64:
+                return moments_of_rows(_exchange_vectors(group, call, _GATHER, count, *vectors))
+            return _sum_moments(group, call, count, *vectors)
         finally:
             group.rank_status.current_call = None
 
@@ -170,13 +169,6 @@ def _merge_about_mean(
     totals = _exchange_vectors(group, again, _SUM, count, sums, distance * sums + m2)
     _, distance, var, _ = moments_of_sums(totals)
     return origin + distance, without_rounding(var, distance)
-
-
-def _gather_moments(
-    group: Communicator, call: LayerCall, count: int, mean_hi: Array, mean_lo: Array, m2: Array
-) -> Moments:
-    """Merge the moments of all ranks, in rank order. The mean is in two parts."""
-    return moments_of_rows(_exchange_vectors(group, call, _GATHER, count, mean_hi, mean_lo, m2))
 
 
 def _exchange_vectors(
@@ -269,7 +261,7 @@ def _share_header(group: Communicator, kind: int, length: int, h: int) -> np.nda
     Returns these three. A joined rank passes zeros. The result is zeros once all ranks have joined.
     """
     header = np.array([kind, length, h], float)
-    group.comm.Allreduce(group.in_place, header, op=group.largest)
+    group.comm.Allreduce(group.in_place, header, op=group.max_op)
     return header
 
 

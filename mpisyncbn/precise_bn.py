@@ -253,7 +253,7 @@ def _allreduce_max(group: Communicator, number: int) -> int:
     """The largest of the numbers of all ranks. Collective: every rank of the group must call."""
     value = np.array([number], float)
     with group.collective("counting the batches of update_bn"):
-        group.comm.Allreduce(group.in_place, value, op=group.largest)
+        group.comm.Allreduce(group.in_place, value, op=group.max_op)
     return int(value[0])
 
 

@@ -71,7 +71,7 @@ class Communicator:
         # Every exchange needs these names of mpi4py: look them up once.
         self._is_finalized = MPI.Is_finalized
         self.in_place, self.mpi_error, self.truncated = MPI.IN_PLACE, MPI.Exception, MPI.ERR_TRUNCATE
-        self.largest = MPI.MAX
+        self.max_op = MPI.MAX
         self.in_join_context = False  # whether ranks may run out of data: see uneven.py
         self.freed = False
         self.rank: int = source.Get_rank()

@@ -82,7 +82,7 @@ def _share_statistics(model: nn.Module, thread: uneven.ServingThread) -> None:
     # clones, because a pickled view brings all of its storage
     mine = [[to_cpu(buffer).clone() for buffer in buffers] for buffers in trained]
     with group.collective("sharing running statistics after join"):
-        last = group.comm.allreduce(-1 if thread.answered else group.rank, op=group.largest)
+        last = group.comm.allreduce(-1 if thread.answered else group.rank, op=group.max_op)
         found = group.comm.bcast(mine, root=last)
     for layer, values in zip(layers, found, strict=True):
         for buffer, value in zip(_statistics(layer), values, strict=False):
