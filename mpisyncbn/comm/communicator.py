@@ -105,7 +105,7 @@ class Communicator:
             mpi()
             if self.freed:
                 raise MPISyncBNError(f"this Communicator was freed{on_rank()}: make a new one")
-            with self._first_collective():
+            with self._first_message():
                 self._take_over(self._create_comm())
         elif self._is_finalized():
             mpi()  # raises
@@ -151,8 +151,8 @@ class Communicator:
         return self
 
     @contextmanager
-    def _first_collective(self) -> Iterator[None]:
-        """A context for the first collective of the group, watched by the watchdog."""
+    def _first_message(self) -> Iterator[None]:
+        """A context for the first message of the group, watched by the watchdog."""
         seconds = DEFAULT_TIMEOUT
         with suppress(ValueError):  # _take_over raises it on all ranks
             seconds = agreed_timeout([config.timeout()])

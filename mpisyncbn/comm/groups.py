@@ -203,7 +203,7 @@ def new_subgroups(group_size: int | None = None, comm: AnyGroup = None) -> Commu
 def _child(comm: MPI.Intracomm) -> Communicator:
     """Return a Communicator that takes ``comm`` over, so no other object may use it. Collective."""
     child = Communicator(comm)
-    with child._first_collective():
+    with child._first_message():
         return child._take_over(comm)
 
 
