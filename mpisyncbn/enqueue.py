@@ -69,8 +69,8 @@ def merge_moments(
     ``vectors`` are mean and M2; for float64 layers the mean in two rows, and M2.
     """
     channels = len(vectors[-1])
-    what, length = moments_call(group, call, channels), 3 * channels + 3
-    out = _enqueue(group, worker, what, count, vectors, length, "mpisyncbn:merge_moments")
+    native_call, length = moments_call(group, call, channels), 3 * channels + 3
+    out = _enqueue(group, worker, native_call, count, vectors, length, "mpisyncbn:merge_moments")
     mean, var, _ = out[: 3 * channels].reshape(3, channels)
     return out[3 * channels], mean, var
 
@@ -80,8 +80,8 @@ def reduce_sums(
 ) -> Sequence[Array]:
     """Enqueue the sum of vectors of one length over the group. Returns the sums on the device."""
     values = len(vectors) * len(vectors[0])
-    what = sums_call(group, call, values)
-    sums = _enqueue(group, worker, what, 0, vectors, values, "mpisyncbn:reduce_sums")
+    native_call = sums_call(group, call, values)
+    sums = _enqueue(group, worker, native_call, 0, vectors, values, "mpisyncbn:reduce_sums")
     return list(sums.reshape(len(vectors), -1))
 
 
@@ -141,7 +141,7 @@ def _native_call(group: Communicator, call: LayerCall, kind: int, values: int, l
 def _enqueue(
     group: Communicator,
     worker: StreamWorker,
-    what: Call,
+    native_call: Call,
     count: int,
     vectors: Sequence[Array],
     length: int,
@@ -153,7 +153,9 @@ def _enqueue(
         addresses, kept = streams.addresses(vectors)
         out, address = streams.empty(length)
         before, group.last_stream = group.last_stream, streams.current_stream()
-        worker.enqueue(streams.numbers(), what, count, None, None, addresses, address, None, ())
+        worker.enqueue(
+            streams.device_and_stream(), native_call, count, None, None, addresses, address, None, ()
+        )
         # Not before: memory is freed in the order of the stream, and CuPy destroys streams.
         del kept, before
     return out

@@ -75,7 +75,7 @@ def forward(
     with enqueue.locked(group, "mpisyncbn:merge_moments"):
         total, count = enqueue.new_total(), x.numel() // channels
         worker.enqueue(
-            streams.numbers(), call, count, total, program.before, [], mean, program.after, pointers
+            streams.device_and_stream(), call, count, total, program.before, [], mean, program.after, pointers
         )
     if running is not None and records:
         torch._C._increment_version([each for each in running[:3] if each is not None])
@@ -122,7 +122,9 @@ def backward(
     )
     before, after = program.before, program.after
     with enqueue.locked(group, "mpisyncbn:reduce_sums"):
-        worker.enqueue(streams.numbers(), call, 0, enqueued.total, before, [sums], mean_dy, after, pointers)
+        worker.enqueue(
+            streams.device_and_stream(), call, 0, enqueued.total, before, [sums], mean_dy, after, pointers
+        )
     return dx, dweight, dbias, dy if dz is None else dz
 
 

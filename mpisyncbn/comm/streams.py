@@ -22,7 +22,7 @@ class Streams(Protocol):
     def device_context(self) -> AbstractContextManager[object]:
         """A context in which the device is the current one."""
 
-    def numbers(self) -> tuple[int, int]:
+    def device_and_stream(self) -> tuple[int, int]:
         """The device and its current stream, as numbers for CUDA's driver."""
 
     def addresses(self, vectors: Sequence[Array]) -> tuple[list[int], Sequence[Array]]:
@@ -73,7 +73,7 @@ class TorchStreams:
             return nullcontext()
         return self.torch.cuda.device(self.device)
 
-    def numbers(self) -> tuple[int, int]:
+    def device_and_stream(self) -> tuple[int, int]:
         index = self.device.index
         return index, self.torch._C._cuda_getCurrentRawStream(index)
 
@@ -149,7 +149,7 @@ class CuPyStreams:
     def device_context(self) -> AbstractContextManager[object]:
         return self.device
 
-    def numbers(self) -> tuple[int, int]:
+    def device_and_stream(self) -> tuple[int, int]:
         return self.device.id, self.current_stream().ptr
 
     def addresses(self, vectors: Sequence[Array]) -> tuple[list[int], Sequence[Array]]:

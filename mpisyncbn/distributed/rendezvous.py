@@ -96,7 +96,7 @@ def _first_message(comm: MPI.Intracomm, ranks: list[int], timeout: timedelta) ->
     ranks = ranks or list(range(comm.size))
     status, seconds = RankStatus(ranks.index(comm.rank), len(ranks)), timeout.total_seconds()
     if timeout != default_pg_timeout:
-        status.limit = "timeout="
+        status.timeout_setting = "timeout="
     else:
         with suppress(ValueError):  # the group raises it on all ranks
             given = config.timeout()

@@ -62,7 +62,7 @@ class RankStatus:
         self._current_call: object = None
         self.given_up = False  # whether a thread of this rank is left in the group, for nothing
         self.timeout = DEFAULT_TIMEOUT  # seconds, 0: none
-        self.limit = "MPISYNCBN_TIMEOUT"  # the variable or argument that sets ``timeout``
+        self.timeout_setting = "MPISYNCBN_TIMEOUT"  # the variable or argument that sets ``timeout``
         self.timeout_is_given = False  # whether MPISYNCBN_TIMEOUT is set on any rank
         self.finalize_timeout = DEFAULT_TIMEOUT  # for the wait at the program's end
         self.all_native = False  # whether every rank has native code
@@ -155,8 +155,8 @@ class RankStatus:
     def abort_on_timeout(self) -> None:
         """Ask the other ranks what they are doing, report that, and end the job."""
         self.report(
-            f"has waited {self._waited:.1f} s (the limit is {self.timeout:g} s, {self.limit}) for other "
-            f"ranks of its group in exchange number {self.number}, {self.current_call}"
+            f"has waited {self._waited:.1f} s (the limit is {self.timeout:g} s, {self.timeout_setting}) for "
+            f"other ranks of its group in exchange number {self.number}, {self.current_call}"
         )
         answers = self.ask_others()
         if self._asked_at is not None or self.asked_by is None:  # else the rank that asked prints them
@@ -164,7 +164,7 @@ class RankStatus:
         reports.abort_job(
             TIMED_OUT,
             "Every rank of a group must run the same layers in the same order. If some rank is only slow, "
-            f"a larger {self.limit} gives it more time",
+            f"a larger {self.timeout_setting} gives it more time",
         )
 
     def ask_others(self) -> str:

@@ -80,7 +80,9 @@ def enqueued(group, device, what, count, vectors, total=None, length=None):
     out = device.memory(length or 3 * C + 3)
     addresses = [each.data_ptr() for each in vectors]
     with enqueue.locked(group, "an exchange"):
-        worker.enqueue(device.numbers(), what, count, total, None, addresses, out.data_ptr(), None, ())
+        worker.enqueue(
+            device.device_and_stream(), what, count, total, None, addresses, out.data_ptr(), None, ()
+        )
     return out
 
 

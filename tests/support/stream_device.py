@@ -40,7 +40,7 @@ class StreamDevice(device.SlowDevice):
         self.stream = driver.stream()
         self._arena, self._left = 0, 0  # memory in reserve: a capture forbids allocation
 
-    def numbers(self) -> tuple[int, int]:
+    def device_and_stream(self) -> tuple[int, int]:
         return 0, self.stream
 
     def addresses(self, vectors: Sequence[Tensor]) -> tuple[list[int], Sequence[Tensor]]:

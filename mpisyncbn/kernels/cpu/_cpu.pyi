@@ -257,7 +257,7 @@ class StreamWorker:
     def slots(self) -> int: ...
     def enqueue(
         self,
-        numbers: tuple[int, int],
+        device_and_stream: tuple[int, int],
         call: Call,
         count: float,
         total: Total | None,
@@ -270,7 +270,7 @@ class StreamWorker:
     ) -> None:
         """Enqueue kernels, an exchange, and further kernels.
 
-        ``numbers`` are as ``Streams.numbers`` returns it.
+        ``device_and_stream`` are as ``Streams`` returns them.
         ``vectors`` are the addresses of the message's vectors on the device. The list is empty if
         the kernels ``before`` write the message. The result is copied to the address ``out``. An
         exchange of moments sets ``total``, and sums are divided by it. ``pointers`` are tensors of

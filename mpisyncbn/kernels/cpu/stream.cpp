@@ -60,10 +60,10 @@ struct StreamWorker {
 
     // Enqueues kernels, an exchange and further kernels. The message comes from vectors on the device,
     // if any are given; else the kernels write it. The result is copied to `out` on the device.
-    void enqueue(std::tuple<int, uintptr_t> numbers, const Call &call, double count,
+    void enqueue(std::tuple<int, uintptr_t> device_and_stream, const Call &call, double count,
                  std::shared_ptr<Total> total, const Launches *before, const std::vector<uint64_t> &vectors,
                  uint64_t out, const Launches *after, nb::tuple given) {
-        const auto [device, stream_number] = numbers;
+        const auto [device, stream_number] = device_and_stream;
         Pointers pointers{};
         for (size_t i = 0; i < given.size(); ++i) {
             pointers.at(i) = tensors::address_of(given[i].ptr());
