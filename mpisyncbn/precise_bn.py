@@ -89,7 +89,7 @@ def update_bn(
         uneven.check_threads("update_bn")
     for group in groups:
         _compare_models(group, layers)
-    with _training(model, layers.values()), uneven.joining(groups), torch.no_grad():
+    with _training(model, layers.values()), uneven.announcing(groups), torch.no_grad():
         batches = _run(_with_bar(loader, resolve(process_group)), model, device)
     uneven.serve(groups)
     for group in groups:

@@ -15,7 +15,7 @@ from .comm.runtime import mpi
 from .convert import synchronized_layers
 from .errors import MPISyncBNError, on_rank
 
-__all__ = ["ServingThread", "check_threads", "groups_of", "joining", "serve"]
+__all__ = ["ServingThread", "announcing", "check_threads", "groups_of", "serve"]
 
 
 def groups_of(model: nn.Module) -> list[Communicator]:
@@ -34,7 +34,7 @@ def check_threads(function: str) -> None:
 
 
 @contextmanager
-def joining(groups: Sequence[Communicator]) -> Iterator[None]:
+def announcing(groups: Sequence[Communicator]) -> Iterator[None]:
     """A context in which each exchange announces itself to ranks that have run out of data.
 
     A captured graph cannot announce its exchanges, so a replay inside is an error.

@@ -53,7 +53,7 @@ def join(
     threads = [] if throw_on_early_termination else [uneven.ServingThread(group) for group in groups]
     try:
         with (
-            uneven.joining(groups),
+            uneven.announcing(groups),
             model.join(divide_by_initial_world_size, enable, throw_on_early_termination),
         ):
             yield

@@ -369,7 +369,7 @@ def test_replays_inside_join_are_refused(group, device):
 
     replay(1)
     values, said = [], []
-    with uneven.joining([group]):
+    with uneven.announcing([group]):
         values += [each.item() for each in found]
         for number in (2, 3):
             replay(number)
