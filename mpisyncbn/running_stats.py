@@ -79,12 +79,12 @@ def record_batch(
         running_mean, running_var: floating point, of length C.
         num_batches_tracked: the count of a layer, or None.
         stats: of the batch; ``invstd`` is not used.
-        momentum: a number from 0 to 1, or an array of no dimensions.
+        momentum: a number from 0 to 1, or a 0-d array.
         device_stats: the statistics on the device of the running ones, if known there.
 
     Returns:
-        Whether the batch was recorded: a bool, or an array of no dimensions if only a device or a
-        compiled graph knows that. Not collective.
+        Whether the batch was recorded: a bool, or a 0-d array if only a device or a compiled graph
+        knows that. Not collective.
     """
     running = running_mean, running_var, num_batches_tracked
     if momentum.__class__ is not float and transport.is_readable_now(momentum):
@@ -184,7 +184,7 @@ def _record_on_device(running: Averages, stats: BatchStats, momentum: float | Ar
 def _record_without_sync(running: Averages, stats: BatchStats, momentum: float | Array) -> Array:
     """Record a batch whose statistics the host neither knows nor waits for. It never warns.
 
-    Returns whether the batch was recorded, as an array of no dimensions.
+    Returns whether the batch was recorded, as a 0-d array.
     """
     running_mean, running_var, num_batches_tracked = running
     count, mean = stats.count, stats.mean

@@ -277,7 +277,7 @@ def check_timeout(timeout: object) -> None:
 
 
 def _check_momentum(momentum: float | Array, expected: str, like: Array, layer: str | None = None) -> None:
-    """Check a number, or an array of no dimensions. A value on a device is not read."""
+    """Check a number, or a 0-d array. A value on a device is not read."""
     if isinstance(momentum, _NUMBER) or getattr(momentum, "ndim", None) != 0:
         _check_number("momentum", momentum, expected, 1.0, layer)
         return

@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.autograd import forward_ad
 
 from .. import exchange, functional
+from ..arguments.arrays import dtype_name
 from ..comm import transport
 from ..errors import MPISyncBNError, on_rank
 from ..kernels import (
@@ -62,7 +63,7 @@ def apply(
     transforms = torch._C._are_functorch_transforms_active()
     function = _Transformable if transforms else _SyncBatchNorm
     if layer.keeps_output:  # not on a device, where the host would wait; other derivatives need the input
-        can_choose = torch.is_grad_enabled() and transport.on_host(x) and _name(x.dtype) in DTYPES
+        can_choose = torch.is_grad_enabled() and transport.on_host(x) and dtype_name(x.dtype) in DTYPES
         layer.keeps_output = can_choose and not transforms and not _has_tangent(x, weight, bias)
     if layer.description is not None and not transforms:
         # torch's own apply looks for tensors that a transform has left behind, which takes a tenth
@@ -234,17 +235,13 @@ def _save_output(
     """Save the output in place of the input, and the input of the channels that need it."""
     layer = ctx.layer
     _, var, invstd, count = layer.stats
-    chosen = channels_to_keep(_name(x.dtype), var, invstd, count, weight, bias, layer.activation)
+    chosen = channels_to_keep(dtype_name(x.dtype), var, invstd, count, weight, bias, layer.activation)
     if 2 * len(chosen) > len(var):
         ctx.save_for_backward(x, weight, mask, bias)
         return
     ctx.kept_channels = chosen
     kept = x.detach()[:, torch.from_numpy(chosen)] if len(chosen) else None
     ctx.save_for_backward(y, weight, mask, bias, kept)
-
-
-def _name(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")
 
 
 def _has_tangent(*tensors: Tensor | None) -> bool:

@@ -154,7 +154,7 @@ def on_host(array: Array) -> bool:
 
 
 def is_readable_now(number: Array | float) -> bool:
-    """Whether a number, or an array of no dimensions, can be read without waiting."""
+    """Whether a number, or a 0-d array, can be read without waiting."""
     if isinstance(number, (int, float)):  # or one that torch.compile traces, without attributes
         return True
     if not hasattr(number, "is_cpu"):
