@@ -23,6 +23,11 @@ class LikeCuPy(np.ndarray):
     device.id = 0
 
 
+def _from_dlpack(tensor: Any) -> np.ndarray:
+    array = np.from_dlpack(tensor)
+    return array if array.flags.writeable else array.copy()  # NumPy 1.26 and torch 2.6: read-only
+
+
 @contextmanager
 def dlpack_kernels(
     monkeypatch: pytest.MonkeyPatch, pointer: int = 0
@@ -34,7 +39,7 @@ def dlpack_kernels(
     """
     streams: list[Any] = []
     current = SimpleNamespace(get_current_stream=lambda: SimpleNamespace(ptr=pointer))
-    monkeypatch.setitem(sys.modules, "cupy", SimpleNamespace(from_dlpack=np.from_dlpack, cuda=current))
+    monkeypatch.setitem(sys.modules, "cupy", SimpleNamespace(from_dlpack=_from_dlpack, cuda=current))
     monkeypatch.setattr(torch.cuda, "device", lambda index: nullcontext())
     monkeypatch.setattr(torch.cuda, "default_stream", lambda: 0)
     monkeypatch.setattr(torch.cuda, "ExternalStream", lambda given: given)

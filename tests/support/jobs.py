@@ -147,7 +147,9 @@ def run_alone(code: str) -> str:
     done = None
     if WORLD.rank == 0:
         with tempfile.TemporaryDirectory(prefix="mpisyncbn-") as folder:
-            done = run([sys.executable, "-W", "error", "-c", code], Path(folder), variables=unlaunched())
+            # torch 2.6 leaves a temporary folder of its own to the end
+            warnings = "-W", "error", "-W", "ignore:Implicitly cleaning up"
+            done = run([sys.executable, *warnings, "-c", code], Path(folder), variables=unlaunched())
     done = WORLD.bcast(done)
     assert done.status == 0, done.stdout + done.stderr
     return done.stdout + done.stderr
