@@ -51,9 +51,9 @@ def apply(
     ``y`` is 0 where the mask is false. ``graph_key`` is that of a Communicator, ``layer`` the name
     or key of a layer. Collective, forward and backward: every rank of the group must call.
     """
-    inputs = x, weight, bias, mask, eps, graph_key, layer, dtype
-    y, stats, count, first_time = _CompiledBatchNorm.apply(*inputs)
-    return y, BatchStats._make((*stats.unbind(), count * first_time))
+    y, stats, count, first = _CompiledBatchNorm.apply(x, weight, bias, mask, eps, graph_key, layer, dtype)
+    # detached, or running statistics would require gradients after a recorded graph
+    return y, BatchStats._make((*stats.detach().unbind(), count.detach() * first))
 
 
 @contextmanager

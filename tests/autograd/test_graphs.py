@@ -84,6 +84,12 @@ def test_make_fx_records_the_exchange(mode, pre_dispatch):
     assert distance(graph(later), layer(later)) < 1e-5
 
 
+def test_a_recorded_graph_gives_running_statistics_no_history():
+    net, x = mpisyncbn.SyncBatchNorm(3), shard((local_batch(4), 3), 3)
+    make_fx(net)(x)(x.clone().requires_grad_())
+    assert not any(buffer.requires_grad for buffer in net.buffers())
+
+
 def test_make_fx_of_derivatives():
     x, later = shard((local_batch(4), 3), 5), shard((local_batch(4), 3), 6)
 
@@ -114,6 +120,7 @@ def test_an_exported_layer_does_not_train(strict):
     with torch.no_grad():
         assert distance(exported(x), net(x)) < 1e-5
     assert distance(exported(x).detach(), net(x).detach()) < 1e-5
+    assert not any(buffer.requires_grad for buffer in exported.buffers())
     with pytest.raises(RuntimeError, match=r"expected no gradients through batch stat|does not require grad"):
         exported(x.clone().requires_grad_()).sum().backward()
     with pytest.raises(Exception, match=r"expected no gradients through batch stat|does not require grad"):
