@@ -6,13 +6,14 @@ import difflib
 import math
 import os
 import socket
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from .errors import on_rank
 
 __all__ = [
     "PROC",
+    "RANKS_WITHOUT_SIZE",
     "any_launcher_size",
     "colour",
     "cpus_per_task",
@@ -106,7 +107,7 @@ _SIZES = (
     "SLURM_STEP_NUM_TASKS",
 )
 _RANKS = ("PMIX_RANK", "PMI_RANK", "PALS_RANKID", "SLURM_PROCID")
-_WITHOUT_SIZE = ("PMIX_RANK", "PALS_RANKID")  # from launchers that give no size
+RANKS_WITHOUT_SIZE = ("PMIX_RANK", "PALS_RANKID")  # from launchers that give no size
 # The variables by which MPI knows which rank of which job a process is.
 _IDENTITY: tuple[str, ...] = ("PMIX_NAMESPACE", "PMIX_RANK", "PMI_FD", "PMI_PORT", "PMI_ID", "PMI_RANK")
 _IDENTITY += ("PALS_APID", "PALS_RANKID")
@@ -128,21 +129,30 @@ def any_launcher_size(size: int) -> tuple[int, str]:
     given = _sizes()
     if size > 1:  # some launcher told MPI so, and variables of another one are left over
         return next((each for each in given if each[0] == size), given[0])
-    ranks, variable = given[0]
+    ranks, variable = given[0] if given[0][1] else _ranks_up_to_own()
     # mpiexec -n 1 may have started this process alone, and other variables may be left over. Only
     # torchrun sets its own one.
     unknown = not variable or variable.startswith("SLURM_")
-    unknown = unknown and not any(name in os.environ for name in _WITHOUT_SIZE)
+    unknown = unknown and not any(name in os.environ for name in RANKS_WITHOUT_SIZE)
     if unknown or "TORCHELASTIC_RUN_ID" in os.environ:
         return _size_outside_mpi() or (ranks, variable)
     return ranks, variable
+
+
+def _ranks_up_to_own() -> tuple[int, str]:
+    """How many ranks a launcher without a size has started at least, and the variable of the rank.
+
+    Rank 0 does not know of others: 1 and "".
+    """
+    ranks = ((_rank_in(os.environ, (name,)), name) for name in RANKS_WITHOUT_SIZE)
+    return next(((rank + 1, name) for rank, name in ranks if rank), (1, ""))
 
 
 def _size_outside_mpi() -> tuple[int, str] | None:
     """How many ranks a launcher outside MPI started, and the variable that says so; or None."""
     for names in _NOT_OF_MPI:
         values = [os.environ.get(name, "") for name in names]
-        if all(value.isdigit() for value in values) and int(values[0]) > max(1, *map(int, values[1:])):
+        if all(value.isdecimal() for value in values) and int(values[0]) > max(1, *map(int, values[1:])):
             return int(values[0]), names[0]
     return None
 
@@ -150,12 +160,12 @@ def _size_outside_mpi() -> tuple[int, str] | None:
 def _sizes() -> list[tuple[int, str]]:
     """How many ranks each launcher of MPI started, and the variable that says so."""
     given = [(os.environ.get(name, ""), name) for name in _SIZES]
-    return [(int(value), name) for value, name in given if value.isdigit()] or [(1, "")]
+    return [(int(value), name) for value, name in given if value.isdecimal()] or [(1, "")]
 
 
 def launched() -> bool:
     """Whether the environment says that a launcher started this process as a rank of several."""
-    return mpi_launcher_size()[0] > 1 or any(name in os.environ for name in _WITHOUT_SIZE)
+    return mpi_launcher_size()[0] > 1 or any(name in os.environ for name in RANKS_WITHOUT_SIZE)
 
 
 def in_batch_script() -> bool:
@@ -185,7 +195,12 @@ def own_rank() -> int | None:
 
 
 def rank_by_launcher(variable: str) -> int | None:
-    """The rank that the launcher of this size variable gave to this process, if it did."""
+    """The rank that the launcher of this variable gave to this process, if it did.
+
+    If the variable gives no size, it counts from the first rank that knows of others, rank 1.
+    """
+    if variable in RANKS_WITHOUT_SIZE:
+        return int(os.environ[variable]) - 1
     outside = next((names[1] for names in _NOT_OF_MPI if names[0] == variable), None)
     return own_rank() if outside is None else int(os.environ[outside])
 
@@ -219,9 +234,9 @@ def _variables_of(process: int) -> dict[str, str]:
     return dict(each.split("=", 1) for each in text.split("\0") if "=" in each)
 
 
-def _rank_in(variables: Mapping[str, str]) -> int | None:
+def _rank_in(variables: Mapping[str, str], names: Sequence[str] = _RANKS) -> int | None:
     """The rank that a launcher gave to a process with these variables, if any did."""
-    return next((int(variables[name]) for name in _RANKS if variables.get(name, "").isdigit()), None)
+    return next((int(variables[name]) for name in names if variables.get(name, "").isdecimal()), None)
 
 
 def device_aware(kind: str) -> str | None:
@@ -246,7 +261,7 @@ def rendezvous_given() -> dict[str, str]:
 def cpus_per_task() -> int:
     """How many cores each task of a Slurm job was to have; 0 if that is not known."""
     value = os.environ.get("SLURM_CPUS_PER_TASK", "")
-    return int(value) if value.isdigit() else 0
+    return int(value) if value.isdecimal() else 0
 
 
 def gpus_given() -> str:

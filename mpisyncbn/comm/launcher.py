@@ -95,7 +95,10 @@ def warn_world_size(MPI: ModuleType) -> None:
 def ranks_in_words(MPI: ModuleType) -> str:
     """The number of ranks that the launcher started, in words, for ``python -m mpisyncbn``."""
     ranks, variable = config.any_launcher_size(MPI.COMM_WORLD.Get_size())
-    return f"{ranks} rank{'' if ranks == 1 else 's'} ({variable})" if variable else "none that is known here"
+    if not variable:
+        return "none that is known here"
+    least = "at least " if variable in config.RANKS_WITHOUT_SIZE else ""
+    return f"{least}{ranks} rank{'' if ranks == 1 else 's'} ({variable})"
 
 
 def library_name(MPI: ModuleType) -> str:
@@ -118,7 +121,10 @@ def world_size_mismatch(MPI: ModuleType) -> WorldSizeMismatch | None:
     ranks, variable = config.any_launcher_size(size)
     if ranks <= size or (variable.startswith("SLURM_") and config.in_batch_script()):
         return None
-    sizes = f"the launcher started {ranks} ranks ({variable}={ranks}), MPI has a world of {size}"
+    started = f"{ranks} ranks ({variable}={ranks})"
+    if variable in config.RANKS_WITHOUT_SIZE:
+        started = f"this process as rank {ranks - 1} ({variable}={ranks - 1})"
+    sizes = f"the launcher started {started}, MPI has a world of {size}"
     return WorldSizeMismatch(sizes, _cure(MPI, variable), variable)
 
 

@@ -110,10 +110,24 @@ def test_launchers_that_tell_mpi_nothing(given, variables):
     assert launcher.ranks_in_words(library()).startswith("2 ranks (")
 
 
+@pytest.mark.parametrize("name", ["PMIX_RANK", "PALS_RANKID"])
+def test_a_launcher_that_gives_only_a_rank(name, variables):
+    """A rank above 0 in a world of 1 shows that MPI does not know the launcher."""
+    variables(**{name: "3"})
+    with pytest.raises(mpisyncbn.MPISyncBNError, match=f"as rank 3 .{name}=3., MPI has a world of 1: what "):
+        launcher.check_world_size(library("Intel MPI"))
+    assert launcher.describe(library()) == f"at least 4 ranks ({name})"
+    assert config.rank_by_launcher(name) == 2  # rank 0 does not know, so rank 1 speaks for all
+    variables(PMI_SIZE="1")  # mpiexec -n 1 on this rank
+    launcher.check_world_size(library())
+
+
 @pytest.mark.parametrize(
     ("size", "given"),
     [
         (1, {"PMI_SIZE": "1"}),
+        (1, {"PMI_SIZE": "²"}),  # "²".isdigit() is true
+        (1, {"PMIX_RANK": "0"}),
         (4, {"PMI_SIZE": "4"}),
         (2, ELASTIC),  # one torchrun for each rank
         (1, {"WORLD_SIZE": "2"}),  # left over from another program
