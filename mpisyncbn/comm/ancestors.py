@@ -21,9 +21,13 @@ __all__ = ["ancestor_rank_pid", "child_message", "guard"]
 def guard() -> None:
     """In a child of a rank, warn before an import of mpi4py.MPI in other code initializes MPI.
 
-    It warns only, because it may go well under Open MPI if every rank has started the same child.
+    If that has happened, it warns at once. It warns only, because it may go well under Open MPI if
+    every rank has started the same child.
     """
-    if ancestor_rank_pid() is not None:
+    rank_pid = ancestor_rank_pid()
+    if rank_pid is not None and "mpi4py.MPI" in sys.modules:
+        warnings.warn(child_message(rank_pid), RuntimeWarning, stacklevel=3)  # the import of mpisyncbn
+    elif rank_pid is not None:
         sys.meta_path.insert(0, _Finder())
 
 

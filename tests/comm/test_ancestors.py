@@ -108,3 +108,11 @@ def test_the_ancestor_that_is_a_rank(mine, socket, above, found, tmp_path, monke
         if link:
             (folder / "fd" / "11").symlink_to(link)
     assert ancestors.ancestor_rank_pid() == found
+
+
+@no_exchange
+def test_a_child_that_has_started_mpi_is_warned(monkeypatch):
+    """A worker imports the program again, in which mpi4py.MPI may stand before mpisyncbn."""
+    monkeypatch.setattr(ancestors, "ancestor_rank_pid", lambda: 7)
+    with pytest.warns(RuntimeWarning, match="this process is a child of process 7"):
+        ancestors.guard()
