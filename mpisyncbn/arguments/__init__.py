@@ -245,7 +245,7 @@ def check_running(running_mean: Array, running_var: Array, momentum: float | Arr
 def check_count(count: int, x: Array, layer: str | None = None) -> None:
     """Raise on every rank if the group has one value per channel: it has no variance."""
     if isinstance(count, int) and count == 1:  # else the native code of the stream transport checks it
-        raise ValueError(one_value_message(layer, f"input of shape {tuple(x.shape)}"))
+        raise ValueError(one_value_message(layer, f"1, with input of shape {tuple(x.shape)}"))
 
 
 def one_value_message(layer: str | None, got: str = "1") -> str:

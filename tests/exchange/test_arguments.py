@@ -153,7 +153,7 @@ ONE = "expected more than 1 value per channel over the whole group when training
 @pytest.mark.parametrize("call", EVERYWHERE)
 def test_one_value_per_channel_in_the_whole_group(call):
     x = torch.ones(1 if RANK == SIZE - 1 else 0, 3)
-    got = f"got input of shape {tuple(x.shape)}{HERE}"
+    got = f"got 1, with input of shape {tuple(x.shape)}{HERE}"
     with pytest.raises(ValueError, match=f"{ONE}, {re.escape(got)}"):
         call(x, None)
     assert torch.equal(C, torch.ones(3)), "the running statistics of by_function"
@@ -193,7 +193,7 @@ def test_a_converted_layer_is_named():
         for words, inputs in cases.items():
             with pytest.raises(ValueError, match=re.escape(words)):
                 bn(*inputs)
-    with pytest.raises(ValueError, match=re.escape(f"got input of shape {tuple(alone.shape)}{where}")):
+    with pytest.raises(ValueError, match=re.escape(f"with input of shape {tuple(alone.shape)}{where}")):
         bn.train()(alone)
     bn.eps = -1.0
     with pytest.raises(ValueError, match=re.escape(f"got -1.0{where}")):
