@@ -116,7 +116,7 @@ def test_a_launcher_that_gives_only_a_rank(name, variables):
     variables(**{name: "3"})
     with pytest.raises(mpisyncbn.MPISyncBNError, match=f"as rank 3 .{name}=3., MPI has a world of 1: what "):
         launcher.check_world_size(library("Intel MPI"))
-    assert launcher.describe(library()) == f"at least 4 ranks ({name})"
+    assert launcher.ranks_in_words(library()) == f"at least 4 ranks ({name})"
     assert config.rank_by_launcher(name) == 2  # rank 0 does not know, so rank 1 speaks for all
     variables(PMI_SIZE="1")  # mpiexec -n 1 on this rank
     launcher.check_world_size(library())
