@@ -87,7 +87,7 @@ def test_ranks_that_are_asked_answer(quiet):
         group._ask_at = time.monotonic()
         hear(group, lambda: len(group._answers) == SIZE - 1 and not group._sends)
     else:
-        hear(group, lambda: group._asked_by == 0 and not group._sends)
+        hear(group, lambda: group.asked_by == 0 and not group._sends)
         group._ask_at = time.monotonic()
         group.listen()  # a rank that was asked does not ask
     asked_back = RANK > 0 and (group._asked_at is not None or bool(group._sends))
@@ -123,7 +123,7 @@ def test_a_rank_that_has_asked_reports_the_answers(asked, monkeypatch):
     monkeypatch.setattr(rank_status, "ASK_SECONDS", 0.0)
     monkeypatch.setattr(rank_status, "ANSWER_SECONDS", 0.0)
     group = RankStatus(0, 2)
-    group._asked_by, group._asked_at, group._answers = 1, 0.0 if asked else None, {1: "is at line 7"}
+    group.asked_by, group._asked_at, group._answers = 1, 0.0 if asked else None, {1: "is at line 7"}
     group.abort_on_timeout()
     reports_of_answers = [text for text in said if text.startswith("what the ranks of the group")]
     assert [text.splitlines()[-1] for text in reports_of_answers] == ["  rank 1 is at line 7"] * asked
