@@ -172,7 +172,8 @@ def test_nothing_counts_anywhere(dtype):
 def test_one_value_in_the_group_has_no_variance():
     mask = nothing(2, 4)
     mask[0, 0, 0] = RANK == 0
-    with pytest.raises(ValueError, match=r"more than 1 value per channel .* got 1, with "):
+    expected = r"expected more than 1 value per channel over the whole group .* got 1, with "
+    with pytest.raises(ValueError, match=expected):
         SyncBatchNorm(3)(torch.ones(2, 3, 4), mask=mask)
     mask[0, 0, 0] = True
     with pytest.raises(ValueError, match="expected more than 1 value per channel"):

@@ -193,7 +193,8 @@ def test_a_converted_layer_is_named():
         for words, inputs in cases.items():
             with pytest.raises(ValueError, match=re.escape(words)):
                 bn(*inputs)
-    with pytest.raises(ValueError, match=re.escape(f"with input of shape {tuple(alone.shape)}{where}")):
+    got = f"got 1, with input of shape {tuple(alone.shape)}{where}"
+    with pytest.raises(ValueError, match=re.escape(got)):
         bn.train()(alone)
     bn.eps = -1.0
     with pytest.raises(ValueError, match=re.escape(f"got -1.0{where}")):
