@@ -25,7 +25,7 @@ def run(folder: Path, *arguments: str, **variables: str) -> jobs.End:
     without = {"CUDA_VISIBLE_DEVICES": "", "PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1", "PYTHONPATH": str(folder)}
     (folder / "hypothesis.py").write_text("raise ImportError('this is for tests/conftest.py')")
     environment = {**jobs.unlaunched(), "PYTHON": sys.executable, **without, **variables}
-    return jobs.run([f"{jobs.ROOT}/scripts/gpu_check", *arguments], folder, limit=120, variables=environment)
+    return jobs.run([f"{jobs.ROOT}/scripts/gpu_check", *arguments], folder, variables=environment)
 
 
 @pytest.mark.parametrize("values", [(math.nan, 1.0), (1.0, math.nan), (math.inf, math.inf), (1.0, math.inf)])

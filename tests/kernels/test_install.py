@@ -64,7 +64,7 @@ class Tree:
         kept = {name: os.environ[name] for name in ("PATH", "HOME", "LD_LIBRARY_PATH") if name in os.environ}
         chosen = {"CC": str(compiler), "CXX": str(compiler), "PYTHONPATH": str(self.folder), **variables}
         command = [sys.executable, "setup.py", *arguments]
-        done = jobs.run(command, self.sources, limit=60, variables=kept | chosen)
+        done = jobs.run(command, self.sources, variables=kept | chosen)
         assert done.status == 0, done.stderr
         return done.stdout + done.stderr
 

@@ -49,9 +49,7 @@ def run(run_job: Callable[..., End]) -> Callable[..., End]:
 
     def run(program: str, timeout: float = 30, order: str = "early", ranks: int = 2) -> End:
         variables = {"MPISYNCBN_TIMEOUT": str(timeout), "MPISYNCBN_STANDIN_ORDER": order}
-        return run_job(
-            "-c", BEGINNING + program, str(library()), ranks=ranks, variables=variables, limit=60.0
-        )
+        return run_job("-c", BEGINNING + program, str(library()), ranks=ranks, variables=variables)
 
     return run
 

@@ -49,7 +49,7 @@ def test_two_of_four_are_killed(
     """The checks that ranks print decide, not the status of mpiexec: two ranks were killed."""
     kills = ["--kill-rank", *map(str, ranks), "--kill-step", *map(str, steps), "--at", *moments]
     program = [str(jobs.ROOT / "scripts" / "survive.py"), *kills, "--dtype", dtype]
-    end = run_job(*program, ranks=4, launcher=ulfm, limit=120.0)
+    end = run_job(*program, ranks=4, launcher=ulfm)
     printed = end.stdout + end.stderr
     left = [rank for rank in range(4) if rank not in ranks]
     assert printed.count("\nok ") == 6, printed
