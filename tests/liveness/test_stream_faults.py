@@ -60,7 +60,7 @@ def test_a_missing_rank(run: Callable[..., End]) -> None:
         """
 if rank == 0:
     enqueue("layer 'bn2'")
-time.sleep(100)  # elsewhere
+time.sleep(1000)  # elsewhere
 """,
         timeout=2,
     )
@@ -101,7 +101,7 @@ if rank == 0:
         enqueue("layer 'bn2'")
         time.sleep(0.5)
     raise RuntimeError("the cause")
-time.sleep(100)
+time.sleep(1000)
 """
     )
     assert end.status not in (0, None)
