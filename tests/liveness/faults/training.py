@@ -106,7 +106,10 @@ def _load(job: Job, fail: Callable[[], None]) -> None:
                 yield randn(3)
 
     net = _net()
-    for batch in DataLoader(Data(), batch_size=2 + job.rank, num_workers=1):
+    # With one batch prefetched, the worker starts a batch after the last one has arrived. Torch
+    # reports a worker that dies while a batch is received as a broken connection.
+    batches = DataLoader(Data(), batch_size=2 + job.rank, num_workers=1, prefetch_factor=1)
+    for batch in batches:
         _step(net, batch)
 
 
