@@ -25,6 +25,7 @@ from .report.text import as_text, problems_as_text
 
 ALL_WELL, WRONG, SLOW = 0, 1, 3  # exit statuses of --check; argparse ends with 2
 _LIMIT, _LONGEST = 60.0, 1e9  # seconds; faulthandler refuses 1e10
+_START = 10.0  # seconds; a busy host may take them to start MPI, even if all ranks are there
 _DESCRIPTION = """\
 Say what is installed, what is used and why, and what is wrong with it. Start it as you start your
 program: mpiexec -n 4 python -m mpisyncbn. Rank 0 prints for all ranks.
@@ -168,8 +169,8 @@ def _time_limit(seconds: float) -> Iterator[None]:
     timer.daemon = True
     timer.start()
     # The timer's thread cannot run while MPI starts, because mpi4py holds the GIL then.
-    # faulthandler ends the process without the GIL.
-    faulthandler.dump_traceback_later(seconds + 5, exit=True, file=sys.__stderr__ or sys.stderr)
+    # faulthandler ends the process without the GIL, and without the report of _end.
+    faulthandler.dump_traceback_later(seconds + _START, exit=True, file=sys.__stderr__ or sys.stderr)
     try:
         with arrivals.mark_arrival(ranks):
             yield
