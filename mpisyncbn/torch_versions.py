@@ -20,6 +20,7 @@ __all__ = [
     "CPP_KEEPS_WORKS",
     "HOST_TAKES_PART",
     "STORE_BY_LIBUV",
+    "constant_when_compiled",
     "is_async",
     "is_exporting",
     "keep_flight_recorder_off",
@@ -55,7 +56,7 @@ def untraced(function: Function) -> Function:
 
     The compiler looks at every function that is called while compiled code runs. It may refuse a
     caller and then compile a part of this library that is not made for it. torch.compiler.disable
-    would import the compiler, which takes a second.
+    would import the compiler, which takes as long as importing torch.
     """
     if COMPILES:
         compiler = torch._C._dynamo.eval_frame
@@ -108,6 +109,16 @@ def keep_flight_recorder_off(backend: str) -> None:
     left_alone.add(backend)
 
 
+def constant_when_compiled(function: Function) -> Function:
+    """Let torch.compile call a function while it traces, and take the result for a constant.
+
+    torch.compiler.assume_constant_result does the same, but imports the compiler.
+    """
+    function._dynamo_marked_constant = True  # type: ignore[attr-defined]
+    return function
+
+
+@constant_when_compiled  # else not called: the compiler traces no code that names neither torch nor tensors
 def refuse_to_compile() -> NoReturn:
     """Raise MPISyncBNError: this torch cannot compile a synchronized layer that trains."""
     from torch._dynamo.exc import Unsupported  # the compiler passes on its own errors unchanged
@@ -120,8 +131,3 @@ def refuse_to_compile() -> NoReturn:
         f"{_VERSION}: upgrade torch, or leave these layers out of the graph: "
         "SyncBatchNorm.forward = torch.compiler.disable(SyncBatchNorm.forward)"
     )
-
-
-# This makes the compiler call the function while it traces. It does not trace code that names
-# neither torch nor tensors.
-refuse_to_compile._dynamo_marked_constant = True  # type: ignore[attr-defined]

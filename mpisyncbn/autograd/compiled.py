@@ -85,12 +85,12 @@ def _order_token(token: Tensor, x: Tensor) -> Tensor:
 
 
 # Two functions, because the compiler names a constant after the function that returned it.
-@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
+@torch_versions.constant_when_compiled
 def _forward_token(device: torch.device) -> Tensor:
     return _token_on(device, "forward")
 
 
-@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
+@torch_versions.constant_when_compiled
 def _backward_token(device: torch.device) -> Tensor:
     return _token_on(device, "backward")
 
@@ -236,7 +236,7 @@ def _fake_batch_stats(x: Tensor, *_: object) -> tuple[Tensor, ...]:
 
 
 def _fake_batch_sums(dy: Tensor, x: Tensor, *_: object) -> tuple[Tensor, Tensor]:
-    from torch._dynamo import compiled_autograd, config  # torch has loaded it by now, which takes a second
+    from torch._dynamo import compiled_autograd, config  # only here: it takes as long as importing torch
 
     if config.compiled_autograd or compiled_autograd.compiled_autograd_enabled:
         raise MPISyncBNError(

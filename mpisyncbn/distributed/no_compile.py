@@ -15,8 +15,8 @@ __all__ = ["no_compile", "no_compile_methods"]
 def no_compile() -> Iterator[None]:
     """Run the body, or as a decorator the function, without compiling it.
 
-    torch.compiler.disable does the same, but imports the compiler, which takes a second. The
-    compiler skips generators and contextlib, and so it does not compile this function either.
+    torch.compiler.disable does the same, but imports the compiler. The compiler skips generators
+    and contextlib, and so it does not compile this function either.
     """
     before = set_eval_frame(None)
     try:

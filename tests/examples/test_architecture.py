@@ -120,6 +120,26 @@ def test_importing_costs_nothing():
 
 
 @no_exchange
+def test_eager_layers_do_not_import_the_compiler():
+    """torch's compiler, sympy and Triton take as long to import as torch itself, on every rank."""
+    out = run_alone(
+        """
+import sys, torch, mpisyncbn
+theirs = set(sys.modules)
+model = mpisyncbn.convert_sync_batchnorm(torch.nn.Sequential(torch.nn.BatchNorm2d(3), torch.nn.ReLU()))
+x = torch.rand(4, 3, 2, 2, requires_grad=True)
+model(x).sum().backward()
+model[0](x, mask=torch.ones(4, 1, 2, 2, dtype=torch.bool)).sum().backward()
+model.eval()(x)
+mpisyncbn.init_process_group()
+torch.distributed.all_reduce(torch.ones(3))
+print(sorted({"torch._dynamo", "torch._inductor", "sympy", "triton"} & set(sys.modules) - theirs))
+"""
+    )
+    assert out.split() == ["[]"]
+
+
+@no_exchange
 def test_numpy_alone():
     """Without torch, the functions work with NumPy arrays. The rest raises ImportError."""
     out = run_alone(
