@@ -34,7 +34,7 @@ from support.models import (
     through_pickle,
 )
 from support.oracle import HAS_BIAS, distance, oracle
-from support.ranks import WORLD, together
+from support.ranks import WORLD, no_exchange, together
 
 NDIM = {nn.BatchNorm1d: 3, nn.BatchNorm2d: 4, nn.BatchNorm3d: 5, nn.SyncBatchNorm: 4, BatchNorm: 4}
 LAZY = {nn.LazyBatchNorm1d: 3, nn.LazyBatchNorm2d: 4, nn.LazyBatchNorm3d: 5}
@@ -191,6 +191,7 @@ def test_state_dicts_load_strictly_both_ways():
 # --- Parametrized, pruned, fused, lazy
 
 
+@no_exchange
 def test_parametrizations_in_any_order():
     def operate(operation, name):
         if operation == "register":
@@ -218,6 +219,7 @@ def test_parametrizations_in_any_order():
         assert type(layer) is kind, order
 
 
+@no_exchange
 def test_parametrized_copies_are_converted_apart_and_not_kept_alive():
     layer = parametrize.register_parametrization(nn.BatchNorm2d(C), "weight", Twice())
     copy = convert_sync_batchnorm(deepcopy(layer))

@@ -11,7 +11,7 @@ from torch import nn
 import mpisyncbn
 from mpisyncbn import MPISyncBNError, torch_versions
 from support.oracle import distance, shard
-from support.ranks import WORLD, error_of, up_to_two
+from support.ranks import WORLD, error_of, no_exchange, up_to_two
 from support.versions import compiler_tests
 
 pytestmark = [up_to_two, *compiler_tests]
@@ -22,6 +22,7 @@ def net() -> nn.Module:
     return nn.Sequential(nn.Linear(3, 4), mpisyncbn.SyncBatchNorm(4), nn.ReLU()).double()
 
 
+@no_exchange
 @pytest.mark.parametrize("fullgraph", [True, False])
 def test_a_compiler_that_is_too_old(fullgraph, monkeypatch):
     """Compiling raises an error in training, not evaluation. Every torch counts as too old."""

@@ -82,11 +82,13 @@ def test_detection(text, vendor, kinds, variables, expected, because, library, m
 
 
 @needs_compiler
+@no_exchange
 def test_open_mpi_from_6_on_is_believed(library):
     assert transport.chosen(library(vendor=("Open MPI", (6, 0, 0)), kinds="mpi,cuda"))[0] == "device"
 
 
 @needs_compiler
+@no_exchange
 def test_rocm_is_not_cuda(library, monkeypatch):
     monkeypatch.setattr(torch.version, "hip", "7.0")
     text = answers("cuda", 1) + answers("rocm", 0)

@@ -15,6 +15,8 @@ import mpisyncbn
 from support.jobs import ROOT, run_alone
 from support.ranks import no_exchange
 
+pytestmark = no_exchange
+
 PACKAGE = ROOT / "mpisyncbn"
 # Each module imports only from modules that are later in its line. Calls pass data in that
 # direction, and results come back. The modules of kernels/ have no order.
@@ -104,7 +106,6 @@ def test_collective_functions_say_so():
         assert "Collective" in function.__doc__
 
 
-@no_exchange
 def test_importing_costs_nothing():
     """Importing the package imports neither torch nor CuPy, and does not start MPI.
 
@@ -119,7 +120,6 @@ def test_importing_costs_nothing():
     assert out.split() == ["False"]
 
 
-@no_exchange
 def test_eager_layers_do_not_import_the_compiler():
     """torch's compiler, sympy and Triton take as long to import as torch itself, on every rank."""
     out = run_alone(
@@ -139,7 +139,6 @@ print(sorted({"torch._dynamo", "torch._inductor", "sympy", "triton"} & set(sys.m
     assert out.split() == ["[]"]
 
 
-@no_exchange
 def test_numpy_alone():
     """Without torch, the functions work with NumPy arrays. The rest raises ImportError."""
     out = run_alone(
@@ -161,7 +160,6 @@ except ImportError as error:
     assert out.split() == ["True"] * 4
 
 
-@no_exchange
 def test_report_without_torch():
     out = run_alone(
         "import sys; sys.modules['torch'] = None; sys.argv = ['x']\n"

@@ -18,7 +18,7 @@ from mpisyncbn.kernels import generic, masked
 from support import masks
 from support.device import GPU, cuda, needs_triton
 from support.oracle import distance, layouts, local_batch, oracle, shard
-from support.ranks import WORLD, several
+from support.ranks import WORLD, several, up_to_two
 from support.stream_device import needs_standin, pretend_stream, stream_group
 
 pytestmark = [needs_standin, pytest.mark.skipif(GPU, reason="scripts/gpu_check has its own")]
@@ -73,6 +73,7 @@ def same(groups: Any, dtype: torch.dtype, *arguments: Any) -> None:
         assert distance(ours, theirs) < BARS[dtype]
 
 
+@up_to_two
 @pytest.mark.parametrize(
     "options",
     [
